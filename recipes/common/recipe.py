@@ -1,0 +1,191 @@
+"""What a recipe says: frozen dataclasses, plain data, no behaviour beyond arithmetic on their own fields.
+
+The recipe owns what changes what is learned, and the layout. `ds_configs/*.json` own memory, communication and precision.
+Data-parallel size and gradient accumulation are derived (`Sizes`), never typed. Nothing here checks anything:
+`recipes.common.check` collects every problem at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class RecipeError(ValueError):
+    """The user's mistakes in a recipe, a ds_config, the data or the flags: all of them in one message."""
+
+    def __init__(self, title: str, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__(f"{title}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How one replica of the model is cut. Data parallelism fills the rest of the world."""
+
+    tensor: int = 1  # ranks that share each layer's matrices (innermost: keep it inside a node)
+    pipeline: int = 1  # stages, each a run of consecutive layers
+    recompute_every: int = 0  # activation checkpointing: 0 none, 1 every layer ("full"), k every k-th layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Sequences of `seq_len` tokens. `global_seqs` is what one optimizer step sees, at any number of GPUs."""
+
+    seq_len: int
+    micro_seqs: int  # sequences in one forward pass of one data rank
+    global_seqs: int
+    # ((until_sequences, global_seqs), ...): while fewer sequences than `until_sequences` are consumed, use this batch
+    ramp: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Decoupled weight decay (arXiv 1711.05101), kept off norms and biases (every parameter with fewer than 2 dimensions)."""
+
+    lr: float  # the peak; the schedule scales it
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_embeddings: bool = True
+    clip: float = 1.0  # global gradient norm; 0 turns clipping off
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD:
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    decay_embeddings: bool = True
+    clip: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """Linear warm-up, then the peak. Give every length of a schedule in steps, or every length in tokens."""
+
+    warmup_steps: int | None = None
+    warmup_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Linear warm-up, then a line down to `min_lr` at the end of the run (or after `decay_*` counted from step 0)."""
+
+    warmup_steps: int | None = None
+    warmup_tokens: int | None = None
+    decay_steps: int | None = None
+    decay_tokens: int | None = None
+    min_lr: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """Linear warm-up, then half a cosine down to `min_lr` at the end of the run (or after `decay_*` counted from step 0)."""
+
+    warmup_steps: int | None = None
+    warmup_tokens: int | None = None
+    decay_steps: int | None = None
+    decay_tokens: int | None = None
+    min_lr: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WSD:
+    """Warm-up, stable, decay (arXiv 2404.06395): the peak is held until the last `cooldown_*` of the run."""
+
+    warmup_steps: int | None = None
+    warmup_tokens: int | None = None
+    cooldown_steps: int | None = None
+    cooldown_tokens: int | None = None
+    shape: str = "1-sqrt"  # "linear", "cosine" or "1-sqrt" (arXiv 2405.18392)
+    min_lr: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseSqrt:
+    """Linear warm-up, then lr * sqrt(warm-up / now) (arXiv 1706.03762), never under `min_lr`."""
+
+    warmup_steps: int | None = None
+    warmup_tokens: int | None = None
+    min_lr: float = 0.0
+
+
+Optimizer = AdamW | SGD
+Schedule = Constant | Linear | Cosine | WSD | InverseSqrt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Loss on the held-out split: before the first step, every `every_steps`, and at the end."""
+
+    every_steps: int = 0  # 0: never
+    seqs: int = 256  # sequences from the start of the validation split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """When to save and what to keep. The last step is always saved."""
+
+    every_steps: int = 0  # 0: not by steps
+    every_minutes: float = 0.0  # 0: not by time
+    keep_last: int = 3
+    keep_every_steps: int = 0  # checkpoints at multiples of this are never deleted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    name: str
+    model: PreTrainedConfig  # any transformers config of a decoder
+    num_params: int  # stated, and checked on the meta device: it catches every misspelt model field
+    tokenizer: str  # a Hugging Face tokenizer folder; relative paths start at the repository root
+    data: str  # a folder written by tools.prepare_data; relative paths start at the repository root
+    layouts: dict[int, Layout]  # GPUs -> layout
+    batch: Batch
+    optimizer: Optimizer
+    schedule: Schedule
+    steps: int
+    deepspeed: str  # a file in ds_configs/, or a path
+    seed: int = 1234
+    z_loss: float = 0.0  # weight of mean(log Z ** 2) (arXiv 2204.02311, section 5)
+    logits_chunk_tokens: int = 2048  # head and loss are computed this many tokens at a time
+    attention: str = "sdpa"  # transformers' attn_implementation
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The numbers that follow from a recipe, a layout and a world size."""
+
+    world: int
+    tensor: int
+    pipeline: int
+    data: int
+    accumulation: int  # micro batches a data rank runs each step, at the full batch
+    tokens_per_step: int
+
+
+def derive_sizes(recipe: Recipe, layout: Layout, world_size: int) -> Sizes:
+    """Sizes of a recipe that `check` has accepted."""
+    data = world_size // (layout.tensor * layout.pipeline)
+    batch = recipe.batch
+    return Sizes(
+        world=world_size,
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        data=data,
+        accumulation=batch.global_seqs // (batch.micro_seqs * data),
+        tokens_per_step=batch.global_seqs * batch.seq_len,
+    )
+
+
+def from_root(path: str) -> Path:
+    """A recipe's path: absolute as it is, relative from the repository root, so that a run may start in any folder."""
+    return ROOT / Path(path).expanduser()
