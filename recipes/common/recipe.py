@@ -1,6 +1,6 @@
 """What a recipe says: frozen dataclasses, plain data, no behaviour beyond arithmetic on their own fields.
 
-The recipe owns what changes what is learned, and the layout. `ds_configs/*.json` own memory, communication and precision.
+The recipe owns what changes what is learned, and the layout; `ds_configs/*.json` own memory and precision.
 Data-parallel size and gradient accumulation are derived (`Sizes`), never typed. Nothing here checks anything:
 `recipes.common.check` collects every problem at once.
 """
@@ -47,7 +47,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """Decoupled weight decay (arXiv 1711.05101), kept off norms and biases (every parameter with fewer than 2 dimensions)."""
+    """Decoupled weight decay (arXiv 1711.05101), kept off norms and biases (parameters of fewer than 2 dimensions)."""
 
     lr: float  # the peak; the schedule scales it
     betas: tuple[float, float] = (0.9, 0.95)
@@ -87,7 +87,7 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
-    """Linear warm-up, then half a cosine down to `min_lr` at the end of the run (or after `decay_*` counted from step 0)."""
+    """Linear warm-up, then half a cosine to `min_lr` at the end of the run (or after `decay_*` counted from step 0)."""
 
     warmup_steps: int | None = None
     warmup_tokens: int | None = None
