@@ -1,0 +1,96 @@
+"""The four moves of tensor parallelism as autograd functions (Megatron-LM, arXiv 1909.08053, figure 3).
+
+Each takes a tensor [..., width] and the group; a group of None is one rank and every move is the identity. Plain tensors, not
+DTensors: ZeRO flattens parameters and could not hold them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return all_reduce(grad, ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup, partial: bool) -> torch.Tensor:
+        ctx.group, ctx.partial = group, partial
+        return _all_gather_last(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        grad = all_reduce(grad, ctx.group) if ctx.partial else grad
+        return _own_part(grad, ctx.group), None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _own_part(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return _all_gather_last(grad, ctx.group), None
+
+
+def all_reduce(
+    x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> torch.Tensor:
+    """A reduced copy; `x` itself is left alone (autograd may still hold it)."""
+    if group is None:
+        return x
+    x = x.contiguous().clone()
+    dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+def _all_gather_last(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x, group=group)
+    return torch.cat(parts, dim=-1)
+
+
+def _own_part(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return x.chunk(dist.get_world_size(group), dim=-1)[dist.get_rank(group)].contiguous()
+
+
+def copy_to(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Identity forward; the gradient is summed over the group (its ranks each saw a part of what follows)."""
+    return x if group is None else _Copy.apply(x, group)
+
+
+def reduce_from(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Sum forward; identity backward (what follows is the same on every rank)."""
+    return x if group is None else _Reduce.apply(x, group)
+
+
+def gather_from(x: torch.Tensor, group: dist.ProcessGroup | None, *, partial: bool = False) -> torch.Tensor:
+    """Concatenate the last dimension. `partial`: what follows differs by rank, so the gradient is summed before it is cut."""
+    return x if group is None else _Gather.apply(x, group, partial)
+
+
+def split_to(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """This rank's part of the last dimension; the gradient is gathered."""
+    return x if group is None else _Split.apply(x, group)

@@ -1,0 +1,116 @@
+"""What each step reads: the micro batches of a data rank, in an order that no layout, batch size or worker count changes.
+
+The whole state of reading is one integer, the sequences consumed. The shards themselves are `recipes.common.shards`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from recipes.common.order import sequence_position
+from recipes.common.shards import TokenStream, data_problems, open_split
+
+__all__ = [
+    "Prefetcher",
+    "TokenStream",
+    "data_problems",
+    "open_split",
+    "step_micro_batches",
+    "validation_micro_batches",
+]
+
+
+def _rank_rows(total: int, micro_seqs: int, data_rank: int, data_size: int) -> np.ndarray:
+    """Which of `total` sequences one data rank sees: int64 [micro batches, micro_seqs]."""
+    return np.arange(total, dtype=np.int64).reshape(-1, data_size, micro_seqs)[:, data_rank]
+
+
+def step_micro_batches(
+    stream: TokenStream,
+    *,
+    seed: int,
+    consumed: int,
+    global_seqs: int,
+    micro_seqs: int,
+    data_rank: int,
+    data_size: int,
+) -> list[torch.Tensor]:
+    """The micro batches of one data rank for the step that starts at sequence `consumed`: int64 [micro_seqs, S + 1].
+
+    Sequence i of the step is in micro batch i // (micro_seqs * data_size) of data rank (i // micro_seqs) % data_size,
+    so the step holds the same sequences in every layout.
+    """
+    if global_seqs % (micro_seqs * data_size):
+        raise ValueError(f"global_seqs={global_seqs} is not a multiple of micro_seqs={micro_seqs} x data parallel {data_size}")
+    rows = _rank_rows(global_seqs, micro_seqs, data_rank, data_size)
+    positions = sequence_position(seed, consumed + rows.ravel(), stream.num_positions)
+    tokens = torch.from_numpy(stream.read(positions))
+    return list(tokens.view(*rows.shape, -1).unbind(0))
+
+
+def validation_micro_batches(
+    stream: TokenStream, *, seqs: int, micro_seqs: int, data_rank: int, data_size: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The first `seqs` sequences of a split, in order: (tokens int64 [micro_seqs, S + 1], valid bool [micro_seqs]).
+
+    Every rank gets the same number of micro batches; what fills the last ones is marked invalid, so over all ranks
+    each sequence counts exactly once.
+    """
+    if not 1 <= seqs <= stream.num_positions:
+        raise ValueError(f"evaluation.seqs={seqs} is not in [1, {stream.num_positions}], what the {stream.split} split holds")
+    step = micro_seqs * data_size
+    rows = _rank_rows(-(-seqs // step) * step, micro_seqs, data_rank, data_size)
+    valid = torch.from_numpy(rows < seqs)
+    tokens = torch.from_numpy(stream.read(np.where(rows < seqs, rows, 0).ravel()))
+    return list(zip(tokens.view(*rows.shape, -1).unbind(0), valid.unbind(0), strict=True))
+
+
+class Prefetcher:
+    """Reads steps ahead in threads. `next` returns bitwise what the plain call returns; it only waits less.
+
+    The steps after (consumed, global_seqs) are guessed by `following`, by default the same batch again. A wrong guess
+    (a batch ramp, a skip, a resume) costs one wait and nothing else: the only state is the caller's `consumed`.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int, int], list[torch.Tensor]],
+        *,
+        workers: int = 1,
+        following: Callable[[int, int], tuple[int, int]] | None = None,
+    ) -> None:
+        self._read = read
+        self._following = following or (lambda consumed, global_seqs: (consumed + global_seqs, global_seqs))
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch") if workers else None
+        self._ahead = workers
+        self._pending: dict[tuple[int, int], Future] = {}
+        self.wait_seconds = 0.0  # how long the last step waited for its batch
+
+    def next(self, consumed: int, global_seqs: int) -> list[torch.Tensor]:
+        """The micro batches of the step at `consumed`; sets `wait_seconds`. A read error is raised here."""
+        start = time.perf_counter()
+        if self._pool is None:
+            batches = self._read(consumed, global_seqs)
+        else:
+            wanted = [(consumed, global_seqs)]
+            while len(wanted) <= self._ahead:
+                wanted.append(self._following(*wanted[-1]))
+            for key in self._pending.keys() - set(wanted):
+                self._pending.pop(key).cancel()
+            for key in wanted:
+                if key not in self._pending:
+                    self._pending[key] = self._pool.submit(self._read, *key)
+            batches = self._pending.pop(wanted[0]).result()
+        self.wait_seconds = time.perf_counter() - start
+        return batches
+
+    def close(self) -> None:
+        """Drop what was read ahead and let the threads end."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pending.clear()

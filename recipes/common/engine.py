@@ -1,0 +1,204 @@
+"""DeepSpeed around a stage: its engine, one training step, one evaluation. The same calls with a pipeline and without.
+
+`train_step` is `engine.train_batch()` under the pipeline engine; without it, accumulate, forward, backward and step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+from recipes.common.grid import Grid, Mpu
+from recipes.common.loss import IGNORED
+from recipes.common.recipe import AdamW, Optimizer
+from recipes.common.stage import Stage
+
+Labels = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimizer step, equal on every rank."""
+
+    loss: float  # cross-entropy, the mean over the scored tokens of the global batch
+    log_z_squared: float  # mean of log(Z)^2, what the z-loss weighs
+    grad_norm: float  # over the whole model, before clipping
+    loss_scale: float  # 1.0 unless fp16
+    skipped: bool  # an overflow: the weights did not change
+
+
+class PipelineStages(PipelineModule):
+    """One stage a rank. DeepSpeed asks three things of it: the layers, the loss, and which weights are tied over stages."""
+
+    def __init__(self, stage: Stage, topology: PipeModelDataParallelTopology) -> None:
+        self._tied: list[tuple[torch.nn.Parameter, dist.ProcessGroup]] = []
+        # one place per stage; only this rank's is built
+        layers = [stage] * topology.get_dim("pipe")
+        super().__init__(layers, topology=topology, loss_fn=stage.loss, partition_method="uniform")
+        if stage.stack.tied and stage.grid.tie_group is not None and (stage.is_first or stage.is_last):
+            name = f"{stage.stack.embedding}.weight"
+            weight = dict(stage.hf_named_parameters())[name]
+            weight.ds_pipe_replicated = not stage.is_first  # norms and clipping count it once
+            self._tied = [(weight, stage.grid.tie_group)]
+
+    def get_tied_weights_and_groups(self) -> list[tuple[torch.nn.Parameter, dist.ProcessGroup]]:
+        return self._tied
+
+
+def start_distributed(device_type: str) -> torch.device:
+    """Join the process group that the launcher's environment describes; alone when there is none. Gives this rank's device."""
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    # on CPU DeepSpeed would compile an extension at start (25 s, and a stale lock hangs the next run) that training never uses
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        with quiet_deepspeed():
+            deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return device
+
+
+@contextlib.contextmanager
+def quiet_deepspeed() -> Iterator[None]:
+    """DeepSpeed prints its topology, stages and options while it is built; errors still pass."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(max(level, logging.WARNING))
+
+
+def parameter_groups(stage: Stage, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """[decayed, not decayed]: two groups, in this order, on every rank (DeepSpeed's norms deadlock when ranks differ, #1522).
+
+    Not decayed: parameters of fewer than two dimensions (norms, biases) and, by choice, the embeddings.
+    """
+    embeddings = {f"{stage.stack.embedding}.weight", f"{stage.stack.head}.weight"}
+    groups: list[list[torch.nn.Parameter]] = [[], []]
+    for name, parameter in stage.hf_named_parameters():
+        if parameter.requires_grad:
+            kept_off = parameter.ndim < 2 or (name in embeddings and not optimizer.decay_embeddings)
+            groups[kept_off].append(parameter)
+    decays = (optimizer.weight_decay, 0.0)
+    return [{"params": p, "weight_decay": d} for p, d in zip(groups, decays, strict=True) if p]
+
+
+def build_optimizer(stage: Stage, optimizer: Optimizer, device: torch.device, *, offload: bool) -> torch.optim.Optimizer:
+    """A torch optimizer: DeepSpeed's own would be compiled at start, and torch's fused one is as fast."""
+    groups = parameter_groups(stage, optimizer)
+    if isinstance(optimizer, AdamW):
+        fused = device.type == "cuda" and not offload
+        return torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=fused)
+    return torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum)
+
+
+class Trainer:
+    """A stage, its optimizer and DeepSpeed's engine. It holds them together; the loop and the state of a run are elsewhere."""
+
+    def __init__(self, stage: Stage, grid: Grid, optimizer: Optimizer, ds_config: dict[str, Any]) -> None:
+        self.stage, self.grid = stage, grid
+        offload = "offload_optimizer" in ds_config.get("zero_optimization", {})
+        self.optimizer = build_optimizer(stage, optimizer, grid.device, offload=offload)
+        with quiet_deepspeed():
+            if grid.pipeline > 1:
+                topology = PipeModelDataParallelTopology(num_pp=grid.pipeline, num_mp=grid.tensor, num_dp=grid.data)
+                module, mpu = PipelineStages(stage, topology), None
+            else:
+                module, mpu = stage, Mpu(grid)
+                if ds_config["zero_optimization"]["stage"] == 3:  # the loss reads the head outside the head's own forward
+                    for parameter in stage._head_parameters():
+                        deepspeed.zero.register_external_parameter(stage, parameter)
+            self.engine = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config, mpu=mpu)[0]
+        self.accumulation = ds_config["gradient_accumulation_steps"]
+        self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]
+
+    def set_global_seqs(self, global_seqs: int) -> None:
+        """The batch ramp: the micro batch stays, its number changes."""
+        accumulation = global_seqs // (self.micro_seqs * self.grid.data)
+        if accumulation != self.accumulation:
+            self.engine.set_train_batch_size(global_seqs)
+            self.accumulation = accumulation
+
+    def train_step(self, micro_batches: list[torch.Tensor], lr: float, scored_tokens: int) -> StepResult:
+        """One optimizer step. micro_batches: this data rank's, each [micro_seqs, seq_len + 1] ids, on the CPU.
+
+        scored_tokens: targets in the global batch. The result is read from the device: the one wait of a step.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        skipped_before = self.engine.skipped_steps
+        self.stage.loss_sums.zero_()
+        weight = len(micro_batches) * self.grid.data / scored_tokens
+        batches = self._batches(micro_batches, weight)
+        if self.grid.pipeline > 1:
+            self.engine.train_batch(batches)
+        else:
+            self.engine.train()
+            for ids, labels in batches:
+                self.engine.backward(self.engine(ids, labels))
+                self.engine.step()
+        sums = self._sum_losses() / (len(micro_batches) * self.grid.data)
+        return StepResult(
+            loss=sums[0].item(),
+            log_z_squared=sums[1].item(),
+            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            loss_scale=float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if self.engine.fp16_enabled() else 1.0,
+            skipped=self.engine.skipped_steps > skipped_before,
+        )
+
+    def evaluate(self, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], scored_tokens: int) -> float:
+        """Mean cross-entropy over `scored_tokens` targets; each item is ids [micro_seqs, seq_len + 1] and which rows count."""
+        self.stage.loss_sums.zero_()
+        weight = 1.0 / scored_tokens
+        batches = self._batches((ids for ids, _ in micro_batches), weight, [rows for _, rows in micro_batches])
+        if self.grid.pipeline > 1:
+            self.engine.eval_batch(batches, num_micro_batches=len(micro_batches), bcast_loss=False)
+        else:
+            self.engine.eval()
+            with torch.no_grad():
+                for ids, labels in batches:
+                    self.engine(ids, labels)
+            self.engine.train()
+        return self._sum_losses()[0].item()
+
+    def _batches(
+        self, micro_batches: Iterable[torch.Tensor], weight: float, rows: list[torch.Tensor] | None = None
+    ) -> Iterator[tuple[torch.Tensor, Labels]]:
+        device = self.grid.device
+        scale = torch.tensor(weight, dtype=torch.float32, device=device)
+        for index, tokens in enumerate(micro_batches):
+            targets = tokens[:, 1:]
+            if rows is not None:
+                targets = targets.masked_fill(~rows[index].view(-1, 1), IGNORED)
+            ids = tokens[:, :-1].contiguous().to(device, non_blocking=True)
+            yield ids, (targets.contiguous().to(device, non_blocking=True), scale)
+
+    def _sum_losses(self) -> torch.Tensor:
+        """The last stage's sums over all data ranks, on every rank."""
+        counts = self.grid.is_last_stage and self.grid.tensor_rank == 0
+        sums = self.stage.loss_sums.clone() if counts else torch.zeros_like(self.stage.loss_sums)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        return sums
+
+    def hf_shards(self) -> dict[str, torch.Tensor]:
+        """Hugging Face name -> this rank's shard of the weights the model computes with."""
+        return {name: parameter.detach() for name, parameter in self.stage.hf_named_parameters()}

@@ -1,0 +1,88 @@
+"""The order in which sequences are read: a pure function of (seed, index). No index file, no state but one integer.
+
+A Feistel network permutes 2**b >= n positions; walking its cycle until it lands under n gives a permutation of [0, n)
+(Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Every epoch has its own key. The arithmetic is frozen:
+changing one constant changes what every resumed run reads, so a test holds golden values. It shuffles; it hides nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+ROUNDS = 8
+MIN_BITS = 6  # tiny sets are permuted inside a larger domain: a network over 2 or 4 bits reaches too few permutations
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, splitmix64's increment
+MASK_64 = (1 << 64) - 1
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """splitmix64's finalizer: uint64 [...] -> uint64 [...], a bijection that spreads every bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def round_keys(seed: int, epoch: int) -> np.ndarray:
+    """uint64 [ROUNDS], the keys of one epoch's permutation."""
+    start = mix(np.array([seed & MASK_64], dtype=np.uint64))
+    start = mix(start ^ np.array([(epoch + 1) * GOLDEN & MASK_64], dtype=np.uint64))
+    steps = np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    return mix(start + steps)
+
+
+def permute(index: np.ndarray, n: int, *, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of [0, n) under (seed, epoch): int64 [k] -> int64 [k]."""
+    return _walk(index, n, round_keys(seed, epoch), _forward)
+
+
+def unpermute(position: np.ndarray, n: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Its inverse: the index at which a position comes up in this epoch. int64 [k] -> int64 [k]."""
+    return _walk(position, n, round_keys(seed, epoch), _backward)
+
+
+def sequence_position(seed: int, index: np.ndarray | int, num_positions: int) -> np.ndarray:
+    """Positions of the sequences `index` (counted from the start of the run): int64 [k] -> int64 [k].
+
+    Every position comes once in each epoch of `num_positions` sequences, in another order in each.
+    Raises ValueError for an empty set or a negative index.
+    """
+    index = np.atleast_1d(np.asarray(index, dtype=np.int64))
+    if num_positions < 1:
+        raise ValueError(f"num_positions={num_positions}: there is nothing to order")
+    if index.size and index.min() < 0:
+        raise ValueError(f"index={index.min()}: sequences are counted from 0")
+    epochs = index // num_positions
+    positions = np.empty_like(index)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        within = index[chosen] - epoch * num_positions
+        positions[chosen] = permute(within, num_positions, seed=seed, epoch=int(epoch))
+    return positions
+
+
+def _forward(values: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.ndarray:
+    low = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & low
+    for key in keys:
+        left, right = right, left ^ (mix(right + key) & low)
+    return (left << half_bits) | right
+
+
+def _backward(values: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.ndarray:
+    low = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & low
+    for key in keys[::-1]:
+        left, right = right ^ (mix(left + key) & low), left
+    return (left << half_bits) | right
+
+
+def _walk(index: np.ndarray, n: int, keys: np.ndarray, network) -> np.ndarray:
+    """Apply the network until every value is under n: under 4 rounds on average, unless n is tiny."""
+    index = np.atleast_1d(np.asarray(index))
+    if index.size and not (index.min() >= 0 and index.max() < n):
+        raise ValueError(f"index from {index.min()} to {index.max()} is outside [0, {n})")
+    half_bits = np.uint64((max((n - 1).bit_length(), MIN_BITS) + 1) // 2)
+    values = network(index.astype(np.uint64), half_bits, keys)
+    while (outside := np.flatnonzero(values >= np.uint64(n))).size:
+        values[outside] = network(values[outside], half_bits, keys)
+    return values.astype(np.int64)

@@ -1,0 +1,182 @@
+"""Where a Hugging Face decoder may be cut: read from transformers' own plans, or from the few lines kept here.
+
+`transformers` configs carry `base_model_tp_plan` (module or parameter pattern -> style) and `base_model_pp_plan` (the modules
+before, in and after the stack of layers). They are the source of what is cut where. Families without a plan either have
+a stack that can be read off the module tree (embeddings, one list of layers, one final norm) or an entry below.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+STYLES = frozenset(
+    {
+        "colwise",
+        "rowwise",
+        "colwise_gather_output",
+        "colwise_rep",
+        "rowwise_split_input",
+        "rowwise_rep",
+        "packed_colwise",
+        "packed3_colwise",
+        "packed_rowwise",
+        "moe_tp_experts",
+        "replicated_with_grad_allreduce",
+        "mla_kv_a_proj",
+        "all_reduce",
+        "local_params",
+        "embedding_rowwise",
+    }
+)
+
+# Styles that only say how a module talks; the rest cut parameters.
+_QUIET = frozenset({"moe_tp_experts", "replicated_with_grad_allreduce", "mla_kv_a_proj", "all_reduce", "local_params"})
+
+# Plans of families that transformers gives none. `divide`: attributes that count heads or widths of the local shard.
+_GPT2_TENSOR = {
+    "h.*.attn.c_attn": "packed3_colwise",
+    "h.*.attn.c_proj": "rowwise",
+    "h.*.mlp.c_fc": "colwise",
+    "h.*.mlp.c_proj": "rowwise",
+}
+_LLAMA_TENSOR = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+BUILT_IN_TENSOR: dict[str, dict[str, str]] = {
+    "gpt2": _GPT2_TENSOR,
+    "stablelm": _LLAMA_TENSOR,
+    "hunyuan_v1_dense": _LLAMA_TENSOR
+    | {
+        "layers.*.self_attn.query_layernorm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.key_layernorm": "replicated_with_grad_allreduce",
+    },
+}
+BUILT_IN_DIVIDE: dict[str, dict[str, tuple[str, ...]]] = {"gpt2": {"h.*.attn": ("split_size", "num_heads")}}
+
+# (before the layers, after the layers), relative to the module that holds the list of layers.
+BUILT_IN_STACK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "bloom": (("word_embeddings", "word_embeddings_layernorm"), ("ln_f",)),
+}
+
+# Families whose layers pass state beside the hidden states, found by splitting every decoder of transformers 5.23 with tiny
+# configs: the two halves do not add up to the whole. They train at pipeline=1.
+UNCUTTABLE: dict[str, str] = {}
+
+
+class PlanError(ValueError):
+    """This family cannot be cut as asked; the message says which and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """The names of a decoder's parts, from the ForCausalLM's root."""
+
+    base: str  # the base model, e.g. "model"
+    layers: str  # the list of layers, e.g. "model.layers"
+    before: tuple[str, ...]  # modules that only the first stage runs (embeddings)
+    after: tuple[str, ...]  # modules that only the last stage runs (the final norm)
+    embedding: str  # the input embedding
+    head: str  # the output embedding
+    tied: bool  # head and embedding are one weight
+
+
+def find_stack(causal: PreTrainedModel) -> Stack:
+    """Read the parts of `causal` (a ForCausalLM, on any device).
+
+    Raises PlanError when it has no single stack of `num_hidden_layers` layers, or no way to tell its other parts.
+    """
+    base_name, base = causal.base_model_prefix, causal.base_model
+    if base is causal:
+        raise PlanError(f"{type(causal).__name__} has no base model apart from its head")
+    family, depth = causal.config.model_type, causal.config.num_hidden_layers
+    lists = [n for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    lists = [name for name in lists if name.count(".") == min(n.count(".") for n in lists)]
+    pp_plan = getattr(type(causal.config), "base_model_pp_plan", None) or {}
+    lists = [name for name in lists if name in pp_plan] or lists
+    if len(lists) != 1:
+        raise PlanError(f"model_type={family}: expected one list of {depth} layers, found {lists or 'none'}")
+    holder = base.get_submodule(lists[0].rpartition(".")[0])
+    leaf = lists[0].rpartition(".")[2]
+    if leaf in pp_plan:
+        names = list(pp_plan)
+        before, after = tuple(names[: names.index(leaf)]), tuple(names[names.index(leaf) + 1 :])
+    elif family in BUILT_IN_STACK:
+        before, after = BUILT_IN_STACK[family]
+    else:
+        before, after = _read_off_stack(family, holder, leaf)
+    prefix = ".".join(filter(None, (base_name, lists[0].rpartition(".")[0])))
+    embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    if head is None:
+        raise PlanError(f"{type(causal).__name__} has no output embedding to compute a loss with")
+    return Stack(
+        base=base_name,
+        layers=f"{base_name}.{lists[0]}",
+        before=tuple(f"{prefix}.{name}" for name in before if hasattr(holder, name)),
+        after=tuple(f"{prefix}.{name}" for name in after if hasattr(holder, name)),
+        embedding=_name_of(causal, embedding),
+        head=_name_of(causal, head),
+        tied=head.weight is embedding.weight,
+    )
+
+
+def _read_off_stack(family: str, holder: nn.Module, leaf: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Embeddings run before the layers; one other module with parameters can only be the final norm."""
+    children = {n: m for n, m in holder.named_children() if n != leaf and any(True for _ in m.parameters())}
+    before = tuple(n for n, m in children.items() if isinstance(m, nn.Embedding))
+    after = tuple(n for n in children if n not in before)
+    if len(after) > 1:
+        raise PlanError(f"model_type={family}: cannot tell which of {after} run before the layers; add it to plans.py")
+    return before, after
+
+
+def _name_of(root: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in root.named_modules() if module is wanted)
+
+
+def tensor_plan(causal: PreTrainedModel) -> dict[str, str]:
+    """Name of each module or parameter in the plan -> its style. Embedding and head are not in it: always cut by vocabulary.
+
+    Raises PlanError for a family without a plan, a style that is not known here, or a plan of ours that matches nothing.
+    """
+    family, base = causal.config.model_type, causal.base_model
+    own = BUILT_IN_TENSOR.get(family)
+    patterns = own or getattr(type(causal.config), "base_model_tp_plan", None)
+    if not patterns:
+        raise PlanError(f"model_type={family} has no tensor plan, in transformers or in recipes/common/plans.py")
+    unknown = sorted(set(patterns.values()) - STYLES)
+    if unknown:
+        raise PlanError(f"model_type={family}: its tensor plan uses styles {unknown}, which Trifold does not know")
+    embedding = causal.get_input_embeddings()
+    names = [n for n, m in base.named_modules() if n and m is not embedding] + [n for n, _ in base.named_parameters()]
+    plan: dict[str, str] = {}
+    for pattern, style in patterns.items():
+        rule = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+        matched = [name for name in names if rule.fullmatch(name)]
+        # transformers' plans name the variants of a family side by side (dense and expert layers): only ours must match
+        if own and not matched:
+            raise PlanError(f"model_type={family}: the plan entry {pattern!r} matches nothing in this model")
+        plan.update({f"{causal.base_model_prefix}.{name}": style for name in matched})
+    if not any(style not in _QUIET for style in plan.values()):
+        raise PlanError(f"model_type={family}: none of its tensor plan's entries matches this model")
+    return plan
+
+
+def divided_attributes(causal: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """Module name -> attributes that count the local shard and so are divided by the tensor size."""
+    found: dict[str, tuple[str, ...]] = {}
+    for pattern, attributes in BUILT_IN_DIVIDE.get(causal.config.model_type, {}).items():
+        rule = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+        for name, _ in causal.base_model.named_modules():
+            if rule.fullmatch(name):
+                found[f"{causal.base_model_prefix}.{name}"] = attributes
+    return found

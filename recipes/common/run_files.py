@@ -1,0 +1,152 @@
+"""The files that say what a run is: `recipe.json`, `deepspeed.json`, `manifest.json`. Written before step 1, rank 0.
+
+All are resolved: nothing else has to be read to know what was trained, how, and with which versions. Each is written
+to a temporary file and renamed, so a reader sees the old file or the new one. A resume keeps what it replaces
+(`recipe.before_step_00000120.json`) and adds itself to `starts` in the manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from recipes.common.recipe import ROOT, Layout, Recipe, Sizes
+
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "datasets", "safetensors", "numpy")
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON can hold it. Each dataclass and the HF config keep their class name under "class".
+
+    `config` classes of transformers are read back by CONFIG_MAPPING[d["model_type"]].from_dict(d).
+    """
+    return _plain(recipe)
+
+
+def write_run_files(
+    out_dir: Path,
+    recipe: Mapping[str, Any],
+    deepspeed: Mapping[str, Any],
+    *,
+    layout: Layout,
+    sizes: Sizes,
+    hosts: Sequence[str] = (),
+    resumed_step: int | None = None,
+) -> dict[str, Any]:
+    """Write the three files and return the manifest (its "run_id" is equal over all starts of a run).
+
+    recipe: from `recipe_to_dict`. deepspeed: from `merge_ds_config`. hosts: of all ranks, this one's if empty.
+    resumed_step: None for a fresh start.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, content in (("recipe.json", recipe), ("deepspeed.json", deepspeed)):
+        _replace(out_dir / name, content, resumed_step)
+    path = out_dir / "manifest.json"
+    manifest = _read(path) if resumed_step is not None else None
+    if manifest is None:
+        manifest = {"run_id": uuid.uuid4().hex[:12], "name": recipe["name"], "starts": []}
+    manifest["starts"].append(_start(layout, sizes, hosts, resumed_step))
+    write_json(path, manifest)
+    return manifest
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` so that `path` is the old file or the whole new one at any moment, after a power cut too."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _start(layout: Layout, sizes: Sizes, hosts: Sequence[str], resumed_step: int | None) -> dict[str, Any]:
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "resumed_step": resumed_step,
+        "command": [sys.executable, *sys.argv],
+        "working_directory": os.getcwd(),
+        "world_size": sizes.world,
+        "layout": dataclasses.asdict(layout),
+        "sizes": dataclasses.asdict(sizes),
+        "hosts": sorted(set(hosts or [socket.gethostname()])),
+        "device": _device(),
+        "git": git_state(),
+        "versions": {"python": platform.python_version(), **package_versions()},
+    }
+
+
+def git_state(root: Path = ROOT) -> dict[str, Any]:
+    """Commit of `root`, and whether tracked files differ from it; both null where it is not a checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None  # no git, no repository, or one that belongs to another user
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+
+
+def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
+    """Installed versions, null where a package is missing."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _device() -> dict[str, Any]:
+    import torch
+
+    if torch.cuda.is_available():
+        return {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "cpus": os.cpu_count()}
+    return {"name": platform.machine(), "cuda": None, "cpus": os.cpu_count()}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"class": type(value).__name__, **fields}
+    if hasattr(value, "to_dict"):  # a transformers config
+        return {"class": type(value).__name__, **_plain(value.to_dict())}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(inner) for inner in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)  # torch.dtype and the like
+
+
+def _replace(path: Path, content: Any, resumed_step: int | None) -> None:
+    """Write, and keep the file that a resume replaces by another content."""
+    if path.exists() and _read(path) != json.loads(json.dumps(content)):
+        kept = path.with_name(f"{path.stem}.before_step_{(resumed_step or 0) + 1:08d}.json")
+        if not kept.exists():
+            os.replace(path, kept)
+    write_json(path, content)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

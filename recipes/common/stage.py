@@ -1,0 +1,270 @@
+"""A pipeline stage: the Hugging Face model with the other stages' layers taken out.
+
+The ForCausalLM is built whole without memory; layers of other stages become placeholders that hand their hidden states on, so
+that indices, layer types and masks keep their meaning. A later stage puts the received activation in front of its first own
+layer, so what a family does before the layers (embedding scale, learned positions, dropout) happens once, on the first stage.
+Parameter names are Hugging Face names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from recipes.common.grid import Grid
+from recipes.common.loss import vocabulary_loss
+from recipes.common.plans import Stack, find_stack
+from recipes.common.tensor_parallel import Split, plan_split, split_forwards
+from recipes.common.weights import build_empty, draw_weights
+
+
+class Absent(nn.Module):
+    """A layer or norm of another stage: hands on what it is given. Plain attributes (layer_idx, attention_type) remain."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        for name, value in vars(original).items():
+            if not name.startswith("_") and not isinstance(value, nn.Module | torch.Tensor) and not hasattr(self, name):
+                setattr(self, name, value)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class AbsentEmbedding(nn.Module):
+    """An embedding of the first stage, seen from a later one: zeros that the received activation will replace."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.dtype = width, torch.float32
+
+    def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(*ids.shape, self.width, dtype=self.dtype, device=ids.device)
+
+
+class _Hidden:
+    """What a ForCausalLM expects of its base model, with nothing but the hidden states in it."""
+
+    def __init__(self, last_hidden_state: torch.Tensor) -> None:
+        self.last_hidden_state = last_hidden_state
+
+    def __getitem__(self, index: int) -> torch.Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _BaseStandIn(nn.Module):
+    """Stands where the base model was while the head runs: gives back the hidden states it is given."""
+
+    def forward(self, input_ids: None = None, inputs_embeds: torch.Tensor | None = None, **kwargs: Any) -> _Hidden:
+        return _Hidden(inputs_embeds)
+
+
+class Stage(nn.Module):
+    """What one (pipeline, tensor) place holds, and its forward pass. Build it with `build_stage`."""
+
+    def __init__(
+        self, causal: PreTrainedModel, stack: Stack, split: Split, grid: Grid, own: range, *, z_loss: float, chunk_tokens: int
+    ) -> None:
+        super().__init__()
+        self.causal, self.stack, self.split, self.own = causal, stack, split, own
+        self.is_first, self.is_last = grid.is_first_stage, grid.is_last_stage
+        self.grid, self.z_loss, self.chunk_tokens = grid, z_loss, chunk_tokens
+        self.vocab_size = causal.config.get_text_config().vocab_size
+        self._received: torch.Tensor | None = None
+        self._sent: torch.Tensor | None = None
+        # sums over the micro batches of a step, on the last stage: scored cross-entropy times its weight, and log(Z)^2
+        self.register_buffer("loss_sums", torch.zeros(2, dtype=torch.float64), persistent=False)
+        layers = causal.get_submodule(stack.layers)
+        if not self.is_first:
+            layers[own[0]].register_forward_pre_hook(self._inject, with_kwargs=True)
+        if not self.is_last:
+            layers[own[-1]].register_forward_hook(self._capture)
+
+    def hf_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(Hugging Face name, this rank's shard). A tied head goes by the embedding's name, on every stage."""
+        for name, parameter in self.causal.named_parameters():
+            tied = self.stack.tied and name == f"{self.stack.head}.weight"
+            yield (f"{self.stack.embedding}.weight" if tied else name), parameter
+
+    def forward(self, x: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """First stage: x is ids [micro_seqs, seq_len]; later ones: the hidden states that `forward` of the stage before gave.
+
+        Gives the hidden states to hand on; with `labels` (the last stage alone has them) the loss, see `loss`.
+        """
+        base = self.causal.base_model
+        if self.is_first:
+            out = base(input_ids=x, use_cache=False)
+        else:
+            self._received = x
+            for module in base.modules():
+                if isinstance(module, AbsentEmbedding):
+                    module.dtype = x.dtype
+            out = base(inputs_embeds=x.detach(), use_cache=False)
+            self._received = None
+        hidden, self._sent = (out.last_hidden_state if self.is_last else self._sent), None
+        return hidden if labels is None else self.loss(hidden, labels)
+
+    def loss(self, hidden: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """labels: (targets [micro_seqs, seq_len], weight []): the sum over the scored tokens times `weight`.
+
+        With weight = micro batches / scored tokens in the global batch, DeepSpeed's mean over micro batches and data ranks is
+        the mean over tokens, however they are spread.
+        """
+        targets, weight = labels
+        head = [p for p in self._head_parameters() if p.requires_grad]
+        total, cross_entropy, log_z_squared = vocabulary_loss(
+            self._logits,
+            hidden,
+            targets,
+            head,
+            vocab_size=self.vocab_size,
+            first_row=self.grid.tensor_rank * self.causal.get_output_embeddings().weight.shape[0],
+            group=self.grid.tensor_group,
+            chunk_tokens=self.chunk_tokens,
+            z_loss=self.z_loss,
+        )
+        self.loss_sums += torch.stack([cross_entropy, log_z_squared]).detach() * weight.double()
+        return total * weight
+
+    def _head_parameters(self) -> list[nn.Parameter]:
+        """Everything the ForCausalLM has beside its base model, and the embedding's weight when it is tied to the head's."""
+        of_base = {id(p) for p in self.causal.base_model.parameters()} - {id(self.causal.get_output_embeddings().weight)}
+        return [p for p in self.causal.parameters() if id(p) not in of_base]
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The ForCausalLM's own forward from the final hidden states on, so that soft-caps and logit scales are the family's."""
+        modules, name = self.causal._modules, self.stack.base
+        base, stand_in = modules[name], _BaseStandIn()
+        for part in self.stack.layers.split(".")[1:-1]:  # some families call `self.model.decoder` rather than `self.model`
+            object.__setattr__(stand_in, part, stand_in)
+        modules[name] = stand_in
+        try:
+            return self.causal(inputs_embeds=hidden, use_cache=False).logits
+        finally:
+            modules[name] = base
+
+    def _inject(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (self._received, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._received}
+
+    def _capture(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._sent = output[0] if isinstance(output, tuple) else output
+
+
+def layer_costs(causal: PreTrainedModel, stack: Stack, seq_len: int) -> tuple[list[float], float]:
+    """(cost of each layer, cost of head and loss) in multiply-adds a token, forward: the unit of the stage split.
+
+    Matrices count their elements (experts the share that a token visits), attention its scores over half the sequence.
+    """
+    config = causal.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size / config.num_attention_heads
+    attention = 2.0 * config.num_attention_heads * head_dim * seq_len / 2
+    visited = getattr(config, "num_experts_per_tok", None)
+
+    def matrices(module: nn.Module) -> float:
+        shares = ((visited or p.shape[0]) / p.shape[0] if p.ndim == 3 else 1.0 for p in module.parameters() if p.ndim > 1)
+        sizes = (p.numel() for p in module.parameters() if p.ndim > 1)
+        return sum(share * size for share, size in zip(shares, sizes, strict=True))
+
+    layers = [matrices(layer) + attention for layer in causal.get_submodule(stack.layers)]
+    return layers, float(config.hidden_size * config.vocab_size)
+
+
+def balance_stages(layers: list[float], head: float, pipeline: int) -> list[range]:
+    """Cut the layers into `pipeline` runs, each at least one layer, so that the dearest stage is as cheap as can be.
+
+    The head and the loss burden the last stage; the embedding costs next to nothing. Dynamic programming over cuts; among
+    equal cuts the one with earlier stages longer wins.
+    """
+    count = len(layers)
+    assert pipeline <= count, (pipeline, count)
+    prefix = [0.0]
+    for cost in layers:
+        prefix.append(prefix[-1] + cost)
+    # best[n]: (dearest stage, cut points) of the first n layers in the stages so far
+    best = {n: (prefix[n], [n]) for n in range(1, count + 1)}
+    for stage in range(1, pipeline):
+        burden = head if stage == pipeline - 1 else 0.0
+        best = {
+            n: min(
+                ((max(best[m][0], prefix[n] - prefix[m] + burden), [*best[m][1], n]) for m in range(stage, n)),
+                key=lambda option: (option[0], [-cut for cut in option[1]]),
+            )
+            for n in range(stage + 1, count + 1)
+        }
+    cuts = [0, *best[count][1]]
+    return [range(start, stop) for start, stop in pairwise(cuts)]
+
+
+def build_stage(
+    config: PreTrainedConfig,
+    grid: Grid,
+    *,
+    seq_len: int,
+    attention: str = "sdpa",
+    seed: int = 0,
+    recompute_every: int = 0,
+    z_loss: float = 0.0,
+    chunk_tokens: int = 2048,
+) -> Stage:
+    """This rank's stage with its initial weights, on the CPU in fp32.
+
+    Raises PlanError when the family cannot be cut so; `check` has asked before any process group exists.
+    """
+    causal = build_empty(config, attention)
+    stack = find_stack(causal)
+    split = plan_split(causal, stack, grid.tensor)
+    costs, head_cost = layer_costs(causal, stack, seq_len)
+    own = balance_stages(costs, head_cost, grid.pipeline)[grid.pipeline_rank]
+    weights = {"seed": seed, "cuts": split.cuts, "rank": grid.tensor_rank, "size": grid.tensor}
+    embedding = causal.get_submodule(stack.embedding)
+    _take_out(causal, stack, own, first=grid.is_first_stage, last=grid.is_last_stage)
+    draw_weights(causal, causal, "", **weights)
+    if grid.is_last_stage and stack.tied:
+        if not grid.is_first_stage:  # the embedding was taken out, but its weight is the head's
+            draw_weights(causal, embedding, stack.embedding, **weights)
+        causal.get_submodule(stack.head).weight = embedding.weight
+    split_forwards(causal, split, stack, grid)
+    for index in own:
+        if recompute_every and index % recompute_every == 0:
+            _recompute(causal.get_submodule(stack.layers)[index])
+    return Stage(causal, stack, split, grid, own, z_loss=z_loss, chunk_tokens=chunk_tokens)
+
+
+def _take_out(causal: PreTrainedModel, stack: Stack, own: range, *, first: bool, last: bool) -> None:
+    layers = causal.get_submodule(stack.layers)
+    for index, layer in enumerate(layers):
+        if index not in own:
+            layers[index] = Absent(layer)
+    for name in stack.before if not first else ():
+        module = causal.get_submodule(name)
+        width = getattr(module, "embedding_dim", causal.config.get_text_config().hidden_size)
+        causal.set_submodule(name, AbsentEmbedding(width) if isinstance(module, nn.Embedding) else Absent(module))
+    if not last:
+        for name in stack.after:
+            causal.set_submodule(name, Absent(causal.get_submodule(name)))
+        for name, _ in list(causal.named_children()):
+            if name != stack.base:  # the head, and whatever a family keeps beside it
+                causal._modules[name] = None
+
+
+def _recompute(layer: nn.Module) -> None:
+    """Keep the layer's input alone and run the layer again in the backward pass."""
+    forward = layer.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    layer.forward = run

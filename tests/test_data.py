@@ -1,0 +1,210 @@
+"""Packed reading against an oracle: the whole split in one array, cut by hand."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from recipes.common.data import Prefetcher, data_problems, open_split, step_micro_batches, validation_micro_batches
+from recipes.common.order import sequence_position
+from recipes.common.shards import CURE, FORMAT, ORIGIN, VERSION, tokenizer_hash
+
+SEQ_LEN = 32
+
+
+def write_split(folder, split, shard_tokens, dtype, rng):
+    """Shards of random tokens: (manifest entry, all tokens in one array)."""
+    shards, parts = [], []
+    for number, count in enumerate(shard_tokens):
+        tokens = rng.integers(0, 1000, count).astype(dtype)
+        ends = np.unique(np.append(rng.integers(1, count, min(count - 1, 5)), count)).astype("<u8")
+        name = f"{split}_{number:05d}"
+        values = {"bin": tokens, "ends": ends, "origins": np.zeros(len(ends), ORIGIN)}
+        checksums = {}
+        for end, array in values.items():
+            (folder / f"{name}.{end}").write_bytes(array.tobytes())
+            checksums[f"{name}.{end}"] = "sha256:" + hashlib.sha256(array.tobytes()).hexdigest()
+        shards.append({"file": f"{name}.bin", "tokens": count, "documents": len(ends), "checksums": checksums})
+        parts.append(tokens)
+    entry = {"tokens": sum(shard_tokens), "documents": sum(shard["documents"] for shard in shards), "shards": shards}
+    return entry, np.concatenate(parts).astype(np.int64)
+
+
+def write_data(folder, *, train=(1000, 7, 20, 2000, 333), validation=(500, 200), dtype="uint16"):
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_text('{"model": {"vocab": {}}, "padding": null}')
+    splits, oracle = {}, {}
+    for split, shard_tokens in (("train", train), ("validation", validation)):
+        splits[split], oracle[split] = write_split(folder, split, shard_tokens, dtype, rng)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tokenizer_hash": tokenizer_hash(folder / "tokenizer"),
+        "vocab_size": 1000,
+        "eos_id": 2,
+        "dtype": dtype,
+        "splits": splits,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return oracle
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    return tmp_path / "data", write_data(tmp_path / "data")
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_read_equals_the_concatenated_stream(tmp_path, dtype):
+    tokens = write_data(tmp_path / "data", dtype=dtype)["train"]
+    stream = open_split(tmp_path / "data", "train", SEQ_LEN)
+    assert stream.num_positions == (len(tokens) - 1) // SEQ_LEN
+    positions = np.random.default_rng(1).permutation(stream.num_positions)
+    read = stream.read(positions)
+    assert read.dtype == np.int64 and read.shape == (stream.num_positions, SEQ_LEN + 1)
+    for row, position in zip(read, positions, strict=True):
+        assert np.array_equal(row, tokens[position * SEQ_LEN : position * SEQ_LEN + SEQ_LEN + 1])
+    with pytest.raises(IndexError):
+        stream.read(np.array([stream.num_positions]))
+
+
+def test_a_sequence_may_span_several_shards(tmp_path):
+    tokens = write_data(tmp_path / "data", train=(5, 5, 5, 5, 5, 60))["train"]
+    stream = open_split(tmp_path / "data", "train", 20)
+    assert np.array_equal(stream.read(np.array([0]))[0], tokens[:21])
+
+
+def run_stream(stream, *, consumed, until, data_size, ramp, workers):
+    """The sequences of a run from `consumed` to `until`, in the order of the steps: int64 [until - consumed, S + 1]."""
+    readers = []
+    for rank in range(data_size):
+
+        def read(at, seqs, rank=rank):
+            return step_micro_batches(
+                stream, seed=3, consumed=at, global_seqs=seqs, micro_seqs=2, data_rank=rank, data_size=data_size
+            )
+
+        readers.append(Prefetcher(read, workers=workers))
+    rows = []
+    while consumed < until:
+        seqs = min(8 if ramp and consumed < 48 else 16, until - consumed)
+        ranks = [reader.next(consumed, seqs) for reader in readers]
+        for micro in zip(*ranks, strict=True):
+            rows += list(micro)
+        consumed += seqs
+    for reader in readers:
+        reader.close()
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("ramp", [False, True])
+@pytest.mark.parametrize("data_size", [1, 2, 4])
+def test_same_sequences_in_every_layout(prepared, data_size, ramp, workers):
+    folder, oracle = prepared
+    stream = open_split(folder, "train", SEQ_LEN)
+    until = 3 * stream.num_positions // 16 * 16  # about three epochs
+    positions = sequence_position(3, np.arange(until), stream.num_positions)
+    tokens = np.stack([oracle["train"][p * SEQ_LEN : p * SEQ_LEN + SEQ_LEN + 1] for p in positions])
+    found = run_stream(stream, consumed=0, until=until, data_size=data_size, ramp=ramp, workers=workers)
+    assert np.array_equal(found.numpy(), tokens)
+    resumed = run_stream(
+        stream, consumed=64, until=until, data_size={1: 4, 2: 1, 4: 2}[data_size], ramp=False, workers=workers
+    )
+    assert np.array_equal(resumed.numpy(), tokens[64:])
+
+
+def test_micro_batches_must_divide(prepared):
+    stream = open_split(prepared[0], "train", SEQ_LEN)
+    with pytest.raises(ValueError, match="global_seqs=6 is not a multiple of micro_seqs=2 x data parallel 2"):
+        step_micro_batches(stream, seed=1, consumed=0, global_seqs=6, micro_seqs=2, data_rank=0, data_size=2)
+
+
+@pytest.mark.parametrize("data_size", [1, 2, 3])
+@pytest.mark.parametrize("seqs", [1, 7, 12, 21])
+def test_each_validation_sequence_counts_once(prepared, seqs, data_size):
+    folder, oracle = prepared
+    stream = open_split(folder, "validation", SEQ_LEN)
+    ranks = [
+        validation_micro_batches(stream, seqs=seqs, micro_seqs=2, data_rank=rank, data_size=data_size)
+        for rank in range(data_size)
+    ]
+    assert len({len(rank) for rank in ranks}) == 1
+    found = []
+    for micro in zip(*ranks, strict=True):
+        for tokens, valid in micro:
+            assert tokens.shape == (2, SEQ_LEN + 1) and valid.dtype == torch.bool
+            found += tokens[valid].tolist()
+    tokens = oracle["validation"]
+    assert found == [tokens[p * SEQ_LEN : p * SEQ_LEN + SEQ_LEN + 1].tolist() for p in range(seqs)]
+
+
+def test_more_validation_than_there_is(prepared):
+    stream = open_split(prepared[0], "validation", SEQ_LEN)
+    with pytest.raises(ValueError, match=r"evaluation.seqs=22 is not in \[1, 21\]"):
+        validation_micro_batches(stream, seqs=22, micro_seqs=2, data_rank=0, data_size=1)
+
+
+def test_a_read_error_reaches_the_step():
+    def read(consumed, global_seqs):
+        raise OSError("gone")
+
+    prefetch = Prefetcher(read, workers=2)
+    with pytest.raises(OSError, match="gone"):
+        prefetch.next(0, 4)
+    prefetch.close()
+
+
+def problems(folder, **changes):
+    settings = {"seq_len": SEQ_LEN, "vocab_size": 1000, "tokenizer": folder / "tokenizer", "needs_validation": True}
+    return data_problems(folder, **(settings | changes))
+
+
+def test_good_data_has_no_problems(prepared):
+    assert problems(prepared[0]) == []
+
+
+def test_every_problem_is_named(prepared):
+    folder = prepared[0]
+    (folder / "train_00001.bin").unlink()
+    with open(folder / "train_00003.bin", "r+b") as file:
+        file.truncate(100)
+    other = folder.parent / "other"
+    other.mkdir()
+    (other / "tokenizer.json").write_text('{"model": {"vocab": {"a": 1}}}')
+    found = problems(folder, vocab_size=999, tokenizer=other, validation_seqs=22)
+    assert len(found) == 5
+    for line, parts in zip(
+        found,
+        [
+            (f"data={folder}", "train_00001.bin is missing", CURE),
+            (f"data={folder}", "train_00003.bin has 100 bytes, the manifest says 4000", CURE),
+            ("model.vocab_size=999", "1000", "raise model.vocab_size"),
+            (f"tokenizer={other}", "not the one", "use "),
+            ("batch.seq_len=32", "validation split", "700 tokens", "lower evaluation.seqs"),
+        ],
+        strict=True,
+    ):
+        assert all(part in line for part in parts), line
+    stream = open_split(folder, "train", SEQ_LEN)
+    with pytest.raises(ValueError, match=r"train_00003.bin has 100 bytes"):
+        stream.read(np.array([33]))
+
+
+def test_missing_and_unfinished_preparations(tmp_path):
+    assert "does not exist" in problems(tmp_path)[0]
+    (tmp_path / "unfinished").mkdir()
+    assert "was not finished" in problems(tmp_path)[0]
+    (tmp_path / "manifest.json").write_text("[]")
+    assert "is not a manifest" in problems(tmp_path)[0]
+    (tmp_path / "manifest.json").write_text('{"format": "trifold-tokens", "version": 99}')
+    assert "version reads" in problems(tmp_path)[0]
+
+
+def test_too_short_for_one_sequence(prepared):
+    found = problems(prepared[0], seq_len=5000)
+    assert len(found) == 2 and "train split" in found[0] and "5001 are needed for 1 sequence;" in found[0]

@@ -1,0 +1,111 @@
+"""The tokenizer of a preparation: found, converted or trained, and copied beside the shards it makes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from tools.data_input import InputFile, Piece, read_piece
+from tools.spm_tokenizer import train_bpe, write_folder
+
+SAMPLE_BYTES = 16 << 20  # text that a tokenizer is trained on
+SAMPLE_SEED = 20
+CHECKED_DOCUMENTS = 200  # encoded both ways when a SentencePiece model becomes a tokenizer.json
+COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "chat_template.jinja")
+
+
+class TokenizerError(ValueError):
+    """The tokenizer cannot be used, with the cure."""
+
+
+def find_tokenizer(name: str) -> Path:
+    """The file that defines the tokenizer `name`: a tokenizer.json, or a SentencePiece .model."""
+    path = Path(name)
+    if path.is_file() and (path.name == "tokenizer.json" or path.suffix == ".model"):
+        return path
+    for found in (path / "tokenizer.json", path / "tokenizer.model"):
+        if found.is_file():
+            return found
+    raise TokenizerError(f"--tokenizer {name}: neither a folder with tokenizer.json or tokenizer.model, nor such a file")
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_tokenizer(
+    folder: Path, found: Path | None, vocab_size: int, files: list[InputFile], units: list[list[Piece]], text_key: str
+) -> None:
+    """Write `folder` as a Hugging Face tokenizer: a copy of `found`, or trained on a sample if that is None.
+
+    An interrupted call leaves no folder. Raises TokenizerError or ValueError.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return
+    part = folder.with_name("tokenizer.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    if found is None:
+        sample = sample_texts(files, units, text_key, SAMPLE_BYTES)
+        if not sample:
+            raise TokenizerError("--train-tokenizer: the input holds no text")
+        size = sum(len(text) for text in sample) / 1e6
+        print(f"training a tokenizer of {vocab_size} pieces on {size:.1f} MB of text", file=sys.stderr, flush=True)
+        model = train_bpe(sample, vocab_size, threads=len(os.sched_getaffinity(0)))
+        write_folder(model, part, sample[:CHECKED_DOCUMENTS])
+    elif found.suffix == ".model":
+        write_folder(found.read_bytes(), part, sample_texts(files, units, text_key, SAMPLE_BYTES)[:CHECKED_DOCUMENTS])
+    else:
+        for name in COPIED:
+            if (found.parent / name).is_file():
+                shutil.copyfile(found.parent / name, part / name)
+    os.rename(part, folder)
+
+
+def sample_texts(files: list[InputFile], units: list[list[Piece]], text_key: str, limit_bytes: int) -> list[str]:
+    """Readable documents of about `limit_bytes` in all, from pieces all over the input; the same ones every time."""
+    order = list(range(len(units)))
+    random.Random(SAMPLE_SEED).shuffle(order)
+    each = max(limit_bytes // min(len(order), 64), 1)  # from many units, so that no source is left out
+    texts, total = [], 0
+    for number in order:
+        for text, size in _texts_of(files, units[number], text_key, each):
+            texts.append(text)
+            total += size
+        if total >= limit_bytes:
+            break
+    return texts
+
+
+def _texts_of(files: list, unit: list[Piece], text_key: str, limit_bytes: int) -> Iterator[tuple[str, int]]:
+    total = 0
+    for piece in unit:
+        for document in read_piece(files[piece.file], piece, text_key):
+            if document.text:
+                yield document.text, len(document.text)
+                total += len(document.text)
+                if total >= limit_bytes:
+                    return
+
+
+def end_token(folder: Path, tokenizer: Tokenizer) -> int:
+    """The id that closes each document: `eos_token` of tokenizer_config.json. Raises TokenizerError without one."""
+    config = folder / "tokenizer_config.json"
+    token = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
+    token = token["content"] if isinstance(token, dict) else token
+    found = tokenizer.token_to_id(token) if token else None
+    if found is None:
+        raise TokenizerError(
+            f"the tokenizer names no end token: set eos_token in tokenizer_config.json beside its tokenizer.json "
+            f"(eos_token={token!r} is not one of its tokens)"
+        )
+    return found
