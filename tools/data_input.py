@@ -1,20 +1,22 @@
-"""The inputs of tools.prepare_data: files, what is in them, and how they are cut into pieces of work.
+"""The inputs of tools.prepare_data: which files there are, and how they are cut into pieces of work.
 
-A piece of work (`Unit`) is a list of ranges of files and depends on the inputs alone, never on the number of processes,
-so the same inputs give the same shards anywhere. Documents come out one at a time, with file and offset.
+A unit of work is a list of pieces of files and depends on the inputs alone, never on the number of processes, so the
+same inputs give the same shards anywhere. What is in a piece is read by tools.data_readers.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__")  # never read inside an input folder, nor hidden ones
+TEXT_ENDINGS = (".txt", ".text", ".md")
+JSON_ENDINGS = (".jsonl", ".ndjson")
+COMPRESSED_ENDINGS = (".gz", ".zst")
+HUB = "hub:"  # an INPUT that starts so is a dataset by name
 MIN_UNIT_BYTES = 1 << 20
 MAX_UNIT_BYTES = 256 << 20
 UNITS = 64  # aimed at between those two
@@ -22,70 +24,82 @@ UNITS = 64  # aimed at between those two
 
 @dataclass(frozen=True, kw_only=True)
 class InputFile:
-    path: str
+    path: str  # "hub:NAME:CONFIG:SPLIT" for a dataset by name
     source: int  # number of the INPUT argument it came from
-    kind: str  # "text" or "jsonl"
+    kind: str  # "text", "lines", "jsonl", "parquet", "dataset" (on disk) or "hub"
     bytes: int
     changed_ns: int  # modification time, to notice that an input changed
+    parts: int = 0  # row groups (parquet), rows (dataset), shards (hub); 0 for what is cut by bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Part of one file: bytes [start, stop) of a .jsonl, the whole of any other."""
+    """Parts [start, stop) of one file: bytes of plain lines, the parts above of what has any; otherwise all of it."""
 
     file: int
     start: int
     stop: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    text: str | None  # None: it cannot be read, for the reason in `problem`
-    offset: int  # bytes from the start of the (uncompressed) file; its line in a compressed .jsonl
-    problem: str = ""
-    bytes: int = 0  # of input it took; 0 in a compressed file
+    bytes: int  # of input, for the progress
 
 
 class InputError(ValueError):
     """The user's mistake in an input."""
 
 
-def kind_of(path: Path, as_text: bool) -> str | None:
-    """How a file is read, by its name; None for a file we do not know."""
-    name = path.name.lower().removesuffix(".gz")
-    if name.endswith((".jsonl", ".ndjson")):
-        return "jsonl"
-    if as_text or name.endswith((".txt", ".text", ".md")):
-        return "text"
-    return None
+def uncompressed(name: str) -> str:
+    for ending in COMPRESSED_ENDINGS:
+        name = name.removesuffix(ending)
+    return name
 
 
-def list_files(inputs: list[str], suffixes: list[str], excluded: list[str]) -> list[InputFile]:
+def list_files(inputs: list[str], suffixes: list[str], excluded: list[str], text_key: str, each_line: bool) -> list[InputFile]:
     """Every file to read, in a fixed order. Raises InputError naming each input that is missing, unknown or empty."""
     found: list[InputFile] = []
     problems = []
     for source, name in enumerate(inputs):
-        root = Path(name)
-        if not root.exists():
-            problems.append(f"{name}: no such file or folder")
-            continue
         before = len(found)
-        for path in _walk(root, set(excluded) | set(SKIPPED_FOLDERS)):
-            if root.is_dir() and suffixes and not path.name.endswith(tuple(suffixes)):
-                continue
-            kind = kind_of(path, as_text=bool(suffixes) or not root.is_dir())
-            if kind is None:
-                continue
-            state = path.stat()
-            found.append(
-                InputFile(path=str(path), source=source, kind=kind, bytes=state.st_size, changed_ns=state.st_mtime_ns)
-            )
+        try:
+            found += _files_of(name, source, suffixes, excluded, text_key, each_line)
+        except InputError as error:
+            problems.append(str(error))
+            continue
         if len(found) == before:
-            wanted = " ".join(suffixes) if suffixes else ".txt .text .md .jsonl .ndjson (and .gz)"
-            problems.append(f"{name}: no file with {wanted} in it; choose with --suffix")
+            wanted = " ".join(suffixes or (*TEXT_ENDINGS, *JSON_ENDINGS, ".parquet"))
+            problems.append(f"{name}: no file ending in {wanted} in it; choose with --suffix")
     if problems:
-        raise InputError("; ".join(problems))
+        raise InputError("\n  ".join(problems))
     return found
+
+
+def _files_of(
+    name: str, source: int, suffixes: list[str], excluded: list[str], text_key: str, each_line: bool
+) -> Iterator[InputFile]:
+    if name.startswith(HUB):
+        yield _hub_dataset(name, source, text_key)
+        return
+    root = Path(name)
+    if not root.exists():
+        raise InputError(f"{name}: no such file or folder (a dataset of the Hugging Face hub is written {HUB}NAME)")
+    if (root / "dataset_dict.json").is_file():
+        raise InputError(f"{name}: holds several splits; give the folder of one, such as {root / 'train'}")
+    if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
+        yield _disk_dataset(root, source, text_key)
+        return
+    for path in _walk(root, set(excluded) | set(SKIPPED_FOLDERS)):
+        if root.is_dir() and suffixes and not path.name.endswith(tuple(suffixes)):
+            continue
+        plain = uncompressed(path.name.lower())
+        kind, parts = "lines" if each_line else "text", 0
+        if plain.endswith(JSON_ENDINGS):
+            kind = "jsonl"
+        elif plain.endswith(".parquet"):
+            kind, parts = "parquet", _row_groups(path, text_key)
+        elif root.is_dir() and not suffixes and not plain.endswith(TEXT_ENDINGS):
+            continue  # a folder may hold other things; a file that was named, or chosen by --suffix, is text
+        state = path.stat()
+        yield InputFile(
+            path=str(path), source=source, kind=kind, bytes=state.st_size, changed_ns=state.st_mtime_ns, parts=parts
+        )
 
 
 def _walk(root: Path, excluded: set[str]) -> Iterator[Path]:
@@ -100,73 +114,88 @@ def _walk(root: Path, excluded: set[str]) -> Iterator[Path]:
                 yield path
 
 
+def _row_groups(path: Path, text_key: str) -> int:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            groups = file.num_row_groups
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{path}: not a Parquet file ({error})") from error
+    if text_key not in columns:
+        raise InputError(f"{path}: no column {text_key!r} among {columns}; choose with --text-key")
+    return groups
+
+
+def _disk_dataset(folder: Path, source: int, text_key: str) -> InputFile:
+    import datasets
+
+    rows = datasets.load_from_disk(str(folder))
+    _check_columns(str(folder), rows.column_names, text_key)
+    names = [entry["filename"] for entry in json.loads((folder / "state.json").read_text())["_data_files"]]
+    states = [(folder / name).stat() for name in names]
+    return InputFile(
+        path=str(folder),
+        source=source,
+        kind="dataset",
+        bytes=sum(state.st_size for state in states),
+        changed_ns=max((state.st_mtime_ns for state in states), default=0),
+        parts=len(rows),
+    )
+
+
+def _hub_dataset(name: str, source: int, text_key: str) -> InputFile:
+    rows = open_hub(name)
+    if rows.column_names is not None:
+        _check_columns(name, rows.column_names, text_key)
+    shards = rows.num_shards
+    return InputFile(path=name, source=source, kind="hub", bytes=shards, changed_ns=0, parts=shards)
+
+
+def open_hub(name: str):  # -> datasets.IterableDataset, imported only where it is needed
+    """The streamed dataset `hub:NAME[:CONFIG[:SPLIT]]` (split "train" unless given)."""
+    import datasets
+
+    path, config, split = [*name.removeprefix(HUB).split(":"), "", ""][:3]
+    try:
+        return datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
+    except Exception as error:  # the library raises many kinds; each is the user's to solve
+        raise InputError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def _check_columns(name: str, columns: list[str], text_key: str) -> None:
+    if text_key not in columns:
+        raise InputError(f"{name}: no column {text_key!r} among {columns}; choose with --text-key")
+
+
 def plan_units(files: list[InputFile]) -> list[list[Piece]]:
-    """Cut the files into pieces of work of about equal size, each a list of pieces in order."""
-    total = sum(file.bytes for file in files)
-    unit_bytes = min(max(total // UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
-    units: list[list[Piece]] = []
-    filled = unit_bytes
+    """Cut the files into units of work of about equal size, each a list of pieces in order."""
+    unit_bytes = min(max(sum(file.bytes for file in files) // UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
+    units: list[list[Piece]] = [[]]
+    filled = 0
     for number, file in enumerate(files):
-        start = 0
-        while start < file.bytes or start == 0:
-            if filled >= unit_bytes:
+        for piece in _cut(number, file, unit_bytes):
+            if filled and filled + piece.bytes > unit_bytes:
                 units.append([])
                 filled = 0
-            splittable = file.kind == "jsonl" and not file.path.endswith(".gz")
-            stop = min(start + unit_bytes - filled, file.bytes) if splittable else file.bytes
-            units[-1].append(Piece(file=number, start=start, stop=stop))
-            filled += max(stop - start, 1)
-            start = max(stop, 1)
+            units[-1].append(piece)
+            filled += max(piece.bytes, 1)
     return units
 
 
-def read_piece(file: InputFile, piece: Piece, text_key: str) -> Iterator[Document]:
-    """The documents of one piece, in order."""
-    with open_bytes(file.path) as stream:
-        if file.kind == "text":
-            yield _decoded(stream.read(), 0)
-        else:
-            yield from _json_lines(stream, piece, text_key, compressed=file.path.endswith(".gz"))
-
-
-def open_bytes(path: str) -> BinaryIO:
-    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
-
-
-def _decoded(raw: bytes, offset: int) -> Document:
-    try:
-        return Document(text=raw.decode("utf-8"), offset=offset, bytes=len(raw))
-    except UnicodeDecodeError as error:
-        return Document(text=None, offset=offset, problem=f"not UTF-8 at byte {offset + error.start}")
-
-
-def _json_lines(stream: BinaryIO, piece: Piece, text_key: str, compressed: bool) -> Iterator[Document]:
-    """The lines that begin inside the piece. Blank lines are no documents."""
-    at = 0
-    if piece.start:
-        stream.seek(piece.start - 1)
-        at = piece.start - 1 + len(stream.readline())
-    for number, line in enumerate(stream, start=1):
-        if not compressed and at >= piece.stop:
-            return
-        if line.strip():
-            yield _json_document(line, number if compressed else at, text_key, 0 if compressed else len(line))
-        at += len(line)
-
-
-def _json_document(line: bytes, offset: int, text_key: str, size: int) -> Document:
-    try:
-        record = json.loads(line)
-        text = record[text_key]
-        if not isinstance(text, str):
-            raise TypeError(f"{text_key!r} is {type(text).__name__}, not a string")
-        text.encode("utf-8")  # a lone surrogate escape is valid JSON and no text
-    except UnicodeDecodeError:
-        return Document(text=None, offset=offset, problem="not UTF-8")
-    except UnicodeEncodeError:
-        return Document(text=None, offset=offset, problem=f"{text_key!r} holds a lone surrogate")
-    except KeyError:
-        return Document(text=None, offset=offset, problem=f"no field {text_key!r}")
-    except (ValueError, TypeError) as error:
-        return Document(text=None, offset=offset, problem=f"broken JSON line: {error}")
-    return Document(text=text, offset=offset, bytes=size)
+def _cut(number: int, file: InputFile, unit_bytes: int) -> Iterator[Piece]:
+    """The pieces of one file. Of what is compressed, or one document, there is one."""
+    if file.kind == "hub":
+        step, end = 1, file.parts
+    elif file.parts:
+        step, end = max(file.parts * unit_bytes // max(file.bytes, 1), 1), file.parts
+    elif file.kind in ("jsonl", "lines") and not file.path.endswith(COMPRESSED_ENDINGS):
+        step, end = unit_bytes, file.bytes
+    else:
+        step, end = max(file.bytes, 1), file.bytes
+    for start in range(0, max(end, 1), step):  # an empty file is a piece too: it is counted as an empty document
+        stop = min(start + step, end)
+        size = file.bytes * stop // max(end, 1) - file.bytes * start // max(end, 1)
+        yield Piece(file=number, start=start, stop=stop, bytes=size)

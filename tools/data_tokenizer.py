@@ -9,11 +9,13 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from tools.data_input import InputFile, Piece, read_piece
+from tools.data_input import InputFile, Piece
+from tools.data_readers import read_piece
 from tools.spm_tokenizer import train_bpe, write_folder
 
 SAMPLE_BYTES = 16 << 20  # text that a tokenizer is trained on
@@ -72,10 +74,17 @@ def make_tokenizer(
 
 
 def sample_texts(files: list[InputFile], units: list[list[Piece]], text_key: str, limit_bytes: int) -> list[str]:
-    """Readable documents of about `limit_bytes` in all, from pieces all over the input; the same ones every time."""
-    order = list(range(len(units)))
-    random.Random(SAMPLE_SEED).shuffle(order)
-    each = max(limit_bytes // min(len(order), 64), 1)  # from many units, so that no source is left out
+    """Readable documents of about `limit_bytes` in all, from every source and all over it; the same ones every time."""
+    by_source: dict[int, list[int]] = {}
+    for number, unit in enumerate(units):
+        for source in {files[piece.file].source for piece in unit}:
+            by_source.setdefault(source, []).append(number)
+    rng = random.Random(SAMPLE_SEED)
+    for numbers in by_source.values():
+        rng.shuffle(numbers)
+    order = [number for turn in zip_longest(*by_source.values()) for number in turn if number is not None]
+    order = list(dict.fromkeys(order))
+    each = max(limit_bytes // min(len(order), max(64, len(by_source))), 1)
     texts, total = [], 0
     for number in order:
         for text, size in _texts_of(files, units[number], text_key, each):

@@ -21,14 +21,22 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 
 from recipes.common.shards import FORMAT, VERSION, tokenizer_hash
 from tools.data_input import InputFile, list_files, plan_units
-from tools.data_tokenizer import end_token, file_hash, find_tokenizer, make_tokenizer
-from tools.progress import Progress
-from tools.shard_pool import write_in_processes
-from tools.shard_writer import SPLITS, Job, encoder, files_listing, write_json, write_unit
+from tools.data_tokenizer import end_token, file_hash, find_tokenizer, make_tokenizer, sample_texts
+from tools.dedup import find_duplicates, hashes_path
+from tools.encoders import FAST, REFERENCE, choose_encoder, reference_tokenizer
+from tools.shard_pool import do_all
+from tools.shard_writer import SPLITS, Job, Work, files_listing, hash_unit, write_json, write_unit
+
+CHECK_BYTES = 2 << 20  # text on which a fast encoder must prove itself before the run
+
+
+INPUT_HELP = """text, JSON lines (.jsonl, .ndjson; all also .gz, .zst), Parquet, a folder of those, a dataset saved by
+`datasets`, or hub:NAME[:CONFIG[:SPLIT]] (streamed)"""
 
 
 class UsageError(ValueError):
@@ -37,7 +45,7 @@ class UsageError(ValueError):
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.prepare_data", description=__doc__.split("\n")[0])
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file or folder: text, .jsonl, .ndjson (also .gz)")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUT_HELP)
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", help="Hugging Face tokenizer folder, tokenizer.json or SentencePiece .model")
@@ -45,8 +53,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--validation-fraction", type=float, default=0.01, help="share of documents held out")
     parser.add_argument("--suffix", action="append", default=[], help="only files with this ending, read as text")
     parser.add_argument("--exclude", nargs="*", default=[], help="folder names to leave out at any depth")
-    parser.add_argument("--text-key", default="text", help="the field of a JSON line that holds the document")
+    parser.add_argument("--text-key", default="text", help="the JSON field or table column that holds the document")
+    parser.add_argument("--each-line", action="store_true", help="a line of a text file is a document, not the file")
     parser.add_argument("--bad", choices=("fail", "skip"), default="fail", help="what to do with unreadable documents")
+    parser.add_argument("--dedup", action="store_true", help="keep only the first of documents with equal text")
+    parser.add_argument("--encoder", choices=("auto", FAST, REFERENCE), default="auto", help="all give the same ids")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     return parser.parse_args(argv)
@@ -72,7 +83,7 @@ def prepare(args: argparse.Namespace) -> dict:
         raise UsageError(f"--validation-fraction {args.validation_fraction}: must be in [0, 1)")
     if args.workers < 1:
         raise UsageError(f"--workers {args.workers}: must be at least 1")
-    files = list_files(args.inputs, args.suffix, args.exclude)
+    files = list_files(args.inputs, args.suffix, args.exclude, args.text_key, args.each_line)
     fingerprint = inputs_fingerprint(args, files)
     finished = args.out / "manifest.json"
     if finished.is_file():
@@ -98,6 +109,7 @@ def inputs_fingerprint(args: argparse.Namespace, files: list[InputFile]) -> str:
     digest = hashlib.sha256()
     tokenizer = args.tokenizer and file_hash(find_tokenizer(args.tokenizer))
     options = [FORMAT, VERSION, tokenizer, args.train_tokenizer, args.validation_fraction, args.text_key, args.bad]
+    options.append(args.dedup)
     digest.update(json.dumps(options).encode())
     for file in files:
         digest.update(json.dumps(asdict(file)).encode())
@@ -111,43 +123,60 @@ def clear_leftovers(out: Path, fingerprint: str) -> None:
         leftovers = [path for split in SPLITS for path in out.glob(f"{split}_*.*")]
         if state.is_file():
             print("the inputs or options changed since the last run: starting over", file=sys.stderr)
-        for path in [*leftovers, *(out / "unfinished").glob("unit_*")]:
+        for path in [*leftovers, *(out / "unfinished").glob("*_*.*")]:
             path.unlink()
-        shutil.rmtree(out / "tokenizer", ignore_errors=True)
+        for folder in (out / "tokenizer", out / "unfinished" / "drops"):
+            shutil.rmtree(folder, ignore_errors=True)
         write_json(state, fingerprint)
     for path in (out / "unfinished").glob("*.part"):
-        path.unlink()
+        if path.is_file():
+            path.unlink()
 
 
 def run_units(args: argparse.Namespace, files: list[InputFile], fingerprint: str) -> dict:
     """Write the tokenizer, every unit that is not there yet, and the manifest: the manifest."""
     units = plan_units(files)
     found = args.tokenizer and find_tokenizer(args.tokenizer)
-    tokenizer_folder = args.out / "tokenizer"
-    make_tokenizer(tokenizer_folder, found or None, args.train_tokenizer, files, units, args.text_key)
-    tokenizer = encoder(str(tokenizer_folder / "tokenizer.json"))
+    folder = args.out / "tokenizer"
+    make_tokenizer(folder, found or None, args.train_tokenizer, files, units, args.text_key)
+    job, vocab_size = make_job(args, folder, sample_texts(files, units, args.text_key, CHECK_BYTES))
+    works = [
+        Work(number=number, pieces=unit, files={piece.file: files[piece.file] for piece in unit})
+        for number, unit in enumerate(units)
+    ]
+    if args.dedup and not (args.out / "unfinished" / "drops").is_dir():
+        do_all(hash_unit, job, left_to_do(works, args.out, hashes_path), args.workers, "find duplicates")
+        find_duplicates(args.out, len(units))
+    do_all(write_unit, job, left_to_do(works, args.out, unit_record), args.workers, "prepare")
+    records = [json.loads(unit_record(args.out, number).read_text()) for number in range(len(units))]
+    return write_manifest(args, files, records, job, vocab_size, fingerprint)
+
+
+def make_job(args: argparse.Namespace, folder: Path, sample: list[str]) -> tuple[Job, int]:
+    """The job, and the vocabulary size it writes ids of."""
+    tokenizer_file = str(folder / "tokenizer.json")
+    tokenizer = reference_tokenizer(tokenizer_file)
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    encoder, why = choose_encoder(args.encoder, tokenizer_file, sample)
+    print(f"encoder: {encoder}, {why}", file=sys.stderr)
     job = Job(
         out=str(args.out),
-        tokenizer_file=str(tokenizer_folder / "tokenizer.json"),
-        eos_id=end_token(tokenizer_folder, tokenizer),
+        tokenizer_file=tokenizer_file,
+        eos_id=end_token(folder, tokenizer),
         dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
         text_key=args.text_key,
         validation_fraction=args.validation_fraction,
         skip_bad=args.bad == "skip",
+        encoder=encoder,
     )
-    todo = [number for number in range(len(units)) if not unit_record(args.out, number).is_file()]
-    if len(todo) < len(units):
-        print(f"going on: {len(units) - len(todo)} of {len(units)} pieces are there", file=sys.stderr)
-    total = sum(max(piece.stop - piece.start, 0) for number in todo for piece in units[number])
-    with Progress("prepare", total_bytes=total) as progress:
-        if args.workers == 1 or len(todo) <= 1:
-            for number in todo:
-                write_unit(job, number, files, units[number], tokenizer, progress.add)
-        else:
-            write_in_processes(job, files, units, todo, min(args.workers, len(todo)), progress)
-    records = [json.loads(unit_record(args.out, number).read_text()) for number in range(len(units))]
-    return write_manifest(args, files, records, job, vocab_size, fingerprint)
+    return job, vocab_size
+
+
+def left_to_do(works: list[Work], out: Path, result: Callable[[Path, int], Path]) -> list[Work]:
+    todo = [work for work in works if not result(out, work.number).is_file()]
+    if len(todo) < len(works):
+        print(f"going on: {len(works) - len(todo)} of {len(works)} units are there", file=sys.stderr)
+    return todo
 
 
 def unit_record(out: Path, number: int) -> Path:
@@ -201,6 +230,8 @@ def command(args: argparse.Namespace) -> list[str]:
     words += ["--tokenizer", args.tokenizer] if args.tokenizer else ["--train-tokenizer", str(args.train_tokenizer)]
     words += ["--validation-fraction", str(args.validation_fraction), "--text-key", args.text_key, "--bad", args.bad]
     words += [word for suffix in args.suffix for word in ("--suffix", suffix)]
+    words += ["--each-line"] if args.each_line else []
+    words += ["--dedup"] if args.dedup else []
     return words + (["--exclude", *args.exclude] if args.exclude else [])
 
 
@@ -225,7 +256,10 @@ def summary_text(summary: dict) -> str:
         lines.append(f"{split:<12}{found['tokens']:>16,}{found['documents']:>12,}{found['shards']:>8}")
     counts = summary["counts"]
     lines.append(f"vocabulary {summary['vocab_size']} ({summary['dtype']}), {counts['text_bytes'] / 1e6:.1f} MB of text")
-    lines.append(f"left out: {counts['empty']} empty documents, {counts['bad']} unreadable (skipped.jsonl)")
+    lines.append(
+        f"left out: {counts['empty']} empty documents, {counts['duplicates']} duplicates, "
+        f"{counts['bad']} unreadable (skipped.jsonl)"
+    )
     return "\n".join(lines)
 
 

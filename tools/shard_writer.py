@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from recipes.common.shards import ORIGIN
-from tools.data_input import Document, InputFile, Piece, read_piece
+from tools.data_input import InputFile, Piece
+from tools.data_readers import Document, read_piece
+from tools.dedup import document_hash, read_drops, write_hashes
+from tools.encoders import REFERENCE, Encode, EncoderError, first_difference, load_encoder
 
 BATCH_BYTES = 4 << 20  # text encoded at once
+SPOT_CHECK_BATCHES, SPOT_CHECK_DOCUMENTS = 32, 4  # checked: so many documents of every so many batches, the first too
 SPLITS = ("train", "validation")
 
 
@@ -30,6 +34,7 @@ class Job:
     text_key: str
     validation_fraction: float
     skip_bad: bool
+    encoder: str
 
 
 class BadDocumentError(ValueError):
@@ -48,14 +53,13 @@ class ShardFile:
     def _part(self, end: str) -> Path:
         return self.folder / "unfinished" / f"{self.name}.{end}.part"
 
-    def add(self, ids: list[np.ndarray], origins: np.ndarray) -> None:
-        """Append documents: their ids, and ORIGIN records [documents]."""
-        lengths = np.fromiter((len(document) for document in ids), dtype=np.uint64, count=len(ids))
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, origins: np.ndarray) -> None:
+        """Append documents: their tokens [tokens], lengths [documents] and ORIGIN records [documents]."""
         ends = np.cumsum(lengths, dtype=np.uint64) + np.uint64(self.tokens)
-        self._write("bin", np.concatenate(ids).astype(self.dtype))
+        self._write("bin", tokens.astype(self.dtype))
         self._write("ends", ends.astype("<u8"))
         self._write("origins", origins)
-        self.tokens, self.documents = int(ends[-1]), self.documents + len(ids)
+        self.tokens, self.documents = int(ends[-1]), self.documents + len(lengths)
 
     def _write(self, end: str, values: np.ndarray) -> None:
         raw = values.tobytes()
@@ -89,61 +93,80 @@ def is_validation(text: bytes, fraction: float) -> bool:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") < fraction * 2**64
 
 
-def encoder(tokenizer_file: str) -> Tokenizer:
-    """The tokenizer as text needs it: control tokens written out in a document are ordinary text."""
-    tokenizer = Tokenizer.from_file(tokenizer_file)
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+class Progressed(Protocol):
+    def __call__(self, documents: int, text_bytes: int, input_bytes: int) -> None: ...
 
 
-def write_unit(
-    job: Job,
-    number: int,
-    files: Mapping[int, InputFile] | Sequence[InputFile],
-    unit: list[Piece],
-    tokenizer: Tokenizer,
-    report: Callable[[int, int, int], None],
-) -> dict:
-    """Write the shards of one unit and its record, `unfinished/unit_<number>.json`: the record.
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One unit: its number, its pieces, and the files they are cut from, by number."""
 
-    `report(documents, text_bytes, input_bytes)` is told of progress. Raises BadDocumentError, or OSError (a full disk).
+    number: int
+    pieces: list[Piece]
+    files: Mapping[int, InputFile]
+
+
+class Encoders:
+    """The encoder of a job and, if that is not the reference, the reference to check it against."""
+
+    def __init__(self, job: Job) -> None:
+        self.encode = load_encoder(job.encoder, job.tokenizer_file)
+        self.reference = None if job.encoder == REFERENCE else load_encoder(REFERENCE, job.tokenizer_file)
+
+
+def hash_unit(job: Job, work: Work, encoders: Encoders, report: Progressed) -> None:
+    """Write the hashes of a unit's readable documents, for tools.dedup."""
+    hashes = []
+    left = sum(piece.bytes for piece in work.pieces)
+    for _, document, raw in _documents(job, work, {"bad": 0, "empty": 0}, []):
+        hashes.append(document_hash(raw))
+        left -= document.bytes
+        report(1, len(raw), document.bytes)
+    report(0, 0, left)
+    write_hashes(Path(job.out), work.number, hashes)
+
+
+def write_unit(job: Job, work: Work, encoders: Encoders, report: Progressed) -> None:
+    """Write the shards of one unit and, last, its record `unfinished/unit_<number>.json`.
+
+    Raises BadDocumentError, EncoderError, or OSError (a full disk).
     """
     folder = Path(job.out)
-    shards = {split: ShardFile(folder, split, number, job.dtype) for split in SPLITS}
-    counts = {"documents": 0, "empty": 0, "bad": 0, "text_bytes": 0}
-    tokens_by_source: dict[int, list[int]] = {}
+    shards = {split: ShardFile(folder, split, work.number, job.dtype) for split in SPLITS}
+    counts = {"documents": 0, "empty": 0, "bad": 0, "duplicates": 0, "text_bytes": 0}
+    by_source: dict[int, np.ndarray] = {}
     skipped: list[dict] = []
-    left = sum(piece.stop - piece.start for piece in unit)
-    for batch in _batches(_documents(job, files, unit, counts, skipped)):
-        _write_batch(job, batch, tokenizer, shards, files, tokens_by_source)
+    left = sum(piece.bytes for piece in work.pieces)
+    drops = read_drops(folder, work.number)
+    documents = _documents(job, work, counts, skipped)
+    for number, batch in enumerate(_batches(_without(documents, drops, counts))):
+        if number % SPOT_CHECK_BATCHES == 0 and encoders.reference is not None:
+            _spot_check(job, work, batch, encoders)
+        _write_batch(job, work, batch, encoders.encode, shards, by_source)
         size = sum(len(raw) for _, _, raw in batch)
         counts["documents"] += len(batch)
         counts["text_bytes"] += size
         read = sum(document.bytes for _, document, _ in batch)
         left -= read
         report(len(batch), size, read)
-    report(0, 0, left)  # what was no document of its own: blank lines, compressed files
     record = {
         "shards": {split: shards[split].finish() for split in SPLITS},
         "counts": counts,
-        "sources": {str(source): counted for source, counted in sorted(tokens_by_source.items())},
+        "sources": {str(source): counted.tolist() for source, counted in sorted(by_source.items())},
         "skipped": skipped,
     }
-    write_json(folder / "unfinished" / f"unit_{number:05d}.json", record)
-    return record
+    write_json(folder / "unfinished" / f"unit_{work.number:05d}.json", record)
+    report(0, 0, left)  # what was no document of its own: blank lines, compressed files
 
 
-def _documents(
-    job: Job, files: list[InputFile], unit: list[Piece], counts: dict, skipped: list
-) -> Iterator[tuple[int, Document, bytes]]:
-    """(file, document, its UTF-8) of every document to keep; the others are counted and named."""
-    for piece in unit:
-        for document in read_piece(files[piece.file], piece, job.text_key):
+def _documents(job: Job, work: Work, counts: dict[str, int], skipped: list[dict]) -> Iterator[tuple[int, Document, bytes]]:
+    """(file, document, its UTF-8) of every readable document; the others are counted and named."""
+    for piece in work.pieces:
+        file = work.files[piece.file]
+        for document in read_piece(file, piece, job.text_key):
             if document.text is None:
-                where = f"{files[piece.file].path}, offset {document.offset}: {document.problem}"
                 if not job.skip_bad:
+                    where = f"{file.path}, offset {document.offset}: {document.problem}"
                     raise BadDocumentError(f"{where}. Pass --bad skip to leave such documents out")
                 counts["bad"] += 1
                 skipped.append({"file": piece.file, "offset": document.offset, "problem": document.problem})
@@ -151,6 +174,14 @@ def _documents(
                 counts["empty"] += 1
             else:
                 yield piece.file, document, document.text.encode("utf-8")
+
+
+def _without(documents: Iterator[tuple], drops: set[int], counts: dict[str, int]) -> Iterator[tuple]:
+    for number, document in enumerate(documents):
+        if number in drops:
+            counts["duplicates"] += 1
+        else:
+            yield document
 
 
 def _batches(documents: Iterator[tuple]) -> Iterator[list[tuple]]:
@@ -165,22 +196,36 @@ def _batches(documents: Iterator[tuple]) -> Iterator[list[tuple]]:
         yield batch
 
 
-def _write_batch(job: Job, batch: list, tokenizer: Tokenizer, shards: dict, files: list, by_source: dict) -> None:
-    encodings = tokenizer.encode_batch_fast([document.text for _, document, _ in batch], add_special_tokens=False)
-    ids = [np.array([*encoding.ids, job.eos_id], dtype=job.dtype) for encoding in encodings]
+def _spot_check(job: Job, work: Work, batch: list[tuple], encoders: Encoders) -> None:
+    texts = [document.text for _, document, _ in batch[:SPOT_CHECK_DOCUMENTS]]
+    row = first_difference(encoders.encode, encoders.reference, texts)
+    if row is not None:
+        file, document, _ = batch[row]
+        raise EncoderError(
+            f"{work.files[file].path}, offset {document.offset}: {job.encoder} and {REFERENCE} give other ids; "
+            f"run again with --encoder {REFERENCE}"
+        )
+
+
+def _write_batch(job: Job, work: Work, batch: list, encode: Encode, shards: dict, by_source: dict) -> None:
+    """Encode documents, close each with the end token, and append each to the shard of its split."""
+    ids, offsets = encode([document.text for _, document, _ in batch])
+    lengths = np.diff(offsets) + 1
+    tokens = np.insert(ids, offsets[1:], job.eos_id)
     origins = np.zeros(len(batch), dtype=ORIGIN)
-    split_of = np.zeros(len(batch), dtype=bool)
-    for row, (file, document, raw) in enumerate(batch):
-        source = files[file].source
-        origins[row] = (file, source, document.offset)
-        split_of[row] = is_validation(raw, job.validation_fraction)
-        counted = by_source.setdefault(source, [0, 0])
-        counted[0] += 1
-        counted[1] += len(ids[row])
-    for split, wanted in zip(SPLITS, (False, True), strict=True):
-        rows = np.flatnonzero(split_of == wanted)
-        if rows.size:
-            shards[split].add([ids[row] for row in rows], origins[rows])
+    origins["file"] = [file for file, _, _ in batch]
+    origins["source"] = [work.files[file].source for file, _, _ in batch]
+    origins["offset"] = [document.offset for _, document, _ in batch]
+    for source in np.unique(origins["source"]).tolist():
+        mine = origins["source"] == source
+        counted = by_source.setdefault(source, np.zeros(2, dtype=np.int64))
+        counted += (np.count_nonzero(mine), lengths[mine].sum())
+    held_out = np.array([is_validation(raw, job.validation_fraction) for _, _, raw in batch])
+    for split, rows in zip(SPLITS, (~held_out, held_out), strict=True):
+        if rows.all():
+            shards[split].add(tokens, lengths, origins)
+        elif rows.any():
+            shards[split].add(tokens[np.repeat(rows, lengths)], lengths[rows], origins[rows])
 
 
 def write_json(path: Path, value: object) -> None:

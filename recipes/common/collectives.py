@@ -54,9 +54,7 @@ class _Split(torch.autograd.Function):
         return _all_gather_last(grad, ctx.group), None
 
 
-def all_reduce(
-    x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
-) -> torch.Tensor:
+def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
     """A reduced copy; `x` itself is left alone (autograd may still hold it)."""
     if group is None:
         return x

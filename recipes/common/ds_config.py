@@ -246,6 +246,8 @@ def _model_problems(config: dict[str, Any], name: str, model: type[BaseModel]) -
             if len(item["loc"]) > 1:
                 continue  # inside an inner block, which is checked by itself
             key = ".".join([name, *map(str, item["loc"])])
+            if key == "zero_optimization.stage":
+                continue  # told by _zero_problems, which refuses 0 as well
             yield f"{key}={_json(_at(config, key))}: {item['msg']}"
 
 

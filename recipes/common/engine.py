@@ -36,6 +36,7 @@ class StepResult:
     grad_norm: float  # over the whole model, before clipping
     loss_scale: float  # 1.0 unless fp16
     skipped: bool  # an overflow: the weights did not change
+    votes: tuple[bool, ...]  # for each vote that was cast, whether any rank said yes
 
 
 class PipelineStages(PipelineModule):
@@ -137,10 +138,13 @@ class Trainer:
             self.engine.set_train_batch_size(global_seqs)
             self.accumulation = accumulation
 
-    def train_step(self, micro_batches: list[torch.Tensor], lr: float, scored_tokens: int) -> StepResult:
+    def train_step(
+        self, micro_batches: list[torch.Tensor], lr: float, scored_tokens: int, votes: tuple[bool, ...] = ()
+    ) -> StepResult:
         """One optimizer step. micro_batches: this data rank's, each [micro_seqs, seq_len + 1] ids, on the CPU.
 
-        scored_tokens: targets in the global batch. The result is read from the device: the one wait of a step.
+        scored_tokens: targets in the global batch. votes: what this rank wants to happen after the step; they travel with the
+        losses. The result is read from the device: the one wait of a step.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -155,13 +159,15 @@ class Trainer:
             for ids, labels in batches:
                 self.engine.backward(self.engine(ids, labels))
                 self.engine.step()
-        sums = self._sum_losses() / (len(micro_batches) * self.grid.data)
+        sums = self._sum_over_ranks(votes)
+        micro_batches_of_all = len(micro_batches) * self.grid.data
         return StepResult(
-            loss=sums[0].item(),
-            log_z_squared=sums[1].item(),
+            loss=sums[0] / micro_batches_of_all,
+            log_z_squared=sums[1] / micro_batches_of_all,
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
             loss_scale=float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if self.engine.fp16_enabled() else 1.0,
             skipped=self.engine.skipped_steps > skipped_before,
+            votes=tuple(count > 0 for count in sums[2:]),
         )
 
     def evaluate(self, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], scored_tokens: int) -> float:
@@ -177,7 +183,7 @@ class Trainer:
                 for ids, labels in batches:
                     self.engine(ids, labels)
             self.engine.train()
-        return self._sum_losses()[0].item()
+        return self._sum_over_ranks()[0]
 
     def _batches(
         self, micro_batches: Iterable[torch.Tensor], weight: float, rows: list[torch.Tensor] | None = None
@@ -191,13 +197,14 @@ class Trainer:
             ids = tokens[:, :-1].contiguous().to(device, non_blocking=True)
             yield ids, (targets.contiguous().to(device, non_blocking=True), scale)
 
-    def _sum_losses(self) -> torch.Tensor:
-        """The last stage's sums over all data ranks, on every rank."""
+    def _sum_over_ranks(self, votes: tuple[bool, ...] = ()) -> list[float]:
+        """[cross-entropy, log(Z)^2, votes...] over all data ranks, on every rank; the last stage has the losses."""
         counts = self.grid.is_last_stage and self.grid.tensor_rank == 0
-        sums = self.stage.loss_sums.clone() if counts else torch.zeros_like(self.stage.loss_sums)
+        losses = self.stage.loss_sums if counts else torch.zeros_like(self.stage.loss_sums)
+        sums = torch.cat([losses, losses.new_tensor(votes)])
         if dist.get_world_size() > 1:
             dist.all_reduce(sums)
-        return sums
+        return sums.tolist()
 
     def hf_shards(self) -> dict[str, torch.Tensor]:
         """Hugging Face name -> this rank's shard of the weights the model computes with."""

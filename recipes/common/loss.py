@@ -62,9 +62,7 @@ class _VocabularyLoss(torch.autograd.Function):
                 )
                 sums += chunk_sums
             if learn:
-                grads = torch.autograd.grad(
-                    logits, [chunk, *head], grad_logits.to(logits.dtype).unsqueeze(0), allow_unused=True
-                )
+                grads = torch.autograd.grad(logits, [chunk, *head], grad_logits.to(logits.dtype).unsqueeze(0), allow_unused=True)
                 grad_hidden[:, part] = grads[0]
                 grad_head = [_accumulate(total, grad) for total, grad in zip(grad_head, grads[1:], strict=True)]
         if learn:

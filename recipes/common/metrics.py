@@ -24,7 +24,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,6 +33,7 @@ PLAIN_LINE_SECONDS = 10.0  # between progress lines when stderr is no terminal
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 Value = float | int | str | None
+Note = Callable[[str], None]
 
 
 class RunLog:
@@ -47,23 +48,32 @@ class RunLog:
         *,
         name: str,
         run_steps: int,
-        first_step: int = 0,
+        resumed_step: int | None = None,
         config: Mapping[str, Any] | None = None,
         run_id: str | None = None,
         wandb: bool = True,
         tensorboard: bool = True,
         stream: TextIO | None = None,
     ) -> None:
-        """first_step: steps done before (the resumed step). config: shown by W&B. run_id: equal over resumes."""
+        """Moves aside what an earlier process wrote after `resumed_step` (None: a fresh start, so all of it).
+
+        config: shown by W&B. run_id: equal over resumes (the manifest's).
+        """
         out_dir.mkdir(parents=True, exist_ok=True)
+        moved = rewind_metrics(out_dir, -1 if resumed_step is None else resumed_step)
+        first_step = resumed_step or 0
         self._file = (out_dir / METRICS).open("ab", buffering=0)
         self._progress = Progress(run_steps, first_step, stream or sys.stderr)
         self._wandb = _start_wandb(out_dir, name, config or {}, run_id, self.note) if wandb else None
+        if moved is not None:
+            self.note(f"{METRICS}: later steps of an earlier process are now in {moved.name}")
         self._tensorboard = _start_tensorboard(out_dir, first_step, self.note) if tensorboard else None
 
     def write(self, record: Mapping[str, Value]) -> None:
         """Append one step to every sink. `record` needs "step"."""
-        self._file.write(encode(record))
+        line = encode(record)
+        if self._file.write(line) != len(line):
+            raise OSError(f"{self._file.name}: the disk took a part of a line only; is it full?")
         if self._wandb is not None:
             try:
                 self._wandb.log(dict(record))
@@ -87,7 +97,10 @@ class RunLog:
     def close(self) -> None:
         self._progress.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            try:
+                self._wandb.finish(quiet=True)
+            except Exception as error:  # as in write
+                self.note(f"W&B did not finish: {_one_line(error)}")
         if self._tensorboard is not None:
             self._tensorboard.close()
         self._file.close()
@@ -200,7 +213,7 @@ def describe(record: Mapping[str, Value]) -> str:
     return " | ".join(part for part in parts if part)
 
 
-def _start_wandb(out_dir: Path, name: str, config: Mapping[str, Any], run_id: str | None, note: Any) -> Any:
+def _start_wandb(out_dir: Path, name: str, config: Mapping[str, Any], run_id: str | None, note: Note) -> Any:
     """A W&B run: online where the user is logged in, else offline. WANDB_MODE and the like are W&B's own and hold."""
     try:
         import wandb
@@ -226,7 +239,7 @@ def _start_wandb(out_dir: Path, name: str, config: Mapping[str, Any], run_id: st
     return run
 
 
-def _wandb_login(wandb: Any, note: Any) -> bool:
+def _wandb_login(wandb: Any, note: Note) -> bool:
     """Whether the user has credentials that work; without any, nothing is asked and no network is used."""
     try:
         return bool(wandb.login(prompt=False))
@@ -235,7 +248,7 @@ def _wandb_login(wandb: Any, note: Any) -> bool:
         return False
 
 
-def _start_tensorboard(out_dir: Path, first_step: int, note: Any) -> Any:
+def _start_tensorboard(out_dir: Path, first_step: int, note: Note) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
 

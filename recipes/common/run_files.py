@@ -2,12 +2,13 @@
 
 All are resolved: nothing else has to be read to know what was trained, how, and with which versions. Each is written
 to a temporary file and renamed, so a reader sees the old file or the new one. A resume keeps what it replaces
-(`recipe.before_step_00000120.json`) and adds itself to `starts` in the manifest.
+(`recipe.before_step_00000121.json`) and adds itself to `starts` in the manifest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -55,6 +56,8 @@ def write_run_files(
     path = out_dir / "manifest.json"
     manifest = _read(path) if resumed_step is not None else None
     if manifest is None:
+        if path.exists():  # another run's, in a directory used before
+            _keep(path, None)
         manifest = {"run_id": uuid.uuid4().hex[:12], "name": recipe["name"], "starts": []}
     manifest["starts"].append(_start(layout, sizes, hosts, resumed_step))
     write_json(path, manifest)
@@ -64,12 +67,15 @@ def write_run_files(
 def write_json(path: Path, content: Any) -> None:
     """Write `content` so that `path` is the old file or the whole new one at any moment, after a power cut too."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _start(layout: Layout, sizes: Sizes, hosts: Sequence[str], resumed_step: int | None) -> dict[str, Any]:
@@ -122,11 +128,11 @@ def _device() -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if hasattr(value, "to_dict"):  # a transformers config; a dataclass as well, but that leaves out its model_type
+        return {"class": type(value).__name__, **_plain(value.to_dict())}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"class": type(value).__name__, **fields}
-    if hasattr(value, "to_dict"):  # a transformers config
-        return {"class": type(value).__name__, **_plain(value.to_dict())}
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -137,12 +143,17 @@ def _plain(value: Any) -> Any:
 
 
 def _replace(path: Path, content: Any, resumed_step: int | None) -> None:
-    """Write, and keep the file that a resume replaces by another content."""
+    """Write `content`, and keep the file that it replaces where that one said something else."""
     if path.exists() and _read(path) != json.loads(json.dumps(content)):
-        kept = path.with_name(f"{path.stem}.before_step_{(resumed_step or 0) + 1:08d}.json")
-        if not kept.exists():
-            os.replace(path, kept)
+        _keep(path, resumed_step)
     write_json(path, content)
+
+
+def _keep(path: Path, resumed_step: int | None) -> None:
+    """Rename to the first free of recipe.before_step_00000121.json, recipe.before_step_00000121.2.json, ..."""
+    stem = f"{path.stem}.before_step_{(resumed_step or 0) + 1:08d}"
+    names = (f"{stem}.json" if number == 1 else f"{stem}.{number}.json" for number in itertools.count(1))
+    os.replace(path, next(kept for name in names if not (kept := path.with_name(name)).exists()))
 
 
 def _read(path: Path) -> Any:

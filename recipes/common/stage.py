@@ -72,13 +72,24 @@ class Stage(nn.Module):
     """What one (pipeline, tensor) place holds, and its forward pass. Build it with `build_stage`."""
 
     def __init__(
-        self, causal: PreTrainedModel, stack: Stack, split: Split, grid: Grid, own: range, *, z_loss: float, chunk_tokens: int
+        self,
+        causal: PreTrainedModel,
+        stack: Stack,
+        split: Split,
+        grid: Grid,
+        own: range,
+        *,
+        whole_shapes: dict[str, tuple[int, ...]],
+        z_loss: float,
+        chunk_tokens: int,
     ) -> None:
+        """whole_shapes: of every parameter of the whole model, by Hugging Face name."""
         super().__init__()
         self.causal, self.stack, self.split, self.own = causal, stack, split, own
         self.is_first, self.is_last = grid.is_first_stage, grid.is_last_stage
         self.grid, self.z_loss, self.chunk_tokens = grid, z_loss, chunk_tokens
         self.vocab_size = causal.config.get_text_config().vocab_size
+        self.whole_shapes = whole_shapes
         self._received: torch.Tensor | None = None
         self._sent: torch.Tensor | None = None
         # sums over the micro batches of a step, on the last stage: scored cross-entropy times its weight, and log(Z)^2
@@ -94,6 +105,11 @@ class Stage(nn.Module):
         for name, parameter in self.causal.named_parameters():
             tied = self.stack.tied and name == f"{self.stack.head}.weight"
             yield (f"{self.stack.embedding}.weight" if tied else name), parameter
+
+    def persistent_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, tensor) of the constants that a family's state dict holds; the same in every layout."""
+        names = set(self.causal.state_dict())
+        return ((name, buffer) for name, buffer in self.causal.named_buffers() if name in names)
 
     def forward(self, x: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """First stage: x is ids [micro_seqs, seq_len]; later ones: the hidden states that `forward` of the stage before gave.
@@ -224,6 +240,7 @@ def build_stage(
     causal = build_empty(config, attention)
     stack = find_stack(causal)
     split = plan_split(causal, stack, grid.tensor)
+    shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
     costs, head_cost = layer_costs(causal, stack, seq_len)
     own = balance_stages(costs, head_cost, grid.pipeline)[grid.pipeline_rank]
     weights = {"seed": seed, "cuts": split.cuts, "rank": grid.tensor_rank, "size": grid.tensor}
@@ -238,7 +255,7 @@ def build_stage(
     for index in own:
         if recompute_every and index % recompute_every == 0:
             _recompute(causal.get_submodule(stack.layers)[index])
-    return Stage(causal, stack, split, grid, own, z_loss=z_loss, chunk_tokens=chunk_tokens)
+    return Stage(causal, stack, split, grid, own, whole_shapes=shapes, z_loss=z_loss, chunk_tokens=chunk_tokens)
 
 
 def _take_out(causal: PreTrainedModel, stack: Stack, own: range, *, first: bool, last: bool) -> None:

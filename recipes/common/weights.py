@@ -61,7 +61,7 @@ def draw_weights(
     units = list(_units(causal, root, prefix))
     for name, module, submodules in units:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_key(seed, name))
+            torch.manual_seed(name_seed(seed, name))
             constants = _materialise(module, submodules)
             for _, child in submodules:
                 causal._init_weights(child)
@@ -117,6 +117,6 @@ def _finish(unit: str, submodules: list, constants: dict[tuple[str, str], torch.
             parameter.data.copy_(constant)
 
 
-def _key(seed: int, name: str) -> int:
+def name_seed(seed: int, name: str) -> int:
     """A 63-bit seed from the recipe's seed and a name; the same on every machine and Python."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# From nothing to a model that speaks: text, tokenizer, shards, 3D training on CPU, a Hugging Face folder, a sample.
+set -euo pipefail
+
+usage() {
+    cat << 'HELP'
+usage: bash launch/quickstart.sh [--steps N] [--out DIR] [--processes N] [--print]
+
+Trains recipes/quickstart.py on the sources of Python's standard library, on CPU, and lets the model write.
+  --steps N       stop after N steps (default: the recipe's)
+  --out DIR       run directory (default: runs/quickstart, then runs/quickstart-2, ...)
+  --processes N   ranks (default: 8, as tensor 2 x pipeline 2 x data 2)
+  --print         print the commands instead of running them
+  --help          this text
+
+A second run reuses the environment (.venv), the tokenizer and the shards (runs/quickstart_data).
+DS_ACCELERATOR=cuda in the environment runs it on GPUs.
+HELP
+}
+
+fail() {
+    echo "launch/quickstart.sh: $1 (--help shows the usage)" >&2
+    exit 2
+}
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+root="$(dirname "$here")"
+data=runs/quickstart_data
+vocabulary=4096 # pieces of the tokenizer; the recipe's vocab_size must hold them
+
+steps="" out="" processes=8 print=""
+while (($#)); do
+    case "$1" in
+        --steps | --processes)
+            [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || fail "$1 needs a number over 0, got '${2:-}'"
+            if [[ "$1" == --steps ]]; then steps="$2"; else processes="$2"; fi
+            shift 2
+            ;;
+        --out)
+            [[ -n "${2:-}" ]] || fail "--out needs a folder"
+            out="$2"
+            [[ "$out" == /* ]] || out="$PWD/$out"
+            shift 2
+            ;;
+        --print) print=yes && shift ;;
+        -h | --help) usage && exit 0 ;;
+        *) fail "unknown flag $1" ;;
+    esac
+done
+
+cd "$root" # every path below, and those printed, start here
+if [[ -z "$out" ]]; then
+    out=runs/quickstart
+    for ((number = 2; ; number++)); do
+        [[ -e "$out" ]] || break
+        out="runs/quickstart-$number"
+    done
+fi
+
+# Prints or runs a command; the training one in a process group of its own.
+run() {
+    local how="$1"
+    shift
+    if [[ -n "$print" ]]; then
+        printf '%q ' "$@"
+        echo
+    elif [[ "$how" == group ]]; then
+        run_in_group "$@"
+    else
+        "$@"
+    fi
+}
+
+if [[ -z "$print" ]]; then
+    # shellcheck source=launch/venv.sh
+    source "$here/venv.sh"
+    # shellcheck disable=SC2034 # read by env.sh
+    machines=one
+    # shellcheck source=launch/env.sh
+    source "$here/env.sh"
+    # shellcheck source=launch/group.sh
+    source "$here/group.sh"
+fi
+export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+[[ "$DS_ACCELERATOR" != cpu ]] || unset CUDA_VISIBLE_DEVICES # the launcher would take it for a list of CPU slots
+
+if [[ ! -f "$data/manifest.json" ]]; then
+    sources='the standard library'
+    [[ -n "$print" ]] || sources="$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
+    run plain python -m tools.prepare_data "$sources" --suffix .py --exclude site-packages dist-packages test tests \
+        __pycache__ --train-tokenizer "$vocabulary" --out "$data"
+fi
+
+port="${MASTER_PORT:-$((20000 + RANDOM % 20000))}" # a free one nearly always: two runs must not meet
+training=(deepspeed --hostfile /dev/null --master_port "$port" --num_gpus "$processes" recipes/quickstart.py --out-dir "$out")
+[[ -z "$steps" ]] || training+=(--max-steps "$steps")
+run group "${training[@]}"
+
+run plain python -m tools.to_hf "$out/checkpoints/latest" "$out/hf"
+run plain python -m tools.sample "$out/hf" --data "$data"

@@ -1,0 +1,207 @@
+"""Everything wrong with a recipe, in one error, before any process group exists.
+
+Each line names the field with its value, the constraint, and the cure. Nothing is clamped and nothing falls back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from importlib.metadata import version
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from recipes.common.ds_config import (
+    device_problems,
+    ds_config_path,
+    ds_config_problems,
+    fp16_supported,
+    load_ds_config,
+    version_problems,
+    zero_stage,
+)
+from recipes.common.plans import PlanError, Stack, find_stack
+from recipes.common.recipe import SGD, AdamW, Layout, Optimizer, Recipe, RecipeError, from_root
+from recipes.common.schedules import ramp_problems, schedule_problems
+from recipes.common.shards import data_problems
+from recipes.common.stage import balance_stages, layer_costs
+from recipes.common.tensor_parallel import plan_split
+from recipes.common.weights import build_empty
+
+
+def check_recipe(recipe: Recipe, world_size: int, *, here: bool) -> tuple[Layout, dict[str, Any]]:
+    """The layout for `world_size` ranks and the ds_config. Raises RecipeError with all problems at once.
+
+    here: the run starts on this machine, so its data, tokenizer and device are looked at too (a dry run may be elsewhere).
+    """
+    problems = version_problems(version("deepspeed"), version("torch"))
+    problems += _plain_problems(recipe)
+    try:
+        ds_config = load_ds_config(recipe.deepspeed)
+    except RecipeError as error:
+        problems, ds_config = problems + error.problems, None
+    layout = recipe.layouts.get(world_size)
+    if layout is None:
+        problems.append(
+            f"layouts has no entry for {world_size} GPUs, only for {sorted(recipe.layouts)}; add "
+            f"{world_size}: Layout(tensor=..., pipeline=...) to the recipe"
+        )
+    if layout is not None:
+        problems += layout_problems(recipe, layout, world_size)
+        if ds_config is not None:
+            problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout)
+            problems += model_problems(recipe, layout, zero_stage(ds_config))
+    if here:
+        problems += _machine_problems(recipe, ds_config)
+    if problems:
+        raise RecipeError(f"recipe {recipe.name!r} on {world_size} GPUs", problems)
+    return layout, ds_config
+
+
+def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str]:
+    """What arithmetic says about a layout on `world_size` ranks, and about the batch there."""
+    problems = []
+    for name in ("tensor", "pipeline"):
+        if not _is_whole(getattr(layout, name), 1):
+            problems.append(f"layouts[{world_size}].{name}={getattr(layout, name)!r} must be a whole number from 1")
+    if not _is_whole(layout.recompute_every, 0):
+        problems.append(f"layouts[{world_size}].recompute_every={layout.recompute_every!r} must be 0, 1 or more layers")
+    if problems or not _is_whole(recipe.batch.micro_seqs, 1):
+        return problems
+    replica = layout.tensor * layout.pipeline
+    if world_size % replica:
+        return [
+            f"layouts[{world_size}]: tensor={layout.tensor} x pipeline={layout.pipeline} = {replica} does not divide "
+            f"{world_size} GPUs; change the layout or the number of GPUs"
+        ]
+    data = world_size // replica
+    unit = recipe.batch.micro_seqs * data
+    if recipe.batch.global_seqs % unit:
+        problems.append(
+            f"batch.global_seqs={recipe.batch.global_seqs} is not a multiple of micro_seqs={recipe.batch.micro_seqs} x {data} "
+            f"data ranks = {unit}; use a multiple of {unit}, a smaller micro_seqs, or a layout with fewer data ranks"
+        )
+    return problems + ramp_problems(recipe, data)
+
+
+def model_problems(recipe: Recipe, layout: Layout, zero: int) -> list[str]:
+    """What building the model on the meta device says: misspelt fields, its size, and whether it can be cut so."""
+    problems = config_problems(recipe.model)
+    try:
+        causal = build_empty(recipe.model, recipe.attention)
+        stack = find_stack(causal)
+    except (PlanError, ValueError, ImportError, TypeError, AttributeError) as error:
+        return [*problems, f"model={type(recipe.model).__name__}: {error}"]
+    count = sum(p.numel() for p in causal.parameters())
+    if count != recipe.num_params:
+        problems.append(
+            f"num_params={recipe.num_params:_} but the model has {count:_} parameters; check the model's fields for a wrong "
+            "value, or correct num_params"
+        )
+    text = recipe.model.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and recipe.batch.seq_len > positions:
+        problems.append(
+            f"batch.seq_len={recipe.batch.seq_len} is longer than model.max_position_embeddings={positions}; lower seq_len or "
+            "raise max_position_embeddings"
+        )
+    if getattr(text, "output_router_logits", False):
+        problems.append(
+            "model.output_router_logits=True: the auxiliary loss needs every layer's router in one place, which a pipeline "
+            "does not have; set it to False"
+        )
+    depth = len(causal.get_submodule(stack.layers))
+    if _is_whole(layout.pipeline, 1) and layout.pipeline > depth:
+        problems.append(f"layout pipeline={layout.pipeline} exceeds the model's {depth} layers; use {depth} stages at most")
+    elif _is_whole(layout.tensor, 1) and _is_whole(layout.pipeline, 1):
+        try:
+            plan_split(causal, stack, layout.tensor)
+        except PlanError as error:
+            problems.append(f"layout tensor={layout.tensor}: {error}; use a tensor size that fits, or tensor=1")
+        problems += _group_problems(recipe, causal, stack, layout)
+    return problems
+
+
+def _group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:
+    """Every stage must hold both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
+    layers = causal.get_submodule(stack.layers)
+    kinds = {p.ndim < 2 for p in causal.parameters()}
+    for own in balance_stages(*layer_costs(causal, stack, recipe.batch.seq_len), layout.pipeline):
+        if {p.ndim < 2 for index in own for p in layers[index].parameters()} != kinds:
+            return [
+                f"layout pipeline={layout.pipeline}: layers {own[0]} to {own[-1]} hold only matrices or only vectors, and "
+                "DeepSpeed needs both on every stage; use fewer stages"
+            ]
+    return []
+
+
+def config_problems(config: PreTrainedConfig) -> list[str]:
+    """Fields that the config class does not know. transformers keeps them silently, and the typo's default is trained."""
+    known = set(type(config)().to_dict()) | set(PreTrainedConfig().to_dict()) | set(_parameter_names(type(config)))
+    known |= set(getattr(type(config), "attribute_map", {}))
+    unknown = sorted(set(config.to_dict()) - known)
+    return [f"model.{name}={config.to_dict()[name]!r}: {type(config).__name__} has no such field; remove it or spell it right"
+            for name in unknown]  # fmt: skip
+
+
+def _parameter_names(config_class: type) -> set[str]:
+    return {name for base in config_class.__mro__ for name in getattr(base, "__annotations__", {})}
+
+
+def _plain_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    wholes = {
+        "steps": (recipe.steps, 1),
+        "batch.seq_len": (recipe.batch.seq_len, 1),
+        "batch.micro_seqs": (recipe.batch.micro_seqs, 1),
+        "batch.global_seqs": (recipe.batch.global_seqs, 1),
+        "logits_chunk_tokens": (recipe.logits_chunk_tokens, 1),
+        "evaluation.every_steps": (recipe.evaluation.every_steps, 0),
+        "evaluation.seqs": (recipe.evaluation.seqs, 1),
+        "checkpoints.every_steps": (recipe.checkpoints.every_steps, 0),
+        "checkpoints.keep_last": (recipe.checkpoints.keep_last, 1),
+        "checkpoints.keep_every_steps": (recipe.checkpoints.keep_every_steps, 0),
+    }
+    for name, (value, least) in wholes.items():
+        if not _is_whole(value, least):
+            problems.append(f"{name}={value!r} must be a whole number from {least}")
+    if not recipe.z_loss >= 0:
+        problems.append(f"z_loss={recipe.z_loss!r} must be 0 or more")
+    return problems + optimizer_problems(recipe.optimizer) + (schedule_problems(recipe) if not problems else [])
+
+
+def optimizer_problems(optimizer: Optimizer) -> list[str]:
+    if not isinstance(optimizer, AdamW | SGD):
+        return [f"optimizer={optimizer!r} must be an AdamW or an SGD of recipes.common.recipe"]
+    ranges = {"lr": (0.0, float("inf")), "weight_decay": (0.0, float("inf")), "clip": (0.0, float("inf"))}
+    if isinstance(optimizer, AdamW):
+        ranges["eps"] = (0.0, 1.0)
+        problems = [f"optimizer.betas={optimizer.betas!r}: both must lie in [0, 1)"
+                    for betas in [optimizer.betas] if not all(0 <= beta < 1 for beta in betas)]  # fmt: skip
+    else:
+        ranges["momentum"] = (0.0, 1.0)
+        problems = []
+    names = {field.name for field in fields(optimizer)}
+    for name in names & set(ranges):
+        least, most = ranges[name]
+        if not least <= getattr(optimizer, name) <= most:
+            problems.append(f"optimizer.{name}={getattr(optimizer, name)!r} must lie between {least} and {most}")
+    return problems
+
+
+def _machine_problems(recipe: Recipe, ds_config: dict[str, Any] | None) -> list[str]:
+    problems = data_problems(
+        from_root(recipe.data),
+        seq_len=recipe.batch.seq_len,
+        vocab_size=recipe.model.get_text_config().vocab_size,
+        tokenizer=from_root(recipe.tokenizer),
+        needs_validation=recipe.evaluation.every_steps > 0,
+        validation_seqs=recipe.evaluation.seqs,
+    )
+    if ds_config is not None:
+        problems += device_problems(ds_config, ds_config_path(recipe.deepspeed), fp16_supported())
+    return problems
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return type(value) is int and value >= least

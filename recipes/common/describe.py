@@ -1,0 +1,42 @@
+"""What a run will be, in words: the text of --dry-run."""
+
+from __future__ import annotations
+
+from recipes.common.plans import find_stack
+from recipes.common.recipe import Layout, Recipe, Sizes
+from recipes.common.schedules import learning_rate_at, seqs_after, tokens_of_run
+from recipes.common.stage import balance_stages, layer_costs
+from recipes.common.weights import build_empty
+
+
+def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
+    """Parameters, layout, batch, schedule and stages of a recipe that `check_recipe` has accepted."""
+    causal = build_empty(recipe.model, recipe.attention)
+    stack = find_stack(causal)
+    costs, head = layer_costs(causal, stack, recipe.batch.seq_len)
+    recompute = {0: "none", 1: "every layer"}.get(layout.recompute_every, f"every {layout.recompute_every}th layer")
+    lines = [
+        f"{recipe.name}: {recipe.num_params:,} parameters ({type(causal).__name__}), {'tied' if stack.tied else 'untied'} head",
+        f"layout      {sizes.world} GPUs = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}, "
+        f"recompute {recompute}",
+        f"batch       {recipe.batch.global_seqs} sequences of {recipe.batch.seq_len} = {sizes.tokens_per_step:,} tokens a step: "
+        f"{recipe.batch.micro_seqs} a micro batch x {sizes.data} data ranks x {sizes.accumulation} accumulated",
+        f"run         {recipe.steps:,} steps, {tokens_of_run(recipe) / 1e9:,.3f}B tokens, "
+        f"{tokens_of_run(recipe) / recipe.num_params:.1f} a parameter",
+        f"learning    {type(recipe.optimizer).__name__} + {type(recipe.schedule).__name__}: " + _rates(recipe),
+        f"files       data {recipe.data}, tokenizer {recipe.tokenizer}, DeepSpeed {recipe.deepspeed} as below",
+        "stage  layers        share of the cost",
+    ]
+    stages = balance_stages(costs, head, layout.pipeline)
+    total = sum(costs) + head
+    for index, own in enumerate(stages):
+        cost = sum(costs[i] for i in own) + (head if index == len(stages) - 1 else 0.0)
+        parts = ("embedding, " if index == 0 else "") + f"{own[0]}-{own[-1]}" + (", head" if own is stages[-1] else "")
+        lines.append(f"{index:<6} {parts:<24} {100 * cost / total:5.1f} %")
+    return "\n".join(lines)
+
+
+def _rates(recipe: Recipe) -> str:
+    steps = sorted({1, max(recipe.steps // 100, 1), max(recipe.steps // 2, 1), recipe.steps})
+    tokens = {step: seqs_after(recipe.batch, step) * recipe.batch.seq_len for step in steps}
+    return ", ".join(f"lr {learning_rate_at(recipe, step, tokens[step]):.2e} at step {step:,}" for step in steps)

@@ -1,0 +1,64 @@
+"""One rank fails, and its own traceback is the last thing on the screen.
+
+The others fail too, an instant later, with a broken connection: that is noise. Each rank leaves its traceback in `logs/`; one
+that finds an earlier failure of this start there says a single line instead of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_SETTLE_SECONDS = 1.0  # the first failure's file may be a moment late on a shared file system
+
+
+@contextmanager
+def guard_rank(out_dir: Path, rank: int) -> Iterator[None]:
+    """End the process on any exception: exit code 1, its traceback in out_dir/logs/rank_N.traceback.
+
+    The process ends at once, without an orderly exit: that would wait for peers that are gone.
+    """
+    logs = out_dir / "logs"
+    started = time.time()
+    mine = logs / f"rank_{rank}.traceback"
+    mine.unlink(missing_ok=True)
+    try:
+        yield
+    except KeyboardInterrupt:
+        os._exit(130)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        text = traceback.format_exc()
+        lost_a_peer = _is_lost_peer(error)
+        if lost_a_peer:
+            time.sleep(_SETTLE_SECONDS)
+        first = _earlier_failure(logs, mine, started) if lost_a_peer else None
+        if first is None:
+            logs.mkdir(parents=True, exist_ok=True)
+            mine.write_text(text)
+            print(f"\nrank {rank} failed; its traceback:\n{text}", file=sys.stderr, flush=True)
+        else:
+            print(f"rank {rank} stopped: {first.stem} failed first", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """torch.distributed reports a vanished peer as a plain RuntimeError raised in the backend (gloo) or as a DistError (NCCL)."""
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, RuntimeError) and any(Path(f.filename).parts[-2:-1] == ("distributed",) for f in frames)
+
+
+def _earlier_failure(logs: Path, mine: Path, started: float) -> Path | None:
+    others = [path for path in logs.glob("rank_*.traceback") if path != mine and path.stat().st_mtime >= started]
+    return min(others, key=lambda path: path.stat().st_mtime, default=None)

@@ -1,0 +1,47 @@
+"""Leaving on request: SIGTERM and SIGUSR1 (Slurm's warning before the time limit) save a checkpoint and end the run cleanly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+
+GRACE_SECONDS = 20.0  # a rank that reaches no step boundary for so long is stuck in a collective whose peer is gone
+
+
+class LeaveRequest:
+    """Whether this process was asked to leave. The ranks agree through the step's votes, so that all save the same step.
+
+    A Python signal handler does not run while the main thread waits inside a collective, so a thread listens too: when no
+    step boundary is reached in `GRACE_SECONDS` it ends the process.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._boundary = threading.Event()
+        if threading.current_thread() is not threading.main_thread():
+            return  # signals belong to the main thread; a caller in another one does without
+        listen, wake = socket.socketpair()
+        wake.setblocking(False)
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        self._sockets = (listen, wake)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+        threading.Thread(target=self._listen, args=(listen,), name="signal listener", daemon=True).start()
+
+    def wanted(self) -> bool:
+        """Asked at every step boundary."""
+        self._boundary.set()
+        return self.name is not None
+
+    def _note(self, number: int, frame: object) -> None:
+        self.name = signal.Signals(number).name
+
+    def _listen(self, listen: socket.socket) -> None:
+        while number := listen.recv(1):
+            if number[0] not in (signal.SIGTERM, signal.SIGUSR1):
+                continue
+            self._boundary.clear()
+            if not self._boundary.wait(GRACE_SECONDS):
+                os._exit(128 + number[0])

@@ -1,0 +1,239 @@
+"""main(recipe): check everything, build this rank's part, and run the loop. The one loop of the project is `train` below."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.common.check import check_recipe
+from recipes.common.checkpoint import Position, Saver, resume
+from recipes.common.data import Prefetcher, open_split, step_micro_batches, validation_micro_batches
+from recipes.common.describe import describe_run
+from recipes.common.ds_config import merge_ds_config
+from recipes.common.engine import StepResult, Trainer, start_distributed
+from recipes.common.failures import guard_rank
+from recipes.common.grid import Grid, build_grid
+from recipes.common.metrics import RunLog
+from recipes.common.plans import find_stack
+from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes, from_root
+from recipes.common.run_files import recipe_to_dict, write_run_files
+from recipes.common.schedules import global_seqs_at, learning_rate_at
+from recipes.common.signals import LeaveRequest
+from recipes.common.stage import build_stage
+from recipes.common.tensor_parallel import plan_split
+from recipes.common.weights import build_empty, name_seed
+
+SKIPS_IN_A_ROW = 50  # fp16: a loss scale that falls this often finds nothing to train on
+
+
+class TrainingError(RuntimeError):
+    """The numbers say that going on is useless; the message says which, and from where to resume."""
+
+
+def main(recipe: Recipe) -> None:
+    """The entry point of every recipe file. Exit codes: 0 done, 1 the run failed, 2 the recipe or the flags are wrong."""
+    flags = _parse_flags(recipe)
+    world_size = flags.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        layout, ds_config = check_recipe(recipe, world_size, here=not flags.dry_run)
+    except RecipeError as error:
+        if rank == 0:  # every rank finds the same
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sizes = derive_sizes(recipe, layout, world_size)
+    ds_config = merge_ds_config(ds_config, recipe, sizes, sizes.accumulation)
+    if flags.dry_run:
+        print(describe_run(recipe, layout, sizes))
+        print(json.dumps(ds_config, indent=2))
+        return
+    out_dir = Path(flags.out_dir).expanduser().resolve()
+    with guard_rank(out_dir, rank):
+        train(recipe, layout, sizes, ds_config, out_dir, resume_run=flags.resume, max_steps=flags.max_steps)
+
+
+def train(
+    recipe: Recipe,
+    layout: Layout,
+    sizes: Sizes,
+    ds_config: dict[str, Any],
+    out_dir: Path,
+    *,
+    resume_run: bool,
+    max_steps: int | None,
+) -> None:
+    grid, trainer = _build(recipe, layout, ds_config)
+    position = resume(out_dir, trainer) if resume_run else Position()
+    if grid.rank == 0:
+        write_run_files(
+            out_dir,
+            recipe_to_dict(recipe),
+            ds_config,
+            layout=layout,
+            sizes=sizes,
+            resumed_step=position.step if resume_run else None,
+        )
+    log = _open_log(recipe, grid, out_dir, position.step if resume_run else None)
+    saver = Saver(out_dir, trainer, recipe, log)
+    leave = LeaveRequest()
+    batches = _reader(recipe, grid)
+    last_step = min(recipe.steps, max_steps or recipe.steps)
+    skips_in_a_row = 0
+    if position.step == 0:
+        _evaluate(recipe, trainer, log, step=0)
+    for step in range(position.step + 1, last_step + 1):
+        started = time.perf_counter()
+        seqs = global_seqs_at(recipe.batch, position.consumed_seqs)
+        trainer.set_global_seqs(seqs)
+        # dropout: the same on the tensor ranks of one place, and a function of the step alone, so that resuming repeats it
+        torch.manual_seed(name_seed(recipe.seed, f"step {step}, data {grid.data_rank}, stage {grid.pipeline_rank}"))
+        micro_batches = batches.next(position.consumed_seqs, seqs)
+        tokens = seqs * recipe.batch.seq_len
+        lr = learning_rate_at(recipe, step, (position.consumed_seqs + seqs) * recipe.batch.seq_len)
+        votes = (leave.wanted(), grid.rank == 0 and saver.due_by_time())
+        result = trainer.train_step(micro_batches, lr, tokens, votes)
+        leaving, time_to_save = result.votes
+        position = position.after_step(seqs, skipped=result.skipped)
+        skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
+        record = _record(recipe, position, result, lr, tokens, time.perf_counter() - started, batches.wait_seconds)
+        if _due(step, recipe.evaluation.every_steps, last_step):
+            record["val_loss"] = _evaluate(recipe, trainer, None, step)
+        if log is not None:
+            log.write(record)
+        _judge(step, result, skips_in_a_row, saver)
+        if leaving or time_to_save or step == last_step or saver.due(step):
+            saver.save(position)
+        if leaving:
+            break
+    saver.finish()
+    batches.close()
+    if log is not None:
+        if position.step < last_step:
+            log.note(f"asked to leave ({leave.name or 'another rank'}): saved step {position.step}; go on with --resume")
+        log.close()
+
+
+def _build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[Grid, Trainer]:
+    from deepspeed.accelerator import get_accelerator
+
+    device = start_distributed(get_accelerator().device_name())
+    causal = build_empty(recipe.model, recipe.attention)
+    share = plan_split(causal, find_stack(causal), layout.tensor).kv_share
+    grid = build_grid(layout, device, share)
+    stage = build_stage(
+        recipe.model,
+        grid,
+        seq_len=recipe.batch.seq_len,
+        attention=recipe.attention,
+        seed=recipe.seed,
+        recompute_every=layout.recompute_every,
+        z_loss=recipe.z_loss,
+        chunk_tokens=recipe.logits_chunk_tokens,
+    )
+    return grid, Trainer(stage, grid, recipe.optimizer, ds_config)
+
+
+def _reader(recipe: Recipe, grid: Grid) -> Prefetcher:
+    stream = open_split(from_root(recipe.data), "train", recipe.batch.seq_len)
+
+    def read(consumed: int, global_seqs: int) -> list[torch.Tensor]:
+        return step_micro_batches(
+            stream,
+            seed=recipe.seed,
+            consumed=consumed,
+            global_seqs=global_seqs,
+            micro_seqs=recipe.batch.micro_seqs,
+            data_rank=grid.data_rank,
+            data_size=grid.data,
+        )
+
+    return Prefetcher(read)
+
+
+def _evaluate(recipe: Recipe, trainer: Trainer, log: RunLog | None, step: int) -> float | None:
+    """Loss on the held-out split; written as a line of its own when `log` is given."""
+    if not recipe.evaluation.every_steps:
+        return None
+    stream = open_split(from_root(recipe.data), "validation", recipe.batch.seq_len)
+    seqs, grid = recipe.evaluation.seqs, trainer.grid
+    micro_batches = validation_micro_batches(
+        stream, seqs=seqs, micro_seqs=recipe.batch.micro_seqs, data_rank=grid.data_rank, data_size=grid.data
+    )
+    loss = trainer.evaluate(micro_batches, seqs * recipe.batch.seq_len)
+    if log is not None:
+        log.write({"step": step, "val_loss": loss})
+    return loss
+
+
+def _record(
+    recipe: Recipe, position: Position, result: StepResult, lr: float, tokens: int, seconds: float, wait_seconds: float
+) -> dict[str, Any]:
+    record = {
+        "step": position.step,
+        "loss": result.loss,
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "tokens": tokens,
+        "consumed_seqs": position.consumed_seqs,
+        "consumed_tokens": position.consumed_seqs * recipe.batch.seq_len,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "data_wait_share": wait_seconds / seconds,
+    }
+    if recipe.z_loss:
+        record["log_z_squared"] = result.log_z_squared
+    if result.loss_scale != 1.0 or position.skipped_steps:
+        record |= {"loss_scale": result.loss_scale, "skipped_steps": position.skipped_steps}
+    return record
+
+
+def _judge(step: int, result: StepResult, skips_in_a_row: int, saver: Saver) -> None:
+    """Stop where going on is useless. Equal on every rank, because the numbers are."""
+    where = f"; the last checkpoint is {saver.last_saved}" if saver.last_saved else "; no checkpoint was saved"
+    if not math.isfinite(result.loss) or (not result.skipped and not math.isfinite(result.grad_norm)):
+        raise TrainingError(f"step {step}: loss is {result.loss} and the gradient norm {result.grad_norm}{where}")
+    if skips_in_a_row >= SKIPS_IN_A_ROW:
+        raise TrainingError(f"step {step}: {skips_in_a_row} steps in a row overflowed, loss scale {result.loss_scale}{where}")
+
+
+def _open_log(recipe: Recipe, grid: Grid, out_dir: Path, resumed_step: int | None) -> RunLog | None:
+    if grid.rank != 0:
+        return None
+    manifest = json.loads((out_dir / "manifest.json").read_text())
+    config = json.loads((out_dir / "recipe.json").read_text())
+    return RunLog(
+        out_dir,
+        name=recipe.name,
+        run_steps=recipe.steps,
+        resumed_step=resumed_step,
+        config=config,
+        run_id=manifest["run_id"],
+    )
+
+
+def _due(step: int, every: int, last_step: int) -> bool:
+    return every > 0 and (step % every == 0 or step == last_step)
+
+
+def _parse_flags(recipe: Recipe) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f"Train the recipe {recipe.name!r}. Flags are about this run only.")
+    parser.add_argument("--out-dir", default=f"runs/{recipe.name}", help="the run directory (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint in --out-dir")
+    parser.add_argument("--max-steps", type=int, help="stop after this step; schedules keep the recipe's own length")
+    parser.add_argument("--dry-run", action="store_true", help="check, print what would run, and leave")
+    parser.add_argument("--world-size", type=int, help="with --dry-run: how many GPUs")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers pass it
+    flags = parser.parse_args()
+    if flags.world_size and not flags.dry_run:
+        parser.error("--world-size is for --dry-run; a run's world size comes from its launcher")
+    if flags.max_steps is not None and flags.max_steps < 1:
+        parser.error(f"--max-steps={flags.max_steps} must be at least 1")
+    return flags

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Everything CI checks: bash tests/run.sh [pytest arguments], as in `bash tests/run.sh -k schedules`.
+# Runs in the active environment, or in .venv, which it makes (launch/venv.sh). Exit 0: all good.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/venv.sh
+source launch/venv.sh
+# shellcheck disable=SC2034 # read by env.sh
+machines=one
+# shellcheck source=launch/env.sh
+source launch/env.sh
+
+failed=()
+ruff check . || failed+=("ruff check")
+ruff format --check . || failed+=("ruff format: run it and look at the difference")
+scripts=(launch/*.sh tests/*.sh .ci/run)
+for script in "${scripts[@]}"; do
+    bash -n "$script" || failed+=("bash -n $script")
+done
+if command -v shellcheck > /dev/null; then
+    shellcheck -x "${scripts[@]}" || failed+=("shellcheck")
+else
+    echo "shellcheck is not installed: the scripts were only parsed"
+fi
+
+python -m pytest -q "$@" || failed+=("pytest")
+
+if ((${#failed[@]})); then
+    printf 'failed: %s\n' "${failed[@]}" >&2
+    exit 1
+fi

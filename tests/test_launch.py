@@ -1,0 +1,207 @@
+"""The shell scripts: they parse, explain and print themselves, refuse wrong flags, and leave no process behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("tests/*.sh"), ROOT / ".ci" / "run"])
+PROGRAMS = ["quickstart.sh", "local.sh"]
+
+
+def run(*command: object, **options) -> subprocess.CompletedProcess[str]:
+    options = {"cwd": ROOT, "timeout": 60} | options
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+
+
+def fake_command(folder: Path, name: str, text: str) -> None:
+    path = folder / name
+    path.write_text("#!/usr/bin/env bash\n" + text)
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_parses(script: Path) -> None:
+    assert run("bash", "-n", script).stderr == ""
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say() -> None:
+    result = run("shellcheck", "-x", *SCRIPTS)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help(name: str) -> None:
+    result = run("bash", ROOT / "launch" / name, "--help")
+    assert result.returncode == 0
+    assert result.stdout.startswith(f"usage: bash launch/{name}")
+    for flag in ("--processes", "--print"):
+        assert flag in result.stdout
+
+
+def test_quickstart_prints_its_commands_from_any_folder(tmp_path: Path) -> None:
+    result = run(
+        "bash", ROOT / "launch/quickstart.sh", "--print", "--steps", 7, "--processes", 4, "--out", "a b", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    out = str(tmp_path / "a b").replace(" ", "\\ ")
+    assert lines[-3].endswith(f"--num_gpus 4 recipes/quickstart.py --out-dir {out} --max-steps 7 ")
+    assert lines[-3].startswith("deepspeed ")
+    assert lines[-2].split()[:3] == ["python", "-m", "tools.to_hf"]
+    assert lines[-1].split()[:3] == ["python", "-m", "tools.sample"]
+    assert not (tmp_path / "a b").exists()
+
+
+def test_local_prints_the_command(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.py"
+    recipe.touch()
+    command = ["bash", ROOT / "launch/local.sh", "--print", "--processes", 2, recipe, "--max-steps", 3]
+    result = run(*command, env=os.environ | {"MASTER_PORT": "29999"})
+    assert result.stdout == (f"deepspeed --hostfile /dev/null --master_port 29999 --num_gpus 2 {recipe} --max-steps 3 \n")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("quickstart.sh", ["--stepz", "3"], "unknown flag --stepz"),
+        ("quickstart.sh", ["--steps", "0"], "--steps needs a number over 0, got '0'"),
+        ("quickstart.sh", ["--processes"], "--processes needs a number over 0, got ''"),
+        ("quickstart.sh", ["--out"], "--out needs a folder"),
+        ("local.sh", [], "which recipe?"),
+        ("local.sh", ["recipes/none.py"], "there is no file recipes/none.py"),
+        ("local.sh", ["--out-dir", "x"], "unknown flag --out-dir before the recipe"),
+    ],
+)
+def test_wrong_flags_are_refused(name: str, arguments: list[str], message: str) -> None:
+    result = run("bash", ROOT / "launch" / name, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def environment(machines: str, extra: dict[str, str]) -> dict[str, str]:
+    """The variables after sourcing env.sh in a shell that has nothing but PATH and `extra`."""
+    script = f"set -euo pipefail; machines={machines}; source {ROOT}/launch/env.sh; env -0"
+    result = run("bash", "-c", script, env={"PATH": os.environ["PATH"], **extra})
+    assert result.returncode == 0, result.stderr
+    return dict(line.split("=", 1) for line in result.stdout.split("\0") if line)
+
+
+def test_env_keeps_what_the_user_set() -> None:
+    found = environment("several", {"OMP_NUM_THREADS": "5", "GLOO_SOCKET_IFNAME": "ib0", "VIRTUAL_ENV": "/v"})
+    assert (found["OMP_NUM_THREADS"], found["GLOO_SOCKET_IFNAME"]) == ("5", "ib0")
+    assert found["TORCH_EXTENSIONS_DIR"] == "/v/torch_extensions"
+    assert environment("one", {})["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.skipif(not Path("/sys/class/net/lo").exists(), reason="no loopback interface called lo")
+def test_env_picks_an_interface_for_gloo() -> None:
+    assert environment("one", {})["GLOO_SOCKET_IFNAME"] == "lo"
+    assert environment("several", {"NCCL_SOCKET_IFNAME": "lo"})["GLOO_SOCKET_IFNAME"] == "lo"
+    routes = [line.split() for line in Path("/proc/net/route").read_text().splitlines()[1:]]
+    default = next((name for name, destination, *_ in routes if destination == "00000000"), None)
+    # a pattern that leaves interfaces out names none
+    assert environment("several", {"NCCL_SOCKET_IFNAME": "^docker0,lo"}).get("GLOO_SOCKET_IFNAME") == default
+
+
+def group_script(command: str) -> str:
+    return f"set -euo pipefail; export STOP_SECONDS=2; source {ROOT}/launch/group.sh; run_in_group {command}"
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(condition, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def test_a_group_keeps_the_exit_status() -> None:
+    assert run("bash", "-c", group_script("bash -c 'exit 37'")).returncode == 37
+    assert run("bash", "-c", group_script("true")).returncode == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)])
+@pytest.mark.parametrize("deaf", [False, True], ids=["polite", "ignores TERM"])
+def test_a_signal_ends_the_whole_group(tmp_path: Path, number: int, status: int, deaf: bool) -> None:
+    # a launcher whose worker has a session-less child of its own, as deepspeed -> launch.py -> rank
+    trap = "trap '' TERM INT HUP;" if deaf else ""
+    fake_command(tmp_path, "worker", f"{trap} echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done\n")
+    fake_command(tmp_path, "launcher", f"{tmp_path}/worker &\nwait\n")
+    shell = subprocess.Popen(["bash", "-c", group_script(str(tmp_path / "launcher"))], cwd=ROOT)
+    pid_file = tmp_path / "pid"
+    wait_until(lambda: pid_file.exists() and pid_file.read_text().strip())
+    pid = int(pid_file.read_text())
+    assert alive(pid)
+    shell.send_signal(number)
+    assert shell.wait(timeout=30) == status
+    wait_until(lambda: not alive(pid), 5)
+
+
+def test_workers_that_outlive_the_launcher_are_ended(tmp_path: Path) -> None:
+    fake_command(tmp_path, "worker", f"echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done\n")
+    fake_command(tmp_path, "launcher", f"{tmp_path}/worker &\nwhile [[ ! -s {tmp_path}/pid ]]; do sleep 0.05; done\n")
+    assert run("bash", "-c", group_script(str(tmp_path / "launcher"))).returncode == 0
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def source_venv(folder: Path, extra: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Source a copy of venv.sh that stands in `folder`, then print which python is used."""
+    (folder / "launch").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "launch/venv.sh", folder / "launch/venv.sh")
+    script = f"set -euo pipefail; source {folder}/launch/venv.sh; command -v python"
+    variables = {"PATH": os.environ["PATH"], "HOME": str(folder), **extra}
+    return run("bash", "-c", script, env=variables, cwd=folder, timeout=120)
+
+
+def test_venv_is_made_once_and_filled_again_when_requirements_change(tmp_path: Path) -> None:
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("# nothing to install\n")
+    bare = {"PATH": os.pathsep.join([str(Path(sys.base_prefix) / "bin"), "/usr/bin", "/bin"])}
+    first = source_venv(tmp_path, bare)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.strip() == f"{tmp_path}/.venv/bin/python"
+    assert "creating" in first.stderr
+    assert "installing" in first.stderr
+    assert source_venv(tmp_path, bare).stderr == ""
+    requirements.write_text("# nothing again\n")
+    third = source_venv(tmp_path, bare)
+    assert "creating" not in third.stderr
+    assert "installing" in third.stderr
+
+
+def test_an_active_environment_is_used_as_it_is(tmp_path: Path) -> None:
+    found = source_venv(tmp_path, {"VIRTUAL_ENV": "/somewhere", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"})
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == str(Path(sys.executable).parent / "python")
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_an_active_environment_without_the_packages_is_named(tmp_path: Path) -> None:
+    fake_command(tmp_path, "python", 'exec "' + sys.executable + '" -S -I "$@"\n')  # -S: without its site-packages
+    found = source_venv(tmp_path, {"VIRTUAL_ENV": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert found.returncode != 0
+    assert "torch, deepspeed, transformers" in found.stderr
+    assert "pip install -r requirements.txt" in found.stderr
+
+
+def test_requirements_are_pinned_and_say_why() -> None:
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    for line in lines:
+        pin, _, why = line.partition("  # ")
+        name, version = pin.split("==")
+        assert name and version and why, f"{line!r}: write NAME==VERSION  # why it is there"
