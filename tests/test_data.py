@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.common.data import Prefetcher, data_problems, open_split, step_micro_batches, validation_micro_batches
+from recipes.common.data import (
+    Prefetcher,
+    data_problems,
+    document_positions,
+    masking_problem,
+    open_split,
+    step_micro_batches,
+    validation_micro_batches,
+)
 from recipes.common.order import sequence_position
 from recipes.common.shards import CURE, FORMAT, ORIGIN, VERSION, tokenizer_hash
 
@@ -112,9 +120,7 @@ def test_same_sequences_in_every_layout(prepared, data_size, ramp, workers):
     tokens = np.stack([oracle["train"][p * SEQ_LEN : p * SEQ_LEN + SEQ_LEN + 1] for p in positions])
     found = run_stream(stream, consumed=0, until=until, data_size=data_size, ramp=ramp, workers=workers)
     assert np.array_equal(found.numpy(), tokens)
-    resumed = run_stream(
-        stream, consumed=64, until=until, data_size={1: 4, 2: 1, 4: 2}[data_size], ramp=False, workers=workers
-    )
+    resumed = run_stream(stream, consumed=64, until=until, data_size={1: 4, 2: 1, 4: 2}[data_size], ramp=False, workers=workers)
     assert np.array_equal(resumed.numpy(), tokens[64:])
 
 
@@ -208,3 +214,31 @@ def test_missing_and_unfinished_preparations(tmp_path):
 def test_too_short_for_one_sequence(prepared):
     found = problems(prepared[0], seq_len=5000)
     assert len(found) == 2 and "train split" in found[0] and "5001 are needed for 1 sequence;" in found[0]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masked_documents_do_not_see_each_other(attention):
+    """One packed row gives the logits that each document gives alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        attn_implementation=attention,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    lengths = [5, 1, 1, 9, 16]
+    documents = [torch.cat([torch.randint(3, 64, (length - 1,)), torch.tensor([2])]) for length in lengths]
+    tokens = torch.stack([torch.cat(documents), torch.cat(documents[::-1])])
+    positions = document_positions(tokens, 2)
+    assert positions[0].tolist() == [i for length in lengths for i in range(length)]
+    packed = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+    for row, order in enumerate((documents, documents[::-1])):
+        alone = [model(input_ids=document[None], use_cache=False).logits[0] for document in order]
+        torch.testing.assert_close(packed[row], torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_attention_that_cannot_mask_is_refused_by_name():
+    assert masking_problem("sdpa", 8) is None and masking_problem("flash_attention_2", 1) is None
+    assert "attention=paged cannot keep documents apart" in masking_problem("paged", 1)
+    assert "batch.micro_seqs=2: attention=flash_attention_2" in masking_problem("flash_attention_2", 2)

@@ -49,9 +49,7 @@ def test_help(name: str) -> None:
 
 
 def test_quickstart_prints_its_commands_from_any_folder(tmp_path: Path) -> None:
-    result = run(
-        "bash", ROOT / "launch/quickstart.sh", "--print", "--steps", 7, "--processes", 4, "--out", "a b", cwd=tmp_path
-    )
+    result = run("bash", ROOT / "launch/quickstart.sh", "--print", "--steps", 7, "--processes", 4, "--out", "a b", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     out = str(tmp_path / "a b").replace(" ", "\\ ")

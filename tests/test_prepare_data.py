@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from recipes.common.shards import ORIGIN, read_manifest, split_shards
+from recipes.common.shards import ORIGIN, data_problems, read_manifest, split_shards
 from tools import encoders, shard_writer
 from tools.dedup import document_hash, find_duplicates, read_drops, write_hashes
 from tools.prepare_data import main
@@ -176,7 +176,7 @@ def test_bad_documents_are_named_and_fatal_or_skipped(prepared, tmp_path, capsys
     assert not (tmp_path / "data" / "manifest.json").exists()
     assert main([*arguments, "--validation-fraction", "0", "--bad", "skip", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["counts"] == {"documents": 2, "empty": 1, "bad": 1, "duplicates": 0, "text_bytes": 5}
+    assert summary["counts"] == {"documents": 2, "empty": 1, "bad": 1, "duplicates": 0, "text_bytes": 5, "padding_tokens": 0}
     skipped = json.loads((tmp_path / "data" / "skipped.jsonl").read_text())
     assert skipped["offset"] == 14 and skipped["problem"].startswith(problem.removeprefix("offset 14: "))
 
@@ -273,6 +273,41 @@ def test_small_buckets_find_the_same_duplicates(tmp_path):
     assert found == [oracle, oracle]
 
 
+def test_best_fit_cuts_few_documents_and_loses_none(prepared, tmp_path):
+    rng = np.random.default_rng(3)
+    texts = [random_text(rng, words=int(words)) for words in rng.geometric(1 / 40, 600)]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    size = 256
+    prepare(prepared, tmp_path / "plain", path)
+    prepare(prepared, tmp_path / "packed", path, "--best-fit", str(size))
+    oracle = read_documents(tmp_path / "plain")
+    manifest = read_manifest(tmp_path / "packed")
+    pieces, cut, padding = {}, 0, 0
+    for shard in split_shards(manifest, "train"):
+        tokens = np.fromfile(tmp_path / "packed" / shard.file, dtype=manifest["dtype"])
+        ends = np.fromfile((tmp_path / "packed" / shard.file).with_suffix(".ends"), dtype="<u8").astype(int)
+        origins = np.fromfile((tmp_path / "packed" / shard.file).with_suffix(".origins"), dtype=ORIGIN)
+        assert len(tokens) % size == 0 and len(tokens) == ends[-1]
+        assert set(range(size, len(tokens) + 1, size)) <= set(ends.tolist())  # nothing crosses a sequence
+        for ids, origin in zip(np.split(tokens, ends[:-1]), origins, strict=True):
+            pieces.setdefault(int(origin["offset"]), []).append(ids.tolist())
+    for (_, _, offset), ids in oracle.items():
+        mine = sorted(pieces.pop(offset), key=len, reverse=True)  # whole sequences, then the rest
+        cut += len(mine) > 1
+        assert len(mine) == -(-len(ids) // size)
+        last = mine[-1][: len(ids) - size * (len(mine) - 1)]
+        padding += len(mine[-1]) - len(last)
+        assert sorted([*mine[:-1], last]) == sorted(ids[i : i + size] for i in range(0, len(ids), size))
+        assert set(mine[-1][len(last) :]) <= {manifest["eos_id"]}
+    assert not pieces and padding == manifest["counts"]["padding_tokens"]
+    assert padding / manifest["splits"]["train"]["tokens"] < 0.01
+    assert cut == sum(len(ids) > size for ids in oracle.values())  # only those that are too long
+    assert "is packed for sequences of 256" in "".join(
+        data_problems(tmp_path / "packed", seq_len=128, vocab_size=400, tokenizer=None, needs_validation=False)
+    )
+
+
 def test_a_fast_encoder_that_differs_is_not_used(prepared, tmp_path, monkeypatch, capsys):
     file = str(prepared[0] / "tokenizer" / "tokenizer.json")
     load = encoders.load_encoder
@@ -289,11 +324,11 @@ def test_a_fast_encoder_that_differs_is_not_used(prepared, tmp_path, monkeypatch
     # it was equal on the sample, and differs later: the spot check stops the run
     monkeypatch.setattr(shard_writer, "load_encoder", wrong)
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "tata"}\n{"text": "ri"}\n')
+    path.write_text('{"text": "ri"}\n{"text": "tata"}\n')
     monkeypatch.setattr("tools.prepare_data.choose_encoder", lambda *_: ("fastokens", "sampled"))
     arguments = [str(path), "--tokenizer", str(prepared[0] / "tokenizer"), "--out", str(tmp_path / "data")]
     assert main([*arguments, "--workers", "1", "--validation-fraction", "0"]) == 2
-    assert f"{path}, offset 17: fastokens and tokenizers give other ids" in capsys.readouterr().err
+    assert f"{path}, offset 0: fastokens and tokenizers give other ids" in capsys.readouterr().err
 
 
 def test_fastokens_writes_the_same_bytes(corpus, prepared, tmp_path):

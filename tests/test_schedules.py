@@ -100,9 +100,7 @@ def test_wsd_with_min_lr_equals_transformers_after_its_warm_up() -> None:
     # transformers warms up from min_lr there, ours from 0: compare from the peak on
     schedule = WSD(warmup_steps=20, cooldown_steps=50, shape="1-sqrt", min_lr=LOW)
     expected = theirs(
-        lambda o: transformers.get_wsd_schedule(
-            o, 20, 50, num_training_steps=STEPS, decay_type="1-sqrt", min_lr_ratio=LOW / PEAK
-        )
+        lambda o: transformers.get_wsd_schedule(o, 20, 50, num_training_steps=STEPS, decay_type="1-sqrt", min_lr_ratio=LOW / PEAK)
     )
     assert ours(schedule)[19:] == pytest.approx(expected[19:], rel=1e-9)
 

@@ -97,9 +97,7 @@ def _files_of(
         elif root.is_dir() and not suffixes and not plain.endswith(TEXT_ENDINGS):
             continue  # a folder may hold other things; a file that was named, or chosen by --suffix, is text
         state = path.stat()
-        yield InputFile(
-            path=str(path), source=source, kind=kind, bytes=state.st_size, changed_ns=state.st_mtime_ns, parts=parts
-        )
+        yield InputFile(path=str(path), source=source, kind=kind, bytes=state.st_size, changed_ns=state.st_mtime_ns, parts=parts)
 
 
 def _walk(root: Path, excluded: set[str]) -> Iterator[Path]:

@@ -47,7 +47,7 @@ def open_bytes(path: str) -> BinaryIO:
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 20)
-    return open(path, "rb")
+    return open(path, "rb", buffering=1 << 20)
 
 
 def _decoded(raw: bytes, offset: int) -> Document:

@@ -57,6 +57,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--each-line", action="store_true", help="a line of a text file is a document, not the file")
     parser.add_argument("--bad", choices=("fail", "skip"), default="fail", help="what to do with unreadable documents")
     parser.add_argument("--dedup", action="store_true", help="keep only the first of documents with equal text")
+    parser.add_argument(
+        "--best-fit",
+        type=int,
+        default=0,
+        metavar="SEQ_LEN",
+        help="pack the train split into sequences of SEQ_LEN tokens so that few documents are cut",
+    )
     parser.add_argument("--encoder", choices=("auto", FAST, REFERENCE), default="auto", help="all give the same ids")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
@@ -81,6 +88,8 @@ def prepare(args: argparse.Namespace) -> dict:
     """Do what the command says: the summary (see `summarise`). Every mistake is raised before anything is written."""
     if not 0 <= args.validation_fraction < 1:
         raise UsageError(f"--validation-fraction {args.validation_fraction}: must be in [0, 1)")
+    if args.best_fit < 0:
+        raise UsageError(f"--best-fit {args.best_fit}: must be a sequence length")
     if args.workers < 1:
         raise UsageError(f"--workers {args.workers}: must be at least 1")
     files = list_files(args.inputs, args.suffix, args.exclude, args.text_key, args.each_line)
@@ -109,7 +118,7 @@ def inputs_fingerprint(args: argparse.Namespace, files: list[InputFile]) -> str:
     digest = hashlib.sha256()
     tokenizer = args.tokenizer and file_hash(find_tokenizer(args.tokenizer))
     options = [FORMAT, VERSION, tokenizer, args.train_tokenizer, args.validation_fraction, args.text_key, args.bad]
-    options.append(args.dedup)
+    options += [args.dedup, args.best_fit]
     digest.update(json.dumps(options).encode())
     for file in files:
         digest.update(json.dumps(asdict(file)).encode())
@@ -168,6 +177,7 @@ def make_job(args: argparse.Namespace, folder: Path, sample: list[str]) -> tuple
         validation_fraction=args.validation_fraction,
         skip_bad=args.bad == "skip",
         encoder=encoder,
+        best_fit=args.best_fit,
     )
     return job, vocab_size
 
@@ -216,6 +226,7 @@ def write_manifest(
         "validation_fraction": args.validation_fraction,
         "sources": sources,
         "counts": counts,
+        "packed_for": args.best_fit,
         "inputs_hash": fingerprint,
         "command": command(args),
         "splits": splits,
@@ -232,6 +243,7 @@ def command(args: argparse.Namespace) -> list[str]:
     words += [word for suffix in args.suffix for word in ("--suffix", suffix)]
     words += ["--each-line"] if args.each_line else []
     words += ["--dedup"] if args.dedup else []
+    words += ["--best-fit", str(args.best_fit)] if args.best_fit else []
     return words + (["--exclude", *args.exclude] if args.exclude else [])
 
 
@@ -260,6 +272,8 @@ def summary_text(summary: dict) -> str:
         f"left out: {counts['empty']} empty documents, {counts['duplicates']} duplicates, "
         f"{counts['bad']} unreadable (skipped.jsonl)"
     )
+    if counts["padding_tokens"]:
+        lines.append(f"best-fit packing: {counts['padding_tokens']:,} tokens of padding")
     return "\n".join(lines)
 
 

@@ -17,9 +17,10 @@ from tools.data_input import InputFile, Piece
 from tools.data_readers import Document, read_piece
 from tools.dedup import document_hash, read_drops, write_hashes
 from tools.encoders import REFERENCE, Encode, EncoderError, first_difference, load_encoder
+from tools.packing import pack
 
 BATCH_BYTES = 4 << 20  # text encoded at once
-SPOT_CHECK_BATCHES, SPOT_CHECK_DOCUMENTS = 32, 4  # checked: so many documents of every so many batches, the first too
+SPOT_CHECK_BATCHES = 32  # a document of every so many batches, and of each unit, is checked against the reference
 SPLITS = ("train", "validation")
 
 
@@ -35,6 +36,7 @@ class Job:
     validation_fraction: float
     skip_bad: bool
     encoder: str
+    best_fit: int  # sequence length that the train split is packed for; 0: documents one after another
 
 
 class BadDocumentError(ValueError):
@@ -46,7 +48,8 @@ class ShardFile:
 
     def __init__(self, folder: Path, split: str, number: int, dtype: str) -> None:
         self.folder, self.name, self.dtype = folder, f"{split}_{number:05d}", dtype
-        self.tokens = self.documents = 0
+        self.tokens = self.documents = self.padding = 0
+        self.kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.files = {end: self._part(end).open("wb") for end in ("bin", "ends", "origins")}
         self.hashes = {end: hashlib.sha256() for end in self.files}
 
@@ -61,13 +64,22 @@ class ShardFile:
         self._write("origins", origins)
         self.tokens, self.documents = int(ends[-1]), self.documents + len(lengths)
 
+    def keep(self, tokens: np.ndarray, lengths: np.ndarray, origins: np.ndarray) -> None:
+        """Like `add`, for `finish` to pack: the unit's tokens stay in memory until then."""
+        self.kept.append((tokens, lengths, origins))
+
     def _write(self, end: str, values: np.ndarray) -> None:
         raw = values.tobytes()
         self.files[end].write(raw)
         self.hashes[end].update(raw)
 
-    def finish(self) -> dict | None:
+    def finish(self, job: Job) -> dict | None:
         """Put the files in place; the shard's entry in the manifest, or None if there was nothing to write."""
+        if self.kept:
+            tokens, lengths, origins = (np.concatenate(column) for column in zip(*self.kept, strict=True))
+            packed = pack(tokens, lengths, origins, job.best_fit, job.eos_id)
+            self.padding = len(packed[0]) - len(tokens)
+            self.add(*packed)
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -149,8 +161,10 @@ def write_unit(job: Job, work: Work, encoders: Encoders, report: Progressed) -> 
         read = sum(document.bytes for _, document, _ in batch)
         left -= read
         report(len(batch), size, read)
+    entries = {split: shards[split].finish(job) for split in SPLITS}
+    counts["padding_tokens"] = sum(shard.padding for shard in shards.values())
     record = {
-        "shards": {split: shards[split].finish() for split in SPLITS},
+        "shards": entries,
         "counts": counts,
         "sources": {str(source): counted.tolist() for source, counted in sorted(by_source.items())},
         "skipped": skipped,
@@ -197,10 +211,9 @@ def _batches(documents: Iterator[tuple]) -> Iterator[list[tuple]]:
 
 
 def _spot_check(job: Job, work: Work, batch: list[tuple], encoders: Encoders) -> None:
-    texts = [document.text for _, document, _ in batch[:SPOT_CHECK_DOCUMENTS]]
-    row = first_difference(encoders.encode, encoders.reference, texts)
-    if row is not None:
-        file, document, _ = batch[row]
+    """Check one document, at another place of the batch in each unit."""
+    file, document, _ = batch[work.number % len(batch)]
+    if first_difference(encoders.encode, encoders.reference, [document.text]) is not None:
         raise EncoderError(
             f"{work.files[file].path}, offset {document.offset}: {job.encoder} and {REFERENCE} give other ids; "
             f"run again with --encoder {REFERENCE}"
@@ -222,10 +235,11 @@ def _write_batch(job: Job, work: Work, batch: list, encode: Encode, shards: dict
         counted += (np.count_nonzero(mine), lengths[mine].sum())
     held_out = np.array([is_validation(raw, job.validation_fraction) for _, _, raw in batch])
     for split, rows in zip(SPLITS, (~held_out, held_out), strict=True):
+        take = shards[split].keep if job.best_fit and split == "train" else shards[split].add
         if rows.all():
-            shards[split].add(tokens, lengths, origins)
+            take(tokens, lengths, origins)
         elif rows.any():
-            shards[split].add(tokens[np.repeat(rows, lengths)], lengths[rows], origins[rows])
+            take(tokens[np.repeat(rows, lengths)], lengths[rows], origins[rows])
 
 
 def write_json(path: Path, value: object) -> None:

@@ -18,9 +18,9 @@ from recipes.common.ds_config import (
     fp16_supported,
     load_ds_config,
     version_problems,
-    zero_stage,
 )
 from recipes.common.plans import PlanError, Stack, find_stack
+from recipes.common.proof import cut_problems
 from recipes.common.recipe import SGD, AdamW, Layout, Optimizer, Recipe, RecipeError, from_root
 from recipes.common.schedules import ramp_problems, schedule_problems
 from recipes.common.shards import data_problems
@@ -50,7 +50,7 @@ def check_recipe(recipe: Recipe, world_size: int, *, here: bool) -> tuple[Layout
         problems += layout_problems(recipe, layout, world_size)
         if ds_config is not None:
             problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout)
-            problems += model_problems(recipe, layout, zero_stage(ds_config))
+        problems += model_problems(recipe, layout)
     if here:
         problems += _machine_problems(recipe, ds_config)
     if problems:
@@ -84,7 +84,7 @@ def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str
     return problems + ramp_problems(recipe, data)
 
 
-def model_problems(recipe: Recipe, layout: Layout, zero: int) -> list[str]:
+def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
     """What building the model on the meta device says: misspelt fields, its size, and whether it can be cut so."""
     problems = config_problems(recipe.model)
     try:
@@ -119,7 +119,7 @@ def model_problems(recipe: Recipe, layout: Layout, zero: int) -> list[str]:
         except PlanError as error:
             problems.append(f"layout tensor={layout.tensor}: {error}; use a tensor size that fits, or tensor=1")
         problems += _group_problems(recipe, causal, stack, layout)
-    return problems
+    return problems or cut_problems(recipe.model, layout, recipe.attention)
 
 
 def _group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:

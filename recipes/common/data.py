@@ -6,23 +6,34 @@ The whole state of reading is one integer, the sequences consumed. The shards th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from recipes.common.order import sequence_position
+from recipes.common.blend import Blend, BlendedStream, open_blend
+from recipes.common.order import kept_index
 from recipes.common.shards import TokenStream, data_problems, open_split
 
 __all__ = [
+    "Blend",
+    "BlendedStream",
     "Prefetcher",
     "TokenStream",
     "data_problems",
+    "document_positions",
+    "masking_problem",
+    "open_blend",
     "open_split",
     "step_micro_batches",
     "validation_micro_batches",
 ]
+
+# attn_implementations of transformers 5.23 that read document bounds off restarting positions: from a batch, or from
+# a batch of one sequence only (modeling_flash_attention_utils._is_packed_sequence)
+MASKS = ("sdpa", "eager", "flex_attention")
+MASKS_ALONE = ("flash_attention_2", "flash_attention_3")
 
 
 def _rank_rows(total: int, micro_seqs: int, data_rank: int, data_size: int) -> np.ndarray:
@@ -31,7 +42,7 @@ def _rank_rows(total: int, micro_seqs: int, data_rank: int, data_size: int) -> n
 
 
 def step_micro_batches(
-    stream: TokenStream,
+    stream: TokenStream | BlendedStream,
     *,
     seed: int,
     consumed: int,
@@ -39,17 +50,18 @@ def step_micro_batches(
     micro_seqs: int,
     data_rank: int,
     data_size: int,
+    skips: Sequence[tuple[int, int]] = (),
 ) -> list[torch.Tensor]:
     """The micro batches of one data rank for the step that starts at sequence `consumed`: int64 [micro_seqs, S + 1].
 
     Sequence i of the step is in micro batch i // (micro_seqs * data_size) of data rank (i // micro_seqs) % data_size,
-    so the step holds the same sequences in every layout.
+    so the step holds the same sequences in every layout. `skips` are ranges of sequences to leave out (`kept_index`).
     """
     if global_seqs % (micro_seqs * data_size):
         raise ValueError(f"global_seqs={global_seqs} is not a multiple of micro_seqs={micro_seqs} x data parallel {data_size}")
     rows = _rank_rows(global_seqs, micro_seqs, data_rank, data_size)
-    positions = sequence_position(seed, consumed + rows.ravel(), stream.num_positions)
-    tokens = torch.from_numpy(stream.read(positions))
+    index = kept_index(consumed + rows.ravel(), skips)
+    tokens = torch.from_numpy(stream.read_sequences(seed, index))
     return list(tokens.view(*rows.shape, -1).unbind(0))
 
 
@@ -68,6 +80,33 @@ def validation_micro_batches(
     valid = torch.from_numpy(rows < seqs)
     tokens = torch.from_numpy(stream.read(np.where(rows < seqs, rows, 0).ravel()))
     return list(zip(tokens.view(*rows.shape, -1).unbind(0), valid.unbind(0), strict=True))
+
+
+def document_positions(tokens: torch.Tensor, eos_id: int) -> torch.Tensor:
+    """Positions that restart after each end token: int64 [B, S] -> int64 [B, S].
+
+    Given to a transformers model as `position_ids`, without an attention mask and with use_cache=False, they also keep
+    attention inside each document (transformers.masking_utils), unless `masking_problem` says otherwise.
+    """
+    starts = torch.zeros_like(tokens)
+    starts[:, 1:] = tokens[:, :-1] == eos_id
+    here = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return here - torch.where(starts.bool(), here, 0).cummax(dim=1).values
+
+
+def masking_problem(attention: str, micro_seqs: int) -> str | None:
+    """Why documents cannot be masked from each other with this `attn_implementation`; None if they can."""
+    if attention in MASKS_ALONE:
+        if micro_seqs == 1:
+            return None
+        return (
+            f"batch.micro_seqs={micro_seqs}: attention={attention} keeps documents apart only with one sequence in a "
+            "micro batch (with more, transformers ignores the restarts in silence); set batch.micro_seqs=1"
+        )
+    if attention in MASKS:
+        return None
+    names = ", ".join(MASKS + MASKS_ALONE)
+    return f"attention={attention} cannot keep documents apart; choose one of {names}, or turn document masking off"
 
 
 class Prefetcher:

@@ -98,7 +98,7 @@ class RunLog:
         self._progress.close()
         if self._wandb is not None:
             try:
-                self._wandb.finish(quiet=True)
+                self._wandb.finish()
             except Exception as error:  # as in write
                 self.note(f"W&B did not finish: {_one_line(error)}")
         if self._tensorboard is not None:
@@ -169,6 +169,7 @@ class Progress:
         self._run_steps = run_steps
         self._stream = stream
         self._last_line = -math.inf  # time.monotonic() of the last plain line
+        self._unseen = ""  # the newest step's line, where it was too early to print it
         self._bar = None
         if stream.isatty():
             from tqdm import tqdm
@@ -183,9 +184,10 @@ class Progress:
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
+        self._unseen = f"step {step}/{self._run_steps} | {text}"
         if now - self._last_line >= PLAIN_LINE_SECONDS or step == self._run_steps or "val_loss" in record:
             self._last_line = now
-            print(f"step {step}/{self._run_steps} | {text}", file=self._stream, flush=True)
+            self._print_unseen()
 
     def note(self, text: str) -> None:
         if self._bar is not None:
@@ -196,6 +198,12 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+        self._print_unseen()  # the last step, wherever the run stopped
+
+    def _print_unseen(self) -> None:
+        if self._unseen:
+            print(self._unseen, file=self._stream, flush=True)
+        self._unseen = ""
 
 
 def describe(record: Mapping[str, Value]) -> str:

@@ -7,6 +7,8 @@ changing one constant changes what every resumed run reads, so a test holds gold
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 ROUNDS = 8
@@ -58,6 +60,32 @@ def sequence_position(seed: int, index: np.ndarray | int, num_positions: int) ->
         within = index[chosen] - epoch * num_positions
         positions[chosen] = permute(within, num_positions, seed=seed, epoch=int(epoch))
     return positions
+
+
+def kept_index(consumed: np.ndarray, skips: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Index of the n-th sequence that is not skipped: int64 [k] -> int64 [k].
+
+    `skips` are ranges [start, stop) of indices, in any order. A skip changes nothing before its start, so a run that
+    goes back to a checkpoint before a range and leaves it out agrees with what it read until there.
+    """
+    consumed = np.atleast_1d(np.asarray(consumed, dtype=np.int64))
+    merged = merge_skips(skips)
+    lengths = np.cumsum([0] + [stop - start for start, stop in merged])
+    kept_before = np.array([start for start, _ in merged], dtype=np.int64) - lengths[:-1]
+    return consumed + lengths[np.searchsorted(kept_before, consumed, side="right")]
+
+
+def merge_skips(skips: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The same ranges sorted, disjoint and not touching. Raises ValueError for a range that is none."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(skips):
+        if not 0 <= start < stop:
+            raise ValueError(f"skip ({start}, {stop}): a range of sequences is start < stop, counted from 0")
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
 
 
 def _forward(values: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.ndarray:

@@ -68,9 +68,8 @@ BUILT_IN_STACK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "bloom": (("word_embeddings", "word_embeddings_layernorm"), ("ln_f",)),
 }
 
-# Families whose layers pass state beside the hidden states, found by splitting every decoder of transformers 5.23 with tiny
-# configs: the two halves do not add up to the whole. They train at pipeline=1.
-UNCUTTABLE: dict[str, str] = {}
+# Families whose layers still return tuples in transformers 5, so that their placeholders must too.
+TUPLE_LAYERS = frozenset({"codegen", "ctrl", "gpt_neo", "gptj"})
 
 
 class PlanError(ValueError):
@@ -95,9 +94,10 @@ def find_stack(causal: PreTrainedModel) -> Stack:
 
     Raises PlanError when it has no single stack of `num_hidden_layers` layers, or no way to tell its other parts.
     """
-    base_name, base = causal.base_model_prefix, causal.base_model
-    if base is causal:
+    base_name = next((name for name, child in causal.named_children() if isinstance(child, PreTrainedModel)), None)
+    if base_name is None:
         raise PlanError(f"{type(causal).__name__} has no base model apart from its head")
+    base = causal.get_submodule(base_name)
     family, depth = causal.config.model_type, causal.config.num_hidden_layers
     lists = [n for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     lists = [name for name in lists if name.count(".") == min(n.count(".") for n in lists)]
@@ -143,12 +143,12 @@ def _name_of(root: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in root.named_modules() if module is wanted)
 
 
-def tensor_plan(causal: PreTrainedModel) -> dict[str, str]:
+def tensor_plan(causal: PreTrainedModel, stack: Stack) -> dict[str, str]:
     """Name of each module or parameter in the plan -> its style. Embedding and head are not in it: always cut by vocabulary.
 
     Raises PlanError for a family without a plan, a style that is not known here, or a plan of ours that matches nothing.
     """
-    family, base = causal.config.model_type, causal.base_model
+    family, base = causal.config.model_type, causal.get_submodule(stack.base)
     own = BUILT_IN_TENSOR.get(family)
     patterns = own or getattr(type(causal.config), "base_model_tp_plan", None)
     if not patterns:
@@ -165,18 +165,18 @@ def tensor_plan(causal: PreTrainedModel) -> dict[str, str]:
         # transformers' plans name the variants of a family side by side (dense and expert layers): only ours must match
         if own and not matched:
             raise PlanError(f"model_type={family}: the plan entry {pattern!r} matches nothing in this model")
-        plan.update({f"{causal.base_model_prefix}.{name}": style for name in matched})
+        plan.update({f"{stack.base}.{name}": style for name in matched})
     if not any(style not in _QUIET for style in plan.values()):
         raise PlanError(f"model_type={family}: none of its tensor plan's entries matches this model")
     return plan
 
 
-def divided_attributes(causal: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+def divided_attributes(causal: PreTrainedModel, stack: Stack) -> dict[str, tuple[str, ...]]:
     """Module name -> attributes that count the local shard and so are divided by the tensor size."""
     found: dict[str, tuple[str, ...]] = {}
     for pattern, attributes in BUILT_IN_DIVIDE.get(causal.config.model_type, {}).items():
         rule = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
-        for name, _ in causal.base_model.named_modules():
+        for name, _ in causal.get_submodule(stack.base).named_modules():
             if rule.fullmatch(name):
-                found[f"{causal.base_model_prefix}.{name}"] = attributes
+                found[f"{stack.base}.{name}"] = attributes
     return found

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from recipes.common.order import sequence_position
+
 FORMAT = "trifold-tokens"
 VERSION = 1
 ORIGIN = np.dtype([("file", "<u4"), ("source", "<u4"), ("offset", "<u8")])  # one per document, in `.origins`
@@ -66,6 +68,15 @@ class TokenStream:
                 self._read_across(shard, piece, out[row])
         return out
 
+    def locate(self, seed: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, position) of the sequences `index` of a run: int64 [k] each. There is one source, 0."""
+        positions = sequence_position(seed, index, self.num_positions)
+        return np.zeros_like(positions), positions
+
+    def read_sequences(self, seed: int, index: np.ndarray) -> np.ndarray:
+        """The sequences `index` of a run: int64 [k, seq_len + 1]."""
+        return self.read(self.locate(seed, index)[1])
+
     def _read_across(self, shard: int, piece: np.ndarray, out: np.ndarray) -> None:
         """Fill one sequence that starts with `piece` at the end of `shard` and goes on in the next ones."""
         done = len(piece)
@@ -107,6 +118,11 @@ def read_manifest(folder: Path) -> dict:
     if kind != (FORMAT, VERSION):
         raise ValueError(f"{path} has format {kind}, this version reads {(FORMAT, VERSION)}; {CURE}")
     return manifest
+
+
+def data_identity(folder: Path) -> str:
+    """What a run should record of its data: equal as long as no shard, tokenizer or count changed."""
+    return "sha256:" + hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
 
 
 def split_shards(manifest: dict, split: str) -> list[Shard]:
@@ -177,6 +193,12 @@ def data_problems(
                     f"tokenizer={tokenizer} ({found[:19]}) is not the one that made data={folder} "
                     f"({manifest['tokenizer_hash'][:19]}); use {folder / 'tokenizer'} or prepare the data again"
                 )
+    packed_for = manifest.get("packed_for", 0)
+    if packed_for not in (0, seq_len):
+        problems.append(
+            f"batch.seq_len={seq_len}: data={folder} is packed for sequences of {packed_for} tokens (--best-fit); "
+            f"set batch.seq_len={packed_for} or prepare the data again"
+        )
     wanted = {"train": 1} | ({"validation": validation_seqs} if needs_validation else {})
     for split, seqs in wanted.items():
         tokens = manifest["splits"][split]["tokens"]

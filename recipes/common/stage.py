@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from recipes.common.grid import Grid
 from recipes.common.loss import vocabulary_loss
-from recipes.common.plans import Stack, find_stack
+from recipes.common.plans import TUPLE_LAYERS, Stack, find_stack
 from recipes.common.tensor_parallel import Split, plan_split, split_forwards
 from recipes.common.weights import build_empty, draw_weights
 
@@ -27,14 +27,15 @@ from recipes.common.weights import build_empty, draw_weights
 class Absent(nn.Module):
     """A layer or norm of another stage: hands on what it is given. Plain attributes (layer_idx, attention_type) remain."""
 
-    def __init__(self, original: nn.Module) -> None:
+    def __init__(self, original: nn.Module, *, as_tuple: bool = False) -> None:
         super().__init__()
+        self.as_tuple = as_tuple
         for name, value in vars(original).items():
             if not name.startswith("_") and not isinstance(value, nn.Module | torch.Tensor) and not hasattr(self, name):
                 setattr(self, name, value)
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, None]:
+        return (hidden_states, None) if self.as_tuple else hidden_states
 
 
 class AbsentEmbedding(nn.Module):
@@ -116,7 +117,7 @@ class Stage(nn.Module):
 
         Gives the hidden states to hand on; with `labels` (the last stage alone has them) the loss, see `loss`.
         """
-        base = self.causal.base_model
+        base = self.causal.get_submodule(self.stack.base)
         if self.is_first:
             out = base(input_ids=x, use_cache=False)
         else:
@@ -124,7 +125,9 @@ class Stage(nn.Module):
             for module in base.modules():
                 if isinstance(module, AbsentEmbedding):
                     module.dtype = x.dtype
-            out = base(inputs_embeds=x.detach(), use_cache=False)
+            # only its shape and type count; what is handed on need not look like an embedding
+            embedded = x.new_zeros(*x.shape[:2], self.causal.config.get_text_config().hidden_size)
+            out = base(inputs_embeds=embedded, use_cache=False)
             self._received = None
         hidden, self._sent = (out.last_hidden_state if self.is_last else self._sent), None
         return hidden if labels is None else self.loss(hidden, labels)
@@ -153,7 +156,9 @@ class Stage(nn.Module):
 
     def _head_parameters(self) -> list[nn.Parameter]:
         """Everything the ForCausalLM has beside its base model, and the embedding's weight when it is tied to the head's."""
-        of_base = {id(p) for p in self.causal.base_model.parameters()} - {id(self.causal.get_output_embeddings().weight)}
+        of_base = {id(p) for p in self.causal.get_submodule(self.stack.base).parameters()} - {
+            id(self.causal.get_output_embeddings().weight)
+        }
         return [p for p in self.causal.parameters() if id(p) not in of_base]
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -183,8 +188,9 @@ def layer_costs(causal: PreTrainedModel, stack: Stack, seq_len: int) -> tuple[li
     Matrices count their elements (experts the share that a token visits), attention its scores over half the sequence.
     """
     config = causal.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size / config.num_attention_heads
-    attention = 2.0 * config.num_attention_heads * head_dim * seq_len / 2
+    heads = getattr(config, "num_attention_heads", None) or 0  # a family without attention has no scores
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size / heads if heads else 0)
+    attention = 2.0 * heads * head_dim * seq_len / 2
     visited = getattr(config, "num_experts_per_tok", None)
 
     def matrices(module: nn.Module) -> float:
@@ -262,7 +268,7 @@ def _take_out(causal: PreTrainedModel, stack: Stack, own: range, *, first: bool,
     layers = causal.get_submodule(stack.layers)
     for index, layer in enumerate(layers):
         if index not in own:
-            layers[index] = Absent(layer)
+            layers[index] = Absent(layer, as_tuple=causal.config.model_type in TUPLE_LAYERS)
     for name in stack.before if not first else ():
         module = causal.get_submodule(name)
         width = getattr(module, "embedding_dim", causal.config.get_text_config().hidden_size)

@@ -79,7 +79,7 @@ def plan_split(causal: PreTrainedModel, stack: Stack, size: int) -> Split:
     cuts.update({f"{stack.head}.{name}": Cut(0) for name, _ in causal.get_submodule(stack.head).named_parameters()})
     if size == 1:
         return Split(1, {}, {}, {}, frozenset(), 1)
-    plan = tensor_plan(causal)
+    plan = tensor_plan(causal, stack)
     modules, styles, shares, shared = dict(causal.named_modules()), {}, set(), set()
     for name, style in plan.items():
         if name not in modules:
@@ -98,7 +98,7 @@ def plan_split(causal: PreTrainedModel, stack: Stack, size: int) -> Split:
     if len(shares) > 1:
         raise PlanError(f"layers differ in key/value heads: tensor={size} would share them {sorted(shares)} ways at once")
     _check_lengths(causal, cuts, styles, stack, size)
-    return Split(size, styles, cuts, divided_attributes(causal), frozenset(shared), max(shares, default=1))
+    return Split(size, styles, cuts, divided_attributes(causal, stack), frozenset(shared), max(shares, default=1))
 
 
 def _kv_share(attention: nn.Module, projection: nn.Module, name: str, size: int) -> int:

@@ -1,0 +1,61 @@
+"""Does this family survive being cut into stages? Tried on a tiny model of it before a run, rather than believed.
+
+Some decoders pass more between their layers than hidden states (shared keys, indexers, parameters used twice); cut, they would
+train something else without an error.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedConfig
+
+from recipes.common.grid import Grid, one_process
+from recipes.common.recipe import Layout
+from recipes.common.shrink import shrink
+from recipes.common.stage import build_stage
+
+_SEQS, _SEQ_LEN = 2, 16
+
+
+def cut_problems(config: PreTrainedConfig, layout: Layout, attention: str) -> list[str]:
+    """Empty when the stages, one after another, give what the whole gives to the last bit; else why not, by the family's name."""
+    family = config.model_type
+    if layout.pipeline == 1:
+        return []
+    advice = "use pipeline=1 (ZeRO 1 to 3 and tensor parallelism remain)"
+    try:
+        tiny = shrink(config, Layout(pipeline=layout.pipeline))
+        ids = torch.arange(_SEQS * _SEQ_LEN).view(_SEQS, _SEQ_LEN) % (tiny.vocab_size - 3) + 3
+        whole = _run(tiny, attention, 1, ids)
+    except Exception as error:  # whatever a family's own code raises on the tiny model: not proven either way
+        return [f"model_type={family}: a tiny model of it does not run ({type(error).__name__}: {error}); {advice}"]
+    try:
+        difference = (_run(tiny, attention, layout.pipeline, ids) - whole).abs().max().item()
+    except Exception as error:  # as above, but the whole did run: it is the cut that fails
+        return [f"model_type={family} cannot be cut into stages ({type(error).__name__}: {error}); {advice}"]
+    if difference == 0.0 and not _shares_layers(tiny, attention):
+        return []
+    return [
+        f"model_type={family} cannot be cut into stages: its layers share more than hidden states (cut in {layout.pipeline}, a "
+        f"tiny model of it differs by {difference:.1e}, or two layers share weights); {advice}"
+    ]
+
+
+def _run(config: PreTrainedConfig, attention: str, pipeline: int, ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states after the last layer, from the stages one after another."""
+    hidden = ids
+    with torch.no_grad():
+        for index in range(pipeline):
+            grid = Grid(**(vars(one_process()) | {"pipeline": pipeline, "pipeline_rank": index}))
+            hidden = build_stage(config, grid, seq_len=_SEQ_LEN, attention=attention).eval()(hidden)
+    return hidden
+
+
+def _shares_layers(config: PreTrainedConfig, attention: str) -> bool:
+    """Whether one parameter belongs to two layers: its gradient would be lost between stages."""
+    stage = build_stage(config, one_process(), seq_len=_SEQ_LEN, attention=attention)
+    owners: dict[int, set[int]] = {}
+    for index, layer in enumerate(stage.causal.get_submodule(stage.stack.layers)):
+        for parameter in layer.parameters():
+            owners.setdefault(id(parameter), set()).add(index)
+    return any(len(layers) > 1 for layers in owners.values())

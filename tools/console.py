@@ -1,0 +1,72 @@
+"""What every tool does on the console: exit codes, one message for the user's mistakes, a progress bar on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+GOOD, FAILED, MISTAKE = 0, 1, 2
+SHOW_AFTER_SECONDS = 2.0  # a progress bar for work that takes longer
+LINE_SECONDS = 0.2, 5.0  # between refreshes: on a terminal, in a log file
+
+
+class UsageError(ValueError):
+    """The user's mistake in a command or the folders it names; the message names the cure."""
+
+
+class CheckFailed(RuntimeError):
+    """What the tool checks is not so; the message says what was found where."""
+
+
+def exit_code(work: Callable[[], int], *failures: type[Exception]) -> int:
+    """Run `work`. UsageError becomes 2, CheckFailed and `failures` become 1, each with its message and no traceback."""
+    try:
+        return work()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    except (CheckFailed, *failures) as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # `... | head` has seen enough
+        sys.stderr.close()
+        return GOOD
+
+
+def progress_bar(name: str, total_bytes: int) -> tqdm:
+    """Bytes done, on stderr, once the work takes longer than two seconds. Close it, or use it in a `with`."""
+    line_seconds = LINE_SECONDS[not sys.stderr.isatty()]
+    return tqdm(
+        desc=name,
+        total=total_bytes,
+        unit="B",
+        unit_scale=True,
+        delay=SHOW_AFTER_SECONDS,
+        mininterval=line_seconds,
+        file=sys.stderr,
+        leave=False,
+        dynamic_ncols=True,
+    )
+
+
+def table(rows: list[list[object]], header: list[str]) -> str:
+    """Columns under a header; numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in [header, *cells]) for column in range(len(header))]
+    right = [bool(rows) and all(isinstance(row[column], int | float) for row in rows) for column in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(header), *(line(row) for row in cells)])
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
