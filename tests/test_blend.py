@@ -8,7 +8,14 @@ import pytest
 from test_data import SEQ_LEN, write_data
 
 from recipes.common.blend import Blend, blend_problems, fair_pattern, open_blend, shares
-from recipes.common.data import open_split, step_micro_batches
+from recipes.common.data import (
+    TokenStream,
+    open_split,
+    open_train,
+    open_validation,
+    recipe_data_problems,
+    step_micro_batches,
+)
 from recipes.common.order import kept_index, merge_skips, sequence_position
 
 WEIGHTS = {"web": 0.7, "code": 0.25, "math": 0.05}
@@ -79,6 +86,21 @@ def test_a_change_goes_on_where_each_source_was(sources):
         mine, count = position[source == number], new.streams[number].num_positions
         for start in range(0, len(mine) // count * count, count):
             assert sorted(mine[start : start + count]) == list(range(count))
+
+
+def test_a_recipe_names_a_folder_or_a_blend(sources):
+    paths, _ = sources
+    checks = {"seq_len": SEQ_LEN, "vocab_size": 1000, "tokenizer": None, "needs_validation": True}
+    assert recipe_data_problems("web", paths.get, **checks) == []
+    assert recipe_data_problems(Blend(weights=WEIGHTS), paths.get, **checks) == []
+    (paths["code"] / "train_00000.bin").unlink()
+    found = recipe_data_problems(Blend(weights=WEIGHTS | {"math": -1}), paths.get, **checks)
+    assert len(found) == 2 and "data.weights" in found[0] and "train_00000.bin is missing" in found[1]
+    assert isinstance(open_train("web", paths.get, SEQ_LEN), TokenStream)
+    assert open_train(Blend(weights=WEIGHTS), paths.get, SEQ_LEN).names == list(WEIGHTS)
+    assert {name: stream.split for name, stream in open_validation(Blend(weights=WEIGHTS), paths.get, SEQ_LEN).items()} == (
+        dict.fromkeys(WEIGHTS, "validation")
+    )
 
 
 def test_weights_are_the_decimals_that_were_written():

@@ -99,29 +99,37 @@ def run_stream(stream, *, consumed, until, data_size, ramp, workers):
         readers.append(Prefetcher(read, workers=workers))
     rows = []
     while consumed < until:
-        seqs = min(8 if ramp and consumed < 48 else 16, until - consumed)
+        seqs = 40 if ramp and consumed < 2400 else 80
         ranks = [reader.next(consumed, seqs) for reader in readers]
         for micro in zip(*ranks, strict=True):
-            rows += list(micro)
+            rows += micro
         consumed += seqs
     for reader in readers:
         reader.close()
     return torch.cat(rows)
 
 
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """A stream, and the first 10,000 sequences of a run with seed 3: nearly three epochs of it."""
+    folder = tmp_path_factory.mktemp("long") / "data"
+    tokens = write_data(folder, train=(30_000, 70_001, 25_000))["train"]
+    stream = open_split(folder, "train", SEQ_LEN)
+    positions = sequence_position(3, np.arange(10_000), stream.num_positions)
+    assert 2 < 10_000 / stream.num_positions < 3
+    return stream, np.stack([tokens[p * SEQ_LEN : p * SEQ_LEN + SEQ_LEN + 1] for p in positions])
+
+
 @pytest.mark.parametrize("workers", [0, 1, 4])
 @pytest.mark.parametrize("ramp", [False, True])
 @pytest.mark.parametrize("data_size", [1, 2, 4])
-def test_same_sequences_in_every_layout(prepared, data_size, ramp, workers):
-    folder, oracle = prepared
-    stream = open_split(folder, "train", SEQ_LEN)
-    until = 3 * stream.num_positions // 16 * 16  # about three epochs
-    positions = sequence_position(3, np.arange(until), stream.num_positions)
-    tokens = np.stack([oracle["train"][p * SEQ_LEN : p * SEQ_LEN + SEQ_LEN + 1] for p in positions])
-    found = run_stream(stream, consumed=0, until=until, data_size=data_size, ramp=ramp, workers=workers)
+def test_same_sequences_in_every_layout(long_run, data_size, ramp, workers):
+    stream, tokens = long_run
+    found = run_stream(stream, consumed=0, until=10_000, data_size=data_size, ramp=ramp, workers=workers)
     assert np.array_equal(found.numpy(), tokens)
-    resumed = run_stream(stream, consumed=64, until=until, data_size={1: 4, 2: 1, 4: 2}[data_size], ramp=False, workers=workers)
-    assert np.array_equal(resumed.numpy(), tokens[64:])
+    other = {1: 4, 2: 1, 4: 2}[data_size]
+    resumed = run_stream(stream, consumed=4800, until=10_000, data_size=other, ramp=False, workers=workers)
+    assert np.array_equal(resumed.numpy(), tokens[4800:])
 
 
 def test_micro_batches_must_divide(prepared):

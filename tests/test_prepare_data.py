@@ -3,10 +3,8 @@
 import gzip
 import json
 import os
-import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ import sentencepiece
 
 from recipes.common.shards import ORIGIN, data_problems, read_manifest, split_shards
 from tools import encoders, shard_writer
-from tools.dedup import document_hash, find_duplicates, read_drops, write_hashes
 from tools.prepare_data import main
 from tools.shard_writer import is_validation
 
@@ -181,6 +178,16 @@ def test_bad_documents_are_named_and_fatal_or_skipped(prepared, tmp_path, capsys
     assert skipped["offset"] == 14 and skipped["problem"].startswith(problem.removeprefix("offset 14: "))
 
 
+def test_a_folder_with_other_things_is_left_alone(prepared, tmp_path, capsys):
+    (tmp_path / "train_00000.bin").write_text("mine")
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    arguments = [str(path), "--tokenizer", str(prepared[0] / "tokenizer"), "--out", str(tmp_path)]
+    assert main(arguments) == 2
+    assert "holds other things" in capsys.readouterr().err
+    assert (tmp_path / "train_00000.bin").read_text() == "mine"
+
+
 def test_mistakes_are_one_message_and_no_traceback(tmp_path):
     result = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "missing", "--train-tokenizer", "400", "--out", "x"],
@@ -255,22 +262,6 @@ def test_dedup_keeps_the_first(prepared, tmp_path, workers):
     assert list(found.values()) == [texts[i] for i in dict.fromkeys(order.tolist())]
     counts = read_manifest(tmp_path / "data")["counts"]
     assert (counts["documents"], counts["duplicates"]) == (len(found), 400 - len(found))
-
-
-def test_small_buckets_find_the_same_duplicates(tmp_path):
-    rng = np.random.default_rng(0)
-    units = [[document_hash(bytes([i])) for i in rng.integers(0, 200, 300)] for _ in range(4)]
-    found = []
-    for name, bucket in (("one", 1 << 24), ("many", 10)):
-        (tmp_path / name / "unfinished").mkdir(parents=True)
-        for number, hashes in enumerate(units):
-            write_hashes(tmp_path / name, number, hashes)
-        assert find_duplicates(tmp_path / name, 4, bucket) == 1200 - len({value for unit in units for value in unit})
-        found.append([read_drops(tmp_path / name, number) for number in range(4)])
-    seen, oracle = set(), []
-    for hashes in units:
-        oracle.append({row for row, value in enumerate(hashes) if value in seen or seen.add(value)})
-    assert found == [oracle, oracle]
 
 
 def test_best_fit_cuts_few_documents_and_loses_none(prepared, tmp_path):
@@ -350,33 +341,3 @@ def test_a_full_disk_is_one_message(prepared, corpus, tmp_path, monkeypatch, cap
     assert main([*arguments, "--workers", "1"]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert not (tmp_path / "data" / "manifest.json").exists()
-
-
-def test_kill_9_at_20_moments_ends_with_the_same_bytes(prepared, tmp_path):
-    """Kills of the command, spread over its run; each restart goes on, and nothing half-written counts as whole."""
-    rng = np.random.default_rng(7)
-    path = tmp_path / "many.jsonl"
-    path.write_text("".join(json.dumps({"text": random_text(rng, words=2000)}) + "\n" for _ in range(200)))
-    out = tmp_path / "data"
-    command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), str(path), "--out", str(out), "--dedup"]
-    command += ["--tokenizer", str(prepared[0] / "tokenizer"), "--workers"]
-    started = time.monotonic()
-    subprocess.run([*command, "2"], check=True, capture_output=True)
-    seconds = time.monotonic() - started
-    whole = folder_bytes(out)
-    shutil.rmtree(out)
-    kills = 0
-    while kills < 20:
-        workers = str(1 + kills % 2)
-        process = subprocess.Popen([*command, workers], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=seconds * rng.uniform(0.2, 1.1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-        if (out / "manifest.json").exists():
-            assert {name: raw for name, raw in folder_bytes(out).items() if "unfinished" not in name.parts} == whole
-            shutil.rmtree(out)
-    subprocess.run([*command, "1"], check=True, capture_output=True)
-    assert folder_bytes(out) == whole

@@ -16,18 +16,18 @@ class UsageError(ValueError):
     """The user's mistake in a command or the folders it names; the message names the cure."""
 
 
-class CheckFailed(RuntimeError):
+class CheckError(RuntimeError):
     """What the tool checks is not so; the message says what was found where."""
 
 
 def exit_code(work: Callable[[], int], *failures: type[Exception]) -> int:
-    """Run `work`. UsageError becomes 2, CheckFailed and `failures` become 1, each with its message and no traceback."""
+    """Run `work`. UsageError becomes 2, CheckError and `failures` become 1, each with its message and no traceback."""
     try:
         return work()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
-    except (CheckFailed, *failures) as error:
+    except (CheckError, *failures) as error:
         print(f"failed: {error}", file=sys.stderr)
         return FAILED
     except BrokenPipeError:  # `... | head` has seen enough
@@ -49,6 +49,14 @@ def progress_bar(name: str, total_bytes: int) -> tqdm:
         leave=False,
         dynamic_ncols=True,
     )
+
+
+def quiet_transformers() -> None:
+    """No warnings and no bars of its own: what matters is in the tool's output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def table(rows: list[list[object]], header: list[str]) -> str:

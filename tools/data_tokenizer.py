@@ -29,13 +29,25 @@ class TokenizerError(ValueError):
 
 
 def find_tokenizer(name: str) -> Path:
-    """The file that defines the tokenizer `name`: a tokenizer.json, or a SentencePiece .model."""
+    """The file that defines the tokenizer `name`: a tokenizer.json, or a SentencePiece .model.
+
+    What is no path is a name on the Hugging Face hub (its files are fetched once, into the hub's cache).
+    """
     path = Path(name)
     if path.is_file() and (path.name == "tokenizer.json" or path.suffix == ".model"):
         return path
     for found in (path / "tokenizer.json", path / "tokenizer.model"):
         if found.is_file():
             return found
+    if not path.exists() and name.count("/") <= 1 and not name.startswith((".", "/")):
+        import huggingface_hub
+
+        try:
+            folder = huggingface_hub.snapshot_download(name, allow_patterns=list(COPIED))
+        except Exception as error:  # offline, unknown, gated: the library raises many kinds
+            raise TokenizerError(f"--tokenizer {name}: no such path, and the hub says: {error}") from error
+        if (Path(folder) / "tokenizer.json").is_file():
+            return Path(folder) / "tokenizer.json"
     raise TokenizerError(f"--tokenizer {name}: neither a folder with tokenizer.json or tokenizer.model, nor such a file")
 
 

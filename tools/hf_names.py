@@ -1,60 +1,140 @@
-"""The names under which a family is published, where transformers renames or regroups tensors on loading.
+"""The names under which a family is published, where transformers renames or regroups tensors on loading and saving.
 
 Mixture-of-experts families hold one bank of experts in memory and one matrix an expert on disk; GPT-NeoX's head has another
-name on disk. transformers knows how to turn the one into the other, in both directions; this asks it, a few tensors at a time.
+name on disk; a base model's file lacks the prefix. transformers (5.23) knows how to turn the one into the other, in both
+directions, for a whole state dict; this asks it for the smallest groups of tensors that go together, so that they can be
+streamed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of the model that become tensors on disk together. `same`: one tensor, as it is."""
+    """Tensors that become other tensors together. `same`: one tensor, as it is (perhaps under another name)."""
 
-    inside: tuple[str, ...]  # names in the model and in our checkpoints
-    outside: tuple[tuple[str, tuple[int, ...]], ...]  # (published name, shape)
+    sources: tuple[str, ...]
+    targets: tuple[tuple[str, Shape], ...]
     same: bool
 
 
-def published_groups(causal: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:
-    """The smallest groups that transformers turns into published tensors independently of one another.
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts layers.2 before layers.10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+def published_groups(causal: PreTrainedModel, shapes: Mapping[str, Shape]) -> list[Group]:
+    """How the model's tensors are saved: sources are names in the model, targets those on disk.
 
     causal: on the meta device. shapes: of every tensor by its name in the model, in the order wanted.
     """
     meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(causal, dict(meta)).items()}
-    groups = [_group(causal, {name: tensor}) for name, tensor in meta.items()]
+    expected = _shapes(revert_weight_conversion(causal, dict(meta)))
+    groups = [_published_group(causal, {name: tensor}) for name, tensor in meta.items()]
     if _union(groups) != expected:  # some published tensors need several of the model's: take a layer at a time
         layers: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in meta.items():
             layer = re.match(r".*?\.\d+(?=\.)", name)
             layers.setdefault(layer[0] if layer else name, {})[name] = tensor
-        groups = [_group(causal, members) for members in layers.values()]
+        groups = [_published_group(causal, members) for members in layers.values()]
         assert _union(groups) == expected, "transformers joins tensors of several layers on disk"
     return groups
 
 
-def publish(causal: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One group's tensors as they are published (maybe views)."""
+def publish(causal: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One group's tensors as they are saved (perhaps views)."""
     return revert_weight_conversion(causal, dict(tensors))
 
 
-def _group(causal: PreTrainedModel, members: dict[str, torch.Tensor]) -> Group:
-    found = revert_weight_conversion(causal, dict(members))
-    outside = tuple((name, tuple(tensor.shape)) for name, tensor in found.items())
-    only = next(iter(members))
+def _published_group(causal: PreTrainedModel, members: dict[str, torch.Tensor]) -> Group:
+    found = publish(causal, members)
     # a conversion may keep name and shape and still move elements: only the very same tensor is untouched
-    same = len(members) == 1 and len(found) == 1 and next(iter(found.values())) is members[only]
-    return Group(tuple(members), outside, same)
+    same = len(members) == len(found) == 1 and next(iter(found.values())) is next(iter(members.values()))
+    return Group(tuple(members), tuple(_shapes(found).items()), same)
 
 
-def _union(groups: list[Group]) -> dict[str, tuple[int, ...]]:
-    return {name: shape for group in groups for name, shape in group.outside}
+def _union(groups: Iterable[Group]) -> dict[str, Shape]:
+    return {name: shape for group in groups for name, shape in group.targets}
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+class Adopter:
+    """The way back: what tensors on disk become in the model."""
+
+    def __init__(self, causal: PreTrainedModel) -> None:
+        """causal: on the meta device."""
+        mapping = get_model_conversion_mapping(causal)
+        self._causal = causal
+        self._inside = causal.state_dict()
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+
+    def groups(self, shapes: Mapping[str, Shape]) -> list[Group]:
+        """shapes: of every tensor on disk. Sources are names on disk, targets those in the model (or unknown to it)."""
+        plain, joined = [], {}
+        for name in sorted(shapes, key=natural):
+            target, pattern = self._rename(name)
+            if pattern is None:
+                plain.append(Group((name,), ((target, tuple(shapes[name])),), True))
+            else:
+                joined.setdefault(target, []).append(name)
+        for names in joined.values():
+            found = self.adopt({name: torch.empty(shapes[name], device="meta") for name in names})
+            plain.append(Group(tuple(names), tuple(_shapes(found).items()), False))
+        return plain
+
+    def adopt(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """One group's tensors as the model holds them. Raises ValueError where transformers cannot join them."""
+        converter, target = None, ""
+        for name, tensor in tensors.items():
+            target, pattern = self._rename(name)
+            converter = converter or deepcopy(self._by_pattern[pattern])
+            converter.add_tensor(target, name, pattern, tensor)
+        try:
+            found = converter.convert(target, model=self._causal, config=self._causal.config)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(f"{', '.join([*tensors][:3])}, ...: transformers cannot join them: {error}") from error
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in found.items()}
+
+    def _rename(self, name: str) -> tuple[str, str | None]:
+        """As transformers' convert_and_load_state_dict_in_model does, which adds the base model's prefix where it is missing."""
+        prefix = self._causal.base_model_prefix
+        target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._inside)
+        if target not in self._inside and name in self._inside:
+            target, pattern = rename_source_key(name, [], [], prefix, self._inside)
+        return target, pattern
+
+
+def parameter_aliases(causal: PreTrainedModel) -> dict[str, str]:
+    """Names that a tied parameter goes by besides its first one -> the first one."""
+    first = {id(parameter): name for name, parameter in causal.named_parameters()}
+    named = causal.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in named if first[id(parameter)] != name}
+
+
+def model_shapes(causal: PreTrainedModel) -> tuple[dict[str, Shape], dict[str, torch.Tensor]]:
+    """(shape of every parameter, persistent buffers), by name in the model, tied ones once."""
+    persistent = set(causal.state_dict())
+    parameters = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
+    return parameters, {name: buffer for name, buffer in causal.named_buffers() if name in persistent}

@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -35,6 +36,7 @@ from tools.shard_writer import SPLITS, Job, Work, files_listing, hash_unit, writ
 CHECK_BYTES = 2 << 20  # text on which a fast encoder must prove itself before the run
 
 
+SHARD_FILE = re.compile(r"(train|validation)_\d{5,}\.(bin|ends|origins)")
 INPUT_HELP = """text, JSON lines (.jsonl, .ndjson; all also .gz, .zst), Parquet, a folder of those, a dataset saved by
 `datasets`, or hub:NAME[:CONFIG[:SPLIT]] (streamed)"""
 
@@ -48,7 +50,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUT_HELP)
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--tokenizer", help="Hugging Face tokenizer folder, tokenizer.json or SentencePiece .model")
+    which.add_argument("--tokenizer", help="Hugging Face tokenizer folder or name, tokenizer.json or SentencePiece .model")
     which.add_argument("--train-tokenizer", type=int, metavar="N", help="train a SentencePiece BPE of N pieces")
     parser.add_argument("--validation-fraction", type=float, default=0.01, help="share of documents held out")
     parser.add_argument("--suffix", action="append", default=[], help="only files with this ending, read as text")
@@ -101,6 +103,8 @@ def prepare(args: argparse.Namespace) -> dict:
             shutil.rmtree(args.out / "unfinished", ignore_errors=True)
             return summarise(args.out, manifest, already=True)
         raise UsageError(f"{args.out} holds data prepared from other inputs or options; choose another --out or delete it")
+    if args.out.exists() and not (args.out / "unfinished").is_dir() and any(args.out.iterdir()):
+        raise UsageError(f"--out {args.out} holds other things; choose a new folder")
     (args.out / "unfinished").mkdir(parents=True, exist_ok=True)
     with open(args.out / "unfinished" / "lock", "w") as lock:
         try:
@@ -129,7 +133,7 @@ def clear_leftovers(out: Path, fingerprint: str) -> None:
     """Keep what an interrupted run of the same command finished; drop half-written files, or all if inputs changed."""
     state = out / "unfinished" / "inputs.json"
     if not state.is_file() or json.loads(state.read_text()) != fingerprint:
-        leftovers = [path for split in SPLITS for path in out.glob(f"{split}_*.*")]
+        leftovers = [path for split in SPLITS for path in out.glob(f"{split}_*.*") if SHARD_FILE.fullmatch(path.name)]
         if state.is_file():
             print("the inputs or options changed since the last run: starting over", file=sys.stderr)
         for path in [*leftovers, *(out / "unfinished").glob("*_*.*")]:

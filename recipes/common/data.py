@@ -8,11 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from recipes.common.blend import Blend, BlendedStream, open_blend
+from recipes.common.blend import Blend, BlendedStream, blend_problems, folders, open_blend
 from recipes.common.order import kept_index
 from recipes.common.shards import TokenStream, data_problems, open_split
 
@@ -26,6 +27,9 @@ __all__ = [
     "masking_problem",
     "open_blend",
     "open_split",
+    "open_train",
+    "open_validation",
+    "recipe_data_problems",
     "step_micro_batches",
     "validation_micro_batches",
 ]
@@ -34,6 +38,27 @@ __all__ = [
 # a batch of one sequence only (modeling_flash_attention_utils._is_packed_sequence)
 MASKS = ("sdpa", "eager", "flex_attention")
 MASKS_ALONE = ("flash_attention_2", "flash_attention_3")
+
+
+def open_train(data: str | Blend, resolve: Callable[[str], Path], seq_len: int) -> TokenStream | BlendedStream:
+    """The train split of a recipe's `data`; `resolve` turns a folder as written into a path."""
+    if isinstance(data, Blend):
+        return open_blend(data, {name: resolve(name) for name in folders(data)}, seq_len)
+    return open_split(resolve(data), "train", seq_len)
+
+
+def open_validation(data: str | Blend, resolve: Callable[[str], Path], seq_len: int) -> dict[str, TokenStream]:
+    """The validation split of each folder of a recipe's `data`: their losses mean more apart than blended."""
+    names = folders(data) if isinstance(data, Blend) else [data]
+    return {name: open_split(resolve(name), "validation", seq_len) for name in names}
+
+
+def recipe_data_problems(data: str | Blend, resolve: Callable[[str], Path], *, seq_len: int, **checks) -> list[str]:
+    """`data_problems` of every folder of a recipe's `data`, and of the weights."""
+    problems = blend_problems(data, seq_len) if isinstance(data, Blend) else []
+    for name in folders(data) if isinstance(data, Blend) else [data]:
+        problems += data_problems(resolve(name), seq_len=seq_len, **checks)
+    return problems
 
 
 def _rank_rows(total: int, micro_seqs: int, data_rank: int, data_size: int) -> np.ndarray:

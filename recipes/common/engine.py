@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,18 @@ from recipes.common.recipe import AdamW, Optimizer
 from recipes.common.stage import Stage
 
 Labels = tuple[torch.Tensor, torch.Tensor]
+
+
+def _import_muon_uncompiled() -> None:
+    """ZeRO imports DeepSpeed's Muon optimizer, which torch.compiles three functions as it is imported: 2.4 s a rank, unused."""
+    compile_, torch.compile = torch.compile, lambda function=None, **_: function or (lambda decorated: decorated)
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compile_
+
+
+_import_muon_uncompiled()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +73,8 @@ class PipelineStages(PipelineModule):
 
 def start_distributed(device_type: str) -> torch.device:
     """Join the process group that the launcher's environment describes; alone when there is none. Gives this rank's device."""
+    # DeepSpeed calls collectives by the names that torch 2.13 deprecates: once a rank is noise enough to hide a real warning
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "29500")

@@ -1,0 +1,19 @@
+"""Set the environment before anything imports torch or DeepSpeed, and keep this process free of tensor code.
+
+Tests that compute fork their ranks from here (tools.local_ranks): a fork that inherits autograd or OpenMP threads hangs.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.update(
+    DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu"),
+    OMP_NUM_THREADS="1",
+    TRANSFORMERS_VERBOSITY="error",
+    HF_HUB_OFFLINE="1",
+    WANDB_MODE="disabled",
+    TOKENIZERS_PARALLELISM="false",
+)

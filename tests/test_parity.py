@@ -1,0 +1,139 @@
+"""3D training equals plain one-process transformers: loss, gradient norm, every gradient and every parameter."""
+
+import pytest
+
+from recipes.common.recipe import SGD, AdamW, Layout
+from tests.tiny import ds_config, tiny_config
+from tools.local_ranks import run_ranks
+from tools.numerics import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain
+
+ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)  # eps above rounding, so that near-zero gradients do not become whole steps
+PLAIN_SGD = SGD(lr=1.0)
+LOSS_BOUND, TENSOR_BOUND = 1e-6, 1e-5
+
+CUBE = [(pp, tp, dp) for pp in (1, 2) for tp in (1, 2) for dp in (1, 2)]
+FAMILIES = ["llama", "qwen3", "gemma2", "olmo2", "phi3", "mixtral", "gpt2"]
+
+
+def trial_of(config, pipeline, tensor, data, **fields) -> Trial:
+    recompute_every = fields.pop("recompute_every", 0)
+    defaults = {"optimizer": ADAMW, "deepspeed": ds_config("zero1_fp32.json")}
+    return Trial(
+        model=config,
+        layout=Layout(pipeline=pipeline, tensor=tensor, recompute_every=recompute_every),
+        world_size=pipeline * tensor * data,
+        **(defaults | fields),
+    )
+
+
+def both(trial: Trial) -> tuple[Outcome, Outcome]:
+    plain = run_ranks(train_plain, 1, trial)[0]
+    shapes = {name: tensor.shape for name, tensor in plain.parameters.items()}
+    return outcome(run_ranks(train_in_layout, trial.world_size, trial), shapes), plain
+
+
+def assert_equal(trial: Trial, *, loss: float = LOSS_BOUND, tensor: float = TENSOR_BOUND) -> None:
+    trained, plain = both(trial)
+    assert trained.losses == pytest.approx(plain.losses, rel=loss)
+    assert trained.grad_norms[0] == pytest.approx(plain.grad_norms[0], rel=LOSS_BOUND)
+    assert trained.grad_norms == pytest.approx(plain.grad_norms, rel=2e-5)  # of weights that Adam has moved apart by rounding
+    assert trained.parameters.keys() == plain.parameters.keys()
+    for name, wanted in plain.parameters.items():
+        difference = (trained.parameters[name] - wanted).abs().max().item()
+        assert difference <= tensor, f"{name} differs by {difference:.1e}"
+
+
+@pytest.mark.parametrize(("pipeline", "tensor", "data"), CUBE)
+def test_adamw_with_clipping_in_every_layout(pipeline, tensor, data):
+    assert_equal(trial_of(tiny_config("llama"), pipeline, tensor, data))
+
+
+@pytest.mark.parametrize(("pipeline", "tensor", "data"), [(2, 2, 1), (3, 1, 1), (1, 4, 1), (2, 1, 2)])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_gradients_of_plain_sgd(pipeline, tensor, data, accumulation):
+    trial = trial_of(tiny_config("llama"), pipeline, tensor, data, global_seqs=accumulation * data)
+    assert_equal(gradient_trial(trial))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_every_family(family):
+    assert_equal(gradient_trial(trial_of(tiny_config(family), 2, 2, 1, global_seqs=2)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adamw_of_every_family(family):
+    assert_equal(trial_of(tiny_config(family), 2, 2, 1, global_seqs=2))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_tied_embeddings_across_stages(family):
+    config = tiny_config(family, tie_word_embeddings=True)
+    assert_equal(trial_of(config, 2, 2, 2))
+    assert_equal(gradient_trial(trial_of(config, 3, 1, 1)))
+
+
+def test_tied_embeddings_on_one_stage():
+    assert_equal(trial_of(tiny_config("llama", tie_word_embeddings=True), 1, 2, 1))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_fewer_key_value_heads_than_tensor_ranks(kv_heads):
+    config = tiny_config("qwen3", num_key_value_heads=kv_heads)
+    assert_equal(gradient_trial(trial_of(config, 1, 4, 1)))
+    assert_equal(trial_of(config, 1, 4, 1))
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_zero_stages_without_a_pipeline(zero, tensor):
+    assert_equal(trial_of(tiny_config("llama"), 1, tensor, 2, deepspeed=ds_config(f"zero{zero}_fp32.json")))
+
+
+def test_zero_3_with_tied_embeddings():
+    config = tiny_config("llama", tie_word_embeddings=True)
+    assert_equal(gradient_trial(trial_of(config, 1, 2, 2, deepspeed=ds_config("zero3_fp32.json"))))
+
+
+@pytest.mark.parametrize("recompute_every", [1, 3])
+def test_recomputation_changes_nothing(recompute_every):
+    assert_equal(trial_of(tiny_config("llama"), 2, 2, 1, recompute_every=recompute_every))
+
+
+@pytest.mark.parametrize(("pipeline", "tensor"), [(1, 1), (2, 2)])
+def test_z_loss(pipeline, tensor):
+    assert_equal(gradient_trial(trial_of(tiny_config("llama"), pipeline, tensor, 1, z_loss=1e-2)))
+
+
+def test_embeddings_kept_off_weight_decay():
+    optimizer = AdamW(lr=1e-3, eps=1e-5, weight_decay=0.5, decay_embeddings=False)
+    assert_equal(trial_of(tiny_config("llama", tie_word_embeddings=True), 2, 1, 1, optimizer=optimizer))
+
+
+def test_momentum_sgd():
+    assert_equal(trial_of(tiny_config("llama"), 2, 1, 2, optimizer=SGD(lr=0.1, momentum=0.9, weight_decay=0.1)))
+
+
+def test_sdpa_attention():
+    assert_equal(trial_of(tiny_config("llama"), 2, 2, 1, attention="sdpa"))
+
+
+@pytest.mark.parametrize("config", ["zero1_bf16.json", "zero2_bf16.json", "zero3_bf16.json", "zero3_offload_bf16.json"])
+def test_bf16_tracks_fp32(config):
+    """Three steps of lr 1e-3: the loss within 5e-4, relative; a weight within the two steps that rounding may turn around."""
+    pipeline = 2 if config == "zero1_bf16.json" else 1
+    trial = trial_of(tiny_config("llama"), pipeline, 2, 1, deepspeed=ds_config(config))
+    trained, plain = both(trial)
+    assert trained.losses == pytest.approx(plain.losses, rel=5e-4)
+    assert trained.grad_norms == pytest.approx(plain.grad_norms, rel=2e-2)
+    worst = max((trained.parameters[n] - p).abs().max().item() for n, p in plain.parameters.items())
+    assert worst <= 2 * trial.steps * ADAMW.lr
+
+
+def test_bf16_pipeline_and_data_equal_one_process_bit_for_bit():
+    deepspeed = ds_config("zero1_bf16.json")
+    one = trial_of(tiny_config("llama"), 1, 1, 1, deepspeed=deepspeed)
+    many = trial_of(tiny_config("llama"), 2, 1, 2, deepspeed=deepspeed)
+    shapes = {name: tensor.shape for name, tensor in run_ranks(train_plain, 1, one)[0].parameters.items()}
+    alone, cut = (outcome(run_ranks(train_in_layout, t.world_size, t), shapes) for t in (one, many))
+    assert cut.losses == alone.losses
+    assert all(cut.parameters[name].equal(alone.parameters[name]) for name in shapes)
