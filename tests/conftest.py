@@ -17,3 +17,6 @@ os.environ.update(
     WANDB_MODE="disabled",
     TOKENIZERS_PARALLELISM="false",
 )
+
+import torch.utils.tensorboard  # noqa: E402, F401  imported once, before ranks are forked
+import wandb  # noqa: E402, F401

@@ -77,7 +77,7 @@ def tiny_recipe(data: Path, **fields: object) -> Recipe:
     values = {
         "name": "tiny",
         "model": tiny_config("llama"),
-        "num_params": 140_416,
+        "num_params": 140_224,
         "tokenizer": str(data / "tokenizer"),
         "data": str(data),
         "layouts": {1: Layout(), 2: Layout(pipeline=2), 4: Layout(tensor=2, pipeline=2), 8: Layout(tensor=2, pipeline=2)},

@@ -156,16 +156,27 @@ def file_checksum(path: Path) -> str:
 
 
 def read_seal(folder: Path) -> dict[str, Any]:
-    """The manifest. Raises CheckpointError when the folder was never sealed or is of another format."""
+    """The manifest. Raises CheckpointError when the folder was never sealed, the seal is damaged, or of another format."""
     try:
-        manifest = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        manifest = json.loads((folder / SEAL).read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder}: no {SEAL}, so it is not a finished checkpoint") from None
     except ValueError as error:
         raise CheckpointError(f"{folder / SEAL}: damaged ({error})") from None
     if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(f"{folder / SEAL}: not a {FORMAT} of version {VERSION}")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(isinstance(f, dict) and f.keys() == {"bytes", "checksum"} for f in files.values()):
+        raise CheckpointError(f"{folder / SEAL}: damaged (its list of files)")
     return manifest
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A name that comes twice hides the other entry: one flipped bit makes rank_00000 of rank_00001."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name comes twice")
+    return content
 
 
 def damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
@@ -186,8 +197,20 @@ def damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     return found
 
 
+def _read_into(path: Path, position: int, out: np.ndarray) -> None:
+    """Fill a contiguous array from a file, without a copy between. Raises CheckpointError when the file ends before."""
+    view = memoryview(out).cast("B")
+    with path.open("rb", buffering=0) as file:
+        file.seek(position)
+        while view:  # one read takes 2 GB at most
+            count = file.readinto(view)
+            if not count:
+                raise CheckpointError(f"{path}: ends before the tensors that index.json says are in it")
+            view = view[count:]
+
+
 class Reader:
-    """Random access to a sealed checkpoint's tensors by name, memory-mapped."""
+    """Random access to a sealed checkpoint's tensors by name, straight from the files."""
 
     def __init__(self, folder: Path) -> None:
         read_seal(folder)
@@ -251,9 +274,7 @@ class Reader:
             low, high = max(start, begin), min(stop, end)
             if rank != tensor_rank or low >= high:
                 continue
-            position = offset + (low - start) * out.itemsize
-            # a mapping of these bytes alone: it does not stay in memory when the file is large
-            flat[low - begin : high - begin] = np.fromfile(self.folder / file, dtype=out.dtype, count=high - low, offset=position)
+            _read_into(self.folder / file, offset + (low - start) * out.itemsize, flat[low - begin : high - begin])
             filled += high - low
         if filled != flat.size:
             raise CheckpointError(f"{self.folder}: {flat.size - filled} elements of {kind} {name} are in no file")

@@ -78,8 +78,9 @@ def start_distributed(device_type: str) -> torch.device:
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "29500")
-    # on CPU DeepSpeed would compile an extension at start (25 s, and a stale lock hangs the next run) that training never uses
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # On CPU DeepSpeed would look for compilers and build an extension at start (25 s, and a stale lock hangs the next run) that
+    # training never uses. With an empty list of operators it does neither.
+    deepspeed.ops.__compatible_ops__ = {}
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
