@@ -20,7 +20,6 @@ if not __package__:
 import argparse
 import functools
 import json
-import math
 import os
 import re
 import shutil
@@ -32,17 +31,16 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from recipes.common.checkpoint_files import CheckpointError, Reader, damage, read_seal
+from recipes.common.checkpoint_files import CheckpointError, Reader
 from recipes.common.run_files import write_json
 from recipes.common.weights import build_empty
 from tools import hf_check
+from tools.checkpoint_contents import damaged_files, missized_files, open_checkpoint, row_blocks
 from tools.console import CheckError, UsageError, exit_code, human_bytes, progress_bar, quiet_transformers
 from tools.hf_names import Group, natural, publish, published_groups
 from tools.safetensors_io import ShardsWriter, Tensor, split_into_shards, write_index
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-BLOCK_BYTES = 1 << 25  # of fp32 weights read at once
-_BUFFER_DTYPES = {np.dtype(np.float32): "F32", np.dtype(np.int64): "I64", np.dtype(np.bool_): "BOOL"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -101,7 +99,9 @@ def export(
     started = time.perf_counter()
     checkpoint = open_checkpoint(checkpoint)
     _refuse_existing(out)
-    check_files(checkpoint, whole=verify)
+    wrong = damaged_files(checkpoint) if verify else missized_files(checkpoint)
+    if wrong:
+        raise CheckpointError("this checkpoint is damaged; export another one:\n  " + "\n  ".join(wrong))
     reader = Reader(checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
     hidden = out.with_name(f".{out.name}.unfinished")
@@ -132,34 +132,6 @@ def export(
         "checks": checks,
         "seconds": round(time.perf_counter() - started, 3),
     }
-
-
-def open_checkpoint(folder: Path) -> Path:
-    """The checkpoint's real folder (`latest` may be moved on meanwhile). Raises UsageError for what is none."""
-    if (folder / "checkpoints").is_dir():
-        raise UsageError(f"{folder} is a run directory; give one of its checkpoints, such as {folder / 'checkpoints' / 'latest'}")
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: there is no such folder; checkpoints are in RUN/checkpoints")
-    return folder.resolve()
-
-
-def check_files(checkpoint: Path, *, whole: bool) -> None:
-    """Compare the files with the manifest: sizes only, or all their bytes. Raises CheckpointError."""
-    files = read_seal(checkpoint)["files"]
-    if not whole:
-        wrong = [
-            f"{checkpoint / name}: not the {entry['bytes']} bytes that were written"
-            for name, entry in files.items()
-            if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != entry["bytes"]
-        ]
-    else:
-        wrong = []
-        with progress_bar("checking the checkpoint", sum(entry["bytes"] for entry in files.values())) as bar:
-            for index, name in enumerate(sorted(files)):
-                wrong += damage(checkpoint, share=(index, len(files)))
-                bar.update(files[name]["bytes"])
-    if wrong:
-        raise CheckpointError("this checkpoint is damaged; export another one:\n  " + "\n  ".join(wrong))
 
 
 def write_model_files(reader: Reader, out: Path, dtype: str) -> PreTrainedConfig:
@@ -220,14 +192,8 @@ def tensor_kinds(reader: Reader) -> dict[str, str]:
 
 def read_blocks(reader: Reader, name: str, *, kinds: dict[str, str], dtype: str) -> Any:
     """Yield a tensor in blocks of rows, in its exported dtype (as raw bits where numpy has no such dtype)."""
-    shape, kind = reader.shape(name), kinds[name]
-    if not shape:
-        yield cast(reader.whole(name, kind), name, dtype) if kind == "master" else reader.whole(name, kind)
-        return
-    rows = max(1, BLOCK_BYTES // (4 * max(1, math.prod(shape[1:]))))
-    for first in range(0, shape[0], rows):
-        block = reader.rows(name, kind, first, min(first + rows, shape[0]))
-        yield cast(block, name, dtype) if kind == "master" else block
+    for block in row_blocks(reader, name, kinds[name]):
+        yield cast(block, name, dtype) if kinds[name] == "master" else block
 
 
 def cast(block: np.ndarray, name: str, dtype: str) -> np.ndarray:
