@@ -5,6 +5,7 @@ Each line names the field with its value, the constraint, and the cure. Nothing 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
@@ -22,6 +23,7 @@ from recipes.common.ds_config import (
 from recipes.common.plans import PlanError, Stack, find_stack
 from recipes.common.proof import cut_problems
 from recipes.common.recipe import SGD, AdamW, Layout, Optimizer, Recipe, RecipeError, from_root
+from recipes.common.recipe_types import type_problems
 from recipes.common.schedules import ramp_problems, schedule_problems
 from recipes.common.shards import data_problems
 from recipes.common.stage import balance_stages, layer_costs
@@ -29,33 +31,54 @@ from recipes.common.tensor_parallel import plan_split
 from recipes.common.weights import build_empty
 
 
-def check_recipe(recipe: Recipe, world_size: int, *, here: bool) -> tuple[Layout, dict[str, Any]]:
+def check_recipe(recipe: Recipe, world_size: int, *, here: bool, found: Sequence[str] = ()) -> tuple[Layout, dict[str, Any]]:
     """The layout for `world_size` ranks and the ds_config. Raises RecipeError with all problems at once.
 
     here: the run starts on this machine, so its data, tokenizer and device are looked at too (a dry run may be elsewhere).
+    found: problems of the flags, to be told in the same error.
     """
-    problems = version_problems(version("deepspeed"), version("torch"))
-    problems += _plain_problems(recipe)
-    try:
-        ds_config = load_ds_config(recipe.deepspeed)
-    except RecipeError as error:
-        problems, ds_config = problems + error.problems, None
-    layout = recipe.layouts.get(world_size)
-    if layout is None:
+    mistyped = type_problems(recipe)
+    problems = [*found, *version_problems(version("deepspeed"), version("torch")), *mistyped]
+    out_of_range = _beside(mistyped, _range_problems, recipe)
+    problems += out_of_range + _beside(mistyped, optimizer_problems, recipe.optimizer)
+    if not out_of_range:
+        problems += _beside(mistyped, schedule_problems, recipe)
+    ds_config, ds_problems = _load(recipe)
+    problems += ds_problems
+    layout = recipe.layouts.get(world_size) if isinstance(recipe.layouts, dict) else None
+    if isinstance(layout, Layout):
+        problems += _beside(mistyped, layout_problems, recipe, layout, world_size)
+        if ds_config is not None:
+            problems += _beside(mistyped, ds_config_problems, ds_config, ds_config_path(recipe.deepspeed), layout)
+        problems += _beside(mistyped, model_problems, recipe, layout)
+    elif isinstance(recipe.layouts, dict) and world_size not in recipe.layouts:
         problems.append(
-            f"layouts has no entry for {world_size} GPUs, only for {sorted(recipe.layouts)}; add "
+            f"layouts has no entry for {world_size} GPUs, only for {list(recipe.layouts)}; add "
             f"{world_size}: Layout(tensor=..., pipeline=...) to the recipe"
         )
-    if layout is not None:
-        problems += layout_problems(recipe, layout, world_size)
-        if ds_config is not None:
-            problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout)
-        problems += model_problems(recipe, layout)
     if here:
-        problems += _machine_problems(recipe, ds_config)
+        problems += _beside(mistyped, _machine_problems, recipe, ds_config)
     if problems:
         raise RecipeError(f"recipe {recipe.name!r} on {world_size} GPUs", problems)
     return layout, ds_config
+
+
+def _beside(mistyped: list[str], check: Callable[..., list[str]], *args: Any) -> list[str]:
+    """What `check` finds beside fields of wrong types: of those it would tell a second time, or not run at all."""
+    told = {problem.partition("=")[0] for problem in mistyped}
+    try:
+        return [problem for problem in check(*args) if problem.partition("=")[0] not in told]
+    except (TypeError, ValueError, AttributeError):
+        if not mistyped:
+            raise
+        return []
+
+
+def _load(recipe: Recipe) -> tuple[dict[str, Any] | None, list[str]]:
+    try:
+        return (load_ds_config(recipe.deepspeed) if isinstance(recipe.deepspeed, str) else None), []
+    except RecipeError as error:
+        return None, error.problems
 
 
 def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str]:
@@ -148,7 +171,7 @@ def _parameter_names(config_class: type) -> set[str]:
     return {name for base in config_class.__mro__ for name in getattr(base, "__annotations__", {})}
 
 
-def _plain_problems(recipe: Recipe) -> list[str]:
+def _range_problems(recipe: Recipe) -> list[str]:
     problems = []
     wholes = {
         "steps": (recipe.steps, 1),
@@ -165,9 +188,10 @@ def _plain_problems(recipe: Recipe) -> list[str]:
     for name, (value, least) in wholes.items():
         if not _is_whole(value, least):
             problems.append(f"{name}={value!r} must be a whole number from {least}")
-    if not recipe.z_loss >= 0:
-        problems.append(f"z_loss={recipe.z_loss!r} must be 0 or more")
-    return problems + optimizer_problems(recipe.optimizer) + (schedule_problems(recipe) if not problems else [])
+    for name, value in (("z_loss", recipe.z_loss), ("checkpoints.every_minutes", recipe.checkpoints.every_minutes)):
+        if not (isinstance(value, int | float) and value >= 0):
+            problems.append(f"{name}={value!r} must be 0 or more")
+    return problems
 
 
 def optimizer_problems(optimizer: Optimizer) -> list[str]:

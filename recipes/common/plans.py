@@ -43,23 +43,13 @@ _GPT2_TENSOR = {
     "h.*.mlp.c_fc": "colwise",
     "h.*.mlp.c_proj": "rowwise",
 }
-_LLAMA_TENSOR = {
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.k_proj": "colwise",
-    "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
-    "layers.*.mlp.gate_proj": "colwise",
-    "layers.*.mlp.up_proj": "colwise",
-    "layers.*.mlp.down_proj": "rowwise",
-}
-BUILT_IN_TENSOR: dict[str, dict[str, str]] = {
-    "gpt2": _GPT2_TENSOR,
-    "stablelm": _LLAMA_TENSOR,
-    "hunyuan_v1_dense": _LLAMA_TENSOR
-    | {
-        "layers.*.self_attn.query_layernorm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.key_layernorm": "replicated_with_grad_allreduce",
-    },
+BUILT_IN_TENSOR: dict[str, dict[str, str]] = {"gpt2": _GPT2_TENSOR}
+
+# What transformers' plans leave out: found by holding every family's gradients to one process.
+ADDED_TENSOR: dict[str, dict[str, str]] = {"apertus": {"layers.*.mlp.act_fn": "replicated_with_grad_allreduce"}}
+REFUSED_TENSOR: dict[str, str] = {
+    "doge": "its plan does not cut the per-head parameters between the projections",
+    "phimoe": "its experts are drawn at random in training, differently on each rank",
 }
 BUILT_IN_DIVIDE: dict[str, dict[str, tuple[str, ...]]] = {"gpt2": {"h.*.attn": ("split_size", "num_heads")}}
 
@@ -149,9 +139,13 @@ def tensor_plan(causal: PreTrainedModel, stack: Stack) -> dict[str, str]:
     Raises PlanError for a family without a plan, a style that is not known here, or a plan of ours that matches nothing.
     """
     family, base = causal.config.model_type, causal.get_submodule(stack.base)
+    if family in REFUSED_TENSOR:
+        raise PlanError(f"model_type={family} cannot be cut by tensors: {REFUSED_TENSOR[family]}")
     own = BUILT_IN_TENSOR.get(family)
     patterns = own or getattr(type(causal.config), "base_model_tp_plan", None)
-    if not patterns:
+    if patterns:
+        patterns = patterns | ADDED_TENSOR.get(family, {})
+    else:
         raise PlanError(f"model_type={family} has no tensor plan, in transformers or in recipes/common/plans.py")
     unknown = sorted(set(patterns.values()) - STYLES)
     if unknown:

@@ -80,6 +80,9 @@ def plan_split(causal: PreTrainedModel, stack: Stack, size: int) -> Split:
     if size == 1:
         return Split(1, {}, {}, {}, frozenset(), 1)
     plan = tensor_plan(causal, stack)
+    embedding = causal.get_submodule(stack.embedding)
+    if not isinstance(embedding, nn.Embedding) or len(list(embedding.parameters())) > 1:
+        raise PlanError(f"{stack.embedding} is a {type(embedding).__name__} that does more than look up: it cannot be cut")
     modules, styles, shares, shared = dict(causal.named_modules()), {}, set(), set()
     for name, style in plan.items():
         if name not in modules:

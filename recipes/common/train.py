@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from recipes.common.check import check_recipe
-from recipes.common.checkpoint import Position, Saver, resume
+from recipes.common.checkpoint import Position, Saver, resume, sealed_checkpoints
 from recipes.common.data import Prefetcher, open_split, step_micro_batches, validation_micro_batches
 from recipes.common.describe import describe_run
 from recipes.common.ds_config import merge_ds_config
@@ -43,8 +43,10 @@ def main(recipe: Recipe) -> None:
     flags = _parse_flags(recipe)
     world_size = flags.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
+    out_dir = Path(flags.out_dir).expanduser().resolve()
+    found = [] if flags.dry_run else _out_dir_problems(out_dir, flags.resume)
     try:
-        layout, ds_config = check_recipe(recipe, world_size, here=not flags.dry_run)
+        layout, ds_config = check_recipe(recipe, world_size, here=not flags.dry_run, found=found)
     except RecipeError as error:
         if rank == 0:  # every rank finds the same
             print(f"error: {error}", file=sys.stderr)
@@ -55,7 +57,6 @@ def main(recipe: Recipe) -> None:
         print(describe_run(recipe, layout, sizes))
         print(json.dumps(ds_config, indent=2))
         return
-    out_dir = Path(flags.out_dir).expanduser().resolve()
     with guard_rank(out_dir, rank):
         train(recipe, layout, sizes, ds_config, out_dir, resume_run=flags.resume, max_steps=flags.max_steps)
 
@@ -119,6 +120,21 @@ def train(
         if position.step < last_step:
             log.note(f"asked to leave ({leave.name or 'another rank'}): saved step {position.step}; go on with --resume")
         log.close()
+
+
+def _out_dir_problems(out_dir: Path, resume_run: bool) -> list[str]:
+    """A fresh start must not mix its checkpoints with another run's, and a resume needs one to go on from."""
+    saved = sealed_checkpoints(out_dir)
+    if saved and not resume_run:
+        return [
+            f"--out-dir={out_dir} holds checkpoints of a run, the newest {saved[-1].name}; go on from it with --resume, or start "
+            "afresh in another --out-dir"
+        ]
+    if resume_run and not saved:
+        return [
+            f"--resume: --out-dir={out_dir} holds no checkpoint to go on from; correct --out-dir, or start afresh without --resume"
+        ]
+    return []
 
 
 def _build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[Grid, Trainer]:
