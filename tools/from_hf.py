@@ -25,15 +25,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from recipes.common.checkpoint_files import Part
 from recipes.common.weights import build_empty
 from tools.console import UsageError, exit_code, human_bytes, progress_bar, quiet_transformers
 from tools.hf_folder import Source, open_folder, tokenizer_files
 from tools.hf_names import Adopter, Group, model_shapes, parameter_aliases
-from tools.starting_checkpoint import refuse_used, starting_state, write_checkpoint
+from tools.starting_checkpoint import collected, refuse_used, starting_state, whole_part, write_checkpoint
 
 COMPARE_ROWS_BYTES = 1 << 25
 _OLD_ROTARY = "rotary_emb.inv_freq"  # old files hold it; transformers computes it
@@ -91,8 +91,8 @@ def import_folder(folder: Path, out: Path, tokenizer: Path | None = None) -> dic
     total = sum(math.prod(shape) * 4 for group in plan.groups for _, shape in group.targets)
     tied = bool(parameter_aliases(causal))
     with progress_bar("importing", total) as bar:
-        tensors = read_tensors(plan, adopter, sources, bar)
-        checkpoint = write_checkpoint(out, tensors, starting_state(tied=tied), config, tokenizer)
+        parts = read_parts(plan, adopter, sources, bar)
+        checkpoint = write_checkpoint(out, collected(parts), starting_state(tied=tied), config, tokenizer)
     return {
         "checkpoint": str(checkpoint),
         "tensors": len(plan.kinds),
@@ -161,8 +161,8 @@ def match(causal: PreTrainedModel, adopter: Adopter, sources: dict[str, Source],
     return Import(groups, kinds, {name: buffer.dtype for name, buffer in buffers.items()}, dropped)
 
 
-def read_tensors(plan: Import, adopter: Adopter, sources: dict[str, Source], bar: Any) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(name, kind, whole tensor): weights in fp32, buffers as the model has them."""
+def read_parts(plan: Import, adopter: Adopter, sources: dict[str, Source], bar: Any) -> Iterator[Part]:
+    """Whole tensors: weights in fp32, buffers as the model has them."""
     for group in plan.groups:
         tensors = {name: sources[name].whole() for name in group.sources}
         found = {group.targets[0][0]: tensors[group.sources[0]]} if group.same else adopter.adopt(tensors)
@@ -170,7 +170,7 @@ def read_tensors(plan: Import, adopter: Adopter, sources: dict[str, Source], bar
         for name in [*found]:
             tensor, kind = found.pop(name), plan.kinds[name]
             dtype = torch.float32 if kind == "master" else plan.dtypes[name]
-            yield name, kind, tensor.to(dtype).contiguous().numpy()
+            yield whole_part(name, kind, tensor.to(dtype).numpy())
             bar.update(4 * tensor.numel())
 
 

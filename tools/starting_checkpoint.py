@@ -1,13 +1,13 @@
-"""Writes a checkpoint from whole tensors: the part that tools.from_hf and tools.from_deepspeed share.
+"""Writes a checkpoint that no run of ours saved: the part that tools.from_hf and tools.from_deepspeed share.
 
-The tensors lie whole in a few rank files (cut None), so any layout can load them. Sealed and published like any other.
+Any layout can load it. Sealed, read again and published like any other.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else importing DeepSpeed looks for one, and warns on stdout
 from recipes.common.checkpoint import publish_folder, sealed_checkpoints, step_folder
-from recipes.common.checkpoint_files import Part, damage, merge_index, seal, write_rank_file
+from recipes.common.checkpoint_files import Part, Reader, damage, merge_index, seal, write_rank_file
 from recipes.common.run_files import write_json
+from tools.checkpoint_contents import gaps
 from tools.console import CheckError, UsageError
 from tools.hf_folder import tokenizer_files
 
@@ -48,42 +49,58 @@ def refuse_used(out: Path) -> None:
         raise UsageError(f"{out} is a run with {len(there)} checkpoints already; give the folder of a new run")
 
 
+def whole_part(name: str, kind: str, tensor: np.ndarray) -> Part:
+    flat = np.ascontiguousarray(tensor).reshape(-1)
+    return Part(name, kind, tensor.shape, None, 0, 1, 0, flat.size, flat)
+
+
+def collected(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Parts by the gigabyte: what goes into one file together."""
+    batch: list[Part] = []
+    for part in parts:
+        batch.append(part)
+        if sum(p.data.nbytes for p in batch) >= FILE_BYTES:
+            yield batch
+            batch = []
+    yield batch
+
+
 def write_checkpoint(
-    out: Path,
-    tensors: Iterable[tuple[str, str, np.ndarray]],
-    state: dict[str, Any],
-    config: PreTrainedConfig,
-    tokenizer: Path | None,
+    out: Path, files: Iterable[list[Part]], state: dict[str, Any], config: PreTrainedConfig, tokenizer: Path | None
 ) -> Path:
     """Write, seal, read again and publish OUT/checkpoints/step_N. Gives its folder.
 
-    tensors: (name, kind, whole tensor) in any order, each pair once; about a gigabyte of them is in memory at a time.
+    files: the parts of each rank file, one file in memory at a time; a (name, kind) comes once in a file. `state` is read
+    when they are at an end. Raises CheckError when the disk gives back something else, or elements of a tensor are missing.
     """
     folder = step_folder(out, state["step"])
     hidden = folder.with_name(f".{folder.name}.saving")
     shutil.rmtree(hidden, ignore_errors=True)  # of a conversion that was killed
     hidden.mkdir(parents=True)
     try:
-        reports, parts = [], []
-        for name, kind, data in tensors:
-            flat = np.ascontiguousarray(data).reshape(-1)
-            parts.append(Part(name, kind, data.shape, None, 0, 1, 0, flat.size, flat))
-            if sum(part.data.nbytes for part in parts) >= FILE_BYTES:
+        reports = []
+        for parts in files:
+            if parts:
                 reports.append(write_rank_file(hidden, len(reports), parts))
-                parts = []
-        if parts or not reports:
-            reports.append(write_rank_file(hidden, len(reports), parts))
         write_json(hidden / "index.json", merge_index(reports))
         write_json(hidden / "state.json", state | {"world_size": len(reports)})
         _write_model_folder(hidden / "model", config, tokenizer)
         seal(hidden, {report["file"]: report for report in reports})
-        wrong = damage(hidden)
+        wrong = damage(hidden) or gaps(Reader(hidden))
         if wrong:
-            raise CheckError("the disk does not hold what was written: " + "; ".join(wrong))
+            raise CheckError("what was written is not a whole checkpoint: " + "; ".join(wrong[:5]))
         publish_folder(hidden, folder)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+        _remove_if_empty(folder.parent, out)
     return folder
+
+
+def _remove_if_empty(*folders: Path) -> None:
+    """Innermost first: a conversion that fails leaves nothing behind."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _write_model_folder(folder: Path, config: PreTrainedConfig, tokenizer: Path | None) -> None:

@@ -131,9 +131,7 @@ def _out_dir_problems(out_dir: Path, resume_run: bool) -> list[str]:
             "afresh in another --out-dir"
         ]
     if resume_run and not saved:
-        return [
-            f"--resume: --out-dir={out_dir} holds no checkpoint to go on from; correct --out-dir, or start afresh without --resume"
-        ]
+        return [f"--resume: --out-dir={out_dir} holds no checkpoint to go on from; correct --out-dir, or start without --resume"]
     return []
 
 
