@@ -29,17 +29,17 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(recipe, world_size, out_dir, *, resume=False, max_steps=None):
+def run(recipe, world_size, out_dir, *, resume=False, max_steps=None, skips=()):
     """A whole run on forked ranks, as a launcher would start it."""
-    run_ranks(_rank, world_size, recipe, world_size, str(out_dir), resume, max_steps)
+    run_ranks(_rank, world_size, recipe, world_size, str(out_dir), resume, max_steps, skips)
     return {r["step"]: r for r in read_metrics(Path(out_dir) / "metrics.jsonl") if "loss" in r}
 
 
-def _rank(recipe, world_size, out_dir, resume, max_steps):
+def _rank(recipe, world_size, out_dir, resume, max_steps, skips):
     layout, config = check_recipe(recipe, world_size, here=True)
     sizes = derive_sizes(recipe, layout, world_size)
     config = merge_ds_config(config, recipe, sizes, sizes.accumulation)
-    train(recipe, layout, sizes, config, Path(out_dir), resume_run=resume, max_steps=max_steps)
+    train(recipe, layout, sizes, config, Path(out_dir), resume_run=resume, max_steps=max_steps, skips=skips)
 
 
 def masters(out_dir, kind="master"):

@@ -1,5 +1,7 @@
 """3D training equals plain one-process transformers: loss, gradient norm, every gradient and every parameter."""
 
+from dataclasses import replace
+
 import pytest
 
 from recipes.common.recipe import SGD, AdamW, Layout
@@ -115,6 +117,16 @@ def test_momentum_sgd():
 
 def test_sdpa_attention():
     assert_equal(trial_of(tiny_config("llama"), 2, 2, 1, attention="sdpa"))
+
+
+@pytest.mark.parametrize(("pipeline", "tensor"), [(1, 1), (2, 2), (3, 1)])
+def test_documents_masked_from_each_other(pipeline, tensor):
+    trial = trial_of(tiny_config("llama"), pipeline, tensor, 1, attention="sdpa", document_end=5, seq_len=48)
+    trained, plain = both(gradient_trial(trial))
+    assert_equal(gradient_trial(trial))
+    unmasked = run_ranks(train_plain, 1, gradient_trial(replace(trial, document_end=None)))[0]
+    assert abs(unmasked.losses[0] - plain.losses[0]) > 1e-5  # the mask is not for nothing
+    assert trained.losses == pytest.approx(plain.losses, rel=LOSS_BOUND)
 
 
 @pytest.mark.parametrize("config", ["zero1_bf16.json", "zero2_bf16.json", "zero3_bf16.json", "zero3_offload_bf16.json"])

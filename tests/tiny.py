@@ -72,14 +72,14 @@ def write_shards(folder: Path, *, tokens: int = 40_000, seed: int = 0) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def tiny_recipe(data: Path, **fields: object) -> Recipe:
-    """A llama of 4 layers on `data` (see write_shards), 8 steps; `fields` override."""
+def tiny_recipe(folder: Path, **fields: object) -> Recipe:
+    """A llama of 4 layers on `folder` (see write_shards), 8 steps; `fields` override."""
     values = {
         "name": "tiny",
         "model": tiny_config("llama"),
         "num_params": 140_224,
-        "tokenizer": str(data / "tokenizer"),
-        "data": str(data),
+        "tokenizer": str(folder / "tokenizer"),
+        "data": str(folder),
         "layouts": {1: Layout(), 2: Layout(pipeline=2), 4: Layout(tensor=2, pipeline=2), 8: Layout(tensor=2, pipeline=2)},
         "batch": Batch(seq_len=16, micro_seqs=1, global_seqs=4),
         "optimizer": AdamW(lr=1e-3, eps=1e-6, clip=0.5),

@@ -11,6 +11,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import datasets  # slow to import: only where it is needed
 
 SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__")  # never read inside an input folder, nor hidden ones
 TEXT_ENDINGS = (".txt", ".text", ".md")
@@ -152,7 +156,7 @@ def _hub_dataset(name: str, source: int, text_key: str) -> InputFile:
     return InputFile(path=name, source=source, kind="hub", bytes=shards, changed_ns=0, parts=shards)
 
 
-def open_hub(name: str):  # -> datasets.IterableDataset, imported only where it is needed
+def open_hub(name: str) -> datasets.IterableDataset:
     """The streamed dataset `hub:NAME[:CONFIG[:SPLIT]]` (split "train" unless given)."""
     import datasets
 

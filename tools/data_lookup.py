@@ -56,8 +56,15 @@ def read_run(folder: Path) -> Run:
         blend=blend,
         seed=recipe["seed"],
         seq_len=recipe["batch"]["seq_len"],
-        skips=tuple((start, stop) for start, stop in recipe.get("skips", ())),
+        skips=_skips(folder),
     )
+
+
+def _skips(folder: Path) -> tuple[tuple[int, int], ...]:
+    """Of the newest start: a skip changes nothing before itself, so it holds for the steps of earlier starts too."""
+    path = folder / "manifest.json"
+    starts = json.loads(path.read_text())["starts"] if path.is_file() else []
+    return tuple((first, last) for first, last in starts[-1].get("skips", ())) if starts else ()
 
 
 def read_step(folder: Path, step: int) -> Step:

@@ -98,7 +98,7 @@ def load(path: Path) -> Any:
 
 def find_run(folder: Path) -> Run:
     """What kind of checkpoint lies in `folder` (or in the one its `latest` names). Raises UsageError for an unknown kind."""
-    for pointer in ("latest_universal", "latest"):
+    for pointer in ("latest", "latest_universal"):
         if (folder / pointer).is_file() and not _names(folder, MODEL):
             folder = folder / (folder / pointer).read_text().strip()
     if not folder.is_dir():
@@ -209,8 +209,10 @@ def _pieces_of_stage_3(run: Run, data_rank: int, state: Mapping[str, Any], shape
     for name, shape in shapes.items():
         total = math.prod(shape)
         length = -(-total // run.data)
-        if offset + length > flats[group].numel():
+        while offset == flats[group].numel():  # sub-groups hold whole parameters and no padding
             group, offset = group + 1, 0
+        if offset + length > flats[group].numel():
+            raise IndexError(f"{name} does not end where its group does")
         start, stop = data_rank * length, min((data_rank + 1) * length, total)
         if start < stop:
             states = {"master": flats[group]} | moments[group]

@@ -36,7 +36,7 @@ from tools import deepspeed_files as files
 from tools.console import UsageError, exit_code, progress_bar, quiet_transformers
 from tools.from_hf import read_config
 from tools.hf_names import model_shapes, parameter_aliases
-from tools.starting_checkpoint import refuse_used, starting_state, write_checkpoint
+from tools.starting_checkpoint import collected, refuse_used, starting_state, whole_part, write_checkpoint
 
 Shape = tuple[int, ...]
 _OURS = re.compile(r"(?:\d+\.)?(?:causal\.|module\.)?")  # what stands before a Hugging Face name
@@ -49,6 +49,7 @@ class Model:
     shapes: dict[str, Shape]  # of every parameter, tied ones once
     buffers: dict[str, torch.Tensor]
     aliases: dict[str, str]  # a tied head -> the embedding
+    vocabulary: frozenset[str]  # embedding and head: their rows may have been padded
     cuts: dict[str, Cut]
 
     def name(self, theirs: str) -> str:
@@ -87,13 +88,9 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps(summary))
         return 0
     was = "universal" if summary["universal"] else "pipeline {pipeline} x tensor {tensor} x data {data}, ZeRO {zero_stage}"
-    print(
-        f"{summary['checkpoint']}: {summary['tensors']} tensors, kinds {', '.join(summary['kinds'])}, from {was.format(**summary)}"
-    )
-    print(
-        f"  step {summary['step']}, {summary['optimizer_steps']} optimizer steps, {summary['consumed_seqs']} sequences consumed"
-    )
-    print(f"  go on with: deepspeed RECIPE --out-dir {args.out} --resume")
+    print(f"{summary['checkpoint']}: {summary['tensors']} tensors, kinds {', '.join(summary['kinds'])}")
+    print(f"  from {was.format(**summary)}, step {summary['step']}, {summary['optimizer_steps']} optimizer steps")
+    print(f"  {summary['consumed_seqs']} sequences consumed; go on with: deepspeed RECIPE --out-dir {args.out} --resume")
     return 0
 
 
@@ -113,8 +110,11 @@ def convert(folder: Path, out: Path, model_folder: Path, tokenizer: Path | None 
         "skipped_steps": run.skipped_steps,
     }
     with progress_bar("converting", _input_bytes(run)) as bar:
-        parts = universal_parts(run, model, state, bar) if run.universal else zero_parts(run, model, state, bar)
-        checkpoint = write_checkpoint(out, parts, state, config, tokenizer or model_folder)
+        if run.universal:
+            rank_files = collected(universal_parts(run, model, state, bar))
+        else:
+            rank_files = zero_parts(run, model, state, bar)
+        checkpoint = write_checkpoint(out, rank_files, state, config, tokenizer or model_folder)
     index = json.loads((checkpoint / "index.json").read_text(encoding="utf-8"))["tensors"]
     kinds = sorted({kind for entry in index.values() for kind in entry["kinds"]})
     described = {key: getattr(run, key) for key in ("universal", "pipeline", "tensor", "data", "zero_stage")}
@@ -126,10 +126,12 @@ def describe_model(causal: PreTrainedModel, tensor: int) -> Model:
     """Raises UsageError for a family that cannot be cut so: then nothing of ours wrote the checkpoint."""
     shapes, buffers = model_shapes(causal)
     try:
-        cuts = plan_split(causal, find_stack(causal), tensor).cuts if tensor > 1 else {}
+        stack = find_stack(causal)
+        cuts = plan_split(causal, stack, tensor).cuts
     except PlanError as error:
         raise UsageError(f"the checkpoint was saved at tensor={tensor}, and {error}") from error
-    return Model(shapes, buffers, parameter_aliases(causal), cuts)
+    vocabulary = frozenset(f"{module}.{leaf}" for module in (stack.embedding, stack.head) for leaf in ("weight", "bias"))
+    return Model(shapes, buffers, parameter_aliases(causal), vocabulary, cuts)
 
 
 def check_names(run: files.Run, model: Model) -> None:
@@ -188,12 +190,12 @@ def piece_parts(piece: files.Piece, model: Model, tensor_rank: int, tensor: int)
     if piece.start < stop:
         place = (tensor_rank, tensor) if cut is not None else (0, 1)
         for kind, values in piece.states.items():
-            data = values[: stop - piece.start].float().numpy()
+            data = values[: stop - piece.start].detach().float().numpy()
             yield Part(name, kind, shape, cut, *place, piece.start, stop, data)
 
 
-def universal_parts(run: files.Run, model: Model, state: dict[str, Any], bar: Any) -> Iterator[list[Part]]:
-    """A parameter at a time, whole."""
+def universal_parts(run: files.Run, model: Model, state: dict[str, Any], bar: Any) -> Iterator[Part]:
+    """A parameter at a time, whole, without the rows that fill up a vocabulary."""
     for theirs in files.universal_names(run):
         name = model.name(theirs)
         if name in model.aliases:
@@ -201,17 +203,14 @@ def universal_parts(run: files.Run, model: Model, state: dict[str, Any], bar: An
         shape = model.shapes[name]
         states, step = files.universal_states(run, theirs)
         state["optimizer_steps"] = max(state["optimizer_steps"], step)
-        parts = []
         for kind, values in states.items():
-            if tuple(values.shape) != shape:
-                raise UsageError(
-                    f"{run.folder / 'zero' / theirs}: {kind} is {list(values.shape)}, the config's model has {list(shape)}"
-                )
-            data = values.float().contiguous().reshape(-1).numpy()
-            parts.append(Part(name, kind, shape, None, 0, 1, 0, data.size, data))
-        yield parts
-        bar.update(sum(4 * values.numel() for values in states.values()))
-    yield buffer_parts(run, model)
+            whole = values[: shape[0]] if name in model.vocabulary else values
+            if tuple(whole.shape) != shape:
+                there = f"{run.folder / 'zero' / theirs}: {kind} is {list(values.shape)}"
+                raise UsageError(f"{there}, the config's model has {list(shape)}")
+            yield whole_part(name, kind, whole.detach().float().numpy())
+            bar.update(4 * values.numel())
+    yield from buffer_parts(run, model)
 
 
 def buffer_parts(run: files.Run, model: Model) -> list[Part]:
@@ -224,8 +223,7 @@ def buffer_parts(run: files.Run, model: Model) -> list[Part]:
     for name, buffer in model.buffers.items():
         if name not in found or found[name].shape != buffer.shape:
             raise UsageError(f"{run.folder}: the buffer {name} {list(buffer.shape)} is in no model file")
-        data = found[name].to(buffer.dtype).reshape(-1).numpy()
-        parts.append(Part(name, "buffer", tuple(buffer.shape), None, 0, 1, 0, data.size, data))
+        parts.append(whole_part(name, "buffer", found[name].to(buffer.dtype).numpy()))
     return parts
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from recipes.common.data import document_positions
 from recipes.common.engine import Trainer, start_distributed
 from recipes.common.grid import build_grid, one_process
 from recipes.common.plans import find_stack
@@ -40,6 +41,7 @@ class Trial:
     z_loss: float = 0.0
     chunk_tokens: int = 7  # small and odd, so that every loss is summed over several chunks
     attention: str = "eager"
+    document_end: int | None = None  # attention stays inside the documents that this id ends
     device: str = "cpu"
 
     @property
@@ -78,7 +80,7 @@ def train_in_layout(trial: Trial) -> dict[str, Any]:
         z_loss=trial.z_loss,
         chunk_tokens=trial.chunk_tokens,
     )
-    trainer = Trainer(stage, grid, trial.optimizer, _ds_config(trial))
+    trainer = Trainer(stage, grid, trial.optimizer, _ds_config(trial), trial.document_end)
     losses, norms, skipped = [], [], []
     for batch in batches(trial):
         micro = list(batch.split(trial.micro_seqs))[grid.data_rank :: grid.data]
@@ -102,7 +104,10 @@ def train_plain(trial: Trial) -> Outcome:
     for batch in batches(trial):
         total = 0.0
         for tokens in batch.to(trial.device).split(trial.micro_seqs):
-            logits = model(input_ids=tokens[:, :-1], use_cache=False).logits.float()
+            places = {}
+            if trial.document_end is not None:
+                places["position_ids"] = document_positions(tokens[:, :-1], trial.document_end)
+            logits = model(input_ids=tokens[:, :-1], use_cache=False, **places).logits.float()
             flat = logits.reshape(-1, logits.shape[-1])
             cross_entropy = F.cross_entropy(flat, tokens[:, 1:].reshape(-1), reduction="sum")
             z_term = trial.z_loss * flat.logsumexp(-1).square().sum()

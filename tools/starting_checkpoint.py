@@ -33,7 +33,7 @@ def starting_state(*, tied: bool) -> dict[str, Any]:
         "skipped_steps": 0,
         "optimizer_steps": 0,
         "loss_scaler": {},
-        "skip_list": [],
+        "skips": [],
         "seed": None,
         "tied": tied,
         "world_size": 1,

@@ -114,7 +114,8 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
         model = without_dropout(shrink(recipe.model, layout))
     except (PlanError, ValueError, TypeError, AttributeError) as error:
         raise RecipeError(f"recipe {recipe.name!r}", [*problems, f"model: cannot be shrunk for a trial: {error}"]) from error
-    problems += [] if problems else cut_problems(recipe.model, layout, recipe.attention)
+    if not problems:  # in a rank of its own, as all that computes: see tools.local_ranks
+        problems = run_ranks(cut_problems, 1, recipe.model, layout, recipe.attention)[0]
     if problems:
         raise RecipeError(f"recipe {recipe.name!r} in the layout {layout}", problems)
     return Trial(

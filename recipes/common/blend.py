@@ -16,17 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from recipes.common.order import GOLDEN, MASK_64, sequence_position
+from recipes.common.recipe import Blend
 from recipes.common.shards import TokenStream, open_split
 
 MAX_PERIOD = 100_000  # of the schedule: its table is made at the start, about a microsecond an entry
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blend:
-    """Weights are shares of the tokens read; they need not sum to one. Folders as in `Recipe.data`."""
-
-    weights: dict[str, float]
-    changes: tuple[tuple[int, dict[str, float]], ...] = ()  # ((after_tokens, weights), ...), each replacing the last
 
 
 @dataclass(frozen=True, kw_only=True)

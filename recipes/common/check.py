@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from recipes.common.data import masking_problem, recipe_data_problems
 from recipes.common.ds_config import (
     device_problems,
     ds_config_path,
@@ -25,7 +26,6 @@ from recipes.common.proof import cut_problems
 from recipes.common.recipe import SGD, AdamW, Layout, Optimizer, Recipe, RecipeError, from_root
 from recipes.common.recipe_types import type_problems
 from recipes.common.schedules import ramp_problems, schedule_problems
-from recipes.common.shards import data_problems
 from recipes.common.stage import balance_stages, layer_costs
 from recipes.common.tensor_parallel import plan_split
 from recipes.common.weights import build_empty
@@ -188,6 +188,8 @@ def _range_problems(recipe: Recipe) -> list[str]:
     for name, (value, least) in wholes.items():
         if not _is_whole(value, least):
             problems.append(f"{name}={value!r} must be a whole number from {least}")
+    if recipe.mask_documents and (problem := masking_problem(recipe.attention, recipe.batch.micro_seqs)):
+        problems.append(f"mask_documents=True: {problem}")
     for name, value in (("z_loss", recipe.z_loss), ("checkpoints.every_minutes", recipe.checkpoints.every_minutes)):
         if not (isinstance(value, int | float) and value >= 0):
             problems.append(f"{name}={value!r} must be 0 or more")
@@ -214,8 +216,9 @@ def optimizer_problems(optimizer: Optimizer) -> list[str]:
 
 
 def _machine_problems(recipe: Recipe, ds_config: dict[str, Any] | None) -> list[str]:
-    problems = data_problems(
-        from_root(recipe.data),
+    problems = recipe_data_problems(
+        recipe.data,
+        from_root,
         seq_len=recipe.batch.seq_len,
         vocab_size=recipe.model.get_text_config().vocab_size,
         tokenizer=from_root(recipe.tokenizer),

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from recipes.common import zero_state
 from recipes.common.checkpoint_files import CheckpointError, Part, Reader, damage, merge_index, seal, write_rank_file
 from recipes.common.engine import Trainer
 from recipes.common.metrics import RunLog
+from recipes.common.order import kept_index, merge_skips
 from recipes.common.recipe import Recipe, from_root
 from recipes.common.run_files import recipe_to_dict, write_json
 
@@ -37,11 +38,26 @@ class Position:
     step: int = 0
     consumed_seqs: int = 0
     skipped_steps: int = 0
+    skips: tuple[tuple[int, int], ...] = ()  # ranges of sequences that are left out (recipes.common.order.kept_index)
 
     def after_step(self, seqs: int, *, skipped: bool) -> Position:
-        return Position(
-            step=self.step + 1, consumed_seqs=self.consumed_seqs + seqs, skipped_steps=self.skipped_steps + bool(skipped)
+        return replace(
+            self,
+            step=self.step + 1,
+            consumed_seqs=self.consumed_seqs + seqs,
+            skipped_steps=self.skipped_steps + bool(skipped),
         )
+
+    def leave_out(self, more: tuple[tuple[int, int], ...]) -> Position:
+        """With more ranges of sequences to skip. Raises CheckpointError for one that begins in what was read already."""
+        here = int(kept_index(np.array([self.consumed_seqs]), self.skips)[0])
+        for start, stop in more:
+            if start < here:
+                raise CheckpointError(
+                    f"--skip {start}:{stop}: step {self.step} has read up to sequence {here}; go back to a checkpoint before "
+                    f"sequence {start}, or skip from {here} on"
+                )
+        return replace(self, skips=merge_skips((*self.skips, *more)))
 
 
 def step_folder(out_dir: Path, step: int) -> Path:
@@ -89,7 +105,7 @@ class Saver:
             "skipped_steps": position.skipped_steps,
             "optimizer_steps": zero_state.optimizer_steps(self._trainer),
             "loss_scaler": zero_state.scaler_state(self._trainer),
-            "skip_list": [],
+            "skips": [list(skip) for skip in position.skips],
             "seed": self._recipe.seed,
             "tied": self._trainer.stage.stack.tied,
             "world_size": dist.get_world_size(),
@@ -281,7 +297,8 @@ def resume(out_dir: Path, trainer: Trainer) -> Position:
     state = reader.state
     if trainer.grid.rank == 0:
         print(f"resuming from {folder} (step {state['step']})", flush=True)
-    return Position(step=state["step"], consumed_seqs=state["consumed_seqs"], skipped_steps=state["skipped_steps"])
+    skips = tuple((start, stop) for start, stop in state["skips"])
+    return Position(step=state["step"], consumed_seqs=state["consumed_seqs"], skipped_steps=state["skipped_steps"], skips=skips)
 
 
 def _newest_intact(out_dir: Path, trainer: Trainer) -> Path:

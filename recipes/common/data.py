@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def open_validation(data: str | Blend, resolve: Callable[[str], Path], seq_len: 
     return {name: open_split(resolve(name), "validation", seq_len) for name in names}
 
 
-def recipe_data_problems(data: str | Blend, resolve: Callable[[str], Path], *, seq_len: int, **checks) -> list[str]:
+def recipe_data_problems(data: str | Blend, resolve: Callable[[str], Path], *, seq_len: int, **checks: Any) -> list[str]:
     """`data_problems` of every folder of a recipe's `data`, and of the weights."""
     problems = blend_problems(data, seq_len) if isinstance(data, Blend) else []
     for name in folders(data) if isinstance(data, Blend) else [data]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from recipes.common.plans import find_stack
-from recipes.common.recipe import Layout, Recipe, Sizes
+from recipes.common.recipe import Blend, Layout, Recipe, Sizes
 from recipes.common.schedules import learning_rate_at, seqs_after, tokens_of_run
 from recipes.common.stage import balance_stages, layer_costs
 from recipes.common.weights import build_empty
@@ -24,7 +24,7 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
         f"run         {recipe.steps:,} steps, {tokens_of_run(recipe) / 1e9:,.3f}B tokens, "
         f"{tokens_of_run(recipe) / recipe.num_params:.1f} a parameter",
         f"learning    {type(recipe.optimizer).__name__} + {type(recipe.schedule).__name__}: " + _rates(recipe),
-        f"files       data {recipe.data}, tokenizer {recipe.tokenizer}, DeepSpeed {recipe.deepspeed} as below",
+        f"files       data {_data(recipe)}, tokenizer {recipe.tokenizer}, DeepSpeed {recipe.deepspeed} as below",
         "stage  layers        share of the cost",
     ]
     stages = balance_stages(costs, head, layout.pipeline)
@@ -40,3 +40,11 @@ def _rates(recipe: Recipe) -> str:
     steps = sorted({1, max(recipe.steps // 100, 1), max(recipe.steps // 2, 1), recipe.steps})
     tokens = {step: seqs_after(recipe.batch, step) * recipe.batch.seq_len for step in steps}
     return ", ".join(f"lr {learning_rate_at(recipe, step, tokens[step]):.2e} at step {step:,}" for step in steps)
+
+
+def _data(recipe: Recipe) -> str:
+    if not isinstance(recipe.data, Blend):
+        return recipe.data
+    total = sum(recipe.data.weights.values())
+    shares = " + ".join(f"{100 * weight / total:g} % {folder}" for folder, weight in recipe.data.weights.items())
+    return shares + "".join(f", other weights after {tokens:,} tokens" for tokens, _ in recipe.data.changes)

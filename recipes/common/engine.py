@@ -10,9 +10,12 @@ import importlib
 import io
 import logging
 import os
+import traceback
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -21,6 +24,7 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
+from recipes.common.data import document_positions
 from recipes.common.grid import Grid, Mpu
 from recipes.common.loss import IGNORED
 from recipes.common.recipe import AdamW, Optimizer
@@ -131,8 +135,11 @@ def build_optimizer(stage: Stage, optimizer: Optimizer, device: torch.device, *,
 class Trainer:
     """A stage, its optimizer and DeepSpeed's engine. It holds them together; the loop and the state of a run are elsewhere."""
 
-    def __init__(self, stage: Stage, grid: Grid, optimizer: Optimizer, ds_config: dict[str, Any]) -> None:
-        self.stage, self.grid = stage, grid
+    def __init__(
+        self, stage: Stage, grid: Grid, optimizer: Optimizer, ds_config: dict[str, Any], document_end: int | None = None
+    ) -> None:
+        """document_end: the id that ends a document, when attention is to stay inside documents."""
+        self.stage, self.grid, self.document_end = stage, grid, document_end
         offload = "offload_optimizer" in ds_config.get("zero_optimization", {})
         self.optimizer = build_optimizer(stage, optimizer, grid.device, offload=offload)
         with quiet_deepspeed():
@@ -153,6 +160,7 @@ class Trainer:
         accumulation = global_seqs // (self.micro_seqs * self.grid.data)
         if accumulation != self.accumulation:
             self.engine.set_train_batch_size(global_seqs)
+            self.engine.micro_steps = 0  # it is counted modulo the accumulation: the old count would end a step too early
             self.accumulation = accumulation
 
     def train_step(
@@ -168,20 +176,28 @@ class Trainer:
         skipped_before = self.engine.skipped_steps
         self.stage.loss_sums.zero_()
         weight = len(micro_batches) * self.grid.data / scored_tokens
+        self._place_documents(micro_batches)
         batches = self._batches(micro_batches, weight)
-        if self.grid.pipeline > 1:
-            self.engine.train_batch(batches)
-        else:
-            self.engine.train()
-            for ids, labels in batches:
-                self.engine.backward(self.engine(ids, labels))
-                self.engine.step()
+        finite = True
+        try:
+            if self.grid.pipeline > 1:
+                self.engine.train_batch(batches)
+            else:
+                self.engine.train()
+                for ids, labels in batches:
+                    self.engine.backward(self.engine(ids, labels))
+                    self.engine.step()
+        except AssertionError as error:
+            # BF16_Optimizer meets a norm that is not a number with a bare assertion, on every rank alike, before the step
+            if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "bf16_optimizer.py":
+                raise
+            finite = False
         sums = self._sum_over_ranks(votes)
         micro_batches_of_all = len(micro_batches) * self.grid.data
         return StepResult(
             loss=sums[0] / micro_batches_of_all,
             log_z_squared=sums[1] / micro_batches_of_all,
-            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            grad_norm=float(self.engine.get_global_grad_norm() or 0.0) if finite else float("nan"),
             loss_scale=float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if self.engine.fp16_enabled() else 1.0,
             skipped=self.engine.skipped_steps > skipped_before,
             votes=tuple(count > 0 for count in sums[2:]),
@@ -191,7 +207,8 @@ class Trainer:
         """Mean cross-entropy over `scored_tokens` targets; each item is ids [micro_seqs, seq_len + 1] and which rows count."""
         self.stage.loss_sums.zero_()
         weight = 1.0 / scored_tokens
-        batches = self._batches((ids for ids, _ in micro_batches), weight, [rows for _, rows in micro_batches])
+        self._place_documents([tokens for tokens, _ in micro_batches])
+        batches = self._batches((tokens for tokens, _ in micro_batches), weight, [rows for _, rows in micro_batches])
         if self.grid.pipeline > 1:
             self.engine.eval_batch(batches, num_micro_batches=len(micro_batches), bcast_loss=False)
         else:
@@ -213,6 +230,12 @@ class Trainer:
                 targets = targets.masked_fill(~rows[index].view(-1, 1), IGNORED)
             ids = tokens[:, :-1].contiguous().to(device, non_blocking=True)
             yield ids, (targets.contiguous().to(device, non_blocking=True), scale)
+
+    def _place_documents(self, micro_batches: list[torch.Tensor]) -> None:
+        """Tell the stage, whichever it is, where documents start. Every stage reads the data, so nothing has to be sent."""
+        if self.document_end is not None:
+            positions = (document_positions(tokens[:, :-1], self.document_end) for tokens in micro_batches)
+            self.stage.positions = deque(p.to(self.grid.device, non_blocking=True) for p in positions)
 
     def _sum_over_ranks(self, votes: tuple[bool, ...] = ()) -> list[float]:
         """[cross-entropy, log(Z)^2, votes...] over all data ranks, on every rank; the last stage has the losses."""

@@ -7,7 +7,7 @@ changing one constant changes what every resumed run reads, so a test holds gold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -104,7 +104,7 @@ def _backward(values: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.
     return (left << half_bits) | right
 
 
-def _walk(index: np.ndarray, n: int, keys: np.ndarray, network) -> np.ndarray:
+def _walk(index: np.ndarray, n: int, keys: np.ndarray, network: Callable[..., np.ndarray]) -> np.ndarray:
     """Apply the network until every value is under n: under 4 rounds on average, unless n is tiny."""
     index = np.atleast_1d(np.asarray(index))
     if index.size and not (index.min() >= 0 and index.max() < n):

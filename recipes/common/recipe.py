@@ -122,11 +122,19 @@ Schedule = Constant | Linear | Cosine | WSD | InverseSqrt
 
 
 @dataclass(frozen=True, kw_only=True)
+class Blend:
+    """Several prepared folders read as one. Weights are shares of the tokens read; they need not sum to one."""
+
+    weights: dict[str, float]  # folder, as in Recipe.data -> weight
+    changes: tuple[tuple[int, dict[str, float]], ...] = ()  # ((after_tokens, weights), ...), each replacing the last
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Loss on the held-out split: before the first step, every `every_steps`, and at the end."""
+    """Loss on the held-out split of every folder: before the first step, every `every_steps`, and at the end."""
 
     every_steps: int = 0  # 0: never
-    seqs: int = 256  # sequences from the start of the validation split
+    seqs: int = 256  # sequences from the start of each validation split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +153,7 @@ class Recipe:
     model: PreTrainedConfig  # any transformers config of a decoder
     num_params: int  # stated, and checked on the meta device: it catches every misspelt model field
     tokenizer: str  # a Hugging Face tokenizer folder; relative paths start at the repository root
-    data: str  # a folder written by tools.prepare_data; relative paths start at the repository root
+    data: str | Blend  # folders written by tools.prepare_data; relative paths start at the repository root
     layouts: dict[int, Layout]  # GPUs -> layout
     batch: Batch
     optimizer: Optimizer
@@ -156,6 +164,7 @@ class Recipe:
     z_loss: float = 0.0  # weight of mean(log Z ** 2) (arXiv 2204.02311, section 5)
     logits_chunk_tokens: int = 2048  # head and loss are computed this many tokens at a time
     attention: str = "sdpa"  # transformers' attn_implementation
+    mask_documents: bool = False  # in packed sequences, attention stays inside each document and positions restart
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
 

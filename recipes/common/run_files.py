@@ -44,11 +44,13 @@ def write_run_files(
     sizes: Sizes,
     hosts: Sequence[str] = (),
     resumed_step: int | None = None,
+    data: Mapping[str, str] | None = None,
+    skips: Sequence[tuple[int, int]] = (),
 ) -> dict[str, Any]:
     """Write the three files and return the manifest (its "run_id" is equal over all starts of a run).
 
     recipe: from `recipe_to_dict`. deepspeed: from `merge_ds_config`. hosts: of all ranks, this one's if empty.
-    resumed_step: None for a fresh start.
+    resumed_step: None for a fresh start. data: the identity of every folder that is read. skips: sequences left out.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, content in (("recipe.json", recipe), ("deepspeed.json", deepspeed)):
@@ -59,7 +61,8 @@ def write_run_files(
         if path.exists():  # another run's, in a directory used before
             _keep(path, None)
         manifest = {"run_id": uuid.uuid4().hex[:12], "name": recipe["name"], "starts": []}
-    manifest["starts"].append(_start(layout, sizes, hosts, resumed_step))
+    start = _start(layout, sizes, hosts, resumed_step)
+    manifest["starts"].append(start | {"data": dict(data or {}), "skips": [list(skip) for skip in skips]})
     write_json(path, manifest)
     return manifest
 

@@ -8,6 +8,7 @@ Parameter names are Hugging Face names.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -91,6 +92,8 @@ class Stage(nn.Module):
         self.grid, self.z_loss, self.chunk_tokens = grid, z_loss, chunk_tokens
         self.vocab_size = causal.config.get_text_config().vocab_size
         self.whole_shapes = whole_shapes
+        # position ids [micro_seqs, seq_len] of the micro batches to come, in order; empty: positions count from 0
+        self.positions: deque[torch.Tensor] = deque()
         self._received: torch.Tensor | None = None
         self._sent: torch.Tensor | None = None
         # sums over the micro batches of a step, on the last stage: scored cross-entropy times its weight, and log(Z)^2
@@ -118,8 +121,9 @@ class Stage(nn.Module):
         Gives the hidden states to hand on; with `labels` (the last stage alone has them) the loss, see `loss`.
         """
         base = self.causal.get_submodule(self.stack.base)
+        positions = {"position_ids": self.positions.popleft()} if self.positions else {}
         if self.is_first:
-            out = base(input_ids=x, use_cache=False)
+            out = base(input_ids=x, use_cache=False, **positions)
         else:
             self._received = x
             for module in base.modules():
@@ -127,7 +131,7 @@ class Stage(nn.Module):
                     module.dtype = x.dtype
             # only its shape and type count; what is handed on need not look like an embedding
             embedded = x.new_zeros(*x.shape[:2], self.causal.config.get_text_config().hidden_size)
-            out = base(inputs_embeds=embedded, use_cache=False)
+            out = base(inputs_embeds=embedded, use_cache=False, **positions)
             self._received = None
         hidden, self._sent = (out.last_hidden_state if self.is_last else self._sent), None
         return hidden if labels is None else self.loss(hidden, labels)

@@ -15,7 +15,8 @@ import torch
 
 from recipes.common.check import check_recipe
 from recipes.common.checkpoint import Position, Saver, resume, sealed_checkpoints
-from recipes.common.data import Prefetcher, open_split, step_micro_batches, validation_micro_batches
+from recipes.common.blend import folders
+from recipes.common.data import Prefetcher, open_train, open_validation, step_micro_batches, validation_micro_batches
 from recipes.common.describe import describe_run
 from recipes.common.ds_config import merge_ds_config
 from recipes.common.engine import StepResult, Trainer, start_distributed
@@ -23,9 +24,10 @@ from recipes.common.failures import guard_rank
 from recipes.common.grid import Grid, build_grid
 from recipes.common.metrics import RunLog
 from recipes.common.plans import find_stack
-from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes, from_root
+from recipes.common.recipe import Blend, Layout, Recipe, RecipeError, Sizes, derive_sizes, from_root
 from recipes.common.run_files import recipe_to_dict, write_run_files
 from recipes.common.schedules import global_seqs_at, learning_rate_at
+from recipes.common.shards import data_identity, read_manifest
 from recipes.common.signals import LeaveRequest
 from recipes.common.stage import build_stage
 from recipes.common.tensor_parallel import plan_split
@@ -58,7 +60,7 @@ def main(recipe: Recipe) -> None:
         print(json.dumps(ds_config, indent=2))
         return
     with guard_rank(out_dir, rank):
-        train(recipe, layout, sizes, ds_config, out_dir, resume_run=flags.resume, max_steps=flags.max_steps)
+        train(recipe, layout, sizes, ds_config, out_dir, resume_run=flags.resume, max_steps=flags.max_steps, skips=flags.skip)
 
 
 def train(
@@ -69,27 +71,24 @@ def train(
     out_dir: Path,
     *,
     resume_run: bool,
-    max_steps: int | None,
+    max_steps: int | None = None,
+    skips: tuple[tuple[int, int], ...] = (),
 ) -> None:
     grid, trainer = _build(recipe, layout, ds_config)
-    position = resume(out_dir, trainer) if resume_run else Position()
+    position = (resume(out_dir, trainer) if resume_run else Position()).leave_out(skips)
+    resumed_step = position.step if resume_run else None
     if grid.rank == 0:
-        write_run_files(
-            out_dir,
-            recipe_to_dict(recipe),
-            ds_config,
-            layout=layout,
-            sizes=sizes,
-            resumed_step=position.step if resume_run else None,
-        )
-    log = _open_log(recipe, grid, out_dir, position.step if resume_run else None)
+        _write_files(recipe, layout, sizes, ds_config, out_dir, resumed_step, position.skips)
+    log = _open_log(recipe, grid, out_dir, resumed_step)
     saver = Saver(out_dir, trainer, recipe, log)
     leave = LeaveRequest()
-    batches = _reader(recipe, grid)
+    batches = _reader(recipe, grid, position.skips)
     last_step = min(recipe.steps, max_steps or recipe.steps)
     skips_in_a_row = 0
-    if position.step == 0:
-        _evaluate(recipe, trainer, log, step=0)
+    if position.step == 0 and recipe.evaluation.every_steps:
+        losses = _evaluate(recipe, trainer)
+        if log is not None:
+            log.write({"step": 0} | losses)
     for step in range(position.step + 1, last_step + 1):
         started = time.perf_counter()
         seqs = global_seqs_at(recipe.batch, position.consumed_seqs)
@@ -106,7 +105,7 @@ def train(
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
         record = _record(recipe, position, result, lr, tokens, time.perf_counter() - started, batches.wait_seconds)
         if _due(step, recipe.evaluation.every_steps, last_step):
-            record["val_loss"] = _evaluate(recipe, trainer, None, step)
+            record |= _evaluate(recipe, trainer)
         if log is not None:
             log.write(record)
         _judge(step, result, skips_in_a_row, saver)
@@ -152,13 +151,45 @@ def _build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[G
         z_loss=recipe.z_loss,
         chunk_tokens=recipe.logits_chunk_tokens,
     )
-    return grid, Trainer(stage, grid, recipe.optimizer, ds_config)
+    document_end = None
+    if recipe.mask_documents:
+        document_end = read_manifest(from_root(_folders(recipe)[0]))["eos_id"]
+    return grid, Trainer(stage, grid, recipe.optimizer, ds_config, document_end)
 
 
-def _reader(recipe: Recipe, grid: Grid) -> Prefetcher:
-    stream = open_split(from_root(recipe.data), "train", recipe.batch.seq_len)
+def _write_files(
+    recipe: Recipe,
+    layout: Layout,
+    sizes: Sizes,
+    ds_config: dict[str, Any],
+    out_dir: Path,
+    resumed_step: int | None,
+    skips: tuple[tuple[int, int], ...],
+) -> None:
+    write_run_files(
+        out_dir,
+        recipe_to_dict(recipe),
+        ds_config,
+        layout=layout,
+        sizes=sizes,
+        resumed_step=resumed_step,
+        data={name: data_identity(from_root(name)) for name in _folders(recipe)},
+        skips=skips,
+    )
+
+
+def _folders(recipe: Recipe) -> list[str]:
+    return folders(recipe.data) if isinstance(recipe.data, Blend) else [recipe.data]
+
+
+def _reader(recipe: Recipe, grid: Grid, skips: tuple[tuple[int, int], ...]) -> Prefetcher:
+    """The micro batches of this rank, step by step. Stages that look at none of them read none."""
+    stream = open_train(recipe.data, from_root, recipe.batch.seq_len)
+    reads = grid.is_first_stage or grid.is_last_stage or recipe.mask_documents
 
     def read(consumed: int, global_seqs: int) -> list[torch.Tensor]:
+        if not reads:
+            return [torch.empty(0)] * (global_seqs // (recipe.batch.micro_seqs * grid.data))
         return step_micro_batches(
             stream,
             seed=recipe.seed,
@@ -167,24 +198,26 @@ def _reader(recipe: Recipe, grid: Grid) -> Prefetcher:
             micro_seqs=recipe.batch.micro_seqs,
             data_rank=grid.data_rank,
             data_size=grid.data,
+            skips=skips,
         )
 
-    return Prefetcher(read)
+    def following(consumed: int, global_seqs: int) -> tuple[int, int]:
+        return consumed + global_seqs, global_seqs_at(recipe.batch, consumed + global_seqs)
+
+    return Prefetcher(read, following=following)
 
 
-def _evaluate(recipe: Recipe, trainer: Trainer, log: RunLog | None, step: int) -> float | None:
-    """Loss on the held-out split; written as a line of its own when `log` is given."""
-    if not recipe.evaluation.every_steps:
-        return None
-    stream = open_split(from_root(recipe.data), "validation", recipe.batch.seq_len)
+def _evaluate(recipe: Recipe, trainer: Trainer) -> dict[str, float]:
+    """{"val_loss": on the held-out split}; with a blend the mean over its folders, and "val_loss/FOLDER" for each."""
     seqs, grid = recipe.evaluation.seqs, trainer.grid
-    micro_batches = validation_micro_batches(
-        stream, seqs=seqs, micro_seqs=recipe.batch.micro_seqs, data_rank=grid.data_rank, data_size=grid.data
-    )
-    loss = trainer.evaluate(micro_batches, seqs * recipe.batch.seq_len)
-    if log is not None:
-        log.write({"step": step, "val_loss": loss})
-    return loss
+    losses = {}
+    for name, stream in open_validation(recipe.data, from_root, recipe.batch.seq_len).items():
+        micro_batches = validation_micro_batches(
+            stream, seqs=seqs, micro_seqs=recipe.batch.micro_seqs, data_rank=grid.data_rank, data_size=grid.data
+        )
+        losses[f"val_loss/{Path(name).name}"] = trainer.evaluate(micro_batches, seqs * recipe.batch.seq_len)
+    mean = sum(losses.values()) / len(losses)
+    return {"val_loss": mean} | (losses if len(losses) > 1 else {})
 
 
 def _record(
@@ -241,6 +274,9 @@ def _parse_flags(recipe: Recipe) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=f"Train the recipe {recipe.name!r}. Flags are about this run only.")
     parser.add_argument("--out-dir", default=f"runs/{recipe.name}", help="the run directory (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint in --out-dir")
+    parser.add_argument(
+        "--skip", type=_sequence_range, action="append", default=[], metavar="START:STOP", help="leave out these sequences"
+    )
     parser.add_argument("--max-steps", type=int, help="stop after this step; schedules keep the recipe's own length")
     parser.add_argument("--dry-run", action="store_true", help="check, print what would run, and leave")
     parser.add_argument("--world-size", type=int, help="with --dry-run: how many GPUs")
@@ -250,4 +286,12 @@ def _parse_flags(recipe: Recipe) -> argparse.Namespace:
         parser.error("--world-size is for --dry-run; a run's world size comes from its launcher")
     if flags.max_steps is not None and flags.max_steps < 1:
         parser.error(f"--max-steps={flags.max_steps} must be at least 1")
+    flags.skip = tuple(flags.skip)
     return flags
+
+
+def _sequence_range(text: str) -> tuple[int, int]:
+    start, _, stop = text.partition(":")
+    if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
+        raise argparse.ArgumentTypeError(f"{text!r}: a range of sequences, counted from 0, is START:STOP with START < STOP")
+    return int(start), int(stop)

@@ -7,17 +7,31 @@ So the first step of a run does not depend on how it is cut, and no rank ever ho
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from recipes.common.tensor_parallel import Cut
 
 _SMALL = 4096  # elements: constants that a constructor computes (an activation's slope) are this small
+_LARGE = 1 << 24  # elements: weights, which must not be allocated for even a moment (one layer's experts may fill a machine)
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            sizes = kwargs.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
+            if math.prod(sizes) >= _LARGE:
+                kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -45,7 +59,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def build_empty(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
     """The family's ForCausalLM in fp32 with its parameters on the meta device (no memory, no weights)."""
-    with _parameters_on_meta(), no_init_weights():
+    with _parameters_on_meta(), _LargeOnMeta(), no_init_weights():
         causal = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         causal.tie_weights()
     return causal

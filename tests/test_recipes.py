@@ -1,0 +1,145 @@
+"""Every shipped recipe: a flat file, sound at each of its layouts, that trains in 3D what plain transformers trains."""
+
+import ast
+import contextlib
+import importlib
+import io
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from recipes.common.recipe import ROOT, Layout, Recipe, RecipeError
+from tools.local_ranks import run_ranks
+from tools.verify import load_recipe, make_trial, verify
+
+NAMES = sorted(path.stem for path in ROOT.glob("recipes/*.py") if path.stem != "__init__")
+PATHS = [ROOT / "recipes" / f"{name}.py" for name in NAMES]
+RECIPES = {name: load_recipe(str(path)) for name, path in zip(NAMES, PATHS, strict=True)}
+SIZES = [(name, world_size) for name, recipe in RECIPES.items() for world_size in recipe.layouts]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_the_file_is_flat(path):
+    """Plain data, then main(recipe): nothing is shared between recipes, computed from the environment or defined."""
+    tree = ast.parse(path.read_text())
+    kinds = [type(node) for node in tree.body]
+    assert set(kinds) <= {ast.Expr, ast.Import, ast.ImportFrom, ast.If, ast.Assign}
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Lambda | ast.FunctionDef | ast.ClassDef), f"line {node.lineno} defines something"
+        if isinstance(node, ast.Attribute | ast.Name):
+            word = node.attr if isinstance(node, ast.Attribute) else node.id
+            assert word not in ("environ", "getenv", "exec", "eval", "__import__"), f"line {node.lineno}: {word}"
+        if isinstance(node, ast.Import):
+            assert {alias.name for alias in node.names} <= {"sys"}, f"line {node.lineno}: a recipe reads no environment"
+        if isinstance(node, ast.ImportFrom):
+            others = [f"recipes.{name}" for name in NAMES]
+            assert not any(node.module == other or node.module.startswith(other + ".") for other in others)
+    assert [ast.unparse(node.targets[0]) for node in tree.body if isinstance(node, ast.Assign)] == ["recipe"]
+    guards = [ast.unparse(node.test) for node in tree.body if isinstance(node, ast.If)]
+    assert guards == ["not __package__", "__name__ == '__main__'"]
+    assert ast.unparse(tree.body[-1].body[0]) == "main(recipe)"
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_the_file_says_what_it_is_and_how_it_is_run(path):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert "--dry-run" in text
+    assert f"recipes/{path.name}" in text
+    assert RECIPES[path.stem].name == path.stem
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_importing_it_does_nothing(name):
+    run_ranks(_import_it, 1, name)
+
+
+def _import_it(name):
+    environment, path, folder = dict(os.environ), list(sys.path), sorted(ROOT.iterdir())
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        module = importlib.import_module(f"recipes.{name}")
+    assert isinstance(module.recipe, Recipe)
+    assert (dict(os.environ), list(sys.path), sorted(ROOT.iterdir()), said.getvalue()) == (environment, path, folder, "")
+    import torch.distributed as dist
+
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_num_params_is_what_transformers_builds(name):
+    assert run_ranks(_count, 1, RECIPES[name].model)[0] == RECIPES[name].num_params
+
+
+def _count(config):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
+@pytest.fixture(scope="module")
+def dry_runs():
+    """{(name, world size): text of the dry run, or the problems}."""
+    return dict(zip(SIZES, run_ranks(_dry_runs, 1)[0], strict=True))
+
+
+def _dry_runs():
+    from recipes.common.check import check_recipe
+    from recipes.common.describe import describe_run
+    from recipes.common.recipe import derive_sizes
+
+    texts = []
+    for name, world_size in SIZES:
+        try:
+            layout, _ = check_recipe(RECIPES[name], world_size, here=False)
+            texts.append(describe_run(RECIPES[name], layout, derive_sizes(RECIPES[name], layout, world_size)))
+        except RecipeError as error:
+            texts.append(str(error))
+    return texts
+
+
+@pytest.mark.parametrize(("name", "world_size"), SIZES)
+def test_dry_run_at_each_layout(dry_runs, name, world_size):
+    text, recipe = dry_runs[name, world_size], RECIPES[name]
+    layout, batch = recipe.layouts[world_size], recipe.batch
+    data = world_size // (layout.tensor * layout.pipeline)
+    accumulation = batch.global_seqs // (batch.micro_seqs * data)
+    assert text.startswith(f"{recipe.name}: {recipe.num_params:,} parameters"), text
+    assert f"{world_size} GPUs = tensor {layout.tensor} x pipeline {layout.pipeline} x data {data}," in text
+    assert f"{batch.global_seqs * batch.seq_len:,} tokens a step" in text
+    assert f"x {data} data ranks x {accumulation} accumulated" in text
+    stages = text[text.index("stage  layers") :].splitlines()[1:]
+    assert len(stages) == layout.pipeline
+    assert sum(float(line.split()[-2]) for line in stages) == pytest.approx(100, abs=0.1 * layout.pipeline)
+
+
+def test_dry_run_of_llama_1b_on_64_gpus_takes_seconds(tmp_path):
+    """As a program, from another folder. Seconds of processor time, so that a busy machine does not count."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, str(ROOT / "recipes" / "llama_1b.py"), "--dry-run", "--world-size", "64"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 0, result.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 15
+    for part in (
+        "1,235,814,400 parameters",
+        "64 GPUs = tensor",
+        "accumulated",
+        "2,097,152 tokens a step",
+        '"bf16"',
+        '"stage": 1',
+    ):
+        assert part in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_numerics_gate_passes_at_tiny_width(name):
+    trial = make_trial(RECIPES[name], Layout(tensor=2, pipeline=2), 1, steps=2, seq_len=16, device="cpu")
+    rows = verify(trial)
+    assert [row.what for row in rows] == ["loss", "gradient norm", "parameter", "gradient, fp32"]
+    assert [row for row in rows if not row.passed] == []
