@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from recipes.common.recipe import AdamW, Batch, Blend, Checkpoints, Evaluation
+from recipes.common.recipe import AdamW, Batch, Blend, Checkpoints, Evaluation, Layout
 from tests.test_checkpoint import run
 from tests.tiny import ROOT, tiny_config, tiny_recipe, write_shards
 from tools.local_ranks import RankError
@@ -84,10 +84,24 @@ def test_a_skip_of_what_was_read_is_refused(folders, tmp_path):
 
 @pytest.mark.parametrize("config", ["zero1_fp32.json", "zero1_bf16.json"])
 def test_not_a_number_stops_the_run_by_name(folders, tmp_path, config):
-    """Weights that a mad rate has thrown to infinity; under bf16 DeepSpeed itself would die of a bare assertion."""
-    recipe = tiny_recipe(folders[0], steps=STEPS, evaluation=Evaluation(), deepspeed=config, optimizer=AdamW(lr=1e25, clip=0.0))
-    with pytest.raises(RankError, match=r"TrainingError: step 2: loss is (nan|inf)"):
-        run(recipe, 4, tmp_path)
+    """Under bf16 DeepSpeed itself would die of a bare assertion."""
+    recipe = tiny_recipe(
+        folders[0],
+        steps=STEPS,
+        evaluation=Evaluation(),
+        deepspeed=config,
+        model=tiny_config("llama", rms_norm_eps=float("nan")),
+        layouts={2: Layout(tensor=2)},
+    )
+    with pytest.raises(RankError, match=r"TrainingError: step 1: loss is nan and the gradient norm"):
+        run(recipe, 2, tmp_path)
+
+
+def test_steps_that_never_apply_end_the_run(folders, tmp_path):
+    """Weights that a mad rate has thrown out of range: every gradient overflows, DeepSpeed skips every step and says little."""
+    recipe = tiny_recipe(folders[0], steps=60, evaluation=Evaluation(), optimizer=AdamW(lr=1e25, clip=0.0))
+    with pytest.raises(RankError, match=r"TrainingError: step 33: 32 steps in a row overflowed"):
+        run(recipe, 1, tmp_path)
 
 
 def test_data_show_names_the_documents_of_a_step(tmp_path):

@@ -33,7 +33,7 @@ from recipes.common.stage import build_stage
 from recipes.common.tensor_parallel import plan_split
 from recipes.common.weights import build_empty, name_seed
 
-SKIPS_IN_A_ROW = 50  # fp16: a loss scale that falls this often finds nothing to train on
+SKIPS_IN_A_ROW = 32  # steps that overflow and do not apply: fp16's scale has then fallen from its start to 1
 
 
 class TrainingError(RuntimeError):
