@@ -88,7 +88,7 @@ if [[ ! -f "$data/manifest.json" ]]; then
     sources='the standard library'
     [[ -n "$print" ]] || sources="$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
     run plain python -m tools.prepare_data "$sources" --suffix .py --exclude site-packages dist-packages test tests \
-        __pycache__ --train-tokenizer "$vocabulary" --out "$data"
+        __pycache__ --train-tokenizer "$vocabulary" --validation-fraction 0.02 --bad skip --out "$data"
 fi
 
 port="${MASTER_PORT:-$((20000 + RANDOM % 20000))}" # a free one nearly always: two runs must not meet

@@ -181,6 +181,12 @@ def test_what_is_kept(data, tmp_path):
     assert os.readlink(tmp_path / "checkpoints" / "latest") == "step_00000008"
 
 
+def test_saves_by_the_clock_of_one_rank(data, tmp_path):
+    checkpoints = Checkpoints(every_minutes=1e-6, keep_last=9)  # every step: no two ranks' clocks agree on it
+    run(tiny_recipe(data, evaluation=Evaluation(), checkpoints=checkpoints, steps=3), 4, tmp_path)
+    assert [int(folder.name[5:]) for folder in sealed_checkpoints(tmp_path)] == [1, 2, 3]
+
+
 def test_a_save_that_fails_fails_alone(data, tmp_path):
     """A rank whose disk is full: the save is reported and given up, the run goes on and the next save works."""
     results = run_ranks(_fail_one_save, 2, tiny_recipe(data, evaluation=Evaluation()), str(tmp_path))

@@ -10,6 +10,7 @@ import importlib
 import io
 import logging
 import os
+import socket
 import traceback
 import warnings
 from collections import deque
@@ -37,7 +38,8 @@ def _import_muon_uncompiled() -> None:
     """ZeRO imports DeepSpeed's Muon optimizer, which torch.compiles three functions as it is imported: 2.4 s a rank, unused."""
     compile_, torch.compile = torch.compile, lambda function=None, **_: function or (lambda decorated: decorated)
     try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        with contextlib.suppress(ImportError):  # it came with DeepSpeed 0.19
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         torch.compile = compile_
 
@@ -81,7 +83,10 @@ def start_distributed(device_type: str) -> torch.device:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29500")
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:  # nobody else is to come: any free port does, and two runs do not meet
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     # On CPU DeepSpeed would look for compilers and build an extension at start (25 s, and a stale lock hangs the next run) that
     # training never uses. With an empty list of operators it does neither.
     deepspeed.ops.__compatible_ops__ = {}

@@ -56,8 +56,9 @@ def main(recipe: Recipe) -> None:
     sizes = derive_sizes(recipe, layout, world_size)
     ds_config = merge_ds_config(ds_config, recipe, sizes, sizes.accumulation)
     if flags.dry_run:
-        print(describe_run(recipe, layout, sizes))
-        print(json.dumps(ds_config, indent=2))
+        if rank == 0:
+            print(describe_run(recipe, layout, sizes))
+            print(json.dumps(ds_config, indent=2))
         return
     with guard_rank(out_dir, rank):
         train(recipe, layout, sizes, ds_config, out_dir, resume_run=flags.resume, max_steps=flags.max_steps, skips=flags.skip)
