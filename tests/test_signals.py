@@ -13,7 +13,7 @@ from recipes.common.recipe import Checkpoints, Evaluation
 from tests.test_checkpoint import assert_same_state, run
 from tests.tiny import tiny_recipe, write_shards
 
-WORLD, STEPS = 4, 60
+WORLD, STEPS = 2, 40
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ ITEM_BYTES = {
     "BOOL": 1,
 }
 INDEX = "model.safetensors.index.json"
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 20  # stays in the processor's cache between hashing and writing
 _MAX_HEADER_BYTES = 100_000_000  # what the safetensors library accepts
 
 
@@ -111,9 +111,10 @@ class ShardsWriter:
         view = memoryview(np.ascontiguousarray(data).reshape(-1)).cast("B")
         self._missing -= len(view)
         assert self._missing >= 0, f"more bytes of {name} than its shape holds"
-        self._digest.update(view)
         while view:  # an unbuffered write may take a part only
-            view = view[self._file.write(view[:_CHUNK_BYTES]) :]
+            count = self._file.write(view[:_CHUNK_BYTES])
+            self._digest.update(view[:count])
+            view = view[count:]
         if self._missing == 0:
             self.checksums[name] = self._digest.hexdigest()
 

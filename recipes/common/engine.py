@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -73,8 +74,17 @@ class PipelineStages(PipelineModule):
             weight.ds_pipe_replicated = not stage.is_first  # norms and clipping count it once
             self._tied = [(weight, stage.grid.tie_group)]
 
-    def get_tied_weights_and_groups(self) -> list[tuple[torch.nn.Parameter, dist.ProcessGroup]]:
-        return self._tied
+    def get_tied_weights_and_groups(self) -> list[tuple[SimpleNamespace, dist.ProcessGroup]]:
+        """Asked once a step, when the gradients are whole: the engine sums `grad` over the group (under bf16 `_hp_grad`).
+
+        fp16 gradients add up in `grad_accum`, which the engine does not look at: the copies of the weight would drift apart.
+        """
+        return [(SimpleNamespace(grad=_gradient(w), _hp_grad=getattr(w, "_hp_grad", None)), group) for w, group in self._tied]
+
+
+def _gradient(weight: torch.nn.Parameter) -> torch.Tensor | None:
+    accumulated = getattr(weight, "grad_accum", None)
+    return weight.grad if accumulated is None else accumulated
 
 
 def start_distributed(device_type: str) -> torch.device:
