@@ -99,6 +99,9 @@ def save_rank(layers: int, rounds: int, folder: Path) -> dict[str, Any]:
                 plain_write(folder / f"plain_{grid.rank}_{number}", blocks)
             dist.barrier()
             found[what].append(time.perf_counter() - started)
+        (folder / f"plain_{grid.rank}_{number}").unlink()
+        if grid.rank == 0 and number:  # else what was written fills the memory that caches files
+            shutil.rmtree(folder / "run" / "checkpoints" / f"step_{number:08d}")
     return {
         "bytes": sum(block.nbytes for block in blocks),
         "first_stall": found["stall"][0],

@@ -1,6 +1,7 @@
 """Cuts: every element has one place, shards put together are the whole; and what a plan cuts in each family."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -128,9 +129,7 @@ def _cuts(config, size):
     ],
 )
 def test_shapes_that_cannot_be_cut_are_refused(family, fields, size, message):
-    found = run_ranks(_refusal, 1, tiny_config(family, **fields), size)[0]
-    assert found is not None
-    pytest.raises(PlanError, _raise, found).match(message)
+    assert re.search(message, run_ranks(_refusal, 1, tiny_config(family, **fields), size)[0])
 
 
 def _refusal(config, size):
@@ -138,10 +137,7 @@ def _refusal(config, size):
         _cuts(config, size)
     except PlanError as error:
         return str(error)
-
-
-def _raise(message):
-    raise PlanError(message)
+    return "accepted"
 
 
 @pytest.mark.parametrize(("kv_heads", "size", "share"), [(4, 2, 1), (2, 2, 1), (2, 4, 2), (1, 4, 4), (1, 2, 2)])

@@ -46,16 +46,23 @@ def published_groups(causal: PreTrainedModel, shapes: Mapping[str, Shape]) -> li
     causal: on the meta device. shapes: of every tensor by its name in the model, in the order wanted.
     """
     meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    expected = _shapes(revert_weight_conversion(causal, dict(meta)))
-    groups = [_published_group(causal, {name: tensor}) for name, tensor in meta.items()]
-    if _union(groups) != expected:  # some published tensors need several of the model's: take a layer at a time
+    saved = publish(causal, meta)
+    # a conversion may keep name and shape and still move elements: only the very same tensor is untouched
+    names = {id(tensor): name for name, tensor in meta.items()}
+    same = {names[id(tensor)]: target for target, tensor in saved.items() if id(tensor) in names}
+    rest = {name: tensor for name, tensor in meta.items() if name not in same}
+    expected = {target: tuple(tensor.shape) for target, tensor in saved.items() if id(tensor) not in names}
+    converted = [_converted_group(causal, {name: tensor}) for name, tensor in rest.items()]
+    if _union(converted) != expected:  # some published tensors need several of the model's: take a layer at a time
         layers: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in meta.items():
+        for name, tensor in rest.items():
             layer = re.match(r".*?\.\d+(?=\.)", name)
             layers.setdefault(layer[0] if layer else name, {})[name] = tensor
-        groups = [_published_group(causal, members) for members in layers.values()]
-        assert _union(groups) == expected, "transformers joins tensors of several layers on disk"
-    return groups
+        converted = [_converted_group(causal, members) for members in layers.values()]
+        assert _union(converted) == expected, "transformers joins tensors of several layers on disk"
+    groups = {group.sources[0]: group for group in converted}
+    groups |= {name: Group((name,), ((target, tuple(shapes[name])),), True) for name, target in same.items()}
+    return [groups[name] for name in shapes if name in groups]
 
 
 def publish(causal: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -63,11 +70,8 @@ def publish(causal: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dic
     return revert_weight_conversion(causal, dict(tensors))
 
 
-def _published_group(causal: PreTrainedModel, members: dict[str, torch.Tensor]) -> Group:
-    found = publish(causal, members)
-    # a conversion may keep name and shape and still move elements: only the very same tensor is untouched
-    same = len(members) == len(found) == 1 and next(iter(found.values())) is next(iter(members.values()))
-    return Group(tuple(members), tuple(_shapes(found).items()), same)
+def _converted_group(causal: PreTrainedModel, members: dict[str, torch.Tensor]) -> Group:
+    return Group(tuple(members), tuple(_shapes(publish(causal, members)).items()), False)
 
 
 def _union(groups: Iterable[Group]) -> dict[str, Shape]:

@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def parse_size(text: str) -> int:
-    """ "5GB", "500MB" or plain bytes to bytes (decimal units, as transformers counts them)."""
+    """Bytes from text such as 5GB, 500MB or a plain number (decimal units, as transformers counts them)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", text.strip().upper())
     if not match or (match[2] and not match[2].endswith("B")) or not float(match[1]):
         raise UsageError(f"--shard-size={text}: a size over 0 such as 5GB or 500MB")
@@ -111,12 +111,7 @@ def export(
     try:
         config = write_model_files(reader, hidden, dtype)
         checksums, shards = write_weights(reader, config, hidden, dtype, shard_bytes)
-        checks = []
-        if verify:
-            checks.append(f"{len(checksums)} tensors on disk are what was read from the checkpoint (xxh3_128)")
-            hf_check.check_checksums(hidden, checksums)
-            checks += hf_check.check_logits(reader, hidden, getattr(torch, dtype), always=always_logits)
-            checks += hf_check.check_tokenizer(hidden)
+        checks = _verify(reader, hidden, checksums, dtype, always_logits=always_logits) if verify else []
         os.replace(hidden, out)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -132,6 +127,14 @@ def export(
         "checks": checks,
         "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def _verify(reader: Reader, folder: Path, checksums: dict[str, str], dtype: str, *, always_logits: bool) -> list[str]:
+    """What was checked, a line each. Raises CheckError."""
+    hf_check.check_checksums(folder, checksums)
+    done = [f"{len(checksums)} tensors on disk are what was read from the checkpoint (xxh3_128)"]
+    done += hf_check.check_logits(reader, folder, getattr(torch, dtype), always=always_logits)
+    return done + hf_check.check_tokenizer(folder)
 
 
 def write_model_files(reader: Reader, out: Path, dtype: str) -> PreTrainedConfig:

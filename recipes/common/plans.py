@@ -141,12 +141,11 @@ def tensor_plan(causal: PreTrainedModel, stack: Stack) -> dict[str, str]:
     family, base = causal.config.model_type, causal.get_submodule(stack.base)
     if family in REFUSED_TENSOR:
         raise PlanError(f"model_type={family} cannot be cut by tensors: {REFUSED_TENSOR[family]}")
-    own = BUILT_IN_TENSOR.get(family)
-    patterns = own or getattr(type(causal.config), "base_model_tp_plan", None)
-    if patterns:
-        patterns = patterns | ADDED_TENSOR.get(family, {})
-    else:
+    ours = BUILT_IN_TENSOR.get(family) or ADDED_TENSOR.get(family, {})
+    patterns = BUILT_IN_TENSOR.get(family) or getattr(type(causal.config), "base_model_tp_plan", None)
+    if not patterns:
         raise PlanError(f"model_type={family} has no tensor plan, in transformers or in recipes/common/plans.py")
+    patterns = patterns | ours
     unknown = sorted(set(patterns.values()) - STYLES)
     if unknown:
         raise PlanError(f"model_type={family}: its tensor plan uses styles {unknown}, which Trifold does not know")
@@ -157,7 +156,7 @@ def tensor_plan(causal: PreTrainedModel, stack: Stack) -> dict[str, str]:
         rule = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
         matched = [name for name in names if rule.fullmatch(name)]
         # transformers' plans name the variants of a family side by side (dense and expert layers): only ours must match
-        if own and not matched:
+        if pattern in ours and not matched:
             raise PlanError(f"model_type={family}: the plan entry {pattern!r} matches nothing in this model")
         plan.update({f"{stack.base}.{name}": style for name in matched})
     if not any(style not in _QUIET for style in plan.values()):
