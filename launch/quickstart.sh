@@ -55,6 +55,8 @@ if [[ -z "$out" ]]; then
         [[ -e "$out" ]] || break
         out="runs/quickstart-$number"
     done
+elif [[ -e "$out/checkpoints" || -e "$out/hf" ]]; then
+    fail "--out $out holds an earlier run; give another folder, or remove it"
 fi
 
 # Prints or runs a command; the training one in a process group of its own.

@@ -45,7 +45,7 @@ CHUNK = 1 << 20  # the fastest here: page caches take 16 MB at a time at a third
 EXPORT = """
 import json, math, sys
 from pathlib import Path
-from recipes.common.checkpoint_files import Reader
+from recipes.common.checkpoint_reader import Reader
 from recipes.common.weights import build_empty
 from tools import hf_check, to_hf
 from transformers import AutoConfig

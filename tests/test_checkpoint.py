@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from recipes.common.check import check_recipe
-from recipes.common.checkpoint import Position, Saver, sealed_checkpoints
-from recipes.common.checkpoint_files import Reader, damage
+from recipes.common.checkpoint import Position, Saver
+from recipes.common.checkpoint_files import damage, sealed_checkpoints
+from recipes.common.checkpoint_reader import Reader
 from recipes.common.ds_config import merge_ds_config
 from recipes.common.metrics import read_metrics
 from recipes.common.recipe import Checkpoints, Evaluation, Layout, derive_sizes

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipes.common.checkpoint_files import CheckpointError, Part, Reader, damage, merge_index, seal, write_rank_file
+from recipes.common.checkpoint_files import CheckpointError, Part, damage, merge_index, seal, write_rank_file
+from recipes.common.checkpoint_reader import Reader
 from recipes.common.tensor_parallel import Cut
 
 STATE = {"step": 3, "consumed_seqs": 12, "skipped_steps": 0, "optimizer_steps": 3, "loss_scaler": {}, "tied": False}

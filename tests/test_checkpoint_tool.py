@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipes.common.checkpoint_files import Part, Reader, merge_index, seal, write_rank_file
+from recipes.common.checkpoint_files import Part, merge_index, seal, write_rank_file
+from recipes.common.checkpoint_reader import Reader
 from recipes.common.recipe import Checkpoints, Evaluation, Layout
 from tests.small_runs import call, small_recipe, train_run, write_data
 from tests.tiny import tiny_config

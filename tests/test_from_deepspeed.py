@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from recipes.common.checkpoint import Position, Saver
-from recipes.common.checkpoint_files import Reader, damage
+from recipes.common.checkpoint_files import damage
+from recipes.common.checkpoint_reader import Reader
 from recipes.common.data import open_split, step_micro_batches
 from recipes.common.ds_config import merge_ds_config
 from recipes.common.metrics import read_metrics

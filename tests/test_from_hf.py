@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from recipes.common.checkpoint_files import Reader, damage
+from recipes.common.checkpoint_files import damage
+from recipes.common.checkpoint_reader import Reader
 from recipes.common.metrics import read_metrics
 from recipes.common.recipe import Layout
 from tests.small_runs import call, small_recipe, train_run, write_data

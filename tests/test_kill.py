@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.common.checkpoint import sealed_checkpoints
+from recipes.common.checkpoint_files import sealed_checkpoints
 from recipes.common.metrics import read_metrics
 from recipes.common.recipe import Checkpoints, Evaluation
 from tests.test_checkpoint import assert_same_state, run

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from recipes.common.checkpoint_files import Reader
+from recipes.common.checkpoint_reader import Reader
 from recipes.common.recipe import ROOT, Evaluation, Layout
 from tests.small_runs import call, small_recipe, train_run, write_data
 from tests.tiny import VOCAB, tiny_config
@@ -105,7 +105,7 @@ def test_shards_and_dtypes(runs, tmp_path, dtype):
 
 
 def test_optimizer_states_are_not_needed(runs, tmp_path):
-    """Only weights are read: exporting with --no-verify works where every optimizer state is overwritten."""
+    """Only weights are read: a verified export works where every optimizer state is overwritten."""
     import shutil
 
     folder = tmp_path / "c"
@@ -113,11 +113,11 @@ def test_optimizer_states_are_not_needed(runs, tmp_path):
     index = json.loads((folder / "index.json").read_text())
     for entry in index["tensors"].values():
         for kind, of_kind in entry["kinds"].items():
-            for file, offset, _, start, stop in of_kind["parts"] if kind != "master" else ():
+            for file, offset, _, start, stop, _ in of_kind["parts"] if kind != "master" else ():
                 with (folder / file).open("r+b") as stream:
                     stream.seek(offset)
                     stream.write(b"\xff" * 4 * (stop - start))
-    assert call("to_hf", folder, tmp_path / "a", "--no-verify").code == 0
+    assert call("to_hf", folder, tmp_path / "a").code == 0
     assert call("to_hf", runs("llama"), tmp_path / "b").code == 0
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 

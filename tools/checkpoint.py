@@ -24,7 +24,8 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from recipes.common.checkpoint_files import SEAL, CheckpointError, Reader
+from recipes.common.checkpoint_files import SEAL, CheckpointError
+from recipes.common.checkpoint_reader import Reader
 from tools.checkpoint_contents import (
     compare,
     damaged_files,

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from recipes.common.checkpoint_files import Reader, damage, read_seal
+from recipes.common.checkpoint_files import damage, read_seal
+from recipes.common.checkpoint_reader import Reader
 from recipes.common.tensor_parallel import Cut
 from tools.console import UsageError, progress_bar
 
@@ -40,6 +41,26 @@ def damaged_files(folder: Path) -> list[str]:
         for name, lines in zip(sorted(files), found, strict=True):
             wrong += lines
             bar.update(files[name]["bytes"])
+    return wrong
+
+
+def damaged_weights(folder: Path) -> list[str]:
+    """The same for what an export reads: every file's size, the small files, and the parts that hold weights. Optimizer states,
+    two thirds of the bytes, are left alone."""
+    wrong = missized_files(folder)
+    files = sorted(read_seal(folder)["files"])
+    small = [index for index, name in enumerate(files) if not name.endswith(".safetensors")]
+    for index in small if not wrong else ():
+        wrong += damage(folder, share=(index, len(files)))
+    if wrong:
+        return wrong
+    reader = Reader(folder)
+    weights = sum(4 * elements(reader, name) for name in reader.names("master"))
+    with progress_bar(f"checking {folder.name}", weights) as bar:
+        for kind in ("master", "buffer"):
+            for count, found in reader.damaged_parts(kind):
+                wrong += [found] if found else []
+                bar.update(count)
     return wrong
 
 
@@ -179,7 +200,7 @@ def gaps(reader: Reader) -> list[str]:
         cut = None if entry["cut"] is None else Cut(*entry["cut"])
         for kind, of_kind in entry["kinds"].items():
             for rank in range(entry["tensor"] if cut else 1):
-                runs = [(start, stop) for _, _, where, start, stop in of_kind["parts"] if where == rank]
+                runs = [(start, stop) for _, _, where, start, stop, _ in of_kind["parts"] if where == rank]
                 place = 0
                 for start, stop in sorted(runs):
                     if start != place:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from recipes.common.checkpoint_files import Reader
+from recipes.common.checkpoint_reader import Reader
 from tools.console import CheckError, human_bytes, progress_bar
 from tools.safetensors_io import checksum, read_header
 

@@ -15,8 +15,9 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else importing DeepSpeed looks for one, and warns on stdout
-from recipes.common.checkpoint import publish_folder, sealed_checkpoints, step_folder
-from recipes.common.checkpoint_files import Part, Reader, damage, merge_index, seal, write_rank_file
+from recipes.common.checkpoint_files import publish_folder, sealed_checkpoints, step_folder
+from recipes.common.checkpoint_files import Part, damage, merge_index, seal, write_rank_file
+from recipes.common.checkpoint_reader import Reader
 from recipes.common.run_files import write_json
 from tools.checkpoint_contents import gaps
 from tools.console import CheckError, UsageError

@@ -31,11 +31,12 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from recipes.common.checkpoint_files import CheckpointError, Reader
+from recipes.common.checkpoint_files import CheckpointError
+from recipes.common.checkpoint_reader import Reader
 from recipes.common.run_files import write_json
 from recipes.common.weights import build_empty
 from tools import hf_check
-from tools.checkpoint_contents import damaged_files, missized_files, open_checkpoint, row_blocks
+from tools.checkpoint_contents import damaged_weights, missized_files, open_checkpoint, row_blocks
 from tools.console import CheckError, UsageError, exit_code, human_bytes, progress_bar, quiet_transformers
 from tools.hf_names import Group, natural, publish, published_groups
 from tools.safetensors_io import ShardsWriter, Tensor, split_into_shards, write_index
@@ -99,7 +100,7 @@ def export(
     started = time.perf_counter()
     checkpoint = open_checkpoint(checkpoint)
     _refuse_existing(out)
-    wrong = damaged_files(checkpoint) if verify else missized_files(checkpoint)
+    wrong = damaged_weights(checkpoint) if verify else missized_files(checkpoint)
     if wrong:
         raise CheckpointError("this checkpoint is damaged; export another one:\n  " + "\n  ".join(wrong))
     reader = Reader(checkpoint)

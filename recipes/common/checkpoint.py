@@ -21,7 +21,19 @@ import torch
 import torch.distributed as dist
 
 from recipes.common import zero_state
-from recipes.common.checkpoint_files import CheckpointError, Part, Reader, damage, merge_index, seal, write_rank_file
+from recipes.common.checkpoint_files import (
+    CheckpointError,
+    Part,
+    damage,
+    merge_index,
+    publish_folder,
+    seal,
+    sealed_checkpoints,
+    step_folder,
+    write_model_folder,
+    write_rank_file,
+)
+from recipes.common.checkpoint_reader import Reader
 from recipes.common.engine import Trainer
 from recipes.common.metrics import RunLog
 from recipes.common.order import kept_index, merge_skips
@@ -60,21 +72,13 @@ class Position:
         return replace(self, skips=merge_skips((*self.skips, *more)))
 
 
-def step_folder(out_dir: Path, step: int) -> Path:
-    return out_dir / "checkpoints" / f"step_{step:08d}"
-
-
-def sealed_checkpoints(out_dir: Path) -> list[Path]:
-    """Checkpoints that carry their final name, oldest first."""
-    return sorted((out_dir / "checkpoints").glob("step_[0-9]*"))
-
-
 class Saver:
     """Saves one run's checkpoints. `save` and `finish` are collective: every rank calls them at the same step."""
 
     def __init__(self, out_dir: Path, trainer: Trainer, recipe: Recipe, log: RunLog | None) -> None:
         self.last_saved: Path | None = None
         self.stall_seconds = 0.0  # what the last save cost the loop
+        self._report: dict[str, float] = {}
         self._out_dir, self._trainer, self._recipe, self._log = out_dir, trainer, recipe, log
         self._writing: _Save | None = None
         self._last_time = time.monotonic()
@@ -132,6 +136,7 @@ class Saver:
         if self._log is None:
             return
         if sealed.item():
+            self._report = {"save_seconds": save.seconds, "save_stall_seconds": self.stall_seconds}
             self._log.note(
                 f"saved {save.folder} ({save.seconds:.1f} s beside training, {self.stall_seconds:.2f} s of it in the way)"
             )
@@ -139,6 +144,11 @@ class Saver:
         else:
             reason = error or problem or "another rank could not write its part; see its output"
             self._log.note(f"could not save {save.folder}: {reason}; training goes on from memory, the last one is kept")
+
+    def report(self) -> dict[str, float]:
+        """For metrics.jsonl, once, after a save has ended: seconds beside training, and of them in the loop's way."""
+        report, self._report = self._report, {}
+        return report
 
     def _parts(self) -> list[Part]:
         """This rank's state, copied to host memory (buffers are kept for the next save)."""
@@ -248,34 +258,6 @@ class _Save:
             self._report(rank).unlink()
         seal(self._hidden, {report["file"]: report for report in reports})
         publish_folder(self._hidden, self.folder)
-
-
-def write_model_folder(folder: Path, config: Any, tokenizer: Path) -> None:
-    """config.json and the tokenizer's files: what an export needs beside the weights."""
-    folder.mkdir(exist_ok=True)
-    config.save_pretrained(folder)
-    if tokenizer.is_dir():
-        for path in tokenizer.iterdir():
-            if path.is_file() and path.name not in ("config.json", "generation_config.json"):
-                shutil.copyfile(path, folder / path.name)
-
-
-def publish_folder(hidden: Path, folder: Path) -> None:
-    """Give a sealed folder its name, and point `latest` at it. Each step is atomic."""
-    if folder.exists():  # the same step, saved again after a resume
-        old = folder.with_name(f".{folder.name}.replaced")
-        os.replace(folder, old)
-        os.replace(hidden, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(hidden, folder)
-    pointer = folder.with_name(".latest")
-    pointer.unlink(missing_ok=True)
-    pointer.symlink_to(folder.name)
-    os.replace(pointer, folder.with_name("latest"))
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _unpadded(shape: tuple[int, ...], cut: Any, rank: int, size: int) -> int:

@@ -4,11 +4,11 @@
         rank_00000.safetensors ...   what each rank owned: fp32 fragments of weights and optimizer states
         index.json                   every tensor: its whole shape, and where each part of it lies in the files
         state.json                   step, consumed sequences, optimizer step, loss scaler, ...
-        model/                       config.json, generation_config.json and the tokenizer: all that an export needs
+        model/                       config.json and the tokenizer: all that an export needs
         manifest.json                the seal: size and checksum of every file above, written last
 
 A fragment is a run of elements of one parameter's local shard; `Cut` says how that shard lies in the whole tensor, so that
-any rows of any tensor can be read by any later layout (`Reader.rows`), and a whole model never has to be in memory.
+any rows of any tensor can be read by any later layout (`checkpoint_reader`), and a whole model never has to be in memory.
 Padding is never written. Plain safetensors rather than torch.distributed.checkpoint: its metadata is a pickle, and its
 planner gathers every rank's plan on one rank.
 """
@@ -16,10 +16,9 @@ planner gathers every rank's plan on one rank.
 from __future__ import annotations
 
 import json
-import math
 import os
+import shutil
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ FORMAT = "trifold-checkpoint"
 VERSION = 1
 SEAL = "manifest.json"
 _CHUNK_BYTES = 1 << 20  # stays in the processor's cache between hashing and reading or writing: twice as fast as 16 MB
-_DTYPES = {"F32": np.float32, "I64": np.int64, "BOOL": np.bool_}
-_NAMES = {np.dtype(value): key for key, value in _DTYPES.items()}
+DTYPES = {"F32": np.float32, "I64": np.int64, "BOOL": np.bool_}
+_NAMES = {np.dtype(value): key for key, value in DTYPES.items()}
 
 
 class CheckpointError(RuntimeError):
@@ -85,8 +84,10 @@ def write_rank_file(folder: Path, rank: int, parts: list[Part]) -> dict[str, Any
     digest = xxhash.xxh3_128()
     with path.open("wb", buffering=0) as file:
         _write(file, memoryview(struct.pack("<Q", len(text)) + text), digest)
-        for part in parts:
-            _write(file, memoryview(np.ascontiguousarray(part.data)).cast("B"), digest)
+        for part, entry in zip(parts, entries, strict=True):
+            of_part = xxhash.xxh3_64()
+            _write(file, memoryview(np.ascontiguousarray(part.data)).cast("B"), digest, of_part)
+            entry.append(of_part.hexdigest())
         os.fsync(file.fileno())
     data_start = 8 + len(text)
     return {
@@ -98,10 +99,11 @@ def write_rank_file(folder: Path, rank: int, parts: list[Part]) -> dict[str, Any
     }
 
 
-def _write(file: Any, data: memoryview, digest: Any) -> None:
+def _write(file: Any, data: memoryview, *digests: Any) -> None:
     while data:
         chunk = data[:_CHUNK_BYTES]
-        digest.update(chunk)
+        for digest in digests:
+            digest.update(chunk)
         while chunk:  # an unbuffered write may take a part only
             chunk = chunk[file.write(chunk) :]
         data = data[_CHUNK_BYTES:]
@@ -112,12 +114,12 @@ def merge_index(reports: list[dict[str, Any]]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for report in reports:
         offset = report["data_start"]
-        for name, kind, dtype, shape, cut, tensor_rank, tensor, start, stop in report["parts"]:
+        for name, kind, dtype, shape, cut, tensor_rank, tensor, start, stop, checksum in report["parts"]:
             entry = tensors.setdefault(name, {"shape": list(shape), "cut": cut, "tensor": tensor, "kinds": {}})
             assert entry["shape"] == list(shape) and entry["tensor"] == tensor, name
             of_kind = entry["kinds"].setdefault(kind, {"dtype": dtype, "parts": []})
-            of_kind["parts"].append([report["file"], offset, tensor_rank, start, stop])
-            offset += (stop - start) * np.dtype(_DTYPES[dtype]).itemsize
+            of_kind["parts"].append([report["file"], offset, tensor_rank, start, stop, checksum])
+            offset += (stop - start) * np.dtype(DTYPES[dtype]).itemsize
     for entry in tensors.values():
         for of_kind in entry["kinds"].values():
             of_kind["parts"].sort(key=lambda part: (part[2], part[3]))
@@ -197,108 +199,38 @@ def damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     return found
 
 
-def _read_into(path: Path, position: int, out: np.ndarray) -> None:
-    """Fill a contiguous array from a file, without a copy between. Raises CheckpointError when the file ends before."""
-    view = memoryview(out).cast("B")
-    with path.open("rb", buffering=0) as file:
-        file.seek(position)
-        while view:  # one read takes 2 GB at most
-            count = file.readinto(view)
-            if not count:
-                raise CheckpointError(f"{path}: ends before the tensors that index.json says are in it")
-            view = view[count:]
+def step_folder(out_dir: Path, step: int) -> Path:
+    return out_dir / "checkpoints" / f"step_{step:08d}"
 
 
-class Reader:
-    """Random access to a sealed checkpoint's tensors by name, straight from the files."""
+def sealed_checkpoints(out_dir: Path) -> list[Path]:
+    """Checkpoints that carry their final name, oldest first."""
+    return sorted((out_dir / "checkpoints").glob("step_[0-9]*"))
 
-    def __init__(self, folder: Path) -> None:
-        read_seal(folder)
-        self.folder = folder
-        self.state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        self.tensors: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))["tensors"]
 
-    def names(self, kind: str) -> Iterator[str]:
-        return (name for name, entry in self.tensors.items() if kind in entry["kinds"])
+def write_model_folder(folder: Path, config: Any, tokenizer: Path) -> None:
+    """config.json and the tokenizer's files: what an export needs beside the weights."""
+    folder.mkdir(exist_ok=True)
+    config.save_pretrained(folder)
+    if tokenizer.is_dir():
+        for path in tokenizer.iterdir():
+            if path.is_file() and path.name not in ("config.json", "generation_config.json"):
+                shutil.copyfile(path, folder / path.name)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name]["shape"])
 
-    def kinds(self) -> set[str]:
-        return {kind for entry in self.tensors.values() for kind in entry["kinds"]}
-
-    def rows(self, name: str, kind: str, first: int, last: int) -> np.ndarray:
-        """Rows [first, last) of the whole tensor, as a new array. Raises CheckpointError when any of it is not there."""
-        entry = self.tensors[name]
-        shape, size = entry["shape"], entry["tensor"]
-        out = np.empty((last - first, *shape[1:]), dtype=_DTYPES[entry["kinds"][kind]["dtype"]])
-        if entry["cut"] is None:
-            self._local(name, kind, 0, first, out)
-            return out
-        cut = Cut(*entry["cut"])
-        for rank in range(size):
-            pieces = cut.pieces(shape[cut.dim], rank, size)
-            if cut.dim == 0:
-                for here, there, count in pieces:
-                    begin, end = max(there, first), min(there + count, last)
-                    if begin < end:
-                        self._local(name, kind, rank, here + begin - there, out[begin - first : end - first])
-                continue
-            local = list(out.shape)
-            local[cut.dim] = cut.local_length(shape[cut.dim], size)
-            shard = np.empty(local, dtype=out.dtype)
-            self._local(name, kind, rank, first, shard)
-            for here, there, count in pieces:
-                into = (slice(None),) * cut.dim + (slice(there, there + count),)
-                source = (slice(None),) * cut.dim + (slice(here, here + count),)
-                out[into] = shard[source]
-        return out
-
-    def whole(self, name: str, kind: str) -> np.ndarray:
-        shape = self.shape(name)
-        return self.rows(name, kind, 0, shape[0]) if shape else self._scalar(name, kind)
-
-    def _scalar(self, name: str, kind: str) -> np.ndarray:
-        out = np.empty((1,), dtype=_DTYPES[self.tensors[name]["kinds"][kind]["dtype"]])
-        self._local(name, kind, 0, 0, out)
-        return out.reshape(())
-
-    def _local(self, name: str, kind: str, tensor_rank: int, first_row: int, out: np.ndarray) -> None:
-        """Fill `out` with rows of one tensor rank's shard, starting at `first_row`, from the parts that hold them."""
-        flat = out.reshape(-1)
-        assert flat.base is not None
-        begin = first_row * math.prod(out.shape[1:])
-        end, filled = begin + flat.size, 0
-        of_kind = self.tensors[name]["kinds"][kind]
-        for file, offset, rank, start, stop in of_kind["parts"]:
-            low, high = max(start, begin), min(stop, end)
-            if rank != tensor_rank or low >= high:
-                continue
-            _read_into(self.folder / file, offset + (low - start) * out.itemsize, flat[low - begin : high - begin])
-            filled += high - low
-        if filled != flat.size:
-            raise CheckpointError(f"{self.folder}: {flat.size - filled} elements of {kind} {name} are in no file")
-
-    def shard(self, name: str, kind: str, cut: Cut | None, rank: int, size: int, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) of the flattened shard that (cut, rank, size) has of the tensor; zero where padded."""
-        shape = self.shape(name)
-        local = list(shape)
-        if cut is not None and size > 1:
-            local[cut.dim] = cut.local_length(shape[cut.dim], size)
-        width = math.prod(local[1:])
-        first, last = start // width, -(-stop // width)
-        out = np.zeros((last - first, *local[1:]), dtype=np.float32)
-        if cut is None or size == 1:
-            out[:] = self.rows(name, kind, first, last)
-        elif cut.dim == 0:
-            for here, there, count in cut.pieces(shape[0], rank, size):
-                begin, end = max(here, first), min(here + count, last)
-                if begin < end:
-                    out[begin - first : end - first] = self.rows(name, kind, there + begin - here, there + end - here)
-        else:
-            rows = self.rows(name, kind, first, last)
-            for here, there, count in cut.pieces(shape[cut.dim], rank, size):
-                into = (slice(None),) * cut.dim + (slice(here, here + count),)
-                source = (slice(None),) * cut.dim + (slice(there, there + count),)
-                out[into] = rows[source]
-        return out.reshape(-1)[start - first * width : stop - first * width]
+def publish_folder(hidden: Path, folder: Path) -> None:
+    """Give a sealed folder its name, and point `latest` at it. Each step is atomic."""
+    if folder.exists():  # the same step, saved again after a resume
+        old = folder.with_name(f".{folder.name}.replaced")
+        os.replace(folder, old)
+        os.replace(hidden, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(hidden, folder)
+    pointer = folder.with_name(".latest")
+    pointer.unlink(missing_ok=True)
+    pointer.symlink_to(folder.name)
+    os.replace(pointer, folder.with_name("latest"))
+    descriptor = os.open(folder.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -10,7 +10,9 @@
     tokens            of this step
     consumed_tokens, consumed_seqs    up to and including this step
     seconds, tokens_per_second        of this step, whole job
-    val_loss          on steps that evaluate
+    val_loss          on steps that evaluate; with a blend the mean, and val_loss/FOLDER for each
+    data_wait_share   of the step, waiting for its batch
+    save_seconds, save_stall_seconds  on the step after a save has ended: beside training, and of them in its way
 
 Further fields are welcome: any name, a number or a string. Floats are written so that they read back equal. NaN and
 infinities, which JSON does not have, are the strings "NaN", "Infinity" and "-Infinity" (`read_metrics` turns them back).

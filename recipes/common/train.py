@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from recipes.common.check import check_recipe
-from recipes.common.checkpoint import Position, Saver, resume, sealed_checkpoints
+from recipes.common.checkpoint import Position, Saver, resume
+from recipes.common.checkpoint_files import sealed_checkpoints
 from recipes.common.blend import folders
 from recipes.common.data import Prefetcher, open_train, open_validation, step_micro_batches, validation_micro_batches
 from recipes.common.describe import describe_run
@@ -108,7 +109,7 @@ def train(
         if _due(step, recipe.evaluation.every_steps, last_step):
             record |= _evaluate(recipe, trainer)
         if log is not None:
-            log.write(record)
+            log.write(record | saver.report())
         _judge(step, result, skips_in_a_row, saver)
         if leaving or time_to_save or step == last_step or saver.due(step):
             saver.save(position)
