@@ -37,7 +37,7 @@ from recipes.common.grid import build_grid  # noqa: E402
 from recipes.common.recipe import Layout  # noqa: E402
 from recipes.common.stage import build_stage  # noqa: E402
 from tests.tiny import ds_config, tiny_recipe  # noqa: E402
-from tools.local_ranks import run_ranks  # noqa: E402
+from tools.common.local_ranks import run_ranks  # noqa: E402
 
 RANKS = 2
 CHUNK = 1 << 20  # the fastest here: page caches take 16 MB at a time at a third of the speed
@@ -47,7 +47,7 @@ import json, math, sys
 from pathlib import Path
 from recipes.common.checkpoint_reader import Reader
 from recipes.common.weights import build_empty
-from tools import hf_check, to_hf
+from tools.checkpoints import hf_check, to_hf
 from transformers import AutoConfig
 hf_check.LOGITS_LIMIT_BYTES = 0
 checkpoint, out, dtype = Path(sys.argv[1]).resolve(), Path(sys.argv[2]), sys.argv[3]
@@ -135,7 +135,7 @@ def bench_save(layers: int, rounds: int, folder: Path) -> dict[str, Any]:
 
 def export_rank(checkpoint: Path, rounds: int, folder: Path) -> dict[str, Any]:
     """Export (alone, and with its verification) and plain copy of the exported files, by turns."""
-    from tools import hf_check, to_hf
+    from tools.checkpoints import hf_check, to_hf
 
     hf_check.LOGITS_LIMIT_BYTES = 0  # logits are computed, not copied
     seconds: dict[str, list[float]] = {"export": [], "verified": [], "copy": []}
@@ -179,7 +179,7 @@ def write_random(layers: int, folder: Path) -> Path:
 
 def _write_random(layers: int, folder: Path) -> Path:
     from recipes.common.weights import build_empty
-    from tools.starting_checkpoint import collected, starting_state, whole_part, write_checkpoint
+    from tools.checkpoints.starting_checkpoint import collected, starting_state, whole_part, write_checkpoint
 
     causal = build_empty(config(layers))
     shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}

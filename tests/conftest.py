@@ -1,6 +1,6 @@
 """Set the environment before anything imports torch or DeepSpeed, and keep this process free of tensor code.
 
-Tests that compute fork their ranks from here (tools.local_ranks): a fork that inherits autograd or OpenMP threads hangs.
+Tests that compute fork their ranks from here (tools.common.local_ranks): a fork that inherits autograd or OpenMP threads hangs.
 """
 
 import os

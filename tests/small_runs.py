@@ -17,7 +17,7 @@ from recipes.common.recipe import Layout, Recipe, derive_sizes
 from recipes.common.shards import tokenizer_hash
 from recipes.common.train import train
 from tests.tiny import VOCAB, ds_config, tiny_recipe, write_shards
-from tools.local_ranks import run_ranks
+from tools.common.local_ranks import run_ranks
 
 
 def write_data(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from recipes.common.check import check_recipe, config_problems
 from recipes.common.ds_config import version_problems
 from recipes.common.recipe import SGD, WSD, AdamW, Batch, Checkpoints, Constant, Cosine, Evaluation, Layout, RecipeError
 from tests.tiny import ROOT, ds_config, tiny_config, tiny_recipe, write_shards
-from tools.local_ranks import run_ranks
+from tools.common.local_ranks import run_ranks
 
 SIX_HEADS = tiny_config("llama", hidden_size=96, num_attention_heads=6)
 PIPELINE = {2: Layout(pipeline=2)}

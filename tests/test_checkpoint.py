@@ -18,7 +18,7 @@ from recipes.common.metrics import read_metrics
 from recipes.common.recipe import Checkpoints, Evaluation, Layout, derive_sizes
 from recipes.common.train import train
 from tests.tiny import tiny_config, tiny_recipe, write_shards
-from tools.local_ranks import RankError, run_ranks
+from tools.common.local_ranks import RankError, run_ranks
 
 HALF, WHOLE = 2, 4  # steps
 

@@ -15,8 +15,8 @@ from recipes.common.checkpoint_reader import Reader
 from recipes.common.recipe import Checkpoints, Evaluation, Layout
 from tests.small_runs import call, small_recipe, train_run, write_data
 from tests.tiny import tiny_config
-from tools.checkpoint_contents import gaps
-from tools.checkpoint_interval import advise, daly, measured, young
+from tools.checkpoints.checkpoint_contents import gaps
+from tools.checkpoints.checkpoint_interval import advise, daly, measured, young
 
 HOUR = 3600.0
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from recipes.common.collectives import all_reduce, copy_to, gather_from, reduce_from, split_to
 from recipes.common.engine import start_distributed
-from tools.local_ranks import run_ranks
+from tools.common.local_ranks import run_ranks
 
 WIDTH, ROWS = 12, 5
 

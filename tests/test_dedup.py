@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tools.dedup import document_hash, find_duplicates, read_drops, write_hashes
+from tools.preparation.dedup import document_hash, find_duplicates, read_drops, write_hashes
 
 
 def test_small_buckets_find_the_same_duplicates(tmp_path):

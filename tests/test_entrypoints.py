@@ -10,7 +10,7 @@ import pytest
 from recipes.common.metrics import read_metrics
 from recipes.common.recipe import ROOT
 from tests.launched import copy_repository, deepspeed, start, torchrun
-from tools.local_ranks import run_ranks
+from tools.common.local_ranks import run_ranks
 from tools.verify import load_recipe
 
 STEPS = 2

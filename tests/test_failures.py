@@ -4,7 +4,7 @@ import time
 
 from recipes.common.failures import guard_rank
 from tests.launched import copy_repository, deepspeed, start
-from tools.local_ranks import run_ranks
+from tools.common.local_ranks import run_ranks
 
 SECONDS = 30  # from the failure to the launcher's end; measured: 3 s on an idle machine with 2 cores
 

@@ -18,8 +18,8 @@ from recipes.common.metrics import describe, read_metrics
 from recipes.common.recipe import AdamW, Checkpoints, Evaluation, Layout, derive_sizes
 from recipes.common.train import SKIPS_IN_A_ROW, train
 from tests.tiny import ds_config, tiny_config, tiny_recipe, write_shards
-from tools.local_ranks import RankError, run_ranks
-from tools.numerics import Trial, initial_model, outcome, train_in_layout, train_plain
+from tools.common.local_ranks import RankError, run_ranks
+from tools.common.numerics import Trial, initial_model, outcome, train_in_layout, train_plain
 
 POWER, STEPS = 30, 30  # the exponent of a loss scale that is some 12 halvings too large
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)

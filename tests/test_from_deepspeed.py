@@ -22,9 +22,9 @@ from recipes.common.metrics import read_metrics
 from recipes.common.recipe import Evaluation, Layout, Recipe, derive_sizes
 from tests.small_runs import call, small_recipe, train_run, write_data
 from tests.tiny import ds_config, tiny_config
-from tools import deepspeed_files
-from tools.console import UsageError
-from tools.local_ranks import run_ranks
+from tools.checkpoints import deepspeed_files
+from tools.common.console import UsageError
+from tools.common.local_ranks import run_ranks
 
 # layout, world size, ds_config, family, fields
 CASES = {

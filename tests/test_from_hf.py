@@ -19,7 +19,7 @@ from recipes.common.metrics import read_metrics
 from recipes.common.recipe import Layout
 from tests.small_runs import call, small_recipe, train_run, write_data
 from tests.tiny import tiny_config
-from tools.local_ranks import run_ranks
+from tools.common.local_ranks import run_ranks
 
 FAMILIES = {
     "llama": ("llama", {}),

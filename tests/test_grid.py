@@ -10,7 +10,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from recipes.common.engine import start_distributed
 from recipes.common.grid import Mpu, build_grid, coordinates, one_process
 from recipes.common.recipe import Layout
-from tools.local_ranks import run_ranks
+from tools.common.local_ranks import run_ranks
 
 SHAPES = list(itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 4), (1, 2, 5, 8)))  # pipeline, tensor, data
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from recipes.common.engine import start_distributed
 from recipes.common.loss import IGNORED, vocabulary_loss
 from recipes.common.tensor_parallel import Cut
-from tools.local_ranks import run_ranks
+from tools.common.local_ranks import run_ranks
 
 SEQS, SEQ_LEN, WIDTH = 3, 7, 8
 CASES = list(itertools.product((1, 4, 21, 1000), (0.0, 1e-2), ("plain", "soft-cap", "bias")))  # chunk, z-loss, logits

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tools.packing import best_fit, pack
+from tools.preparation.packing import best_fit, pack
 
 
 def slow_best_fit(lengths, size):

@@ -13,7 +13,7 @@ from recipes.common.plans import PlanError, find_stack, tensor_plan
 from recipes.common.tensor_parallel import plan_split
 from recipes.common.weights import build_empty
 from tests.tiny import tiny_config
-from tools.local_ranks import run_ranks
+from tools.common.local_ranks import run_ranks
 
 OURS = sorted({*plans.BUILT_IN_TENSOR, *plans.ADDED_TENSOR})
 NAMED = sorted({*OURS, *plans.REFUSED_TENSOR, *plans.BUILT_IN_DIVIDE, *plans.BUILT_IN_STACK, *plans.TUPLE_LAYERS})

@@ -12,9 +12,9 @@ import pytest
 import sentencepiece
 
 from recipes.common.shards import ORIGIN, data_problems, read_manifest, split_shards
-from tools import encoders, shard_writer
+from tools.preparation import encoders, shard_writer
+from tools.preparation.shard_writer import is_validation
 from tools.prepare_data import main
-from tools.shard_writer import is_validation
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [

@@ -6,7 +6,7 @@ from transformers import DeepseekV4Config, GlmMoeDsaConfig
 from recipes.common.proof import cut_problems
 from recipes.common.recipe import Layout
 from tests.tiny import tiny_config
-from tools.local_ranks import run_ranks
+from tools.common.local_ranks import run_ranks
 
 REFUSED = {"glm_moe_dsa": GlmMoeDsaConfig(), "deepseek_v4": DeepseekV4Config()}
 

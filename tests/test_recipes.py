@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from recipes.common.recipe import ROOT, Layout, Recipe, RecipeError
-from tools.local_ranks import run_ranks
+from tools.common.local_ranks import run_ranks
 from tools.verify import load_recipe, make_trial, verify
 
 NAMES = sorted(path.stem for path in ROOT.glob("recipes/*.py") if path.stem != "__init__")

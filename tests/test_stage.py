@@ -14,7 +14,7 @@ from recipes.common.shrink import shrink
 from recipes.common.stage import balance_stages, build_stage, layer_costs
 from recipes.common.weights import build_empty
 from tests.tiny import tiny_config
-from tools.local_ranks import run_ranks
+from tools.common.local_ranks import run_ranks
 
 FAMILIES = ["llama", "qwen3", "gemma2", "olmo2", "phi3", "mixtral", "gpt2", "deepseek_v3"]
 

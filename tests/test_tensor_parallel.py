@@ -16,7 +16,7 @@ from recipes.common.recipe import Layout
 from recipes.common.tensor_parallel import Cut, plan_split, split_embedding
 from recipes.common.weights import build_empty
 from tests.tiny import tiny_config
-from tools.local_ranks import run_ranks
+from tools.common.local_ranks import run_ranks
 
 # (length, packs): divided by the sizes or not, one block or several, shorter than the number of ranks
 LENGTHS = [(12, 1), (131, 1), (12, 2), (12, 3), (3, 1), (1, 1), (10, 2)]

@@ -19,9 +19,9 @@ from recipes.common.recipe import ROOT, Evaluation, Layout
 from tests.small_runs import call, small_recipe, train_run, write_data
 from tests.tiny import VOCAB, tiny_config
 from tools import to_hf
-from tools.console import UsageError
-from tools.local_ranks import run_ranks
-from tools.safetensors_io import FormatError, ShardsWriter, Tensor, read_header
+from tools.checkpoints.safetensors_io import FormatError, ShardsWriter, Tensor, read_header
+from tools.common.console import UsageError
+from tools.common.local_ranks import run_ranks
 
 FAMILIES = {
     "llama": ("llama", {}),

@@ -9,7 +9,7 @@ import pytest
 from recipes.common.recipe import AdamW, Batch, Blend, Checkpoints, Evaluation, Layout
 from tests.test_checkpoint import run
 from tests.tiny import ROOT, tiny_config, tiny_recipe, write_shards
-from tools.local_ranks import RankError
+from tools.common.local_ranks import RankError
 
 STEPS = 6
 

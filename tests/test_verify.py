@@ -9,7 +9,7 @@ import pytest
 
 from recipes.common.recipe import RecipeError
 from tests.tiny import ROOT
-from tools.local_ranks import run_ranks
+from tools.common.local_ranks import run_ranks
 from tools.verify import main, parse_layout
 
 QUICKSTART = str(ROOT / "recipes" / "quickstart.py")

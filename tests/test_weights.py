@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GlmMoeDsaConfig
 from recipes.common.tensor_parallel import Cut
 from recipes.common.weights import build_empty, name_seed
 from tests.test_stage import config_of, stages_of
-from tools.local_ranks import run_ranks
+from tools.common.local_ranks import run_ranks
 
 FAMILIES = ["llama", "qwen3", "gemma2", "olmo2", "phi3", "mixtral", "gpt2", "deepseek_v3"]
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from recipes.common.checkpoint_files import SEAL, CheckpointError
 from recipes.common.checkpoint_reader import Reader
-from tools.checkpoint_contents import (
+from tools.checkpoints.checkpoint_contents import (
     compare,
     damaged_files,
     elements,
@@ -36,8 +36,8 @@ from tools.checkpoint_contents import (
     open_checkpoint,
     tensor_stats,
 )
-from tools.checkpoint_interval import METRICS, Measured, advise, measured
-from tools.console import FAILED, GOOD, UsageError, exit_code, human_bytes, progress_bar, table
+from tools.checkpoints.checkpoint_interval import METRICS, Measured, advise, measured
+from tools.common.console import FAILED, GOOD, UsageError, exit_code, human_bytes, progress_bar, table
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

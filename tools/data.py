@@ -20,8 +20,8 @@ import json
 import numpy as np
 
 from recipes.common.shards import read_manifest
-from tools.data_check import check, lengths_picture, stats
-from tools.data_lookup import LookupProblem, Run, describe, read_run, read_step
+from tools.preparation.data_check import check, lengths_picture, stats
+from tools.preparation.data_lookup import LookupProblem, Run, describe, read_run, read_step
 
 TEXT_SHOWN = 300  # characters of each document, unless --full
 

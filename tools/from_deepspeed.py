@@ -32,11 +32,11 @@ from recipes.common.checkpoint_files import Part
 from recipes.common.plans import PlanError, find_stack
 from recipes.common.tensor_parallel import Cut, plan_split
 from recipes.common.weights import build_empty
-from tools import deepspeed_files as files
-from tools.console import UsageError, exit_code, progress_bar, quiet_transformers
+from tools.checkpoints import deepspeed_files as files
+from tools.common.console import UsageError, exit_code, progress_bar, quiet_transformers
 from tools.from_hf import read_config
-from tools.hf_names import model_shapes, parameter_aliases
-from tools.starting_checkpoint import collected, refuse_used, starting_state, whole_part, write_checkpoint
+from tools.checkpoints.hf_names import model_shapes, parameter_aliases
+from tools.checkpoints.starting_checkpoint import collected, refuse_used, starting_state, whole_part, write_checkpoint
 
 Shape = tuple[int, ...]
 _OURS = re.compile(r"(?:\d+\.)?(?:causal\.|module\.)?")  # what stands before a Hugging Face name

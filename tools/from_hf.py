@@ -30,10 +30,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from recipes.common.checkpoint_files import Part
 from recipes.common.weights import build_empty
-from tools.console import UsageError, exit_code, human_bytes, progress_bar, quiet_transformers
-from tools.hf_folder import Source, open_folder, tokenizer_files
-from tools.hf_names import Adopter, Group, model_shapes, parameter_aliases
-from tools.starting_checkpoint import collected, refuse_used, starting_state, whole_part, write_checkpoint
+from tools.common.console import UsageError, exit_code, human_bytes, progress_bar, quiet_transformers
+from tools.checkpoints.hf_folder import Source, open_folder, tokenizer_files
+from tools.checkpoints.hf_names import Adopter, Group, model_shapes, parameter_aliases
+from tools.checkpoints.starting_checkpoint import collected, refuse_used, starting_state, whole_part, write_checkpoint
 
 COMPARE_ROWS_BYTES = 1 << 25
 _OLD_ROTARY = "rotary_emb.inv_freq"  # old files hold it; transformers computes it

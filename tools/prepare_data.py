@@ -26,12 +26,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from recipes.common.shards import FORMAT, VERSION, tokenizer_hash
-from tools.data_input import InputFile, list_files, plan_units
-from tools.data_tokenizer import end_token, file_hash, find_tokenizer, make_tokenizer, sample_texts
-from tools.dedup import find_duplicates, hashes_path
-from tools.encoders import FAST, REFERENCE, choose_encoder, reference_tokenizer
-from tools.shard_pool import do_all
-from tools.shard_writer import SPLITS, Job, Work, files_listing, hash_unit, write_json, write_unit
+from tools.preparation.data_input import InputFile, list_files, plan_units
+from tools.preparation.data_tokenizer import end_token, file_hash, find_tokenizer, make_tokenizer, sample_texts
+from tools.preparation.dedup import find_duplicates, hashes_path
+from tools.preparation.encoders import FAST, REFERENCE, choose_encoder, reference_tokenizer
+from tools.preparation.shard_pool import do_all
+from tools.preparation.shard_writer import SPLITS, Job, Work, files_listing, hash_unit, write_json, write_unit
 
 CHECK_BYTES = 2 << 20  # text on which a fast encoder must prove itself before the run
 

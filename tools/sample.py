@@ -28,7 +28,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from recipes.common.data import TokenStream, open_split, validation_micro_batches
-from tools.console import UsageError, exit_code, quiet_transformers
+from tools.common.console import UsageError, exit_code, quiet_transformers
 
 PROMPT_TOKENS = 16  # of a prompt taken from the validation split
 MAX_SEQ_LEN = 2048  # where nobody says how long the run's sequences were

@@ -35,11 +35,11 @@ from recipes.common.checkpoint_files import CheckpointError
 from recipes.common.checkpoint_reader import Reader
 from recipes.common.run_files import write_json
 from recipes.common.weights import build_empty
-from tools import hf_check
-from tools.checkpoint_contents import damaged_weights, missized_files, open_checkpoint, row_blocks
-from tools.console import CheckError, UsageError, exit_code, human_bytes, progress_bar, quiet_transformers
-from tools.hf_names import Group, natural, publish, published_groups
-from tools.safetensors_io import ShardsWriter, Tensor, split_into_shards, write_index
+from tools.checkpoints import hf_check
+from tools.checkpoints.checkpoint_contents import damaged_weights, missized_files, open_checkpoint, row_blocks
+from tools.common.console import CheckError, UsageError, exit_code, human_bytes, progress_bar, quiet_transformers
+from tools.checkpoints.hf_names import Group, natural, publish, published_groups
+from tools.checkpoints.safetensors_io import ShardsWriter, Tensor, split_into_shards, write_index
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -31,8 +31,8 @@ from recipes.common.plans import PlanError
 from recipes.common.proof import cut_problems
 from recipes.common.recipe import AdamW, Layout, Recipe, RecipeError
 from recipes.common.shrink import shrink
-from tools.local_ranks import RankError, run_ranks
-from tools.numerics import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain
+from tools.common.local_ranks import RankError, run_ranks
+from tools.common.numerics import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain
 
 # (loss and gradient norm, relative; gradients and parameters, absolute). bf16 rounds at 2^-9 and Adam's first steps turn a
 # rounded gradient's sign into a whole step, so parameters are held to twice the distance they can travel.
@@ -82,7 +82,10 @@ def load_recipe(path: str) -> Recipe:
     spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     module.__package__ = "recipes"  # its imports start at the repository root, as when it runs
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file's own code or a config's validation raises
+        raise RecipeError("recipe", [f"{path} cannot be read: {type(error).__name__}: {error}"]) from error
     recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
         raise RecipeError("recipe", [f"{path} defines no `recipe = Recipe(...)`"])
@@ -114,7 +117,7 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
         model = without_dropout(shrink(recipe.model, layout))
     except (PlanError, ValueError, TypeError, AttributeError) as error:
         raise RecipeError(f"recipe {recipe.name!r}", [*problems, f"model: cannot be shrunk for a trial: {error}"]) from error
-    if not problems:  # in a rank of its own, as all that computes: see tools.local_ranks
+    if not problems:  # in a rank of its own, as all that computes: see tools.common.local_ranks
         problems = run_ranks(cut_problems, 1, recipe.model, layout, recipe.attention)[0]
     if problems:
         raise RecipeError(f"recipe {recipe.name!r} in the layout {layout}", problems)

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.initialization import no_init_weights
 
 from recipes.common.checkpoint_reader import Reader
-from tools.console import CheckError, human_bytes, progress_bar
-from tools.safetensors_io import checksum, read_header
+from tools.common.console import CheckError, human_bytes, progress_bar
+from tools.checkpoints.safetensors_io import checksum, read_header
 
 LOGITS_LIMIT_BYTES = 4_000_000_000  # fp32 weights; comparing logits takes that much memory, and a while
 SEQS, TOKENS = 2, 24

@@ -13,11 +13,11 @@ from typing import Protocol
 import numpy as np
 
 from recipes.common.shards import ORIGIN
-from tools.data_input import InputFile, Piece
-from tools.data_readers import Document, read_piece
-from tools.dedup import document_hash, read_drops, write_hashes
-from tools.encoders import REFERENCE, Encode, EncoderError, first_difference, load_encoder
-from tools.packing import pack
+from tools.preparation.data_input import InputFile, Piece
+from tools.preparation.data_readers import Document, read_piece
+from tools.preparation.dedup import document_hash, read_drops, write_hashes
+from tools.preparation.encoders import REFERENCE, Encode, EncoderError, first_difference, load_encoder
+from tools.preparation.packing import pack
 
 BATCH_BYTES = 4 << 20  # text encoded at once
 SPOT_CHECK_BATCHES = 32  # a document of every so many batches, and of each unit, is checked against the reference
@@ -127,7 +127,7 @@ class Encoders:
 
 
 def hash_unit(job: Job, work: Work, encoders: Encoders, report: Progressed) -> None:
-    """Write the hashes of a unit's readable documents, for tools.dedup."""
+    """Write the hashes of a unit's readable documents, for tools.preparation.dedup."""
     hashes = []
     left = sum(piece.bytes for piece in work.pieces)
     for _, document, raw in _documents(job, work, {"bad": 0, "empty": 0}, []):

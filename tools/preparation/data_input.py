@@ -1,7 +1,7 @@
 """The inputs of tools.prepare_data: which files there are, and how they are cut into pieces of work.
 
 A unit of work is a list of pieces of files and depends on the inputs alone, never on the number of processes, so the
-same inputs give the same shards anywhere. What is in a piece is read by tools.data_readers.
+same inputs give the same shards anywhere. What is in a piece is read by tools.preparation.data_readers.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from tools.data_input import InputFile, Piece
-from tools.data_readers import read_piece
-from tools.spm_tokenizer import train_bpe, write_folder
+from tools.preparation.data_input import InputFile, Piece
+from tools.preparation.data_readers import read_piece
+from tools.preparation.spm_tokenizer import train_bpe, write_folder
 
 SAMPLE_BYTES = 16 << 20  # text that a tokenizer is trained on
 SAMPLE_SEED = 20

@@ -14,7 +14,7 @@ from recipes.common.blend import Blend, BlendedStream, folders, open_blend
 from recipes.common.order import kept_index
 from recipes.common.recipe import from_root
 from recipes.common.shards import ORIGIN, TokenStream, open_split, read_manifest
-from tools.data_input import COMPRESSED_ENDINGS
+from tools.preparation.data_input import COMPRESSED_ENDINGS
 
 
 class LookupProblem(ValueError):  # noqa: N818, the built-in LookupError is taken

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -37,7 +38,9 @@ def run_ranks(work: Callable[..., Any], world_size: int, *args: Any, timeout_sec
     ranks, pipes = [], []
     for rank in range(world_size):
         receive, send = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_main, args=(work, args, rank, world_size, port, send, timeout_seconds))
+        process = context.Process(
+            target=_rank_main, args=(work, args, rank, world_size, port, send, timeout_seconds, os.getpid())
+        )
         process.start()
         send.close()
         ranks.append(process)
@@ -70,7 +73,14 @@ def _collect(pipes: list[Connection], timeout_seconds: float) -> list[Any]:
 
 
 def _rank_main(
-    work: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int, send: Connection, timeout_seconds: float
+    work: Callable[..., Any],
+    args: tuple,
+    rank: int,
+    world_size: int,
+    port: int,
+    send: Connection,
+    timeout_seconds: float,
+    parent: int,
 ) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -86,6 +96,10 @@ def _rank_main(
     send.send_bytes(message)
     sys.stdout.flush()
     sys.stderr.flush()
+    # Rank 0 serves the store that the others may still be joining by: stay until the parent, which has every answer then, ends
+    # this process. Gone itself, it would not: so look for it.
+    while os.getppid() == parent:
+        time.sleep(0.05)
     os._exit(0)  # gloo's threads may abort an orderly exit
 
 

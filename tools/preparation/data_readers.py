@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from tools.data_input import COMPRESSED_ENDINGS, InputFile, Piece, open_hub
+from tools.preparation.data_input import COMPRESSED_ENDINGS, InputFile, Piece, open_hub
 
 MAX_DOCUMENT_BYTES = 256 << 20  # a longer document would be longer than a shard
 ROWS = 1000  # read at once from a table

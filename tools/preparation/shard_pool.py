@@ -9,8 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
-from tools.progress import Progress
-from tools.shard_writer import Encoders, Job, Work
+from tools.common.progress import Progress
+from tools.preparation.shard_writer import Encoders, Job, Work
 
 POLL_SECONDS = 0.2
 Do = Callable[[Job, Work, Encoders, Callable[[int, int, int], None]], None]

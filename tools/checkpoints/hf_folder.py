@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from tools.console import UsageError
-from tools.safetensors_io import INDEX, FormatError, Stored, read_header
+from tools.common.console import UsageError
+from tools.checkpoints.safetensors_io import INDEX, FormatError, Stored, read_header
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 # what a tokenizer or generation reads: copied along as they are

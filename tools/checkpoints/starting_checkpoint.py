@@ -19,9 +19,9 @@ from recipes.common.checkpoint_files import publish_folder, sealed_checkpoints, 
 from recipes.common.checkpoint_files import Part, damage, merge_index, seal, write_rank_file
 from recipes.common.checkpoint_reader import Reader
 from recipes.common.run_files import write_json
-from tools.checkpoint_contents import gaps
-from tools.console import CheckError, UsageError
-from tools.hf_folder import tokenizer_files
+from tools.checkpoints.checkpoint_contents import gaps
+from tools.common.console import CheckError, UsageError
+from tools.checkpoints.hf_folder import tokenizer_files
 
 FILE_BYTES = 1 << 30  # a file is written when this much is collected
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from tools.console import UsageError
-from tools.hf_names import natural
+from tools.common.console import UsageError
+from tools.checkpoints.hf_names import natural
 
 OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")

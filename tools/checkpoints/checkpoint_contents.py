@@ -15,7 +15,7 @@ import numpy as np
 from recipes.common.checkpoint_files import damage, read_seal
 from recipes.common.checkpoint_reader import Reader
 from recipes.common.tensor_parallel import Cut
-from tools.console import UsageError, progress_bar
+from tools.common.console import UsageError, progress_bar
 
 BLOCK_BYTES = 1 << 22
 READERS = 4  # files read at once: one reader does not fill a fast disk

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from recipes.common.shards import ORIGIN, Shard, read_manifest, split_shards, tokenizer_hash
-from tools.progress import Progress
+from tools.common.progress import Progress
 
 CHUNK = 1 << 24  # tokens looked at together
 MAX_HASHED = 1 << 24  # documents compared with each other; of more, a sample chosen by content
