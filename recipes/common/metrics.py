@@ -173,7 +173,7 @@ class Progress:
         self._last_line = -math.inf  # time.monotonic() of the last plain line
         self._unseen = ""  # the newest step's line, where it was too early to print it
         self._bar = None
-        if stream.isatty():
+        if stream.isatty() and _has_size(stream):  # tqdm shows nothing on a pseudo-terminal of no size
             from tqdm import tqdm
 
             self._bar = tqdm(total=run_steps, initial=first_step, file=stream, unit="step", dynamic_ncols=True)
@@ -206,6 +206,13 @@ class Progress:
         if self._unseen:
             print(self._unseen, file=self._stream, flush=True)
         self._unseen = ""
+
+
+def _has_size(stream: TextIO) -> bool:
+    try:
+        return min(os.get_terminal_size(stream.fileno())) > 0
+    except (OSError, ValueError):
+        return True  # it calls itself a terminal and does not say how large it is
 
 
 def describe(record: Mapping[str, Value]) -> str:
