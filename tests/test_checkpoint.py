@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,6 +195,25 @@ def test_a_save_that_fails_fails_alone(data, tmp_path):
     assert results == [("step_00000004", True)] * 2
     assert [folder.name for folder in sealed_checkpoints(tmp_path)] == ["step_00000004"]
     assert not list((tmp_path / "checkpoints").glob(".*saving"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_disk_that_is_full_ends_saves_and_not_the_run(data, tmp_path):
+    """A real one, of 4 MB: it holds two checkpoints of 1.7 MB and not a third."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        recipe = tiny_recipe(data, evaluation=Evaluation(), checkpoints=Checkpoints(every_steps=2, keep_last=9))
+        records = run(recipe, 2, disk / "run")
+        assert sorted(records) == list(range(1, 9))
+        steps = [int(folder.name[5:]) for folder in sealed_checkpoints(disk / "run")]
+        assert steps == [2, 4]
+        assert damage(disk / "run" / "checkpoints" / "latest") == []
+        assert not list((disk / "run" / "checkpoints").glob(".*saving"))
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def _fail_one_save(recipe, out_dir):

@@ -272,3 +272,28 @@ def test_writing_a_step_is_cheap(tmp_path: Path) -> None:
         log.write({"step": step, "loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "tokens_per_second": 1.0})
     log.close()
     assert time.perf_counter() - begin < 2.0  # under 2 ms a step, even here
+
+
+FULL_FOR_A_WHILE = """
+import resource, sys
+from pathlib import Path
+from recipes.common.metrics import RunLog, read_metrics
+out_dir = Path(sys.argv[1])
+log = RunLog(out_dir, name="tiny", run_steps=9, wandb=False, tensorboard=False)
+log.write({"step": 1, "loss": 1.0})
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+size = (out_dir / "metrics.jsonl").stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 7, hard))  # the kernel takes 7 more bytes, then refuses
+for step in (2, 3):
+    log.write({"step": step, "loss": 1.0})
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+log.write({"step": 4, "loss": 1.0})
+log.close()
+print([record["step"] for record in read_metrics(out_dir / "metrics.jsonl")])
+"""
+
+
+def test_lines_wait_in_memory_while_the_disk_takes_none(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL_FOR_A_WHILE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[1, 2, 3, 4]", done.stderr
+    assert done.stderr.count("its lines wait in memory") == 1

@@ -65,6 +65,7 @@ class RunLog:
         moved = rewind_metrics(out_dir, -1 if resumed_step is None else resumed_step)
         first_step = resumed_step or 0
         self._file = (out_dir / METRICS).open("ab", buffering=0)
+        self._waiting, self._refused = b"", False
         self._progress = Progress(run_steps, first_step, stream or sys.stderr)
         self._wandb = _start_wandb(out_dir, name, config or {}, run_id, self.note) if wandb else None
         if moved is not None:
@@ -73,9 +74,7 @@ class RunLog:
 
     def write(self, record: Mapping[str, Value]) -> None:
         """Append one step to every sink. `record` needs "step"."""
-        line = encode(record)
-        if self._file.write(line) != len(line):
-            raise OSError(f"{self._file.name}: the disk took a part of a line only; is it full?")
+        self._append(encode(record))
         if self._wandb is not None:
             try:
                 self._wandb.log(dict(record))
@@ -92,11 +91,23 @@ class RunLog:
                 self.note(f"TensorBoard is off from step {record['step']}: {_one_line(error)}")
         self._progress.show(record)
 
+    def _append(self, line: bytes) -> None:
+        """To metrics.jsonl. While the disk is full (a save may fill it for a moment) lines wait in memory, for the next write."""
+        self._waiting += line
+        try:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]  # an unbuffered write may take a part
+            self._refused = False
+        except OSError as error:
+            if not self._refused:
+                self.note(f"{METRICS} cannot be written ({_one_line(error)}): its lines wait in memory")
+            self._refused = True
+
     def note(self, text: str) -> None:
         """A line for people on stderr (a checkpoint, an evaluation), without breaking the bar."""
         self._progress.note(text)
 
     def close(self) -> None:
+        self._append(b"")
         self._progress.close()
         if self._wandb is not None:
             try:
