@@ -82,6 +82,8 @@ def train(
     if grid.rank == 0:
         _write_files(recipe, layout, sizes, ds_config, out_dir, resumed_step, position.skips)
     log = _open_log(recipe, grid, out_dir, resumed_step)
+    if log is not None:
+        _note_changed_data(out_dir, log)
     saver = Saver(out_dir, trainer, recipe, log)
     leave = LeaveRequest()
     batches = _reader(recipe, grid, position.skips)
@@ -178,6 +180,15 @@ def _write_files(
         data={name: data_identity(from_root(name)) for name in _folders(recipe)},
         skips=skips,
     )
+
+
+def _note_changed_data(out_dir: Path, log: RunLog) -> None:
+    """Folders that were prepared again since the start before: the order stays, but what it orders is something else."""
+    starts = json.loads((out_dir / "manifest.json").read_text())["starts"]
+    before = starts[-2]["data"] if len(starts) > 1 else {}
+    for name, identity in starts[-1]["data"].items():
+        if before.get(name, identity) != identity:
+            log.note(f"data={name} was prepared again since this run's last start: its sequences are not those read before")
 
 
 def _folders(recipe: Recipe) -> list[str]:
