@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from recipes.common.tensor_parallel import Cut
 
 _SMALL = 4096  # elements: constants that a constructor computes (an activation's slope) are this small
-_LARGE = 1 << 24  # elements: weights, which must not be allocated for even a moment (one layer's experts may fill a machine)
+_LARGE = 1 << 20  # elements: weights, which must not be allocated for even a moment (one layer's experts may fill a machine)
 
 
 class _LargeOnMeta(TorchFunctionMode):
@@ -62,6 +62,9 @@ def build_empty(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrained
     with _parameters_on_meta(), _LargeOnMeta(), no_init_weights():
         causal = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         causal.tie_weights()
+    lost = [name for name, buffer in causal.named_buffers() if buffer.is_meta]
+    if lost:
+        raise ValueError(f"{type(causal).__name__} leaves the buffers {lost} empty, and they are too large to be a constant")
     return causal
 
 
