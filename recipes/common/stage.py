@@ -143,7 +143,7 @@ class Stage(nn.Module):
         the mean over tokens, however they are spread.
         """
         targets, weight = labels
-        head = [p for p in self._head_parameters() if p.requires_grad]
+        head = [p for p in self.head_parameters() if p.requires_grad]
         total, cross_entropy, log_z_squared = vocabulary_loss(
             self._logits,
             hidden,
@@ -158,7 +158,7 @@ class Stage(nn.Module):
         self.loss_sums += torch.stack([cross_entropy, log_z_squared]).detach() * weight.double()
         return total * weight
 
-    def _head_parameters(self) -> list[nn.Parameter]:
+    def head_parameters(self) -> list[nn.Parameter]:
         """Everything the ForCausalLM has beside its base model, and the embedding's weight when it is tied to the head's."""
         of_base = {id(p) for p in self.causal.get_submodule(self.stack.base).parameters()} - {
             id(self.causal.get_output_embeddings().weight)

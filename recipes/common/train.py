@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from recipes.common.blend import folders
 from recipes.common.check import check_recipe
 from recipes.common.checkpoint import Position, Saver, resume
 from recipes.common.checkpoint_files import sealed_checkpoints
-from recipes.common.blend import folders
 from recipes.common.data import Prefetcher, open_train, open_validation, step_micro_batches, validation_micro_batches
 from recipes.common.describe import describe_run
 from recipes.common.ds_config import merge_ds_config
