@@ -1,9 +1,9 @@
 """Whether a family can be cut is tried, not believed: good ones pass at any depth, others are refused by their name."""
 
 import pytest
-from transformers import DeepseekV4Config, GlmMoeDsaConfig
+from transformers import AutoConfig, DeepseekV4Config, GlmMoeDsaConfig
 
-from recipes.common.proof import cut_problems
+from recipes.common.proof import cut_problems, masking_problems
 from recipes.common.recipe import Layout
 from tests.tiny import tiny_config
 from tools.common.local_ranks import run_ranks
@@ -61,3 +61,21 @@ def _with_fault(fault):
     if fault == "a look at the layer before":
         layer.forward = look_back
     return cut_problems(tiny_config("llama"), Layout(pipeline=2), "eager")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "gpt2"])
+def test_families_of_plain_attention_keep_documents_apart(family, attention):
+    assert run_ranks(_masking, 1, family, attention) == [[]]
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "falcon_mamba"])
+def test_families_that_carry_state_over_a_document_are_refused_by_name(family):
+    problems = run_ranks(_masking, 1, family, "eager")[0]
+    assert len(problems) == 1
+    assert family in problems[0]
+    assert problems[0].startswith("mask_documents=True: ")
+
+
+def _masking(family: str, attention: str) -> list[str]:
+    return masking_problems(AutoConfig.for_model(family), attention)

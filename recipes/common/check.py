@@ -22,7 +22,7 @@ from recipes.common.ds_config import (
     version_problems,
 )
 from recipes.common.plans import PlanError, Stack, find_stack
-from recipes.common.proof import cut_problems
+from recipes.common.proof import cut_problems, masking_problems
 from recipes.common.recipe import SGD, AdamW, Layout, Optimizer, Recipe, RecipeError, from_root
 from recipes.common.recipe_types import type_problems
 from recipes.common.schedules import ramp_problems, schedule_problems
@@ -142,6 +142,8 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
         except PlanError as error:
             problems.append(f"layout tensor={layout.tensor}: {error}; use a tensor size that fits, or tensor=1")
         problems += _group_problems(recipe, causal, stack, layout)
+    if not problems and recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
+        problems += masking_problems(recipe.model, recipe.attention)
     return problems or cut_problems(recipe.model, layout, recipe.attention)
 
 

@@ -15,6 +15,7 @@ from recipes.common.shrink import shrink
 from recipes.common.stage import build_stage
 
 _SEQS, _SEQ_LEN = 2, 16
+_ROUNDING = 1e-4  # another mask is another order of summation
 
 
 def cut_problems(config: PreTrainedConfig, layout: Layout, attention: str) -> list[str]:
@@ -38,6 +39,32 @@ def cut_problems(config: PreTrainedConfig, layout: Layout, attention: str) -> li
     return [
         f"model_type={family} cannot be cut into stages: its layers share more than hidden states (cut in {layout.pipeline}, a "
         f"tiny model of it differs by {difference:.1e}, or two layers share weights); {advice}"
+    ]
+
+
+def masking_problems(config: PreTrainedConfig, attention: str) -> list[str]:
+    """Empty when two packed documents, told apart by positions that restart, give what each gives alone; else why not.
+
+    State-space and linear-attention layers, for example, carry what they saw over the bounds, whatever the positions say.
+    """
+    family = config.model_type
+    try:
+        tiny = shrink(config, Layout())
+        ids = torch.arange(_SEQ_LEN).view(1, _SEQ_LEN) % (tiny.vocab_size - 3) + 3
+        half = torch.arange(_SEQ_LEN // 2).repeat(2).view(1, _SEQ_LEN)
+        stage = build_stage(tiny, one_process(), seq_len=_SEQ_LEN, attention=attention).eval()
+        with torch.no_grad():
+            stage.positions.append(half)
+            packed = stage(ids)[:, _SEQ_LEN // 2 :]
+            alone = stage(ids[:, _SEQ_LEN // 2 :])
+        difference = (packed - alone).abs().max().item()
+    except Exception as error:  # whatever a family's own code raises on the tiny model: not proven
+        return [f"mask_documents=True: a tiny {family} does not run with it ({type(error).__name__}: {error}); turn it off"]
+    if difference <= _ROUNDING * packed.abs().max().item():
+        return []
+    return [
+        f"mask_documents=True: model_type={family} does not keep documents apart (in a tiny model of it a document changes by "
+        f"{difference:.1e} with its neighbour); turn it off"
     ]
 
 
