@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -16,12 +15,12 @@ import torch
 from recipes.common.blend import folders
 from recipes.common.check import check_recipe
 from recipes.common.checkpoint import Position, Saver, resume
-from recipes.common.checkpoint_files import sealed_checkpoints
 from recipes.common.data import Prefetcher, open_train, open_validation, step_micro_batches, validation_micro_batches
 from recipes.common.describe import describe_run
 from recipes.common.ds_config import merge_ds_config
 from recipes.common.engine import StepResult, Trainer, start_distributed
-from recipes.common.failures import guard_rank
+from recipes.common.failures import end_rank, guard_rank
+from recipes.common.flags import out_dir_problems, parse_flags
 from recipes.common.grid import Grid, build_grid
 from recipes.common.metrics import RunLog
 from recipes.common.plans import find_stack
@@ -43,11 +42,11 @@ class TrainingError(RuntimeError):
 
 def main(recipe: Recipe) -> None:
     """The entry point of every recipe file. Exit codes: 0 done, 1 the run failed, 2 the recipe or the flags are wrong."""
-    flags = _parse_flags(recipe)
+    flags = parse_flags(recipe.name)
     world_size = flags.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     out_dir = Path(flags.out_dir).expanduser().resolve()
-    found = [] if flags.dry_run else _out_dir_problems(out_dir, flags.resume)
+    found = [] if flags.dry_run else out_dir_problems(out_dir, flags.resume)
     try:
         layout, ds_config = check_recipe(recipe, world_size, here=not flags.dry_run, found=found)
     except RecipeError as error:
@@ -63,6 +62,7 @@ def main(recipe: Recipe) -> None:
         return
     with guard_rank(out_dir, rank):
         train(recipe, layout, sizes, ds_config, out_dir, resume_run=flags.resume, max_steps=flags.max_steps, skips=flags.skip)
+        end_rank()
 
 
 def train(
@@ -123,19 +123,6 @@ def train(
         if position.step < last_step:
             log.note(f"asked to leave ({leave.name or 'another rank'}): saved step {position.step}; go on with --resume")
         log.close()
-
-
-def _out_dir_problems(out_dir: Path, resume_run: bool) -> list[str]:
-    """A fresh start must not mix its checkpoints with another run's, and a resume needs one to go on from."""
-    saved = sealed_checkpoints(out_dir)
-    if saved and not resume_run:
-        return [
-            f"--out-dir={out_dir} holds checkpoints of a run, the newest {saved[-1].name}; go on from it with --resume, or start "
-            "afresh in another --out-dir"
-        ]
-    if resume_run and not saved:
-        return [f"--resume: --out-dir={out_dir} holds no checkpoint to go on from; correct --out-dir, or start without --resume"]
-    return []
 
 
 def _build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[Grid, Trainer]:
@@ -281,30 +268,3 @@ def _open_log(recipe: Recipe, grid: Grid, out_dir: Path, resumed_step: int | Non
 
 def _due(step: int, every: int, last_step: int) -> bool:
     return every > 0 and (step % every == 0 or step == last_step)
-
-
-def _parse_flags(recipe: Recipe) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=f"Train the recipe {recipe.name!r}. Flags are about this run only.")
-    parser.add_argument("--out-dir", default=f"runs/{recipe.name}", help="the run directory (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint in --out-dir")
-    parser.add_argument(
-        "--skip", type=_sequence_range, action="append", default=[], metavar="START:STOP", help="leave out these sequences"
-    )
-    parser.add_argument("--max-steps", type=int, help="stop after this step; schedules keep the recipe's own length")
-    parser.add_argument("--dry-run", action="store_true", help="check, print what would run, and leave")
-    parser.add_argument("--world-size", type=int, help="with --dry-run: how many GPUs")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers pass it
-    flags = parser.parse_args()
-    if flags.world_size and not flags.dry_run:
-        parser.error("--world-size is for --dry-run; a run's world size comes from its launcher")
-    if flags.max_steps is not None and flags.max_steps < 1:
-        parser.error(f"--max-steps={flags.max_steps} must be at least 1")
-    flags.skip = tuple(flags.skip)
-    return flags
-
-
-def _sequence_range(text: str) -> tuple[int, int]:
-    start, _, stop = text.partition(":")
-    if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
-        raise argparse.ArgumentTypeError(f"{text!r}: a range of sequences, counted from 0, is START:STOP with START < STOP")
-    return int(start), int(stop)
