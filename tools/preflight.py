@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import sys
+from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 
@@ -90,9 +91,12 @@ def main(argv: list[str] | None = None) -> int:
         except RankError as error:
             print(f"failed: {error}", file=sys.stderr)
             return FAILED
-        if text:
-            print(text)
+        _show(code, text)
     return code
+
+
+def _show(code: int, text: str) -> None:
+    print(text, file=sys.stderr if code == MISTAKE else sys.stdout, flush=True)
 
 
 def run_rank(flags: argparse.Namespace) -> tuple[int, str]:
@@ -110,10 +114,9 @@ def run_rank(flags: argparse.Namespace) -> tuple[int, str]:
         write_verdict(verdict, flags.json_file)
     text = json.dumps(verdict.as_json()) if flags.json else as_text(verdict)
     if verdict.exit_code == MISTAKE:
-        print(f"error: {verdict.problems[0].message}", file=sys.stderr)
-        text = ""
-    if text and not flags.processes:
-        print(text, flush=True)  # before the others leave: a launcher ends all ranks with the first that fails
+        text = f"error: {verdict.problems[0].message}"
+    if not flags.processes:
+        _show(verdict.exit_code, text)  # before the others leave: a launcher ends all ranks with the first that fails
     dismiss(meeting, verdict.exit_code)
     return verdict.exit_code, text
 
@@ -154,7 +157,8 @@ def _checked_recipe(path: str, world_size: int) -> tuple[Recipe, Layout]:
     from tools.verify import load_recipe
 
     recipe = load_recipe(path)
-    return recipe, check_recipe(recipe, world_size, here=False)[0]
+    # of a copy: building the model fills in fields of its config
+    return recipe, check_recipe(deepcopy(recipe), world_size, here=False)[0]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tools.common.console import human_bytes
 from tools.preflight_checks.problems import Problem, by_host, majority, odd_ones
 
 CLOCK_SECONDS = 1.0  # more, and a file on shared storage looks written before it was begun
-SLOW_WRITE = 1 / 3  # of the hosts' median: shared storage is noisy
+SLOW_WRITE = 0.2  # of the hosts' median: all write at once, and shared storage is not fair
 OWN_FILES = 256  # Python, libraries, logs, the store
 SHM_BYTES = 1 << 30  # NCCL's transport inside a host; its documentation starts containers with --shm-size=1g
 LOCKED_BYTES = 1 << 30  # InfiniBand pins what it sends; NCCL's documentation asks for no limit
@@ -164,8 +164,8 @@ def storage_problems(facts: Facts, unseen: Sequence[str], needed_bytes: int, fol
     }
     problems += by_host("storage", full, hosts, "make room, or give another --out-dir")
     tight = {
-        host: f"{human_bytes(one['free_bytes'])} free at {folder}, the checkpoints that the recipe keeps and one being written need "
-        f"{human_bytes(needed_bytes)}"
+        host: f"{human_bytes(one['free_bytes'])} free at {folder}, the checkpoints that the recipe keeps and one being written "
+        f"need {human_bytes(needed_bytes)}"
         for host, one in facts.items()
         if host not in full and host not in blind and one["free_bytes"] is not None and one["free_bytes"] < needed_bytes
     }

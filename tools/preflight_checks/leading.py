@@ -23,7 +23,7 @@ from tools.preflight_checks.problems import Problem, majority, named, span, valu
 from tools.preflight_checks.storage import bytes_needed, bytes_saved, open_folder, read_answers
 from tools.preflight_checks.verdict import Verdict, judge, rank_rows
 
-GRACE_SECONDS = 5.0  # after a step's limit, for its report to arrive
+GRACE_SECONDS = 3.0  # after a step's limit, for its report to arrive
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Findings:
     leaders: list[int]  # the first rank of each host
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    silent: set[int] = field(default_factory=set)  # ranks that did not report a step
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)  # by host
     clocks: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -108,7 +109,8 @@ def _meet(meeting: Meeting, join_seconds: float) -> dict[int, Rank]:
 
     def tell(left: list[int]) -> None:
         waited = time.monotonic() - started
-        print(f"preflight: waiting for ranks {span(left)} ({waited:.0f} of {join_seconds:.0f} s)", file=sys.stderr, flush=True)
+        who = f"rank{'s' * (len(left) > 1)} {span(left)}"
+        print(f"preflight: waiting for {who} ({waited:.0f} of {join_seconds:.0f} s)", file=sys.stderr, flush=True)
 
     told = collect(meeting, "join", range(meeting.world_size), join_seconds, tell)
     return {rank: Rank(**words) for rank, words in told.items()}
@@ -116,7 +118,7 @@ def _meet(meeting: Meeting, join_seconds: float) -> dict[int, Rank]:
 
 def _absence(meeting: Meeting, missing: list[int], hosts: list[str], join_seconds: float) -> Problem:
     host, port = meeting.address
-    known = [hosts[rank] for rank in missing if hosts[rank] in hosts[:1] or not hosts[rank].startswith(("node ", "an unknown"))]
+    known = [hosts[rank] for rank in missing if not hosts[rank].startswith("(")]
     return Problem(
         check="joining",
         hosts=tuple(dict.fromkeys(known)),
@@ -224,9 +226,12 @@ def _hear_measurements(
 
 
 def _hear(meeting: Meeting, found: Findings, name: str, ranks: list[int] | range) -> dict[int, Any]:
-    outcomes = collect(meeting, name, ranks, meeting.limit_seconds + GRACE_SECONDS)
-    values, problems = values_of(name, outcomes, ranks, found.hosts, meeting.limit_seconds + GRACE_SECONDS)
+    seconds = meeting.limit_seconds + GRACE_SECONDS
+    expected = [rank for rank in ranks if rank not in found.silent]  # one that hangs is told and waited for once
+    outcomes = collect(meeting, name, expected, seconds)
+    values, problems = values_of(name, outcomes, expected, found.hosts, seconds)
     found.problems += problems
+    found.silent |= set(expected) - set(outcomes)
     return values
 
 

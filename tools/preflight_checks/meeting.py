@@ -22,6 +22,8 @@ import torch.distributed as dist
 
 from tools.common.console import CheckError
 
+WAITING_SECONDS = 5.0  # between two words about who is missing
+LONGEST_PAUSE_SECONDS = 0.1
 CLOCK_ROUNDS = 5  # questions to each host's clock; the fastest answer counts
 
 
@@ -80,37 +82,45 @@ def enter(me: Rank, environment: Mapping[str, str], *, join_seconds: float, limi
     Raises CheckError where rank 0 cannot be reached in `join_seconds`.
     """
     world_size = int(environment.get("WORLD_SIZE", "1"))
-    agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    alone = "MASTER_PORT" not in environment and world_size == 1
     host, port = environment.get("MASTER_ADDR", "127.0.0.1"), int(environment.get("MASTER_PORT", "0"))
+    serves = me.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        store = dist.TCPStore(
-            host,
-            port,
-            is_master=me.rank == 0 and not agent,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=join_seconds),
-        )
-    except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
+        if not serves:
+            _knock(host, port, join_seconds)
+        limit = timedelta(seconds=limit_seconds)
+        store = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=limit)
+    except (OSError, RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         reason = str(error).splitlines()[0]
-        doing = "serve" if me.rank == 0 else f"reach rank 0 in {join_seconds:.0f} s at"
+        doing = "serve" if serves else f"reach rank 0 in {join_seconds:.0f} s at"
+        cure = "is another job on that port?" if serves else f"from this host try `getent hosts {host}`; look at firewalls"
         raise CheckError(
-            f"rank {me.rank} on host {me.hostname} cannot {doing} MASTER_ADDR={host} MASTER_PORT={port} ({reason}); from this "
-            f"host try `getent hosts {host}` and a connection to the port; check firewalls, and that MASTER_ADDR is an address "
-            "of rank 0's host that the others see"
+            f"rank {me.rank} on host {me.hostname} cannot {doing} MASTER_ADDR={host} MASTER_PORT={port} ({reason}); {cure}; "
+            "MASTER_ADDR must be an address of rank 0's host that the others see"
         ) from None
     # torchrun's store lives on when it starts the ranks again: words of the start before must not be taken for ours
     start = f"preflight {environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    address = (host, store.port if alone else port)
     meeting = Meeting(
         rank=me.rank,
         world_size=world_size,
         store=dist.PrefixStore(start, store),
-        address=address,
+        address=(host, store.port),
         limit_seconds=limit_seconds,
     )
     report(meeting, "join", asdict(me))
     return meeting
+
+
+def _knock(host: str, port: int, seconds: float) -> None:
+    """Until something answers there. torch would wait as well, and print its own frames."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=min(seconds, 5.0)).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def second_client(meeting: Meeting) -> dist.Store:
@@ -133,18 +143,15 @@ def collect(
     seconds: float,
     waiting: Callable[[list[int]], None] = lambda missing: None,
 ) -> dict[int, Any]:
-    """Rank 0: what `ranks` reported of a step, {rank: value}; ranks that say nothing in `seconds` are left out."""
-    deadline = time.monotonic() + seconds
-    left = list(ranks)
-    while left and (patience := deadline - time.monotonic()) > 0:
-        try:
-            meeting.store.wait([f"{step}/{rank}" for rank in left], timedelta(seconds=max(min(patience, 3.0), 0.01)))
-            break
-        except dist.DistStoreError:  # its wait timed out
-            left = [rank for rank in left if not meeting.store.check([f"{step}/{rank}"])]
-            if left:
-                waiting(left)
+    """Rank 0: what `ranks` reported of a step, {rank: value}; ranks that say nothing in `seconds` are left out.
+
+    waiting: told every few seconds who is still missing.
+    """
     keys = {rank: f"{step}/{rank}" for rank in ranks}
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0 and not _there(meeting, list(keys.values()), min(left, WAITING_SECONDS)):
+        if missing := [rank for rank, key in keys.items() if not meeting.store.check([key])]:
+            waiting(missing)
     return {rank: json.loads(meeting.store.get(key)) for rank, key in keys.items() if meeting.store.check([key])}
 
 
@@ -156,10 +163,23 @@ def announce(meeting: Meeting, step: str, value: Any) -> None:
 def hear(meeting: Meeting, step: str, seconds: float) -> Any:
     """What rank 0 announced. Raises CheckError when rank 0 is gone or silent."""
     try:
-        meeting.store.wait([step], timedelta(seconds=seconds))
-        return json.loads(meeting.store.get(step))
+        if _there(meeting, [step], seconds):
+            return json.loads(meeting.store.get(step))
+        reason = f"it said nothing in {seconds:.0f} s"
     except RuntimeError as error:
-        raise CheckError(f"rank {meeting.rank}: lost rank 0 before {step!r}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+    raise CheckError(f"rank {meeting.rank} lost rank 0 before {step!r}: {reason}; look at rank 0's output")
+
+
+def _there(meeting: Meeting, keys: list[str], seconds: float) -> bool:
+    """Whether all keys are set in time. Asked for again and again: a wait of the store that times out prints warnings."""
+    deadline, pause = time.monotonic() + seconds, 0.001
+    while not meeting.store.check(keys):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
+    return True
 
 
 def bounded(work: Callable[[], Any], what: str, seconds: float) -> dict[str, Any]:
@@ -184,7 +204,7 @@ def host_names(joined: Mapping[int, Rank], world_size: int, given: Sequence[tupl
     """The host of every rank, [world_size], of ranks that never came too.
 
     given: (host, ranks) in order of ranks, as the launch script knows them. Without it a missing rank's host is told by its
-    neighbours on the same node, or as "node 3".
+    neighbours on the same node, or it is one of those in brackets, which are no names.
     """
     if given:
         return [host for host, count in given for _ in range(count)]
@@ -203,7 +223,7 @@ def host_names(joined: Mapping[int, Rank], world_size: int, given: Sequence[tupl
         if rank in joined:
             found.append(name(joined[rank]))
         else:
-            found.append(by_node.get(rank // size, f"node {rank // size}") if size else "an unknown host")
+            found.append(by_node.get(rank // size, f"(node {rank // size})") if size else "(unknown)")
     return found
 
 

@@ -47,7 +47,7 @@ def tell_host(meeting: Meeting, roster: Mapping[str, Any], recipe_path: str) -> 
 
 
 def tell_storage(meeting: Meeting, roster: Mapping[str, Any], storage: Mapping[str, Any]) -> None:
-    host = roster["leaders"].index(meeting.rank)
+    host = (roster["leaders"].index(meeting.rank), len(roster["leaders"]))
     work = partial(storage_facts, Path(storage["out_dir"]).expanduser().absolute(), storage["nonce"], host)
     report(meeting, "storage", bounded(work, "writing to the output folder", meeting.limit_seconds))
 

@@ -18,9 +18,11 @@ from typing import Any
 from recipes.common.recipe import AdamW, Optimizer
 from recipes.common.shards import Shard, read_manifest, split_shards
 
-WRITE_BYTES = 256 << 20  # of a test file, less where WRITE_SECONDS are over first
+WRITE_BYTES = 8 << 30  # by all hosts together, each between the two that follow; less where WRITE_SECONDS are over first
+LEAST_BYTES, MOST_BYTES = 16 << 20, 256 << 20
 WRITE_SECONDS = 3.0
 CHUNK_BYTES = 4 << 20
+FLUSH_BYTES = 32 << 20  # at a time, so that the clock is looked at between
 SEEN_SECONDS = 10.0  # a network file system may show a new file late
 SAMPLED_SHARDS = 4  # a host, fewer where the seconds are over first
 
@@ -30,14 +32,18 @@ def open_folder(out_dir: Path, nonce: str) -> dict[str, Any]:
     out_dir.mkdir(parents=True, exist_ok=True)
     folder = out_dir / f".preflight_{nonce}"
     folder.mkdir()
-    (folder / "word").write_text(nonce)
+    try:
+        (folder / "word").write_text(nonce)
+    except OSError:  # a full disk
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return {"folder": str(folder)}
 
 
-def storage_facts(out_dir: Path, nonce: str, host: int) -> dict[str, Any]:
+def storage_facts(out_dir: Path, nonce: str, host: tuple[int, int]) -> dict[str, Any]:
     """A host's first rank: is rank 0's word here, how much is free, and how fast is a test file written (bytes a second)?
 
-    Leaves `answer_HOST` in the folder for rank 0. Errors are facts too.
+    host: (this one, of how many). Leaves `answer_HOST` in the folder for rank 0. Errors are facts too.
     """
     folder = out_dir / f".preflight_{nonce}"
     facts: dict[str, Any] = {"sees_word": _see(folder / "word", nonce), "free_bytes": None, "write_bytes_per_second": None}
@@ -46,8 +52,8 @@ def storage_facts(out_dir: Path, nonce: str, host: int) -> dict[str, Any]:
     if not facts["sees_word"]:
         return facts
     try:
-        (folder / f"answer_{host}").write_text(nonce)
-        facts["write_bytes_per_second"] = _write_speed(folder / f"speed_{host}")
+        (folder / f"answer_{host[0]}").write_text(nonce)
+        facts["write_bytes_per_second"] = _write_speed(folder / f"speed_{host[0]}", host[1])
     except OSError as error:
         facts["write_error"] = f"{error.strerror} (errno {error.errno})"
     return facts
@@ -67,14 +73,17 @@ def _see(path: Path, word: str) -> bool:
         time.sleep(0.2)
 
 
-def _write_speed(path: Path) -> float:
+def _write_speed(path: Path, hosts: int) -> float:
     """Bytes a second into a new file, the flush to disk included. The file is removed."""
+    size = min(max(WRITE_BYTES // hosts, LEAST_BYTES), MOST_BYTES)
     chunk = random.randbytes(CHUNK_BYTES)  # what compresses or repeats would look fast
     written, started = 0, time.perf_counter()
     try:
         with path.open("wb", buffering=0) as file:
-            while written < WRITE_BYTES and time.perf_counter() - started < WRITE_SECONDS:
+            while written < size and time.perf_counter() - started < WRITE_SECONDS:
                 written += file.write(chunk)
+                if written % FLUSH_BYTES == 0:
+                    os.fsync(file.fileno())
             os.fsync(file.fileno())
         return written / (time.perf_counter() - started)
     finally:
