@@ -17,7 +17,7 @@ from tests.small_runs import call
 from tests.tiny import ROOT
 from tools import preflight
 from tools.common.local_ranks import run_ranks
-from tools.preflight_checks import communication, compute, host_facts, meeting, part, storage
+from tools.preflight_checks import communication, compute, host_facts, leading, meeting, part, storage
 
 HOSTS = "a:1,b:1,c:1,d:1"
 RECIPE = str(ROOT / "recipes" / "quickstart.py")
@@ -207,8 +207,11 @@ def test_a_rank_that_hangs_in_a_collective_does_not_hang_the_rest(recipe, tmp_pa
     started = time.monotonic()
     code, found = look({3: hang}, recipe, "--out-dir", tmp_path, "--hosts", HOSTS, "--step-seconds", "3")
     assert code == 1 and time.monotonic() - started < 30
-    problem = next(one for one in found["problems"] if one["check"] == "communication")
-    assert "a collective did not end in 3 s" in problem["message"] and 3 in problem["ranks"]
+    stuck = [one for one in found["problems"] if one["check"] == "communication"]
+    hanging = next(one for one in stuck if 3 in one["ranks"])
+    assert hanging["ranks"] == [2, 3] and "did not end in 3 s, the last begun: tensor all_reduce" in hanging["message"]
+    waiting = next(one for one in stuck if 0 in one["ranks"])
+    assert waiting["ranks"] == [0, 1] and waiting["message"].endswith("the last begun: the wait for all tensor groups")
 
 
 def test_a_rank_that_ends_on_the_way_is_named(recipe, tmp_path):
@@ -217,10 +220,13 @@ def test_a_rank_that_ends_on_the_way_is_named(recipe, tmp_path):
     def leave():
         preflight.follow = lambda *_: 1
 
-    code, found = look({3: leave}, recipe, "--out-dir", tmp_path, "--hosts", HOSTS, "--step-seconds", "1")
+    def impatient():
+        leading.GRACE_SECONDS = 0.5
+
+    code, found = look({0: impatient, 3: leave}, recipe, "--out-dir", tmp_path, "--hosts", HOSTS, "--step-seconds", "1")
     assert (code, found["bad_hosts"]) == (1, ["d"])
     assert [one["check"] for one in found["problems"]] == ["host facts"]
-    assert "rank 3 on host d said nothing in 4 s" in found["problems"][0]["message"]
+    assert "rank 3 on host d said nothing in 2 s" in found["problems"][0]["message"]
 
 
 def test_bandwidth_counts_the_ranks_of_the_group():
@@ -240,7 +246,7 @@ def test_bandwidth_counts_the_ranks_of_the_group():
 
 def _collectives():
     dist.init_process_group("gloo")
-    return communication.collective_facts(Layout(), torch.device("cpu"), leaders=[0, 1, 2, 3])
+    return communication.collective_facts(Layout(), torch.device("cpu"), [0, 1, 2, 3], [])
 
 
 def test_it_starts_ranks_itself_and_prints_a_table(recipe, tmp_path):

@@ -95,7 +95,9 @@ def test_a_name_that_resolves_to_loopback_matters_between_machines_without_gpus(
 def test_what_is_wrong_everywhere_blames_no_host():
     everywhere = {host: one | {"recipe_error": "ImportError: x"} for host, one in facts().items()}
     problems = host_problems(everywhere, LAYOUT, 8, RANKS_OF)
-    assert [problem.hosts for problem in problems] == [()] and problems[0].message.startswith("all 4 hosts; host a: ImportError")
+    assert [problem.hosts for problem in problems] == [()] and problems[0].message.startswith(
+        "all 4 hosts alike; host a: ImportError"
+    )
 
 
 def test_of_two_hosts_that_differ_rank_0s_is_taken_for_right():

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
@@ -101,36 +102,38 @@ def _show(code: int, text: str) -> None:
 
 def run_rank(flags: argparse.Namespace) -> tuple[int, str]:
     """This rank's part by the launcher's environment: (exit code, rank 0's text). A rank that was not forked prints it here."""
-    me = this_rank(os.environ)
+    me, meeting = this_rank(os.environ), None
     try:
         meeting = enter(me, os.environ, join_seconds=flags.join_seconds, limit_seconds=flags.step_seconds)
         if me.rank != 0:
             return follow(meeting, me, flags.recipe, flags.join_seconds + STEPS * flags.step_seconds), ""
         verdict = _verdict(meeting, flags)
     except CheckError as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return FAILED, ""
-    if flags.json_file is not None:
+        if me.rank != 0:
+            print(f"failed: {error}", file=sys.stderr)
+            return FAILED, ""
+        verdict = _no_verdict(flags, FAILED, Problem(check="joining", message=str(error), cure="then start again"))
+    if flags.json_file is not None and flags.json_file.parent.is_dir():
         write_verdict(verdict, flags.json_file)
     text = json.dumps(verdict.as_json()) if flags.json else as_text(verdict)
     if verdict.exit_code == MISTAKE:
         text = f"error: {verdict.problems[0].message}"
     if not flags.processes:
         _show(verdict.exit_code, text)  # before the others leave: a launcher ends all ranks with the first that fails
-    dismiss(meeting, verdict.exit_code)
+    if meeting is not None:
+        dismiss(meeting, verdict.exit_code)
     return verdict.exit_code, text
 
 
 def _verdict(meeting: Meeting, flags: argparse.Namespace) -> Verdict:
-    """Rank 0: of the recipe first, for it may be wrong on any host; then of all."""
+    """Rank 0: of the flags and the recipe first, for they may be wrong on any host; then of all."""
     try:
         hosts = _all_counted(flags.hosts, meeting.world_size)
+        _writable(flags.json_file)
         recipe, layout = _checked_recipe(flags.recipe, meeting.world_size)
     except (RecipeError, UsageError) as error:
         announce(meeting, "roster", {"leave": True})
-        problem = Problem(check="recipe", message=str(error), cure="correct it; no host is to blame")
-        name = Path(flags.recipe).stem
-        return Verdict(recipe=name, world_size=meeting.world_size, hosts=(), exit_code=MISTAKE, problems=(problem,))
+        return _no_verdict(flags, MISTAKE, Problem(check="recipe", message=str(error), cure="correct it; no host is to blame"))
     return lead(
         meeting,
         this_rank(os.environ),
@@ -141,6 +144,21 @@ def _verdict(meeting: Meeting, flags: argparse.Namespace) -> Verdict:
         given_hosts=hosts,
         join_seconds=flags.join_seconds,
     )
+
+
+def _no_verdict(flags: argparse.Namespace, code: int, problem: Problem) -> Verdict:
+    """What ends a preflight before a host is looked at."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return Verdict(recipe=Path(flags.recipe).stem, world_size=world_size, hosts=(), exit_code=code, problems=(problem,))
+
+
+def _writable(json_file: Path | None) -> None:
+    if json_file is not None:
+        try:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=json_file.parent).close()
+        except OSError as error:
+            raise UsageError(f"--json-file={json_file} cannot be written ({error}); name a file in a folder of yours") from error
 
 
 def _all_counted(hosts: list[tuple[str, int]], world_size: int) -> list[tuple[str, int]]:

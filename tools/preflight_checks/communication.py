@@ -53,17 +53,27 @@ def join_group(store: dist.Store, rank: int, world_size: int, device: torch.devi
     )
 
 
-def collective_facts(layout: Layout, device: torch.device, leaders: list[int]) -> list[dict[str, Any]]:
-    """Every collective of this rank's groups, measured; then the hosts' first ranks in a ring."""
+def collective_facts(layout: Layout, device: torch.device, leaders: list[int], begun: list[str]) -> list[dict[str, Any]]:
+    """Every collective of this rank's groups, measured; then the hosts' first ranks in a ring.
+
+    begun: the name of each is added before it starts, so that a caller who gives up on this knows where it hangs.
+    """
+    begun.append("making the groups")
     grid = build_grid(layout, device)
     values = torch.arange(BYTES[device.type] // 4, device=device, dtype=torch.int64) % PERIOD
     found = []
     for kind, group in (("tensor", grid.tensor_group), ("data", grid.data_group)):
         if group is not None:
-            found += [_all_reduce(kind, group, values), _all_gather(kind, group, values)]
+            begun.append(f"{kind} all_reduce")
+            found.append(_all_reduce(kind, group, values))
+            begun.append(f"{kind} all_gather")
+            found.append(_all_gather(kind, group, values))
+        begun.append(f"the wait for all {kind} groups")
         dist.barrier()  # kinds one after another: they share links
     stages = dist.get_process_group_ranks(grid.pipeline_group) if grid.pipeline_group is not None else []
+    begun.append("pipeline send_recv")
     found += _between_neighbours("pipeline", stages, grid.pipeline_group, values)
+    begun.append("send_recv between hosts")
     if len(leaders) > 2:  # of two hosts the groups say as much
         found += _between_neighbours("hosts", leaders, None, values, closed=True)
     return [asdict(one) for one in found]

@@ -123,8 +123,7 @@ def _absence(meeting: Meeting, missing: list[int], hosts: list[str], join_second
         check="joining",
         hosts=tuple(dict.fromkeys(known)),
         ranks=tuple(missing),
-        message=f"{named(missing, hosts)} of {meeting.world_size} did not reach MASTER_ADDR={host} MASTER_PORT={port} "
-        f"in {join_seconds:.0f} s",
+        message=f"{named(missing, hosts)} did not reach MASTER_ADDR={host} MASTER_PORT={port} in {join_seconds:.0f} s",
         cure="see that the host is up, that its ranks started (their output), and that it can connect to that address; "
         "--join-seconds waits longer",
     )
@@ -137,6 +136,7 @@ def _hear_hosts(
     values = _hear(meeting, found, "host facts", found.leaders)
     found.facts = {found.hosts[rank]: one | {"network": joined[rank].network} for rank, one in values.items()}
     others = [rank for rank in found.leaders[1:] if rank in values]
+    announce(meeting, "clocks", others)
     offsets = {0: {"offset": 0.0, "uncertainty": 0.0}} | clock_offsets(meeting, others)
     found.clocks = {found.hosts[rank]: one for rank, one in offsets.items()}
     ranks_of = {host: [rank for rank, name in enumerate(found.hosts) if name == host] for host in found.facts}
@@ -156,7 +156,7 @@ def _hear_storage(meeting: Meeting, found: Findings, roster: dict[str, Any], rec
     if "error" in opened:
         cure = "correct --out-dir, or its permissions and its mount"
         message = f"host {found.hosts[0]} cannot make {folder}: {opened['error']}"
-        found.problems.append(Problem(check="storage", hosts=(found.hosts[0],), message=message, cure=cure))
+        found.problems.append(Problem(check="storage", message=message, cure=cure))
         return
     tell_storage(meeting, roster, storage)
     values = _hear(meeting, found, "storage", found.leaders)

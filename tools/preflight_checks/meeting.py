@@ -189,6 +189,8 @@ def bounded(work: Callable[[], Any], what: str, seconds: float) -> dict[str, Any
     def run() -> None:
         try:
             found["value"] = work()
+        except OSError as error:  # says itself what and where
+            found["error"] = f"{type(error).__name__}: {error}"
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             words = str(error).splitlines() or [""]

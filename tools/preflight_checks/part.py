@@ -26,6 +26,7 @@ def follow(meeting: Meeting, me: Rank, recipe_path: str, patience_seconds: float
         leads = me.rank in roster["leaders"]
         if leads:
             tell_host(meeting, roster, recipe_path)
+        if me.rank in hear(meeting, "clocks", patience_seconds):
             answer_clock(meeting)
         storage = hear(meeting, "storage word", patience_seconds)
         if leads and storage["nonce"]:
@@ -78,5 +79,8 @@ def measure(meeting: Meeting, me: Rank, plan: Mapping[str, Any]) -> None:
     if "error" in joined:
         return
     layout = Layout(tensor=plan["tensor"], pipeline=plan["pipeline"])
-    facts = partial(on_device, partial(collective_facts, layout, device, plan["leaders"]))
-    report(meeting, "communication", bounded(facts, "a collective", seconds))
+    begun: list[str] = []
+    found = bounded(partial(on_device, partial(collective_facts, layout, device, plan["leaders"], begun)), "collectives", seconds)
+    if "error" in found and begun:
+        found["error"] += f", the last begun: {begun[-1]}"
+    report(meeting, "communication", found)

@@ -47,7 +47,7 @@ def by_host(check: str, messages: Mapping[str, str], hosts: Sequence[str], cure:
     """One problem for each host with a message; a single one that blames nobody where every host of several has one."""
     if len(messages) == len(hosts) > 1:
         host, message = next(iter(messages.items()))
-        return [Problem(check=check, message=f"all {len(hosts)} hosts; host {host}: {message}", cure=cure)]
+        return [Problem(check=check, message=f"all {len(hosts)} hosts alike; host {host}: {message}", cure=cure)]
     return [
         Problem(check=check, hosts=(host,), message=f"host {host}: {message}", cure=cure) for host, message in messages.items()
     ]
@@ -74,7 +74,8 @@ def values_of(
         if rank in outcomes and "error" in outcomes[rank]:
             failed.setdefault(outcomes[rank]["error"], []).append(rank)
     for error, ranks in failed.items():
-        alone = len(ranks) < len(expected) / 2
+        # a rank that cannot talk to another says nothing about which of the two is to blame
+        alone = step not in ("process group", "communication") and len(ranks) < len(expected) / 2
         problems.append(
             Problem(
                 check=step,
@@ -94,7 +95,8 @@ CURES = {
     "compute": "run `nvidia-smi` there; a GPU that hangs needs a reset or another host",
     "process group": "ranks could not connect: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that reaches the "
     "other hosts (launch/env.sh), and open the firewall between them; NCCL_DEBUG=INFO says more",
-    "communication": "a rank that is not in this list ended or never came; NCCL_DEBUG=INFO on one run shows the link",
+    "communication": "the ranks that hang in an earlier collective than the others, and the links between them, are the first to "
+    "look at; NCCL_DEBUG=INFO shows which link",
 }
 
 

@@ -63,7 +63,6 @@ def judge(found: Verdict) -> Verdict:
 
 
 def write_verdict(verdict: Verdict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, json.loads(json.dumps(verdict.as_json())))
 
 
@@ -120,7 +119,8 @@ def as_text(verdict: Verdict) -> str:
         data = verdict.world_size // (layout.tensor * layout.pipeline)
         cut = f", tensor {layout.tensor} x pipeline {layout.pipeline} x data {data}"
     ranks, hosts = verdict.world_size, len(verdict.hosts)
-    lines = [f"{verdict.recipe}: {ranks} rank{'s' * (ranks != 1)} on {hosts} host{'s' * (hosts != 1)}{cut}"]
+    where = f" on {hosts} host{'s' * (hosts != 1)}" if hosts else ""
+    lines = [f"{verdict.recipe}: {ranks} rank{'s' * (ranks != 1)}{where}{cut}"]
     if verdict.rows:
         shown = verdict.rows[:ROWS]
         kinds = [kind for kind in KINDS if any(row.bus_bytes_per_second.get(kind) for row in verdict.rows)]
