@@ -163,7 +163,7 @@ def test_a_folder_that_is_not_shared_is_found(recipe, tmp_path):
     def elsewhere():
         (tmp_path / "elsewhere").mkdir()
         os.chdir(tmp_path / "elsewhere")
-        storage.SEEN_SECONDS = 0.1
+        storage.SEEN_SECONDS = 0.1  # the word is not to come
 
     code, found = look({0: lambda: os.chdir(tmp_path), 1: elsewhere}, recipe, "--out-dir", "out", "--hosts", "a,b", ranks=2)
     assert code == 1 and found["bad_hosts"] == ["b"]
@@ -275,9 +275,10 @@ def test_a_launcher_starts_it_like_a_recipe_from_any_folder(recipe, tmp_path):
         ([RECIPE, "--processes", "3"], "layouts has no entry for 3 GPUs"),
         ([RECIPE, "--hosts", "a,b"], "must add up to 1"),
         ([RECIPE, "--hosts", "a:1,a:1"], "names a host twice"),
+        ([RECIPE, "--json-file", "/proc/nowhere/v.json"], "--json-file=/proc/nowhere/v.json cannot be written"),
         ([RECIPE, "--step-seconds", "0"], "--step-seconds=0.0 must be over 0"),
     ],
-    ids=["no file", "no layout", "hosts do not add up", "a host twice", "no time"],
+    ids=["no file", "no layout", "hosts do not add up", "a host twice", "no file to write", "no time"],
 )
 def test_a_mistake_of_the_user_is_exit_2_and_one_message(words, part, tmp_path):
     called = call("preflight", *words, "--out-dir", tmp_path)

@@ -113,8 +113,11 @@ def run_rank(flags: argparse.Namespace) -> tuple[int, str]:
             print(f"failed: {error}", file=sys.stderr)
             return FAILED, ""
         verdict = _no_verdict(flags, FAILED, Problem(check="joining", message=str(error), cure="then start again"))
-    if flags.json_file is not None and flags.json_file.parent.is_dir():
-        write_verdict(verdict, flags.json_file)
+    if flags.json_file is not None:
+        try:
+            write_verdict(verdict, flags.json_file)
+        except OSError as error:
+            print(f"preflight: no verdict in {flags.json_file}: {error}", file=sys.stderr)
     text = json.dumps(verdict.as_json()) if flags.json else as_text(verdict)
     if verdict.exit_code == MISTAKE:
         text = f"error: {verdict.problems[0].message}"
@@ -157,8 +160,10 @@ def _writable(json_file: Path | None) -> None:
         try:
             json_file.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=json_file.parent).close()
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise UsageError(f"--json-file={json_file} cannot be written ({error}); name a file in a folder of yours") from error
+        except OSError:
+            return  # a full or a broken disk is for the checks to name
 
 
 def _all_counted(hosts: list[tuple[str, int]], world_size: int) -> list[tuple[str, int]]:

@@ -20,7 +20,7 @@ from tools.preflight_checks.judge_ranks import collective_problems, device_probl
 from tools.preflight_checks.meeting import Meeting, Rank, announce, bounded, clock_offsets, collect, host_names
 from tools.preflight_checks.part import measure, tell_device, tell_host, tell_storage
 from tools.preflight_checks.problems import Problem, majority, named, span, values_of
-from tools.preflight_checks.storage import bytes_needed, bytes_saved, open_folder, read_answers
+from tools.preflight_checks.storage import bytes_needed, open_folder, read_answers
 from tools.preflight_checks.verdict import Verdict, judge, rank_rows
 
 GRACE_SECONDS = 3.0  # after a step's limit, for its report to arrive
@@ -163,8 +163,9 @@ def _hear_storage(meeting: Meeting, found: Findings, roster: dict[str, Any], rec
     found.storage = {found.hosts[rank]: one for rank, one in values.items()}
     seeing = [found.leaders.index(rank) for rank, one in values.items() if one["sees_word"] and "write_error" not in one]
     answers = bounded(partial(read_answers, folder, nonce, seeing), "reading the hosts' answers", meeting.limit_seconds)
-    unseen = [found.hosts[found.leaders[number]] for number in answers.get("value", {"unseen": []})["unseen"]]
-    needed = bytes_needed(recipe.num_params, recipe.optimizer, recipe.checkpoints.keep_last, bytes_saved(folder))
+    answered = answers.get("value", {"unseen": [], "saved_bytes": 0})
+    unseen = [found.hosts[found.leaders[number]] for number in answered["unseen"]]
+    needed = bytes_needed(recipe.num_params, recipe.optimizer, recipe.checkpoints.keep_last, answered["saved_bytes"])
     found.problems += storage_problems(found.storage, unseen, needed, str(folder))
     if "error" in answers:
         message = f"host {found.hosts[0]}: {answers['error']}"
@@ -207,7 +208,7 @@ def _hear_measurements(
     }
     announce(meeting, "plan", plan)
     if not ready:
-        found.notes.append("matrix products and collectives were left out: not every rank has a device")
+        found.notes.append("matrix products and collectives were left out: not every rank answered with a device")
         return
     measure(meeting, me, plan)
     everyone = range(meeting.world_size)

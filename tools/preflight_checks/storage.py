@@ -46,7 +46,11 @@ def storage_facts(out_dir: Path, nonce: str, host: tuple[int, int]) -> dict[str,
     host: (this one, of how many). Leaves `answer_HOST` in the folder for rank 0. Errors are facts too.
     """
     folder = out_dir / f".preflight_{nonce}"
-    facts: dict[str, Any] = {"sees_word": _see(folder / "word", nonce), "free_bytes": None, "write_bytes_per_second": None}
+    facts: dict[str, Any] = {
+        "sees_word": _see(folder / "word", nonce, time.monotonic() + SEEN_SECONDS),
+        "free_bytes": None,
+        "write_bytes_per_second": None,
+    }
     existing = next(path for path in (out_dir, *out_dir.parents) if path.is_dir())
     facts["free_bytes"] = shutil.disk_usage(existing).free
     if not facts["sees_word"]:
@@ -59,8 +63,7 @@ def storage_facts(out_dir: Path, nonce: str, host: tuple[int, int]) -> dict[str,
     return facts
 
 
-def _see(path: Path, word: str) -> bool:
-    deadline = time.monotonic() + SEEN_SECONDS
+def _see(path: Path, word: str, deadline: float) -> bool:
     while True:
         try:
             os.listdir(path.parent.parent)  # a network file system looks again at a folder that is listed
@@ -91,11 +94,12 @@ def _write_speed(path: Path, hosts: int) -> float:
 
 
 def read_answers(out_dir: Path, nonce: str, hosts: Sequence[int]) -> dict[str, Any]:
-    """Rank 0: the hosts whose answer is not to be seen here. Removes the folder."""
+    """Rank 0: {"unseen": hosts whose answer is not to be seen here, "saved_bytes": of checkpoints}. Removes the folder."""
     folder = out_dir / f".preflight_{nonce}"
-    unseen = [host for host in hosts if not _see(folder / f"answer_{host}", nonce)]
+    deadline = time.monotonic() + SEEN_SECONDS
+    unseen = [host for host in hosts if not _see(folder / f"answer_{host}", nonce, deadline)]
     shutil.rmtree(folder, ignore_errors=True)
-    return {"unseen": unseen}
+    return {"unseen": unseen, "saved_bytes": _bytes_saved(out_dir)}
 
 
 def sample_shards(folders: Sequence[Path], host: tuple[int, int], seconds: float) -> tuple[int, list[str]]:
@@ -145,6 +149,6 @@ def bytes_needed(num_params: int, optimizer: Optimizer, keep_last: int, already:
     return max((keep_last + 1) * num_params * 4 * (1 + states) - already, 0)
 
 
-def bytes_saved(out_dir: Path) -> int:
+def _bytes_saved(out_dir: Path) -> int:
     """What checkpoints in the folder take."""
     return sum(path.stat().st_size for path in (out_dir / "checkpoints").rglob("*") if path.is_file() and not path.is_symlink())

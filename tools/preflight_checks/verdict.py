@@ -63,6 +63,7 @@ def judge(found: Verdict) -> Verdict:
 
 
 def write_verdict(verdict: Verdict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, json.loads(json.dumps(verdict.as_json())))
 
 
