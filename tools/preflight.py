@@ -28,6 +28,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from recipes.common.recipe import Layout, Recipe, RecipeError
 from tools.common.console import FAILED, MISTAKE, CheckError, UsageError
 from tools.common.local_ranks import RankError, run_ranks
+from tools.common.recipe_files import load_recipe
 from tools.preflight_checks.leading import dismiss, lead
 from tools.preflight_checks.meeting import Meeting, announce, enter, this_rank
 from tools.preflight_checks.part import follow
@@ -82,10 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     if not flags.processes:
         code, _ = run_rank(flags)
     else:
-        # before the fork, so that no rank pays for them
-        import_module("recipes.common.check")
-        import_module("tools.verify")
-
+        import_module("recipes.common.train")  # what every recipe imports: before the fork, so that no rank pays for it
         limit = flags.join_seconds + STEPS * flags.step_seconds
         try:
             code, text = run_ranks(run_rank, flags.processes, flags, timeout_seconds=limit)[0]
@@ -177,7 +175,6 @@ def _all_counted(hosts: list[tuple[str, int]], world_size: int) -> list[tuple[st
 
 def _checked_recipe(path: str, world_size: int) -> tuple[Recipe, Layout]:
     from recipes.common.check import check_recipe  # here: seconds of imports, of which only one rank a host has need
-    from tools.verify import load_recipe
 
     recipe = load_recipe(path)
     # of a copy: building the model fills in fields of its config

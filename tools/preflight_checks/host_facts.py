@@ -21,6 +21,7 @@ from typing import Any
 
 from recipes.common.recipe import ROOT, Blend, Recipe
 from recipes.common.run_files import git_state, package_versions, recipe_to_dict
+from tools.common.recipe_files import load_recipe
 
 SOURCES = ("recipes", "ds_configs", "tools", "launch")  # what a run and its launch read
 SHM = Path("/dev/shm")
@@ -59,8 +60,6 @@ def host_facts(recipe_path: str, host: tuple[int, int], seconds: float) -> dict[
 
 def _load(recipe_path: str) -> tuple[Recipe, str]:
     from deepspeed.accelerator import get_accelerator  # here: seconds of imports that other ranks do without
-
-    from tools.verify import load_recipe
 
     return load_recipe(recipe_path), get_accelerator().device_name()
 
