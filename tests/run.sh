@@ -6,8 +6,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/venv.sh
 source launch/venv.sh
-# shellcheck disable=SC2034 # read by env.sh
-machines=one
 # shellcheck source=launch/env.sh
 source launch/env.sh
 

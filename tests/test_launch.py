@@ -87,29 +87,22 @@ def test_wrong_flags_are_refused(name: str, arguments: list[str], message: str) 
     assert result.stdout == ""
 
 
-def environment(machines: str, extra: dict[str, str]) -> dict[str, str]:
+def environment(extra: dict[str, str]) -> dict[str, str]:
     """The variables after sourcing env.sh in a shell that has nothing but PATH and `extra`."""
-    script = f"set -euo pipefail; machines={machines}; source {ROOT}/launch/env.sh; env -0"
+    script = f"set -euo pipefail; source {ROOT}/launch/env.sh; env -0"
     result = run("bash", "-c", script, env={"PATH": os.environ["PATH"], **extra})
     assert result.returncode == 0, result.stderr
     return dict(line.split("=", 1) for line in result.stdout.split("\0") if line)
 
 
 def test_env_keeps_what_the_user_set() -> None:
-    found = environment("several", {"OMP_NUM_THREADS": "5", "GLOO_SOCKET_IFNAME": "ib0", "VIRTUAL_ENV": "/v"})
-    assert (found["OMP_NUM_THREADS"], found["GLOO_SOCKET_IFNAME"]) == ("5", "ib0")
+    found = environment({"OMP_NUM_THREADS": "5", "NCCL_IB_HCA": "mlx5", "WANDB_API_KEY": "secret", "VIRTUAL_ENV": "/v"})
+    assert found["OMP_NUM_THREADS"] == "5"
     assert found["TORCH_EXTENSIONS_DIR"] == "/v/torch_extensions"
-    assert environment("one", {})["OMP_NUM_THREADS"] == "1"
-
-
-@pytest.mark.skipif(not Path("/sys/class/net/lo").exists(), reason="no loopback interface called lo")
-def test_env_picks_an_interface_for_gloo() -> None:
-    assert environment("one", {})["GLOO_SOCKET_IFNAME"] == "lo"
-    assert environment("several", {"NCCL_SOCKET_IFNAME": "lo"})["GLOO_SOCKET_IFNAME"] == "lo"
-    routes = [line.split() for line in Path("/proc/net/route").read_text().splitlines()[1:]]
-    default = next((name for name, destination, *_ in routes if destination == "00000000"), None)
-    # a pattern that leaves interfaces out names none
-    assert environment("several", {"NCCL_SOCKET_IFNAME": "^docker0,lo"}).get("GLOO_SOCKET_IFNAME") == default
+    exports = found["TRIFOLD_EXPORTS"].split()
+    assert {"OMP_NUM_THREADS", "NCCL_IB_HCA", "TORCH_EXTENSIONS_DIR"} <= set(exports)
+    assert not {"WANDB_API_KEY", "PATH", "VIRTUAL_ENV"} & set(exports)
+    assert environment({})["OMP_NUM_THREADS"] == "1"
 
 
 def group_script(command: str) -> str:
