@@ -41,5 +41,4 @@ take_words "$@"
 # a dead line is given up in 10 s, and a host that does not answer in 10: ssh's own patience is minutes
 export PDSH_SSH_ARGS_APPEND="-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2 ${PDSH_SSH_ARGS_APPEND:-}"
 supervisor+=(--hostfile "$hostfile" --probe 'ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true')
-# pdsh -k: a host that fails ends the others' lines at once
-supervise deepspeed --hostfile '{hostfile}' --no_ssh_check '{force_multi}' --launcher_args=-k --master_addr '{master}' --master_port '{port}'
+supervise deepspeed --hostfile '{hostfile}' --no_ssh_check '{force_multi}' --master_addr '{master}' --master_port '{port}'

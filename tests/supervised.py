@@ -55,10 +55,11 @@ def wait_until(condition: Callable[[], object], seconds: float = 90.0, what: obj
         time.sleep(0.02)
 
 
-def wait_for_step(run_dir: Path, step: int, since: float = 0.0) -> list[Beat]:
+def wait_for_step(job: subprocess.Popen, run_dir: Path, step: int, since: float = 0.0) -> list[Beat]:
     """Until every rank of the newest attempt is at `step` or later, and alive. Gives their heartbeats."""
 
     def there() -> bool:
+        assert job.poll() is None, output(run_dir)
         beats = read_beats(run_dir, since)
         return bool(beats) and all(beat.step >= step and psutil.pid_exists(beat.pid) for beat in beats)
 

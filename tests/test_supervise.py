@@ -49,19 +49,19 @@ def test_a_killed_rank_a_killed_launcher_and_a_stopped_rank(straight, tmp_path):
     run_dir = tmp_path / "run"
     supervisor = supervise(recipe, run_dir, "--stall-floor-seconds", 2, "--stall-steps", 20)
 
-    beats = wait_for_step(run_dir, 12)
+    beats = wait_for_step(supervisor, run_dir, 12)
     everyone = processes_of(run_dir)
     assert len(everyone) == 2 * 2 + 1  # ranks, guards, the launcher
     os.kill(beats[1].pid, signal.SIGKILL)
     assert_all_end(everyone)
 
-    beats = wait_for_step(run_dir, 22, since=time.time())
+    beats = wait_for_step(supervisor, run_dir, 22, since=time.time())
     everyone = processes_of(run_dir)
     (launcher,) = psutil.Process(supervisor.pid).children()
     launcher.kill()
     assert_all_end(everyone)
 
-    beats = wait_for_step(run_dir, 32, since=time.time())
+    beats = wait_for_step(supervisor, run_dir, 32, since=time.time())
     everyone = processes_of(run_dir)
     os.kill(beats[1].pid, signal.SIGSTOP)
     assert supervisor.wait(120) == 0, output(run_dir)
@@ -86,7 +86,7 @@ def test_a_killed_supervisor_takes_all_down_and_one_asked_to_end_saves(straight,
     recipe, uninterrupted = straight
     run_dir = tmp_path / "run"
     supervisor = supervise(recipe, run_dir)
-    wait_for_step(run_dir, 12)
+    wait_for_step(supervisor, run_dir, 12)
     everyone = processes_of(run_dir)
     supervisor.kill()
     assert_all_end(everyone)
@@ -94,7 +94,7 @@ def test_a_killed_supervisor_takes_all_down_and_one_asked_to_end_saves(straight,
 
     since = time.time()
     supervisor = supervise(recipe, run_dir, flags=("--resume",))
-    wait_for_step(run_dir, 15, since)
+    wait_for_step(supervisor, run_dir, 15, since)
     everyone = processes_of(run_dir)
     supervisor.send_signal(signal.SIGTERM)
     assert supervisor.wait(30) == 75, output(run_dir)
