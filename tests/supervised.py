@@ -19,6 +19,7 @@ from tools.launching.attempts import read_attempts
 
 END_SECONDS = 15.0  # what is promised: from a rank's death to the last process's end, on every host
 FORKED = f"{sys.executable} -m tests.forked_launcher"
+STEPS = 40
 SETTINGS = """
 from dataclasses import replace  # noqa
 recipe = replace(recipe, steps={steps}, checkpoints=Checkpoints(every_steps={every}), evaluation=Evaluation())
@@ -26,7 +27,7 @@ recipe = replace(recipe, steps={steps}, checkpoints=Checkpoints(every_steps={eve
 """
 
 
-def recipe_copy(folder: Path, *, steps: int = 40, every: int = 10, extra: str = "") -> Path:
+def recipe_copy(folder: Path, *, steps: int = STEPS, every: int = 10, extra: str = "") -> Path:
     """A small recipe, `steps` long, that saves every `every` steps."""
     return copy_repository(folder, extra=SETTINGS.format(steps=steps, every=every, extra=extra))
 
@@ -55,11 +56,11 @@ def wait_until(condition: Callable[[], object], seconds: float = 90.0, what: obj
         time.sleep(0.02)
 
 
-def wait_for_step(job: subprocess.Popen, run_dir: Path, step: int, since: float = 0.0) -> list[Beat]:
+def wait_for_step(job: subprocess.Popen | None, run_dir: Path, step: int, since: float = 0.0) -> list[Beat]:
     """Until every rank of the newest attempt is at `step` or later, and alive. Gives their heartbeats."""
 
     def there() -> bool:
-        assert job.poll() is None, output(run_dir)
+        assert job is None or job.poll() is None, output(run_dir)
         beats = read_beats(run_dir, since)
         return bool(beats) and all(beat.step >= step and psutil.pid_exists(beat.pid) for beat in beats)
 

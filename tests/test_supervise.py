@@ -12,6 +12,7 @@ import pytest
 
 from recipes.common.checkpoint_files import sealed_checkpoints
 from tests.supervised import (
+    STEPS,
     FORKED,
     assert_all_end,
     ends,
@@ -24,19 +25,6 @@ from tests.supervised import (
     wait_until,
 )
 from tests.test_checkpoint import assert_same_state
-
-STEPS = 40
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """(recipe file, run directory of a run that nobody interrupted)"""
-    folder = tmp_path_factory.mktemp("supervise")
-    recipe = recipe_copy(folder, steps=STEPS)
-    run_dir = folder / "straight"
-    assert supervise(recipe, run_dir).wait(120) == 0, output(run_dir)
-    assert [end["cause"] for end in ends(run_dir)] == ["finished"]
-    return recipe, run_dir
 
 
 def assert_same_run(straight: Path, run_dir: Path) -> None:
