@@ -1,28 +1,46 @@
-"""How fast a run is, and where its time goes.
+"""Where the time of a step goes, and what a step costs.
 
-    python -m tools.throughput goodput RUN
+python -m tools.throughput flops recipes/llama_1b.py      # FLOPs a token, by every convention in use
+python -m tools.throughput flops --published              # nine published figures from the same formulas
+python -m tools.throughput goodput RUN                    # how much of a run's time trained, and what took the rest
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: import from the repository root, not from tools/throughput/
+if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.common.console import exit_code
-from tools.throughput import goodput
+import argparse
+
+from recipes.common.recipe import RecipeError
+from tools.common.console import UsageError, exit_code
+from tools.throughput import flops, goodput
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.throughput", description="How fast a run is, and where its time goes.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    goodput.add_flags(verbs.add_parser("goodput", help="of all the time since the first start, how much trained, and what took the rest"))
-    flags = parser.parse_args()
-    return flags.run(flags)
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.throughput", description=__doc__.split("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    flops.add_flags(verbs)
+    goodput.add_flags(verbs)
+    return parser.parse_args(argv)
 
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+
+    def work() -> int:
+        try:
+            return VERBS[args.verb](args)
+        except RecipeError as error:
+            raise UsageError(str(error)) from error
+
+    return exit_code(work)
+
+
+VERBS = {"flops": flops.run, "goodput": goodput.run}
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(main())

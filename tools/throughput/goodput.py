@@ -108,10 +108,10 @@ def _unended(start: Mapping[str, Any], beats: Sequence[Beat], now: float) -> dic
     }
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("goodput", help="how much of a run's time trained, and what took the rest")
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.set_defaults(run=run)
 
 
 def run(flags: argparse.Namespace) -> int:
