@@ -18,10 +18,9 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import pytest  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402, F401  imported once, before ranks are forked
 import wandb  # noqa: E402, F401
-
-import pytest  # noqa: E402
 
 from tests import supervised  # noqa: E402
 

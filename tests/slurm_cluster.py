@@ -1,4 +1,4 @@
-"""A Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmds with a configuration of their own. Needs root."""
+"""A Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmds with their own configuration. Needs root."""
 
 from __future__ import annotations
 

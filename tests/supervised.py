@@ -37,7 +37,9 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def supervise(recipe: Path, run_dir: Path, *options: object, launcher: str = FORKED + " 2", flags: tuple = ()) -> subprocess.Popen:
+def supervise(
+    recipe: Path, run_dir: Path, *options: object, launcher: str = FORKED + " 2", flags: tuple = ()
+) -> subprocess.Popen:
     """Start the supervisor; its output and its ranks' goes to RUN_DIR.out."""
     words = ["--backoff-seconds", "0.1", "--no-preflight", *options, "--launcher", launcher, recipe, "--out-dir", run_dir, *flags]
     command = [sys.executable, ROOT / "tools" / "supervise.py", *words]

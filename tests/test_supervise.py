@@ -1,28 +1,22 @@
 """A run that is broken in every way ends like one that nobody touched: the same losses, the same weights, to the last bit."""
 
 import os
-import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import psutil
-import pytest
 
 from recipes.common.checkpoint_files import sealed_checkpoints
 from tests.supervised import (
     STEPS,
-    FORKED,
     assert_all_end,
     ends,
     losses,
     output,
     processes_of,
-    recipe_copy,
     supervise,
     wait_for_step,
-    wait_until,
 )
 from tests.test_checkpoint import assert_same_state
 
@@ -65,7 +59,10 @@ def test_a_killed_rank_a_killed_launcher_and_a_stopped_rank(straight, tmp_path):
     assert "its process is stopped (state T)" in hung["detail"]
     assert "rank 0" not in hung["detail"]
     stacks = run_dir / "logs" / "stacks" / "attempt_3"
-    assert "_sum_over_ranks" in (stacks / "rank_00000.txt").read_text() or "torch/distributed" in (stacks / "rank_00000.txt").read_text()
+    assert (
+        "_sum_over_ranks" in (stacks / "rank_00000.txt").read_text()
+        or "torch/distributed" in (stacks / "rank_00000.txt").read_text()
+    )
     assert finished["cause"] == "finished"
     assert_same_run(uninterrupted, run_dir)
 

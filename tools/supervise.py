@@ -2,9 +2,9 @@
 
     python -m tools.supervise [OPTIONS] --launcher 'deepspeed --hostfile {hostfile} ...' RECIPE [FLAGS of the recipe]
 
-The launch scripts call it. In the launcher's words {hostfile}, {hosts}, {nodes}, {master}, {port} and {force_multi} are replaced at
-every attempt. Restarted: a lost rank or host, a hang, an exception. Not restarted: a wrong recipe (exit 2), numbers that make going
-on useless (3), a request to leave (SIGTERM, SIGINT, SIGUSR1: saves, then 75). 0: trained to the end; 1: gave up.
+The launch scripts call it. In the launcher's words {hostfile}, {hosts}, {nodes}, {master}, {port} and {force_multi} are replaced
+at every attempt. Restarted: a lost rank or host, a hang, an exception. Not restarted: a wrong recipe (exit 2), numbers that
+make going on useless (3), a request to leave (SIGTERM, SIGINT, SIGUSR1: saves, then 75). 0: trained to the end; 1: gave up.
 """
 
 from __future__ import annotations
@@ -25,25 +25,15 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes.common.lifeline import SUPERVISOR
-from tools.common.console import UsageError, exit_code
-from tools.launching.attempt import run_attempt, say
+from tools.common.console import FAILED, MISTAKE, UsageError, exit_code
+from tools.launching.attempt import POLL_SECONDS, run_attempt, say
 from tools.launching.attempts import begin_attempt, end_attempt, sealed_step
-from tools.launching.endings import EXIT_CODES, HOST_LOST, LEFT, Ending, Restarts, is_restarted
-from tools.launching.hosts import (
-    RecipeFacts,
-    choose_hosts,
-    is_here,
-    master_address,
-    own_address,
-    probe_hosts,
-    read_hostfile,
-    read_recipe,
-    write_hostfile,
-)
+from tools.launching.endings import EXIT_CODES, HOST_LOST, LEFT, PREFLIGHT, USER_ERROR, Ending, Restarts, is_restarted
+from tools.launching.hosts import RecipeFacts, choose_hosts, own_address, probe_hosts, read_hostfile, read_recipe
 from tools.launching.lease import Lease
 from tools.launching.stall import Limits
+from tools.launching.start import fill_words, run_preflight, write_exports
 
-EXPORTS = "TRIFOLD_EXPORTS"  # names of variables that go to other hosts; launch/env.sh lists them
 ONCE = ("--dry-run", "--help", "-h")  # flags of a recipe that start no run
 
 
@@ -53,6 +43,9 @@ class Asked:
 
     times: int = 0
     name: str = ""
+
+    def count(self) -> int:
+        return self.times
 
     def note(self, number: int, frame: object) -> None:
         self.times += 1
@@ -71,32 +64,30 @@ def main() -> int:
     asked = Asked()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, asked.note)
+    if flags.join:
+        return _follow(flags, run_dir, asked)
     return _supervise(flags, facts, run_dir, asked)
 
 
 def _supervise(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, asked: Asked) -> int:
     rule = Restarts(flags.restarts, flags.backoff_seconds)
     cause, in_a_row, progress = ("asked" if flags.go_on else "first"), 0, sealed_step(run_dir)
-    bad: list[str] = []
     while True:
-        hosts = read_hostfile(Path(flags.hostfile)) if flags.hostfile else {}
-        if hosts and (in_a_row or flags.spares) and flags.probe:
-            bad = probe_hosts(list(hosts), flags.probe)
-            for host in bad:
-                say(f"host {host} does not answer: left out")
-        ending = _attempt(flags, facts, run_dir, hosts, bad, cause, asked)
+        ending = _attempt(flags, facts, run_dir, cause, asked)
         say(f"ended: {ending.cause}: {ending.detail}")
         if ending.cause == LEFT or (asked.times and is_restarted(ending.cause)):
             return _leave(flags, asked, sealed_step(run_dir))
         if not is_restarted(ending.cause):
             return EXIT_CODES[ending.cause]
+        if ending.cause == PREFLIGHT and cause in ("first", "asked"):
+            return FAILED
         if sealed_step(run_dir) > progress:
             in_a_row, progress = 0, sealed_step(run_dir)
         in_a_row, cause = in_a_row + 1, ending.cause
         wait = rule.wait_seconds(in_a_row)
         if wait is None:
             say(f"giving up after {rule.limit} restarts without a new checkpoint; the last is of step {progress}")
-            return 1
+            return FAILED
         say(f"restart {in_a_row} of {rule.limit} without a new checkpoint, from step {progress}, in {wait:.0f} s")
         end = time.monotonic() + wait
         while time.monotonic() < end and not asked.times:
@@ -105,42 +96,95 @@ def _supervise(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, ask
             return _leave(flags, asked, progress)
 
 
-def _attempt(
-    flags: argparse.Namespace,
-    facts: RecipeFacts,
-    run_dir: Path,
-    hosts: dict[str, int],
-    bad: list[str],
-    cause: str,
-    asked: Asked,
-) -> Ending:
-    """One start of the ranks, recorded in logs/attempts.jsonl, on the hosts that are good."""
-    chosen = choose_hosts(hosts, bad, facts.layouts, flags.spares, flags.min_hosts) if hosts else {}
-    if hosts and not chosen:
-        if not bad:  # waiting would not help
+def _follow(flags: argparse.Namespace, run_dir: Path, asked: Asked) -> int:
+    """This machine's ranks of a job whose supervisor is on another: started once, with the same words, and watched from there."""
+    with tempfile.TemporaryDirectory(prefix="trifold-") as folder:
+        environment = os.environ | {SUPERVISOR: flags.join}
+        command = fill_words(flags.launcher, Path(folder), {}, flags.master)
+        if flags.preflight:
+            code, _ = run_preflight(command, environment, flags.recipe, run_dir, {}, asked.count)
+            if code:
+                return code
+        cause = "asked" if flags.go_on else "first"
+        command += [flags.recipe, *_flags_of_attempt(flags, cause, sealed_step(run_dir))]
+        job = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        told = 0
+        while job.poll() is None:
+            time.sleep(POLL_SECONDS)
+            if asked.times > told:  # the launcher passes it on; then every rank of the job saves and leaves
+                told = asked.times
+                os.killpg(job.pid, signal.SIGTERM)
+    return job.returncode if job.returncode >= 0 else FAILED
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the next attempt is started with."""
+
+    hosts: dict[str, int]  # host -> ranks; {} where the launcher knows them itself
+    command: list[str]  # the launcher's words
+    environment: dict[str, str]
+
+
+def _attempt(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, cause: str, asked: Asked) -> Ending:
+    """One start of the ranks on the hosts that are good, recorded in logs/attempts.jsonl."""
+    with tempfile.TemporaryDirectory(prefix="trifold-") as folder:
+        lease: Lease | None = None
+        try:
+            lease = Lease(flags.token, flags.lease_port)
+            start = _find_start(flags, facts, run_dir, Path(folder), lease, cause, asked)
+            if isinstance(start, Ending):
+                return start
+            command = [*start.command, flags.recipe, *_flags_of_attempt(flags, cause, sealed_step(run_dir))]
+            world_size = sum(start.hosts.values()) or flags.processes
+            number = begin_attempt(run_dir, world_size, start.hosts or {socket.gethostname(): 0}, cause)
+            say(f"attempt {number}: {shlex.join(command)}")
+            stacks = run_dir / "logs" / "stacks" / f"attempt_{number}"
+            limits = Limits(flags.stall_steps, flags.stall_floor_seconds, flags.start_seconds, flags.long_seconds)
+            ending = run_attempt(command, start.environment, lease, run_dir, stacks, limits, flags.stop_seconds, asked.count)
+        finally:
+            if lease is not None:
+                lease.close()
+    end_attempt(run_dir, number, ending.cause, ending.detail)
+    return ending
+
+
+def _find_start(
+    flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, folder: Path, lease: Lease, cause: str, asked: Asked
+) -> Start | Ending:
+    """Hosts that answer and pass preflight, and the words to start on them; an ending where there are too few."""
+    hosts = read_hostfile(Path(flags.hostfile)) if flags.hostfile else {}
+    bad: list[str] = []
+    if hosts and flags.probe and (flags.spares or cause not in ("first", "asked")):
+        bad = probe_hosts(list(hosts), flags.probe)
+        for host in bad:
+            say(f"host {host} does not answer: left out")
+    while True:
+        chosen = choose_hosts(hosts, bad, facts.layouts, flags.spares, flags.min_hosts) if hosts else {}
+        if hosts and not chosen:
+            if bad:
+                return Ending(HOST_LOST, f"without {', '.join(bad)} too few hosts are left, or the recipe has no layout for them")
             raise UsageError(
                 f"--hostfile {flags.hostfile}: {len(hosts)} hosts with {sum(hosts.values())} ranks, {flags.spares} spare; the "
                 f"recipe has layouts for {list(facts.layouts or ())} ranks: change the slots, --spares, or add a layout"
             )
-        return Ending(HOST_LOST, f"too few hosts answer, or the recipe has no layout for them: without {', '.join(bad)}")
-    with tempfile.TemporaryDirectory(prefix="trifold-") as folder:
-        lease = Lease(flags.address or own_address(list(chosen)), flags.lease_port, flags.token)
-        try:
-            environment = os.environ | {SUPERVISOR: lease.address}
-            if chosen:
-                environment["DS_ENV_FILE"] = _write_exports(Path(folder) / "environment", environment)
-            command = _fill(flags, Path(folder), chosen)
-            command += [flags.recipe, *_flags_of_attempt(flags, cause, sealed_step(run_dir))]
-            world_size = sum(chosen.values()) or flags.processes
-            number = begin_attempt(run_dir, world_size, chosen or {socket.gethostname(): 0}, cause)
-            say(f"attempt {number}: {shlex.join(command)}")
-            stacks = run_dir / "logs" / "stacks" / f"attempt_{number}"
-            limits = Limits(flags.stall_steps, flags.stall_floor_seconds, flags.start_seconds, flags.long_seconds)
-            ending = run_attempt(command, environment, lease, run_dir, stacks, limits, flags.stop_seconds, lambda: asked.times)
-        finally:
-            lease.close()
-    end_attempt(run_dir, number, ending.cause, ending.detail)
-    return ending
+        address = flags.address or own_address(list(chosen))
+        environment = os.environ | {SUPERVISOR: f"{address}:{lease.port}:{lease.token}"}
+        if chosen:
+            environment["DS_ENV_FILE"] = write_exports(folder / "environment", environment)
+        if not flags.preflight:
+            return Start(chosen, fill_words(flags.launcher, folder, chosen, flags.master), environment)
+        command = fill_words(flags.launcher, folder, chosen, flags.master)
+        code, blamed = run_preflight(command, environment, flags.recipe, run_dir, chosen, asked.count)
+        if code == 0:
+            return Start(chosen, fill_words(flags.launcher, folder, chosen, flags.master), environment)
+        if code == MISTAKE:
+            return Ending(USER_ERROR, "the recipe or its flags are wrong; the message is above")
+        blamed = [host for host in blamed if host in chosen]
+        if not blamed or (not flags.spares and flags.min_hosts is None) or asked.times:
+            return Ending(PREFLIGHT, "the machines are not fit; what is wrong is above (--no-preflight starts without a look)")
+        say(f"preflight blames {', '.join(blamed)}: left out")
+        bad += blamed
 
 
 def _leave(flags: argparse.Namespace, asked: Asked, step: int) -> int:
@@ -152,42 +196,10 @@ def _leave(flags: argparse.Namespace, asked: Asked, step: int) -> int:
     return EXIT_CODES[LEFT]
 
 
-def _fill(flags: argparse.Namespace, folder: Path, hosts: dict[str, int]) -> list[str]:
-    """The launcher's words for this attempt. Each has a port of its own: the last one's may still be in its closing wait."""
-    hostfile = folder / "hostfile"
-    write_hostfile(hostfile, hosts)
-    alone = len(hosts) == 1 and is_here(next(iter(hosts)))
-    values = {
-        "{hostfile}": str(hostfile),
-        "{hosts}": ",".join(hosts),
-        "{nodes}": str(len(hosts)),
-        "{master}": flags.master or master_address(list(hosts)),
-        "{port}": os.environ.get("MASTER_PORT") or str(_free_port()),
-        "{force_multi}": "" if alone else "--force_multi",
-    }
-    words = []
-    for word in shlex.split(flags.launcher):
-        for name, value in values.items():
-            word = word.replace(name, value)
-        words += [word] if word else []
-    return words
-
-
 def _flags_of_attempt(flags: argparse.Namespace, cause: str, sealed: int) -> list[str]:
     """The recipe's flags as given; every start but the first goes on from what is sealed, if anything is."""
     given = [word for word in flags.recipe_flags if cause == "first" or word != "--resume"]
     return given + (["--resume"] if cause != "first" and sealed else [])
-
-
-def _write_exports(path: Path, environment: dict[str, str]) -> str:
-    """DeepSpeed's environment file for the other hosts: what launch/env.sh names, then the user's own .deepspeed_env."""
-    names = [SUPERVISOR, *environment.get(EXPORTS, "").split()]
-    lines = [f"{name}={environment[name]}\n" for name in names if "\n" not in environment.get(name, "\n")]
-    for own in (Path.home() / ".deepspeed_env", Path(".deepspeed_env")):
-        if own.is_file():
-            lines += [f"{line}\n" for line in own.read_text().splitlines() if "=" in line]
-    path.write_text("".join(lines))
-    return str(path)
 
 
 def _run_dir(recipe_flags: list[str], facts: RecipeFacts) -> Path:
@@ -222,6 +234,7 @@ def _parse_flags() -> argparse.Namespace:
     add("--master", help="rank 0's address (default: the first host's, as the others reach it)")
     add("--address", help="this machine's address, as the ranks reach it (default: found)")
     add("--lease-port", type=int, default=0, metavar="PORT", help="where the ranks report (default: any free one)")
+    add("--join", metavar="HOST:PORT:TOKEN", help="start this machine's ranks once, for a supervisor that runs there")
     add("--token", help="what a rank must say to be heard (default: drawn)")
     add("--no-preflight", dest="preflight", action="store_false", help="start without `python -m tools.preflight`")
     when = parser.add_argument_group("restarts")
@@ -244,12 +257,6 @@ def _parse_flags() -> argparse.Namespace:
         if getattr(flags, name) < 0:
             parser.error(f"--{name}={getattr(flags, name)} must be 0 or more")
     return flags
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What ties a rank to those who started it, so that no rank outlives its job.
 
 - Its launcher dies, by whatever signal: the kernel ends the rank (PR_SET_PDEATHSIG).
-- Its supervisor (tools/supervise.py, named by TRIFOLD_SUPERVISOR) dies, or cannot be reached: recipes/common/rank_guard.py ends it.
+- Its supervisor (tools/supervise.py, named by TRIFOLD_SUPERVISOR) dies, or is out of reach: recipes/common/rank_guard.py ends it.
 - SIGUSR2 prints the stack of every thread, also of a rank that waits inside a collective.
 """
 

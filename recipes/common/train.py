@@ -41,7 +41,7 @@ SKIPS_IN_A_ROW = 32  # steps that overflow and do not apply: fp16's scale has th
 def main(recipe: Recipe) -> None:
     """The entry point of every recipe file.
 
-    Exit codes: 0 done (or left on request), 1 the run failed, 2 the recipe or the flags are wrong, 3 the numbers are (TrainingError).
+    Exit codes: 0 done or left on request, 1 the run failed, 2 the recipe or the flags are wrong, 3 the numbers are useless.
     """
     flags = parse_flags(recipe.name)
     world_size = flags.world_size or int(os.environ.get("WORLD_SIZE", "1"))

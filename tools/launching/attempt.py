@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from recipes.common.heartbeat import read_beats
 from tools.launching.endings import HANG, LAUNCHER, RANK_LOST, Ending, judge
 from tools.launching.lease import Event, Lease
@@ -111,16 +113,18 @@ def _end_all(launcher: subprocess.Popen[bytes], lease: Lease, watch: Watch) -> N
     while time.monotonic() < end and (lease.ranks() or launcher.poll() is None):
         watch.take([event for event in lease.poll(POLL_SECONDS) if event.kind in ("stacks", "state") or not watch.failed()])
     lease.hang_up()
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(launcher.pid, number)
+    if launcher.poll() is None:
+        launcher.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            launcher.wait(LAUNCHER_SECONDS if number == signal.SIGTERM else None)
+            launcher.wait(LAUNCHER_SECONDS)
+    for pid in psutil.pids():  # the launcher is the leader of a session, and its children, whoever adopted them, are in it
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) == launcher.pid:
+                os.kill(pid, signal.SIGKILL)
+    launcher.wait()
 
 
-def _look_for_hang(
-    lease: Lease, watch: Watch, run_dir: Path, stacks_dir: Path, limits: Limits, began: float
-) -> Ending | None:
+def _look_for_hang(lease: Lease, watch: Watch, run_dir: Path, stacks_dir: Path, limits: Limits, began: float) -> Ending | None:
     """The ending by a hang, when the slowest rank made no progress for too long; its stacks are then in stacks_dir."""
     beats = read_beats(run_dir, since=began)
     watch.steps.add(beats)
@@ -146,6 +150,8 @@ def _look_for_hang(
     hosts = tuple({beat.host for beat in beats if beat.rank in culprits})
     who = "; ".join(f"rank {beat.rank} on {beat.host}: {culprits[beat.rank]}" for beat in beats if beat.rank in culprits)
     detail = f"no progress for {silent:.0f} s at {where}; " + (
-        f"did not reach the collective: {who}" if who else "every rank waits for the others: the network, or a collective's mismatch"
+        f"did not reach the collective: {who}"
+        if who
+        else "every rank waits for the others: the network, or a collective's mismatch"
     )
     return Ending(HANG, f"{detail}; stacks in {stacks_dir}", hosts)

@@ -36,10 +36,15 @@ def sealed_step(run_dir: Path) -> int:
 
 
 def begin_attempt(run_dir: Path, world_size: int | None, hosts: Mapping[str, int], cause: str) -> int:
-    """Record a start; gives its number, from 1. cause: why it is made ("first", "asked", or the end before). Ends one left open."""
+    """Record a start, and the end of one that was left open; gives the number, from 1.
+
+    cause: why it is made: "first", "asked", or the cause of the end before.
+    """
     records = read_attempts(run_dir)
     if records and records[-1]["event"] == "start":
-        end_attempt(run_dir, records[-1]["attempt"], GONE, "no end was written: the supervisor or its machine went away", lost=True)
+        end_attempt(
+            run_dir, records[-1]["attempt"], GONE, "no end was written: the supervisor or its machine went away", lost=True
+        )
     number = max((record["attempt"] for record in records), default=0) + 1
     _append(
         run_dir,

@@ -9,15 +9,15 @@ from tools.launching.lease import Event
 
 FINISHED, LEFT, USER_ERROR, NUMBERS = "finished", "left", "user_error", "training_error"
 RANK_LOST, HOST_LOST, HANG, FAILED, LAUNCHER = "rank_lost", "host_lost", "hang", "rank_failed", "launcher_failed"
-CAUSES = (FINISHED, LEFT, USER_ERROR, NUMBERS, RANK_LOST, HOST_LOST, HANG, FAILED, LAUNCHER)
+PREFLIGHT = "preflight_failed"
 
 EXIT_CODES = {FINISHED: 0, USER_ERROR: 2, NUMBERS: 3, LEFT: 75}  # 75: sysexits' "try again later". All others end in 1
-_RESTARTED = (RANK_LOST, HOST_LOST, HANG, FAILED, LAUNCHER)
+_RESTARTED = (RANK_LOST, HOST_LOST, HANG, FAILED, LAUNCHER, PREFLIGHT)
 
 
 @dataclass(frozen=True)
 class Ending:
-    cause: str  # one of CAUSES
+    cause: str  # one of the names above
     detail: str
     hosts: tuple[str, ...] = ()  # those whose fault it may be
 

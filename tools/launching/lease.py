@@ -1,4 +1,4 @@
-"""The supervisor's end of the ranks' lines (recipes/common/rank_guard.py): who is there, who ended how, who went silent.
+"""The supervisor's end of the ranks' lines (recipes/common/rank_guard.py): who is there, who ended how, who is silent.
 
 Plain TCP, so that it needs neither a shared file system nor a launcher's help: a rank whose line breaks is ended by its guard, and
 a rank that the supervisor hears no more is lost. Both sides wait SILENCE_SECONDS.
@@ -6,6 +6,7 @@ a rank that the supervisor hears no more is lost. Both sides wait SILENCE_SECOND
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import selectors
@@ -45,13 +46,13 @@ class _Line:
 
 
 class Lease:
-    """Listens for the ranks' guards. `address` is what goes into TRIFOLD_SUPERVISOR."""
+    """Listens for the ranks' guards, which know this machine's address, `port` and `token` from TRIFOLD_SUPERVISOR."""
 
-    def __init__(self, host: str, port: int = 0, token: str | None = None) -> None:
-        """host: this machine's address as the ranks reach it. port: 0 for any."""
+    def __init__(self, token: str | None = None, port: int = 0) -> None:
+        """token: what a rank must say to be heard (None: drawn). port: 0 for any free one."""
         self._listening = socket.create_server(("", port), backlog=4096)
-        self._token = token or secrets.token_hex(8)
-        self.address = f"{host}:{self._listening.getsockname()[1]}:{self._token}"
+        self.token = token or secrets.token_hex(8)
+        self.port = self._listening.getsockname()[1]
         self._watch = selectors.DefaultSelector()
         self._watch.register(self._listening, selectors.EVENT_READ)
         self._lines: dict[socket.socket, _Line] = {}
@@ -64,10 +65,8 @@ class Lease:
     def tell(self, word: str) -> None:
         """To every rank: "leave", "stacks" or "die"; "" is a sign of life."""
         for line in list(self._lines.values()):
-            try:
+            with contextlib.suppress(OSError):  # the next poll finds it closed
                 line.link.sendall(f"{word}\n".encode())
-            except OSError:
-                pass  # the next poll finds it closed
 
     def poll(self, seconds: float) -> list[Event]:
         """Wait up to `seconds` for news."""
@@ -131,7 +130,7 @@ class Lease:
     def _understand(self, line: _Line, message: dict[str, Any]) -> list[Event]:
         now = time.time()
         if "hello" in message:
-            if message["hello"] != self._token:
+            if message["hello"] != self.token:
                 raise ValueError("a rank of another job")
             line.rank, line.host, line.pid = message["rank"], message["host"], message["pid"]
             return [Event("hello", line.rank, line.host, time=now)]

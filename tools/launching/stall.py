@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from recipes.common.heartbeat import PHASES, Beat
 
 # A stack whose innermost Python frame lies in one of these waits for other ranks: it reached the collective.
-_WAITING = re.compile(r'/(torch/distributed|deepspeed/comm|deepspeed/runtime/pipe/p2p)[/.]|in _sum_over_ranks\b')
+_WAITING = re.compile(r"/(torch/distributed|deepspeed/comm|deepspeed/runtime/pipe/p2p)[/.]|in _sum_over_ranks\b")
 _LONG = ("start", "evaluate", "save", "end")  # phases with work of unknown length
 
 

@@ -118,7 +118,9 @@ def run(flags: argparse.Namespace) -> int:
     records = read_attempts(flags.run_dir)
     starts = [record for record in records if record["event"] == "start"]
     if not starts:
-        raise UsageError(f"{flags.run_dir / FILE} tells of no start; only runs started by launch/*.sh (tools/supervise.py) write it")
+        raise UsageError(
+            f"{flags.run_dir / FILE} tells of no start; only runs started by launch/*.sh (tools/supervise.py) write it"
+        )
     beats = read_beats(flags.run_dir, since=starts[-1]["time"])
     result = goodput(records, beats, time.time())
     if flags.json:
