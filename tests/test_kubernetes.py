@@ -1,6 +1,7 @@
 """launch/kubernetes.sh prints a JobSet that the API would take, and what its pods run trains as everywhere else."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 
 from recipes.common.recipe import ROOT
 from tests.launched import free_port
-from tests.supervised import environment, losses
+from tests.supervised import STEPS, environment, losses
 from tests.test_checkpoint import assert_same_state
 
 WORDS = ["--nodes", 3, "--gpus", 8, "--image", "registry/trifold:1", "--claim", "disk"]
@@ -121,7 +122,7 @@ def test_wrong_words_are_refused(words, message):
 
 
 def test_two_pods_train_as_one_machine_does(straight, tmp_path):
-    """The pods are processes here, each with a pod's variables; the JobSet's second start goes on where the first one left."""
+    """The pods are processes here, each with a pod's variables, in the JobSet's second start."""
     recipe, uninterrupted = straight
     variables = environment() | {
         "POD_HOSTS": "localhost,127.0.0.1",
@@ -129,12 +130,14 @@ def test_two_pods_train_as_one_machine_does(straight, tmp_path):
         "POD_SLOTS": "1",
         "VIRTUAL_ENV": sys.prefix,
     }
-    for restart, flags in ((0, ["--max-steps", "20"]), (1, [])):
-        ports = {"MASTER_PORT": str(free_port()), "REPORT_PORT": str(free_port()), "POD_RESTART": str(restart)}
-        words = ["bash", ROOT / "launch/pod.sh", "--no-preflight", recipe, "--out-dir", tmp_path / "run", *flags]
-        pods = [start_pod(words, variables | ports | {"JOB_COMPLETION_INDEX": str(index)}, tmp_path) for index in range(2)]
-        for index, pod in enumerate(pods):
-            assert pod.wait(120) == 0, (tmp_path / f"pod_{index}.out").read_text()[-3000:]
+    shutil.copytree(uninterrupted, tmp_path / "run", symlinks=True)  # the first start got to step 20
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{STEPS - 10:08d}")
+    ports = {"MASTER_PORT": str(free_port()), "REPORT_PORT": str(free_port()), "POD_RESTART": "1"}
+    words = ["bash", ROOT / "launch/pod.sh", "--no-preflight", recipe, "--out-dir", tmp_path / "run"]
+    pods = [start_pod(words, variables | ports | {"JOB_COMPLETION_INDEX": str(index)}, tmp_path) for index in range(2)]
+    for index, pod in enumerate(pods):
+        assert pod.wait(120) == 0, (tmp_path / f"pod_{index}.out").read_text()[-3000:]
     assert losses(tmp_path / "run") == losses(uninterrupted)
     assert_same_state(uninterrupted, tmp_path / "run", 0.0)
     starts = json.loads((tmp_path / "run" / "manifest.json").read_text())["starts"]
