@@ -37,7 +37,7 @@ own_flag() {
 }
 
 take_words "$@"
-[[ -f "$hostfile" ]] || fail "there is no hostfile $hostfile"
+[[ -e "$hostfile" ]] || fail "there is no hostfile $hostfile"
 # a dead line is given up in 10 s, and a host that does not answer in 10: ssh's own patience is minutes
 export PDSH_SSH_ARGS_APPEND="-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2 ${PDSH_SSH_ARGS_APPEND:-}"
 supervisor+=(--hostfile "$hostfile" --probe 'ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true')

@@ -12,7 +12,7 @@ source launch/env.sh
 failed=()
 ruff check . || failed+=("ruff check")
 ruff format --check . || failed+=("ruff format: run it and look at the difference")
-scripts=(launch/*.sh tests/*.sh .ci/run)
+scripts=(launch/*.sh launch/*.sbatch tests/*.sh .ci/run)
 for script in "${scripts[@]}"; do
     bash -n "$script" || failed+=("bash -n $script")
 done

@@ -19,6 +19,7 @@ import time
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 10.0  # without a word from the other side, it is gone
 CONNECT_SECONDS = 900.0  # pods of one job may start minutes apart
+WORDS_FD = 0
 
 
 def main() -> None:
@@ -31,24 +32,28 @@ def main() -> None:
         _kill(pid, rank, f"no supervisor at {host}:{port} in {CONNECT_SECONDS:.0f} s")
         return
     hello = {"hello": token, "rank": rank, "host": socket.gethostname(), "pid": pid}
-    _serve(link, hello, pid, rank, stacks)
+    serve(link, hello, pid, rank, stacks)
 
 
 def _connect(host: str, port: int, pid: int) -> socket.socket | None:
     end = time.monotonic() + CONNECT_SECONDS
-    while time.monotonic() < end and os.getppid() == pid:
+    while time.monotonic() < end:
+        gone = os.getppid() != pid  # its last words are still to be told, if anybody hears
         try:
             link = socket.create_connection((host, port), timeout=SILENCE_SECONDS)
             link.settimeout(SILENCE_SECONDS)
             return link
         except OSError:
+            if gone:
+                break
             time.sleep(BEAT_SECONDS)
     return None
 
 
-def _serve(link: socket.socket, hello: dict, pid: int, rank: int, stacks: int) -> None:
+def serve(link: socket.socket, hello: dict, pid: int, rank: int, stacks: int) -> None:
+    """Until the rank is gone, or has to go. stacks: the file that the rank dumps its stacks into."""
     watch = selectors.DefaultSelector()
-    for source in (link, 0, stacks):
+    for source in (link, WORDS_FD, stacks):
         watch.register(source, selectors.EVENT_READ)
     heard = woken = time.monotonic()
     words, heard_line = b"", b""
@@ -64,8 +69,8 @@ def _serve(link: socket.socket, hello: dict, pid: int, rank: int, stacks: int) -
         if now - woken > 5 * BEAT_SECONDS:  # this machine slept: nobody was silent
             heard = now
         woken = now
-        if 0 in ready:
-            read = os.read(0, 65536)
+        if WORDS_FD in ready:
+            read = os.read(WORDS_FD, 65536)
             words += read
             if not read:  # the rank is gone
                 with contextlib.suppress(OSError):
