@@ -29,6 +29,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from recipes.common.data import document_positions
 from recipes.common.grid import Grid, Mpu
 from recipes.common.loss import IGNORED
+from recipes.common.network import choose_interface
 from recipes.common.recipe import AdamW, Optimizer
 from recipes.common.stage import Stage
 
@@ -97,6 +98,7 @@ def start_distributed(device_type: str) -> torch.device:
         with socket.socket() as probe:  # nobody else is to come: any free port does, and two runs do not meet
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    choose_interface()
     # On CPU DeepSpeed would look for compilers and build an extension at start (25 s, and a stale lock hangs the next run) that
     # training never uses. With an empty list of operators it does neither.
     deepspeed.ops.__compatible_ops__ = {}

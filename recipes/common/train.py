@@ -19,9 +19,11 @@ from recipes.common.data import Prefetcher, open_train, open_validation, step_mi
 from recipes.common.describe import describe_run
 from recipes.common.ds_config import merge_ds_config
 from recipes.common.engine import StepResult, Trainer, start_distributed
-from recipes.common.failures import end_rank, guard_rank
+from recipes.common.failures import TrainingError, end_rank, guard_rank
 from recipes.common.flags import out_dir_problems, parse_flags
 from recipes.common.grid import Grid, build_grid
+from recipes.common.heartbeat import Heartbeat
+from recipes.common.lifeline import Lifeline
 from recipes.common.metrics import RunLog
 from recipes.common.plans import find_stack
 from recipes.common.recipe import Blend, Layout, Recipe, RecipeError, Sizes, derive_sizes, from_root
@@ -36,15 +38,15 @@ from recipes.common.weights import build_empty, name_seed
 SKIPS_IN_A_ROW = 32  # steps that overflow and do not apply: fp16's scale has then fallen from its start to 1
 
 
-class TrainingError(RuntimeError):
-    """The numbers say that going on is useless; the message says which, and from where to resume."""
-
-
 def main(recipe: Recipe) -> None:
-    """The entry point of every recipe file. Exit codes: 0 done, 1 the run failed, 2 the recipe or the flags are wrong."""
+    """The entry point of every recipe file.
+
+    Exit codes: 0 done or left on request, 1 the run failed, 2 the recipe or the flags are wrong, 3 the numbers are useless.
+    """
     flags = parse_flags(recipe.name)
     world_size = flags.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
+    lifeline = Lifeline(rank)
     out_dir = Path(flags.out_dir).expanduser().resolve()
     found = [] if flags.dry_run else out_dir_problems(out_dir, flags.resume)
     try:
@@ -52,6 +54,7 @@ def main(recipe: Recipe) -> None:
     except RecipeError as error:
         if rank == 0:  # every rank finds the same
             print(f"error: {error}", file=sys.stderr)
+        lifeline.say("user_error")
         sys.exit(2)
     sizes = derive_sizes(recipe, layout, world_size)
     ds_config = merge_ds_config(ds_config, recipe, sizes, sizes.accumulation)
@@ -60,9 +63,10 @@ def main(recipe: Recipe) -> None:
             print(describe_run(recipe, layout, sizes))
             print(json.dumps(ds_config, indent=2))
         return
-    with guard_rank(out_dir, rank):
-        train(recipe, layout, sizes, ds_config, out_dir, resume_run=flags.resume, max_steps=flags.max_steps, skips=flags.skip)
-        end_rank()
+    run = {"resume_run": flags.resume, "max_steps": flags.max_steps, "skips": flags.skip}
+    with guard_rank(out_dir, rank, lifeline.say):
+        finished = train(recipe, layout, sizes, ds_config, out_dir, **run)
+        end_rank(lambda: lifeline.say("finished" if finished else "left"))
 
 
 def train(
@@ -75,7 +79,9 @@ def train(
     resume_run: bool,
     max_steps: int | None = None,
     skips: tuple[tuple[int, int], ...] = (),
-) -> None:
+) -> bool:
+    """Gives whether the last step was reached: False after a request to leave."""
+    heartbeat = Heartbeat(out_dir, int(os.environ.get("RANK", "0")))
     grid, trainer = _build(recipe, layout, ds_config)
     position = (resume(out_dir, trainer) if resume_run else Position()).leave_out(skips)
     resumed_step = position.step if resume_run else None
@@ -94,6 +100,7 @@ def train(
         if log is not None:
             log.write({"step": 0} | losses)
     for step in range(position.step + 1, last_step + 1):
+        heartbeat.beat(step, "data")
         started = time.perf_counter()
         seqs = global_seqs_at(recipe.batch, position.consumed_seqs)
         trainer.set_global_seqs(seqs)
@@ -103,26 +110,32 @@ def train(
         tokens = seqs * recipe.batch.seq_len
         lr = learning_rate_at(recipe, step, (position.consumed_seqs + seqs) * recipe.batch.seq_len)
         votes = (leave.wanted(), grid.rank == 0 and saver.due_by_time())
+        heartbeat.beat(step, "step")
         result = trainer.train_step(micro_batches, lr, tokens, votes)
+        heartbeat.beat(step, "log")
         leaving, time_to_save = result.votes
         position = position.after_step(seqs, skipped=result.skipped)
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
         record = _record(recipe, position, result, lr, tokens, time.perf_counter() - started, batches.wait_seconds)
         if _due(step, recipe.evaluation.every_steps, last_step):
+            heartbeat.beat(step, "evaluate")
             record |= _evaluate(recipe, trainer)
         if log is not None:
             log.write(record | saver.report())
         _judge(step, result, skips_in_a_row, saver)
         if leaving or time_to_save or step == last_step or saver.due(step):
+            heartbeat.beat(step, "save")
             saver.save(position)
         if leaving:
             break
+    heartbeat.beat(position.step, "end")
     saver.finish()
     batches.close()
     if log is not None:
         if position.step < last_step:
             log.note(f"asked to leave ({leave.name or 'another rank'}): saved step {position.step}; go on with --resume")
         log.close()
+    return position.step >= last_step
 
 
 def _build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[Grid, Trainer]:
