@@ -46,7 +46,7 @@ def main(recipe: Recipe) -> None:
     world_size = flags.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     out_dir = Path(flags.out_dir).expanduser().resolve()
-    found = [] if flags.dry_run else out_dir_problems(out_dir, flags.resume)
+    found = [] if flags.dry_run else out_dir_problems(out_dir, flags.resume, flags.resume_step)
     try:
         layout, ds_config = check_recipe(recipe, world_size, here=not flags.dry_run, found=found)
     except RecipeError as error:
@@ -61,7 +61,17 @@ def main(recipe: Recipe) -> None:
             print(json.dumps(ds_config, indent=2))
         return
     with guard_rank(out_dir, rank):
-        train(recipe, layout, sizes, ds_config, out_dir, resume_run=flags.resume, max_steps=flags.max_steps, skips=flags.skip)
+        train(
+            recipe,
+            layout,
+            sizes,
+            ds_config,
+            out_dir,
+            resume_run=flags.resume,
+            resume_step=flags.resume_step,
+            max_steps=flags.max_steps,
+            skips=flags.skip,
+        )
         end_rank()
 
 
@@ -73,11 +83,12 @@ def train(
     out_dir: Path,
     *,
     resume_run: bool,
+    resume_step: int | None = None,
     max_steps: int | None = None,
     skips: tuple[tuple[int, int], ...] = (),
 ) -> None:
     grid, trainer = _build(recipe, layout, ds_config)
-    position = (resume(out_dir, trainer) if resume_run else Position()).leave_out(skips)
+    position = (resume(out_dir, trainer, last_step=resume_step) if resume_run else Position()).leave_out(skips)
     resumed_step = position.step if resume_run else None
     if grid.rank == 0:
         _write_files(recipe, layout, sizes, ds_config, out_dir, resumed_step, position.skips)
