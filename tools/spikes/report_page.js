@@ -276,7 +276,7 @@ function drawHeat() {
   rows.forEach((name, r) => {
     for (let s = 0; s < n; s++) {
       const v = values[r * n + s];
-      pen.fillStyle = v === v ? (v >= 8.9 ? "#4a0613" : shadeOf(v / map.most)) : "#eef0f4";  // over the top: not a finite number
+      pen.fillStyle = v !== null ? (v >= 8.9 ? "#4a0613" : shadeOf(v / map.most)) : "#eef0f4";  // over the top: not a finite number
       pen.fillRect(left + s * cell, top + r * tall, Math.ceil(cell), Math.ceil(tall));
     }
     pen.fillStyle = SOFT; pen.textAlign = "right"; pen.textBaseline = "middle";
@@ -301,8 +301,8 @@ function drawHeat() {
 function tellHeat(event) {
   const p = heatPlace, box = $("heat").getBoundingClientRect();
   const s = Math.floor((event.clientX - box.left - p.left) / p.cell), r = Math.floor((event.clientY - box.top - p.top) / p.tall);
-  const inside = s >= 0 && s < p.n && r >= 0 && r < p.rows.length, v = inside ? p.values[r * p.n + s] : NaN;
-  const times = v >= 8.9 ? "not finite" : v === v ? `${short(2 ** v)} times its usual` : "no value";
+  const inside = s >= 0 && s < p.n && r >= 0 && r < p.rows.length, v = inside ? p.values[r * p.n + s] : null;
+  const times = v >= 8.9 ? "not finite" : v !== null ? `${short(2 ** v)} times its usual` : "no value";
   $("heat-where").textContent = inside ? `${p.rows[r]}, step ${whole(p.map.steps[s])}: ${times}` : "";
 }
 function setHeat() {
