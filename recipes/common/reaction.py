@@ -81,16 +81,17 @@ class Responder:
     def lr_factor(self, step: int) -> float:
         return lr_factor_at(self.history, step)
 
-    def look(self, record: Mapping[str, Any], *, skipped: bool) -> dict[str, Any]:
+    def look(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """After every step: show it to the detectors. Gives what they and the history have to say in the step's record."""
         step = int(record["step"])
-        values = watched(record, skipped=skipped)
+        values = watched(record)
         self._seen.append((step, values))
         self._news = self._watch.push(step, values)
         for event in self._news:
-            self._open[event.onset_step] = event
-            if event.end_step is not None:
-                del self._open[event.onset_step]
+            if event.end_step is None:
+                self._open[event.onset_step] = event
+            else:
+                self._open.pop(event.onset_step, None)
         if self._log is not None:  # rank 0's clock is its own: nothing is decided by it
             timed = self._clock.push(step, {"loss": values["loss"], "seconds": record["seconds"]})
             self._news += [event for event in timed if event.first_signal == "seconds"]
@@ -101,12 +102,14 @@ class Responder:
             self._box.remember({**record, **fields})
         return fields
 
-    def respond(self, position: Position, hopeless: tuple[int, str] | None) -> Position | None:
+    def respond(self, position: Position, hopeless: tuple[int, str] | None, *, skipped: bool) -> Position | None:
         """What to do after this step. None: go on; a position: the run is there again. Collective.
 
-        hopeless: since which step going on is useless, if it is, and why. Raises TrainingError where nothing is left to try.
+        hopeless: since which step going on is useless, if it is, and why. skipped: the step did not change the weights, so
+        whatever it showed did no harm. Raises TrainingError where nothing is left to try.
         """
-        cause = next((event for event in self._news if calls_for_rewind(self._recipe.reaction, event)), None)
+        causes = [event for event in self._news if calls_for_rewind(self._recipe.reaction, event) and not skipped]
+        cause = causes[0] if causes else None
         if hopeless is not None and cause is None:
             since, reason = hopeless
             onset = min([since, *(event.onset_step for event in self._open.values() if event.kind in CURED_BY_REWIND)])
@@ -163,7 +166,7 @@ class Responder:
 
     def _watch_from(self, step: int) -> None:
         """Detectors as they were after `step`, told that a process went on from its checkpoint."""
-        self._watch, self._clock, self._news, self._open = Watch(), Watch(), [], {}
+        self._watch, self._news, self._open = Watch(), [], {}
         for seen, values in self._seen:
             self._watch.push(seen, values)
         self._watch.resumed(step)
@@ -206,7 +209,8 @@ class Responder:
 
 
 def calls_for_rewind(reaction: Reaction, event: Event) -> bool:
-    return reaction.action == "rewind" and event.actionable and event.kind in CURED_BY_REWIND
+    """What has ended needs no cure any more."""
+    return reaction.action == "rewind" and event.actionable and event.end_step is None and event.kind in CURED_BY_REWIND
 
 
 def suspect_steps(event: Event) -> tuple[int, int]:
@@ -217,10 +221,9 @@ def suspect_steps(event: Event) -> tuple[int, int]:
     return max(event.onset_step - 1, 1), max(event.peak_step, event.onset_step)
 
 
-def watched(values: Mapping[str, Any], *, skipped: bool) -> dict[str, float]:
-    """What the detectors look at: numbers that are equal on every rank. A step that fp16 skipped has no norm to speak of."""
-    names = ("loss", "lr", "loss_scale") if skipped else ("loss", "grad_norm", "lr", "loss_scale")
-    return {name: float(values[name]) for name in names if name in values}
+def watched(record: Mapping[str, Any]) -> dict[str, float]:
+    """What the detectors look at: numbers that are equal on every rank (a step's seconds are not)."""
+    return {name: float(record[name]) for name in ("loss", "grad_norm", "loss_scale") if name in record}
 
 
 def read_seen(out_dir: Path, step: int) -> list[tuple[int, dict[str, float]]]:
@@ -232,14 +235,12 @@ def read_seen(out_dir: Path, step: int) -> list[tuple[int, dict[str, float]]]:
         size = file.seek(0, 2)
         file.seek(max(size - MEMORY_STEPS * _BYTES_A_RECORD, 0))
         lines = file.read().split(b"\n")[1 if file.tell() > MEMORY_STEPS * _BYTES_A_RECORD else 0 : -1]
-    seen, skipped_steps = [], 0
+    seen = []
     for line in lines:
         record = json.loads(line)
         record = {k: NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
         if "loss" in record and record["step"] <= step:
-            skipped = record.get("skipped_steps", 0) > skipped_steps
-            skipped_steps = record.get("skipped_steps", 0)
-            seen.append((record["step"], watched(record, skipped=skipped)))
+            seen.append((record["step"], watched(record)))
     return seen[-MEMORY_STEPS:]
 
 

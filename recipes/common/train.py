@@ -124,10 +124,10 @@ def train(
         record = _record(recipe, position, result, lr, tokens, time.perf_counter() - started, batches.wait_seconds)
         if _due(step, recipe.evaluation.every_steps, last_step):
             record |= _evaluate(recipe, trainer)
-        record |= responder.look(record, skipped=result.skipped)
+        record |= responder.look(record)
         if log is not None:
             log.write(record | saver.report())
-        back = responder.respond(position, _hopeless(step, result, skips_in_a_row))
+        back = responder.respond(position, _hopeless(step, result, skips_in_a_row), skipped=result.skipped)
         if back is not None:
             position, skips_in_a_row = back, 0
             batches.close()

@@ -15,29 +15,30 @@ from typing import Any
 
 import numpy as np
 
-from recipes.common.black_box import read_boxes
-from recipes.common.rewinds import describe_rewind, read_history
+from recipes.common.rewinds import read_history
 from tools.common.console import GOOD, UsageError
 from tools.spikes.report_columns import Columns
+from tools.spikes.report_events import describe_source, figures, hint, list_events
 from tools.spikes.report_heat import heat_map, read_slice
+from tools.spikes.report_tables import Table, read_tables
 
 MOST_MAPS = 12  # events with a map of layers; those that call for something come first
 BLUE, GREEN, ORANGE, VIOLET, TEAL, BROWN = "#1c5fb0", "#0b7a4b", "#d9480f", "#6741d9", "#0c8599", "#846358"
-Table = dict[str, np.ndarray]  # column -> [n], NaN where a step lacks it; "step" is whole
 
 # title, unit, height, look, and the series: column, name in the key, colour
 PANELS = (
     ("Loss", "nats", 220, {"settles": True}, (("loss", "training", BLUE), ("val_loss", "validation", GREEN))),
-    ("Gradient norm", "before clipping", 110, {"log": True}, (("grad_norm", "", ORANGE),)),
-    ("Learning rate", "", 80, {"zero": True}, (("lr", "", TEAL),)),
-    ("Loss scale", "", 80, {"log": True}, (("loss_scale", "", BROWN),)),
-    ("Update / weight", "of the whole model", 90, {"log": True}, (("update_ratio", "", VIOLET),)),
-    ("Worst data rank", "its loss above the mean, nats", 90, {"zero": True}, (("loss_excess", "", ORANGE),)),
-    ("Which data rank is worst", "", 70, {"integers": True}, (("loss_max_rank", "", BROWN),)),
-    ("Largest logit", "", 80, {}, (("max_logit", "", TEAL),)),
-    ("Step time", "seconds", 70, {"zero": True}, (("seconds", "", BROWN),)),
+    ("Gradient norm", "before clipping", 110, {"log": True}, (("grad_norm", "norm", ORANGE),)),
+    ("Learning rate", "", 80, {"zero": True}, (("lr", "rate", TEAL),)),
+    ("Loss scale", "", 80, {"log": True, "base": 2}, (("loss_scale", "scale", BROWN),)),
+    ("Update / weight", "of the whole model", 90, {"log": True}, (("update_ratio", "ratio", VIOLET),)),
+    ("Worst data rank", "its loss above the mean, nats", 90, {"zero": True}, (("loss_excess", "excess", ORANGE),)),
+    ("Which data rank is worst", "", 70, {"integers": True}, (("loss_max_rank", "rank", BROWN),)),
+    ("Largest logit", "", 80, {}, (("max_logit", "logit", TEAL),)),
+    ("Step time", "seconds", 70, {"zero": True}, (("seconds", "seconds", BROWN),)),
 )
-DOTS = {"val_loss": {"dots": True, "hollow": True, "size": 3.5}, "loss_max_rank": {"dots": True, "size": 1.4}}
+DOTS = {"val_loss": {"dots": True, "hollow": True, "size": 3.5}, "loss_max_rank": {"dots": True, "crowd": True, "size": 1.6}}
+UNDONE = ("loss", "grad_norm", "update_ratio")  # drawn for steps that were left behind, too
 
 
 def run(flags: argparse.Namespace) -> int:
@@ -98,17 +99,18 @@ def page_facts(source: Path, table: Table, undone: list[Table], columns: Columns
 
 def panels(table: Table, undone: list[Table], columns: Columns) -> Iterator[dict[str, Any]]:
     for title, unit, height, look, wanted in PANELS:
-        series = []
-        for column, label, color in wanted:
-            for number, branch in enumerate(undone if column in ("loss", "grad_norm") else []):
-                if column in branch:
-                    name = "undone by a rewind" if number == 0 and column == "loss" else ""
-                    series.append({"label": name, **columns.series(branch["step"], branch[column])})
-            if column in table and np.isfinite(table[column]).any():
-                place = columns.series(table["step"], table[column])
-                series.insert(0, {"label": label or "at the pointer", "color": color, **DOTS.get(column, {}), **place})
-        if any("color" in one for one in series):
-            yield {"title": title, "unit": unit, "height": height, **look, "series": series}
+        series = [
+            {"label": label, "color": color, **DOTS.get(column, {}), **columns.series(table["step"], table[column])}
+            for column, label, color in wanted
+            if column in table and np.isfinite(table[column]).any()
+        ]
+        if not series:
+            continue
+        for number, branch in enumerate(undone):
+            if wanted[0][0] in UNDONE and wanted[0][0] in branch:
+                name = "undone" if number == 0 else ""
+                series.append({"label": name, **columns.series(branch["step"], branch[wanted[0][0]])})
+        yield {"title": title, "unit": unit, "height": height, **look, "series": series}
 
 
 def maps(source: Path, events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
