@@ -126,7 +126,10 @@ class Watch:
                 self._remember(steps[part], losses[part], norms[part])
             else:
                 values = int(steps[at]), float(losses[at]), float(norms[at])
+                curves = self._spikes.new_levels
                 self._spikes.push(*values, sparse=bool(sparse[at]), begin=self._begin)
+                if self._spikes.new_levels != curves:
+                    self._slow.forget()
             self._slow.add(steps[part], losses[part], self._spikes.off_points)
             self._judge_level(steps[part], losses[part])
             at, self._point = part.stop, self._point + max(n, 1)

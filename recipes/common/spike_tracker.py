@@ -109,7 +109,8 @@ class SpikeTracker:
         # a norm has to double (exp(8 * 0.1) = 2.2): logs round it, and single healthy steps reach 1.5 times the usual
         self.norm = RobustWindow(prior=0.15, floor=0.1, relative=False)
         self.open: OpenEvent | None = None
-        self.off_points = 0  # so far: of all points
+        self.off_points = 0  # of all points so far
+        self.new_levels = 0  # how often the curve became another one
 
     def calm_points(self, losses: np.ndarray, norms: np.ndarray) -> int:
         """How many of the next points [n] are on their curves and may be taken by `accept`. norms: logs, NaN where unknown."""
@@ -258,5 +259,6 @@ class SpikeTracker:
         self._emit(event.serial, event.event(ended=True))
         self.open = None
         if new_level:
+            self.new_levels += 1
             self.loss.refill(np.array(event.losses))
             self.norm.refill(np.empty(0))
