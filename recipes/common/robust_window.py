@@ -20,10 +20,13 @@ MAD_TO_SD = 1.4826  # of a normal distribution
 class RobustWindow:
     """What the next value should be, from at most SIZE accepted ones: `center`, give or take `scale`, or `fall` lower."""
 
-    def __init__(self, prior: float, floor: float, relative: bool) -> None:
-        """prior: the scale to expect before values tell; floor: the least scale; both in shares of the center if `relative`."""
-        self._prior, self._floor, self._relative = prior, floor, relative
-        self.begins_midway = False  # the first value was not the run's first: judge from the third on, by the prior
+    def __init__(self, prior: float, floor: float, relative: bool, few: int = 1) -> None:
+        """prior: the scale to expect before values tell; floor: the least scale; both in shares of the center if `relative`.
+
+        few: values that do, with the prior, where the first one was not the run's first.
+        """
+        self._prior, self._floor, self._relative, self._few = prior, floor, relative, few
+        self.begins_midway = False
         self._accepted = 0
         self.refill(np.empty(0))
 
@@ -40,7 +43,7 @@ class RobustWindow:
 
     @property
     def ready(self) -> bool:
-        return self.count >= ENOUGH or (self.begins_midway and self.count >= 2)
+        return self.count >= (1 if self.begins_midway else ENOUGH)
 
     def z(self, value: float) -> float:
         """Robust deviations off the curve; 0 while too little is known.
@@ -84,7 +87,7 @@ class RobustWindow:
             gaps = gaps[gaps > 0]
             spread = max(spread, gaps.min() if len(gaps) else 0.0)
         self.scale = float(max(spread, self._floor * unit))
-        if self.ready:
+        if self.count >= (self._few if self.begins_midway else ENOUGH):
             self.high = self.center + OPEN_Z * self.scale
             # a young run may fall at any speed
             old = self.begins_midway or self._accepted >= YOUNG
