@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from recipes.common.black_box import read_boxes
-from recipes.common.detectors import Event, scan
+from recipes.common.detectors import Event
 from recipes.common.rewinds import Rewind, describe_rewind
-from tools.spikes.report_tables import Table
+from tools.spikes.report_tables import Table, is_run
 
 LAST_STEPS = 20  # whose mean loss is the run's
 SAME_STEPS = 2  # a live event and one seen in the whole log are the same when their onsets are so near
 
 
-def list_events(source: Path, table: Table) -> list[dict[str, Any]]:
+def list_events(source: Path, seen: Sequence[Event]) -> list[dict[str, Any]]:
     """By onset: what the detectors see in the log as it stands, and what black boxes hold of steps that were undone."""
-    found = scan(table["step"], {name: column for name, column in table.items() if name != "step"})
-    boxes = read_boxes(source) if source.is_dir() else []
+    boxes = read_boxes(source) if is_run(source) else []
     undone = [box for box in boxes if box["reaction"] is not None]
     events = [_from_box(box) for box in undone]
-    for event in found:
+    for event in seen:
         box = next((b for b in boxes if b not in undone and abs(b["onset_step"] - event.onset_step) <= SAME_STEPS), None)
         events.append(_from_event(event, box))
     return sorted(events, key=lambda event: (event["onset"], event["peak"]))
@@ -89,7 +89,7 @@ def figures(table: Table, events: list[dict[str, Any]], rewinds: int) -> list[tu
 
 def describe_source(source: Path) -> str:
     """One line on what was trained, from the run's own files; of a log, its path."""
-    if not source.is_dir():
+    if not is_run(source):
         return str(source)
     recipe = json.loads((source / "recipe.json").read_text())
     start = json.loads((source / "manifest.json").read_text())["starts"][-1]
