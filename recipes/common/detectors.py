@@ -81,7 +81,7 @@ class Watch:
             window.refill(values)
         self._history[:, : known.shape[1]], self._kept = known, known.shape[1]
         window = self._spikes.loss
-        self._level = ResumeLevel(window.center, window.scale) if window.count >= ENOUGH else None
+        self._level = ResumeLevel(window.center, window.fall, window.scale) if window.count >= ENOUGH else None
         self._resume_point, self._bumped = self._point, False
 
     def finish(self) -> list[Event]:

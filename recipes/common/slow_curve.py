@@ -22,6 +22,7 @@ BLOCK = 64  # logged steps: the noise of its median is a sixth of a step's
 LEVEL_BLOCKS = 24  # blocks, 1536 steps: their mean is the level
 MEMORY_LEVELS = 1600  # levels, 100k steps: the best of them is what a rise is measured from
 RISE_NATS, RISE_NOISE, RISE_BLOCKS = 0.05, 6.0, 3  # over the best: at least, and in noise; so many blocks in a row
+CLIMB_SHARE, CLIMB_BLOCKS = 0.15, 16  # over the lowest of so many blocks, in the loss's share: no rise but a divergence
 SPOILT = 0.25  # share of a block inside spikes, which are events of their own
 PLATEAU_NATS, PLATEAU_BLOCKS = 0.02, 64  # less than this is no progress; a plateau is 4096 steps at least
 BEGINNING_NATS = 5.0  # a log that begins lower goes on with a run of unknown age: how long is long, nobody knows
@@ -77,6 +78,11 @@ class SlowCurve:
             self._beginning = middle
         self._blocks += 1
         self._recent.append((self._first_step, middle, spread))
+        lowest = min(middle for _, middle, _ in islice(self._recent, max(len(self._recent) - CLIMB_BLOCKS, 0), None))
+        if self._rise is None and middle - lowest >= CLIMB_SHARE * lowest:
+            self._open("diverged", [middle for _, middle, _ in self._recent].index(lowest) + 1, step, lowest, middle - lowest)
+        elif self._rise is not None and self._rise[1].kind == "diverged":
+            self._follow_climb(step, middle)
         if len(self._recent) < LEVEL_BLOCKS:
             return
         level = fmean(middle for _, middle, _ in self._recent)
@@ -96,19 +102,33 @@ class SlowCurve:
         self._over = self._over + 1 if middle - self._best > least else 0
         newest = fmean(middle for _, middle, _ in islice(self._recent, LEVEL_BLOCKS - RISE_BLOCKS, None))
         if self._rise is not None:
-            serial, event = self._rise
-            if newest - self._best > event.delta:
-                event = replace(event, delta=newest - self._best, peak_step=step, lead_steps=step - event.onset_step)
-                self._rise = serial, event
-            if max(level, newest) - self._best < RISE_NATS / 2:
-                self.end(step)
+            if self._rise[1].kind == "slow_rise":
+                self._follow(step, newest - self._best)
+                if max(level, newest) - self._best < RISE_NATS / 2:
+                    self.end(step)
         elif self._over >= RISE_BLOCKS or level - self._best > least_level:
-            onset = self._recent[-RISE_BLOCKS if self._over >= RISE_BLOCKS else 0][0]
-            evidence = {"best_level": round(self._best, 4), "seen_step": step, "block_noise": round(noise, 5)}
-            delta = newest - self._best
-            event = Event(onset, step, None, delta, "slow_rise", True, "loss", step - onset, evidence)
-            self._rise = self._serial(), event
-            self._emit(*self._rise)
+            first = LEVEL_BLOCKS - RISE_BLOCKS if self._over >= RISE_BLOCKS else 0
+            self._open("slow_rise", first, step, self._best, newest - self._best)
+
+    def _open(self, kind: str, first_block: int, step: int, best: float, excess: float) -> None:
+        onset = self._recent[first_block][0]
+        evidence = {"best_level": round(best, 4), "actionable_step": step}
+        self._rise = self._serial(), Event(onset, step, None, excess, kind, True, "loss", step - onset, evidence)
+        self._emit(*self._rise)
+
+    def _follow(self, step: int, excess: float) -> None:
+        serial, event = self._rise
+        if excess > event.delta:
+            self._rise = serial, replace(event, delta=excess, peak_step=step, lead_steps=step - event.onset_step)
+
+    def _follow_climb(self, step: int, middle: float) -> None:
+        """A divergence from which the run comes back more than halfway is a recovery after all."""
+        excess = middle - self._rise[1].evidence["best_level"]
+        self._follow(step, excess)
+        serial, event = self._rise
+        if excess < event.delta / 2:
+            self._rise = serial, replace(event, kind="slow_recovery")
+            self.end(step)
 
     def _judge_plateau(self, step: int, level: float) -> None:
         """No progress while the number of steps doubled."""

@@ -4,7 +4,7 @@ An event opens where the loss or the log of the gradient norm leaves its curve b
 While it is open nothing enters the windows. It ends after CALM points within OFF_Z. One point off is a hard batch: in public
 per-step logs nearly every such point is one, and the next is back on the curve. It is worth waking somebody (`actionable`) when
 
-- the loss stays above for PERSISTS points in a row, or
+- the loss stays above for PERSISTS points in a row, and not by a little while the gradient norm is known to be quiet, or
 - the loss is above, and the gradient norm for two points in a row (in BLOOM's spike: two steps before the peak), or
 - the loss is far above in a log of every k-th step, whose next point says little about the next step, or
 - the loss or the norm is not finite.
@@ -201,7 +201,9 @@ class SpikeTracker:
             event.norm_z, event.norm_peak_step = norm_z, step
         if z < math.inf and z > event.loss_z:
             event.loss_z = z
-        if excess > event.excess:
+        if dead and event.longest_dead_run == 1 and event.dead_run == 1:
+            event.peak_step = step
+        elif excess > event.excess and not event.longest_dead_run:
             event.excess, event.peak_step = excess, step
         if math.isfinite(loss):
             event.losses.append(loss)
@@ -223,7 +225,7 @@ class SpikeTracker:
             return
         above = event.loss_z >= OPEN_Z
         quiet = event.norm_known and event.norm_z < OFF_Z and event.excess < FAR_SHARE * event.level
-        persists = above and event.loss_run >= (QUARTER if quiet else PERSISTS)
+        persists = above and event.loss_run >= PERSISTS and not quiet
         together = above and event.norm_z >= OPEN_Z and event.longest_norm_run > 1
         far = sparse and event.loss_z >= SPARSE_Z and event.excess >= SPARSE_SHARE * event.level
         if event.longest_dead_run or persists or together or far:
@@ -247,7 +249,8 @@ class SpikeTracker:
         event.largest_median = max(event.largest_median, excess)
         spread = MAD_TO_SD * median(abs(loss - level) for loss in event.losses)
         norm_quiet = event.points - event.last_norm_off > QUARTER or event.last_norm_off == 0
-        noisier = spread > NOISIER * self.loss.scale and abs(excess) < 2 * spread
+        around = sum(loss < event.level for loss in event.losses) / len(event.losses)
+        noisier = spread > NOISIER * self.loss.scale and 0.25 < around < 0.75
         steady = abs(level - event.early) <= max(2 * spread, 0.02 * event.level)
         near = event.sign < 0 or (steady and excess < FAR_SHARE * event.level)
         ripe = event.points % DIVERGED_POINTS == 0

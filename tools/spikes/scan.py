@@ -60,14 +60,14 @@ def scan_files(paths: Sequence[Path]) -> Iterator[Scanned]:
 
 def _shown(items: Iterable[Any], total: int) -> Iterable[Any]:
     """A bar on stderr for work over two seconds."""
-    seconds = LINE_SECONDS[not sys.stderr.isatty()]
+    often = LINE_SECONDS[not sys.stderr.isatty()]
     return tqdm(
         items,
         desc="scanning",
         total=total,
         unit="file",
         delay=SHOW_AFTER_SECONDS,
-        mininterval=seconds,
+        mininterval=often,
         leave=False,
         file=sys.stderr,
     )
