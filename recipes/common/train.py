@@ -19,10 +19,11 @@ from recipes.common.data import Prefetcher, open_train, open_validation, step_mi
 from recipes.common.describe import describe_run
 from recipes.common.ds_config import merge_ds_config
 from recipes.common.engine import StepResult, Trainer, start_distributed
-from recipes.common.failures import end_rank, guard_rank
+from recipes.common.failures import TrainingError, end_rank, guard_rank
 from recipes.common.flags import out_dir_problems, parse_flags
 from recipes.common.grid import Grid, build_grid
 from recipes.common.metrics import RunLog
+from recipes.common.observer import Observer
 from recipes.common.plans import find_stack
 from recipes.common.recipe import Blend, Layout, Recipe, RecipeError, Sizes, derive_sizes, from_root
 from recipes.common.run_files import recipe_to_dict, write_run_files
@@ -34,10 +35,6 @@ from recipes.common.tensor_parallel import plan_split
 from recipes.common.weights import build_empty, name_seed
 
 SKIPS_IN_A_ROW = 32  # steps that overflow and do not apply: fp16's scale has then fallen from its start to 1
-
-
-class TrainingError(RuntimeError):
-    """The numbers say that going on is useless; the message says which, and from where to resume."""
 
 
 def main(recipe: Recipe) -> None:
@@ -85,6 +82,7 @@ def train(
     if log is not None:
         _note_changed_data(out_dir, log)
     saver = Saver(out_dir, trainer, recipe, log)
+    observer = Observer(trainer, recipe, out_dir, resumed_step=resumed_step, log=log)
     leave = LeaveRequest()
     batches = _reader(recipe, grid, position.skips)
     last_step = min(recipe.steps, max_steps or recipe.steps)
@@ -103,21 +101,24 @@ def train(
         tokens = seqs * recipe.batch.seq_len
         lr = learning_rate_at(recipe, step, (position.consumed_seqs + seqs) * recipe.batch.seq_len)
         votes = (leave.wanted(), grid.rank == 0 and saver.due_by_time())
+        observer.before_step(step)
         result = trainer.train_step(micro_batches, lr, tokens, votes)
         leaving, time_to_save = result.votes
         position = position.after_step(seqs, skipped=result.skipped)
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
         record = _record(recipe, position, result, lr, tokens, time.perf_counter() - started, batches.wait_seconds)
+        record |= observer.after_step(step, result, micro_batches, tokens)
         if _due(step, recipe.evaluation.every_steps, last_step):
             record |= _evaluate(recipe, trainer)
         if log is not None:
             log.write(record | saver.report())
-        _judge(step, result, skips_in_a_row, saver)
+        _judge(step, result, skips_in_a_row, saver, recipe, observer)
         if leaving or time_to_save or step == last_step or saver.due(step):
             saver.save(position)
         if leaving:
             break
     saver.finish()
+    observer.close()
     batches.close()
     if log is not None:
         if position.step < last_step:
@@ -242,10 +243,12 @@ def _record(
     return record
 
 
-def _judge(step: int, result: StepResult, skips_in_a_row: int, saver: Saver) -> None:
+def _judge(step: int, result: StepResult, skips_in_a_row: int, saver: Saver, recipe: Recipe, observer: Observer) -> None:
     """Stop where going on is useless. Equal on every rank, because the numbers are."""
     where = f"; the last checkpoint is {saver.last_saved}" if saver.last_saved else "; no checkpoint was saved"
-    if not math.isfinite(result.loss) or (not result.skipped and not math.isfinite(result.grad_norm)):
+    if observer.nonfinite is not None and skips_in_a_row >= recipe.monitor.max_nonfinite_steps:
+        raise TrainingError(f"step {step}: {skips_in_a_row} steps in a row were not finite: {observer.nonfinite}{where}")
+    if not result.skipped and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         raise TrainingError(f"step {step}: loss is {result.loss} and the gradient norm {result.grad_norm}{where}")
     if skips_in_a_row >= SKIPS_IN_A_ROW:
         raise TrainingError(f"step {step}: {skips_in_a_row} steps in a row overflowed, loss scale {result.loss_scale}{where}")
