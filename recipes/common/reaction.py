@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,9 @@ from recipes.common.checkpoint_files import step_folder
 from recipes.common.data import open_train
 from recipes.common.detectors import Event, Watch
 from recipes.common.engine import Trainer
+from recipes.common.failures import TrainingError
 from recipes.common.metrics import METRICS, NON_FINITE, RunLog, plain
+from recipes.common.observer import Observer
 from recipes.common.order import kept_index
 from recipes.common.recipe import Reaction, Recipe, from_root
 from recipes.common.rewinds import (
@@ -50,17 +53,15 @@ CURED_BY_REWIND = ("fast_recovery", "slow_recovery", "diverged", "precision")
 Seen = Iterable[tuple[int, dict[str, float]]]  # (step, what the detectors look at)
 
 
-class TrainingError(RuntimeError):
-    """The numbers say that going on is useless; the message says which, what was tried, and from where to resume."""
-
-
 class Responder:
     """Watches one run and reacts. Every rank has an equal one; rank 0's also leaves black boxes and the history."""
 
-    def __init__(self, recipe: Recipe, out_dir: Path, trainer: Trainer, saver: Saver, log: RunLog | None) -> None:
+    def __init__(
+        self, recipe: Recipe, out_dir: Path, trainer: Trainer, saver: Saver, observer: Observer, log: RunLog | None
+    ) -> None:
         self.history: tuple[Rewind, ...] = ()
         self._recipe, self._out_dir = recipe, out_dir
-        self._trainer, self._saver, self._log = trainer, saver, log
+        self._trainer, self._saver, self._observer, self._log = trainer, saver, observer, log
         self._box = None if log is None else BlackBox(out_dir, self._locate, log.note)
         self._skips: tuple[tuple[int, int], ...] = ()
         self._seen: deque[tuple[int, dict[str, float]]] = deque(maxlen=MEMORY_STEPS)
@@ -127,6 +128,17 @@ class Responder:
             raise TrainingError(self._last_words(position.step, cause, tried, hopeless))
         return None
 
+    @contextmanager
+    def box_at_end(self, position: Position) -> Iterator[None]:
+        """Leave a black box where something else ends the run (copies of a parameter that differ, say)."""
+        try:
+            yield
+        except TrainingError as error:
+            step = position.step
+            event = Event(step, step, None, math.nan, "hardware_suspect", True, "drift", 0, {"reason": str(error)})
+            self._leave_boxes(position, event, None, (step, str(error)))
+            raise
+
     def _plan(self, event: Event, position: Position, tries: int) -> Rewind | None:
         """The next try; None where no checkpoint is from before the event."""
         self._saver.finish()  # the newest may still be on its way to the disk
@@ -158,6 +170,7 @@ class Responder:
         while self._seen and self._seen[-1][0] > position.step:
             self._seen.pop()
         self._watch_from(position.step)
+        self._observer.rewind(position.step)
         if self._log is not None:
             append_history(self._out_dir, plan, position.skips)
             self._log.rewind(position.step)
