@@ -11,10 +11,11 @@ from recipes.common import reaction
 from recipes.common.black_box import read_boxes
 from recipes.common.check import reaction_problems
 from recipes.common.checkpoint_files import sealed_checkpoints
+from recipes.common.checkpoint_reader import Reader
 from recipes.common.detectors import Event
 from recipes.common.metrics import read_metrics
 from recipes.common.order import sequence_position
-from recipes.common.recipe import AdamW, Checkpoints, Constant, Evaluation, Reaction
+from recipes.common.recipe import AdamW, Checkpoints, Constant, Evaluation, Layout, Reaction
 from recipes.common.rewinds import Rewind, lr_factor_at, tries_at
 from tests.test_checkpoint import assert_same_state, run
 from tests.tiny import tiny_recipe, write_shards
@@ -123,6 +124,47 @@ def test_a_stop_after_the_rewind_forgets_nothing(data, tmp_path):
     assert [folder.name for folder in sealed_checkpoints(tmp_path / "stopped")] == ["step_00000004"]
     resumed = run(stopped, 1, tmp_path / "stopped", resume=True)
     assert numbers(resumed) == numbers(straight)
+
+
+class HighestNormSoFar(HalfANat):
+    """A step whose norm is a quarter above all before it is off the curve."""
+
+    def push(self, step, values):
+        self.highest = max(getattr(self, "highest", 0.0), values.get("grad_norm", 0.0))
+        return []
+
+    def norm_limit(self):
+        return 1.25 * getattr(self, "highest", np.inf)
+
+
+@pytest.mark.parametrize(
+    ("layout", "config"),
+    [
+        (Layout(pipeline=2), "zero1_bf16.json"),
+        (Layout(tensor=2), "zero1_fp32.json"),
+        (Layout(), "zero2_fp32.json"),
+        (Layout(), "zero3_fp32.json"),
+    ],
+)
+def test_a_step_over_the_ceiling_changes_no_weight(data, tmp_path, monkeypatch, layout, config):
+    monkeypatch.setattr(reaction, "Watch", HighestNormSoFar)
+    recipe = recipe_on(
+        data,
+        steps=4,
+        layouts={2: layout},
+        deepspeed=config,
+        checkpoints=Checkpoints(every_steps=1, keep_last=9),
+        reaction=Reaction(action="skip"),
+    )
+    records = run(recipe, 2, tmp_path)
+    assert [step for step in records if "skip_reason" in records[step]] == [3]
+    assert 1.25 * max(records[step]["grad_norm"] for step in (1, 2)) < records[3]["grad_norm"] < np.inf
+    assert records[3]["skipped_steps"] == 1
+    readers = [Reader(folder) for folder in sealed_checkpoints(tmp_path)[1:]]
+    for kind in ("master", "exp_avg"):
+        before, after, later = ({name: reader.whole(name, kind) for name in reader.names(kind)} for reader in readers)
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+        assert any(not np.array_equal(after[name], later[name]) for name in after)
 
 
 def test_tries_are_bounded_and_the_error_names_them(data, tmp_path, monkeypatch):

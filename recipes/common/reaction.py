@@ -1,4 +1,4 @@
-"""What a run does about trouble, as its recipe says: log it, or rewind and skip.
+"""What a run does about trouble, as its recipe says: log it, leave the step out, or rewind and skip.
 
 Every rank pushes the same numbers into the same detectors and comes to the same decision, so nothing is sent for it. A rewind
 goes back to a checkpoint before the onset, in the same process, and leaves out the sequences that the suspect steps read. It is
@@ -45,6 +45,7 @@ from recipes.common.rewinds import (
 from recipes.common.schedules import seqs_after
 
 MEMORY_STEPS = 4096  # what the detectors are told again after a resume or a rewind
+MAX_SKIPS_IN_A_ROW = 8
 _BYTES_A_RECORD = 2048  # more than a line of metrics.jsonl has
 
 # slow steps, a bump after a resume and a rise over thousands of steps are nothing that other sequences would cure
@@ -66,6 +67,7 @@ class Responder:
         self._skips: tuple[tuple[int, int], ...] = ()
         self._seen: deque[tuple[int, dict[str, float]]] = deque(maxlen=MEMORY_STEPS)
         self._news: list[Event] = []
+        self._skipped_in_a_row = 0
         self._open: dict[int, Event] = {}  # by onset: events that go on
         self._watch, self._clock = Watch(), Watch()
 
@@ -81,6 +83,12 @@ class Responder:
 
     def lr_factor(self, step: int) -> float:
         return lr_factor_at(self.history, step)
+
+    def norm_ceiling(self) -> float:
+        """A step with a higher gradient norm is left out. Not for ever: a norm that stays up is the new curve."""
+        if self._recipe.reaction.action != "skip" or self._skipped_in_a_row >= MAX_SKIPS_IN_A_ROW:
+            return math.inf
+        return self._watch.norm_limit()
 
     def look(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """After every step: show it to the detectors. Gives what they and the history have to say in the step's record."""
@@ -109,6 +117,7 @@ class Responder:
         hopeless: since which step going on is useless, if it is, and why. skipped: the step did not change the weights, so
         whatever it showed did no harm. Raises TrainingError where nothing is left to try.
         """
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         causes = [event for event in self._news if calls_for_rewind(self._recipe.reaction, event) and not skipped]
         cause = causes[0] if causes else None
         if hopeless is not None and cause is None:
