@@ -1,25 +1,19 @@
 """A NaN changes no weight on any rank, and is named: where it was first, in which micro batch of which data rank."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.autograd.graph import get_gradient_edge
 
-from recipes.common.check import check_recipe
-from recipes.common.ds_config import merge_ds_config
-from recipes.common.engine import NONFINITE, OVERFLOW
-from recipes.common.metrics import read_metrics
+from recipes.common.engine import NONFINITE
 from recipes.common.monitor import Probe
-from recipes.common.nonfinite import ACTIVATION, GRADIENT, LOSS, UNREPEATED, WEIGHT, find_nonfinite
-from recipes.common.recipe import AdamW, Checkpoints, Evaluation, Layout, Monitor, derive_sizes
-from recipes.common.tensor_stats import read_stats
-from recipes.common.train import train
-from tests.test_fp16 import allow_fp16, fp16_config
-from tests.tiny import ds_config, tiny_config, tiny_recipe, write_shards
-from tools.common.local_ranks import RankError, run_ranks
+from recipes.common.nonfinite import ACTIVATION, GRADIENT, UNREPEATED, WEIGHT, find_nonfinite
+from recipes.common.recipe import AdamW, Layout
+from tests.test_fp16 import allow_fp16
+from tests.tiny import ds_config, tiny_config
+from tools.common.local_ranks import run_ranks
 from tools.common.numerics import Trial, build_trainer, rank_batches
 
 BAD_STEP, BAD_MICRO_BATCH = 1, 1

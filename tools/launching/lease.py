@@ -1,7 +1,7 @@
 """The supervisor's end of the ranks' lines (recipes/common/rank_guard.py): who is there, who ended how.
 
-Plain TCP, so that it needs neither a shared file system nor a launcher's help: a rank whose line breaks is ended by its guard, and
-a rank that the supervisor hears no more is lost. Both sides wait SILENCE_SECONDS.
+Plain TCP, so that it needs neither a shared file system nor a launcher's help: a rank whose line breaks is ended by its guard,
+and a rank that the supervisor hears no more is lost. Both sides wait SILENCE_SECONDS.
 """
 
 from __future__ import annotations
