@@ -22,7 +22,7 @@ from tools.launching.stall import Limits, StepTimes, last_in_line, name_culprits
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 4.0  # after the first failure: for the other ranks' tracebacks. Then all are killed
 STACKS_SECONDS = 3.0  # for stacks to come in; a stopped rank sends none
-LAUNCHER_SECONDS = 5.0  # for a launcher whose ranks are gone
+LAUNCHER_SECONDS = 2.0  # for a launcher whose ranks are gone: with 10 s of silence, all is over in 15
 
 
 def say(text: str) -> None:
