@@ -20,6 +20,8 @@ from recipes.common.detectors import Event, scan
 from tools.common.console import GOOD, LINE_SECONDS, SHOW_AFTER_SECONDS, UsageError, table
 from tools.spikes.log_reader import read_logs
 
+SINGLES_SHOWN = 10  # of one-batch outliers: a noisy log has hundreds
+
 
 @dataclass(frozen=True)
 class Scanned:
@@ -112,6 +114,10 @@ def as_text(scanned: Scanned) -> str:
     head = f"{scanned.file}: {scanned.source}, {steps}, {', '.join(scanned.signals)}"
     if not scanned.events:
         return f"{head}\nno events"
+    single = [event for event in scanned.events if event.kind == "outlier_batch"]
+    shown = (
+        [event for event in scanned.events if event.kind != "outlier_batch"] if len(single) > SINGLES_SHOWN else scanned.events
+    )
     rows = [
         [
             "!" if event.actionable else "",
@@ -124,11 +130,17 @@ def as_text(scanned: Scanned) -> str:
             event.lead_steps,
             _z(event),
         ]
-        for event in scanned.events
+        for event in shown
     ]
     header = ["", "onset", "peak", "end", "delta", "class", "first signal", "lead steps", "robust z"]
     actionable = sum(event.actionable for event in scanned.events)
-    return f"{head}\n{table(rows, header)}\n{len(rows)} events, {actionable} actionable (!)"
+    more = (
+        f"; not listed: {len(single)} outlier batches, as at step {single[0].onset_step}"
+        if len(shown) < len(scanned.events)
+        else ""
+    )
+    listed = f"\n{table(rows, header)}" if rows else ""
+    return f"{head}{listed}\n{len(scanned.events)} events, {actionable} actionable (!){more}"
 
 
 def _z(event: Event) -> str:
