@@ -37,8 +37,11 @@ BLOOM_ONSET, BLOOM_PEAK = 31215, 31219
 SPIKES = ("outlier_batch", "fast_recovery", "slow_recovery", "diverged", "resume_artefact", "precision")
 
 
-def score_detection(folder: Path) -> list[Score]:
-    """Every number of the issue that logs can give. Reads each log twice and scans 3.5 million points for the speed."""
+def score_detection(folder: Path, speed_points: int = SPEED_POINTS) -> list[Score]:
+    """Every number of the issue that logs can give; a kind of log that is not there gives none.
+
+    speed_points: how many to scan for the speed, which is given for SPEED_POINTS.
+    """
     files = sorted(path for path in folder.rglob("*.csv*") if path.name != "labels.csv")
     if not files:
         raise UsageError(f"{folder} has no logs beside labels.csv")
@@ -56,7 +59,7 @@ def score_detection(folder: Path) -> list[Score]:
         _silence(chosen["410m"]),
         _pairs(chosen["value_embed"]),
         *_one_nan(chosen["llmc"]),
-        _speed(files, sum(scanned.points for scanned in found.values())),
+        _speed(files, speed_points, sum(scanned.points for scanned in found.values())),
     ]
     return [score for score in scores if score is not None]
 
@@ -79,6 +82,8 @@ GROUPS = {
 
 def _mixtral(labels: list[dict[str, str]], found: dict[str, Scanned], logs: list[Scanned]) -> list[Score]:
     """Labelled spikes with an event that begins at their very sample, and jumps that anybody sees."""
+    if not logs:
+        return []
 
     def seen(row: dict[str, str]) -> bool:
         return any(e.onset_step == int(row["onset_step"]) and e.delta > 0 for e in found[row["file"]].events)
@@ -127,6 +132,8 @@ def _alarms(events: Iterable[Event]) -> int:
 def _outliers(labels: list[dict[str, str]], found: dict[str, Scanned]) -> list[Score]:
     """Labelled hard batches of logs of every step: seen, given their class, and nobody is woken."""
     single = [row for row in labels if row["duration_steps"] == "0"]
+    if not single:
+        return []
     events = [next((e for e in found[row["file"]].events if e.onset_step == int(row["onset_step"])), None) for row in single]
     classed = [event is not None and event.kind == "outlier_batch" for event in events]
     escalated = sum(event is not None and event.actionable for event in events)
@@ -196,9 +203,9 @@ def _one_nan(logs: list[Scanned]) -> list[Score]:
     return scores
 
 
-def _speed(files: Sequence[Path], points: int) -> Score:
+def _speed(files: Sequence[Path], speed_points: int, points: int) -> Score:
     """Files on disk to events, in as many processes as there are cores."""
-    times = -(-SPEED_POINTS // points)
+    times = -(-speed_points // points)
     started = time.perf_counter()
     scanned = sum(found.points for found in scan_files([*files] * times))
     seconds = (time.perf_counter() - started) * SPEED_POINTS / scanned

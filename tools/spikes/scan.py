@@ -115,9 +115,7 @@ def as_text(scanned: Scanned) -> str:
     if not scanned.events:
         return f"{head}\nno events"
     single = [event for event in scanned.events if event.kind == "outlier_batch"]
-    shown = (
-        [event for event in scanned.events if event.kind != "outlier_batch"] if len(single) > SINGLES_SHOWN else scanned.events
-    )
+    left_out = single if len(single) > SINGLES_SHOWN else []
     rows = [
         [
             "!" if event.actionable else "",
@@ -130,15 +128,12 @@ def as_text(scanned: Scanned) -> str:
             event.lead_steps,
             _z(event),
         ]
-        for event in shown
+        for event in scanned.events
+        if event not in left_out
     ]
     header = ["", "onset", "peak", "end", "delta", "class", "first signal", "lead steps", "robust z"]
     actionable = sum(event.actionable for event in scanned.events)
-    more = (
-        f"; not listed: {len(single)} outlier batches, as at step {single[0].onset_step}"
-        if len(shown) < len(scanned.events)
-        else ""
-    )
+    more = f"; not listed: {len(left_out)} outlier batches, the first at step {left_out[0].onset_step}" if left_out else ""
     listed = f"\n{table(rows, header)}" if rows else ""
     return f"{head}{listed}\n{len(scanned.events)} events, {actionable} actionable (!){more}"
 
