@@ -213,6 +213,13 @@ def test_other_data_is_a_new_level_and_no_alarm():
     assert only(events_of(healthy_loss() - 0.3 * (STEPS >= AT), grad_norm=healthy_norm()), "data_regime_shift").delta < 0
 
 
+def test_a_gradient_norm_that_stays_higher_while_the_loss_does_not_move_hides_nothing():
+    norm = healthy_norm() * np.where(STEPS >= AT, 4.0, 1.0)  # a batch ramp, another clipping
+    shift, spike = events_of(healthy_loss() + bump(AT + 200, 1.0, 8), grad_norm=norm)
+    assert (shift.kind, shift.actionable, shift.first_signal) == ("data_regime_shift", False, "grad_norm")
+    assert (spike.onset_step, spike.kind, spike.actionable) == (AT + 200, "fast_recovery", True)
+
+
 @pytest.mark.parametrize(("shift", "sign"), [(-0.12, -1), (0.12, 1)], ids=["data read before", "state lost"])
 def test_the_level_after_a_resume_is_compared_with_before(shift, sign):
     loss = healthy_loss() + shift * (STEPS > AT)
@@ -256,6 +263,12 @@ def test_the_life_of_a_loss_scale_is_no_event():
         scale[at : at + 500] /= 2
         norm[at] = np.inf
     assert events_of(grad_norm=norm, loss_scale=scale) == []
+
+
+def test_noise_that_grows_at_once_wakes_nobody_and_spikes_are_seen_in_it():
+    loss = healthy_loss() + np.where(STEPS >= 4000, 5, 0) * (healthy_loss(11) - curve(STEPS)) + bump(7000, 3.0, 10)
+    alarms = [event for event in events_of(loss) if event.actionable]
+    assert [event.onset_step for event in alarms] == [7000]
 
 
 def test_slow_steps_are_told_and_a_slow_save_is_not():

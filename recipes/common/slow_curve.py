@@ -135,11 +135,8 @@ class SlowCurve:
             self._open("diverged", [middle for _, middle, _ in self._recent].index(lowest) + 1, step, lowest, excess)
         else:
             serial, event = self._rise
-            evidence = {**event.evidence, "best_level": round(lowest, 4)}
-            self._rise = (
-                serial,
-                replace(event, kind="diverged", delta=max(event.delta, excess), peak_step=step, evidence=evidence),
-            )
+            self._rise = serial, replace(event, kind="diverged", evidence={**event.evidence, "best_level": round(lowest, 4)})
+            self._follow(step, excess)
             self._emit(*self._rise)
 
     def _follow(self, step: int, excess: float) -> None:
