@@ -103,7 +103,7 @@ class Responder:
                 self._open.pop(event.onset_step, None)
         if self._log is not None:  # rank 0's clock is its own: nothing is decided by it
             timed = self._clock.push(step, {"loss": values["loss"], "seconds": record["seconds"]})
-            self._news += [event for event in timed if event.first_signal == "seconds"]
+            self._news += [event for event in timed if event.kind == "hardware_suspect"]
         fields = history_fields(self.history, step)
         if self._news:
             fields["event"] = ", ".join(dict.fromkeys(event.kind for event in self._news))
