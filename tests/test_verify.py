@@ -35,7 +35,9 @@ def _call(flags, fault):
     return code, out.getvalue(), err.getvalue()
 
 
-@pytest.mark.parametrize("layout", ["tensor=2,pipeline=2", "data=2", "tensor=2,recompute_every=1"])
+@pytest.mark.parametrize(
+    "layout", ["tensor=2,pipeline=2", "data=2", "tensor=2,recompute_every=1", "pipeline=2,schedule=zero_bubble"]
+)
 def test_the_quickstart_passes(layout):
     code, out, err = call(QUICKSTART, "--layout", layout, "--json")
     assert (code, err) == (0, "")
@@ -104,6 +106,8 @@ def test_the_table_names_where():
         ("tensor=2,tensor=2", "'tensor=2' is not tensor=N"),
         ("tensor=0", "sizes start at 1"),
         ("", "'' is not tensor=N"),
+        ("pipeline=2,schedule=zb", "schedule='zb' must be one of '1f1b', 'zero_bubble'"),
+        ("tensor=2,schedule=zero_bubble", "schedule='zero_bubble' with pipeline=1"),
     ],
 )
 def test_a_bad_layout_is_refused(text, part):

@@ -25,7 +25,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from transformers import PreTrainedConfig
 
-from recipes.common.check import config_problems, optimizer_problems
+from recipes.common.check import config_problems, optimizer_problems, pipeline_schedule_problems
 from recipes.common.ds_config import ds_config_path, ds_config_problems, load_ds_config, precision, version_problems, zero_stage
 from recipes.common.plans import PlanError
 from recipes.common.proof import cut_problems
@@ -93,19 +93,24 @@ def load_recipe(path: str) -> Recipe:
 
 
 def parse_layout(text: str) -> tuple[Layout, int]:
-    """(layout, data ranks) of "tensor=2,pipeline=2,data=2,recompute_every=1"; what is not said is 1 (and no recomputation)."""
-    values: dict[str, int] = {}
+    """(layout, data ranks) of "tensor=2,pipeline=2,data=2,recompute_every=1,schedule=zero_bubble"; sizes not said are 1."""
+    values: dict[str, int | str] = {}
     for item in text.split(","):
         name, _, value = item.partition("=")
-        if name not in ("tensor", "pipeline", "data", "recompute_every") or not value.isdigit() or name in values:
+        known = name == "schedule" or (name in ("tensor", "pipeline", "data", "recompute_every") and value.isdigit())
+        if not known or name in values:
             raise RecipeError(
-                "--layout", [f"--layout={text!r}: {item!r} is not tensor=N, pipeline=N, data=N or recompute_every=N"]
+                "--layout",
+                [f"--layout={text!r}: {item!r} is not tensor=N, pipeline=N, data=N, recompute_every=N or schedule=NAME"],
             )
-        values[name] = int(value)
+        values[name] = value if name == "schedule" else int(value)
     data = values.pop("data", 1)
-    if data < 1 or min(values.get("tensor", 1), values.get("pipeline", 1)) < 1:
+    layout = Layout(**values)
+    if min(data, layout.tensor, layout.pipeline) < 1:
         raise RecipeError("--layout", [f"--layout={text!r}: sizes start at 1"])
-    return Layout(**values), data
+    if problems := pipeline_schedule_problems(layout):
+        raise RecipeError("--layout", [f"--layout={text!r}: {problem}" for problem in problems])
+    return layout, data
 
 
 def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len: int, device: str) -> Trial:

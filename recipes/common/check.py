@@ -23,7 +23,7 @@ from recipes.common.ds_config import (
 )
 from recipes.common.plans import PlanError, Stack, find_stack
 from recipes.common.proof import cut_problems, masking_problems
-from recipes.common.recipe import SGD, AdamW, Layout, Optimizer, Recipe, RecipeError, from_root
+from recipes.common.recipe import SCHEDULES, SGD, AdamW, Layout, Optimizer, Recipe, RecipeError, from_root
 from recipes.common.recipe_types import type_problems
 from recipes.common.schedules import ramp_problems, schedule_problems
 from recipes.common.stage import balance_stages, layer_costs
@@ -89,6 +89,7 @@ def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str
             problems.append(f"layouts[{world_size}].{name}={getattr(layout, name)!r} must be a whole number from 1")
     if not _is_whole(layout.recompute_every, 0):
         problems.append(f"layouts[{world_size}].recompute_every={layout.recompute_every!r} must be 0, 1 or more layers")
+    problems += pipeline_schedule_problems(layout, f"layouts[{world_size}].")
     if problems or not _is_whole(recipe.batch.micro_seqs, 1):
         return problems
     replica = layout.tensor * layout.pipeline
@@ -105,6 +106,18 @@ def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str
             f"data ranks = {unit}; use a multiple of {unit}, a smaller micro_seqs, or a layout with fewer data ranks"
         )
     return problems + ramp_problems(recipe, data)
+
+
+def pipeline_schedule_problems(layout: Layout, prefix: str = "") -> list[str]:
+    """Whether the layout's schedule exists, and has a pipeline to run in."""
+    if layout.schedule not in SCHEDULES:
+        return [f"{prefix}schedule={layout.schedule!r} must be one of {', '.join(map(repr, SCHEDULES))}"]
+    if layout.schedule != SCHEDULES[0] and layout.pipeline == 1:
+        return [
+            f"{prefix}schedule={layout.schedule!r} with pipeline=1: there is no pipeline to schedule; leave schedule out, or use "
+            "pipeline=2 or more"
+        ]
+    return []
 
 
 def model_problems(recipe: Recipe, layout: Layout) -> list[str]:

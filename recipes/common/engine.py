@@ -31,6 +31,7 @@ from recipes.common.grid import Grid, Mpu
 from recipes.common.loss import IGNORED
 from recipes.common.recipe import AdamW, Optimizer
 from recipes.common.stage import Stage
+from recipes.common.zero_bubble import use_zero_bubble
 
 Labels = tuple[torch.Tensor, torch.Tensor]
 
@@ -167,6 +168,8 @@ class Trainer:
                     for parameter in stage.head_parameters():
                         deepspeed.zero.register_external_parameter(stage, parameter)
             self.engine = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config, mpu=mpu)[0]
+        if stage.weight_queue is not None:
+            use_zero_bubble(self.engine, stage.weight_queue)
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]
 

@@ -22,6 +22,7 @@ from recipes.common.grid import Grid
 from recipes.common.loss import vocabulary_loss
 from recipes.common.plans import TUPLE_LAYERS, Stack, find_stack
 from recipes.common.tensor_parallel import Split, plan_split, split_forwards
+from recipes.common.weight_queue import WeightQueue, postpone_weight_gradients
 from recipes.common.weights import build_empty, draw_weights
 
 
@@ -84,14 +85,18 @@ class Stage(nn.Module):
         whole_shapes: dict[str, tuple[int, ...]],
         z_loss: float,
         chunk_tokens: int,
+        weight_queue: WeightQueue | None = None,
     ) -> None:
-        """whole_shapes: of every parameter of the whole model, by Hugging Face name."""
+        """whole_shapes: of every parameter of the whole model, by Hugging Face name.
+
+        weight_queue: where the layers' linears put off their weight gradients to, for a schedule that makes them up.
+        """
         super().__init__()
         self.causal, self.stack, self.split, self.own = causal, stack, split, own
         self.is_first, self.is_last = grid.is_first_stage, grid.is_last_stage
         self.grid, self.z_loss, self.chunk_tokens = grid, z_loss, chunk_tokens
         self.vocab_size = causal.config.get_text_config().vocab_size
-        self.whole_shapes = whole_shapes
+        self.whole_shapes, self.weight_queue = whole_shapes, weight_queue
         # position ids [micro_seqs, seq_len] of the micro batches to come, in order; empty: positions count from 0
         self.positions: deque[torch.Tensor] = deque()
         self._received: torch.Tensor | None = None
@@ -242,6 +247,7 @@ def build_stage(
     recompute_every: int = 0,
     z_loss: float = 0.0,
     chunk_tokens: int = 2048,
+    schedule: str = "1f1b",
 ) -> Stage:
     """This rank's stage with its initial weights, on the CPU in fp32.
 
@@ -261,11 +267,16 @@ def build_stage(
         if not grid.is_first_stage:  # the embedding was taken out, but its weight is the head's
             draw_weights(causal, embedding, stack.embedding, **weights)
         causal.get_submodule(stack.head).weight = embedding.weight
+    queue = WeightQueue() if schedule == "zero_bubble" else None
+    if queue is not None:
+        postpone_weight_gradients(causal.get_submodule(stack.layers), queue)
     split_forwards(causal, split, stack, grid)
     for index in own:
         if recompute_every and index % recompute_every == 0:
             _recompute(causal.get_submodule(stack.layers)[index])
-    return Stage(causal, stack, split, grid, own, whole_shapes=shapes, z_loss=z_loss, chunk_tokens=chunk_tokens)
+    return Stage(
+        causal, stack, split, grid, own, whole_shapes=shapes, z_loss=z_loss, chunk_tokens=chunk_tokens, weight_queue=queue
+    )
 
 
 def _take_out(causal: PreTrainedModel, stack: Stack, own: range, *, first: bool, last: bool) -> None:

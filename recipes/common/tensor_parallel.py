@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from recipes.common.collectives import all_reduce, copy_to, gather_from, reduce_from, split_to
 from recipes.common.grid import Grid
 from recipes.common.plans import PlanError, Stack, divided_attributes, tensor_plan
+from recipes.common.weight_queue import linear
 
 Forward = Callable[..., torch.Tensor]
 
@@ -227,8 +227,7 @@ def _column_gather(module: nn.Module, forward: Forward, grid: Grid) -> Forward:
 
 def _row(module: nn.Module, forward: Forward, grid: Grid) -> Forward:
     def run(x: torch.Tensor) -> torch.Tensor:
-        y = torch.matmul(x, module.weight) if isinstance(module, Conv1D) else F.linear(x, module.weight)
-        y = reduce_from(y, grid.tensor_group)
+        y = reduce_from(linear(module, x, with_bias=False), grid.tensor_group)
         return y if module.bias is None else y + module.bias  # once, not once a rank
 
     return run

@@ -79,6 +79,7 @@ def train_in_layout(trial: Trial) -> dict[str, Any]:
         recompute_every=trial.layout.recompute_every,
         z_loss=trial.z_loss,
         chunk_tokens=trial.chunk_tokens,
+        schedule=trial.layout.schedule,
     )
     trainer = Trainer(stage, grid, trial.optimizer, _ds_config(trial), trial.document_end)
     losses, norms, skipped = [], [], []
