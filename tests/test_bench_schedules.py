@@ -1,7 +1,5 @@
 """The bench of pipeline schedules measures each of them and says so in a table, or as one JSON object."""
 
-import json
-
 from recipes.common.recipe import SCHEDULES
 from tests.small_runs import call
 

@@ -76,6 +76,25 @@ ONE_MISTAKE = {
         {"layouts": {2: Layout(tensor=2, schedule="zero_bubble")}},
         [r"^layouts\[2\]\.schedule='zero_bubble' with pipeline=1: .*leave schedule out, or use pipeline=2 or more$"],
     ),
+    "sequence without tensor ranks": (
+        2,
+        {"layouts": {2: Layout(pipeline=2, sequence_parallel=True)}},
+        [r"^layouts\[2\]\.sequence_parallel=True with tensor=1: .*leave it out, or use tensor=2 or more$"],
+    ),
+    "sequence not divided": (
+        2,
+        {"layouts": {2: Layout(tensor=2, sequence_parallel=True)}, "batch": replace(BATCH, seq_len=15)},
+        [r"^layouts\[2\]\.sequence_parallel=True: seq_len=15 is not a multiple of tensor=2; change seq_len, or use"],
+    ),
+    "sequence of experts": (
+        2,
+        {
+            "layouts": {2: Layout(tensor=2, sequence_parallel=True)},
+            "model": tiny_config("mixtral"),
+            "num_params": 362_432,
+        },
+        [r"^sequence_parallel=True: model_type=mixtral: .*\['moe_tp_experts'\].*; use sequence_parallel=False$"],
+    ),
     "late gradients in bf16": (
         2,
         {

@@ -21,7 +21,7 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
     lines = [
         f"{recipe.name}: {recipe.num_params:,} parameters ({type(causal).__name__}), {'tied' if stack.tied else 'untied'} head",
         f"layout      {sizes.world} GPUs = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}, "
-        f"recompute {recompute}" + _schedule(layout, causal.get_submodule(stack.layers)),
+        f"recompute {recompute}" + _options(layout, causal.get_submodule(stack.layers)),
         f"batch       {recipe.batch.global_seqs} sequences of {recipe.batch.seq_len} = {sizes.tokens_per_step:,} tokens a step: "
         f"{recipe.batch.micro_seqs} a micro batch x {sizes.data} data ranks x {sizes.accumulation} accumulated",
         f"run         {recipe.steps:,} steps, {tokens_of_run(recipe) / 1e9:,.3f}B tokens, "
@@ -39,11 +39,12 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
     return "\n".join(lines)
 
 
-def _schedule(layout: Layout, layers: nn.Module) -> str:
-    if layout.pipeline == 1 or layout.schedule == "1f1b":
-        return ""
-    share = 100 * postponable_share(layers)
-    return f", schedule {layout.schedule} (weight gradients of {share:.0f} % of the layers' parameters fill the bubble)"
+def _options(layout: Layout, layers: nn.Module) -> str:
+    text = ", sequence parallel" if layout.sequence_parallel else ""
+    if layout.schedule == "zero_bubble":
+        share = 100 * postponable_share(layers)
+        text += f", schedule zero_bubble (weight gradients of {share:.0f} % of the layers' parameters fill the bubble)"
+    return text
 
 
 def _rates(recipe: Recipe) -> str:

@@ -35,6 +35,7 @@ class Layout:
     tensor: int = 1  # ranks that share each layer's matrices (innermost: keep it inside a node)
     pipeline: int = 1  # stages, each a run of consecutive layers
     recompute_every: int = 0  # activation checkpointing: 0 none, 1 every layer ("full"), k every k-th layer
+    sequence_parallel: bool = False  # between attention and MLP, each tensor rank holds its part of the sequence alone
     schedule: str = "1f1b"  # of the pipeline: "1f1b" or "zero_bubble" (ZB-H1: weight gradients fill the bubble)
 
 

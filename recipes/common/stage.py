@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from recipes.common.grid import Grid
 from recipes.common.loss import vocabulary_loss
 from recipes.common.plans import TUPLE_LAYERS, Stack, find_stack
+from recipes.common.sequence_parallel import shard_sequence
 from recipes.common.tensor_parallel import Split, plan_split, split_forwards
 from recipes.common.weight_queue import WeightQueue, postpone_weight_gradients
 from recipes.common.weights import build_empty, draw_weights
@@ -134,8 +135,9 @@ class Stage(nn.Module):
             for module in base.modules():
                 if isinstance(module, AbsentEmbedding):
                     module.dtype = x.dtype
-            # only its shape and type count; what is handed on need not look like an embedding
-            embedded = x.new_zeros(*x.shape[:2], self.causal.config.get_text_config().hidden_size)
+            # only its shape and type count; what is handed on need not look like an embedding, nor hold the whole sequence
+            seq_len = x.shape[1] * (self.split.size if self.split.blocks else 1)
+            embedded = x.new_zeros(x.shape[0], seq_len, self.causal.config.get_text_config().hidden_size)
             out = base(inputs_embeds=embedded, use_cache=False, **positions)
             self._received = None
         hidden, self._sent = (out.last_hidden_state if self.is_last else self._sent), None
@@ -187,8 +189,14 @@ class Stage(nn.Module):
             return (self._received, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._received}
 
-    def _capture(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _capture(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self._sent = output[0] if isinstance(output, tuple) else output
+        if not self.split.blocks:
+            return output
+        # some families lay out anew what comes after the layers: it has to have the whole sequence's shape, and nothing else
+        seqs, part, width = self._sent.shape
+        whole = self._sent.new_zeros(()).expand(seqs, part * self.split.size, width)
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
 
 def layer_costs(causal: PreTrainedModel, stack: Stack, seq_len: int) -> tuple[list[float], float]:
@@ -248,6 +256,7 @@ def build_stage(
     z_loss: float = 0.0,
     chunk_tokens: int = 2048,
     schedule: str = "1f1b",
+    sequence_parallel: bool = False,
 ) -> Stage:
     """This rank's stage with its initial weights, on the CPU in fp32.
 
@@ -255,7 +264,7 @@ def build_stage(
     """
     causal = build_empty(config, attention)
     stack = find_stack(causal)
-    split = plan_split(causal, stack, grid.tensor)
+    split = plan_split(causal, stack, grid.tensor, sequence_parallel=sequence_parallel)
     shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
     costs, head_cost = layer_costs(causal, stack, seq_len)
     own = balance_stages(costs, head_cost, grid.pipeline)[grid.pipeline_rank]
@@ -271,6 +280,8 @@ def build_stage(
     if queue is not None:
         postpone_weight_gradients(causal.get_submodule(stack.layers), queue)
     split_forwards(causal, split, stack, grid)
+    if split.blocks:
+        shard_sequence(causal, stack, split, own, grid, recompute_every)
     for index in own:
         if recompute_every and index % recompute_every == 0:
             _recompute(causal.get_submodule(stack.layers)[index])

@@ -80,6 +80,7 @@ def train_in_layout(trial: Trial) -> dict[str, Any]:
         z_loss=trial.z_loss,
         chunk_tokens=trial.chunk_tokens,
         schedule=trial.layout.schedule,
+        sequence_parallel=trial.layout.sequence_parallel,
     )
     trainer = Trainer(stage, grid, trial.optimizer, _ds_config(trial), trial.document_end)
     losses, norms, skipped = [], [], []

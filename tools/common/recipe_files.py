@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from recipes.common.check import pipeline_schedule_problems
 from recipes.common.recipe import Layout, Recipe, RecipeError
 
 
@@ -27,22 +26,26 @@ def load_recipe(path: str) -> Recipe:
     return recipe
 
 
+_NUMBERS = ("tensor", "pipeline", "data", "recompute_every", "sequence_parallel")
+
+
 def parse_layout(text: str) -> tuple[Layout, int]:
     """(layout, data ranks) of "tensor=2,pipeline=2,data=2,recompute_every=1,schedule=zero_bubble"; sizes not said are 1."""
     values: dict[str, int | str] = {}
     for item in text.split(","):
         name, _, value = item.partition("=")
-        known = name == "schedule" or (name in ("tensor", "pipeline", "data", "recompute_every") and value.isdigit())
+        known = name == "schedule" or (name in _NUMBERS and value.isdigit())
         if not known or name in values:
             raise RecipeError(
                 "--layout",
-                [f"--layout={text!r}: {item!r} is not tensor=N, pipeline=N, data=N, recompute_every=N or schedule=NAME"],
+                [
+                    f"--layout={text!r}: {item!r} is not tensor=N, pipeline=N, data=N, recompute_every=N, sequence_parallel=0 "
+                    "or 1, or schedule=NAME"
+                ],
             )
         values[name] = value if name == "schedule" else int(value)
     data = values.pop("data", 1)
-    layout = Layout(**values)
+    layout = Layout(**values | {"sequence_parallel": bool(values.get("sequence_parallel", 0))})
     if min(data, layout.tensor, layout.pipeline) < 1:
         raise RecipeError("--layout", [f"--layout={text!r}: sizes start at 1"])
-    if problems := pipeline_schedule_problems(layout):
-        raise RecipeError("--layout", [f"--layout={text!r}: {problem}" for problem in problems])
     return layout, data

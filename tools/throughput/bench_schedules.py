@@ -71,12 +71,11 @@ class Shape:
 def measure_schedules(shape: Shape, schedules: tuple[str, ...] = SCHEDULES) -> list[Measured]:
     """Train by each of `schedules` (the first is what the others are held against) in turns on `shape.pipeline` ranks."""
     ranks = run_ranks(_rank, shape.pipeline, shape, schedules, timeout_seconds=1800.0)
-    found = []
-    for schedule in schedules:
-        seconds = [max(times) for times in zip(*(rank[schedule]["seconds"] for rank in ranks), strict=True)]
+    steps = {name: [max(times) for times in zip(*(rank[name]["seconds"] for rank in ranks), strict=True)] for name in schedules}
+    base, found = steps[schedules[0]], []
+    for schedule, seconds in steps.items():
         busy = [rank[schedule]["busy"] for rank in ranks]
         idle = [1 - statistics.mean(each) / step for step, *each in zip(seconds, *busy, strict=True)]
-        base = seconds if not found else base
         found.append(
             Measured(
                 schedule=schedule,
