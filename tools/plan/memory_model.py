@@ -1,0 +1,96 @@
+"""The memory of a pipeline stage by class, and what the driver shows for it.
+
+Weights, gradients and optimizer states follow from the precision and the ZeRO stage. Of activations, stage i of p keeps those
+of min(p - i, micro batches) micro batches (1F1B), beside the working set of one layer and of the loss. To that come what
+libraries take (CUDA context, NCCL's buffers, ZeRO's buckets) and what PyTorch's caching allocator holds without using it: much
+while memory is plenty, next to nothing when it runs out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tools.plan.devices import GIB
+from tools.plan.fitting import fit_map
+
+CONTEXT_BYTES = 0.6 * GIB  # CUDA context and cuBLAS workspaces
+GROUP_BYTES = 0.5 * GIB  # NCCL's buffers, a process group
+
+# name -> (value by first principles, width of the prior)
+TERMS: dict[str, tuple[float, float]] = {
+    "states": (1.03, 0.15),  # weights, gradients, optimizer: flattening pads and aligns
+    "stored": (1.0, 0.3),  # activations that wait for their backward pass
+    "working": (1.0, 0.5),  # one layer's own activations
+    "loss": (1.0, 0.5),  # logits and their gradients
+    "libraries": (1.0, 0.5),
+    "held": (0.3, 1.0),  # share of freed activations that the allocator keeps
+}
+PRIOR = np.array([value for value, _ in TERMS.values()])
+WIDTHS = np.array([width for _, width in TERMS.values()])
+NOISE = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageBytes:
+    """One stage's bytes on one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    stored: float  # activations of the micro batches in flight
+    working: float
+    loss: float
+    in_flight: int
+
+    @property
+    def states(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCase:
+    """A layout's stages, and what they have in common."""
+
+    stages: tuple[StageBytes, ...]
+    libraries: float  # bytes
+    capacity: float  # bytes
+
+
+def library_bytes(groups: int, bucket_elements: float, gradient_bytes: float) -> float:
+    """CUDA, NCCL, and ZeRO's buckets: of gradients one filling, one sent and one flattened, of 16-bit weights two gathered."""
+    return CONTEXT_BYTES + GROUP_BYTES * groups + bucket_elements * (3.0 * gradient_bytes + 2.0 * 2.0)
+
+
+def stage_totals(terms: np.ndarray, case: MemoryCase) -> np.ndarray:
+    """Bytes [stages] that the driver would show at the peak."""
+    k = dict(zip(TERMS, terms, strict=True))
+    states = np.array([k["states"] * stage.states for stage in case.stages])
+    moving = np.array([k["stored"] * s.stored + k["working"] * s.working + k["loss"] * s.loss for s in case.stages])
+    need = states + moving + k["libraries"] * case.libraries
+    return need + k["held"] * moving * np.maximum(1.0 - need / case.capacity, 0.0)
+
+
+def peak_bytes(terms: np.ndarray, cases: Sequence[MemoryCase]) -> np.ndarray:
+    """Bytes [n] of each case's fullest stage."""
+    return np.array([stage_totals(terms, case).max() for case in cases])
+
+
+def fit_memory(cases: Sequence[MemoryCase], measured: np.ndarray, prior: np.ndarray = PRIOR) -> np.ndarray:
+    """Terms that best explain `measured` bytes [n]."""
+    return fit_map(lambda terms: peak_bytes(terms, cases), measured, prior, WIDTHS, noise=NOISE)
+
+
+def state_bytes(precision: str, zero_stage: int, data: int, *, offload: bool = False) -> tuple[float, float, float]:
+    """Bytes a parameter of (weights, gradients, optimizer states) under AdamW, as our ds_configs set DeepSpeed up.
+
+    Gradients add up in fp32. `tests/test_plan_memory.py` holds these against the tensors of real engines.
+    """
+    half = precision != "fp32"
+    weights, masters = (2.0 if half else 4.0), 12.0 / data
+    if zero_stage == 3:
+        return weights / data, 4.0 / data + (2.0 / data if half else 0.0), 0.0 if offload else masters
+    gradients = 4.0 if zero_stage <= 1 else 4.0 / data
+    return weights, gradients, 0.0 if offload else masters
