@@ -13,7 +13,8 @@ from tools.plan.time_model import Cases
 _BUCKET_ELEMENTS = 5e8  # DeepSpeed's default
 _GROUPS = 6  # Megatron-DeepSpeed: tensor, pipeline, data, model, embedding, world
 _FSDP_GROUPS = 2
-_SCORE_BYTES = 30.0  # a score: written, masked, softmaxed, dropped out and read again, forward and backward, in 16 bits
+TRAFFIC_PER_SAVED = 6.0  # a saved byte is written and read about three times, forward and backward
+SCORE_BYTES = 30.0  # a score: written, masked, softmaxed, dropped out and read again, forward and backward, in 16 bits
 
 
 def time_cases(rows: Sequence[Row], *, by_table: bool = False) -> Cases:
@@ -38,7 +39,8 @@ def time_cases(rows: Sequence[Row], *, by_table: bool = False) -> Cases:
         matrices=layer_params,
         scores=2.0 * hidden * seq_len * np.where(flash, 0.5, 1.0),
         misaligned=(hidden % heads + hidden // heads % 8 > 0) * 1.0,
-        score_bytes=np.where(flash, 0.0, heads * seq_len * _SCORE_BYTES),
+        traffic=TRAFFIC_PER_SAVED * hidden * (10.0 + 24.0 / tensor)
+        + np.where(flash, 0.0, heads * seq_len * SCORE_BYTES / tensor),
         head=vocab_params,
         passes=each("passes"),
         tensor=tensor,

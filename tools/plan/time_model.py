@@ -16,22 +16,22 @@ from tools.plan.fitting import distinct, fit_map
 
 # name -> (value by first principles, width: how far a fit may move it, as the standard deviation of its logarithm)
 TERMS: dict[str, tuple[float, float]] = {
-    "gemm": (0.65, 0.4),  # share of the peak that a wide matrix product reaches
+    "gemm": (0.65, 0.2),  # share of the peak that a wide matrix product reaches
     "narrow": (200.0, 1.0),  # columns a tensor rank holds at which that share has halved
-    "attention": (0.4, 0.6),  # share of the peak in attention's products
+    "attention": (0.4, 0.3),  # share of the peak in attention's products
     "misaligned": (1.2, 0.2),  # x a layer's time where a head's width is no multiple of 8: matrix units want that
-    "head": (0.65, 0.4),  # share of the peak in the vocabulary's product
-    "memory": (0.7, 0.4),  # share of memory bandwidth in everything elementwise
+    "head": (0.65, 0.3),  # share of the peak in the vocabulary's product
+    "memory": (0.7, 0.3),  # share of memory bandwidth in everything elementwise
     "launch_seconds": (1e-3, 1.0),  # host time to launch one layer's forward and backward pass
     "launch_tensor_seconds": (3e-4, 1.0),  # and more with tensor parallelism
-    "blend": (3.0, 0.7),  # exponent of the smooth maximum of GPU and host time
+    "blend": (3.0, 0.5),  # exponent of the smooth maximum of GPU and host time
     "tensor_latency": (2e-5, 1.0),  # seconds a hop of an all-reduce
-    "tensor_link": (0.75, 0.7),  # share of the links in a node, tensor all-reduce
-    "tensor_network": (3.2, 0.7),  # share of one GPU's network, tensor all-reduce over nodes (all adapters serve one ring)
+    "tensor_link": (0.75, 0.3),  # share of the links in a node, tensor all-reduce
+    "tensor_network": (3.2, 0.5),  # share of one GPU's network, tensor all-reduce over nodes (all adapters serve one ring)
     "pipe_latency": (3e-5, 1.0),
-    "pipe_rate": (0.8, 1.0),  # share of link or network between stages
-    "data_link": (0.5, 0.7),
-    "data_network": (0.8, 0.7),
+    "pipe_rate": (0.8, 0.7),  # share of link or network between stages
+    "data_link": (0.5, 0.5),
+    "data_network": (0.8, 0.5),
     "optimizer": (1.0, 1.0),  # x 20 bytes a parameter at memory bandwidth
     "constant_seconds": (5e-3, 1.0),
 }
@@ -51,7 +51,7 @@ class Cases:
     matrices: np.ndarray  # multiply-adds a token, a layer
     scores: np.ndarray  # multiply-adds a token, a layer, in attention's two products
     misaligned: np.ndarray  # 1 where a head's width is no multiple of 8, else 0
-    score_bytes: np.ndarray  # memory traffic of scores, a token, a layer; 0 with flash attention
+    traffic: np.ndarray  # bytes a token, a layer, a tensor rank, that elementwise work moves, forward and backward
     head: np.ndarray  # multiply-adds a token
     passes: np.ndarray  # forward passes' worth of work a layer does: 3, or 4 with full recomputation
     tensor: np.ndarray
@@ -109,8 +109,7 @@ def _micro_batch(k: dict[str, float], c: Cases, effects: np.ndarray | float) -> 
     rate = k["gemm"] * c.peak * columns / (columns + k["narrow"])
     matrices = 2.0 * c.passes * c.tokens * c.matrices / c.tensor / rate
     attention = 2.0 * c.passes * c.tokens * c.scores / c.tensor / (k["attention"] * c.peak)
-    traffic = c.tokens * (c.hidden * 60.0 + c.matrices / c.hidden * 11.7 / c.tensor + c.score_bytes / c.tensor)
-    elementwise = traffic * c.passes / 3.0 / (k["memory"] * c.bandwidth)
+    elementwise = c.tokens * c.traffic * c.passes / 3.0 / (k["memory"] * c.bandwidth)
     gpu = matrices + attention + elementwise
     split = c.tensor > 1
     host = (k["launch_seconds"] + split * k["launch_tensor_seconds"]) * c.passes / 3.0
