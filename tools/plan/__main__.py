@@ -18,7 +18,7 @@ import argparse
 
 from recipes.common.recipe import RecipeError
 from tools.common.console import UsageError, exit_code
-from tools.plan import fit, search, validate
+from tools.plan import calibrate, fit, search, validate
 from tools.plan.devices import DEVICES
 
 
@@ -51,6 +51,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     model(one)
     one.add_argument("--micro-seqs", type=int, help="sequences in a micro batch (default: the recipe's)")
+    short = verb("calibrate", "two short runs on this machine, and the terms that explain them")
+    short.add_argument("recipe", metavar="RECIPE", help="a recipe file")
+    short.add_argument("--gpu-type", required=True, help="what this machine has (CPU where there is no GPU)")
+    short.add_argument("--layout", default="tensor=1", help="as for `explain`; as many ranks as that are run (default: one)")
+    short.add_argument("--layers", type=int, help="run only the first layers of the model (default: all)")
+    short.add_argument("--steps", type=int, default=5, help="timed steps of each run (default: %(default)s)")
+    short.add_argument("--out", type=Path, required=True, metavar="FILE")
     fitted = verb("fit", "write the terms' values from published tables")
     fitted.add_argument("csv", type=Path, nargs="+", metavar="CSV")
     fitted.add_argument("--out", type=Path, required=True, metavar="FILE")
@@ -71,7 +78,13 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code(work)
 
 
-VERBS = {"search": search.search, "explain": search.explain, "validate": validate.run, "fit": fit.run}
+VERBS = {
+    "search": search.search,
+    "explain": search.explain,
+    "calibrate": calibrate.run,
+    "fit": fit.run,
+    "validate": validate.run,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

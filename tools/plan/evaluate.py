@@ -102,8 +102,8 @@ def _too_large(case: MemoryCase, totals: np.ndarray) -> str:
     worst = int(totals.argmax())
     stage = case.stages[worst]
     return (
-        f"memory: stage {worst} needs {totals[worst] / GIB:.0f} of {case.capacity / GIB:.0f} GiB (weights, gradients and optimizer "
-        f"{stage.states / GIB:.0f}, activations of {stage.in_flight} micro batches {stage.stored / GIB:.0f})"
+        f"memory: stage {worst} needs {totals[worst] / GIB:.0f} of {case.capacity / GIB:.0f} GiB (weights, gradients and "
+        f"optimizer {stage.states / GIB:.0f}, activations of {stage.in_flight} micro batches {stage.stored / GIB:.0f})"
     )
 
 

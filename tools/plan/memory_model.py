@@ -84,17 +84,19 @@ def fit_memory(cases: Sequence[MemoryCase], measured: np.ndarray, prior: np.ndar
     return fit_map(lambda terms: peak_bytes(terms, cases), measured, prior, WIDTHS, noise=NOISE)
 
 
-def state_bytes(precision: str, zero_stage: int, data: int, *, offload: bool = False) -> tuple[float, float, float]:
-    """Bytes a parameter of (weights, gradients, optimizer states) under AdamW, as our ds_configs set DeepSpeed up.
+def state_bytes(
+    precision: str, zero_stage: int, data: int, *, moments: int = 2, offload: bool = False
+) -> tuple[float, float, float]:
+    """Bytes a parameter of (weights, gradients, optimizer states), as our ds_configs set DeepSpeed up.
 
-    Gradients add up in fp32. `tests/test_plan_memory.py` holds these against the tensors of real engines.
+    `moments`: fp32 states that the optimizer keeps beside the fp32 masters (AdamW 2). Gradients add up in fp32: whole up to
+    ZeRO 1; under ZeRO 2 each rank's own part, beside whole ones in the precision of the weights. `tests/test_plan_memory.py`
+    holds these against the tensors of real engines.
     """
-    half = precision != "fp32"
-    weights, masters = (2.0 if half else 4.0), 12.0 / data
+    weights, masters = (4.0 if precision == "fp32" else 2.0), (0.0 if offload else (4.0 + 4.0 * moments) / data)
     if zero_stage == 3:
-        return weights / data, 4.0 / data + (2.0 / data if half else 0.0), 0.0 if offload else masters
-    gradients = 4.0 if zero_stage <= 1 else 4.0 / data
-    return weights, gradients, 0.0 if offload else masters
+        return weights / data, 4.0 / data, masters
+    return weights, (4.0 if zero_stage <= 1 else weights + 4.0 / data), masters
 
 
 def interval(peak: float, spread: float | None = None) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import torch
 from recipes.common.ds_config import precision, zero_stage
 from recipes.common.flops import ModelWork, model_work, training_flops
 from recipes.common.plans import PlanError, Stack, find_stack
-from recipes.common.recipe import Layout, Recipe
+from recipes.common.recipe import AdamW, Layout, Recipe
 from recipes.common.stage import balance_stages, layer_costs
 from recipes.common.tensor_parallel import plan_split
 from recipes.common.weights import build_empty
@@ -123,7 +123,8 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
     zero, half = zero_stage(facts.ds_config), precision(facts.ds_config)
     zero_options = facts.ds_config.get("zero_optimization", {})
     offload = "offload_optimizer" in zero_options
-    weights, gradients, optimizer = state_bytes(half, zero, candidate.data, offload=offload)
+    moments = 2 if isinstance(recipe.optimizer, AdamW) else int(recipe.optimizer.momentum > 0)
+    weights, gradients, optimizer = state_bytes(half, zero, candidate.data, moments=moments, offload=offload)
     counts = facts.rank_params(layout.tensor)
     micro_batches = recipe.batch.global_seqs // (candidate.micro_seqs * candidate.data)
     width = _DTYPES[half].itemsize

@@ -105,7 +105,7 @@ def _state_bytes(row: Row) -> tuple[float, float, float]:
     """Bytes a parameter of (weights, gradients, optimizer).
 
     Megatron-DeepSpeed in bf16: 16-bit weights and gradients, an fp32 sum of gradients, 12 bytes of fp32 states over the data
-    ranks. In fp16 the fp32 gradients belong to the sharded part. FSDP: fp32 all, sharded; under a pipeline weights and
+    ranks. In fp16 the fp32 gradients belong to the sharded part; without ZeRO a flat 16-bit copy of them comes on top. FSDP: fp32 all, sharded; under a pipeline weights and
     gradients stay whole between micro batches. Megatron alone: 18 bytes.
     """
     ranks = row.data * row.sequence_share
@@ -116,7 +116,7 @@ def _state_bytes(row: Row) -> tuple[float, float, float]:
         return 2.0, 6.0, 12.0 / ranks
     if row.zero_stage == 0 and not row.table.endswith("fp16"):
         return 2.0, 4.0, 12.0
-    return 2.0, 2.0, 16.0 / (ranks if row.zero_stage else 1)
+    return (2.0, 2.0, 16.0 / ranks) if row.zero_stage else (2.0, 4.0, 16.0)
 
 
 def _stage_layers(row: Row) -> list[int]:

@@ -80,6 +80,11 @@ class Row:
         return gpt if abs(self.layers * gpt + self.hidden * self.vocab - self.params) < 0.08 * self.params else stated
 
 
+def memory_table(row: Row) -> str:
+    """The table of a row's memory, which 8-bit products do not change: weights, gradients and states stay as they are."""
+    return row.table.removesuffix(" fp8")
+
+
 def read_rows(path: Path) -> list[Row]:
     """All rows of a CSV that say enough to be predicted. Raises UsageError for a file of other columns."""
     try:

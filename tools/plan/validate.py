@@ -3,6 +3,7 @@
 Protocol. Nothing fitted beforehand is used: the models start from data sheets and formulas (`TERMS`), which are also judged by
 themselves ("first principles": no row of any table is seen).
 - Memory: each table (one software, GPU and precision) by leave-one-out: a row is predicted by a fit of its table's other rows.
+  Rows whose memory their authors computed on paper (the note gives its parts) are no measurements and stay out.
 - Out of memory: each such row by the fit of all rows of its table that report memory (they are other rows by nature); it is
   called when the peak, or its 90 % interval, reaches the GPU's memory. Rows that ran count as false calls when the peak does.
 - Time, vTrain's tables: 5 folds drawn at random (seed 0) over rows. Rows of one layer shape may be on both sides; the error
@@ -27,7 +28,7 @@ from tools.common.console import GOOD, UsageError, table
 from tools.plan.fitting import distinct, error_summary, folds, held_out
 from tools.plan.memory_model import PRIOR, fit_memory, interval, peak_bytes
 from tools.plan.table_cases import memory_case, time_cases
-from tools.plan.tables import Row, read_rows
+from tools.plan.tables import Row, memory_table, read_rows
 from tools.plan.time_model import FIRST_PRINCIPLES, fit_time
 
 FOLDS = 5
@@ -64,8 +65,8 @@ def validate_file(path: Path, rows: Sequence[Row]) -> list[dict]:
         results += _published_times(path, timed) if published else [_vtrain_times(path, timed)]
     groups = defaultdict(list)
     for row in rows:
-        if row.memory or row.out_of_memory:
-            groups[row.table].append(row)
+        if (row.memory and not row.arithmetic) or row.out_of_memory:
+            groups[memory_table(row)].append(row)
     return results + [_memory(path, name, group) for name, group in sorted(groups.items())]
 
 
@@ -174,15 +175,10 @@ def _text(results: list[dict]) -> str:
         if of:
             header = [title, "rows", "first principles", "held out", "median", "p90", "worst", "bias"]
             lines += [table([_cells(result) for result in of], header), _overall(of), ""]
+    lines += _regrets(results)
     for result in results:
         if "unseen_shapes" in result:
             lines.append(f"{result['table']}: {result['unseen_shapes']['mean']:.1%} with whole layer shapes left out")
-        regret = result.get("regret", {"groups": 0})
-        if regret["groups"]:
-            lines.append(
-                f"{result['table']}: choosing the layout costs {regret['mean']:.2%} on average ({regret['groups']} groups, worst "
-                f"{regret['worst']:.1%}, the best chosen in {regret['best_chosen']:.0%})"
-            )
         for row in result.get("out_of_memory", []):
             verdict = "called" if row["called_by_peak"] else "called by its interval" if row["called"] else "MISSED"
             lines.append(
@@ -191,6 +187,21 @@ def _text(results: list[dict]) -> str:
         if result.get("false_calls"):
             lines.append(f"{result['table']}: {result['false_calls']} rows that ran were called out of memory")
     return "\n".join(lines)
+
+
+def _regrets(results: list[dict]) -> list[str]:
+    of = [result for result in results if result.get("regret", {"groups": 0})["groups"]]
+    lines = [
+        f"{result['table']}: choosing the layout costs {regret['mean']:.2%} on average ({regret['groups']} groups, worst "
+        f"{regret['worst']:.1%}, the best chosen in {regret['best_chosen']:.0%})"
+        for result in of
+        for regret in [result["regret"]]
+    ]
+    if len(of) > 1:
+        count = sum(result["regret"]["groups"] for result in of)
+        mean = sum(result["regret"]["mean"] * result["regret"]["groups"] for result in of) / count
+        lines.append(f"all {count} groups: choosing the layout costs {mean:.2%} on average")
+    return lines
 
 
 def _cells(result: dict) -> list[object]:
