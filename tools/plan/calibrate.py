@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import statistics
 import time
 from dataclasses import replace
@@ -43,28 +44,26 @@ def run(flags: argparse.Namespace) -> int:
     if flags.steps < 1:
         raise UsageError(f"--steps={flags.steps}: must be 1 or more")
     recipe = _shorten(load_recipe(flags.recipe), flags.layers)
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for GPUs must not start CUDA: ranks are forked from here
     kind = "cuda" if torch.cuda.is_available() and device.name != "CPU" else "cpu"
     world = layout.tensor * layout.pipeline * data
     if kind == "cuda" and world > torch.cuda.device_count():
         raise UsageError(f"--layout={flags.layout}: needs {world} GPUs, this machine has {torch.cuda.device_count()}")
     if kind == "cpu" and device.name != "CPU":
         raise UsageError(f"--gpu-type={device.name}: this machine has no GPU that torch can use; calibrate on one, or for CPU")
-    runs = []
-    for micro_seqs in (recipe.batch.micro_seqs, 2 * recipe.batch.micro_seqs):
-        candidate = Candidate(layout=layout, data=data, micro_seqs=micro_seqs)
-        micro_batches = 2 * layout.pipeline
-        tried = replace(
-            recipe,
-            batch=Batch(seq_len=recipe.batch.seq_len, micro_seqs=micro_seqs, global_seqs=micro_seqs * data * micro_batches),
-        )
-        facts = read_model(tried, load_ds_config(recipe.deepspeed))
+    tries = [_try(recipe, Candidate(layout=layout, data=data, micro_seqs=k * recipe.batch.micro_seqs)) for k in (1, 2)]
+    measured = []
+    for tried, candidate in tries:  # all ranks are forked before this process computes anything
         try:
-            measured = run_ranks(measure, world, tried, candidate, kind, flags.steps, timeout_seconds=3600.0)
+            ranks = run_ranks(measure, world, tried, candidate, kind, flags.steps, timeout_seconds=3600.0)
         except RankError as error:
-            raise UsageError(
-                f"micro_seqs={micro_seqs} did not run; lower the recipe's micro_seqs or use --layers\n{error}"
-            ) from error
-        runs.append((facts, candidate, max(m["seconds"] for m in measured), max(m["bytes"] for m in measured)))
+            cure = "lower the recipe's micro_seqs or use --layers"
+            raise UsageError(f"micro_seqs={candidate.micro_seqs} did not run; {cure}\n{error}") from error
+        measured.append((max(rank["seconds"] for rank in ranks), max(rank["bytes"] for rank in ranks)))
+    runs = [
+        (read_model(tried, load_ds_config(recipe.deepspeed)), candidate, *figures)
+        for (tried, candidate), figures in zip(tries, measured, strict=True)
+    ]
     coefficients, rows = calibrated(runs, device, shipped)
     write_coefficients(flags.out, coefficients)
     if flags.json:
@@ -85,6 +84,14 @@ def _shorten(recipe: Recipe, layers: int | None) -> Recipe:
     fields = recipe.model.to_dict()
     per_layer = {name: value[:layers] for name, value in fields.items() if isinstance(value, list) and len(value) == depth}
     return replace(recipe, model=type(recipe.model).from_dict(fields | per_layer | {"num_hidden_layers": layers}))
+
+
+def _try(recipe: Recipe, candidate: Candidate) -> tuple[Recipe, Candidate]:
+    """The recipe with a batch of two micro batches a stage."""
+    seqs = candidate.micro_seqs * candidate.data * 2 * candidate.layout.pipeline
+    return replace(
+        recipe, batch=Batch(seq_len=recipe.batch.seq_len, micro_seqs=candidate.micro_seqs, global_seqs=seqs)
+    ), candidate
 
 
 def measure(recipe: Recipe, candidate: Candidate, kind: str, steps: int) -> dict[str, float]:

@@ -12,7 +12,6 @@ from recipes.common.ds_config import ds_config_path, ds_config_problems, precisi
 from recipes.common.proof import cut_problems
 from recipes.common.recipe import Layout
 from recipes.common.schedules import tokens_of_run
-from tools.common.local_ranks import run_ranks
 from tools.plan.coefficients import Coefficients
 from tools.plan.devices import GIB, Device
 from tools.plan.memory_model import MemoryCase, interval, stage_totals
@@ -142,7 +141,7 @@ def pipeline_problems(facts: ModelFacts, pipelines: set[int]) -> dict[int, str]:
     file, found = ds_config_path(recipe.deepspeed), {}
     uncut = []
     if any(1 < size <= depth for size in pipelines):  # whether the family survives being cut is asked of a tiny model, once
-        uncut = run_ranks(cut_problems, 1, recipe.model, Layout(pipeline=2), recipe.attention)[0]
+        uncut = cut_problems(recipe.model, Layout(pipeline=2), recipe.attention)
     for size in pipelines:
         layout = Layout(pipeline=size)
         if size > depth:

@@ -25,7 +25,7 @@ HALF = ("fp16", "bf16")
 
 
 def run(flags: argparse.Namespace) -> int:
-    rows = {path: read_rows(path) for path in flags.csv}
+    rows = {path: read_rows(path)[0] for path in flags.csv}
     timed = [row for of in rows.values() for row in of if row.seconds and row.precision in HALF and not row.sharded]
     weighed = [row for of in rows.values() for row in of if row.memory and not row.arithmetic]
     if len(timed) < FOLDS or len(weighed) < FOLDS:

@@ -105,8 +105,8 @@ def _state_bytes(row: Row) -> tuple[float, float, float]:
     """Bytes a parameter of (weights, gradients, optimizer).
 
     Megatron-DeepSpeed in bf16: 16-bit weights and gradients, an fp32 sum of gradients, 12 bytes of fp32 states over the data
-    ranks. In fp16 the fp32 gradients belong to the sharded part; without ZeRO a flat 16-bit copy of them comes on top. FSDP: fp32 all, sharded; under a pipeline weights and
-    gradients stay whole between micro batches. Megatron alone: 18 bytes.
+    ranks. In fp16 the fp32 gradients belong to the sharded part; without ZeRO a flat 16-bit copy of them comes on top. FSDP: fp32
+    all, sharded; under a pipeline weights and gradients stay whole between micro batches. Megatron alone: 18 bytes.
     """
     ranks = row.data * row.sequence_share
     if row.sharded:

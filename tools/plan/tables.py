@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recipes.common.flops import sc21_eq3
@@ -27,7 +27,7 @@ _PUBLISHED = {"source", "model", "params_B", "gpus", "gpu_type", "tp", "pp", "me
 _NUMBERS = ("params_B", "layers", "hidden", "heads", "seq", "vocab", "gpus", "tp", "pp", "dp", "global_batch", "micro_batch",
             "tflops_per_gpu", "step_time_s", "mem_gb")  # fmt: skip
 _FLASH = ("pytorch/torchtitan", "mosaicml/", "NVIDIA-NeMo/", "NVIDIA/Megatron-LM README images/model_table", "glennklockwood")
-_GPU = re.compile(r"(?:DGX-)?([a-z]+\d+[a-z]?)(?:[-_ ]?(\d+)GB)?.*", re.IGNORECASE)
+_GPU = re.compile(r"(?:DGX-)?([a-z]+\d+[a-z]?)(?![a-z0-9])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,7 @@ class Row:
     seconds: float | None = None
     memory: float | None = None  # bytes
     out_of_memory: bool = False
+    disputed: bool = False  # its time and its TFLOP/s disagree by over a quarter: a figure of the row is wrong
 
     @property
     def micro_batches(self) -> int:
@@ -85,8 +86,8 @@ def memory_table(row: Row) -> str:
     return row.table.removesuffix(" fp8")
 
 
-def read_rows(path: Path) -> list[Row]:
-    """All rows of a CSV that say enough to be predicted. Raises UsageError for a file of other columns."""
+def read_rows(path: Path) -> tuple[list[Row], int]:
+    """(the rows of a CSV that say enough to be predicted, how many others). Raises UsageError for a file of other columns."""
     try:
         with path.open(newline="") as file:
             records = list(csv.DictReader(file))
@@ -94,10 +95,11 @@ def read_rows(path: Path) -> list[Row]:
         raise UsageError(f"{path}: cannot be read ({error})") from error
     columns = set(records[0]) if records else set()
     if columns >= _VTRAIN:
-        return [_vtrain_row(path, number, record) for number, record in enumerate(records, start=2)]
+        return [_vtrain_row(path, number, record) for number, record in enumerate(records, start=2)], 0
     if columns >= _PUBLISHED:
-        found = (_published_row(path, number, record) for number, record in enumerate(records, start=2))
-        return [row for row in found if row is not None]
+        found = [_published_row(path, number, record) for number, record in enumerate(records, start=2)]
+        rows = [row for row in found if row is not None]
+        return rows, len(found) - len(rows)
     raise UsageError(
         f"{path}: its columns are neither those of published_runs.csv nor of vTrain's tables; found {sorted(columns)}"
     )
@@ -107,13 +109,19 @@ def _number(path: Path, line: int, record: dict[str, str], column: str) -> float
     text = (record.get(column) or "").strip()
     if not text:
         return None
-    try:
-        value = float(text)
-    except ValueError:
-        raise UsageError(f"{path}, line {line}: {column}={text!r} is not a number") from None
-    if not (math.isfinite(value) and value > 0):
-        raise UsageError(f"{path}, line {line}: {column}={text!r} must be over 0")
+    value = _positive(text)
+    if value is None:
+        raise UsageError(f"{path}, line {line}: {column}={text!r} is not a number over 0")
     return value
+
+
+def _positive(text: str | None) -> float | None:
+    """A published table says some things in words: what is no number over 0 is not said."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value > 0 else None
 
 
 def _vtrain_row(path: Path, line: int, record: dict[str, str]) -> Row:
@@ -132,7 +140,7 @@ def _vtrain_row(path: Path, line: int, record: dict[str, str]) -> Row:
 
 
 def _published_row(path: Path, line: int, record: dict[str, str]) -> Row | None:
-    values = {name: _number(path, line, record, name) for name in _NUMBERS}
+    values = {name: _positive(record.get(name)) for name in _NUMBERS}
     note, model = record["memory_note"], record["model"]
     device = _device(record["gpu_type"])
     if device is None or not (values["params_B"] and values["gpus"] and values["tp"] and values["pp"] and values["seq"]):
@@ -177,26 +185,28 @@ def _recompute(text: str) -> str:
 
 
 def _device(text: str) -> Device | None:
-    match = _GPU.fullmatch(text.strip())
-    if match is None:
-        return None
-    kind, size = match[1].upper(), match[2]
-    named = [device for device in DEVICES if device.name.partition("-")[0] == kind]
-    exact = [device for device in named if size is not None and device.name == f"{kind}-{size}"]
-    return exact[0] if exact else next(iter(named), None)
+    """ "A100-80GB", "h100_80gb", "DGX-GB200": the GPU of that name, and of the memory nearest to the one it states."""
+    kind = _GPU.match(text.strip())
+    named = [device for device in DEVICES if kind and device.name.partition("-")[0] == kind[1].upper()]
+    size = re.search(r"(\d+)\s*GB", text, re.IGNORECASE)
+    if size and named:
+        return min(named, key=lambda device: abs(device.memory / GIB - float(size[1])))
+    return next((device for device in named if "-" not in device.name), named[-1] if named else None)
 
 
 def _with_seconds(row: Row, values: dict[str, float | None], note: str) -> Row:
     """The step's time as measured, or from tokens a second, or from TFLOP/s (eq. 3 of SC21 where recomputation counts)."""
+    if values["global_batch"] is None:
+        return row
     tokens = row.global_seqs * row.seq_len
     rate = re.search(r"([\d.]+) tokens/s/GPU", note)
-    seconds = values["step_time_s"]
-    if seconds is None and values["global_batch"] is None:
-        return row
-    if seconds is None and rate:
-        seconds = tokens / (float(rate[1]) * row.gpus)
-    elif seconds is None and values["tflops_per_gpu"]:
+    from_flops = None
+    if values["tflops_per_gpu"]:
         shape = (row.layers, row.hidden, row.vocab, row.seq_len)
-        flops = sc21_eq3(*shape) if row.recompute == "full" else 6.0 * row.params + 6.0 * row.layers * row.hidden * row.seq_len
-        seconds = flops * tokens / (values["tflops_per_gpu"] * 1e12 * row.gpus)
-    return Row(**{**vars(row), "seconds": seconds})
+        full = row.recompute == "full"
+        flops = sc21_eq3(*shape) if full else 6.0 * row.params + 6.0 * row.layers * row.hidden * row.seq_len
+        from_flops = flops * tokens / (values["tflops_per_gpu"] * 1e12 * row.gpus)
+    measured = values["step_time_s"]
+    if measured and from_flops and not 0.8 < measured / from_flops < 1.25:
+        return replace(row, disputed=True)
+    return replace(row, seconds=measured or (tokens / (float(rate[1]) * row.gpus) if rate else from_flops))

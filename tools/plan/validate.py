@@ -10,6 +10,7 @@ themselves ("first principles": no row of any table is seen).
   with whole shapes left out is printed too. Published rows: 5 folds over all of them, with one factor for each table.
 - Regret: among the rows of one model, GPU count and global batch, the time of the row that its held-out prediction would choose
   over the time of the best, less one.
+Rows whose time and TFLOP/s disagree by over a quarter are left out, and counted on stderr.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ class Prediction:
 
 
 def run(flags: argparse.Namespace) -> int:
-    tables = {path: read_rows(path) for path in flags.csv}
+    tables = {}
+    for path in flags.csv:
+        tables[path], silent = read_rows(path)
+        if silent:
+            _progress(f"{path.name}: {silent} rows left out: no GPU that is known, or no layout, sequence length or size")
     empty = [str(path) for path, rows in tables.items() if not any(r.seconds or r.memory or r.out_of_memory for r in rows)]
     if empty:
         raise UsageError(f"{', '.join(empty)}: no row says enough to be predicted")
@@ -59,6 +64,8 @@ def run(flags: argparse.Namespace) -> int:
 def validate_file(path: Path, rows: Sequence[Row]) -> list[dict]:
     """One result for each table and quantity: errors, and every prediction."""
     timed = [row for row in rows if row.seconds]
+    if disputed := sum(row.disputed for row in rows):
+        _progress(f"{path.name}: {disputed} rows left out: their time and their TFLOP/s disagree by over a quarter")
     results = []
     if timed:
         published = len({row.table for row in timed}) > 1 or timed[0].table != path.stem
