@@ -170,13 +170,13 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
             problems.append(f"layout tensor={layout.tensor}: {error}; use a tensor size that fits, or tensor=1")
         else:
             problems += sequence_problems(recipe.model, layout, recipe.attention)
-        problems += _group_problems(recipe, causal, stack, layout)
+        problems += group_problems(recipe, causal, stack, layout)
     if not problems and recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
         problems += masking_problems(recipe.model, recipe.attention)
     return problems or cut_problems(recipe.model, layout, recipe.attention)
 
 
-def _group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:
+def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:
     """Every stage must hold both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
     layers = causal.get_submodule(stack.layers)
     kinds = {p.ndim < 2 for p in causal.parameters()}
