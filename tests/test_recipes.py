@@ -143,3 +143,14 @@ def test_the_numerics_gate_passes_at_tiny_width(name):
     rows = verify(trial)
     assert [row.what for row in rows] == ["loss", "gradient norm", "parameter", "gradient, fp32"]
     assert [row for row in rows if not row.passed] == []
+
+
+def test_the_shelf_table_is_the_shelf():
+    """recipes/README.md: a row for each recipe, with its own parameters and layouts."""
+    rows = {}
+    for line in (ROOT / "recipes" / "README.md").read_text().splitlines():
+        if line.startswith("| `"):
+            name, params, layouts, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+            rows[name.strip("`")] = (params, layouts)
+    wanted = {name: (f"{r.num_params:,}", ", ".join(map(str, r.layouts))) for name, r in RECIPES.items()}
+    assert rows == wanted
