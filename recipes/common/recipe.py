@@ -25,6 +25,9 @@ class RecipeError(ValueError):
         super().__init__(f"{title}:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
+SCHEDULES = ("1f1b", "zero_bubble")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How one replica of the model is cut. Data parallelism fills the rest of the world."""
@@ -32,6 +35,8 @@ class Layout:
     tensor: int = 1  # ranks that share each layer's matrices (innermost: keep it inside a node)
     pipeline: int = 1  # stages, each a run of consecutive layers
     recompute_every: int = 0  # activation checkpointing: 0 none, 1 every layer ("full"), k every k-th layer
+    sequence_parallel: bool = False  # between attention and MLP, each tensor rank holds its part of the sequence alone
+    schedule: str = "1f1b"  # of the pipeline: "1f1b" or "zero_bubble" (ZB-H1: weight gradients fill the bubble)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +153,29 @@ class Checkpoints:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Monitor:
+    """What is watched while training: statistics go to `tensor_stats/` and into the step's line (recipes.common.monitor)."""
+
+    every_steps: int = 1  # norms of gradients, weights and updates, by parameter; 0: never
+    activations_every_steps: int = 10  # outputs, attention logits and router load, by layer; 0: never
+    drift_every_steps: int = 100  # whether copies of one parameter are still equal on all ranks; 0: never
+    on_drift: str = "stop"  # or "log"
+    max_nonfinite_steps: int = 3  # a step with a NaN or an infinity is skipped; after so many in a row the run stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reaction:
+    """What to do about an event that the detectors call actionable (recipes.common.reaction). A black box is left in any case."""
+
+    # "log"; "skip": a step whose gradient norm is off its curve changes no weight; "rewind": back to a checkpoint before the
+    # onset, the suspect sequences left out
+    action: str = "log"
+    max_rewinds: int = 3  # in a row, without getting past the step that went wrong; then the run stops
+    lr_factor: float = 1.0  # after a rewind the learning rate is multiplied by this ...
+    lr_steps: int = 0  # ... for so many steps
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     name: str
     model: PreTrainedConfig  # any transformers config of a decoder
@@ -167,6 +195,8 @@ class Recipe:
     mask_documents: bool = False  # in packed sequences, attention stays inside each document and positions restart
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    monitor: Monitor = field(default_factory=Monitor)
+    reaction: Reaction = field(default_factory=Reaction)
 
 
 @dataclass(frozen=True, kw_only=True)

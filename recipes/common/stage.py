@@ -21,7 +21,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from recipes.common.grid import Grid
 from recipes.common.loss import vocabulary_loss
 from recipes.common.plans import TUPLE_LAYERS, Stack, find_stack
+from recipes.common.sequence_parallel import shard_sequence
 from recipes.common.tensor_parallel import Split, plan_split, split_forwards
+from recipes.common.weight_queue import WeightQueue, postpone_weight_gradients
 from recipes.common.weights import build_empty, draw_weights
 
 
@@ -84,20 +86,25 @@ class Stage(nn.Module):
         whole_shapes: dict[str, tuple[int, ...]],
         z_loss: float,
         chunk_tokens: int,
+        weight_queue: WeightQueue | None = None,
     ) -> None:
-        """whole_shapes: of every parameter of the whole model, by Hugging Face name."""
+        """whole_shapes: of every parameter of the whole model, by Hugging Face name.
+
+        weight_queue: where the layers' linears put off their weight gradients to, for a schedule that makes them up.
+        """
         super().__init__()
         self.causal, self.stack, self.split, self.own = causal, stack, split, own
         self.is_first, self.is_last = grid.is_first_stage, grid.is_last_stage
         self.grid, self.z_loss, self.chunk_tokens = grid, z_loss, chunk_tokens
         self.vocab_size = causal.config.get_text_config().vocab_size
-        self.whole_shapes = whole_shapes
+        self.whole_shapes, self.weight_queue = whole_shapes, weight_queue
         # position ids [micro_seqs, seq_len] of the micro batches to come, in order; empty: positions count from 0
         self.positions: deque[torch.Tensor] = deque()
         self._received: torch.Tensor | None = None
         self._sent: torch.Tensor | None = None
-        # sums over the micro batches of a step, on the last stage: scored cross-entropy times its weight, and log(Z)^2
-        self.register_buffer("loss_sums", torch.zeros(2, dtype=torch.float64), persistent=False)
+        # over the micro batches of a step, on the last stage: cross-entropy, log(Z)^2 and log(Z), summed and weighted
+        self.register_buffer("loss_sums", torch.zeros(3, dtype=torch.float64), persistent=False)
+        self.register_buffer("max_logit", torch.full((), float("-inf")), persistent=False)
         layers = causal.get_submodule(stack.layers)
         if not self.is_first:
             layers[own[0]].register_forward_pre_hook(self._inject, with_kwargs=True)
@@ -129,8 +136,9 @@ class Stage(nn.Module):
             for module in base.modules():
                 if isinstance(module, AbsentEmbedding):
                     module.dtype = x.dtype
-            # only its shape and type count; what is handed on need not look like an embedding
-            embedded = x.new_zeros(*x.shape[:2], self.causal.config.get_text_config().hidden_size)
+            # only its shape and type count; what is handed on need not look like an embedding, nor hold the whole sequence
+            seq_len = x.shape[1] * (self.split.size if self.split.blocks else 1)
+            embedded = x.new_zeros(x.shape[0], seq_len, self.causal.config.get_text_config().hidden_size)
             out = base(inputs_embeds=embedded, use_cache=False, **positions)
             self._received = None
         hidden, self._sent = (out.last_hidden_state if self.is_last else self._sent), None
@@ -144,7 +152,7 @@ class Stage(nn.Module):
         """
         targets, weight = labels
         head = [p for p in self.head_parameters() if p.requires_grad]
-        total, cross_entropy, log_z_squared = vocabulary_loss(
+        total, sums, largest = vocabulary_loss(
             self._logits,
             hidden,
             targets,
@@ -155,8 +163,11 @@ class Stage(nn.Module):
             chunk_tokens=self.chunk_tokens,
             z_loss=self.z_loss,
         )
-        self.loss_sums += torch.stack([cross_entropy, log_z_squared]).detach() * weight.double()
-        return total * weight
+        self.loss_sums += sums.detach() * weight.double()
+        torch.maximum(self.max_logit, largest.detach(), out=self.max_logit)
+        # A loss that is not finite may have finite gradients (a target of probability 0). It must reach the gradient norm,
+        # by which every rank judges the step; a finite one adds an exact zero.
+        return total * (weight + 0.0 * total.detach())
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Everything the ForCausalLM has beside its base model, and the embedding's weight when it is tied to the head's."""
@@ -182,8 +193,14 @@ class Stage(nn.Module):
             return (self._received, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._received}
 
-    def _capture(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _capture(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self._sent = output[0] if isinstance(output, tuple) else output
+        if not self.split.blocks:
+            return output
+        # some families lay out anew what comes after the layers: it has to have the whole sequence's shape, and nothing else
+        seqs, part, width = self._sent.shape
+        whole = self._sent.new_zeros(()).expand(seqs, part * self.split.size, width)
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
 
 def layer_costs(causal: PreTrainedModel, stack: Stack, seq_len: int) -> tuple[list[float], float]:
@@ -242,6 +259,8 @@ def build_stage(
     recompute_every: int = 0,
     z_loss: float = 0.0,
     chunk_tokens: int = 2048,
+    schedule: str = "1f1b",
+    sequence_parallel: bool = False,
 ) -> Stage:
     """This rank's stage with its initial weights, on the CPU in fp32.
 
@@ -249,7 +268,7 @@ def build_stage(
     """
     causal = build_empty(config, attention)
     stack = find_stack(causal)
-    split = plan_split(causal, stack, grid.tensor)
+    split = plan_split(causal, stack, grid.tensor, sequence_parallel=sequence_parallel)
     shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
     costs, head_cost = layer_costs(causal, stack, seq_len)
     own = balance_stages(costs, head_cost, grid.pipeline)[grid.pipeline_rank]
@@ -261,11 +280,18 @@ def build_stage(
         if not grid.is_first_stage:  # the embedding was taken out, but its weight is the head's
             draw_weights(causal, embedding, stack.embedding, **weights)
         causal.get_submodule(stack.head).weight = embedding.weight
+    queue = WeightQueue() if schedule == "zero_bubble" else None
+    if queue is not None:
+        postpone_weight_gradients(causal.get_submodule(stack.layers), queue)
     split_forwards(causal, split, stack, grid)
+    if split.blocks:
+        shard_sequence(causal, stack, split, own, grid, recompute_every)
     for index in own:
         if recompute_every and index % recompute_every == 0:
             _recompute(causal.get_submodule(stack.layers)[index])
-    return Stage(causal, stack, split, grid, own, whole_shapes=shapes, z_loss=z_loss, chunk_tokens=chunk_tokens)
+    return Stage(
+        causal, stack, split, grid, own, whole_shapes=shapes, z_loss=z_loss, chunk_tokens=chunk_tokens, weight_queue=queue
+    )
 
 
 def _take_out(causal: PreTrainedModel, stack: Stack, own: range, *, first: bool, last: bool) -> None:
