@@ -126,6 +126,28 @@ def test_a_node_prints_its_command() -> None:
     assert "this machine has no place among a b c: set NODE_RANK" in nowhere.stderr
 
 
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "launch" / "README.md").read_text(), flags=re.S)
+    return [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_the_commands_of_the_readme_are_understood(tmp_path: Path, command: str) -> None:
+    """Each as it stands, but that it only prints: its options and files are looked at all the same."""
+    for name in ("launch", "recipes", "tools"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "hosts").write_text("a slots=8\n")
+    words = shlex.split(command)
+    if words[0] == "python":
+        assert words[:4] == ["python", "-m", "tools.throughput", "goodput"]  # tests/test_goodput.py runs it
+        return
+    script = next(index for index, word in enumerate(words) if word.startswith("launch/"))
+    assert words[0] == ("sbatch" if words[script] == "launch/slurm.sbatch" and script > 1 else "bash"), command
+    printed = run("bash", words[script], "--print", *words[script + 1 :], cwd=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+    assert words[-1] in printed.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [

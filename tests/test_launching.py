@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,13 @@ from recipes.common.lifeline import SUPERVISOR
 from recipes.common.network import choose_interface, interface_towards
 from recipes.common.recipe import ROOT
 from tools.common.console import UsageError
+from tools.launching.attempts import begin_attempt, sealed_step, sealed_time
 from tools.launching.endings import Restarts, is_restarted, judge
 from tools.launching.hosts import RecipeFacts, choose_hosts, read_hostfile, read_recipe
 from tools.launching.lease import Event, Lease
 from tools.launching.stall import Limits, StepTimes, innermost_frames, is_waiting, name_culprits, patience_seconds
 from tools.launching.start import fill_words, write_exports
+from tools.supervise import flags_of_attempt
 
 HOSTS = {"a": {0, 1}, "b": {2, 3}}
 
@@ -269,3 +272,22 @@ def test_a_silent_supervisor_is_left(monkeypatch):
     assert json.loads(theirs.recv(100).split(b"\n")[0]) == {"hello": "t"}
     for file in (*stdin, *stacks):
         os.close(file)
+
+
+def test_a_restart_goes_on_from_the_jobs_own_checkpoints(tmp_path):
+    given = ["--out-dir", "x", "--resume-step", "100", "--skip", "3:5"]
+    assert flags_of_attempt(given, tmp_path, "first") == given
+    begin_attempt(tmp_path, 2, {"a": 2}, "first")
+    (tmp_path / "checkpoints" / "step_00000200").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000200" / "manifest.json").touch()
+    manifest = {"starts": [{"time": "2020-01-01T00:00:00+00:00"}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    # the ranks died before they set the later checkpoint aside: --resume alone would go on from it
+    assert flags_of_attempt(given, tmp_path, "rank_lost") == given
+    manifest["starts"].append({"time": datetime.now(UTC).isoformat(timespec="seconds")})
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert flags_of_attempt(given, tmp_path, "rank_lost") == ["--out-dir", "x", "--skip", "3:5", "--resume"]
+    assert flags_of_attempt(["--resume"], tmp_path, "asked") == ["--resume"]
+    (tmp_path / "checkpoints" / "step_00000200" / "manifest.json").unlink()
+    assert flags_of_attempt(["--resume"], tmp_path, "hang") == []
+    assert (sealed_step(tmp_path), sealed_time(tmp_path)) == (0, 0.0)

@@ -25,6 +25,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from recipes.common.network import choose_interface
 from recipes.common.recipe import Layout, Recipe, RecipeError
 from tools.common.console import FAILED, MISTAKE, CheckError, UsageError
 from tools.common.local_ranks import RankError, run_ranks
@@ -101,6 +102,7 @@ def _show(code: int, text: str) -> None:
 def run_rank(flags: argparse.Namespace) -> tuple[int, str]:
     """This rank's part by the launcher's environment: (exit code, rank 0's text). A rank that was not forked prints it here."""
     me, meeting = this_rank(os.environ), None
+    choose_interface()  # as training will
     try:
         meeting = enter(me, os.environ, join_seconds=flags.join_seconds, limit_seconds=flags.step_seconds)
         if me.rank != 0:

@@ -27,7 +27,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 from recipes.common.lifeline import SUPERVISOR
 from tools.common.console import FAILED, MISTAKE, UsageError, exit_code
 from tools.launching.attempt import POLL_SECONDS, run_attempt, say
-from tools.launching.attempts import begin_attempt, end_attempt, sealed_step
+from tools.launching.attempts import begin_attempt, end_attempt, has_begun, sealed_step, sealed_time
 from tools.launching.endings import EXIT_CODES, HOST_LOST, LEFT, PREFLIGHT, USER_ERROR, Ending, Restarts, is_restarted
 from tools.launching.hosts import RecipeFacts, choose_hosts, own_address, probe_hosts, read_hostfile, read_recipe
 from tools.launching.lease import Lease
@@ -71,29 +71,30 @@ def main() -> int:
 
 def _supervise(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, asked: Asked) -> int:
     rule = Restarts(flags.restarts, flags.backoff_seconds)
-    cause, in_a_row, progress = ("asked" if flags.go_on else "first"), 0, sealed_step(run_dir)
+    cause, in_a_row, began_with = ("asked" if flags.go_on else "first"), 0, sealed_time(run_dir)
+    progress = began_with
     while True:
         ending = _attempt(flags, facts, run_dir, cause, asked)
         say(f"ended: {ending.cause}: {ending.detail}")
         if ending.cause == LEFT or (asked.times and is_restarted(ending.cause)):
-            return _leave(flags, asked, sealed_step(run_dir))
+            return _leave(flags, asked, run_dir, began_with)
         if not is_restarted(ending.cause):
             return EXIT_CODES[ending.cause]
         if ending.cause == PREFLIGHT and cause in ("first", "asked"):
             return FAILED
-        if sealed_step(run_dir) > progress:
-            in_a_row, progress = 0, sealed_step(run_dir)
+        if sealed_time(run_dir) > progress:
+            in_a_row, progress = 0, sealed_time(run_dir)
         in_a_row, cause = in_a_row + 1, ending.cause
         wait = rule.wait_seconds(in_a_row)
         if wait is None:
-            say(f"giving up after {rule.limit} restarts without a new checkpoint; the last is of step {progress}")
+            say(f"giving up after {rule.limit} restarts without a new checkpoint; the last is of step {sealed_step(run_dir)}")
             return FAILED
-        say(f"restart {in_a_row} of {rule.limit} without a new checkpoint, from step {progress}, in {wait:.0f} s")
+        say(f"restart {in_a_row} of {rule.limit} without a new checkpoint, from step {sealed_step(run_dir)}, in {wait:.0f} s")
         end = time.monotonic() + wait
         while time.monotonic() < end and not asked.times:
             time.sleep(min(0.2, wait))
         if asked.times:
-            return _leave(flags, asked, progress)
+            return _leave(flags, asked, run_dir, began_with)
 
 
 def _follow(flags: argparse.Namespace, run_dir: Path, asked: Asked) -> int:
@@ -106,7 +107,7 @@ def _follow(flags: argparse.Namespace, run_dir: Path, asked: Asked) -> int:
             if code:
                 return code
         cause = "asked" if flags.go_on else "first"
-        command += [flags.recipe, *_flags_of_attempt(flags, cause, sealed_step(run_dir))]
+        command += [flags.recipe, *flags_of_attempt(flags.recipe_flags, run_dir, cause)]
         job = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         told = 0
         while job.poll() is None:
@@ -135,9 +136,10 @@ def _attempt(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, cause
             start = _find_start(flags, facts, run_dir, Path(folder), lease, cause, asked)
             if isinstance(start, Ending):
                 return start
-            command = [*start.command, flags.recipe, *_flags_of_attempt(flags, cause, sealed_step(run_dir))]
-            world_size = sum(start.hosts.values()) or flags.processes
-            number = begin_attempt(run_dir, world_size, start.hosts or {socket.gethostname(): 0}, cause)
+            words = flags_of_attempt(flags.recipe_flags, run_dir, cause)
+            command = [*start.command, flags.recipe, *words]
+            world_size, hosts = sum(start.hosts.values()) or flags.processes, start.hosts or {socket.gethostname(): 0}
+            number = begin_attempt(run_dir, world_size, hosts, cause, _resumed_step(words, run_dir))
             say(f"attempt {number}: {shlex.join(command)}")
             stacks = run_dir / "logs" / "stacks" / f"attempt_{number}"
             limits = Limits(flags.stall_steps, flags.stall_floor_seconds, flags.start_seconds, flags.long_seconds)
@@ -187,19 +189,39 @@ def _find_start(
         bad += blamed
 
 
-def _leave(flags: argparse.Namespace, asked: Asked, step: int) -> int:
+def _leave(flags: argparse.Namespace, asked: Asked, run_dir: Path, began_with: float) -> int:
+    """began_with: when the newest checkpoint had been sealed, as this process began."""
+    step = sealed_step(run_dir)
     say(f"left on {asked.name or 'request'} with step {step} saved; go on with --resume")
-    if flags.requeue and asked.name == "SIGUSR1":
+    if flags.requeue and asked.name == "SIGUSR1" and sealed_time(run_dir) > began_with:
         job = os.environ.get("SLURM_JOB_ID", "")
         say(f"back into the queue: scontrol requeue {job}")
         subprocess.call(["scontrol", "requeue", job])
+    elif flags.requeue and asked.name == "SIGUSR1":
+        say("not queued again: the time limit brought no new checkpoint, and would bring none again; raise --time")
     return EXIT_CODES[LEFT]
 
 
-def _flags_of_attempt(flags: argparse.Namespace, cause: str, sealed: int) -> list[str]:
-    """The recipe's flags as given; every start but the first goes on from what is sealed, if anything is."""
-    given = [word for word in flags.recipe_flags if cause == "first" or word != "--resume"]
-    return given + (["--resume"] if cause != "first" and sealed else [])
+def flags_of_attempt(given: list[str], run_dir: Path, cause: str) -> list[str]:
+    """The recipe's flags as given; once the job has begun, a start goes on from what is sealed, if anything is."""
+    if cause == "first" or not has_begun(run_dir):
+        return given
+    others = _resume_flags(given)[1]  # --resume-step went back once: again, it would undo what was trained since
+    return [*others, "--resume"] if sealed_step(run_dir) else others
+
+
+def _resume_flags(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(.resume, .resume_step as a recipe reads them; the other words)"""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume-step", type=int)
+    return parser.parse_known_args(words)
+
+
+def _resumed_step(words: list[str], run_dir: Path) -> int:
+    """The step that a start with these flags goes on from; 0 for a fresh one."""
+    flags = _resume_flags(words)[0]
+    return flags.resume_step or (sealed_step(run_dir) if flags.resume else 0)
 
 
 def _run_dir(recipe_flags: list[str], facts: RecipeFacts) -> Path:

@@ -16,8 +16,8 @@ _ELSEWHERE = "192.0.2.1"  # RFC 5737: nobody's; asking for the route to it sends
 
 
 def choose_interface(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set GLOO_SOCKET_IFNAME, unless the user has. Reads MASTER_ADDR, WORLD_SIZE and LOCAL_SIZE or LOCAL_WORLD_SIZE."""
-    if environment.get("GLOO_SOCKET_IFNAME"):
+    """Set GLOO_SOCKET_IFNAME, unless the user has. Reads what a launcher sets: MASTER_ADDR, WORLD_SIZE, LOCAL_(WORLD_)SIZE."""
+    if environment.get("GLOO_SOCKET_IFNAME") or not {"MASTER_ADDR", "WORLD_SIZE"} <= set(environment):
         return
     world = int(environment["WORLD_SIZE"])
     here = int(environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE") or world)

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from recipes.common.heartbeat import read_beats
-from tools.launching.endings import HANG, LAUNCHER, RANK_LOST, Ending, judge
+from tools.launching.endings import HANG, LAUNCHER, LEFT, RANK_LOST, Ending, is_restarted, judge
 from tools.launching.lease import Event, Lease
 from tools.launching.stall import Limits, StepTimes, last_in_line, name_culprits, patience_seconds
 
@@ -84,10 +84,11 @@ def run_attempt(
                 break
             if asked() and not told_to_leave:
                 told_to_leave, deadline = True, now + stop_seconds
+                if not _all_train(lease, run_dir, began):
+                    say("asked to end before the first step: there is nothing new to save")
+                    break
                 say(f"asked to end: the ranks save and leave, at most {stop_seconds:.0f} s")
                 lease.tell("leave")
-                if not lease.ranks():  # nobody to save: still starting
-                    break
             if asked() > 1:
                 deadline = now
             if (watch.failed() or code is not None) and (deadline is None or deadline > now + GRACE_SECONDS):
@@ -104,9 +105,17 @@ def run_attempt(
     if hang is not None:
         return hang
     ending = judge(watch.events, launcher.returncode, watch.hosts)
+    if told_to_leave and is_restarted(ending.cause):
+        return Ending(LEFT, f"asked to leave, and ended before it had saved: {ending.detail}")
     if ending.cause == LAUNCHER and watch.hosts:
         return Ending(RANK_LOST, f"the launcher ended with code {launcher.returncode} and left its ranks")
     return ending
+
+
+def _all_train(lease: Lease, run_dir: Path, began: float) -> bool:
+    """Whether every rank has come to its loop: before, it has nothing to save, and a request to leave would just kill it."""
+    at_work = {beat.rank for beat in read_beats(run_dir, since=began) if beat.step > 0}
+    return bool(at_work) and at_work >= set(lease.ranks())
 
 
 def _end_all(launcher: subprocess.Popen[bytes], lease: Lease, watch: Watch) -> None:

@@ -30,15 +30,37 @@ def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
 
 def sealed_step(run_dir: Path) -> int:
     """Of the newest sealed checkpoint; 0 without one."""
+    return max((int(seal.parent.name.removeprefix("step_")) for seal in _seals(run_dir)), default=0)
+
+
+def sealed_time(run_dir: Path) -> float:
+    """Unix seconds at which the last checkpoint was sealed; 0 without one. A later one is progress: runs may go back in steps."""
+    return max((seal.stat().st_mtime for seal in _seals(run_dir)), default=0.0)
+
+
+def _seals(run_dir: Path) -> list[Path]:
     # as recipes.common.checkpoint_files.sealed_checkpoints, which takes torch's seconds to import
-    seals = (run_dir / "checkpoints").glob("step_*/manifest.json")
-    return max((int(seal.parent.name.removeprefix("step_")) for seal in seals), default=0)
+    return list((run_dir / "checkpoints").glob("step_*/manifest.json"))
 
 
-def begin_attempt(run_dir: Path, world_size: int | None, hosts: Mapping[str, int], cause: str) -> int:
+def has_begun(run_dir: Path) -> bool:
+    """Whether the ranks of this job, in the first attempt or one after it, got as far as noting their start in the manifest.
+
+    From then on the checkpoints are the job's own; before, its flags have still to be obeyed as they were given.
+    """
+    firsts = [r["time"] for r in read_attempts(run_dir) if r["event"] == "start" and r["cause"] == "first"]
+    try:
+        starts = json.loads((run_dir / "manifest.json").read_text())["starts"]
+    except (OSError, ValueError):
+        return False
+    # the manifest's times are whole seconds
+    return bool(firsts) and any(datetime.fromisoformat(start["time"]).timestamp() >= int(firsts[-1]) for start in starts)
+
+
+def begin_attempt(run_dir: Path, world_size: int | None, hosts: Mapping[str, int], cause: str, resumed_step: int = 0) -> int:
     """Record a start, and the end of one that was left open; gives the number, from 1.
 
-    cause: why it is made: "first", "asked", or the cause of the end before.
+    cause: why it is made: "first", "asked", or the cause of the end before. resumed_step: 0 for a fresh start.
     """
     records = read_attempts(run_dir)
     if records and records[-1]["event"] == "start":
@@ -54,7 +76,7 @@ def begin_attempt(run_dir: Path, world_size: int | None, hosts: Mapping[str, int
             "time": time.time(),
             "world_size": world_size,
             "hosts": list(hosts),
-            "resumed_step": sealed_step(run_dir),
+            "resumed_step": resumed_step,
             "cause": cause,
         },
     )
