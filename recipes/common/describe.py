@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from recipes.common.plans import find_stack
-from recipes.common.recipe import Blend, Layout, Recipe, Sizes
+from recipes.common.recipe import Blend, Layout, Reaction, Recipe, Sizes
 from recipes.common.schedules import learning_rate_at, seqs_after, tokens_of_run
 from recipes.common.stage import balance_stages, layer_costs
+from recipes.common.weight_queue import postponable_share
 from recipes.common.weights import build_empty
 
 
@@ -18,13 +21,14 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
     lines = [
         f"{recipe.name}: {recipe.num_params:,} parameters ({type(causal).__name__}), {'tied' if stack.tied else 'untied'} head",
         f"layout      {sizes.world} GPUs = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}, "
-        f"recompute {recompute}",
+        f"recompute {recompute}" + _options(layout, causal.get_submodule(stack.layers)),
         f"batch       {recipe.batch.global_seqs} sequences of {recipe.batch.seq_len} = {sizes.tokens_per_step:,} tokens a step: "
         f"{recipe.batch.micro_seqs} a micro batch x {sizes.data} data ranks x {sizes.accumulation} accumulated",
         f"run         {recipe.steps:,} steps, {tokens_of_run(recipe) / 1e9:,.3f}B tokens, "
         f"{tokens_of_run(recipe) / recipe.num_params:.1f} a parameter",
         f"learning    {type(recipe.optimizer).__name__} + {type(recipe.schedule).__name__}: " + _rates(recipe),
         f"files       data {_data(recipe)}, tokenizer {recipe.tokenizer}, DeepSpeed {recipe.deepspeed} as below",
+        f"trouble     {_reaction(recipe.reaction)}",
         "stage  layers        share of the cost",
     ]
     stages = balance_stages(costs, head, layout.pipeline)
@@ -36,10 +40,26 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
     return "\n".join(lines)
 
 
+def _options(layout: Layout, layers: nn.Module) -> str:
+    text = ", sequence parallel" if layout.sequence_parallel else ""
+    if layout.schedule == "zero_bubble":
+        share = 100 * postponable_share(layers)
+        text += f", schedule zero_bubble (weight gradients of {share:.0f} % of the layers' parameters fill the bubble)"
+    return text
+
+
 def _rates(recipe: Recipe) -> str:
     steps = sorted({1, max(recipe.steps // 100, 1), max(recipe.steps // 2, 1), recipe.steps})
     tokens = {step: seqs_after(recipe.batch, step) * recipe.batch.seq_len for step in steps}
     return ", ".join(f"lr {learning_rate_at(recipe, step, tokens[step]):.2e} at step {step:,}" for step in steps)
+
+
+def _reaction(reaction: Reaction) -> str:
+    if reaction.action != "rewind":
+        skips = "a step whose gradient norm is off its curve changes no weight; " if reaction.action == "skip" else ""
+        return skips + "logged, with a black box"
+    rate = f", the learning rate x {reaction.lr_factor:g} for {reaction.lr_steps:,} steps" if reaction.lr_steps else ""
+    return f"rewind to a checkpoint before it and skip the sequences{rate}; {reaction.max_rewinds} tries, then stop"
 
 
 def _data(recipe: Recipe) -> str:

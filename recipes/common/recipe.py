@@ -25,6 +25,9 @@ class RecipeError(ValueError):
         super().__init__(f"{title}:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
+SCHEDULES = ("1f1b", "zero_bubble")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How one replica of the model is cut. Data parallelism fills the rest of the world."""
@@ -32,6 +35,8 @@ class Layout:
     tensor: int = 1  # ranks that share each layer's matrices (innermost: keep it inside a node)
     pipeline: int = 1  # stages, each a run of consecutive layers
     recompute_every: int = 0  # activation checkpointing: 0 none, 1 every layer ("full"), k every k-th layer
+    sequence_parallel: bool = False  # between attention and MLP, each tensor rank holds its part of the sequence alone
+    schedule: str = "1f1b"  # of the pipeline: "1f1b" or "zero_bubble" (ZB-H1: weight gradients fill the bubble)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +164,18 @@ class Monitor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reaction:
+    """What to do about an event that the detectors call actionable (recipes.common.reaction). A black box is left in any case."""
+
+    # "log"; "skip": a step whose gradient norm is off its curve changes no weight; "rewind": back to a checkpoint before the
+    # onset, the suspect sequences left out
+    action: str = "log"
+    max_rewinds: int = 3  # in a row, without getting past the step that went wrong; then the run stops
+    lr_factor: float = 1.0  # after a rewind the learning rate is multiplied by this ...
+    lr_steps: int = 0  # ... for so many steps
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     name: str
     model: PreTrainedConfig  # any transformers config of a decoder
@@ -179,6 +196,7 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     monitor: Monitor = field(default_factory=Monitor)
+    reaction: Reaction = field(default_factory=Reaction)
 
 
 @dataclass(frozen=True, kw_only=True)
