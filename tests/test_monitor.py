@@ -24,8 +24,8 @@ LAYERS = ("activation_rms", "max_attention_logit", "router_load_max")
 
 
 def trial_of(config, pipeline, tensor, data, **fields) -> Trial:
-    recompute_every = fields.pop("recompute_every", 0)
-    layout = Layout(pipeline=pipeline, tensor=tensor, recompute_every=recompute_every)
+    cut = {name: fields.pop(name) for name in ("recompute_every", "schedule", "sequence_parallel") if name in fields}
+    layout = Layout(pipeline=pipeline, tensor=tensor, **cut)
     defaults = {"optimizer": ADAMW, "deepspeed": ds_config("zero1_fp32.json"), "steps": 2, "micro_seqs": 2}
     return Trial(model=config, layout=layout, world_size=pipeline * tensor * data, **(defaults | fields))
 
@@ -144,6 +144,11 @@ def assert_equal(trial: Trial, bound: float = 1e-5) -> None:
 @pytest.mark.parametrize(("pipeline", "tensor", "data"), CUBE)
 def test_every_layout(pipeline, tensor, data):
     assert_equal(trial_of(tiny_config("llama"), pipeline, tensor, data))
+
+
+@pytest.mark.parametrize("option", [{"sequence_parallel": True}, {"schedule": "zero_bubble"}])
+def test_other_ways_to_run_a_layout(option):
+    assert_equal(trial_of(tiny_config("llama"), 2, 2, 1, **option))
 
 
 def test_three_stages():

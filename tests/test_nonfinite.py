@@ -1,5 +1,6 @@
 """A NaN changes no weight on any rank, and is named: where it was first, in which micro batch of which data rank."""
 
+import itertools
 from dataclasses import replace
 
 import deepspeed
@@ -22,7 +23,8 @@ ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)
 
 
 def trial_of(pipeline, tensor, data, config="zero1_fp32.json", **fields):
-    layout = Layout(pipeline=pipeline, tensor=tensor, recompute_every=fields.pop("recompute_every", 0))
+    cut = {name: fields.pop(name) for name in ("recompute_every", "schedule") if name in fields}
+    layout = Layout(pipeline=pipeline, tensor=tensor, **cut)
     trial = Trial(
         model=tiny_config("llama"),
         layout=layout,
@@ -45,7 +47,10 @@ class Plant:
         self.calls += 1
 
     def now(self):
-        step, micro_batch = divmod(self.calls - 1, self.per_step)
+        return self.bad(self.calls - 1)
+
+    def bad(self, call):
+        step, micro_batch = divmod(call, self.per_step)
         return micro_batch == BAD_MICRO_BATCH and step in self.bad_steps
 
     def in_output(self, module):
@@ -53,8 +58,14 @@ class Plant:
         module.register_forward_hook(lambda m, args, out: out.masked_fill(third, torch.nan) if self.now() else None)
 
     def in_gradient(self, parameter):
+        calls = itertools.count()
         self.node = get_gradient_edge(parameter).node
-        self.node.register_prehook(lambda grads: (torch.full_like(grads[0], torch.inf),) if self.now() else None)
+
+        def hook(gradients):
+            if gradients[0] is not None and self.bad(next(calls)):
+                return (torch.full_like(gradients[0], torch.inf),)
+
+        self.node.register_prehook(hook)
 
     def in_loss(self, stage):
         """Targets of probability 0, behind every module: the loss is infinite, its gradients are finite."""
@@ -161,6 +172,14 @@ def test_what_was_first(pipeline, where, kind, name, value):
             assert (found.micro_batch, found.hit) == (BAD_MICRO_BATCH, ((1, BAD_MICRO_BATCH),))
         if kind == GRADIENT:
             assert dict(found.gradients) == {name: 64 * 96}
+
+
+def test_weight_gradients_that_a_schedule_puts_off_are_seen_too():
+    trial = trial_of(2, 1, 2, schedule="zero_bubble")
+    for steps in run_ranks(run_planted, trial.world_size, trial, "gradient", 1):
+        found = steps[1][1]
+        assert (found.kind, found.name) == (GRADIENT, "model.layers.2.mlp.up_proj.weight")
+        assert (found.micro_batch, found.hit) == (BAD_MICRO_BATCH, ((1, BAD_MICRO_BATCH),))
 
 
 def test_a_nan_under_fp16_is_no_second_overflow():
