@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from recipes.common.groups import group_of
 from recipes.common.stage import Stage
 
-QUERIES = 64  # positions of each sequence whose attention logits are made again
+QUERIES = 32  # positions of each sequence whose attention logits are made again
 _EAGER = "eager_attention_forward"  # transformers' name, in each family's module
 
 

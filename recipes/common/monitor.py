@@ -90,7 +90,7 @@ class Probe:
             return
         for group in optimizer.param_groups:
             for flat in group["params"]:
-                if flat.grad is not None and (pieces := self._pieces_of(flat)).ranges:
+                if flat.grad is not None and (pieces := self._pieces_of(flat)).spans:
                     add_sums(self._sums, pieces, flat.detach(), flat.grad, optimizer.state[flat], group)
 
     def _pieces_of(self, flat: torch.Tensor) -> Pieces:
