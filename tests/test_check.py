@@ -16,7 +16,7 @@ from transformers import DeepseekV4Config, GlmMoeDsaConfig, LlamaConfig, PreTrai
 
 from recipes.common.check import check_recipe, config_problems
 from recipes.common.ds_config import version_problems
-from recipes.common.recipe import SGD, WSD, AdamW, Batch, Checkpoints, Constant, Cosine, Evaluation, Layout, RecipeError
+from recipes.common.recipe import SGD, WSD, AdamW, Batch, Checkpoints, Constant, Cosine, Evaluation, Layout, Monitor, RecipeError
 from tests.tiny import ROOT, ds_config, tiny_config, tiny_recipe, write_shards
 from tools.common.local_ranks import run_ranks
 
@@ -200,6 +200,9 @@ MISTYPED = [
     ({"evaluation": None}, "evaluation=None must be Evaluation(...)"),
     ({"evaluation": Evaluation(seqs="8")}, "evaluation.seqs='8' must be a whole number"),
     ({"checkpoints": Checkpoints(every_minutes="30")}, "checkpoints.every_minutes='30' must be a number"),
+    ({"monitor": Monitor(every_steps=-1)}, "monitor.every_steps=-1 must be a whole number from 0"),
+    ({"monitor": Monitor(max_nonfinite_steps=0)}, "monitor.max_nonfinite_steps=0 must be a whole number from 1"),
+    ({"monitor": Monitor(on_drift="ignore")}, "monitor.on_drift='ignore' must be 'stop' or 'log'"),
     ({"checkpoints": Checkpoints(every_minutes=-1.0)}, "checkpoints.every_minutes=-1.0 must be 0 or more"),
 ]
 

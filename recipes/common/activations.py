@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from recipes.common.groups import group_of
 from recipes.common.stage import Stage
 
-QUERIES = 64  # positions of each sequence whose attention logits are made again
+QUERIES = 32  # positions of each sequence whose attention logits are made again
 _EAGER = "eager_attention_forward"  # transformers' name, in each family's module
 
 
@@ -52,11 +52,12 @@ class LayerProbe:
         self._device = self._stage.loss_sums.device
         self._clear()
         layers = self._stage.causal.get_submodule(self._stage.stack.layers)
-        if self._stage.grid.tensor_rank == 0:  # outputs and routing are the same on all tensor ranks
-            for index in self._stage.own:
-                self._handles.append(layers[index].register_forward_hook(self._see_output(index)))
-            for index, router, place in _routers(self._stage):
-                self._handles.append(router.register_forward_hook(self._see_routing(index, place)))
+        # on every tensor rank: they see the same, or each its part of the sequence, and means and ratios are right either way
+        for index in self._stage.own:
+            # before the stage's own hook, which takes the output of its last layer away
+            self._handles.append(layers[index].register_forward_hook(self._see_output(index), prepend=True))
+        for index, router, place in _routers(self._stage):
+            self._handles.append(router.register_forward_hook(self._see_routing(index, place)))
         self._watch_attention()
 
     def end(self) -> None:

@@ -141,9 +141,11 @@ class _Search:
 
         return hook
 
-    def _see_gradient(self, name: str) -> Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
-        def hook(gradients: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def _see_gradient(self, name: str) -> Callable[[tuple[torch.Tensor | None, ...]], tuple[torch.Tensor, ...] | None]:
+        def hook(gradients: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...] | None:
             (gradient,) = gradients
+            if gradient is None:  # a schedule puts it off: it comes by again
+                return None
             micro_batch = self._backwards[name]
             self._backwards[name] += 1
             count = int((~gradient.isfinite()).sum())

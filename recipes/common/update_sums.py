@@ -7,6 +7,7 @@ w - w_old = -(c * w + s * q) / (1 - c). Plain SGD is the same with q its gradien
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,19 +16,38 @@ import torch
 # g is what the optimizer was given (after clipping), v is corrected for bias: at the first step g^2 / v is 1.
 SUMS = ("gradient", "weight", "update", "adam", "tiny", "zeros")
 
-Piece = tuple[int, int, int]  # (row of the result, start, stop)
+
+@dataclass(frozen=True)
+class Pieces:
+    """Parts of a flat partition that lie one after another in spans, and the row of the result that each adds to."""
+
+    spans: tuple[tuple[int, tuple[int, ...]], ...]  # (start, lengths of its parts)
+    rows: torch.Tensor  # int64 [parts], where the sums are kept
+    lengths: torch.Tensor  # fp64 [parts], there too
 
 
-def cut_pieces(ranges: list[Piece], device_type: str) -> list[Piece]:
-    """The same ranges in pieces whose temporaries stay in the processor's cache, which is where the time goes."""
+def cut_pieces(ranges: list[tuple[int, int, int]], device_type: str, sums_device: torch.device) -> Pieces:
+    """Ranges (row, start, stop) as spans whose temporaries stay in the processor's cache, which is where the time goes."""
     longest = 1 << 16 if device_type == "cpu" else 1 << 21
-    return [(row, begin, min(begin + longest, stop)) for row, start, stop in ranges for begin in range(start, stop, longest)]
+    ranges = sorted(ranges, key=lambda item: item[1])
+    parts = [(row, begin, min(begin + longest, stop)) for row, start, stop in ranges for begin in range(start, stop, longest)]
+    spans: list[tuple[int, list[int]]] = []
+    for _, start, stop in parts:
+        if spans and spans[-1][0] + sum(spans[-1][1]) == start and stop - spans[-1][0] <= longest:
+            spans[-1][1].append(stop - start)
+        else:
+            spans.append((start, [stop - start]))
+    return Pieces(
+        tuple((start, tuple(lengths)) for start, lengths in spans),
+        torch.tensor([row for row, _, _ in parts], device=sums_device),
+        torch.tensor([stop - start for _, start, stop in parts], dtype=torch.float64, device=sums_device),
+    )
 
 
 @torch.no_grad()
 def add_sums(
     out: torch.Tensor,
-    pieces: list[Piece],
+    pieces: Pieces,
     weight: torch.Tensor,
     gradient: torch.Tensor,
     state: dict[str, Any],
@@ -36,32 +56,38 @@ def add_sums(
     """Add to out [rows, len(SUMS)] (fp64) what the last step did to these pieces of a partition.
 
     weight, gradient: flat fp32, after the step. state, options: the torch optimizer's, of this partition and of its group.
-    The Adam columns become NaN under SGD. Never waits for the device.
+    The Adam columns become NaN under SGD. Never waits for a GPU.
     """
     rate, decay = options["lr"], options["weight_decay"]
     adam = "exp_avg_sq" in state
-    step_size, shrink, correction = rate, rate * decay, 1.0
+    step_size, shrink, floor, correction = rate, rate * decay, 0.0, 1.0
     if adam:
         steps = torch.as_tensor(state["step"], dtype=torch.float64)
         first, second = options["betas"]
-        step_size, correction = rate / (1.0 - first**steps), (1.0 - second**steps).rsqrt()
+        correction = (1.0 - second**steps).rsqrt()  # of sqrt(v). Taken out of sums rather than put into every element
+        step_size, floor = rate / (1.0 - first**steps) / correction, options["eps"] / correction
+        if weight.device.type == "cpu":
+            floor = float(floor)
     elif options["momentum"]:
         shrink = 0.0
     direction = state["exp_avg"] if adam else state.get("momentum_buffer")
     direction = gradient if direction is None else direction
     spread = state["exp_avg_sq"] if adam else None
-    scratch = torch.empty(2, max(stop - start for _, start, stop in pieces), device=weight.device)
-    terms = []
-    for _, start, stop in pieces:
-        part = slice(start, stop)
-        parts = (weight[part], gradient[part], direction[part], spread[part] if adam else None)
-        terms.append(torch.stack(_terms(*parts, options.get("eps", 0.0), correction, scratch[:, : stop - start])))
-    # [pieces, terms]: g*g, w*w, w*q, q*q, adam, tiny, nonzero gradients
-    table = torch.stack(terms).to(out.device, torch.float64)
+    scratch = torch.empty(2, max(sum(lengths) for _, lengths in pieces.spans), device=weight.device)
+    rows = []
+    for start, lengths in pieces.spans:
+        span = slice(start, start + sum(lengths))
+        flats = (weight[span], gradient[span], direction[span], spread[span] if adam else None)
+        rows += _terms(*flats, lengths, floor, scratch[:, : sum(lengths)])
+    # [parts, terms]: g*g, w*w, w*q, q*q, adam, tiny, nonzero gradients
+    if weight.device.type == "cpu":
+        table = torch.tensor([[float(term) for term in row] for row in rows], dtype=torch.float64).to(out.device)
+    else:
+        table = torch.stack([torch.stack(row) for row in rows]).double()
     update = (shrink**2 * table[:, 1] + 2 * shrink * step_size * table[:, 2] + step_size**2 * table[:, 3]) / (1 - shrink) ** 2
-    lengths = torch.tensor([stop - start for _, start, stop in pieces], dtype=torch.float64, device=out.device)
-    sums = torch.stack([table[:, 0], table[:, 1], update, table[:, 4], table[:, 5], lengths - table[:, 6]], dim=1)
-    out.index_add_(0, torch.tensor([row for row, _, _ in pieces], device=out.device), sums)
+    relative = table[:, 4] / correction**2
+    sums = torch.stack([table[:, 0], table[:, 1], update, relative, table[:, 5], pieces.lengths - table[:, 6]], dim=1)
+    out.index_add_(0, pieces.rows, sums)
 
 
 def _terms(
@@ -69,32 +95,35 @@ def _terms(
     gradient: torch.Tensor,
     direction: torch.Tensor,
     spread: torch.Tensor | None,
-    eps: float,
-    correction: torch.Tensor | float,
+    lengths: tuple[int, ...],
+    floor: torch.Tensor | float,
     scratch: torch.Tensor,
-) -> list[torch.Tensor]:
-    """The table's row of one piece, seven fp32 scalars. Dot products: one pass each, and more exact than a sum of squares."""
+) -> list[list[torch.Tensor]]:
+    """The table's rows of one span: seven fp32 scalars for each part. floor: eps in units of the uncorrected sqrt(v).
+
+    Dot products take one pass each, and are more exact than sums of squares.
+    """
+    on_cpu = weight.device.type == "cpu"  # it can look, without waiting, whether there is anything to count
+    tiny = None
     if spread is None:
-        nothing = weight.new_full((), float("nan"))
-        quotient, adam, tiny = direction, nothing, nothing
+        quotient, relative = direction, gradient
     else:
-        root = torch.sqrt(spread, out=scratch[0]).mul_(correction)
-        quotient = torch.add(root, eps, out=scratch[1])
+        root = torch.sqrt(spread, out=scratch[0])
+        quotient = torch.add(root, floor, out=scratch[1])
         torch.div(direction, quotient, out=quotient)
-        # comparing is the dearest of all; a CPU can look first whether there is anything to count, without waiting for it
-        if root.device.type == "cpu" and root.amin().item() >= eps:
-            tiny = root.new_zeros(())
-        else:
-            tiny = torch.count_nonzero(root < eps).float()
-            root.clamp_(min=eps)
+        if not on_cpu or root.amin().item() < floor:
+            tiny = root < floor
+            root.clamp_(min=floor)
         relative = torch.div(gradient, root, out=root)
-        adam = torch.dot(relative, relative)
-    return [
-        torch.dot(gradient, gradient),
-        torch.dot(weight, weight),
-        torch.dot(weight, quotient),
-        torch.dot(quotient, quotient),
-        adam,
-        tiny,
-        torch.count_nonzero(gradient).float(),
-    ]
+    some_zero = not on_cpu or torch.count_nonzero(gradient).item() < len(gradient)
+    none, all_nan = weight.new_zeros(()), weight.new_full((), float("nan"))
+    rows = []
+    for index, (w, g, q, r) in enumerate(zip(*(x.split(lengths) for x in (weight, gradient, quotient, relative)), strict=True)):
+        rows.append([torch.dot(g, g), torch.dot(w, w), torch.dot(w, q), torch.dot(q, q)])
+        if spread is None:
+            rows[-1] += [all_nan, all_nan]
+        else:
+            few = none if tiny is None else torch.count_nonzero(tiny.split(lengths)[index]).float()
+            rows[-1] += [torch.dot(r, r), few]
+        rows[-1].append(torch.count_nonzero(g).float() if some_zero else weight.new_tensor(len(g)))
+    return rows
