@@ -23,12 +23,14 @@ from recipes.common.ds_config import (
 )
 from recipes.common.plans import PlanError, Stack, find_stack
 from recipes.common.proof import cut_problems, masking_problems, sequence_problems
-from recipes.common.recipe import SCHEDULES, SGD, AdamW, Layout, Optimizer, Recipe, RecipeError, from_root
+from recipes.common.recipe import SCHEDULES, SGD, AdamW, Checkpoints, Layout, Optimizer, Reaction, Recipe, RecipeError, from_root
 from recipes.common.recipe_types import type_problems
 from recipes.common.schedules import ramp_problems, schedule_problems
 from recipes.common.stage import balance_stages, layer_costs
 from recipes.common.tensor_parallel import plan_split
 from recipes.common.weights import build_empty
+
+REACTIONS = ("log", "skip", "rewind")
 
 
 def check_recipe(recipe: Recipe, world_size: int, *, here: bool, found: Sequence[str] = ()) -> tuple[Layout, dict[str, Any]]:
@@ -168,13 +170,13 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
             problems.append(f"layout tensor={layout.tensor}: {error}; use a tensor size that fits, or tensor=1")
         else:
             problems += sequence_problems(recipe.model, layout, recipe.attention)
-        problems += _group_problems(recipe, causal, stack, layout)
+        problems += group_problems(recipe, causal, stack, layout)
     if not problems and recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
         problems += masking_problems(recipe.model, recipe.attention)
     return problems or cut_problems(recipe.model, layout, recipe.attention)
 
 
-def _group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:
+def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:
     """Every stage must hold both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
     layers = causal.get_submodule(stack.layers)
     kinds = {p.ndim < 2 for p in causal.parameters()}
@@ -213,15 +215,53 @@ def _range_problems(recipe: Recipe) -> list[str]:
         "checkpoints.every_steps": (recipe.checkpoints.every_steps, 0),
         "checkpoints.keep_last": (recipe.checkpoints.keep_last, 1),
         "checkpoints.keep_every_steps": (recipe.checkpoints.keep_every_steps, 0),
+        "monitor.every_steps": (recipe.monitor.every_steps, 0),
+        "monitor.activations_every_steps": (recipe.monitor.activations_every_steps, 0),
+        "monitor.drift_every_steps": (recipe.monitor.drift_every_steps, 0),
+        "monitor.max_nonfinite_steps": (recipe.monitor.max_nonfinite_steps, 1),
     }
     for name, (value, least) in wholes.items():
         if not _is_whole(value, least):
             problems.append(f"{name}={value!r} must be a whole number from {least}")
+    problems += reaction_problems(recipe.reaction, recipe.checkpoints)
+    if recipe.monitor.on_drift not in ("stop", "log"):
+        problems.append(f"monitor.on_drift={recipe.monitor.on_drift!r} must be 'stop' or 'log'")
     if recipe.mask_documents and (problem := masking_problem(recipe.attention, recipe.batch.micro_seqs)):
         problems.append(f"mask_documents=True: {problem}")
     for name, value in (("z_loss", recipe.z_loss), ("checkpoints.every_minutes", recipe.checkpoints.every_minutes)):
         if not (isinstance(value, int | float) and value >= 0):
             problems.append(f"{name}={value!r} must be 0 or more")
+    return problems
+
+
+def reaction_problems(reaction: Reaction, checkpoints: Checkpoints) -> list[str]:
+    """A rewind needs a checkpoint from before the onset: there must be some, and one must outlive a save after the onset."""
+    problems = []
+    if reaction.action not in REACTIONS:
+        problems.append(f"reaction.action={reaction.action!r} must be one of {', '.join(map(repr, REACTIONS))}")
+    if not _is_whole(reaction.max_rewinds, 1):
+        problems.append(f"reaction.max_rewinds={reaction.max_rewinds!r} must be a whole number from 1")
+    if not _is_whole(reaction.lr_steps, 0):
+        problems.append(f"reaction.lr_steps={reaction.lr_steps!r} must be a whole number from 0")
+    if not 0 < reaction.lr_factor <= 1:
+        problems.append(f"reaction.lr_factor={reaction.lr_factor!r} must lie above 0 and up to 1")
+    if problems:
+        return problems
+    if (reaction.lr_factor < 1) != (reaction.lr_steps > 0):
+        problems.append(
+            f"reaction.lr_factor={reaction.lr_factor!r} with lr_steps={reaction.lr_steps}: the one does nothing without the "
+            "other; give both, or neither"
+        )
+    if reaction.action != "rewind":
+        if reaction.lr_factor < 1:
+            problems.append(f"reaction.lr_factor={reaction.lr_factor!r} is for action='rewind' alone; remove it")
+        return problems
+    if not (checkpoints.every_steps or checkpoints.every_minutes):
+        problems.append("reaction.action='rewind' needs checkpoints to go back to; set checkpoints.every_steps")
+    if checkpoints.keep_last == 1:
+        problems.append(
+            "checkpoints.keep_last=1 with reaction.action='rewind': a save after the onset would delete the one before it; keep 2"
+        )
     return problems
 
 

@@ -153,6 +153,29 @@ class Checkpoints:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Monitor:
+    """What is watched while training: statistics go to `tensor_stats/` and into the step's line (recipes.common.monitor)."""
+
+    every_steps: int = 1  # norms of gradients, weights and updates, by parameter; 0: never
+    activations_every_steps: int = 10  # outputs, attention logits and router load, by layer; 0: never
+    drift_every_steps: int = 100  # whether copies of one parameter are still equal on all ranks; 0: never
+    on_drift: str = "stop"  # or "log"
+    max_nonfinite_steps: int = 3  # a step with a NaN or an infinity is skipped; after so many in a row the run stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reaction:
+    """What to do about an event that the detectors call actionable (recipes.common.reaction). A black box is left in any case."""
+
+    # "log"; "skip": a step whose gradient norm is off its curve changes no weight; "rewind": back to a checkpoint before the
+    # onset, the suspect sequences left out
+    action: str = "log"
+    max_rewinds: int = 3  # in a row, without getting past the step that went wrong; then the run stops
+    lr_factor: float = 1.0  # after a rewind the learning rate is multiplied by this ...
+    lr_steps: int = 0  # ... for so many steps
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     name: str
     model: PreTrainedConfig  # any transformers config of a decoder
@@ -172,6 +195,8 @@ class Recipe:
     mask_documents: bool = False  # in packed sequences, attention stays inside each document and positions restart
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    monitor: Monitor = field(default_factory=Monitor)
+    reaction: Reaction = field(default_factory=Reaction)
 
 
 @dataclass(frozen=True, kw_only=True)

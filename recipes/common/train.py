@@ -18,13 +18,18 @@ from recipes.common.checkpoint import Position, Saver, resume
 from recipes.common.data import Prefetcher, open_train, open_validation, step_micro_batches, validation_micro_batches
 from recipes.common.describe import describe_run
 from recipes.common.ds_config import merge_ds_config
-from recipes.common.engine import StepResult, Trainer, start_distributed
+from recipes.common.engine import TOO_HIGH, StepResult, Trainer, start_distributed
 from recipes.common.failures import end_rank, guard_rank
 from recipes.common.flags import out_dir_problems, parse_flags
 from recipes.common.grid import Grid, build_grid
+from recipes.common.heartbeat import Heartbeat
+from recipes.common.lifeline import Lifeline
 from recipes.common.metrics import RunLog
+from recipes.common.observer import Observer
 from recipes.common.plans import find_stack
+from recipes.common.reaction import Responder
 from recipes.common.recipe import Blend, Layout, Recipe, RecipeError, Sizes, derive_sizes, from_root
+from recipes.common.rewinds import Rewind, read_history, skips_ahead
 from recipes.common.run_files import recipe_to_dict, write_run_files
 from recipes.common.schedules import global_seqs_at, learning_rate_at
 from recipes.common.shards import data_identity, read_manifest
@@ -36,22 +41,23 @@ from recipes.common.weights import build_empty, name_seed
 SKIPS_IN_A_ROW = 32  # steps that overflow and do not apply: fp16's scale has then fallen from its start to 1
 
 
-class TrainingError(RuntimeError):
-    """The numbers say that going on is useless; the message says which, and from where to resume."""
-
-
 def main(recipe: Recipe) -> None:
-    """The entry point of every recipe file. Exit codes: 0 done, 1 the run failed, 2 the recipe or the flags are wrong."""
+    """The entry point of every recipe file.
+
+    Exit codes: 0 done or left on request, 1 the run failed, 2 the recipe or the flags are wrong, 3 the numbers are useless.
+    """
     flags = parse_flags(recipe.name)
     world_size = flags.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
+    lifeline = Lifeline(rank)
     out_dir = Path(flags.out_dir).expanduser().resolve()
-    found = [] if flags.dry_run else out_dir_problems(out_dir, flags.resume)
+    found = [] if flags.dry_run else out_dir_problems(out_dir, flags.resume, flags.resume_step)
     try:
         layout, ds_config = check_recipe(recipe, world_size, here=not flags.dry_run, found=found)
     except RecipeError as error:
         if rank == 0:  # every rank finds the same
             print(f"error: {error}", file=sys.stderr)
+        lifeline.say("user_error")
         sys.exit(2)
     sizes = derive_sizes(recipe, layout, world_size)
     ds_config = merge_ds_config(ds_config, recipe, sizes, sizes.accumulation)
@@ -60,9 +66,10 @@ def main(recipe: Recipe) -> None:
             print(describe_run(recipe, layout, sizes))
             print(json.dumps(ds_config, indent=2))
         return
-    with guard_rank(out_dir, rank):
-        train(recipe, layout, sizes, ds_config, out_dir, resume_run=flags.resume, max_steps=flags.max_steps, skips=flags.skip)
-        end_rank()
+    run = {"resume_run": flags.resume, "resume_step": flags.resume_step, "max_steps": flags.max_steps, "skips": flags.skip}
+    with guard_rank(out_dir, rank, lifeline.say):
+        finished = train(recipe, layout, sizes, ds_config, out_dir, **run)
+        end_rank(lambda: lifeline.say("finished" if finished else "left"))
 
 
 def train(
@@ -73,18 +80,22 @@ def train(
     out_dir: Path,
     *,
     resume_run: bool,
+    resume_step: int | None = None,
     max_steps: int | None = None,
     skips: tuple[tuple[int, int], ...] = (),
-) -> None:
+) -> bool:
+    """Gives whether the last step was reached: False after a request to leave."""
+    heartbeat = Heartbeat(out_dir, int(os.environ.get("RANK", "0")))
     grid, trainer = _build(recipe, layout, ds_config)
-    position = (resume(out_dir, trainer) if resume_run else Position()).leave_out(skips)
+    position, history = _first_position(out_dir, trainer, resume_step, skips) if resume_run else (Position().leave_out(skips), ())
     resumed_step = position.step if resume_run else None
     if grid.rank == 0:
         _write_files(recipe, layout, sizes, ds_config, out_dir, resumed_step, position.skips)
     log = _open_log(recipe, grid, out_dir, resumed_step)
-    if log is not None:
-        _note_changed_data(out_dir, log)
     saver = Saver(out_dir, trainer, recipe, log)
+    observer = Observer(trainer, recipe, out_dir, resumed_step=resumed_step, log=log)
+    responder = Responder(recipe, out_dir, trainer, saver, observer, log)
+    responder.start(position, history, resumed=resume_run)
     leave = LeaveRequest()
     batches = _reader(recipe, grid, position.skips)
     last_step = min(recipe.steps, max_steps or recipe.steps)
@@ -93,7 +104,9 @@ def train(
         losses = _evaluate(recipe, trainer)
         if log is not None:
             log.write({"step": 0} | losses)
-    for step in range(position.step + 1, last_step + 1):
+    while position.step < last_step:
+        step = position.step + 1
+        heartbeat.beat(step, "data")
         started = time.perf_counter()
         seqs = global_seqs_at(recipe.batch, position.consumed_seqs)
         trainer.set_global_seqs(seqs)
@@ -101,28 +114,44 @@ def train(
         torch.manual_seed(name_seed(recipe.seed, f"step {step}, data {grid.data_rank}, stage {grid.pipeline_rank}"))
         micro_batches = batches.next(position.consumed_seqs, seqs)
         tokens = seqs * recipe.batch.seq_len
-        lr = learning_rate_at(recipe, step, (position.consumed_seqs + seqs) * recipe.batch.seq_len)
+        lr = learning_rate_at(recipe, step, (position.consumed_seqs + seqs) * recipe.batch.seq_len) * responder.lr_factor(step)
         votes = (leave.wanted(), grid.rank == 0 and saver.due_by_time())
-        result = trainer.train_step(micro_batches, lr, tokens, votes)
+        heartbeat.beat(step, "step")
+        observer.before_step(step)
+        result = trainer.train_step(micro_batches, lr, tokens, votes, responder.norm_ceiling())
+        heartbeat.beat(step, "log")
         leaving, time_to_save = result.votes
         position = position.after_step(seqs, skipped=result.skipped)
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
         record = _record(recipe, position, result, lr, tokens, time.perf_counter() - started, batches.wait_seconds)
+        with responder.box_at_end(position):
+            record |= observer.after_step(step, result, micro_batches, tokens)
         if _due(step, recipe.evaluation.every_steps, last_step):
+            heartbeat.beat(step, "evaluate")
             record |= _evaluate(recipe, trainer)
+        record |= responder.look(record)
         if log is not None:
             log.write(record | saver.report())
-        _judge(step, result, skips_in_a_row, saver)
+        back = responder.respond(position, _hopeless(step, result, skips_in_a_row, recipe, observer), skipped=result.skipped)
+        if back is not None:
+            position, skips_in_a_row = back, 0
+            batches.close()
+            batches = _reader(recipe, grid, position.skips)
+            continue
         if leaving or time_to_save or step == last_step or saver.due(step):
+            heartbeat.beat(step, "save")
             saver.save(position)
         if leaving:
             break
+    heartbeat.beat(position.step, "end")
     saver.finish()
+    observer.close()
     batches.close()
     if log is not None:
         if position.step < last_step:
             log.note(f"asked to leave ({leave.name or 'another rank'}): saved step {position.step}; go on with --resume")
         log.close()
+    return position.step >= last_step
 
 
 def _build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[Grid, Trainer]:
@@ -169,6 +198,15 @@ def _write_files(
         data={name: data_identity(from_root(name)) for name in _folders(recipe)},
         skips=skips,
     )
+
+
+def _first_position(
+    out_dir: Path, trainer: Trainer, resume_step: int | None, skips: tuple[tuple[int, int], ...]
+) -> tuple[Position, tuple[Rewind, ...]]:
+    """Where a resumed run goes on, the sequences that its rewinds left out left out again; and those rewinds."""
+    history = read_history(out_dir)
+    position = resume(out_dir, trainer, last_step=resume_step)
+    return position.leave_out((*skips, *skips_ahead(history, position.consumed_seqs, position.skips))), history
 
 
 def _note_changed_data(out_dir: Path, log: RunLog) -> None:
@@ -241,16 +279,20 @@ def _record(
         record["log_z_squared"] = result.log_z_squared
     if result.loss_scale != 1.0 or position.skipped_steps:
         record |= {"loss_scale": result.loss_scale, "skipped_steps": position.skipped_steps}
+    if result.skip_reason == TOO_HIGH:
+        record["skip_reason"] = "gradient norm off its curve"
     return record
 
 
-def _judge(step: int, result: StepResult, skips_in_a_row: int, saver: Saver) -> None:
-    """Stop where going on is useless. Equal on every rank, because the numbers are."""
-    where = f"; the last checkpoint is {saver.last_saved}" if saver.last_saved else "; no checkpoint was saved"
-    if not math.isfinite(result.loss) or (not result.skipped and not math.isfinite(result.grad_norm)):
-        raise TrainingError(f"step {step}: loss is {result.loss} and the gradient norm {result.grad_norm}{where}")
+def _hopeless(step: int, result: StepResult, skips_in_a_row: int, recipe: Recipe, observer: Observer) -> tuple[int, str] | None:
+    """Since which step going on is useless, and why. Equal on every rank, because the numbers are."""
+    if observer.nonfinite is not None and skips_in_a_row >= recipe.monitor.max_nonfinite_steps:
+        return step - skips_in_a_row + 1, f"{skips_in_a_row} steps in a row were not finite: {observer.nonfinite}"
+    if not result.skipped and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        return step, f"loss is {result.loss} and the gradient norm {result.grad_norm}"
     if skips_in_a_row >= SKIPS_IN_A_ROW:
-        raise TrainingError(f"step {step}: {skips_in_a_row} steps in a row overflowed, loss scale {result.loss_scale}{where}")
+        return step - skips_in_a_row + 1, f"{skips_in_a_row} steps in a row overflowed, loss scale {result.loss_scale}"
+    return None
 
 
 def _open_log(recipe: Recipe, grid: Grid, out_dir: Path, resumed_step: int | None) -> RunLog | None:
@@ -258,7 +300,7 @@ def _open_log(recipe: Recipe, grid: Grid, out_dir: Path, resumed_step: int | Non
         return None
     manifest = json.loads((out_dir / "manifest.json").read_text())
     config = json.loads((out_dir / "recipe.json").read_text())
-    return RunLog(
+    log = RunLog(
         out_dir,
         name=recipe.name,
         run_steps=recipe.steps,
@@ -266,6 +308,8 @@ def _open_log(recipe: Recipe, grid: Grid, out_dir: Path, resumed_step: int | Non
         config=config,
         run_id=manifest["run_id"],
     )
+    _note_changed_data(out_dir, log)
+    return log
 
 
 def _due(step: int, every: int, last_step: int) -> bool:

@@ -49,6 +49,11 @@ def partitions(trainer: Trainer) -> list[Partition]:
     return found
 
 
+def locate(trainer: Trainer) -> list[tuple[torch.Tensor, list[Fragment]]]:
+    """(flat fp32 tensor, what lies in it): the weights' alone. The tensors are the optimizer's parameters."""
+    return list(zip(*_locate(trainer), strict=True))
+
+
 def optimizer_steps(trainer: Trainer) -> int:
     """Adam's own step counter, which corrects its bias; 0 for optimizers without one."""
     for state in trainer.optimizer.state.values():
@@ -65,6 +70,12 @@ def create_states(trainer: Trainer, kinds: list[str], steps: int) -> None:
             fused = trainer.optimizer.param_groups[0].get("fused")
             state["step"] = torch.tensor(float(steps), device=flat.device if fused else "cpu")
         trainer.optimizer.state[flat] = state
+
+
+def drop_states(trainer: Trainer) -> None:
+    """Forget the optimizer's states: it makes them anew at its next step."""
+    for flat in _locate(trainer)[0]:
+        trainer.optimizer.state.pop(flat, None)
 
 
 def publish(trainer: Trainer) -> None:

@@ -1,0 +1,130 @@
+"""`report RUN`: one HTML file that works offline, of a run directory or of a log that `scan` reads.
+
+Loss, gradient norm, learning rate and loss scale on one axis with the events shaded, the worst data rank, update ratios, and
+which layer moved first. Steps that a rewind undid are drawn too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipes.common.rewinds import read_history
+from tools.common.console import GOOD, UsageError
+from tools.spikes.report_columns import Columns
+from tools.spikes.report_events import describe_source, figures, hint, list_events
+from tools.spikes.report_heat import heat_map, read_slice
+from tools.spikes.report_tables import Numbers, is_run, read_numbers
+
+NO_MAP = ("step_time", "drift")  # signals that no layer explains
+MOST_MAPS = 12  # events with a map of layers; those that call for something come first
+BLUE, GREEN, ORANGE, VIOLET, TEAL, BROWN = "#1c5fb0", "#0b7a4b", "#d9480f", "#6741d9", "#0c8599", "#846358"
+
+# title, unit, height, look, and the series: column, name in the key, colour
+PANELS = (
+    ("Loss", "nats", 220, {"settles": True}, (("loss", "training", BLUE), ("val_loss", "validation", GREEN))),
+    ("Gradient norm", "before clipping", 110, {"log": True}, (("grad_norm", "norm", ORANGE),)),
+    ("Learning rate", "", 80, {"zero": True}, (("lr", "rate", TEAL),)),
+    ("Loss scale", "", 80, {"log": True, "base": 2}, (("loss_scale", "scale", BROWN),)),
+    ("Update / weight", "of the whole model", 90, {"log": True}, (("update_ratio", "ratio", VIOLET),)),
+    ("Worst data rank", "its loss above the mean, nats", 90, {"zero": True}, (("loss_excess", "excess", ORANGE),)),
+    ("Which data rank is worst", "", 70, {"integers": True}, (("loss_max_rank", "rank", BROWN),)),
+    ("Largest logit", "", 80, {}, (("max_logit", "logit", TEAL),)),
+    ("Step time", "seconds", 70, {"zero": True}, (("seconds", "seconds", BROWN),)),
+)
+DOTS = {"val_loss": {"dots": True, "hollow": True, "size": 3.5}, "loss_max_rank": {"dots": True, "crowd": True, "size": 1.6}}
+UNDONE = ("loss", "grad_norm", "update_ratio")  # drawn for steps that were left behind, too
+
+
+def run(flags: argparse.Namespace) -> int:
+    path = report(flags.run, flags.out)
+    print(json.dumps({"report": str(path), "bytes": path.stat().st_size}) if flags.json else f"{path}")
+    return GOOD
+
+
+def report(source: Path, out: Path | None = None) -> Path:
+    """Write the page and give its path. Raises UsageError for what cannot be read or written."""
+    if not source.exists():
+        raise UsageError(f"{source}: no such run directory or log")
+    columns = Columns()
+    facts = page_facts(source, read_numbers(source), columns)
+    out = out or (source / "spikes.html" if source.is_dir() else Path(source.name + ".html"))
+    try:
+        out.write_text(fill_page(facts, columns), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error}") from None
+    return out
+
+
+def fill_page(facts: dict[str, Any], columns: Columns) -> str:
+    folder = Path(__file__).parent
+    fillings = {
+        "__TITLE__": html.escape(f"{facts['name']}: training report"),
+        "__FACTS__": json.dumps(facts, allow_nan=False, separators=(",", ":")).replace("</", "<\\/"),
+        "__COLUMNS__": columns.encoded(),
+        "__SCRIPT__": (folder / "report_page.js").read_text(encoding="utf-8"),
+    }
+    head, *pieces = _split((folder / "report_page.html").read_text(encoding="utf-8"), list(fillings))
+    return head + "".join(fillings[name] + rest for name, rest in pieces)
+
+
+def _split(page: str, names: list[str]) -> Iterator[Any]:
+    """The template between its places, so that what one is filled with is never searched for the next."""
+    places = sorted((page.index(name), name) for name in names)
+    yield page[: places[0][0]]
+    for number, (at, name) in enumerate(places):
+        end = places[number + 1][0] if number + 1 < len(places) else len(page)
+        yield name, page[at + len(name) : end]
+
+
+def page_facts(source: Path, numbers: Numbers, columns: Columns) -> dict[str, Any]:
+    rewinds = [vars(rewind) for rewind in read_history(source)] if is_run(source) else []
+    events = list_events(source, numbers.events)
+    steps = np.concatenate([table["step"] for table in (numbers.table, *numbers.undone)])
+    return {
+        "name": source.resolve().name,
+        "about": describe_source(source),
+        "figures": figures(numbers.table, events, len(rewinds)),
+        "first_step": int(steps.min()),
+        "last_step": int(steps.max()),
+        "rewinds": rewinds,
+        "events": events,
+        "events_hint": hint(events),
+        "panels": list(panels(numbers, columns)),
+        "heat": list(maps(source, events)),
+        "footer": "Each line is the mean of what falls on one pixel, the band behind it from the lowest to the highest value.",
+    }
+
+
+def panels(numbers: Numbers, columns: Columns) -> Iterator[dict[str, Any]]:
+    table = numbers.table
+    for title, unit, height, look, wanted in PANELS:
+        series = [
+            {"label": label, "color": color, **DOTS.get(column, {}), **columns.series(table["step"], table[column])}
+            for column, label, color in wanted
+            if column in table and np.isfinite(table[column]).any()
+        ]
+        if not series:
+            continue
+        for number, branch in enumerate(numbers.undone):
+            if wanted[0][0] in UNDONE and wanted[0][0] in branch:
+                name = "undone" if number == 0 else ""
+                series.append({"label": name, **columns.series(branch["step"], branch[wanted[0][0]])})
+        yield {"title": title, "unit": unit, "height": height, **look, "series": series}
+
+
+def maps(source: Path, events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    order = [index for index, event in enumerate(events) if event["first_signal"] not in NO_MAP]
+    order.sort(key=lambda index: (not events[index]["actionable"], events[index]["onset"]))
+    for index in sorted(order[:MOST_MAPS]) if source.is_dir() else []:
+        event = events[index]
+        found = read_slice(source, event["box"], event["onset"], event["end"] or event["peak"])
+        if found is not None:
+            label = f"{event['class'].replace('_', ' ')} at step {event['onset']:,}"
+            yield {"event": index, "label": label, **heat_map(found, event["onset"])}
