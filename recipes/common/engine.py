@@ -35,6 +35,7 @@ from recipes.common.network import choose_interface
 from recipes.common.norm_gate import NormGate
 from recipes.common.recipe import AdamW, Optimizer
 from recipes.common.stage import Stage
+from recipes.common.zero_bubble import use_zero_bubble
 
 Labels = tuple[torch.Tensor, torch.Tensor]
 
@@ -189,6 +190,8 @@ class Trainer:
                     for parameter in stage.head_parameters():
                         deepspeed.zero.register_external_parameter(stage, parameter)
             self.engine = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config, mpu=mpu)[0]
+        if stage.weight_queue is not None:
+            use_zero_bubble(self.engine, stage.weight_queue)
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]
         self.probe: StepProbe | None = None

@@ -174,6 +174,8 @@ def _build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[G
         recompute_every=layout.recompute_every,
         z_loss=recipe.z_loss,
         chunk_tokens=recipe.logits_chunk_tokens,
+        schedule=layout.schedule,
+        sequence_parallel=layout.sequence_parallel,
     )
     document_end = None
     if recipe.mask_documents:

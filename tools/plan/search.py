@@ -9,7 +9,7 @@ from collections import defaultdict
 from typing import Any
 
 from recipes.common.ds_config import load_ds_config
-from recipes.common.recipe import Recipe
+from recipes.common.recipe import SCHEDULES, Layout, Recipe
 from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table
 from tools.common.recipe_files import load_recipe, parse_layout
 from tools.plan.coefficients import Coefficients, first_principles, read_coefficients
@@ -74,18 +74,21 @@ def _read(flags: argparse.Namespace) -> tuple[ModelFacts, Device, Coefficients, 
     return read_model(recipe, load_ds_config(recipe.deepspeed)), device, coefficients, price
 
 
+def options_of(layout: Layout) -> str:
+    """What is set beside the sizes, as a recipe would say it."""
+    said = [f"recompute_every={layout.recompute_every}"] if layout.recompute_every else []
+    said += ["sequence_parallel"] if layout.sequence_parallel else []
+    return " ".join(said + ([layout.schedule] if layout.schedule != SCHEDULES[0] else []))
+
+
 def name_of(candidate: Candidate) -> str:
     layout = candidate.layout
-    recompute = f" recompute_every={layout.recompute_every}" if layout.recompute_every else ""
-    return f"tensor={layout.tensor} pipeline={layout.pipeline} data={candidate.data} micro_seqs={candidate.micro_seqs}{recompute}"
+    sizes = f"tensor={layout.tensor} pipeline={layout.pipeline} data={candidate.data} micro_seqs={candidate.micro_seqs}"
+    return f"{sizes} {options_of(layout)}".rstrip()
 
 
-def candidate_json(candidate: Candidate) -> dict[str, int]:
-    layout = candidate.layout
-    return {
-        "tensor": layout.tensor, "pipeline": layout.pipeline, "data": candidate.data, "micro_seqs": candidate.micro_seqs,
-        "recompute_every": layout.recompute_every,
-    }  # fmt: skip
+def candidate_json(candidate: Candidate) -> dict[str, Any]:
+    return {**vars(candidate.layout), "data": candidate.data, "micro_seqs": candidate.micro_seqs}
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def _search_text(
             "pipeline",
             "data",
             "micro_seqs",
-            "recompute",
+            "options",
             "step s",
             "tokens/s",
             "MFU",
@@ -138,9 +141,8 @@ def _search_text(
 def _row(plan: Plan) -> list[object]:
     layout = plan.candidate.layout
     low, peak, high = (size / GIB for size in plan.peak)
-    recompute = {0: "none", 1: "full"}.get(layout.recompute_every, f"every {layout.recompute_every}th")
     return [
-        layout.tensor, layout.pipeline, plan.candidate.data, plan.candidate.micro_seqs, recompute, f"{plan.seconds:.3f}",
+        layout.tensor, layout.pipeline, plan.candidate.data, plan.candidate.micro_seqs, options_of(layout), f"{plan.seconds:.3f}",
         f"{plan.tokens_per_second:,.0f}", f"{plan.mfu:.1%}", f"{peak:.0f} ({low:.0f}-{high:.0f}){'' if plan.safe else ' !'}",
         f"{plan.days:.1f}", f"{plan.cost:,.0f}",
     ]  # fmt: skip
