@@ -37,7 +37,8 @@ def hosts():
 def test_two_hosts_train_as_one_and_go_on_after_a_cut_cable(hosts, tmp_path):
     recipe = recipe_copy(tmp_path, steps=STEPS, every=10)
     run_dir = tmp_path / "two"
-    options = ["--hostfile", hosts.hostfile(2), "--backoff-seconds", 1, "--no-preflight"]
+    # three hosts are named and one is spare: the first, which nobody knows, is left out
+    options = ["--hostfile", hosts.hostfile(2, "nowhere", *NAMES), "--spares", 1, "--backoff-seconds", 1, "--no-preflight"]
     command = hosts.command(0, "bash", ROOT / "launch/hostfile.sh", *options, recipe, "--out-dir", run_dir)
     variables = environment() | hosts.environment() | {"VIRTUAL_ENV": sys.prefix}
     variables["PATH"] = os.pathsep.join([str(hosts.folder / "bin"), environment()["PATH"]])
@@ -55,6 +56,7 @@ def test_two_hosts_train_as_one_and_go_on_after_a_cut_cable(hosts, tmp_path):
     wait_for_step(job, run_dir, 22, since=began)
     assert job.wait(120) == 0, output(run_dir)
     assert_all_end(everyone, 1)
+    assert "host nowhere does not answer: left out" in output(run_dir)
     cut, *_, finished = ends(run_dir)
     assert cut["cause"] == "host_lost", cut
     assert "host beta with ranks [2, 3]" in cut["detail"]

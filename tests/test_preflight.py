@@ -205,11 +205,11 @@ def test_a_rank_that_hangs_in_a_collective_does_not_hang_the_rest(recipe, tmp_pa
         communication._all_reduce = lambda *_: threading.Event().wait()
 
     started = time.monotonic()
-    code, found = look({3: hang}, recipe, "--out-dir", tmp_path, "--hosts", HOSTS, "--step-seconds", "3")
-    assert code == 1 and time.monotonic() - started < 30
+    code, found = look({3: hang}, recipe, "--out-dir", tmp_path, "--hosts", HOSTS, "--step-seconds", "5")
+    assert code == 1 and time.monotonic() - started < 60
     stuck = [one for one in found["problems"] if one["check"] == "communication"]
     hanging = next(one for one in stuck if 3 in one["ranks"])
-    assert hanging["ranks"] == [2, 3] and "did not end in 3 s, the last begun: tensor all_reduce" in hanging["message"]
+    assert hanging["ranks"] == [2, 3] and "did not end in 5 s, the last begun: tensor all_reduce" in hanging["message"]
     waiting = next(one for one in stuck if 0 in one["ranks"])
     assert waiting["ranks"] == [0, 1] and waiting["message"].endswith("the last begun: the wait for all tensor groups")
 
@@ -221,12 +221,12 @@ def test_a_rank_that_ends_on_the_way_is_named(recipe, tmp_path):
         preflight.follow = lambda *_: 1
 
     def impatient():
-        leading.GRACE_SECONDS = 0.5
+        leading.GRACE_SECONDS = 1.0
 
-    code, found = look({0: impatient, 3: leave}, recipe, "--out-dir", tmp_path, "--hosts", HOSTS, "--step-seconds", "1")
+    code, found = look({0: impatient, 3: leave}, recipe, "--out-dir", tmp_path, "--hosts", HOSTS, "--step-seconds", "4")
     assert (code, found["bad_hosts"]) == (1, ["d"])
     assert [one["check"] for one in found["problems"]] == ["host facts"]
-    assert "rank 3 on host d said nothing in 2 s" in found["problems"][0]["message"]
+    assert "rank 3 on host d said nothing in 5 s" in found["problems"][0]["message"]
 
 
 def test_bandwidth_counts_the_ranks_of_the_group():

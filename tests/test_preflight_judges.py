@@ -248,12 +248,12 @@ TENSOR = {(0, 1): 200.0, (2, 3): 200.0, (4, 5): 205.0, (6, 7): 198.0}
 
 
 def test_a_slow_group_names_its_host_with_the_median_of_the_others():
-    assert collective_problems(groups(TENSOR), HOSTS, "cuda", judge_speed=True) == []
-    slow = collective_problems(groups(TENSOR | {(2, 3): 20.0}), HOSTS, "cuda", judge_speed=True)
+    assert collective_problems(groups(TENSOR), HOSTS, judge_speed=True) == []
+    slow = collective_problems(groups(TENSOR | {(2, 3): 20.0}), HOSTS, judge_speed=True)
     assert [problem.hosts for problem in slow] == [("b",)]
     assert "1 of 4 tensor groups are slow in all_reduce" in slow[0].message
     assert "20.0 GB/s, the median of the others is 200.0 GB/s" in slow[0].message
-    assert collective_problems(groups(TENSOR | {(2, 3): 20.0}), HOSTS, "cuda", judge_speed=False) == []
+    assert collective_problems(groups(TENSOR | {(2, 3): 20.0}), HOSTS, judge_speed=False) == []
 
 
 def test_a_host_whose_links_are_slow_on_both_sides_is_told_from_its_neighbours():
@@ -261,7 +261,7 @@ def test_a_host_whose_links_are_slow_on_both_sides_is_told_from_its_neighbours()
         {(0, 2): 5.0, (2, 4): 5.0, (4, 0): 50.0},
         {(0, 2): 5.0, (2, 4): 5.0, (4, 6): 50.0, (6, 0): 50.0},
     ):
-        found = collective_problems(groups(ring, "hosts", "send_recv"), HOSTS, "cuda", judge_speed=True)
+        found = collective_problems(groups(ring, "hosts", "send_recv"), HOSTS, judge_speed=True)
         assert [problem.hosts for problem in found] == [("b",)]
 
 
@@ -276,11 +276,11 @@ def test_hosts_that_explain_as_much_are_not_blamed():
 def test_a_wrong_result_names_who_saw_it_or_the_group():
     good = groups(TENSOR)
     one = [replace(good[1], wrong={3: "element 7 is 5 instead of 4"}), good[0], *good[2:]]
-    problem = collective_problems(one, HOSTS, "cuda", judge_speed=True)[0]
+    problem = collective_problems(one, HOSTS, judge_speed=True)[0]
     assert problem.hosts == ("b",) and problem.ranks == (3,)
     assert problem.message == "all_reduce among tensor ranks 2-3 is wrong: on rank 3 on host b element 7 is 5 instead of 4"
     both = [replace(good[1], wrong={2: "x", 3: "x"}), good[0], *good[2:]]
-    assert collective_problems(both, HOSTS, "cuda", judge_speed=True)[0].hosts == ("b",)
+    assert collective_problems(both, HOSTS, judge_speed=True)[0].hosts == ("b",)
 
 
 def test_a_group_is_as_fast_as_its_slowest_rank():
@@ -303,7 +303,7 @@ def test_pairs_cover_every_neighbour_and_no_turn_uses_a_place_twice(count, close
 
 
 def joined(rank, hostname, node, size=2):
-    return Rank(rank=rank, local_rank=rank % 2, local_size=size, node=node, hostname=hostname, network="n", cores=8)
+    return Rank(rank=rank, local_rank=rank % 2, local_size=size, node=node, hostname=hostname, network="n")
 
 
 def test_a_missing_ranks_host_is_told_by_the_flag_or_by_its_neighbours():

@@ -45,9 +45,9 @@ class TwoHosts:
         """With an `ssh` that knows the key and asks nothing."""
         return {"PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
-    def hostfile(self, slots: int) -> Path:
-        path = self.folder / f"hostfile_{slots}"
-        path.write_text("".join(f"{name} slots={slots}\n" for name in NAMES))
+    def hostfile(self, slots: int, *names: str) -> Path:
+        path = self.folder / "hostfile"
+        path.write_text("".join(f"{name} slots={slots}\n" for name in names))
         return path
 
     def set_link(self, host: int, state: str) -> None:

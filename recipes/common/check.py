@@ -23,18 +23,7 @@ from recipes.common.ds_config import (
 )
 from recipes.common.plans import PlanError, Stack, find_stack
 from recipes.common.proof import cut_problems, masking_problems, sequence_problems
-from recipes.common.recipe import (
-    SCHEDULES,
-    SGD,
-    AdamW,
-    Checkpoints,
-    Layout,
-    Optimizer,
-    Reaction,
-    Recipe,
-    RecipeError,
-    from_root,
-)
+from recipes.common.recipe import SCHEDULES, SGD, AdamW, Checkpoints, Layout, Optimizer, Reaction, Recipe, RecipeError, from_root
 from recipes.common.recipe_types import type_problems
 from recipes.common.schedules import ramp_problems, schedule_problems
 from recipes.common.stage import balance_stages, layer_costs

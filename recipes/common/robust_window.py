@@ -1,7 +1,7 @@
 """Level and spread of a noisy curve from its last healthy values: medians, so that what is odd does not move them.
 
-The curve's fall is taken out first, by the line through the medians of the window's older and newer half. A rise is not:
-it is what the detectors look for. Values the detectors flag are never put in ("quarantine"), so one spike or NaN cannot
+The curve's fall is taken out first, by the line through the medians of the window's quarters. A rise is not: it is what
+the detectors look for. Values the detectors flag are never put in ("quarantine"), so one spike or NaN cannot
 hide the next; means and deviations of raw values, the usual rule, are blind for a whole window after each.
 """
 
@@ -70,20 +70,24 @@ class RobustWindow:
             self._refresh()
 
     def _refresh(self) -> None:
-        n, half = self.count, self.count // 2
+        n, quarter = self.count, self.count // 4
         values = self._buffer[self._end - n : self._end]
         self.due = min(max(n // 8, 1), REFRESH)
-        older, newer, newest = np.sort(values[:half]), np.sort(values[half:]), np.sort(values[-max(n // 4, 1) :])
-        slope = min((newer[len(newer) // 2] - older[half // 2]) / half, 0.0) if n >= ENOUGH else 0.0
-        line = newer[len(newer) // 2] + slope * (np.arange(n) - 0.75 * n)
+        if n < ENOUGH:
+            newest = np.sort(values[-max(quarter, 1) :])
+            self.center, self.fall, line = float(newest[len(newest) // 2]), 0.0, newest[len(newest) // 2]
+        else:
+            newest = np.sort(values[n - 4 * quarter :].reshape(4, quarter), axis=1)
+            knots = np.maximum.accumulate(newest[::-1, quarter // 2])[::-1]
+            line = np.interp(np.arange(n), n - quarter * (np.arange(3.5, 0, -1)), knots)
+            self.center = float(newest[-1, quarter // 2])
+            self.fall = float((knots[0] - knots[3]) / (3 * quarter) * (0.5 * quarter + self.due))
         spread = MAD_TO_SD * np.sort(np.abs(values - line))[n // 2]
-        self.center = float(newest[len(newest) // 2])
-        self.fall = float(-slope * (0.125 * n + self.due))
         unit = abs(self.center) if self._relative else 1.0
         if n < SIZE // 4:  # as if the prior had been seen in four values
             spread = np.sqrt((n * spread**2 + 4 * (self._prior * unit) ** 2) / (n + 4))
         else:  # rounded values: steps of the last digit are no deviation
-            gaps = np.diff(newer)
+            gaps = np.diff(newest[-1])
             gaps = gaps[gaps > 0]
             spread = max(spread, gaps.min() if len(gaps) else 0.0)
         self.scale = float(max(spread, self._floor * unit))

@@ -4,7 +4,7 @@ An event opens where the loss or the log of the gradient norm leaves its curve b
 While it is open nothing enters the windows. It ends after CALM points within OFF_Z. One point off is a hard batch: in public
 per-step logs nearly every such point is one, and the next is back on the curve. It is worth waking somebody (`actionable`) when
 
-- the loss stays above for PERSISTS points in a row, and not by a little while the gradient norm is known to be quiet, or
+- the loss stays above for PERSISTS points in a row by LEAST_SHARE (FAR_SHARE where the gradient norm is known and quiet), or
 - the loss is above, and the gradient norm for two points in a row (in BLOOM's spike: two steps before the peak), or
 - the loss is far above in a log of every k-th step, whose next point says little about the next step, or
 - the loss or the norm is not finite.
@@ -24,7 +24,7 @@ from recipes.common.training_events import DIVERGED_POINTS, FAST_POINTS, Event
 
 OFF_Z = 4.0  # still off: half of what opens
 CALM = 3  # points on the curve that end an event
-PERSISTS = 3
+PERSISTS, LEAST_SHARE = 3, 0.03  # points in a row, and share of the loss: less is nothing to act on
 SPARSE_Z, SPARSE_SHARE = 10.0, 0.05  # far above: in robust deviations, and in the loss's share
 NEGLIGIBLE = 0.05  # of the event's largest excess: so near is back, though a very smooth curve makes it many deviations
 DEAD_POINTS = 32  # not finite in a row: it does not come back
@@ -225,7 +225,8 @@ class SpikeTracker:
             return
         above = event.loss_z >= OPEN_Z
         quiet = event.norm_known and event.norm_z < OFF_Z and event.excess < FAR_SHARE * event.level
-        persists = above and event.loss_run >= PERSISTS and not quiet
+        high = event.excess >= LEAST_SHARE * event.level and not quiet
+        persists = above and high and event.loss_run >= PERSISTS
         together = above and event.norm_z >= OPEN_Z and event.longest_norm_run > 1
         far = sparse and event.loss_z >= SPARSE_Z and event.excess >= SPARSE_SHARE * event.level
         if event.longest_dead_run or persists or together or far:
@@ -254,7 +255,7 @@ class SpikeTracker:
         steady = abs(level - event.early) <= max(2 * spread, 0.02 * event.level)
         near = event.sign < 0 or (steady and excess < FAR_SHARE * event.level)
         ripe = event.points % DIVERGED_POINTS == 0
-        if norm_quiet and (noisier or (ripe and near)):
+        if (norm_quiet and (noisier or (ripe and near))) or (ripe and event.loss_z < OFF_Z):
             event.kind = "resume_artefact" if event.after_resume else "data_regime_shift"
             self._close(event, new_level=True)
         elif event.points >= LOST_POINTS:
@@ -272,6 +273,7 @@ class SpikeTracker:
         self._emit(event.serial, event.event(ended=True))
         self.open = None
         if new_level:
-            self.new_levels += 1
-            self.loss.refill(np.array(event.losses))
             self.norm.refill(np.empty(0))
+            if event.loss_z >= OFF_Z:
+                self.new_levels += 1
+                self.loss.refill(np.array(event.losses))

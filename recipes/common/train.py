@@ -29,7 +29,7 @@ from recipes.common.observer import Observer
 from recipes.common.plans import find_stack
 from recipes.common.reaction import Responder
 from recipes.common.recipe import Blend, Layout, Recipe, RecipeError, Sizes, derive_sizes, from_root
-from recipes.common.rewinds import read_history, skips_ahead
+from recipes.common.rewinds import Rewind, read_history, skips_ahead
 from recipes.common.run_files import recipe_to_dict, write_run_files
 from recipes.common.schedules import global_seqs_at, learning_rate_at
 from recipes.common.shards import data_identity, read_manifest
@@ -87,15 +87,11 @@ def train(
     """Gives whether the last step was reached: False after a request to leave."""
     heartbeat = Heartbeat(out_dir, int(os.environ.get("RANK", "0")))
     grid, trainer = _build(recipe, layout, ds_config)
-    history = read_history(out_dir) if resume_run else ()
-    position = resume(out_dir, trainer, last_step=resume_step) if resume_run else Position()
-    position = position.leave_out((*skips, *skips_ahead(history, position.consumed_seqs, position.skips)))
+    position, history = _first_position(out_dir, trainer, resume_step, skips) if resume_run else (Position().leave_out(skips), ())
     resumed_step = position.step if resume_run else None
     if grid.rank == 0:
         _write_files(recipe, layout, sizes, ds_config, out_dir, resumed_step, position.skips)
     log = _open_log(recipe, grid, out_dir, resumed_step)
-    if log is not None:
-        _note_changed_data(out_dir, log)
     saver = Saver(out_dir, trainer, recipe, log)
     observer = Observer(trainer, recipe, out_dir, resumed_step=resumed_step, log=log)
     responder = Responder(recipe, out_dir, trainer, saver, observer, log)
@@ -204,6 +200,15 @@ def _write_files(
     )
 
 
+def _first_position(
+    out_dir: Path, trainer: Trainer, resume_step: int | None, skips: tuple[tuple[int, int], ...]
+) -> tuple[Position, tuple[Rewind, ...]]:
+    """Where a resumed run goes on, the sequences that its rewinds left out left out again; and those rewinds."""
+    history = read_history(out_dir)
+    position = resume(out_dir, trainer, last_step=resume_step)
+    return position.leave_out((*skips, *skips_ahead(history, position.consumed_seqs, position.skips))), history
+
+
 def _note_changed_data(out_dir: Path, log: RunLog) -> None:
     """Folders that were prepared again since the start before: the order stays, but what it orders is something else."""
     starts = json.loads((out_dir / "manifest.json").read_text())["starts"]
@@ -295,7 +300,7 @@ def _open_log(recipe: Recipe, grid: Grid, out_dir: Path, resumed_step: int | Non
         return None
     manifest = json.loads((out_dir / "manifest.json").read_text())
     config = json.loads((out_dir / "recipe.json").read_text())
-    return RunLog(
+    log = RunLog(
         out_dir,
         name=recipe.name,
         run_steps=recipe.steps,
@@ -303,6 +308,8 @@ def _open_log(recipe: Recipe, grid: Grid, out_dir: Path, resumed_step: int | Non
         config=config,
         run_id=manifest["run_id"],
     )
+    _note_changed_data(out_dir, log)
+    return log
 
 
 def _due(step: int, every: int, last_step: int) -> bool:

@@ -79,10 +79,15 @@ def _terms(
         quotient, adam, tiny = direction, nothing, nothing
     else:
         root = torch.sqrt(spread, out=scratch[0]).mul_(correction)
-        tiny = torch.count_nonzero(root < eps).float()
         quotient = torch.add(root, eps, out=scratch[1])
         torch.div(direction, quotient, out=quotient)
-        relative = torch.div(gradient, root.clamp_(min=eps), out=root)
+        # comparing is the dearest of all; a CPU can look first whether there is anything to count, without waiting for it
+        if root.device.type == "cpu" and root.amin().item() >= eps:
+            tiny = root.new_zeros(())
+        else:
+            tiny = torch.count_nonzero(root < eps).float()
+            root.clamp_(min=eps)
+        relative = torch.div(gradient, root, out=root)
         adam = torch.dot(relative, relative)
     return [
         torch.dot(gradient, gradient),

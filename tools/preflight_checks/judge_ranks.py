@@ -13,7 +13,7 @@ from tools.common.console import human_bytes
 from tools.preflight_checks.problems import Problem, by_host, majority, named, odd_ones, span
 
 SLOW_PRODUCT = {"cuda": 0.85, "cpu": 0.5}  # of the ranks' median speed; GPUs of one kind are alike within a few per cent
-SLOW_GROUP = {"cuda": 0.5, "cpu": 0.2}  # of the median of the other groups of its kind; gloo on busy cores is noisy
+SLOW_GROUP = 0.5  # of the median of the other groups of its kind
 USED_MIB = 1024  # of a free GPU's memory: the driver and services take less
 PROGRAM_XIDS = (13, 31, 43, 45)  # raised by a program's own faults and its end, not by the GPU (NVIDIA's Xid catalogue)
 
@@ -155,7 +155,7 @@ def usual_speed(group: Group, groups: Sequence[Group]) -> float | None:
     return statistics.median(others) if others else None
 
 
-def collective_problems(groups: Sequence[Group], hosts: Sequence[str], device_type: str, *, judge_speed: bool) -> list[Problem]:
+def collective_problems(groups: Sequence[Group], hosts: Sequence[str], *, judge_speed: bool) -> list[Problem]:
     """Wrong results, and groups slower than their like. judge_speed: no, where ranks wait for cores rather than for links."""
     problems = []
     for kind, operation in dict.fromkeys((one.kind, one.operation) for one in groups):
@@ -166,7 +166,7 @@ def collective_problems(groups: Sequence[Group], hosts: Sequence[str], device_ty
         slow = {}
         for one in alike:
             usual = usual_speed(one, alike)
-            if judge_speed and usual and one.bus_bytes_per_second < SLOW_GROUP[device_type] * usual:
+            if judge_speed and usual and one.bus_bytes_per_second < SLOW_GROUP * usual:
                 slow[one.ranks] = (one, usual)
         if slow:
             worst, usual = min(slow.values(), key=lambda pair: pair[0].bus_bytes_per_second)

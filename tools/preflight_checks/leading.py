@@ -84,7 +84,7 @@ def lead(
         with step(found, "devices"):
             device_type = _hear_devices(meeting, found, me)
         with step(found, "measuring"):
-            _hear_measurements(meeting, found, me, layout, device_type, _crowded(joined))
+            _hear_measurements(meeting, found, me, layout, device_type)
     groups = merge_groups(found.collectives)
     rows = rank_rows(hosts, layout, products=found.products, groups=groups, storage=found.storage, clocks=found.clocks)
     return judge(
@@ -195,9 +195,7 @@ def _hear_devices(meeting: Meeting, found: Findings, me: Rank) -> str:
     return device_type
 
 
-def _hear_measurements(
-    meeting: Meeting, found: Findings, me: Rank, layout: Layout, device_type: str, crowded: str | None
-) -> None:
+def _hear_measurements(meeting: Meeting, found: Findings, me: Rank, layout: Layout, device_type: str) -> None:
     ready = all("error" not in found.devices.get(rank, {"error": ""}) for rank in range(meeting.world_size))
     plan = {
         "measure": ready,
@@ -219,11 +217,10 @@ def _hear_measurements(
     connected = _hear(meeting, found, "process group", everyone)
     if len(connected) == meeting.world_size:
         found.collectives = _hear(meeting, found, "communication", everyone)
-    judged = device_type == "cuda" or crowded is None
-    groups = merge_groups(found.collectives)
-    found.problems += collective_problems(groups, found.hosts, device_type, judge_speed=judged)
+    judged = device_type == "cuda"
+    found.problems += collective_problems(merge_groups(found.collectives), found.hosts, judge_speed=judged)
     if not judged:
-        found.notes.append(f"{crowded}: the speed of groups is shown, not judged")
+        found.notes.append("on CPU the speed of groups is shown, not judged: it is that of the cores they wait for")
 
 
 def _hear(meeting: Meeting, found: Findings, name: str, ranks: list[int] | range) -> dict[int, Any]:
@@ -234,15 +231,6 @@ def _hear(meeting: Meeting, found: Findings, name: str, ranks: list[int] | range
     found.problems += problems
     found.silent |= set(expected) - set(outcomes)
     return values
-
-
-def _crowded(joined: dict[int, Rank]) -> str | None:
-    """Where ranks share cores, in words."""
-    for one in joined.values():
-        count = sum(other.network == one.network for other in joined.values())
-        if count > one.cores:
-            return f"{count} ranks share {one.cores} cores on {one.hostname}"
-    return None
 
 
 def dismiss(meeting: Meeting, code: int) -> None:

@@ -37,7 +37,6 @@ class Rank:
     node: int | None  # the launcher's number of this host
     hostname: str
     network: str  # equal for ranks that share one machine and one network namespace
-    cores: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,6 @@ def this_rank(environment: Mapping[str, str]) -> Rank:
         node=number("GROUP_RANK", "CROSS_RANK", "SLURM_NODEID"),
         hostname=socket.gethostname(),
         network=_network(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
 
 
@@ -161,18 +159,28 @@ def announce(meeting: Meeting, step: str, value: Any) -> None:
 
 
 def hear(meeting: Meeting, step: str, seconds: float) -> Any:
-    """What rank 0 announced. Raises CheckError when rank 0 is gone or silent."""
-    try:
-        if _there(meeting, [step], seconds):
-            return json.loads(meeting.store.get(step))
-        reason = f"it said nothing in {seconds:.0f} s"
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-    raise CheckError(f"rank {meeting.rank} lost rank 0 before {step!r}: {reason}; look at rank 0's output")
+    """What rank 0 announced. Raises CheckError when rank 0 is gone, silent, or behind a link that is cut."""
+    deadline, pause = time.monotonic() + seconds, 0.001
+
+    def ask() -> bytes | None:
+        return meeting.store.get(step) if meeting.store.check([step]) else None
+
+    reason = f"it said nothing in {seconds:.0f} s"
+    while time.monotonic() < deadline:
+        # the store waits for ever for an answer that a cut link does not bring
+        answer = bounded(ask, "an answer of its store", meeting.limit_seconds)
+        if answer.get("value") is not None:
+            return json.loads(answer["value"])
+        if "error" in answer:
+            reason = answer["error"]
+            break
+        time.sleep(pause)
+        pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
+    raise CheckError(f"rank {meeting.rank} lost rank 0 before {step!r}: {reason}; look at rank 0's output and at the link to it")
 
 
 def _there(meeting: Meeting, keys: list[str], seconds: float) -> bool:
-    """Whether all keys are set in time. Asked for again and again: a wait of the store that times out prints warnings."""
+    """Rank 0: whether all keys are set in time. Asked for again and again: a wait of the store that times out prints warnings."""
     deadline, pause = time.monotonic() + seconds, 0.001
     while not meeting.store.check(keys):
         if time.monotonic() > deadline:

@@ -20,6 +20,8 @@ from recipes.common.detectors import Event, scan
 from tools.common.console import GOOD, LINE_SECONDS, SHOW_AFTER_SECONDS, UsageError, table
 from tools.spikes.log_reader import read_logs
 
+SINGLES_SHOWN = 10  # of one-batch outliers: a noisy log has hundreds
+
 
 @dataclass(frozen=True)
 class Scanned:
@@ -112,6 +114,8 @@ def as_text(scanned: Scanned) -> str:
     head = f"{scanned.file}: {scanned.source}, {steps}, {', '.join(scanned.signals)}"
     if not scanned.events:
         return f"{head}\nno events"
+    single = [event for event in scanned.events if event.kind == "outlier_batch"]
+    left_out = single if len(single) > SINGLES_SHOWN else []
     rows = [
         [
             "!" if event.actionable else "",
@@ -125,10 +129,13 @@ def as_text(scanned: Scanned) -> str:
             _z(event),
         ]
         for event in scanned.events
+        if event not in left_out
     ]
     header = ["", "onset", "peak", "end", "delta", "class", "first signal", "lead steps", "robust z"]
     actionable = sum(event.actionable for event in scanned.events)
-    return f"{head}\n{table(rows, header)}\n{len(rows)} events, {actionable} actionable (!)"
+    more = f"; not listed: {len(left_out)} outlier batches, the first at step {left_out[0].onset_step}" if left_out else ""
+    listed = f"\n{table(rows, header)}" if rows else ""
+    return f"{head}{listed}\n{len(scanned.events)} events, {actionable} actionable (!){more}"
 
 
 def _z(event: Event) -> str:
