@@ -1,6 +1,7 @@
 """Every statistic equals what plain transformers and torch give in one process, in every layout; watching changes no weight."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -144,6 +145,11 @@ def assert_equal(trial: Trial, bound: float = 1e-5) -> None:
 @pytest.mark.parametrize(("pipeline", "tensor", "data"), CUBE)
 def test_every_layout(pipeline, tensor, data):
     assert_equal(trial_of(tiny_config("llama"), pipeline, tensor, data))
+
+
+def test_shared_sequences_and_a_zero_bubble():
+    trial = trial_of(tiny_config("llama"), 2, 2, 1)
+    assert_equal(replace(trial, layout=replace(trial.layout, sequence_parallel=True, schedule="zero_bubble")))
 
 
 def test_three_stages():

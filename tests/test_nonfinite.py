@@ -155,3 +155,16 @@ def test_what_was_first(pipeline, tensor, where, kind, name, value):
             assert (found.micro_batch, found.hit) == (BAD_MICRO_BATCH, ((1, BAD_MICRO_BATCH),))
         if kind == GRADIENT:
             assert dict(found.gradients) == {name: 64 * 96}
+
+
+def test_weight_gradients_that_wait_are_seen_too():
+    trial = trial_of(2, 1, 2)
+    trial = replace(trial, layout=replace(trial.layout, schedule="zero_bubble"))
+    for steps in run_ranks(run_planted, trial.world_size, trial, "output", 1):
+        found = steps[1][1]
+        assert (found.kind, found.name, found.micro_batch) == (
+            ACTIVATION,
+            "output of model.layers.2.mlp.up_proj",
+            BAD_MICRO_BATCH,
+        )
+        assert dict(found.gradients)["model.layers.0.mlp.up_proj.weight"] > 0

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from recipes.common.recipe import AdamW, Layout
+from recipes.common.metrics import read_metrics
+from recipes.common.recipe import AdamW, Batch, Evaluation, Layout
 from recipes.common.weight_queue import WeightQueue, postpone_weight_gradients
 from recipes.common.zero_bubble import Forward, InputGradients, TradeNext, TradePrevious, WeightGradients, ZeroBubbleSchedule
+from tests.small_runs import train_run
 from tests.test_fp16 import allow_fp16, fp16_config
-from tests.tiny import ds_config, tiny_config
+from tests.tiny import ds_config, tiny_config, tiny_recipe, write_shards
 from tools.common.local_ranks import run_ranks
 from tools.common.numerics import Trial, train_in_layout
 
@@ -99,6 +101,22 @@ def test_weight_gradients_wait_and_are_the_same():
     assert (waiting, left, equal) == ([True, True], 0, [True] * 6)
 
 
+def test_a_run_with_a_ramp_evaluation_and_a_resume_is_the_same(tmp_path):
+    write_shards(tmp_path / "data", tokens=4_000)
+    batch = Batch(seq_len=16, micro_seqs=1, global_seqs=6, ramp=((4, 2), (8, 4)))
+    recipe = tiny_recipe(tmp_path / "data", steps=4, batch=batch, evaluation=Evaluation(every_steps=2, seqs=5))
+    layout = Layout(pipeline=2)
+    filled = replace(layout, schedule="zero_bubble")
+    train_run(recipe, tmp_path / "plain", layout, 2, steps=4)
+    train_run(recipe, tmp_path / "filled", filled, 2, steps=2)
+    train_run(recipe, tmp_path / "filled", filled, 2, resume=True, steps=4)
+    plain, late = (list(read_metrics(tmp_path / name)) for name in ("plain", "filled"))
+    for key in ("loss", "grad_norm", "val_loss", "consumed_seqs"):
+        values = [[record.get(key) for record in records] for records in (plain, late)]
+        assert values[0] == values[1], key
+        assert any(values[0])
+
+
 def instructions(stages, micro_batches):
     return [
         [instruction for step in ZeroBubbleSchedule(micro_batches, stages, stage).steps() for instruction in step]
@@ -116,6 +134,47 @@ def test_neighbours_post_their_trades_in_one_order(stages, micro_batches):
         assert downward == upward
         assert [a for a, _ in downward if a is not None] == list(range(micro_batches))
         assert [g for _, g in downward if g is not None] == list(range(micro_batches))
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), DEPTHS)
+def test_trades_end_even_where_a_rank_runs_them_one_after_another(stages, micro_batches):
+    """As on one NCCL stream: a trade is over when both sides have come to it, and a pass waits for the trades that it needs."""
+    ranks = instructions(stages, micro_batches)
+    posted = [[] for _ in ranks]  # by stage: (lower stage of the two, activation, gradient), in order
+    places, over = [0] * stages, set()
+    moved = True
+    while moved:
+        moved = False
+        for stage, rank in enumerate(ranks):
+            while places[stage] < len(rank) and not waits(rank[places[stage]], stage, stages, over):
+                trade = trade_of(rank[places[stage]], stage, stages)
+                posted[stage] += [trade] if trade else []
+                places[stage] += 1
+                moved = True
+        for lower in range(stages - 1):
+            heads = [next((t for t in posted[stage] if t not in over), None) for stage in (lower, lower + 1)]
+            if heads[0] is not None and heads[0] == heads[1]:
+                over.add(heads[0])
+                moved = True
+    assert [place == len(rank) for place, rank in zip(places, ranks, strict=True)] == [True] * stages
+
+
+def trade_of(instruction, stage, stages):
+    down, up = isinstance(instruction, TradeNext), isinstance(instruction, TradePrevious)
+    if (down and stage < stages - 1) or (up and stage > 0):
+        i = instruction
+        trade = (stage, i.send, i.receive) if down else (stage - 1, i.receive, i.send)
+        return trade if trade[1:] != (None, None) else None
+    return None
+
+
+def waits(instruction, stage, stages, over):
+    """Whether the pass lacks its activation or its gradient."""
+    if isinstance(instruction, Forward) and stage > 0:
+        return not any(lower == stage - 1 and activation == instruction.micro_batch for lower, activation, _ in over)
+    if isinstance(instruction, InputGradients) and stage < stages - 1:
+        return not any(lower == stage and gradient == instruction.micro_batch for lower, _, gradient in over)
+    return False
 
 
 def finish_time(stages, micro_batches, costs):

@@ -52,9 +52,11 @@ class LayerProbe:
         self._device = self._stage.loss_sums.device
         self._clear()
         layers = self._stage.causal.get_submodule(self._stage.stack.layers)
-        if self._stage.grid.tensor_rank == 0:  # outputs and routing are the same on all tensor ranks
+        first = self._stage.grid.tensor_rank == 0  # outputs and routing are the same on all tensor ranks
+        if first or self._stage.split.blocks:  # but with sequence parallelism each rank has its part of the tokens
             for index in self._stage.own:
                 self._handles.append(layers[index].register_forward_hook(self._see_output(index)))
+        if first:
             for index, router, place in _routers(self._stage):
                 self._handles.append(router.register_forward_hook(self._see_routing(index, place)))
         self._watch_attention()

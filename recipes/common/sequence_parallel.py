@@ -107,6 +107,8 @@ def shard_sequence(causal: nn.Module, stack: Stack, split: Split, own: range, gr
     if grid.is_last_stage:
         last = causal.get_submodule(stack.after[-1]) if stack.after else layers[own[-1]]
         last.register_forward_hook(partial(_gather_output, grid.tensor_group))
+    else:
+        layers[own[-1] + 1].register_forward_pre_hook(partial(_whole_shape, grid.tensor), with_kwargs=True)
     outside = [f"{stack.layers}.{index}." for index in own] + [f"{name}." for name in stack.after]
     inside = [f"{name}." for name in split.blocks]
     for name, parameter in causal.named_parameters():
@@ -117,9 +119,21 @@ def shard_sequence(causal: nn.Module, stack: Stack, split: Split, own: range, gr
 
 
 def _scatter_input(group: dist.ProcessGroup, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    if args:
-        return (scatter_sequence(args[0], group), *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": scatter_sequence(kwargs["hidden_states"], group)}
+    return _with_hidden(args, kwargs, scatter_sequence(_hidden(args, kwargs), group))
+
+
+def _whole_shape(size: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """Past this stage's layers nothing counts but the shape, which some families state anew: a whole sequence's."""
+    seqs, length, width = _hidden(args, kwargs).shape
+    return _with_hidden(args, kwargs, _hidden(args, kwargs).new_zeros(()).expand(seqs, length * size, width))
+
+
+def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _with_hidden(args: tuple, kwargs: dict[str, Any], hidden: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
 def _gather_output(group: dist.ProcessGroup, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -133,9 +147,9 @@ def _gather_input(block: nn.Module, group: dist.ProcessGroup, *, keep_part: bool
     forward = block.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        part = args[0] if args else kwargs["hidden_states"]
+        part = _hidden(args, kwargs)
         whole = gather_sequence(part, group, partial=True)
-        args, kwargs = ((whole, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": whole})
+        args, kwargs = _with_hidden(args, kwargs, whole)
         if not (keep_part and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
         with torch.autograd.graph.saved_tensors_hooks(*_keep_part(whole, part.detach(), group)):

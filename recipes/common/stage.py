@@ -193,14 +193,8 @@ class Stage(nn.Module):
             return (self._received, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._received}
 
-    def _capture(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _capture(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._sent = output[0] if isinstance(output, tuple) else output
-        if not self.split.blocks:
-            return output
-        # some families lay out anew what comes after the layers: it has to have the whole sequence's shape, and nothing else
-        seqs, part, width = self._sent.shape
-        whole = self._sent.new_zeros(()).expand(seqs, part * self.split.size, width)
-        return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
 
 def layer_costs(causal: PreTrainedModel, stack: Stack, seq_len: int) -> tuple[list[float], float]:

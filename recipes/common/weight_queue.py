@@ -74,33 +74,33 @@ def _plain_linears(module: nn.Module) -> list[nn.Linear | Conv1D]:
 
 def linear(module: nn.Linear | Conv1D, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
     """What the linear gives for x [..., in], or its product alone. The weight's gradient waits if the module has a queue."""
-    weight, bias, queue = module.weight, module.bias if with_bias else None, getattr(module, "weight_queue", None)
-    transposed = isinstance(module, Conv1D)  # its weight is [in, out]
-    if queue is not None and torch.is_grad_enabled() and x.requires_grad and weight.requires_grad:
-        return _Postponed.apply(x, weight, bias, transposed, queue)
-    return F.linear(x, weight.t() if transposed else weight, bias)
+    bias = module.bias if with_bias else None
+    waits = getattr(module, "weight_queue", None) is not None and module.weight.requires_grad
+    if waits and torch.is_grad_enabled() and x.requires_grad:
+        return _Postponed.apply(x, bias, module)
+    return F.linear(x, _matrix(module), bias)
+
+
+def _matrix(module: nn.Linear | Conv1D) -> torch.Tensor:
+    """[out, in]; Conv1D keeps it the other way round."""
+    return module.weight.t() if isinstance(module, Conv1D) else module.weight
 
 
 class _Postponed(torch.autograd.Function):
+    """The weight comes with its module: as an input it would be visited by the backward pass, with no gradient, and its hooks
+    would run; saved with x, recomputation would give back a copy, whose gradient may never reach the weight."""
+
     @staticmethod
-    def forward(
-        ctx, x: torch.Tensor, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool, queue: WeightQueue
-    ) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, bias: nn.Parameter | None, module: nn.Linear | Conv1D) -> torch.Tensor:
         ctx.save_for_backward(x)
-        # not saved with x: recomputation would give back a copy, whose gradient may never reach the weight
-        ctx.weight, ctx.transposed, ctx.queue = weight, transposed, queue
-        return F.linear(x, weight.t() if transposed else weight, bias)
+        ctx.module = module
+        return F.linear(x, _matrix(module), bias)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        x, weight = ctx.saved_tensors[0], ctx.weight
+        x, module = ctx.saved_tensors[0], ctx.module
         shape = x.shape
         x, grad = x.reshape(-1, shape[-1]), grad.reshape(-1, grad.shape[-1])
-        if ctx.transposed:
-            ctx.queue.put_off(weight, x, grad)
-            grad_x = grad @ weight.t()
-        else:
-            ctx.queue.put_off(weight, grad, x)
-            grad_x = grad @ weight
-        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_x.view(shape), None, grad_bias, None, None
+        module.weight_queue.put_off(module.weight, *((x, grad) if isinstance(module, Conv1D) else (grad, x)))
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[1] else None
+        return (grad @ _matrix(module)).view(shape), grad_bias, None
