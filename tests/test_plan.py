@@ -19,6 +19,9 @@ from tools.plan.model_cases import Candidate, read_model
 LLAMA = "recipes/llama_1b.py"
 
 
+OPTIONS = ("tensor", "pipeline", "data", "micro_seqs", "recompute_every", "sequence_parallel", "schedule")
+
+
 def search(*flags):
     return call("plan.__main__", "search", LLAMA, *flags, "--json")
 
@@ -53,6 +56,19 @@ def test_speed_cost_and_length_agree(found):
     assert plan["cost"] == pytest.approx(plan["days"] * 24 * 64 * find_device("H100").price)
     flops = call("throughput.__main__", "flops", LLAMA, "--json").json["conventions"]["ours"]["flops_per_token"]
     assert plan["mfu"] == pytest.approx(plan["tokens_per_second"] * flops / (64 * 989e12))
+
+
+def test_options_do_what_they_are_for(found):
+    """Sequence parallelism shares what lies between blocks; the zero bubble leaves a third of 1F1B's (arXiv 2401.10241)."""
+    plans = {tuple(plan[key] for key in OPTIONS): plan for plan in found["ranked"]}
+    cut = (2, 2, 16, 2, 0)
+    plain, shared = plans[*cut, False, "1f1b"], plans[*cut, True, "1f1b"]
+    stored = [plan["memory"]["stages"][0]["stored"] for plan in (plain, shared)]
+    assert 0.5 < stored[1] / stored[0] < 0.9
+    filled = plans[*cut, False, "zero_bubble"]
+    assert filled["parts"]["bubble"] == pytest.approx(plain["parts"]["bubble"] / 3)
+    assert filled["memory"] == plain["memory"]
+    assert not any(plan["schedule"] == "zero_bubble" for plan in found["ranked"] if plan["pipeline"] == 1)
 
 
 def test_what_does_not_fit_says_which_stage_and_why():
@@ -120,6 +136,7 @@ def test_explain_shows_where_memory_and_time_go():
         (["search", LLAMA, "--gpus", "8", "--gpu-type", "H1000"], "--gpu-type=H1000: not known; use one of V100-16"),
         (["search", LLAMA, "--gpus", "0", "--gpu-type", "H100"], "--gpus=0"),
         (["search", "none.py", "--gpus", "8", "--gpu-type", "H100"], "no such file"),
+        (["explain", "tensor=1", LLAMA, "--gpu-type", "H100", "--micro-seqs", "0"], "--micro-seqs=0"),
         (["explain", "tensor=x", LLAMA, "--gpu-type", "H100"], "tensor=x"),
         (["explain", "tensor=1", LLAMA, "--gpu-type", "H100", "--calibration", "README.md"], "plan calibrate"),
         (["calibrate", LLAMA, "--gpu-type", "H100", "--out", "x.json", "--layers", "99"], "--layers=99"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -53,19 +53,13 @@ class ModelFacts:
     stack: Stack
     work: ModelWork
     activations: tuple[LayerBytes, ...]
+    splits: dict[int, dict[str, float] | str] = field(default_factory=dict)  # answers of `rank_params`, kept
+    stages: dict[int, list[range]] = field(default_factory=dict)  # answers of `own_layers`, kept
 
     @cached_property
     def flops(self) -> float:
         """A token, forward and backward."""
         return training_flops(self.work, self.recipe.batch.seq_len)
-
-    @cached_property
-    def splits(self) -> dict[int, dict[str, float] | str]:
-        return {}
-
-    @cached_property
-    def stages(self) -> dict[int, list[range]]:
-        return {}
 
     def own_layers(self, pipeline: int) -> list[range]:
         """The cut that training would choose."""
@@ -169,7 +163,9 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
     zero, seq_len, count = zero_stage(facts.ds_config), recipe.batch.seq_len, len(work.layers)
     flash = recipe.attention != "eager"
     scores = sum(layer.scores * layer.keys(seq_len, causal=flash) for layer in work.layers) / count
-    heads = getattr(recipe.model.get_text_config(), "num_attention_heads", None) or 1
+    config = recipe.model.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head_dim = getattr(config, "head_dim", None) or work.hidden // heads
     costs, _ = layer_costs(facts.causal, facts.stack, seq_len)
     mean = sum(costs) / count
     whole, cut = (sum(getattr(layer, name) for layer in facts.activations) / count for name in ("whole", "cut"))
@@ -190,7 +186,7 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
         hidden=constant(work.hidden),
         matrices=constant(sum(layer.matrices for layer in work.layers) / count),
         scores=constant(scores),
-        misaligned=constant(work.hidden % heads + work.hidden // heads % 8 > 0),
+        misaligned=constant(head_dim % 8 > 0),
         traffic=TRAFFIC_PER_SAVED * (whole / shared + cut / tensor) / seq_len,
         head=constant(work.head),
         passes=3.0 + repeated,

@@ -8,8 +8,10 @@ import time
 from collections import defaultdict
 from typing import Any
 
+from recipes.common.check import config_problems, range_problems
 from recipes.common.ds_config import load_ds_config
-from recipes.common.recipe import SCHEDULES, Layout, Recipe
+from recipes.common.recipe import SCHEDULES, Layout, RecipeError
+from recipes.common.recipe_types import type_problems
 from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table
 from tools.common.recipe_files import load_recipe, parse_layout
 from tools.plan.coefficients import Coefficients, first_principles, read_coefficients
@@ -47,7 +49,10 @@ def search(flags: argparse.Namespace) -> int:
 def explain(flags: argparse.Namespace) -> int:
     facts, device, coefficients, price = _read(flags)
     layout, data = parse_layout(flags.layout)
-    candidate = Candidate(layout=layout, data=data, micro_seqs=flags.micro_seqs or facts.recipe.batch.micro_seqs)
+    micro_seqs = facts.recipe.batch.micro_seqs if flags.micro_seqs is None else flags.micro_seqs
+    if micro_seqs < 1:
+        raise UsageError(f"--micro-seqs={micro_seqs}: must be 1 or more")
+    candidate = Candidate(layout=layout, data=data, micro_seqs=micro_seqs)
     plans, rejected = judge(facts, [candidate], device, coefficients, price)
     if flags.json:
         verdict = {
@@ -70,7 +75,10 @@ def _read(flags: argparse.Namespace) -> tuple[ModelFacts, Device, Coefficients, 
     price = device.price if flags.price_per_hour is None else flags.price_per_hour
     if price < 0:
         raise UsageError(f"--price-per-hour={price}: must be 0 or more")
-    recipe: Recipe = load_recipe(flags.recipe)
+    recipe = load_recipe(flags.recipe)
+    problems = type_problems(recipe) or range_problems(recipe) + config_problems(recipe.model)
+    if problems:
+        raise RecipeError(f"recipe {recipe.name!r}", problems)
     return read_model(recipe, load_ds_config(recipe.deepspeed)), device, coefficients, price
 
 
@@ -109,20 +117,8 @@ def _search_text(
 ) -> str:
     lines = []
     if plans:
-        header = [
-            "",
-            "tensor",
-            "pipeline",
-            "data",
-            "micro_seqs",
-            "options",
-            "step s",
-            "tokens/s",
-            "MFU",
-            "memory GiB",
-            "days",
-            "cost $",
-        ]
+        header = ["", "tensor", "pipeline", "data", "micro_seqs", "options", "step s", "tokens/s", "MFU", "memory GiB", "days",
+                  "cost $"]  # fmt: skip
         rows = [[rank, *_row(plan)] for rank, plan in enumerate(plans[:top], start=1)]
         lines += [table(rows, header)]
         if not plans[0].safe:
