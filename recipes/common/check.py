@@ -41,7 +41,7 @@ def check_recipe(recipe: Recipe, world_size: int, *, here: bool, found: Sequence
     """
     mistyped = type_problems(recipe)
     problems = [*found, *version_problems(version("deepspeed"), version("torch")), *mistyped]
-    out_of_range = _beside(mistyped, _range_problems, recipe)
+    out_of_range = _beside(mistyped, range_problems, recipe)
     problems += out_of_range + _beside(mistyped, optimizer_problems, recipe.optimizer)
     if not out_of_range:
         problems += _beside(mistyped, schedule_problems, recipe)
@@ -202,7 +202,7 @@ def _parameter_names(config_class: type) -> set[str]:
     return {name for base in config_class.__mro__ for name in getattr(base, "__annotations__", {})}
 
 
-def _range_problems(recipe: Recipe) -> list[str]:
+def range_problems(recipe: Recipe) -> list[str]:
     problems = []
     wholes = {
         "steps": (recipe.steps, 1),

@@ -19,7 +19,7 @@ import numpy as np
 from tools.common.console import UsageError
 from tools.plan import memory_model, time_model
 from tools.plan.devices import Device
-from tools.plan.time_model import Cases, TimeFit
+from tools.plan.time_model import Cases
 
 SHIPPED = Path(__file__).with_name("coefficients.json")
 
@@ -79,11 +79,3 @@ def first_principles() -> Coefficients:
         time=time_model.PRIOR, memory=memory_model.PRIOR, device_factor={}, layer_factor={}, time_spread=0.3,
         memory_spread=memory_model.SPREAD, provenance={"fitted on": "nothing: data sheets and formulas"},
     )  # fmt: skip
-
-
-def time_fit_factors(fit: TimeFit, tables: dict[str, str]) -> dict[str, float]:
-    """Mean factor of each GPU's tables. `tables`: table -> GPU."""
-    factors: dict[str, list[float]] = {}
-    for table, gpu in tables.items():
-        factors.setdefault(gpu, []).append(fit.effects[(table,)])
-    return {gpu: float(np.exp(np.mean(np.log(values)))) for gpu, values in sorted(factors.items())}

@@ -9,8 +9,8 @@ import numpy as np
 
 from recipes.common.check import group_problems, layout_problems
 from recipes.common.ds_config import ds_config_path, ds_config_problems, precision
-from recipes.common.proof import cut_problems
-from recipes.common.recipe import Layout
+from recipes.common.proof import cut_problems, sequence_problems
+from recipes.common.recipe import SCHEDULES, Layout
 from recipes.common.schedules import tokens_of_run
 from tools.plan.coefficients import Coefficients
 from tools.plan.devices import GIB, Device
@@ -47,17 +47,21 @@ class Rejected:
 
 
 def candidates(facts: ModelFacts, gpus: int, device: Device) -> list[Candidate]:
-    """Every split of `gpus` with tensor parallelism inside a node, micro batches of powers of two, and recomputation or none."""
+    """Every split of `gpus` with tensor parallelism inside a node, micro batches of powers of two, every option of a layout."""
     found = []
     for tensor in (size for size in range(1, min(gpus, device.node) + 1) if gpus % size == 0):
         for pipeline in (size for size in range(1, gpus // tensor + 1) if gpus // tensor % size == 0):
             data = gpus // (tensor * pipeline)
             most = max(facts.recipe.batch.global_seqs // data, 1)
             sizes = {2**power for power in range(most.bit_length())} | {facts.recipe.batch.micro_seqs}
+            layouts = [
+                Layout(tensor=tensor, pipeline=pipeline, recompute_every=recompute, sequence_parallel=shared, schedule=schedule)
+                for recompute in (0, 1)
+                for shared in (False, True)[: 1 + (tensor > 1)]
+                for schedule in SCHEDULES[: None if pipeline > 1 else 1]
+            ]
             for micro_seqs in sorted(size for size in sizes if size <= most):
-                for recompute in (0, 1):
-                    layout = Layout(tensor=tensor, pipeline=pipeline, recompute_every=recompute)
-                    found.append(Candidate(layout=layout, data=data, micro_seqs=micro_seqs))
+                found += [Candidate(layout=layout, data=data, micro_seqs=micro_seqs) for layout in layouts]
     return found
 
 
@@ -66,7 +70,10 @@ def judge(
 ) -> tuple[list[Plan], list[Rejected]]:
     """(plans, the fastest safe ones first, then those whose interval reaches the GPU's memory; rejected, in the order given)."""
     by_pipeline = pipeline_problems(facts, {candidate.layout.pipeline for candidate in found})
-    whys = [_why_not(facts, candidate, by_pipeline) for candidate in found]
+    shared = Layout(tensor=2, sequence_parallel=True)
+    shares = any(candidate.layout.sequence_parallel for candidate in found)
+    of_sequences = (sequence_problems(facts.recipe.model, shared, facts.recipe.attention) if shares else []) or [""]
+    whys = [_why_not(facts, candidate, by_pipeline, of_sequences[0]) for candidate in found]
     rejected = [Rejected(candidate, why) for candidate, why in zip(found, whys, strict=True) if why]
     able = [candidate for candidate, why in zip(found, whys, strict=True) if not why]
     fitting, memories = [], []
@@ -153,13 +160,15 @@ def pipeline_problems(facts: ModelFacts, pipelines: set[int]) -> dict[int, str]:
     return found
 
 
-def _why_not(facts: ModelFacts, candidate: Candidate, by_pipeline: dict[int, str]) -> str:
+def _why_not(facts: ModelFacts, candidate: Candidate, by_pipeline: dict[int, str], of_sequences: str) -> str:
     """What rules a candidate out before memory is counted; "" when nothing does."""
     layout, counts = candidate.layout, facts.rank_params(candidate.layout.tensor)
     if isinstance(counts, str):
         return f"tensor={layout.tensor}: {counts}"
     if by_pipeline[layout.pipeline]:
         return by_pipeline[layout.pipeline]
+    if layout.sequence_parallel and of_sequences:
+        return of_sequences
     recipe = replace(facts.recipe, batch=replace(facts.recipe.batch, micro_seqs=candidate.micro_seqs))
     problems = layout_problems(recipe, layout, candidate.gpus)
     return problems[0] if problems else ""

@@ -1,8 +1,8 @@
 """`fit CSV... --out FILE`: the terms' values from published tables, for layouts that nobody has measured.
 
 Rows in 16 bits. Times of FSDP and ZeRO 3 stay out: they hide their communication behind compute, which a pipeline's step does
-not. Memory that is arithmetic stays out. A table has a factor of its own on a layer's time (its software), a GPU the mean of
-its tables'. Spreads are of rows held out.
+not; so do times whose micro batch or shape is a guess, and memory that is arithmetic. A table has a factor of its own on a
+layer's time (its software), a GPU of many rows the mean of its tables'. Spreads are of rows held out.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ import numpy as np
 
 from tools.common.console import GOOD, UsageError, table
 from tools.plan import memory_model, table_cases, time_model
-from tools.plan.coefficients import Coefficients, time_fit_factors, write_coefficients
+from tools.plan.coefficients import Coefficients, write_coefficients
 from tools.plan.fitting import held_out
 from tools.plan.tables import Row, read_rows
 from tools.plan.validate import FOLDS, PUBLISHED_EFFECT
 
 HALF = ("fp16", "bf16")
+DEVICE_ROWS = 10  # a GPU with fewer rows has no factor of its own
 
 
 def run(flags: argparse.Namespace) -> int:
     rows = {path: read_rows(path)[0] for path in flags.csv}
-    timed = [row for of in rows.values() for row in of if row.seconds and row.precision in HALF and not row.sharded]
+    timed = [
+        row for of in rows.values() for row in of if row.seconds and row.precision in HALF and not (row.sharded or row.assumed)
+    ]
     weighed = [row for of in rows.values() for row in of if row.memory and not row.arithmetic]
     if len(timed) < FOLDS or len(weighed) < FOLDS:
         raise UsageError(f"fit: needs {FOLDS} rows with times and as many with memory; found {len(timed)} and {len(weighed)}")
@@ -55,7 +58,7 @@ def fit_tables(timed: list[Row], weighed: list[Row], names: list[str]) -> Coeffi
     return Coefficients(
         time=fit.terms,
         memory=memory_model.fit_memory(stages, peaks),
-        device_factor=time_fit_factors(fit, {row.table: row.device.name for row in timed}),
+        device_factor=_device_factors(fit, timed),
         layer_factor={},
         time_spread=_spread(held_out(len(timed), FOLDS, time_of), seconds),
         memory_spread=_spread(held_out(len(weighed), len(weighed), memory_of), peaks),
@@ -66,6 +69,14 @@ def fit_tables(timed: list[Row], weighed: list[Row], names: list[str]) -> Coeffi
             "command": "python -m tools.plan fit " + " ".join(names),
         },
     )
+
+
+def _device_factors(fit: time_model.TimeFit, timed: list[Row]) -> dict[str, float]:
+    """Of each GPU with enough rows: the mean over them of their tables' factors."""
+    factors: dict[str, list[float]] = {}
+    for row in timed:
+        factors.setdefault(row.device.name, []).append(np.log(fit.effects[(row.table,)]))
+    return {gpu: float(np.exp(np.mean(values))) for gpu, values in sorted(factors.items()) if len(values) >= DEVICE_ROWS}
 
 
 def _spread(predicted: np.ndarray, measured: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -53,19 +53,13 @@ class ModelFacts:
     stack: Stack
     work: ModelWork
     activations: tuple[LayerBytes, ...]
+    splits: dict[int, dict[str, float] | str] = field(default_factory=dict)  # answers of `rank_params`, kept
+    stages: dict[int, list[range]] = field(default_factory=dict)  # answers of `own_layers`, kept
 
     @cached_property
     def flops(self) -> float:
         """A token, forward and backward."""
         return training_flops(self.work, self.recipe.batch.seq_len)
-
-    @cached_property
-    def splits(self) -> dict[int, dict[str, float] | str]:
-        return {}
-
-    @cached_property
-    def stages(self) -> dict[int, list[range]]:
-        return {}
 
     def own_layers(self, pipeline: int) -> list[range]:
         """The cut that training would choose."""
@@ -128,7 +122,9 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
     counts = facts.rank_params(layout.tensor)
     micro_batches = recipe.batch.global_seqs // (candidate.micro_seqs * candidate.data)
     width = _DTYPES[half].itemsize
-    boundary = float(width) * candidate.micro_seqs * recipe.batch.seq_len * facts.work.hidden
+    shared = layout.tensor if layout.sequence_parallel else 1  # ranks that share what lies between blocks
+    boundary = float(width) * candidate.micro_seqs * recipe.batch.seq_len * facts.work.hidden / shared
+    layer_bytes = [candidate.micro_seqs * (layer.whole / shared + layer.cut / layout.tensor) for layer in facts.activations]
     stages = []
     owned = facts.own_layers(layout.pipeline)
     for index, own in enumerate(owned):
@@ -136,7 +132,7 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
         in_flight = min(layout.pipeline - index, micro_batches)
         params = sum(counts[str(i)] for i in own) + (counts["embedding"] if index == 0 else 0.0)
         params += (counts["norm"] + (counts["head"] if not (facts.stack.tied and index == 0) else 0.0)) if last else 0.0
-        layers = [candidate.micro_seqs * (facts.activations[i].whole + facts.activations[i].cut / layout.tensor) for i in own]
+        layers = [layer_bytes[i] for i in own]
         again = [bool(layout.recompute_every) and i % layout.recompute_every == 0 for i in own]
         kept = sum(boundary if repeat else size for size, repeat in zip(layers, again, strict=True))
         stages.append(
@@ -167,7 +163,9 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
     zero, seq_len, count = zero_stage(facts.ds_config), recipe.batch.seq_len, len(work.layers)
     flash = recipe.attention != "eager"
     scores = sum(layer.scores * layer.keys(seq_len, causal=flash) for layer in work.layers) / count
-    heads = getattr(recipe.model.get_text_config(), "num_attention_heads", None) or 1
+    config = recipe.model.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head_dim = getattr(config, "head_dim", None) or work.hidden // heads
     costs, _ = layer_costs(facts.causal, facts.stack, seq_len)
     mean = sum(costs) / count
     whole, cut = (sum(getattr(layer, name) for layer in facts.activations) / count for name in ("whole", "cut"))
@@ -181,14 +179,15 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
     tensor, data = column(lambda c: c.layout.tensor), column(lambda c: c.data)
     stages = [[sum(costs[i] for i in own) / mean for own in facts.own_layers(c.layout.pipeline)] for c in candidates]
     params = column(lambda c: _largest_stage(facts, c.layout))
+    shared = column(lambda c: c.layout.tensor if c.layout.sequence_parallel else 1.0)
     repeated = column(lambda c: 1.0 / c.layout.recompute_every if c.layout.recompute_every else 0.0)
     return Cases(
         tokens=column(lambda c: c.micro_seqs * seq_len),
         hidden=constant(work.hidden),
         matrices=constant(sum(layer.matrices for layer in work.layers) / count),
         scores=constant(scores),
-        misaligned=constant(work.hidden % heads + work.hidden // heads % 8 > 0),
-        traffic=TRAFFIC_PER_SAVED * (whole + cut / tensor) / seq_len,
+        misaligned=constant(head_dim % 8 > 0),
+        traffic=TRAFFIC_PER_SAVED * (whole / shared + cut / tensor) / seq_len,
         head=constant(work.head),
         passes=3.0 + repeated,
         tensor=tensor,
@@ -202,8 +201,8 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
         reduce_bytes=constant(_FP32_REDUCE + (0.0 if zero == 3 else _GATHER)),
         gather_bytes=constant(2 * _GATHER if zero == 3 else 0.0),
         updated=params / data if zero else params,
-        chunks=constant(1.0),
-        pipe_share=constant(1.0),
+        bubble_share=column(_bubble_share),
+        pipe_share=shared,
         peak=constant(device.peak(precision(facts.ds_config))),
         bandwidth=constant(device.bandwidth),
         link=constant(device.link),
@@ -211,6 +210,15 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
         node=constant(device.node),
         keys=[(work.hidden, heads, seq_len, c.layout.tensor, c.micro_seqs) for c in candidates],
     )
+
+
+def _bubble_share(candidate: Candidate) -> float:
+    """ZB-H1 (arXiv 2401.10241): of (p - 1)(F + B + W) it leaves (p - 1)(F + B - W); each is as long as a forward pass, and
+    full recomputation adds one."""
+    if candidate.layout.schedule != "zero_bubble":
+        return 1.0
+    passes = 3.0 + (1.0 / candidate.layout.recompute_every if candidate.layout.recompute_every else 0.0)
+    return (passes - 2.0) / passes
 
 
 def _largest_stage(facts: ModelFacts, layout: Layout) -> float:

@@ -8,8 +8,10 @@ import time
 from collections import defaultdict
 from typing import Any
 
+from recipes.common.check import config_problems, range_problems
 from recipes.common.ds_config import load_ds_config
-from recipes.common.recipe import Recipe
+from recipes.common.recipe import SCHEDULES, Layout, RecipeError
+from recipes.common.recipe_types import type_problems
 from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table
 from tools.common.recipe_files import load_recipe, parse_layout
 from tools.plan.coefficients import Coefficients, first_principles, read_coefficients
@@ -47,7 +49,10 @@ def search(flags: argparse.Namespace) -> int:
 def explain(flags: argparse.Namespace) -> int:
     facts, device, coefficients, price = _read(flags)
     layout, data = parse_layout(flags.layout)
-    candidate = Candidate(layout=layout, data=data, micro_seqs=flags.micro_seqs or facts.recipe.batch.micro_seqs)
+    micro_seqs = facts.recipe.batch.micro_seqs if flags.micro_seqs is None else flags.micro_seqs
+    if micro_seqs < 1:
+        raise UsageError(f"--micro-seqs={micro_seqs}: must be 1 or more")
+    candidate = Candidate(layout=layout, data=data, micro_seqs=micro_seqs)
     plans, rejected = judge(facts, [candidate], device, coefficients, price)
     if flags.json:
         verdict = {
@@ -70,22 +75,28 @@ def _read(flags: argparse.Namespace) -> tuple[ModelFacts, Device, Coefficients, 
     price = device.price if flags.price_per_hour is None else flags.price_per_hour
     if price < 0:
         raise UsageError(f"--price-per-hour={price}: must be 0 or more")
-    recipe: Recipe = load_recipe(flags.recipe)
+    recipe = load_recipe(flags.recipe)
+    problems = type_problems(recipe) or range_problems(recipe) + config_problems(recipe.model)
+    if problems:
+        raise RecipeError(f"recipe {recipe.name!r}", problems)
     return read_model(recipe, load_ds_config(recipe.deepspeed)), device, coefficients, price
+
+
+def options_of(layout: Layout) -> str:
+    """What is set beside the sizes, as a recipe would say it."""
+    said = [f"recompute_every={layout.recompute_every}"] if layout.recompute_every else []
+    said += ["sequence_parallel"] if layout.sequence_parallel else []
+    return " ".join(said + ([layout.schedule] if layout.schedule != SCHEDULES[0] else []))
 
 
 def name_of(candidate: Candidate) -> str:
     layout = candidate.layout
-    recompute = f" recompute_every={layout.recompute_every}" if layout.recompute_every else ""
-    return f"tensor={layout.tensor} pipeline={layout.pipeline} data={candidate.data} micro_seqs={candidate.micro_seqs}{recompute}"
+    sizes = f"tensor={layout.tensor} pipeline={layout.pipeline} data={candidate.data} micro_seqs={candidate.micro_seqs}"
+    return f"{sizes} {options_of(layout)}".rstrip()
 
 
-def candidate_json(candidate: Candidate) -> dict[str, int]:
-    layout = candidate.layout
-    return {
-        "tensor": layout.tensor, "pipeline": layout.pipeline, "data": candidate.data, "micro_seqs": candidate.micro_seqs,
-        "recompute_every": layout.recompute_every,
-    }  # fmt: skip
+def candidate_json(candidate: Candidate) -> dict[str, Any]:
+    return {**vars(candidate.layout), "data": candidate.data, "micro_seqs": candidate.micro_seqs}
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -106,20 +117,8 @@ def _search_text(
 ) -> str:
     lines = []
     if plans:
-        header = [
-            "",
-            "tensor",
-            "pipeline",
-            "data",
-            "micro_seqs",
-            "recompute",
-            "step s",
-            "tokens/s",
-            "MFU",
-            "memory GiB",
-            "days",
-            "cost $",
-        ]
+        header = ["", "tensor", "pipeline", "data", "micro_seqs", "options", "step s", "tokens/s", "MFU", "memory GiB", "days",
+                  "cost $"]  # fmt: skip
         rows = [[rank, *_row(plan)] for rank, plan in enumerate(plans[:top], start=1)]
         lines += [table(rows, header)]
         if not plans[0].safe:
@@ -138,9 +137,8 @@ def _search_text(
 def _row(plan: Plan) -> list[object]:
     layout = plan.candidate.layout
     low, peak, high = (size / GIB for size in plan.peak)
-    recompute = {0: "none", 1: "full"}.get(layout.recompute_every, f"every {layout.recompute_every}th")
     return [
-        layout.tensor, layout.pipeline, plan.candidate.data, plan.candidate.micro_seqs, recompute, f"{plan.seconds:.3f}",
+        layout.tensor, layout.pipeline, plan.candidate.data, plan.candidate.micro_seqs, options_of(layout), f"{plan.seconds:.3f}",
         f"{plan.tokens_per_second:,.0f}", f"{plan.mfu:.1%}", f"{peak:.0f} ({low:.0f}-{high:.0f}){'' if plan.safe else ' !'}",
         f"{plan.days:.1f}", f"{plan.cost:,.0f}",
     ]  # fmt: skip

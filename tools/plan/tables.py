@@ -62,6 +62,7 @@ class Row:
     seconds: float | None = None
     memory: float | None = None  # bytes
     out_of_memory: bool = False
+    assumed: bool = False  # its micro batch or its shape is not stated
     disputed: bool = False  # its time and its TFLOP/s disagree by over a quarter: a figure of the row is wrong
 
     @property
@@ -170,7 +171,8 @@ def _published_row(path: Path, line: int, record: dict[str, str]) -> Row | None:
         pipeline=int(values["pp"]), data=data, global_seqs=int(values["global_batch"] or data * micro),
         micro_seqs=1 if torchtitan and values["pp"] > 1 else micro,  # its column is the batch of a data rank
         recompute=_recompute(record["recompute"]), device=device, precision=precision, sequence_share=cp,
-        chunks=chunks, sharded=sharded or torchtitan,
+        chunks=chunks, assumed=not (values["micro_batch"] and values["layers"] and values["hidden"]),
+        sharded=sharded or torchtitan,
         sequence_parallel=torchtitan or "sequence-parallel" in record["recompute"],
         arithmetic="activations" in note, zero_stage=int(zero[1]) if zero else 0,
         embedding_balanced="embed-balanced" in model, flash=record["source"].startswith(_FLASH),

@@ -31,7 +31,7 @@ TERMS: dict[str, tuple[float, float]] = {
     "pipe_latency": (3e-5, 1.0),
     "pipe_rate": (0.8, 0.7),  # share of link or network between stages
     "data_link": (0.5, 0.5),
-    "data_network": (0.8, 0.5),
+    "data_network": (0.8, 0.5),  # share of the network of a group's ranks in one node
     "optimizer": (1.0, 1.0),  # x 20 bytes a parameter at memory bandwidth
     "constant_seconds": (5e-3, 1.0),
 }
@@ -65,7 +65,7 @@ class Cases:
     reduce_bytes: np.ndarray  # a parameter of the rank, that the data ranks exchange a step
     gather_bytes: np.ndarray  # a parameter of the rank, gathered every micro batch (ZeRO 3)
     updated: np.ndarray  # parameters whose optimizer states this rank updates
-    chunks: np.ndarray  # runs of layers a stage holds (interleaved schedule): they divide the bubble
+    bubble_share: np.ndarray  # of 1F1B's bubble that the schedule leaves
     pipe_share: np.ndarray  # tensor ranks that share sending one activation (Megatron scatters it, we do not)
     peak: np.ndarray  # FLOP/s
     bandwidth: np.ndarray
@@ -94,8 +94,11 @@ def step_parts(terms: np.ndarray, c: Cases, effects: np.ndarray | float = 1.0) -
     parts["head"] = c.micro_batches * steady_head * rest
     parts["tensor"] = c.micro_batches * steady_layers * micro["tensor"]
     parts["pipeline"] = (c.micro_batches + c.pipeline - 1) * micro["pipe"]
-    parts["bubble"] = np.maximum(c.layers * layer + rest - dearest, 0.0) / c.chunks
-    reduce_rate = np.where(c.tensor * c.data <= c.node, k["data_link"] * c.link, k["data_network"] * c.network)
+    parts["bubble"] = np.maximum(c.layers * layer + rest - dearest, 0.0) * c.bubble_share
+    # a ring over nodes goes through the network adapter of each of its ranks in a node
+    adapters = np.minimum(c.data, np.maximum(c.node / c.tensor, 1.0))
+    over_nodes = np.minimum(k["data_network"] * c.network * adapters, k["data_link"] * c.link)
+    reduce_rate = np.where(c.tensor * c.data <= c.node, k["data_link"] * c.link, over_nodes)
     share = (c.data - 1) / c.data
     parts["data"] = share * c.params * (c.reduce_bytes + c.gather_bytes * c.micro_batches) / reduce_rate
     parts["optimizer"] = k["optimizer"] * 20.0 * c.updated / c.bandwidth
