@@ -24,7 +24,7 @@ from recipes.common.shards import read_manifest
 from tools.checkpoints.hf_check import plain_model, set_weights
 from tools.common.console import GOOD, UsageError, progress_bar, quiet_transformers, table
 from tools.common.saved_recipe import read_recipe
-from tools.preparation.data_lookup import LookupProblem, Run, Step, describe, read_run, read_step
+from tools.preparation.data_lookup import LookupProblem, Run, describe, read_run, read_step
 from tools.spikes.batch_stats import Oddity, most_repeated, oddities, ordinary_sequences, sequence_stats, step_tokens
 
 TEXT_SHOWN = 200  # characters of a document
