@@ -1,0 +1,175 @@
+"""What a run directory holds around one event, read once: numbers, statistics of tensors, checkpoints, data."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipes.common.metrics import read_metrics
+from recipes.common.recipe import Recipe
+from recipes.common.tensor_stats import Stats, read_stats
+from tools.common.console import UsageError
+from tools.common.saved_recipe import read_recipe
+from tools.preparation.data_lookup import Run, Step, read_run, read_step
+from tools.spikes.batch_stats import Oddity, oddities, ordinary_sequences, sequence_stats, step_tokens
+
+BEFORE, AFTER = 256, 64  # steps around the event that are looked at
+HISTORY = 24  # steps that say what the next one would be
+LOOK_BACK, LOOK_AHEAD = 8, 3  # the onset lies at most so far from where the user points
+STANDS_OUT = 6.0  # robust z
+
+
+@dataclass(frozen=True)
+class Case:
+    """One event of one run. Arrays are over `steps`; NaN where a step lacks the number."""
+
+    folder: Path
+    step: int  # where the user points
+    onset: int  # the first step that stands out near it; else where the user points
+    moved: dict[str, float]  # what stood out there -> robust z
+    recipe: Recipe
+    starts: list[dict[str, Any]]  # of the manifest
+    boxes: list[dict[str, Any]]  # black boxes near the event
+    steps: np.ndarray
+    columns: dict[str, np.ndarray]
+    stats: Stats | None
+
+    @cached_property
+    def run(self) -> Run:
+        return read_run(self.folder)
+
+    @cached_property
+    def all_steps(self) -> dict[int, dict[str, Any]]:
+        return {r["step"]: r for r in read_metrics(self.folder) if "loss" in r}
+
+    @cached_property
+    def layout(self) -> dict[str, Any]:
+        """Of the start that computed the event."""
+        return self.start["layout"] | {"data": self.start["sizes"]["data"]}
+
+    @property
+    def start(self) -> dict[str, Any]:
+        return [s for s in self.starts if (s["resumed_step"] or 0) < self.onset][-1]
+
+    def at(self, name: str, step: int) -> float:
+        """A number of one step; NaN where there is none."""
+        found = np.flatnonzero(self.steps == step)
+        column = self.columns.get(name)
+        return float(column[found[0]]) if found.size and column is not None else math.nan
+
+    def near_onset(self) -> list[int]:
+        return [int(s) for s in self.steps if self.onset - 2 <= s <= max(self.step, self.onset + 1)]
+
+    def odd_sequences(self, step: int) -> list[Oddity]:
+        """The sequences of a step against ordinary ones of the run's data. Raises OSError or ValueError without the data."""
+        place = read_step(self.folder, step)
+        ordinary, reference = ordinary_sequences(self.run, place)
+        return oddities(sequence_stats(step_tokens(self.run, place), ordinary), sequence_stats(reference, ordinary))
+
+    def place(self, step: int) -> Step:
+        return read_step(self.folder, step)
+
+
+def read_case(folder: Path, event: str) -> Case:
+    """Raises UsageError for what is no run, or no event of it."""
+    recipe = read_recipe(folder)
+    try:
+        records = [r for r in read_metrics(folder) if "loss" in r]
+        starts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["starts"]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder}: {error}") from error
+    if not records:
+        raise UsageError(f"{folder}/metrics.jsonl has no step yet")
+    boxes = _boxes(folder)
+    step = event_step(folder, event, boxes)
+    first, last = records[0]["step"], records[-1]["step"]
+    if not first <= step <= last:
+        raise UsageError(f"EVENT {event}: metrics.jsonl of {folder} has steps {first} to {last}")
+    window = [r for r in records if step - BEFORE <= r["step"] <= step + AFTER]
+    steps = np.array([r["step"] for r in window])
+    columns = _columns(window)
+    try:
+        stats = read_stats(folder, int(steps[0]), int(steps[-1]))
+    except FileNotFoundError:
+        stats = None
+    onset, moved = find_onset(steps, columns, step)
+    near = [box for box in boxes if onset - LOOK_BACK <= box["onset_step"] <= step + LOOK_AHEAD]
+    return Case(folder, step, onset, moved, recipe, starts, near, steps, columns, stats if stats and stats.steps.size else None)
+
+
+def event_step(folder: Path, event: str, boxes: list[dict[str, Any]]) -> int:
+    """A step, or a black box by its folder's name or path."""
+    if event.isdigit():
+        return int(event)
+    name = Path(event).name
+    for box in boxes:
+        if box["folder"] == name:
+            return int(box["onset_step"])
+    there = ", ".join(box["folder"] for box in boxes[-5:]) or "none"
+    raise UsageError(f"EVENT {event!r} is neither a step nor a black box of {folder}/events (there: {there})")
+
+
+def find_onset(steps: np.ndarray, columns: dict[str, np.ndarray], pointed: int) -> tuple[int, dict[str, float]]:
+    """(first step near where the user points at which loss or gradient norm stands out, what stood out and by how much)."""
+    for index in np.flatnonzero((steps >= pointed - LOOK_BACK) & (steps <= pointed + LOOK_AHEAD)):
+        moved = {}
+        for name in ("loss", "grad_norm"):
+            values = columns.get(name)
+            if values is not None:
+                z = robust_z(np.log(np.maximum(values, 1e-30)) if name == "grad_norm" else values, int(index))
+                if abs(z) > STANDS_OUT or not math.isfinite(values[index]):
+                    moved[name] = z
+        if moved:
+            return int(steps[index]), moved
+    return pointed, {}
+
+
+def robust_z(values: np.ndarray, index: int, history: int = HISTORY) -> float:
+    """How far values[index] is from the line through the values before it, in their robust spread. NaN with too few."""
+    predicted, spread = expected(values, index, history)
+    return (float(values[index]) - predicted) / spread
+
+
+def expected(values: np.ndarray, index: int, history: int = HISTORY) -> tuple[float, float]:
+    """(what the values before say values[index] would be, their robust spread)."""
+    before = values[max(index - history, 0) : index]
+    places = np.arange(index - len(before), index)[np.isfinite(before)]
+    before = before[np.isfinite(before)]
+    if len(before) < 6:
+        return math.nan, math.nan
+    slope = float(np.median(_pair_slopes(places, before)))
+    middle = float(np.median(before - slope * places))
+    predicted = middle + slope * index
+    spread = 1.4826 * float(np.median(np.abs(before - slope * places - middle)))
+    return predicted, max(spread, 1e-3 * (abs(predicted) + 1e-12))  # a few alike values are no measure of spread
+
+
+def _pair_slopes(places: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Theil and Sen: slopes between values half the window apart, which one wild value does not move."""
+    half = len(values) // 2
+    return (values[-half:] - values[:half]) / (places[-half:] - places[:half])
+
+
+def _columns(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    names = {name for r in records for name, value in r.items() if isinstance(value, int | float) and name != "step"}
+    return {name: np.array([_number(r.get(name)) for r in records]) for name in sorted(names)}
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _boxes(folder: Path) -> list[dict[str, Any]]:
+    found = []
+    for path in sorted((folder / "events").glob("step_*/event.json")):
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")) | {"folder": path.parent.name})
+        except ValueError:
+            continue  # being written
+    return found

@@ -1,0 +1,239 @@
+"""Evidence in what the steps read: their documents, the shards' bytes, the place in the order, the batch's size."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from recipes.common.order import kept_index
+from recipes.common.shards import TokenStream, read_manifest
+from tools.preparation.data_lookup import open_run
+from tools.spikes.batch import checkpoint_before, document_end, sequence_losses
+from tools.spikes.batch_stats import read_tokens
+from tools.spikes.case import STANDS_OUT, Case, expected
+from tools.spikes.causes import BAD_DOCUMENT, BIT_FLIP, CORRUPT_SHARD, LOST_MICRO_BATCH, NOTHING, RAMP_EDGE, SAMPLER
+from tools.spikes.findings import Evidence, Finding, Unanswered
+
+ODD = 8.0  # robust z of a sequence's tokens against ordinary sequences
+HASH_BYTES = 4 << 30  # shards of one event are hashed up to this size
+MODEL_BYTES = 8 << 30  # fp32 weights up to which the batch is scored with the checkpoint before
+AFTER_RESUME = 64  # steps in which a resume can still be the cause
+
+
+def documents(case: Case) -> Iterator[Evidence]:
+    """Do the tokens of the step stand out from those of other steps?"""
+    try:
+        found = {step: case.odd_sequences(step) for step in case.near_onset()}
+        places = {step: case.place(step) for step in found}
+    except (OSError, ValueError) as error:
+        yield Unanswered(BAD_DOCUMENT, "what the step read", f"make the data readable here ({error})")
+        return
+    odd = {step: {o.place for o in oddities if o.z > ODD} for step, oddities in found.items()}
+    worst = max(found, key=lambda step: found[step][0].z)
+    top = found[worst][0]
+    if not any(odd.values()):
+        yield Finding(BAD_DOCUMENT, -4.0, f"no sequence of the steps stands out (largest z {top.z:.1f})")
+        yield Finding(CORRUPT_SHARD, -1.0, "no sequence of the steps stands out by its tokens")
+        return
+    count = sum(map(len, odd.values()))
+    here = places[worst].consumed + top.place
+    text = f"{count} sequences stand out; sequence {here} of step {worst}: {top.what} (z {top.z:.0f})"
+    few = count <= max(2, 0.25 * sum(place.seqs for place in places.values()))
+    yield Finding(BAD_DOCUMENT, 4.0 if few else 2.0, text)
+    yield Finding(CORRUPT_SHARD, 1.0 if few else 2.0, text)
+
+
+def losses_under_the_checkpoint(case: Case) -> Iterator[Evidence]:
+    """Is the batch hard for the model as it was before? Then it is the batch; else the model changed."""
+    checkpoint = checkpoint_before(case.folder, case.onset)
+    if checkpoint is None:
+        yield Unanswered(BAD_DOCUMENT, "whether the batch is hard for the model of before", "save a checkpoint before")
+        return
+    if 4 * case.recipe.num_params > MODEL_BYTES:
+        command = f"python -m tools.spikes batch {case.folder} {case.onset}"
+        yield Unanswered(BAD_DOCUMENT, "whether the batch is hard for the model of before", command)
+        return
+    try:
+        here = case.place(case.onset)
+        mine = read_tokens(case.run, here.consumed + np.arange(here.seqs))
+        others = read_tokens(case.run, here.consumed + here.seqs + np.arange(2 * here.seqs))
+        losses = np.array(sequence_losses(checkpoint, np.concatenate([mine, others]), document_end(case.folder, case.run)))
+    except (OSError, ValueError) as error:
+        yield Unanswered(BAD_DOCUMENT, "whether the batch is hard for the model of before", f"make the data readable ({error})")
+        return
+    mine_losses, other_losses = losses[: here.seqs], losses[here.seqs :]
+    spread = float(np.std(other_losses))
+    usual = float(np.mean(other_losses))
+    worst = float(np.max(mine_losses) - usual) / max(spread, 1e-3)
+    excess = float(np.mean(mine_losses)) - usual
+    predicted, noise = expected(case.columns["loss"], int(np.flatnonzero(case.steps == case.onset)[0]))
+    jump = case.at("loss", case.onset) - predicted
+    text = f"under {checkpoint.name} the batch of step {case.onset} is {excess:+.3f} nats from other batches, its worst sequence "
+    text += f"{worst:.1f} spreads over them; logged {jump:+.3f} from the steps before"
+    if jump > 4 * noise and excess < jump / 3:
+        yield Finding(BAD_DOCUMENT, -3.0, text)
+        yield Finding(BIT_FLIP, 1.0, f"{text}: it is the model that changed")
+    elif worst > 5 and (excess > jump / 3 or not jump > 4 * noise):
+        yield Finding(BAD_DOCUMENT, 2.0, text)
+    else:
+        yield Finding(BAD_DOCUMENT, -0.5, text)
+
+
+def shard_bytes(case: Case) -> Iterator[Evidence]:
+    """The checksums of the shards that the steps near the event read, against the manifest of the preparation."""
+    try:
+        touched = sorted(_shards_of(case))
+        size = sum(path.stat().st_size for path, _ in touched)
+        if size > HASH_BYTES:
+            folders = " ".join(sorted({str(path.parent) for path, _ in touched}))
+            yield Unanswered(CORRUPT_SHARD, "whether the shards are what was prepared", f"python -m tools.data check {folders}")
+            return
+        wrong = [path for path, checksum in touched if _sha256(path) != checksum]
+    except (OSError, ValueError, KeyError) as error:
+        yield Unanswered(CORRUPT_SHARD, "whether the shards are what was prepared", f"make the data readable here ({error})")
+        return
+    if wrong:
+        yield Finding(CORRUPT_SHARD, 8.0, f"{', '.join(map(str, wrong[:3]))}: not the bytes that were prepared (checksum)")
+        yield Finding(BAD_DOCUMENT, -4.0, "a shard that was read is not what was prepared: no document of it can be blamed")
+    else:
+        text = f"the {len(touched)} shards that were read are what was prepared (checksums)"
+        yield Finding(CORRUPT_SHARD, -6.0, text)
+
+
+def place_in_the_order(case: Case) -> Iterator[Evidence]:
+    """After a resume: does the count of sequences go on, and does the loss repeat that of earlier steps?"""
+    resumes = [int(s["resumed_step"]) for s in case.starts if s["resumed_step"]]
+    near = [r for r in resumes if r < case.step + 2 and case.onset - r <= AFTER_RESUME]
+    if not near:
+        yield Finding(SAMPLER, -9.0, "no resume shortly before")
+        return
+    resumed, records = near[-1], case.all_steps
+    before, after = records.get(resumed), records.get(resumed + 1)
+    if before is None or after is None:
+        yield Unanswered(SAMPLER, "whether the order went on at the resume", "metrics.jsonl lacks the steps around it")
+        return
+    here = int(after["consumed_seqs"]) - int(after["tokens"]) // case.recipe.batch.seq_len
+    if here != before["consumed_seqs"]:
+        text = f"step {resumed} ended at sequence {before['consumed_seqs']}, step {resumed + 1} after the resume began at {here}"
+        yield Finding(SAMPLER, 9.0, text)
+        return
+    yield Finding(SAMPLER, -0.5, f"the count of sequences goes on over the resume after step {resumed}")
+    yield from _echo(case, resumed)
+
+
+def _echo(case: Case, resumed: int) -> Iterator[Evidence]:
+    """Batches differ in how hard they are: where the same ones come again, the loss wiggles as it did before."""
+    records = case.all_steps
+    later = [s for s in range(resumed + 1, resumed + AFTER_RESUME + 1) if s in records]
+    earlier = [s for s in range(1, resumed + 1) if s in records]
+    if len(later) < 12 or len(earlier) < 16:
+        yield Unanswered(SAMPLER, "whether the same batches came again", "a dozen steps after the resume, and before it")
+        return
+    wiggle_later, wiggle_earlier = _wiggles(records, later), _wiggles(records, earlier)
+    length = min(len(wiggle_later), len(wiggle_earlier) - 4)
+    scores = []
+    for shift in range(len(wiggle_earlier) - length + 1):
+        window = wiggle_earlier[shift : shift + length]
+        scores.append((float(np.corrcoef(window, wiggle_later[:length])[0, 1]), earlier[shift]))
+    best, first = max(scores)
+    # correlations of unrelated wiggles scatter by 1 / sqrt(length); over many shifts the largest of them by about 3 of that
+    limit = 3.5 / math.sqrt(length)
+    text = f"the loss of the {length} steps after the resume follows that of step {first} on (correlation {best:.2f})"
+    if best > max(limit, 0.5):
+        yield Finding(SAMPLER, 7.0, f"{text}: the same batches again")
+    else:
+        yield Finding(SAMPLER, -3.0, f"the loss after the resume repeats no earlier stretch (best correlation {best:.2f})")
+
+
+def _wiggles(records: dict, steps: list[int]) -> np.ndarray:
+    """The loss without its trend: each step against the mean of its neighbours."""
+    losses = np.array([float(records[s]["loss"]) for s in steps])
+    kernel = np.array([0.25, 0.25, 0.0, 0.25, 0.25])
+    padded = np.pad(losses, 2, mode="reflect")
+    return np.clip(losses - np.convolve(padded, kernel, mode="valid"), -1, 1)
+
+
+def micro_batches(case: Case) -> Iterator[Evidence]:
+    """A micro batch that adds nothing takes its share of the mean away: exactly k in n of the loss is missing."""
+    index = int(np.flatnonzero(case.steps == case.onset)[0])
+    predicted, noise = expected(case.columns["loss"], index)
+    count = round(case.at("tokens", case.onset) / case.recipe.batch.seq_len / case.recipe.batch.micro_seqs)
+    loss = case.at("loss", case.onset)
+    if not (math.isfinite(predicted) and count > 1):
+        yield Unanswered(LOST_MICRO_BATCH, "whether a share of the loss is missing", "log the steps before the event")
+        return
+    missing = (1 - loss / predicted) * count
+    tolerance = 3 * noise / predicted * count
+    whole = round(missing)
+    text = f"the loss is {loss / predicted:.3f} of what the steps before say; {count} micro batches, so {missing:.2f} of them"
+    if 1 <= whole < count and abs(missing - whole) < max(tolerance, 0.12) and missing > 2 * tolerance / 3 and tolerance < 1.5:
+        yield Finding(LOST_MICRO_BATCH, 6.0 if tolerance < 0.5 else 4.0, f"{text} are missing")
+    else:
+        yield Finding(LOST_MICRO_BATCH, -4.0, text)
+
+
+def batch_size(case: Case) -> Iterator[Evidence]:
+    """The edge of a batch ramp."""
+    if not case.recipe.batch.ramp:
+        yield Finding(RAMP_EDGE, -9.0, "the recipe has no batch ramp")
+        return
+    near = [int(s) for s in case.steps if case.onset - 4 <= s <= max(case.step, case.onset + 1)]
+    sizes = [case.at("tokens", s) for s in near]
+    edges = [s for s, a, b in zip(near[1:], sizes[:-1], sizes[1:], strict=True) if a != b]
+    if edges:
+        seqs = [round(case.at("tokens", s) / case.recipe.batch.seq_len) for s in (edges[0] - 1, edges[0])]
+        late = case.onset - edges[0]
+        text = f"the batch went from {seqs[0]} to {seqs[1]} sequences at step {edges[0]}"
+        yield Finding(RAMP_EDGE, 5.0 if -1 <= late <= 1 else 3.0, text)
+    else:
+        yield Finding(RAMP_EDGE, -6.0, "the batch had one size around the event")
+
+
+def one_step_only(case: Case) -> Iterator[Evidence]:
+    """How far the step is off the curve at all."""
+    if not case.moved:
+        yield Finding(
+            NOTHING, 1.5, f"neither loss nor gradient norm is {STANDS_OUT:.0f} spreads off the curve near step {case.step}"
+        )
+        return
+    words = ", ".join(f"{name} (z {z:.0f})" for name, z in case.moved.items())
+    index = int(np.flatnonzero(case.steps == case.onset)[0])
+    follows = index + 1 < len(case.steps)
+    back = follows and all(_is_back(case.columns[name], index) for name in case.moved)
+    weight = -2.0 if back and max(abs(z) for z in case.moved.values()) < 12 else -4.0
+    yield Finding(NOTHING, weight, f"{words} off the curve at step {case.onset}" + (", back at the next" if back else ""))
+
+
+def _is_back(values: np.ndarray, index: int) -> bool:
+    predicted, noise = expected(values, index)
+    return bool(abs(values[index + 1] - predicted) < 4 * noise)
+
+
+def _shards_of(case: Case) -> set[tuple[Path, str]]:
+    """(file, checksum in the manifest) of every shard that a step near the event read."""
+    stream = open_run(case.run)
+    streams: list[TokenStream] = stream.streams if hasattr(stream, "streams") else [stream]
+    touched = set()
+    for step in case.near_onset():
+        place = case.place(step)
+        index = kept_index(place.consumed + np.arange(place.seqs), case.run.skips)
+        for source, position in zip(*(a.tolist() for a in stream.locate(case.run.seed, index)), strict=True):
+            of = streams[source]
+            ends = (position * of.seq_len, position * of.seq_len + of.seq_len)
+            for shard in {int(np.searchsorted(of.starts, end, side="right")) - 1 for end in ends}:
+                touched.add((source, shard))
+    found = set()
+    for source, shard in touched:
+        of = streams[source]
+        entry = read_manifest(of.folder)["splits"][of.split]["shards"][shard]
+        found.add((of.folder / entry["file"], entry["checksums"][entry["file"]]))
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
