@@ -170,8 +170,8 @@ def micro_batches(case: Case) -> Iterator[Evidence]:
     tolerance = 3 * noise / predicted * count
     whole = round(missing)
     text = f"the loss is {loss / predicted:.3f} of what the steps before say; {count} micro batches, so {missing:.2f} of them"
-    if 1 <= whole < count and abs(missing - whole) < max(tolerance, 0.12) and missing > 2 * tolerance / 3 and tolerance < 1.5:
-        yield Finding(LOST_MICRO_BATCH, 6.0 if tolerance < 0.5 else 4.0, f"{text} are missing")
+    if 1 <= whole < count and abs(missing - whole) < max(tolerance, 0.25) and missing > 1.5 * tolerance:
+        yield Finding(LOST_MICRO_BATCH, 6.0 if whole == 1 else 4.0, f"{text} are missing")
     else:
         yield Finding(LOST_MICRO_BATCH, -4.0, text)
 

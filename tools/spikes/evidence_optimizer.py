@@ -66,7 +66,7 @@ def second_moment(case: Case) -> Iterator[Evidence]:
     excess, step, part, rms_ratio, grad_ratio = best
     where = "all parts" if part == "all" else f"the {part} tensors"
     if excess > 1.5 or excess < 0.67:
-        text = f"at step {step} g/sqrt(v) of {where} became {rms_ratio:.2g} times what it was, their gradients {grad_ratio:.2g} times"
+        text = f"at step {step} g/sqrt(v) of {where} became {rms_ratio:.2g} times what it was, g itself {grad_ratio:.2g} times"
         yield Finding(STALE_MOMENT, 6.0 if excess > 1.8 or excess < 0.55 else 3.0, text)
     else:
         yield Finding(STALE_MOMENT, -4.0, f"g/sqrt(v) moved with the gradients (within {max(excess, 1 / excess):.2g} times)")

@@ -43,7 +43,7 @@ class Planted:
     ramp: tuple[tuple[int, int], ...] = ()
     layout: Layout = Layout()  # noqa: RUF009, it is frozen
     world_size: int = 2
-    lr: float = 4e-3
+    lr: float = 8e-3
     deepspeed: str = "zero1_fp32.json"
     resumed_at: int | None = None  # the run is stopped after this step and resumed
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ VOCAB = 192
 EOS = 2
 FIRST_WORD = 3
 SHARDS = 6
+SUCCESSORS = 4  # of a word
 
 
 def write_language(
@@ -67,7 +69,7 @@ def bad_sequence(kind: str, seq_len: int, rng: np.random.Generator) -> np.ndarra
 def _documents(rng: np.random.Generator, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """(ids [tokens], where documents end). The last twelve words are rare."""
     words = VOCAB - FIRST_WORD
-    successors = rng.integers(0, words - 12, (words, 6))
+    successors = rng.integers(0, words - 12, (words, SUCCESSORS))
     popular = 1.0 / np.arange(1, words + 1) ** 0.8
     popular[-12:] *= 0.02
     popular /= popular.sum()
@@ -76,11 +78,11 @@ def _documents(rng: np.random.Generator, tokens: int) -> tuple[np.ndarray, np.nd
     while at < tokens:
         length = min(int(rng.integers(60, 400)), tokens - at)
         topic = rng.choice(words, 10, p=popular)
-        kinds, choice = rng.random(length), rng.integers(0, 6, length)
+        kinds, choice = rng.random(length), rng.integers(0, SUCCESSORS, length)
         free = np.where(rng.random(length) < 0.5, rng.choice(topic, length), rng.choice(words, length, p=popular))
         word = int(topic[0])
         for i in range(length - 1):
-            word = int(successors[word, choice[i]]) if kinds[i] < 0.7 else int(free[i])
+            word = int(successors[word, choice[i]]) if kinds[i] < 0.8 else int(free[i])
             ids[at + i] = FIRST_WORD + word
         ids[at + length - 1] = EOS
         at += length
@@ -91,7 +93,7 @@ def _documents(rng: np.random.Generator, tokens: int) -> tuple[np.ndarray, np.nd
 def _write_split(folder: Path, split: str, ids: np.ndarray, ends: np.ndarray, shards: int) -> dict:
     written = []
     cuts = [0, *(int(ends[len(ends) * k // shards - 1]) for k in range(1, shards + 1))]
-    for number, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+    for number, (start, stop) in enumerate(pairwise(cuts)):
         stem = f"{split}_{number:05d}"
         mine = ends[(ends > start) & (ends <= stop)] - start
         origins = np.zeros(len(mine), dtype=ORIGIN)
