@@ -1,0 +1,151 @@
+"""What stands beside the loss in a log: seconds of the steps, the loss scale, the level after a resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+
+from recipes.common.robust_window import RobustWindow
+from recipes.common.training_events import Event
+
+SLOW_Z, SLOW_SHARE = 6.0, 0.03  # a slow step: in robust deviations, and over the usual at least
+SLOW_RUN, SLOW_CALM, SLOW_KEPT = 2, 16, 128  # points: that open an event, that end it, after which slow is the new usual
+
+SCALE_FALL, SCALE_DEEP_FALL = 8.0, 32.0  # three halvings, five
+SCALE_LEAD_FALL, SCALE_POINTS = 4.0, 64  # what counts as a first signal; the longest time between halvings, or before the loss
+SCALE_SETTLED = 16  # points without a fall: the search for the first scale is over
+
+RESUME_POINTS = 50  # a bump later than that has another cause
+LEVEL_POINTS, LEVEL_Z = 16, 2.0  # the median of so many points is good to a third of a deviation
+
+Emit = Callable[[int, Event], None]  # an event's serial number, and what is known of it
+Serial = Callable[[], int]
+
+
+class StepTime:
+    """Steps that take longer, from one on: not the single slow step of a save or an evaluation."""
+
+    def __init__(self, emit: Emit, serial: Serial) -> None:
+        self._emit, self._serial = emit, serial
+        self._window = RobustWindow(prior=0.01, floor=0.005, relative=True)
+        self._window.begins_midway = True
+        self._slow: list[tuple[int, float]] = []  # step and seconds: the run that may open an event, then all of the event's
+        self._open_serial: int | None = None
+        self._calm, self._kept = 0, []
+
+    def add(self, steps: np.ndarray, seconds: np.ndarray) -> None:
+        """Points [n] in order; NaN where unknown."""
+        known = np.isfinite(seconds)
+        steps, seconds = steps[known], seconds[known]
+        at = 0
+        while at < len(seconds):
+            n = self._usual(seconds[at:])
+            if n:
+                self._window.accept(seconds[at : at + n])
+            else:
+                self._push(int(steps[at]), float(seconds[at]))
+            at += max(n, 1)
+
+    def _limit(self) -> float:
+        window = self._window
+        return window.center + max(SLOW_Z * window.scale, SLOW_SHARE * window.center) if window.ready else math.inf
+
+    def _usual(self, seconds: np.ndarray) -> int:
+        """How many of the next points may enter the window at once."""
+        if self._slow:
+            return 0
+        slow = seconds[: self._window.due] > self._limit()
+        return int(slow.argmax()) if slow.any() else len(slow)
+
+    def _push(self, step: int, seconds: float) -> None:
+        slow = seconds > self._limit()
+        if slow:
+            self._slow.append((step, seconds))
+        if self._open_serial is None:
+            if not slow:
+                self._slow = []
+                self._window.accept(np.array([seconds]))
+            elif len(self._slow) == SLOW_RUN:
+                self._open_serial, self._calm, self._kept = self._serial(), 0, []
+                self._emit(self._open_serial, self._event(ended=False))
+            return
+        self._kept.append(seconds)
+        self._calm = 0 if slow else self._calm + 1
+        if self._calm == SLOW_CALM or len(self._kept) == SLOW_KEPT:
+            self.end()
+
+    def _event(self, ended: bool) -> Event:
+        (onset, _), (last, _) = self._slow[0], self._slow[-1]
+        peak, longest = max(self._slow, key=lambda point: point[1])
+        usual = self._window.center
+        evidence = {"seconds_before": round(usual, 4), "slower": round(longest / usual - 1, 4), "points": len(self._slow)}
+        return Event(onset, peak, last if ended else None, 0.0, "hardware_suspect", False, "step_time", peak - onset, evidence)
+
+    def end(self) -> None:
+        """The slow steps end, or have lasted so long that they are the new usual."""
+        if self._open_serial is not None:
+            self._emit(self._open_serial, self._event(ended=True))
+            if len(self._kept) == SLOW_KEPT:
+                self._window.refill(np.array(self._kept))
+        self._slow, self._open_serial = [], None
+
+
+class LossScale:
+    """Falls of a dynamic loss scale. The search for the first one, from 2**16 or 2**32 down, is none."""
+
+    def __init__(self) -> None:
+        self.value = math.nan
+        self._settled = False
+        self._changed = 0  # point of the last change
+        self._fell = -SCALE_POINTS - 1  # point of the last fall
+        self._top, self._onset = math.nan, 0  # before the falls in a row, and the step of the first
+
+    def push(self, point: int, step: int, value: float) -> float:
+        """How many times lower than before the falls in a row; 1 where it did not fall now."""
+        before, self.value = self.value, value
+        if math.isnan(before) or value == before:
+            return 1.0
+        self._settled = self._settled or value > before or point - self._changed >= SCALE_SETTLED
+        self._changed = point
+        if value > before or not self._settled:
+            return 1.0
+        if point - self._fell > SCALE_POINTS:
+            self._top, self._onset = before, step
+        self._fell = point
+        return self._top / value
+
+    def recent_fall(self, point: int) -> tuple[int, float]:
+        """Step of the first fall in a row and how far it went, where that ended SCALE_POINTS ago at most; else (0, 1)."""
+        if point - self._fell > SCALE_POINTS:
+            return 0, 1.0
+        return self._onset, self._top / self.value
+
+
+class ResumeLevel:
+    """Whether the loss goes on after a resume where it was: too low, and the run reads again what it has read."""
+
+    def __init__(self, center: float, scale: float) -> None:
+        """center, scale: of the curve up to the checkpoint."""
+        self._center, self._scale = center, scale
+        self._losses: list[float] = []
+        self._first_step = 0
+
+    def add(self, steps: np.ndarray, losses: np.ndarray) -> Event | None:
+        """Points [n] in order. The event, once, when LEVEL_POINTS are seen and their median is off the curve before."""
+        room = LEVEL_POINTS - len(self._losses)
+        if room <= 0:
+            return None
+        if not self._losses:
+            self._first_step = int(steps[0])
+        self._losses += losses[:room].tolist()
+        if len(self._losses) < LEVEL_POINTS:
+            return None
+        delta = median(self._losses) - self._center
+        if not abs(delta) > LEVEL_Z * self._scale:
+            return None
+        last = int(steps[room - 1])
+        evidence = {"level_z": round(delta / self._scale, 2), "expected": round(self._center, 4)}
+        return Event(self._first_step, self._first_step, last, delta, "resume_artefact", True, "loss", 0, evidence)
