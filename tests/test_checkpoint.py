@@ -15,6 +15,7 @@ from recipes.common.checkpoint import Position, Saver
 from recipes.common.checkpoint_files import damage, sealed_checkpoints
 from recipes.common.checkpoint_reader import Reader
 from recipes.common.ds_config import merge_ds_config
+from recipes.common.flags import out_dir_problems
 from recipes.common.metrics import read_metrics
 from recipes.common.recipe import Checkpoints, Evaluation, Layout, derive_sizes
 from recipes.common.train import train
@@ -31,17 +32,18 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(recipe, world_size, out_dir, *, resume=False, max_steps=None, skips=()):
+def run(recipe, world_size, out_dir, *, resume=False, resume_step=None, max_steps=None, skips=()):
     """A whole run on forked ranks, as a launcher would start it."""
-    run_ranks(_rank, world_size, recipe, world_size, str(out_dir), resume, max_steps, skips)
+    run_ranks(_rank, world_size, recipe, world_size, str(out_dir), resume, resume_step, max_steps, skips)
     return {r["step"]: r for r in read_metrics(Path(out_dir) / "metrics.jsonl") if "loss" in r}
 
 
-def _rank(recipe, world_size, out_dir, resume, max_steps, skips):
+def _rank(recipe, world_size, out_dir, resume, resume_step, max_steps, skips):
     layout, config = check_recipe(recipe, world_size, here=True)
     sizes = derive_sizes(recipe, layout, world_size)
     config = merge_ds_config(config, recipe, sizes, sizes.accumulation)
-    train(recipe, layout, sizes, config, Path(out_dir), resume_run=resume, max_steps=max_steps, skips=skips)
+    starts = {"resume_run": resume, "resume_step": resume_step, "max_steps": max_steps, "skips": skips}
+    train(recipe, layout, sizes, config, Path(out_dir), **starts)
 
 
 def masters(out_dir, kind="master"):
@@ -70,6 +72,28 @@ def test_same_layout_is_bitwise_with_dropout_on(data, tmp_path, config):
     assert_same_state(tmp_path / "straight", tmp_path / "parts", 0.0)
     state = Reader(tmp_path / "parts" / "checkpoints" / "latest").state
     assert state["optimizer_steps"] == WHOLE
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(data, tmp_path):
+    """A crash before the next save must not bring back what was left behind."""
+    recipe = tiny_recipe(data, steps=WHOLE, evaluation=Evaluation(), checkpoints=Checkpoints(every_steps=1, keep_last=9))
+    straight = run(recipe, 2, tmp_path)
+    run(recipe, 2, tmp_path, resume=True, resume_step=2, max_steps=3)
+    kept = [folder.name for folder in sealed_checkpoints(tmp_path)]
+    assert kept == ["step_00000001", "step_00000002", "step_00000003"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints/abandoned").iterdir()) == ["step_00000003", "step_00000004"]
+    assert (tmp_path / "checkpoints/latest").resolve().name == "step_00000003"
+    again = run(recipe, 2, tmp_path, resume=True)
+    assert [again[step]["loss"] for step in again] == [straight[step]["loss"] for step in straight]
+
+
+def test_a_step_without_a_checkpoint_is_refused_with_those_that_have_one(tmp_path):
+    for step in (5, 10):
+        (tmp_path / f"checkpoints/step_{step:08d}").mkdir(parents=True)
+    assert out_dir_problems(tmp_path, True, 10) == []
+    assert out_dir_problems(tmp_path, True, 7) == [
+        f"--resume-step=7: --out-dir={tmp_path} holds checkpoints of the steps [5, 10]; give one of these"
+    ]
 
 
 def test_dropout_differs_between_steps_and_data_ranks(data, tmp_path):

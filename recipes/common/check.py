@@ -23,12 +23,14 @@ from recipes.common.ds_config import (
 )
 from recipes.common.plans import PlanError, Stack, find_stack
 from recipes.common.proof import cut_problems, masking_problems
-from recipes.common.recipe import SGD, AdamW, Layout, Optimizer, Recipe, RecipeError, from_root
+from recipes.common.recipe import SGD, AdamW, Checkpoints, Layout, Optimizer, Reaction, Recipe, RecipeError, from_root
 from recipes.common.recipe_types import type_problems
 from recipes.common.schedules import ramp_problems, schedule_problems
 from recipes.common.stage import balance_stages, layer_costs
 from recipes.common.tensor_parallel import plan_split
 from recipes.common.weights import build_empty
+
+REACTIONS = ("log", "rewind")
 
 
 def check_recipe(recipe: Recipe, world_size: int, *, here: bool, found: Sequence[str] = ()) -> tuple[Layout, dict[str, Any]]:
@@ -190,11 +192,43 @@ def _range_problems(recipe: Recipe) -> list[str]:
     for name, (value, least) in wholes.items():
         if not _is_whole(value, least):
             problems.append(f"{name}={value!r} must be a whole number from {least}")
+    problems += reaction_problems(recipe.reaction, recipe.checkpoints)
     if recipe.mask_documents and (problem := masking_problem(recipe.attention, recipe.batch.micro_seqs)):
         problems.append(f"mask_documents=True: {problem}")
     for name, value in (("z_loss", recipe.z_loss), ("checkpoints.every_minutes", recipe.checkpoints.every_minutes)):
         if not (isinstance(value, int | float) and value >= 0):
             problems.append(f"{name}={value!r} must be 0 or more")
+    return problems
+
+
+def reaction_problems(reaction: Reaction, checkpoints: Checkpoints) -> list[str]:
+    """A rewind needs a checkpoint from before the onset: there must be some, and one must outlive a save after the onset."""
+    problems = []
+    if reaction.action not in REACTIONS:
+        problems.append(f"reaction.action={reaction.action!r} must be one of {', '.join(map(repr, REACTIONS))}")
+    if not _is_whole(reaction.max_rewinds, 1):
+        problems.append(f"reaction.max_rewinds={reaction.max_rewinds!r} must be a whole number from 1")
+    if not _is_whole(reaction.lr_steps, 0):
+        problems.append(f"reaction.lr_steps={reaction.lr_steps!r} must be a whole number from 0")
+    if not 0 < reaction.lr_factor <= 1:
+        problems.append(f"reaction.lr_factor={reaction.lr_factor!r} must lie above 0 and up to 1")
+    if problems:
+        return problems
+    if (reaction.lr_factor < 1) != (reaction.lr_steps > 0):
+        problems.append(
+            f"reaction.lr_factor={reaction.lr_factor!r} with lr_steps={reaction.lr_steps}: the one does nothing without the "
+            "other; give both, or neither"
+        )
+    if reaction.action != "rewind":
+        if reaction.lr_factor < 1:
+            problems.append(f"reaction.lr_factor={reaction.lr_factor!r} is for action='rewind' alone; remove it")
+        return problems
+    if not (checkpoints.every_steps or checkpoints.every_minutes):
+        problems.append("reaction.action='rewind' needs checkpoints to go back to; set checkpoints.every_steps")
+    if checkpoints.keep_last == 1:
+        problems.append(
+            "checkpoints.keep_last=1 with reaction.action='rewind': a save after the onset would delete the one before it; keep 2"
+        )
     return problems
 
 

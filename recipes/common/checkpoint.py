@@ -24,6 +24,8 @@ from recipes.common import zero_state
 from recipes.common.checkpoint_files import (
     CheckpointError,
     Part,
+    abandon_later,
+    checkpoint_step,
     damage,
     merge_index,
     publish_folder,
@@ -183,8 +185,7 @@ class Saver:
     def _delete_old(self) -> None:
         rules = self._recipe.checkpoints
         for folder in sealed_checkpoints(self._out_dir)[: -rules.keep_last]:
-            step = int(folder.name.removeprefix("step_"))
-            if rules.keep_every_steps and step % rules.keep_every_steps == 0:
+            if rules.keep_every_steps and checkpoint_step(folder) % rules.keep_every_steps == 0:
                 continue
             hidden = folder.with_name(f".{folder.name}.deleting")  # never half there under its name
             os.replace(folder, hidden)
@@ -268,24 +269,27 @@ def _unpadded(shape: tuple[int, ...], cut: Any, rank: int, size: int) -> int:
     return count * int(np.prod(shape[1:], dtype=np.int64))
 
 
-def resume(out_dir: Path, trainer: Trainer) -> Position:
+def resume(out_dir: Path, trainer: Trainer, *, last_step: int | None = None) -> Position:
     """Load the newest checkpoint whose every byte is as written, in this layout. Collective.
 
-    Damaged ones are named on stderr and passed over. Raises CheckpointError when none is left.
+    Damaged ones are named on stderr and passed over. last_step: none later than this, and later ones are set aside.
+    Raises CheckpointError when none is left.
     """
-    folder = _newest_intact(out_dir, trainer)
+    folder = _newest_intact(out_dir, trainer, last_step)
     reader = Reader(folder)
     load_state(reader, trainer)
     state = reader.state
     if trainer.grid.rank == 0:
         print(f"resuming from {folder} (step {state['step']})", flush=True)
+        if last_step is not None:
+            abandon_later(out_dir, state["step"])
     skips = tuple((start, stop) for start, stop in state["skips"])
     return Position(step=state["step"], consumed_seqs=state["consumed_seqs"], skipped_steps=state["skipped_steps"], skips=skips)
 
 
-def _newest_intact(out_dir: Path, trainer: Trainer) -> Path:
+def _newest_intact(out_dir: Path, trainer: Trainer, last_step: int | None) -> Path:
     """The ranks share the reading; all of them agree."""
-    folders = sealed_checkpoints(out_dir)[::-1]
+    folders = [f for f in sealed_checkpoints(out_dir)[::-1] if last_step is None or checkpoint_step(f) <= last_step]
     world = dist.get_world_size()
     for folder in folders:
         found = damage(folder, share=(trainer.grid.rank, world))
@@ -296,8 +300,9 @@ def _newest_intact(out_dir: Path, trainer: Trainer) -> Path:
             dist.all_reduce(bad)
         if not bad.item():
             return folder
+    until = "" if last_step is None else f" up to step {last_step}"
     where = out_dir / "checkpoints"
-    raise CheckpointError(f"--resume: {where} holds {len(folders)} checkpoints and none is intact; start without --resume")
+    raise CheckpointError(f"--resume: {where} holds {len(folders)} checkpoints{until} and none is intact; start without --resume")
 
 
 def load_state(reader: Reader, trainer: Trainer) -> None:
@@ -307,6 +312,8 @@ def load_state(reader: Reader, trainer: Trainer) -> None:
     kinds = sorted(reader.kinds() - {zero_state.MASTER, "buffer"})
     if kinds or reader.state["optimizer_steps"]:
         zero_state.create_states(trainer, kinds, reader.state["optimizer_steps"])
+    else:
+        zero_state.drop_states(trainer)  # a start without an optimizer, in a process that may have one already
     with torch.no_grad():
         for partition in zero_state.partitions(trainer):
             for f in partition.fragments:

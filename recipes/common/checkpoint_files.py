@@ -227,10 +227,35 @@ def publish_folder(hidden: Path, folder: Path) -> None:
         shutil.rmtree(old)
     else:
         os.replace(hidden, folder)
+    _point_latest(folder)
+    descriptor = os.open(folder.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _point_latest(folder: Path) -> None:
     pointer = folder.with_name(".latest")
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(folder.name)
     os.replace(pointer, folder.with_name("latest"))
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+
+
+def abandon_later(out_dir: Path, step: int) -> list[Path]:
+    """The run goes on from `step`: later checkpoints move to checkpoints/abandoned, where no resume looks.
+
+    Gives their new places. What an earlier return left there is deleted: the folder holds no more than a run keeps.
+    """
+    later = [folder for folder in sealed_checkpoints(out_dir) if checkpoint_step(folder) > step]
+    if not later:
+        return []
+    _point_latest(step_folder(out_dir, step))
+    place = out_dir / "checkpoints" / "abandoned"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    for folder in reversed(later):  # newest first: cut short, what is left is nearest to where the run goes on
+        os.replace(folder, place / folder.name)
+    return [place / folder.name for folder in later]
+
+
+def checkpoint_step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))

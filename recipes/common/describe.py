@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from recipes.common.plans import find_stack
-from recipes.common.recipe import Blend, Layout, Recipe, Sizes
+from recipes.common.recipe import Blend, Layout, Reaction, Recipe, Sizes
 from recipes.common.schedules import learning_rate_at, seqs_after, tokens_of_run
 from recipes.common.stage import balance_stages, layer_costs
 from recipes.common.weights import build_empty
@@ -25,6 +25,7 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
         f"{tokens_of_run(recipe) / recipe.num_params:.1f} a parameter",
         f"learning    {type(recipe.optimizer).__name__} + {type(recipe.schedule).__name__}: " + _rates(recipe),
         f"files       data {_data(recipe)}, tokenizer {recipe.tokenizer}, DeepSpeed {recipe.deepspeed} as below",
+        f"trouble     {_reaction(recipe.reaction)}",
         "stage  layers        share of the cost",
     ]
     stages = balance_stages(costs, head, layout.pipeline)
@@ -40,6 +41,13 @@ def _rates(recipe: Recipe) -> str:
     steps = sorted({1, max(recipe.steps // 100, 1), max(recipe.steps // 2, 1), recipe.steps})
     tokens = {step: seqs_after(recipe.batch, step) * recipe.batch.seq_len for step in steps}
     return ", ".join(f"lr {learning_rate_at(recipe, step, tokens[step]):.2e} at step {step:,}" for step in steps)
+
+
+def _reaction(reaction: Reaction) -> str:
+    if reaction.action != "rewind":
+        return "logged, with a black box"
+    rate = f", the learning rate x {reaction.lr_factor:g} for {reaction.lr_steps:,} steps" if reaction.lr_steps else ""
+    return f"rewind to a checkpoint before it and skip the sequences{rate}; {reaction.max_rewinds} tries, then stop"
 
 
 def _data(recipe: Recipe) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from recipes.common.checkpoint_files import sealed_checkpoints
+from recipes.common.checkpoint_files import checkpoint_step, sealed_checkpoints
 
 
 def parse_flags(name: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=f"Train the recipe {name!r}. Flags are about this run only.")
     parser.add_argument("--out-dir", default=f"runs/{name}", help="the run directory (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint in --out-dir")
+    parser.add_argument("--resume-step", type=int, metavar="N", help="go on from this checkpoint; later ones are set aside")
     parser.add_argument(
         "--skip", type=_sequence_range, action="append", default=[], metavar="START:STOP", help="leave out these sequences"
     )
@@ -25,6 +26,7 @@ def parse_flags(name: str) -> argparse.Namespace:
     if flags.max_steps is not None and flags.max_steps < 1:
         parser.error(f"--max-steps={flags.max_steps} must be at least 1")
     flags.skip = tuple(flags.skip)
+    flags.resume = flags.resume or flags.resume_step is not None
     return flags
 
 
@@ -35,7 +37,7 @@ def _sequence_range(text: str) -> tuple[int, int]:
     return int(start), int(stop)
 
 
-def out_dir_problems(out_dir: Path, resume_run: bool) -> list[str]:
+def out_dir_problems(out_dir: Path, resume_run: bool, resume_step: int | None = None) -> list[str]:
     """A fresh start must not mix its checkpoints with another run's, and a resume needs one to go on from."""
     saved = sealed_checkpoints(out_dir)
     if saved and not resume_run:
@@ -45,4 +47,7 @@ def out_dir_problems(out_dir: Path, resume_run: bool) -> list[str]:
         ]
     if resume_run and not saved:
         return [f"--resume: --out-dir={out_dir} holds no checkpoint to go on from; correct --out-dir, or start without --resume"]
+    steps = [checkpoint_step(folder) for folder in saved]
+    if resume_step is not None and resume_step not in steps:
+        return [f"--resume-step={resume_step}: --out-dir={out_dir} holds checkpoints of the steps {steps}; give one of these"]
     return []

@@ -14,6 +14,9 @@
     data_wait_share   of the step, waiting for its batch
     save_seconds, save_stall_seconds  on the step after a save has ended: beside training, and of them in its way
 
+    event             the kinds of what the detectors saw at this step (recipes.common.detectors)
+    rewinds, rewound_from_step, lr_factor     once the run went back: how often, from where, and on the learning rate
+
 Further fields are welcome: any name, a number or a string. Floats are written so that they read back equal. NaN and
 infinities, which JSON does not have, are the strings "NaN", "Infinity" and "-Infinity" (`read_metrics` turns them back).
 Each line reaches the operating system before the next step starts, so `kill -9` loses one line at most.
@@ -64,6 +67,7 @@ class RunLog:
         out_dir.mkdir(parents=True, exist_ok=True)
         moved = rewind_metrics(out_dir, -1 if resumed_step is None else resumed_step)
         first_step = resumed_step or 0
+        self._out_dir = out_dir
         self._file = (out_dir / METRICS).open("ab", buffering=0)
         self._waiting, self._refused = b"", False
         self._progress = Progress(run_steps, first_step, stream or sys.stderr)
@@ -102,6 +106,19 @@ class RunLog:
                 self.note(f"{METRICS} cannot be written ({_one_line(error)}): its lines wait in memory")
             self._refused = True
 
+    def rewind(self, step: int) -> None:
+        """The run went back to `step`: what was written after it moves aside, as at a resume."""
+        self._append(b"")
+        self._file.close()
+        moved = rewind_metrics(self._out_dir, step)
+        self._file = (self._out_dir / METRICS).open("ab", buffering=0)
+        self._progress.rewind(step)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = _start_tensorboard(self._out_dir, step, self.note)
+        if moved is not None:
+            self.note(f"{METRICS}: the steps that were undone are now in {moved.name}")
+
     def note(self, text: str) -> None:
         """A line for people on stderr (a checkpoint, an evaluation), without breaking the bar."""
         self._progress.note(text)
@@ -122,7 +139,7 @@ class RunLog:
 def encode(record: Mapping[str, Value]) -> bytes:
     """One line of metrics.jsonl, newline included."""
     assert type(record["step"]) is int, record
-    return json.dumps({key: _valid(value) for key, value in record.items()}, allow_nan=False).encode() + b"\n"
+    return json.dumps({key: plain(value) for key, value in record.items()}, allow_nan=False).encode() + b"\n"
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -201,6 +218,11 @@ class Progress:
         if now - self._last_line >= PLAIN_LINE_SECONDS or step == self._run_steps or "val_loss" in record:
             self._last_line = now
             self._print_unseen()
+
+    def rewind(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.refresh()
 
     def note(self, text: str) -> None:
         if self._bar is not None:
@@ -287,7 +309,8 @@ def _start_tensorboard(out_dir: Path, first_step: int, note: Note) -> Any:
         return None
 
 
-def _valid(value: Value) -> Value:
+def plain(value: Value) -> Value:
+    """As JSON has it: NaN and infinities by name."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

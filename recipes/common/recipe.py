@@ -148,6 +148,16 @@ class Checkpoints:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reaction:
+    """What to do about an event that the detectors call actionable (recipes.common.reaction). A black box is left in any case."""
+
+    action: str = "log"  # "log", or "rewind": back to a checkpoint before the onset, the suspect sequences left out
+    max_rewinds: int = 3  # in a row, without getting past the step that went wrong; then the run stops
+    lr_factor: float = 1.0  # after a rewind the learning rate is multiplied by this ...
+    lr_steps: int = 0  # ... for so many steps
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     name: str
     model: PreTrainedConfig  # any transformers config of a decoder
@@ -167,6 +177,7 @@ class Recipe:
     mask_documents: bool = False  # in packed sequences, attention stays inside each document and positions restart
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    reaction: Reaction = field(default_factory=Reaction)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,9 @@ from recipes.common.flags import out_dir_problems, parse_flags
 from recipes.common.grid import Grid, build_grid
 from recipes.common.metrics import RunLog
 from recipes.common.plans import find_stack
+from recipes.common.reaction import Responder
 from recipes.common.recipe import Blend, Layout, Recipe, RecipeError, Sizes, derive_sizes, from_root
+from recipes.common.rewinds import read_history, skips_ahead
 from recipes.common.run_files import recipe_to_dict, write_run_files
 from recipes.common.schedules import global_seqs_at, learning_rate_at
 from recipes.common.shards import data_identity, read_manifest
@@ -36,17 +38,13 @@ from recipes.common.weights import build_empty, name_seed
 SKIPS_IN_A_ROW = 32  # steps that overflow and do not apply: fp16's scale has then fallen from its start to 1
 
 
-class TrainingError(RuntimeError):
-    """The numbers say that going on is useless; the message says which, and from where to resume."""
-
-
 def main(recipe: Recipe) -> None:
     """The entry point of every recipe file. Exit codes: 0 done, 1 the run failed, 2 the recipe or the flags are wrong."""
     flags = parse_flags(recipe.name)
     world_size = flags.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     out_dir = Path(flags.out_dir).expanduser().resolve()
-    found = [] if flags.dry_run else out_dir_problems(out_dir, flags.resume)
+    found = [] if flags.dry_run else out_dir_problems(out_dir, flags.resume, flags.resume_step)
     try:
         layout, ds_config = check_recipe(recipe, world_size, here=not flags.dry_run, found=found)
     except RecipeError as error:
@@ -61,7 +59,17 @@ def main(recipe: Recipe) -> None:
             print(json.dumps(ds_config, indent=2))
         return
     with guard_rank(out_dir, rank):
-        train(recipe, layout, sizes, ds_config, out_dir, resume_run=flags.resume, max_steps=flags.max_steps, skips=flags.skip)
+        train(
+            recipe,
+            layout,
+            sizes,
+            ds_config,
+            out_dir,
+            resume_run=flags.resume,
+            resume_step=flags.resume_step,
+            max_steps=flags.max_steps,
+            skips=flags.skip,
+        )
         end_rank()
 
 
@@ -73,11 +81,14 @@ def train(
     out_dir: Path,
     *,
     resume_run: bool,
+    resume_step: int | None = None,
     max_steps: int | None = None,
     skips: tuple[tuple[int, int], ...] = (),
 ) -> None:
     grid, trainer = _build(recipe, layout, ds_config)
-    position = (resume(out_dir, trainer) if resume_run else Position()).leave_out(skips)
+    history = read_history(out_dir) if resume_run else ()
+    position = resume(out_dir, trainer, last_step=resume_step) if resume_run else Position()
+    position = position.leave_out((*skips, *skips_ahead(history, position.consumed_seqs, position.skips)))
     resumed_step = position.step if resume_run else None
     if grid.rank == 0:
         _write_files(recipe, layout, sizes, ds_config, out_dir, resumed_step, position.skips)
@@ -85,6 +96,8 @@ def train(
     if log is not None:
         _note_changed_data(out_dir, log)
     saver = Saver(out_dir, trainer, recipe, log)
+    responder = Responder(recipe, out_dir, trainer, saver, log)
+    responder.start(position, history, resumed=resume_run)
     leave = LeaveRequest()
     batches = _reader(recipe, grid, position.skips)
     last_step = min(recipe.steps, max_steps or recipe.steps)
@@ -93,7 +106,8 @@ def train(
         losses = _evaluate(recipe, trainer)
         if log is not None:
             log.write({"step": 0} | losses)
-    for step in range(position.step + 1, last_step + 1):
+    while position.step < last_step:
+        step = position.step + 1
         started = time.perf_counter()
         seqs = global_seqs_at(recipe.batch, position.consumed_seqs)
         trainer.set_global_seqs(seqs)
@@ -101,7 +115,7 @@ def train(
         torch.manual_seed(name_seed(recipe.seed, f"step {step}, data {grid.data_rank}, stage {grid.pipeline_rank}"))
         micro_batches = batches.next(position.consumed_seqs, seqs)
         tokens = seqs * recipe.batch.seq_len
-        lr = learning_rate_at(recipe, step, (position.consumed_seqs + seqs) * recipe.batch.seq_len)
+        lr = learning_rate_at(recipe, step, (position.consumed_seqs + seqs) * recipe.batch.seq_len) * responder.lr_factor(step)
         votes = (leave.wanted(), grid.rank == 0 and saver.due_by_time())
         result = trainer.train_step(micro_batches, lr, tokens, votes)
         leaving, time_to_save = result.votes
@@ -110,9 +124,15 @@ def train(
         record = _record(recipe, position, result, lr, tokens, time.perf_counter() - started, batches.wait_seconds)
         if _due(step, recipe.evaluation.every_steps, last_step):
             record |= _evaluate(recipe, trainer)
+        record |= responder.look(record, skipped=result.skipped)
         if log is not None:
             log.write(record | saver.report())
-        _judge(step, result, skips_in_a_row, saver)
+        back = responder.respond(position, _hopeless(step, result, skips_in_a_row))
+        if back is not None:
+            position, skips_in_a_row = back, 0
+            batches.close()
+            batches = _reader(recipe, grid, position.skips)
+            continue
         if leaving or time_to_save or step == last_step or saver.due(step):
             saver.save(position)
         if leaving:
@@ -242,13 +262,13 @@ def _record(
     return record
 
 
-def _judge(step: int, result: StepResult, skips_in_a_row: int, saver: Saver) -> None:
-    """Stop where going on is useless. Equal on every rank, because the numbers are."""
-    where = f"; the last checkpoint is {saver.last_saved}" if saver.last_saved else "; no checkpoint was saved"
+def _hopeless(step: int, result: StepResult, skips_in_a_row: int) -> tuple[int, str] | None:
+    """Since which step going on is useless, and why. Equal on every rank, because the numbers are."""
     if not math.isfinite(result.loss) or (not result.skipped and not math.isfinite(result.grad_norm)):
-        raise TrainingError(f"step {step}: loss is {result.loss} and the gradient norm {result.grad_norm}{where}")
+        return step, f"loss is {result.loss} and the gradient norm {result.grad_norm}"
     if skips_in_a_row >= SKIPS_IN_A_ROW:
-        raise TrainingError(f"step {step}: {skips_in_a_row} steps in a row overflowed, loss scale {result.loss_scale}{where}")
+        return step - skips_in_a_row + 1, f"{skips_in_a_row} steps in a row overflowed, loss scale {result.loss_scale}"
+    return None
 
 
 def _open_log(recipe: Recipe, grid: Grid, out_dir: Path, resumed_step: int | None) -> RunLog | None:

@@ -67,6 +67,12 @@ def create_states(trainer: Trainer, kinds: list[str], steps: int) -> None:
         trainer.optimizer.state[flat] = state
 
 
+def drop_states(trainer: Trainer) -> None:
+    """Forget the optimizer's states: it makes them anew at its next step."""
+    for flat in _locate(trainer)[0]:
+        trainer.optimizer.state.pop(flat, None)
+
+
 def publish(trainer: Trainer) -> None:
     """Copy the fp32 weights into those the model computes with, on every rank that holds them."""
     zero = trainer.engine.optimizer

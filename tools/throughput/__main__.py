@@ -1,0 +1,44 @@
+"""Where the time of a step goes, and what a step costs.
+
+python -m tools.throughput flops recipes/llama_1b.py      # FLOPs a token, by every convention in use
+python -m tools.throughput flops --published              # nine published figures from the same formulas
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import argparse
+
+from recipes.common.recipe import RecipeError
+from tools.common.console import UsageError, exit_code
+from tools.throughput import flops
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.throughput", description=__doc__.split("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    flops.add_flags(verbs)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+
+    def work() -> int:
+        try:
+            return VERBS[args.verb](args)
+        except RecipeError as error:
+            raise UsageError(str(error)) from error
+
+    return exit_code(work)
+
+
+VERBS = {"flops": flops.run}
+
+if __name__ == "__main__":
+    sys.exit(main())
