@@ -60,8 +60,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     rewind = verb("plan-rewind", "which checkpoint to go back to, what to skip, what it costs")
     rewind.add_argument("run", type=Path, metavar="RUN")
     rewind.add_argument("event", metavar="EVENT", help="a step, or a black box of RUN/events")
-    rewind.add_argument("--margin-steps", type=int, help="leave out this many steps before the onset too (default: 2)")
-    rewind.add_argument("--skip-steps", type=int, help="leave out this many steps in all (default: to the end of the event)")
+    rewind.add_argument("--margin-steps", type=int, help="leave out this many steps before the onset too (default: 1)")
+    rewind.add_argument("--skip-steps", type=int, help="leave out this many steps in all (default: up to the peak)")
 
     report = verb("report", "one HTML file that works offline")
     report.add_argument("run", type=Path, metavar="RUN")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from recipes.common.black_box import read_boxes
 from recipes.common.metrics import read_metrics
 from recipes.common.recipe import Recipe
 from recipes.common.tensor_stats import Stats, read_stats
@@ -86,7 +87,7 @@ def read_case(folder: Path, event: str) -> Case:
         raise UsageError(f"{folder}: {error}") from error
     if not records:
         raise UsageError(f"{folder}/metrics.jsonl has no step yet")
-    boxes = _boxes(folder)
+    boxes = read_boxes(folder)
     step = event_step(folder, event, boxes)
     first, last = records[0]["step"], records[-1]["step"]
     if not first <= step <= last:
@@ -163,13 +164,3 @@ def _columns(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _boxes(folder: Path) -> list[dict[str, Any]]:
-    found = []
-    for path in sorted((folder / "events").glob("step_*/event.json")):
-        try:
-            found.append(json.loads(path.read_text(encoding="utf-8")) | {"folder": path.parent.name})
-        except ValueError:
-            continue  # being written
-    return found

@@ -22,7 +22,8 @@ def learning_rate(case: Case) -> Iterator[Evidence]:
     wrong = []
     for step in case.near_onset():
         logged = case.at("lr", step)
-        right = learning_rate_at(case.recipe, step, int(case.at("consumed_tokens", step)))
+        factor = case.at("lr_factor", step)  # a rewind may have lowered the rate for a stretch
+        right = learning_rate_at(case.recipe, step, int(case.at("consumed_tokens", step))) * (factor if factor == factor else 1.0)
         if math.isfinite(logged) and abs(logged - right) > 1e-6 * max(abs(right), 1e-30):
             wrong.append((step, logged, right))
     if wrong:

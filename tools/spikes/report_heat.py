@@ -56,7 +56,9 @@ def heat_map(found: Slice, onset: int) -> dict[str, Any]:
     stats = []
     for stat, label in STATS.items():
         if stat in found.values:
-            maps = {kind: _relative(found, stat, list(rows.values()), onset) for kind, rows in (("layers", layers), ("parts", parts))}
+            maps = {
+                kind: _relative(found, stat, list(rows.values()), onset) for kind, rows in (("layers", layers), ("parts", parts))
+            }
             stats.append({"label": label, **maps})
     return {
         "onset": onset,
@@ -87,7 +89,9 @@ def _relative(found: Slice, stat: str, rows: list[list[int]], onset: int) -> lis
     values = np.stack([_joined(found, stat, row) for row in rows])
     before = found.steps < onset - 1
     with np.errstate(all="ignore"):
-        usual = np.nanmedian(np.where(np.isfinite(values), values, np.nan)[:, before if before.sum() >= 4 else slice(None)], axis=1)
+        usual = np.nanmedian(
+            np.where(np.isfinite(values), values, np.nan)[:, before if before.sum() >= 4 else slice(None)], axis=1
+        )
         relative = np.clip(np.log2(values / usual[:, None]), -8.5, 8.5)
     relative[~np.isfinite(values)] = NOT_FINITE
     relative[np.stack([np.isnan(found.values[stat][:, row]).all(axis=1) for row in rows])] = np.nan  # not recorded
