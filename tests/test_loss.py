@@ -40,7 +40,7 @@ def _differences(case, hidden, weight, bias, targets, cut, rank, size, group):
     vocab = len(weight)
     mine = [cut.take(whole, rank, size).requires_grad_() for whole in (weight, bias)]
     received = hidden.clone().requires_grad_()
-    total, cross_entropy, log_z_squared = vocabulary_loss(
+    total, (cross_entropy, log_z_squared, log_z), largest = vocabulary_loss(
         lambda x: _logits(kind, x, *mine),
         received,
         targets,
@@ -55,11 +55,14 @@ def _differences(case, hidden, weight, bias, targets, cut, rank, size, group):
     plain = [whole.clone().requires_grad_() for whole in (hidden, weight, bias)]
     logits = _logits(kind, *plain).flatten(0, 1)
     wanted = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    squares = (logits.logsumexp(-1).square() * (targets.flatten() != IGNORED)).sum()
+    scored = targets.flatten() != IGNORED
+    squares = (logits.logsumexp(-1).square() * scored).sum()
     ((wanted + z_loss * squares) * 0.5).backward()
     pairs = {
         "cross-entropy": (cross_entropy, wanted),
         "log(Z)^2": (log_z_squared, squares),
+        "log(Z)": (log_z, (logits.logsumexp(-1) * scored).sum()),
+        "largest logit": (largest, logits[scored].max()),
         "total": (total, wanted + z_loss * squares),
         "gradient of hidden": (received.grad, plain[0].grad),
         "gradient of the head": (mine[0].grad, cut.take(plain[1].grad, rank, size)),  # zero in the padding
@@ -103,7 +106,7 @@ def test_large_logits_neither_overflow_nor_vanish():
 
 def _large():
     hidden, targets = torch.eye(4).view(1, 4, 4) * 1e4, torch.tensor([[0, 1, 2, 0]])
-    _, cross_entropy, _ = _loss(hidden.requires_grad_(), torch.eye(4).requires_grad_(), targets)
+    _, (cross_entropy, *_), _ = _loss(hidden.requires_grad_(), torch.eye(4).requires_grad_(), targets)
     return cross_entropy.item() == pytest.approx(1e4)  # three right with certainty, one wrong by 1e4
 
 
@@ -114,9 +117,9 @@ def test_without_gradients_nothing_is_kept():
 def _evaluation():
     hidden, weight = torch.randn(2, 3, WIDTH), torch.randn(11, WIDTH, requires_grad=True)
     targets = torch.randint(0, 11, (2, 3))
-    _, learning, _ = _loss(hidden.clone().requires_grad_(), weight, targets)
+    _, (learning, *_), _ = _loss(hidden.clone().requires_grad_(), weight, targets)
     with torch.no_grad():
-        total, cross_entropy, _ = _loss(hidden, weight, targets)
+        total, (cross_entropy, *_), _ = _loss(hidden, weight, targets)
     return cross_entropy.equal(learning), total.requires_grad
 
 

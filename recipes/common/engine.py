@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
@@ -33,6 +34,9 @@ from recipes.common.recipe import AdamW, Optimizer
 from recipes.common.stage import Stage
 
 Labels = tuple[torch.Tensor, torch.Tensor]
+
+OVERFLOW = "overflow"  # of fp16 gradients under a loss scale that is too large: the scale falls and training goes on
+NONFINITE = "nonfinite"  # a NaN or an infinity in the loss or the gradients
 
 
 def _import_muon_uncompiled() -> None:
@@ -48,16 +52,29 @@ def _import_muon_uncompiled() -> None:
 _import_muon_uncompiled()
 
 
+class StepProbe(Protocol):
+    """What may look at a step while it is taken (recipes.common.monitor)."""
+
+    def take(self) -> torch.Tensor:
+        """What it saw: fp64 [n], of one length on all ranks, to be summed over them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """One optimizer step, equal on every rank."""
 
     loss: float  # cross-entropy, the mean over the scored tokens of the global batch
     log_z_squared: float  # mean of log(Z)^2, what the z-loss weighs
+    log_z: float  # mean of log(Z)
+    max_logit: float  # over the scored tokens of the global batch
+    loss_max: float  # the worst data rank's own loss (a NaN counts as worst)
+    loss_max_rank: int  # and which it is
     grad_norm: float  # over the whole model, before clipping
     loss_scale: float  # 1.0 unless fp16
-    skipped: bool  # an overflow: the weights did not change
+    skipped: bool  # the weights and the optimizer's state did not change, on any rank
+    skip_reason: str | None  # OVERFLOW or NONFINITE
     votes: tuple[bool, ...]  # for each vote that was cast, whether any rank said yes
+    observed: np.ndarray  # what the probe saw, summed over all ranks
 
 
 class PipelineStages(PipelineModule):
@@ -169,6 +186,7 @@ class Trainer:
             self.engine = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config, mpu=mpu)[0]
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]
+        self.probe: StepProbe | None = None
 
     def set_global_seqs(self, global_seqs: int) -> None:
         """The batch ramp: the micro batch stays, its number changes."""
@@ -189,38 +207,50 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self.engine.skipped_steps
-        self.stage.loss_sums.zero_()
-        weight = len(micro_batches) * self.grid.data / scored_tokens
-        self._place_documents(micro_batches)
-        batches = self._batches(micro_batches, weight)
         finite = True
         try:
-            if self.grid.pipeline > 1:
-                self.engine.train_batch(batches)
-            else:
-                self.engine.train()
-                for ids, labels in batches:
-                    self.engine.backward(self.engine(ids, labels))
-                    self.engine.step()
+            self.run_micro_batches(micro_batches, scored_tokens)
         except AssertionError as error:
             # BF16_Optimizer meets a norm that is not a number with a bare assertion, on every rank alike, before the step
             if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "bf16_optimizer.py":
                 raise
             finite = False
-        sums = self._sum_over_ranks(votes)
-        micro_batches_of_all = len(micro_batches) * self.grid.data
+        losses, by_rank, counts, observed = self._sum_over_ranks(votes)
+        losses, by_rank = losses / (len(micro_batches) * self.grid.data), by_rank / [[len(micro_batches)], [1.0]]
+        worst = int(np.argmax(by_rank[0]))  # the first NaN, where there is one
+        skipped = self.engine.skipped_steps > skipped_before
+        scaled = self.engine.fp16_enabled()
         return StepResult(
-            loss=sums[0] / micro_batches_of_all,
-            log_z_squared=sums[1] / micro_batches_of_all,
+            loss=float(losses[0]),
+            log_z_squared=float(losses[1]),
+            log_z=float(losses[2]),
+            max_logit=float(by_rank[1].max()),
+            loss_max=float(by_rank[0, worst]),
+            loss_max_rank=worst,
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0) if finite else float("nan"),
-            loss_scale=float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if self.engine.fp16_enabled() else 1.0,
-            skipped=self.engine.skipped_steps > skipped_before,
-            votes=tuple(count > 0 for count in sums[2:]),
+            loss_scale=float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if scaled else 1.0,
+            skipped=skipped,
+            skip_reason=(OVERFLOW if scaled and np.isfinite(losses[0]) else NONFINITE) if skipped else None,
+            votes=tuple(count > 0 for count in counts),
+            observed=observed,
         )
+
+    def run_micro_batches(self, micro_batches: list[torch.Tensor], scored_tokens: int) -> None:
+        """Forward, backward and the optimizer's step. DeepSpeed leaves the step out where the gradient norm is not finite."""
+        self._clear_losses()
+        self._place_documents(micro_batches)
+        batches = self._batches(micro_batches, len(micro_batches) * self.grid.data / scored_tokens)
+        if self.grid.pipeline > 1:
+            self.engine.train_batch(batches)
+        else:
+            self.engine.train()
+            for ids, labels in batches:
+                self.engine.backward(self.engine(ids, labels))
+                self.engine.step()
 
     def evaluate(self, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], scored_tokens: int) -> float:
         """Mean cross-entropy over `scored_tokens` targets; each item is ids [micro_seqs, seq_len + 1] and which rows count."""
-        self.stage.loss_sums.zero_()
+        self._clear_losses()
         weight = 1.0 / scored_tokens
         self._place_documents([tokens for tokens, _ in micro_batches])
         batches = self._batches((tokens for tokens, _ in micro_batches), weight, [rows for _, rows in micro_batches])
@@ -232,7 +262,11 @@ class Trainer:
                 for ids, labels in batches:
                     self.engine(ids, labels)
             self.engine.train()
-        return self._sum_over_ranks()[0]
+        return float(self._sum_over_ranks(observe=False)[0][0])
+
+    def _clear_losses(self) -> None:
+        self.stage.loss_sums.zero_()
+        self.stage.max_logit.fill_(-torch.inf)
 
     def _batches(
         self, micro_batches: Iterable[torch.Tensor], weight: float, rows: list[torch.Tensor] | None = None
@@ -252,14 +286,22 @@ class Trainer:
             positions = (document_positions(tokens[:, :-1], self.document_end) for tokens in micro_batches)
             self.stage.positions = deque(p.to(self.grid.device, non_blocking=True) for p in positions)
 
-    def _sum_over_ranks(self, votes: tuple[bool, ...] = ()) -> list[float]:
-        """[cross-entropy, log(Z)^2, votes...] over all data ranks, on every rank; the last stage has the losses."""
-        counts = self.grid.is_last_stage and self.grid.tensor_rank == 0
-        losses = self.stage.loss_sums if counts else torch.zeros_like(self.stage.loss_sums)
-        sums = torch.cat([losses, losses.new_tensor(votes)])
+    def _sum_over_ranks(self, votes: tuple[bool, ...] = (), *, observe: bool = True) -> list[np.ndarray]:
+        """The one reduction of a step, on every rank: [loss sums [3] over all data ranks, cross-entropy and largest logit of each
+        data rank [2, data], votes, what the probe saw]. The last stage has the losses."""
+        losses = self.stage.loss_sums
+        by_rank = losses.new_zeros(2, self.grid.data)  # a slot each: summed with zeros it stays what it is
+        if self.grid.is_last_stage and self.grid.tensor_rank == 0:
+            by_rank[0, self.grid.data_rank], by_rank[1, self.grid.data_rank] = losses[0], self.stage.max_logit
+        else:
+            losses = torch.zeros_like(losses)
+        observed = self.probe.take() if observe and self.probe is not None else losses.new_zeros(0)
+        parts = [losses, by_rank.flatten(), losses.new_tensor(votes), observed]
+        sums = torch.cat(parts)
         if dist.get_world_size() > 1:
             dist.all_reduce(sums)
-        return sums.tolist()
+        losses, by_rank, counts, observed = np.split(sums.cpu().numpy(), np.cumsum([part.numel() for part in parts[:-1]]))
+        return [losses, by_rank.reshape(2, -1), counts, observed]
 
     def hf_shards(self) -> dict[str, torch.Tensor]:
         """Hugging Face name -> this rank's shard of the weights the model computes with."""

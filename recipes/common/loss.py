@@ -31,12 +31,12 @@ def vocabulary_loss(
     chunk_tokens: int,
     z_loss: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums over the scored tokens of (loss to differentiate, cross-entropy, log(Z)^2), each an fp32 scalar.
+    """(loss to differentiate [], sums [3] of cross-entropy, log(Z)^2 and log(Z), largest logit []) over the scored tokens; fp32.
 
     logits_of: hidden [1, tokens, width] -> this rank's logits [1, tokens, rows]; uses the parameters in `head`.
     hidden: [micro_seqs, seq_len, width]; targets: [micro_seqs, seq_len], IGNORED where not scored.
     vocab_size: rows of the whole vocabulary; `first_row` is this rank's first one, rows past the end are padding.
-    The first result is cross-entropy + z_loss * log(Z)^2; only it carries a gradient.
+    The first result is cross-entropy + z_loss * log(Z)^2; only it carries a gradient. The largest of no logits is -inf.
     """
     flat = hidden.reshape(1, -1, hidden.shape[-1])
     args = (logits_of, targets.reshape(-1), vocab_size, first_row, group, chunk_tokens, z_loss)
@@ -48,7 +48,8 @@ class _VocabularyLoss(torch.autograd.Function):
     def forward(ctx, hidden: torch.Tensor, args: tuple, *head: torch.nn.Parameter):
         logits_of, targets, vocab_size, first_row, group, chunk_tokens, z_loss = args
         learn = any(ctx.needs_input_grad)
-        sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+        sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
+        largest = torch.full((), float("-inf"), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if learn else None
         grad_head: list[torch.Tensor | None] = [None] * len(head)
         for start in range(0, targets.numel(), chunk_tokens):
@@ -57,10 +58,11 @@ class _VocabularyLoss(torch.autograd.Function):
                 chunk = hidden[:, part].detach().requires_grad_(learn)
                 logits = logits_of(chunk)
             with torch.no_grad():
-                chunk_sums, grad_logits = _score(
+                chunk_sums, top, grad_logits = _score(
                     logits.detach()[0], targets[part], vocab_size, first_row, group, z_loss if learn else None
                 )
                 sums += chunk_sums
+                largest = torch.maximum(largest, top)
             if learn:
                 grads = torch.autograd.grad(logits, [chunk, *head], grad_logits.to(logits.dtype).unsqueeze(0), allow_unused=True)
                 grad_hidden[:, part] = grads[0]
@@ -69,8 +71,8 @@ class _VocabularyLoss(torch.autograd.Function):
             # each tensor rank has the gradient through its own rows: one sum for the whole micro batch
             grad_hidden = all_reduce(grad_hidden, group)
             ctx.save_for_backward(grad_hidden, *grad_head)
-        ctx.mark_non_differentiable(sums[0], sums[1])
-        return sums[0] + z_loss * sums[1], sums[0].clone(), sums[1].clone()
+        ctx.mark_non_differentiable(sums, largest)
+        return sums[0] + z_loss * sums[1], sums, largest
 
     @staticmethod
     def backward(ctx, scale: torch.Tensor, *_unused: torch.Tensor):
@@ -92,8 +94,8 @@ def _score(
     first_row: int,
     group: dist.ProcessGroup | None,
     z_loss: float | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """([cross-entropy, log(Z)^2] summed, gradient of cross-entropy + z_loss * log(Z)^2) of logits [tokens, rows].
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(sums, largest logit, gradient of cross-entropy + z_loss * log(Z)^2) of logits [tokens, rows], as above.
 
     No gradient when `z_loss` is None.
     """
@@ -111,10 +113,12 @@ def _score(
     total, chosen = all_reduce(torch.stack([exponents.sum(dim=1), chosen]), group)
     log_z = total.log() + top
     cross_entropy = torch.where(scored, total.log() - chosen, 0.0)
-    sums = torch.stack([cross_entropy.sum(), torch.where(scored, log_z.square(), 0.0).sum()])
+    log_z_scored = torch.where(scored, log_z, 0.0)
+    sums = torch.stack([cross_entropy.sum(), log_z_scored.square().sum(), log_z_scored.sum()])
+    largest = top.masked_fill(~scored, float("-inf")).amax()
     if z_loss is None:
-        return sums, None
+        return sums, largest, None
     weight = torch.where(scored, (1.0 + 2.0 * z_loss * log_z) / total, 0.0)
     grad = exponents.mul_(weight.unsqueeze(1))
     grad.scatter_add_(1, local.unsqueeze(1), -here.to(grad.dtype).unsqueeze(1))
-    return sums, grad
+    return sums, largest, grad

@@ -96,8 +96,9 @@ class Stage(nn.Module):
         self.positions: deque[torch.Tensor] = deque()
         self._received: torch.Tensor | None = None
         self._sent: torch.Tensor | None = None
-        # sums over the micro batches of a step, on the last stage: scored cross-entropy times its weight, and log(Z)^2
-        self.register_buffer("loss_sums", torch.zeros(2, dtype=torch.float64), persistent=False)
+        # over the micro batches of a step, on the last stage: cross-entropy, log(Z)^2 and log(Z), summed and weighted
+        self.register_buffer("loss_sums", torch.zeros(3, dtype=torch.float64), persistent=False)
+        self.register_buffer("max_logit", torch.full((), float("-inf")), persistent=False)
         layers = causal.get_submodule(stack.layers)
         if not self.is_first:
             layers[own[0]].register_forward_pre_hook(self._inject, with_kwargs=True)
@@ -144,7 +145,7 @@ class Stage(nn.Module):
         """
         targets, weight = labels
         head = [p for p in self.head_parameters() if p.requires_grad]
-        total, cross_entropy, log_z_squared = vocabulary_loss(
+        total, sums, largest = vocabulary_loss(
             self._logits,
             hidden,
             targets,
@@ -155,8 +156,11 @@ class Stage(nn.Module):
             chunk_tokens=self.chunk_tokens,
             z_loss=self.z_loss,
         )
-        self.loss_sums += torch.stack([cross_entropy, log_z_squared]).detach() * weight.double()
-        return total * weight
+        self.loss_sums += sums.detach() * weight.double()
+        torch.maximum(self.max_logit, largest.detach(), out=self.max_logit)
+        # A loss that is not finite may have finite gradients (a target of probability 0). It must reach the gradient norm,
+        # by which every rank judges the step; a finite one adds an exact zero.
+        return total * (weight + 0.0 * total.detach())
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Everything the ForCausalLM has beside its base model, and the embedding's weight when it is tied to the head's."""

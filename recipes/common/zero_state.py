@@ -49,6 +49,11 @@ def partitions(trainer: Trainer) -> list[Partition]:
     return found
 
 
+def locate(trainer: Trainer) -> list[tuple[torch.Tensor, list[Fragment]]]:
+    """(flat fp32 tensor, what lies in it): the weights' alone. The tensors are the optimizer's parameters."""
+    return list(zip(*_locate(trainer), strict=True))
+
+
 def optimizer_steps(trainer: Trainer) -> int:
     """Adam's own step counter, which corrects its bias; 0 for optimizers without one."""
     for state in trainer.optimizer.state.values():

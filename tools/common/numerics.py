@@ -64,8 +64,8 @@ def batches(trial: Trial) -> list[torch.Tensor]:
     return [torch.randint(3, trial.model.vocab_size, shape, generator=generator) for _ in range(trial.steps)]
 
 
-def train_in_layout(trial: Trial) -> dict[str, Any]:
-    """On every rank of the layout: losses, norms, and this rank's shards with how they lie."""
+def build_trainer(trial: Trial) -> Trainer:
+    """This rank's trainer of the layout, with the process group started."""
     device = start_distributed(trial.device)
     causal = build_empty(trial.model, trial.attention)
     share = plan_split(causal, find_stack(causal), trial.layout.tensor).kv_share
@@ -80,11 +80,22 @@ def train_in_layout(trial: Trial) -> dict[str, Any]:
         z_loss=trial.z_loss,
         chunk_tokens=trial.chunk_tokens,
     )
-    trainer = Trainer(stage, grid, trial.optimizer, _ds_config(trial), trial.document_end)
+    return Trainer(stage, grid, trial.optimizer, _ds_config(trial), trial.document_end)
+
+
+def rank_batches(trial: Trial, trainer: Trainer) -> list[list[torch.Tensor]]:
+    """The micro batches of this rank, step by step."""
+    grid = trainer.grid
+    return [list(batch.split(trial.micro_seqs))[grid.data_rank :: grid.data] for batch in batches(trial)]
+
+
+def train_in_layout(trial: Trial) -> dict[str, Any]:
+    """On every rank of the layout: losses, norms, and this rank's shards with how they lie."""
+    trainer = build_trainer(trial)
+    grid, stage = trainer.grid, trainer.stage
     losses, norms, skipped = [], [], []
-    for batch in batches(trial):
-        micro = list(batch.split(trial.micro_seqs))[grid.data_rank :: grid.data]
-        result = trainer.train_step(micro, trial.optimizer.lr, batch[:, 1:].numel())
+    for micro in rank_batches(trial, trainer):
+        result = trainer.train_step(micro, trial.optimizer.lr, trial.global_seqs * trial.seq_len)
         losses.append(result.loss)
         norms.append(result.grad_norm)
         skipped.append(result.skipped)
@@ -99,7 +110,7 @@ def train_in_layout(trial: Trial) -> dict[str, Any]:
 def train_plain(trial: Trial) -> Outcome:
     """The oracle: one process, plain transformers, plain torch, on the CPU (or the trial's device) in fp32."""
     model = initial_model(trial).to(trial.device).train()
-    optimizer = _torch_optimizer(trial.optimizer, model)
+    optimizer = torch_optimizer(trial.optimizer, model)
     losses, norms = [], []
     for batch in batches(trial):
         total = 0.0
@@ -179,7 +190,7 @@ def _ds_config(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _torch_optimizer(optimizer: Optimizer, model: torch.nn.Module) -> torch.optim.Optimizer:
+def torch_optimizer(optimizer: Optimizer, model: torch.nn.Module) -> torch.optim.Optimizer:
     embeddings = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     kept_off = {id(p) for p in model.parameters() if p.ndim < 2}
     if not optimizer.decay_embeddings:
