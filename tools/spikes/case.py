@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Case:
     onset: int  # the first step that stands out near it; else where the user points
     moved: dict[str, float]  # what stood out there -> robust z
     recipe: Recipe
+    deepspeed: dict[str, Any]  # what DeepSpeed was given
     starts: list[dict[str, Any]]  # of the manifest
     boxes: list[dict[str, Any]]  # black boxes near the event
     steps: np.ndarray
@@ -53,6 +55,11 @@ class Case:
     def layout(self) -> dict[str, Any]:
         """Of the start that computed the event."""
         return self.start["layout"] | {"data": self.start["sizes"]["data"]}
+
+    @property
+    def monitor(self) -> dict[str, Any]:
+        """Recipe.monitor; empty for a run from before it."""
+        return vars(getattr(self.recipe, "monitor", None) or argparse.Namespace())
 
     @property
     def start(self) -> dict[str, Any]:
@@ -83,6 +90,7 @@ def read_case(folder: Path, event: str) -> Case:
     try:
         records = [r for r in read_metrics(folder) if "loss" in r]
         starts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["starts"]
+        deepspeed = json.loads((folder / "deepspeed.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder}: {error}") from error
     if not records:
@@ -101,7 +109,19 @@ def read_case(folder: Path, event: str) -> Case:
         stats = None
     onset, moved = find_onset(steps, columns, step)
     near = [box for box in boxes if onset - LOOK_BACK <= box["onset_step"] <= step + LOOK_AHEAD]
-    return Case(folder, step, onset, moved, recipe, starts, near, steps, columns, stats if stats and stats.steps.size else None)
+    return Case(
+        folder=folder,
+        step=step,
+        onset=onset,
+        moved=moved,
+        recipe=recipe,
+        deepspeed=deepspeed,
+        starts=starts,
+        boxes=near,
+        steps=steps,
+        columns=columns,
+        stats=stats if stats is not None and stats.steps.size else None,
+    )
 
 
 def event_step(folder: Path, event: str, boxes: list[dict[str, Any]]) -> int:
@@ -123,7 +143,7 @@ def find_onset(steps: np.ndarray, columns: dict[str, np.ndarray], pointed: int) 
         for name in ("loss", "grad_norm"):
             values = columns.get(name)
             if values is not None:
-                z = robust_z(np.log(np.maximum(values, 1e-30)) if name == "grad_norm" else values, int(index))
+                z = robust_z(steps, np.log(np.maximum(values, 1e-30)) if name == "grad_norm" else values, int(index))
                 if abs(z) > STANDS_OUT or not math.isfinite(values[index]):
                     moved[name] = z
         if moved:
@@ -131,30 +151,29 @@ def find_onset(steps: np.ndarray, columns: dict[str, np.ndarray], pointed: int) 
     return pointed, {}
 
 
-def robust_z(values: np.ndarray, index: int, history: int = HISTORY) -> float:
-    """How far values[index] is from the line through the values before it, in their robust spread. NaN with too few."""
-    predicted, spread = expected(values, index, history)
+def robust_z(steps: np.ndarray, values: np.ndarray, index: int) -> float:
+    """How far values[index] is from what the values before it say, in their robust spread. NaN with too few."""
+    predicted, spread = expected(steps, values, index)
     return (float(values[index]) - predicted) / spread
 
 
-def expected(values: np.ndarray, index: int, history: int = HISTORY) -> tuple[float, float]:
-    """(what the values before say values[index] would be, their robust spread)."""
-    before = values[max(index - history, 0) : index]
-    places = np.arange(index - len(before), index)[np.isfinite(before)]
-    before = before[np.isfinite(before)]
-    if len(before) < 6:
+def expected(steps: np.ndarray, values: np.ndarray, index: int) -> tuple[float, float]:
+    """(what the values before say values[index] would be, their robust spread); NaN with too few before.
+
+    A parabola, for curves of training bend, fitted twice: values that stood out the first time do not count the second.
+    """
+    known = np.flatnonzero(np.isfinite(values[:index]))[-HISTORY:]
+    if len(known) < 6:
         return math.nan, math.nan
-    slope = float(np.median(_pair_slopes(places, before)))
-    middle = float(np.median(before - slope * places))
-    predicted = middle + slope * index
-    spread = 1.4826 * float(np.median(np.abs(before - slope * places - middle)))
+    places, before = (steps[known] - steps[index]).astype(np.float64) / HISTORY, values[known]
+    kept = np.ones(len(known), dtype=bool)
+    for _ in range(3):
+        fit = np.polynomial.polynomial.polyfit(places[kept], before[kept], 2 if kept.sum() >= 12 else 1)
+        rest = np.abs(before - np.polynomial.polynomial.polyval(places, fit))
+        spread = 1.4826 * float(np.median(rest))
+        kept = rest <= max(3.5 * spread, 1e-12)
+    predicted = float(fit[0])
     return predicted, max(spread, 1e-3 * (abs(predicted) + 1e-12))  # a few alike values are no measure of spread
-
-
-def _pair_slopes(places: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Theil and Sen: slopes between values half the window apart, which one wild value does not move."""
-    half = len(values) // 2
-    return (values[-half:] - values[:half]) / (places[-half:] - places[:half])
 
 
 def _columns(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:

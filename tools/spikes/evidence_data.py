@@ -14,7 +14,7 @@ from recipes.common.shards import TokenStream, read_manifest
 from tools.preparation.data_lookup import open_run
 from tools.spikes.batch import checkpoint_before, document_end, sequence_losses
 from tools.spikes.batch_stats import read_tokens
-from tools.spikes.case import STANDS_OUT, Case, expected
+from tools.spikes.case import STANDS_OUT, Case, expected, robust_z
 from tools.spikes.causes import BAD_DOCUMENT, BIT_FLIP, CORRUPT_SHARD, LOST_MICRO_BATCH, NOTHING, RAMP_EDGE, SAMPLER
 from tools.spikes.findings import Evidence, Finding, Unanswered
 
@@ -70,7 +70,7 @@ def losses_under_the_checkpoint(case: Case) -> Iterator[Evidence]:
     usual = float(np.mean(other_losses))
     worst = float(np.max(mine_losses) - usual) / max(spread, 1e-3)
     excess = float(np.mean(mine_losses)) - usual
-    predicted, noise = expected(case.columns["loss"], int(np.flatnonzero(case.steps == case.onset)[0]))
+    predicted, noise = expected(case.steps, case.columns["loss"], _index(case, case.onset))
     jump = case.at("loss", case.onset) - predicted
     text = f"under {checkpoint.name} the batch of step {case.onset} is {excess:+.3f} nats from other batches, its worst sequence "
     text += f"{worst:.1f} spreads over them; logged {jump:+.3f} from the steps before"
@@ -159,21 +159,30 @@ def _wiggles(records: dict, steps: list[int]) -> np.ndarray:
 
 def micro_batches(case: Case) -> Iterator[Evidence]:
     """A micro batch that adds nothing takes its share of the mean away: exactly k in n of the loss is missing."""
-    index = int(np.flatnonzero(case.steps == case.onset)[0])
-    predicted, noise = expected(case.columns["loss"], index)
-    count = round(case.at("tokens", case.onset) / case.recipe.batch.seq_len / case.recipe.batch.micro_seqs)
-    loss = case.at("loss", case.onset)
-    if not (math.isfinite(predicted) and count > 1):
+    losses = case.columns["loss"]
+    steps = [s for s in case.near_onset() if math.isfinite(robust_z(case.steps, losses, _index(case, s)))]
+    if not steps:
         yield Unanswered(LOST_MICRO_BATCH, "whether a share of the loss is missing", "log the steps before the event")
         return
-    missing = (1 - loss / predicted) * count
-    tolerance = 3 * noise / predicted * count
-    whole = round(missing)
-    text = f"the loss is {loss / predicted:.3f} of what the steps before say; {count} micro batches, so {missing:.2f} of them"
-    if 1 <= whole < count and abs(missing - whole) < max(tolerance, 0.25) and missing > 1.5 * tolerance:
-        yield Finding(LOST_MICRO_BATCH, 6.0 if whole == 1 else 4.0, f"{text} are missing")
+    best: tuple[float, Finding] | None = None
+    for step in steps:
+        index = _index(case, step)
+        predicted, noise = expected(case.steps, losses, index)
+        count = round(case.at("tokens", step) / case.recipe.batch.seq_len / case.recipe.batch.micro_seqs)
+        for length in (1, 6):  # once, or from there on
+            stretch = losses[index : index + length]
+            share = float(np.mean(stretch)) / predicted
+            missing, error = (1 - share) * count, noise / predicted * count / math.sqrt(len(stretch))
+            whole = round(missing)
+            text = f"the loss from step {step} on ({len(stretch)} steps) is {share:.3f} of what the steps before say: "
+            text += f"{missing:.2f} of {count} micro batches are missing"
+            if 1 <= whole < count and abs(missing - whole) < max(2.5 * error, 0.3) and missing > 4.5 * error:
+                found = missing / error, Finding(LOST_MICRO_BATCH, 6.0 if whole == 1 else 4.0, text)
+                best = found if best is None or found[0] > best[0] else best
+    if best is None:
+        yield Finding(LOST_MICRO_BATCH, -4.0, "the loss did not fall by the share of a whole number of micro batches")
     else:
-        yield Finding(LOST_MICRO_BATCH, -4.0, text)
+        yield best[1]
 
 
 def batch_size(case: Case) -> Iterator[Evidence]:
@@ -201,15 +210,20 @@ def one_step_only(case: Case) -> Iterator[Evidence]:
         )
         return
     words = ", ".join(f"{name} (z {z:.0f})" for name, z in case.moved.items())
-    index = int(np.flatnonzero(case.steps == case.onset)[0])
+    index = _index(case, case.onset)
     follows = index + 1 < len(case.steps)
-    back = follows and all(_is_back(case.columns[name], index) for name in case.moved)
+    back = follows and all(_is_back(case, name, index) for name in case.moved)
     weight = -2.0 if back and max(abs(z) for z in case.moved.values()) < 12 else -4.0
     yield Finding(NOTHING, weight, f"{words} off the curve at step {case.onset}" + (", back at the next" if back else ""))
 
 
-def _is_back(values: np.ndarray, index: int) -> bool:
-    predicted, noise = expected(values, index)
+def _index(case: Case, step: int) -> int:
+    return int(np.flatnonzero(case.steps == step)[0])
+
+
+def _is_back(case: Case, name: str, index: int) -> bool:
+    values = case.columns[name]
+    predicted, noise = expected(case.steps, values, index)
     return bool(abs(values[index + 1] - predicted) < 4 * noise)
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterator
 
 import numpy as np
 
+from recipes.common.groups import group_of
 from tools.spikes.case import Case
-from tools.spikes.causes import NORM_DRIFT, SLOW_RANK
+from tools.spikes.causes import BAD_DOCUMENT, BIT_FLIP, NORM_DRIFT, SLOW_RANK
 from tools.spikes.findings import Evidence, Finding, Unanswered
 
 SLOWER = 1.3  # times the usual step
+FAST = 0.2  # quantile of the step times of a stretch
 
 
 def step_time(case: Case) -> Iterator[Evidence]:
@@ -26,19 +28,23 @@ def step_time(case: Case) -> Iterator[Evidence]:
     if before.sum() < 6 or after.sum() < 3:
         yield Unanswered(SLOW_RANK, "whether steps took longer", "the steps after the event")
         return
-    usual, now = float(np.median(per_token[before])), float(np.median(per_token[after]))
+    # a busy machine only adds time: a rank that is slow for good lifts the fastest steps too
+    usual, now = float(np.quantile(per_token[before], FAST)), float(np.quantile(per_token[after], FAST))
     ratio = now / usual
-    noise = 1.4826 * float(np.median(np.abs(per_token[before] - usual))) / usual
-    text = f"steps took {ratio:.2f} times as long as before (usual scatter {noise:.0%})"
-    if ratio < max(SLOWER, 1 + 3 * noise / math.sqrt(after.sum())):
+    noise = float(np.median(per_token[before])) / usual - 1
+    text = f"the faster steps took {ratio:.2f} times as long as before (their usual scatter {noise:.0%})"
+    if ratio < max(SLOWER, 1 + 1.5 * noise):
         yield Finding(SLOW_RANK, -5.0, text)
         return
     waits = case.columns.get("data_wait_share")
     if waits is not None and float(np.median(waits[after])) > 0.5 * (1 - 1 / ratio):
         yield Finding(SLOW_RANK, -2.0, f"{text}, but waiting for data is most of it: look at the data, not at a rank")
         return
-    still = not case.moved
-    yield Finding(SLOW_RANK, 5.0 if still else 0.5, text + ("; loss and gradients are as they were" if still else ""))
+    if case.moved:
+        yield Finding(SLOW_RANK, 0.5, text)
+    else:
+        sure = ratio > min(1 + 4 * noise, 2.0)
+        yield Finding(SLOW_RANK, 5.0 if sure else 1.5, f"{text}; loss and gradients are as they were")
     yield Unanswered(SLOW_RANK, "which rank it is", "per-rank step times: python -m tools.preflight on the machines")
 
 
@@ -47,4 +53,57 @@ def replicas(case: Case) -> Iterator[Evidence]:
     if case.layout["tensor"] == case.layout["pipeline"] == case.layout["data"] == 1:
         yield Finding(NORM_DRIFT, -9.0, "there is one rank, and no copies")
         return
-    yield Unanswered(NORM_DRIFT, "whether copies were equal", "turn the drift check on (Recipe.monitor)")
+    told = _drift_words(case)
+    if told is None:
+        if not case.monitor.get("drift_every_steps"):
+            yield Unanswered(NORM_DRIFT, "whether copies were equal", "turn the drift check on (Recipe.monitor)")
+        else:
+            yield Finding(NORM_DRIFT, -4.0, "the drift check found copies equal, every time")
+        return
+    found = [match.groups() for match in _DRIFT.finditer(told)]
+    parts = {group_of(name)[1] for name, _ in found}
+    across = {kind for _, kind in found}
+    if across == {"data"}:
+        yield Finding(BIT_FLIP, 6.0, f"drift check: {told}")
+        yield Finding(NORM_DRIFT, 3.0, f"drift check: {told}")
+    else:
+        yield Finding(NORM_DRIFT, 8.0 if len(found) > 1 or parts <= {"norm", "router"} else 5.0, f"drift check: {told}")
+        yield Finding(BIT_FLIP, 1.0 if len(found) == 1 else -1.0, "the drift check names " + ", ".join(sorted(parts)))
+
+
+def not_finite(case: Case) -> Iterator[Evidence]:
+    """Steps that were skipped for a NaN or an infinity: where the monitor found it first."""
+    near = {s: r for s, r in case.all_steps.items() if case.onset - 2 <= s <= case.step + 8}
+    reasons = [(s, str(r["skip_reason"])) for s, r in sorted(near.items()) if r.get("skip_reason")]
+    if not reasons:
+        return
+    step, reason = reasons[0]
+    text = f"step {step} was skipped: {reason}"
+    hit = _HIT.search(reason)
+    count = case.layout["data"]
+    if "first in the weight" in reason or reason.startswith("not finite, and finite when"):
+        yield Finding(BIT_FLIP, 6.0, text)
+    elif hit is not None and len(reasons) > 2:
+        # one rank's every micro batch, step after step, with other data each time: what it computes with is broken
+        every = int(hit[1]) * count == int(hit[2]) or hit[1] == hit[2]
+        yield Finding(BIT_FLIP, 5.0 if every else 3.0, f"{text}; and {len(reasons) - 1} steps after it, with other data")
+        yield Finding(BAD_DOCUMENT, -4.0, "it went on with other data")
+    else:
+        yield Finding(BIT_FLIP, 1.0, text)
+        yield Finding(BAD_DOCUMENT, 0.5, text)
+
+
+def _drift_words(case: Case) -> str | None:
+    """What the drift check said near the event: in a step's record, or as a rank's last words."""
+    for step, record in sorted(case.all_steps.items()):
+        if case.onset - 2 <= step and record.get("drift"):
+            return str(record["drift"])
+    for path in sorted((case.folder / "logs").glob("rank_*.traceback")):
+        last = path.read_text(errors="replace").strip().rpartition("\n")[2]
+        if "copies of one parameter are no longer equal" in last:
+            return last.partition("equal: ")[2]
+    return None
+
+
+_DRIFT = re.compile(r"(\S+) differs across (\w+) ranks")
+_HIT = re.compile(r"in (\d+) of (\d+) micro batches")

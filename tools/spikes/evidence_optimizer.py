@@ -61,9 +61,11 @@ def second_moment(case: Case) -> Iterator[Evidence]:
         rms, grads = _ratio(case, "adam_rms", step), _ratio(case, "grad_norm", step)
         for part, chosen in _parts(case).items():
             excess = float(np.nanmedian(rms[chosen] / np.maximum(grads[chosen], 1e-12)))
-            if math.isfinite(excess) and (best is None or abs(math.log(excess)) > abs(math.log(best[0]))):
+            if math.isfinite(excess) and excess > 0 and (best is None or abs(math.log(excess)) > abs(math.log(best[0]))):
                 best = (excess, step, part, float(np.nanmedian(rms[chosen])), float(np.nanmedian(grads[chosen])))
-    assert best is not None, "a jump was found"
+    if best is None:
+        yield Unanswered(STALE_MOMENT, "whether g/sqrt(v) moved without g", MONITOR)
+        return
     excess, step, part, rms_ratio, grad_ratio = best
     where = "all parts" if part == "all" else f"the {part} tensors"
     if excess > 1.5 or excess < 0.67:
@@ -112,13 +114,7 @@ def attention_logits(case: Case) -> Iterator[Evidence]:
     if logits is None or len(logits) < 2:
         yield Unanswered(ATTENTION, "whether attention logits grew", "log max_attention_logit (Recipe.monitor)")
     else:
-        steps, largest = stats.activation_steps, np.nanmax(logits, axis=1)
-        until = np.flatnonzero(steps <= max(case.step, case.onset) + 8)
-        earlier = largest[until[:-1]] if len(until) > 1 else largest[:1]
-        growth = float(largest[until[-1]] / max(float(np.median(earlier[-6:])), 1e-12)) if len(until) else math.nan
-        text = f"the largest attention logit went from {float(np.median(earlier[-6:])):.3g} to {float(largest[until[-1]]):.3g}"
-        strong = growth > 3 and float(largest[until[-1]]) > 8
-        yield Finding(ATTENTION, 5.0 if strong else 2.5 if growth > 2 else 0.0 if growth > 1.5 else -3.0, text)
+        yield _logit_growth(case, stats.activation_steps, np.nanmax(logits, axis=1))
     if stats is None or "weight_norm" not in stats.values:
         return
     near = np.flatnonzero((stats.steps >= case.onset - 24) & (stats.steps <= case.step + 8))
@@ -135,34 +131,45 @@ def attention_logits(case: Case) -> Iterator[Evidence]:
         yield Finding(ATTENTION, 3.0 if lead > 1.3 else 1.0 if lead > 1.12 else -1.5, text)
 
 
+def _logit_growth(case: Case, steps: np.ndarray, largest: np.ndarray) -> Finding:
+    """Growth is several records in a row, each over the one before; a single leap is a broken weight."""
+    until = np.flatnonzero(steps <= max(case.step, case.onset) + 8)
+    seen = largest[until][np.isfinite(largest[until])]
+    if len(seen) < 2:
+        return Finding(ATTENTION, 0.0, "attention logits were looked at too rarely to say")
+    low, now = float(np.median(seen[:-1][-6:])), float(seen[-1])
+    factor, leap = now / max(low, 1e-12), float(np.max(seen[1:] / np.maximum(seen[:-1], 1e-12)))
+    text = f"the largest attention logit went from {low:.3g} to {now:.3g}"
+    if leap > 50:
+        return Finding(ATTENTION, -1.0, f"{text}, at one leap: no growth")
+    strong = factor > 3 and now > 8
+    return Finding(ATTENTION, 5.0 if strong else 2.5 if factor > 2 else 0.0 if factor > 1.5 else -3.0, text)
+
+
 def half_precision(case: Case) -> Iterator[Evidence]:
     """fp16's loss scale, and gradients that became zero under it."""
-    scale = case.columns.get("loss_scale")
-    low = "fp16" if scale is not None and np.isfinite(scale).any() else None
-    if low is None:
-        yield Finding(FP16, -9.0, "the run is not in fp16 (no loss scale in its metrics)")
+    if not case.deepspeed.get("fp16", {}).get("enabled"):
+        yield Finding(FP16, -9.0, "the run is not in fp16")
         return
-    here = np.flatnonzero(case.steps <= max(case.step, case.onset) + 2)
-    seen = scale[here][np.isfinite(scale[here])]
-    highest, now = float(np.max(seen)), float(seen[-1])
+    until = case.steps <= max(case.step, case.onset) + 2
+    scale = np.nan_to_num(case.columns.get("loss_scale", np.ones(len(case.steps))), nan=1.0)[until]  # 1 is not logged
+    highest, now = float(np.max(scale)), float(scale[-1])
     if now <= highest / 4:
         yield Finding(FP16, 2.5, f"the loss scale fell from {highest:g} to {now:g}")
     elif now <= 16:
         yield Finding(FP16, 1.0, f"the loss scale is {now:g}: fp16 gradients under {6e-8 / now:.0e} are zero")
     else:
         yield Finding(FP16, -2.0, f"the loss scale is {now:g} and did not fall")
-    jump = _jump(case, "zero_share")
-    if jump is None:
+    if case.stats is None or "zero_share" not in case.stats.values:
         yield Unanswered(FP16, "which share of the gradients is zero", MONITOR)
         return
-    stats = case.stats
-    zeros = np.nanmedian(stats.values["zero_share"], axis=1)
-    before = zeros[stats.steps < case.onset]
-    after = zeros[(stats.steps >= case.onset) & (stats.steps <= case.step + 8)]
+    steps, zeros = case.stats.steps, np.nanquantile(case.stats.values["zero_share"], 0.75, axis=1)
+    before = zeros[(steps < case.onset - 1) & (steps >= case.onset - 40)]
+    after = zeros[(steps >= case.onset) & (steps <= case.step + 8)]
     if len(before) and len(after):
         low, high = float(np.median(before)), float(np.max(after))
-        text = f"the share of gradients that are exactly zero went from {low:.1%} to {high:.1%} in the median tensor"
-        yield Finding(FP16, 5.0 if high > low + 0.05 else 3.0 if high > 0.2 else -2.0, text)
+        text = f"a quarter of the tensors had over {low:.1%} of their gradient exactly zero before, and {high:.1%} then"
+        yield Finding(FP16, 5.0 if high > low + 0.05 else 3.0 if high > 0.3 else -1.0, text)
 
 
 def _steps_near(case: Case) -> list[int]:

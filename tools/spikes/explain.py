@@ -34,6 +34,7 @@ QUESTIONS: tuple[Callable[[Case], Iterator[Evidence]], ...] = (
     evidence_optimizer.attention_logits,
     evidence_optimizer.half_precision,
     evidence_machine.replicas,
+    evidence_machine.not_finite,
     evidence_machine.step_time,
 )
 SHOWN = 4  # causes printed with their evidence

@@ -114,8 +114,8 @@ def _report(plan: dict[str, Any]) -> str:
         return "\n".join(lines)
     lines += [
         f"back to {plan['checkpoint']}",
-        f"cost: {plan['steps_repeated']} steps, {plan['tokens_repeated']:,} tokens, {plan['seconds_repeated']:.0f} s computed again"
-        f" ({plan['step_seconds']:.2f} s a step)",
+        f"cost: {plan['steps_repeated']} steps, {plan['tokens_repeated']:,} tokens, {plan['seconds_repeated']:.0f} s computed "
+        f"again ({plan['step_seconds']:.2f} s a step)",
         plan["command"],
     ]
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from tools.spikes import planted_faults as faults
 from tools.spikes.planted_data import VOCAB, bad_sequence, position_of, write_language
 
 HEALTHY = "nothing is wrong"
-TOKENS = 60_000
+TOKENS = 90_000
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Planted:
     hidden: int = 48
     layers: int = 2
     seq_len: int = 32
-    global_seqs: int = 16
+    micro_seqs: int = 4
+    global_seqs: int = 32
     ramp: tuple[tuple[int, int], ...] = ()
     layout: Layout = Layout()  # noqa: RUF009, it is frozen
     world_size: int = 2
@@ -91,7 +92,7 @@ def recipe_of(planted: Planted, data: Path) -> Recipe:
         tokenizer=str(data / "tokenizer"),
         data=str(data),
         layouts={planted.world_size: planted.layout},
-        batch=Batch(seq_len=planted.seq_len, micro_seqs=2, global_seqs=planted.global_seqs, ramp=planted.ramp),
+        batch=Batch(seq_len=planted.seq_len, micro_seqs=planted.micro_seqs, global_seqs=planted.global_seqs, ramp=planted.ramp),
         optimizer=AdamW(lr=planted.lr, eps=1e-8),
         schedule=Constant(warmup_steps=8),
         steps=planted.steps,

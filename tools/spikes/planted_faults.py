@@ -49,7 +49,7 @@ def bit_flip_in_copy(at: int, seed: int) -> None:
         if step == at and trainer.grid.data_rank == trainer.grid.data - 1:
             matrices = [p for n, p in trainer.stage.hf_named_parameters() if p.ndim == 2]
             chosen = matrices[int(mix(np.array([seed], dtype=np.uint64))[0] % np.uint64(len(matrices)))]
-            _flip(chosen.detach().view(-1), seed, largest=1e4)
+            _flip(chosen.detach().view(-1), seed, largest=3e38)
 
     _around_steps(before=flip)
 
@@ -101,8 +101,14 @@ def lost_micro_batch(at: int, steps: int, rank: int) -> None:
 def accumulation_not_ramped() -> None:
     """The batch grows at the edge of the ramp, and the engine goes on stepping after as many micro batches as before."""
 
+    right = Trainer.set_global_seqs
+
     def set_global_seqs(self: Trainer, global_seqs: int) -> None:
-        self.accumulation = global_seqs // (self.micro_seqs * self.grid.data)
+        accumulation = global_seqs // (self.micro_seqs * self.grid.data)
+        if accumulation > self.accumulation:
+            self.accumulation = accumulation
+        else:
+            right(self, global_seqs)
 
     Trainer.set_global_seqs = set_global_seqs
 
