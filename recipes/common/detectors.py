@@ -10,7 +10,7 @@ not steps: a log of every fifth step is judged like one of every step.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from recipes.common.training_events import KINDS, Event
 __all__ = ["KINDS", "Event", "Watch", "first_moving", "scan"]
 
 BEGINNING_STEPS = 100  # a log whose first step is later shows a run that is under way: it is judged at once
+GAP_STEPS = 1024  # times the usual distance of logged steps: what came before tells nothing
 HISTORY = 1024  # accepted points kept for a step back to a checkpoint
 FIRST_MOVING_POINTS = 32  # before the onset of an event
 COLUMNS = ("loss", "grad_norm", "loss_scale", "seconds")
@@ -80,7 +81,7 @@ class Watch:
             window.refill(values)
         self._history[:, : known.shape[1]], self._kept = known, known.shape[1]
         window = self._spikes.loss
-        self._level = ResumeLevel(window.center, window.scale) if window.count >= ENOUGH else None
+        self._level = ResumeLevel(window.center, window.fall, window.scale) if window.count >= ENOUGH else None
         self._resume_point, self._bumped = self._point, False
 
     def finish(self) -> list[Event]:
@@ -103,10 +104,13 @@ class Watch:
         gaps = np.diff(np.concatenate([self._last_steps, steps]))
         sparse = np.minimum(gaps[:-1], gaps[1:]) > 1
         self._last_steps = [*self._last_steps, *steps[-2:].tolist()][-2:]
-        starts = np.flatnonzero(gaps[1:] < 0).tolist()
+        leaps = gaps[1:] > GAP_STEPS * np.maximum(gaps[:-1], 1)
+        starts = np.flatnonzero((gaps[1:] < 0) | leaps).tolist()
         for start, end in zip([0, *starts], [*starts, len(steps)], strict=True):
             part = slice(start, end)
-            if start in starts:
+            if start < end and leaps[start]:
+                self._spikes.skip()
+            elif start in starts:
                 self.resumed(int(steps[start]) - 1)
             self._attempt(steps[part], losses[part], norms[part], scales[part], sparse[part])
             self._seconds.add(steps[part], seconds[part])
@@ -126,7 +130,10 @@ class Watch:
                 self._remember(steps[part], losses[part], norms[part])
             else:
                 values = int(steps[at]), float(losses[at]), float(norms[at])
+                curves = self._spikes.new_levels
                 self._spikes.push(*values, sparse=bool(sparse[at]), begin=self._begin)
+                if self._spikes.new_levels != curves:
+                    self._slow.forget()
             self._slow.add(steps[part], losses[part], self._spikes.off_points)
             self._judge_level(steps[part], losses[part])
             at, self._point = part.stop, self._point + max(n, 1)
@@ -188,13 +195,21 @@ class Watch:
         return taken
 
 
-def scan(steps: np.ndarray, columns: Mapping[str, np.ndarray]) -> list[Event]:
+def scan(steps: np.ndarray, columns: Mapping[str, np.ndarray], resumes: Sequence[int] = ()) -> list[Event]:
     """Every event of a log, once, in order of onset. steps [n] in the order written; columns as for `Watch.feed`.
 
-    A step number that goes back is a resume from a checkpoint: what was seen before it stays an event of the log.
+    A step number that goes back is a resume from a checkpoint: what was seen before it stays an event of the log. resumes:
+    steps of checkpoints that the run went on from though its log shows no step back.
     """
-    watch = Watch()
-    last_words = dict([*watch._feed(steps, columns), *watch._finish()])
+    watch, updates, start = Watch(), [], 0
+    for resume in sorted(resumes):
+        end = int(np.argmax(steps > resume)) if (steps > resume).any() else len(steps)
+        if start <= end < len(steps):
+            updates += watch._feed(steps[start:end], {name: values[start:end] for name, values in columns.items()})
+            watch.resumed(resume)
+            start = end
+    updates += watch._feed(steps[start:], {name: values[start:] for name, values in columns.items()})
+    last_words = dict([*updates, *watch._finish()])
     return sorted(last_words.values(), key=lambda event: (event.onset_step, event.first_signal))
 
 

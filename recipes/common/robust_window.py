@@ -20,10 +20,13 @@ MAD_TO_SD = 1.4826  # of a normal distribution
 class RobustWindow:
     """What the next value should be, from at most SIZE accepted ones: `center`, give or take `scale`, or `fall` lower."""
 
-    def __init__(self, prior: float, floor: float, relative: bool) -> None:
-        """prior: the scale to expect before values tell; floor: the least scale; both in shares of the center if `relative`."""
-        self._prior, self._floor, self._relative = prior, floor, relative
-        self.begins_midway = False  # the first value was not the run's first: judge from the third on, by the prior
+    def __init__(self, prior: float, floor: float, relative: bool, few: int = 1) -> None:
+        """prior: the scale to expect before values tell; floor: the least scale; both in shares of the center if `relative`.
+
+        few: values that do, with the prior, where the first one was not the run's first.
+        """
+        self._prior, self._floor, self._relative, self._few = prior, floor, relative, few
+        self.begins_midway = False
         self._accepted = 0
         self.refill(np.empty(0))
 
@@ -40,7 +43,7 @@ class RobustWindow:
 
     @property
     def ready(self) -> bool:
-        return self.count >= ENOUGH or (self.begins_midway and self.count >= 2)
+        return self.count >= (1 if self.begins_midway else ENOUGH)
 
     def z(self, value: float) -> float:
         """Robust deviations off the curve; 0 while too little is known.
@@ -67,24 +70,28 @@ class RobustWindow:
             self._refresh()
 
     def _refresh(self) -> None:
-        n, half = self.count, self.count // 2
+        n, quarter = self.count, self.count // 4
         values = self._buffer[self._end - n : self._end]
         self.due = min(max(n // 8, 1), REFRESH)
-        older, newer, newest = np.sort(values[:half]), np.sort(values[half:]), np.sort(values[-max(n // 4, 1) :])
-        slope = min((newer[len(newer) // 2] - older[half // 2]) / half, 0.0) if n >= ENOUGH else 0.0
-        line = newer[len(newer) // 2] + slope * (np.arange(n) - 0.75 * n)
+        if n < ENOUGH:
+            newest = np.sort(values[-max(quarter, 1) :])
+            self.center, self.fall, line = float(newest[len(newest) // 2]), 0.0, newest[len(newest) // 2]
+        else:
+            newest = np.sort(values[n - 4 * quarter :].reshape(4, quarter), axis=1)
+            knots = np.maximum.accumulate(newest[::-1, quarter // 2])[::-1]
+            line = np.interp(np.arange(n), n - quarter * (np.arange(3.5, 0, -1)), knots)
+            self.center = float(newest[-1, quarter // 2])
+            self.fall = float((knots[0] - knots[3]) / (3 * quarter) * (0.5 * quarter + self.due))
         spread = MAD_TO_SD * np.sort(np.abs(values - line))[n // 2]
-        self.center = float(newest[len(newest) // 2])
-        self.fall = float(-slope * (0.125 * n + self.due))
         unit = abs(self.center) if self._relative else 1.0
         if n < SIZE // 4:  # as if the prior had been seen in four values
             spread = np.sqrt((n * spread**2 + 4 * (self._prior * unit) ** 2) / (n + 4))
         else:  # rounded values: steps of the last digit are no deviation
-            gaps = np.diff(newer)
+            gaps = np.diff(newest[-1])
             gaps = gaps[gaps > 0]
             spread = max(spread, gaps.min() if len(gaps) else 0.0)
         self.scale = float(max(spread, self._floor * unit))
-        if self.ready:
+        if self.count >= (self._few if self.begins_midway else ENOUGH):
             self.high = self.center + OPEN_Z * self.scale
             # a young run may fall at any speed
             old = self.begins_midway or self._accepted >= YOUNG

@@ -11,8 +11,9 @@ import numpy as np
 from recipes.common.robust_window import RobustWindow
 from recipes.common.training_events import Event
 
-SLOW_Z, SLOW_SHARE = 6.0, 0.03  # a slow step: in robust deviations, and over the usual at least
-SLOW_RUN, SLOW_CALM, SLOW_KEPT = 2, 16, 128  # points: that open an event, that end it, after which slow is the new usual
+SLOW_Z, SLOW_SHARE = 3.0, 0.03  # a slow step: in robust deviations, and over the usual at least
+SLOW_RUN, VERY_SLOW_RUN, VERY_SLOW = 5, 2, 2.0  # points in a row that open an event; fewer, of so many times SLOW_Z
+SLOW_CALM, SLOW_KEPT = 16, 128  # points: that end it, after which slow is the new usual
 
 SCALE_FALL, SCALE_DEEP_FALL = 8.0, 32.0  # three halvings, five
 SCALE_LEAD_FALL, SCALE_POINTS = 4.0, 64  # what counts as a first signal; the longest time between halvings, or before the loss
@@ -55,7 +56,7 @@ class StepTime:
 
     def _usual(self, seconds: np.ndarray) -> int:
         """How many of the next points may enter the window at once."""
-        if self._slow:
+        if self._slow:  # slow steps in a row, or an event that is open
             return 0
         slow = seconds[: self._window.due] > self._limit()
         return int(slow.argmax()) if slow.any() else len(slow)
@@ -68,7 +69,7 @@ class StepTime:
             if not slow:
                 self._slow = []
                 self._window.accept(np.array([seconds]))
-            elif len(self._slow) == SLOW_RUN:
+            elif self._is_event():
                 self._open_serial, self._calm, self._kept = self._serial(), 0, []
                 self._emit(self._open_serial, self._event(ended=False))
             return
@@ -76,6 +77,13 @@ class StepTime:
         self._calm = 0 if slow else self._calm + 1
         if self._calm == SLOW_CALM or len(self._kept) == SLOW_KEPT:
             self.end()
+
+    def _is_event(self) -> bool:
+        """One slow step is a save or an evaluation."""
+        usual = self._window.center
+        least = min(seconds for _, seconds in self._slow) - usual
+        very_slow = least > SLOW_SHARE * usual and least > VERY_SLOW * SLOW_Z * self._window.scale
+        return len(self._slow) >= SLOW_RUN or (very_slow and len(self._slow) >= VERY_SLOW_RUN)
 
     def _event(self, ended: bool) -> Event:
         (onset, _), (last, _) = self._slow[0], self._slow[-1]
@@ -127,9 +135,9 @@ class LossScale:
 class ResumeLevel:
     """Whether the loss goes on after a resume where it was: too low, and the run reads again what it has read."""
 
-    def __init__(self, center: float, scale: float) -> None:
-        """center, scale: of the curve up to the checkpoint."""
-        self._center, self._scale = center, scale
+    def __init__(self, center: float, fall: float, scale: float) -> None:
+        """What the RobustWindow of the curve up to the checkpoint says."""
+        self._center, self._fall, self._scale = center, fall, scale
         self._losses: list[float] = []
         self._first_step = 0
 
@@ -144,7 +152,7 @@ class ResumeLevel:
         if len(self._losses) < LEVEL_POINTS:
             return None
         delta = median(self._losses) - self._center
-        if not abs(delta) > LEVEL_Z * self._scale:
+        if -self._fall - LEVEL_Z * self._scale <= delta <= LEVEL_Z * self._scale:
             return None
         last = int(steps[room - 1])
         evidence = {"level_z": round(delta / self._scale, 2), "expected": round(self._center, 4)}

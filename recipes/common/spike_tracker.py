@@ -4,7 +4,7 @@ An event opens where the loss or the log of the gradient norm leaves its curve b
 While it is open nothing enters the windows. It ends after CALM points within OFF_Z. One point off is a hard batch: in public
 per-step logs nearly every such point is one, and the next is back on the curve. It is worth waking somebody (`actionable`) when
 
-- the loss stays above for PERSISTS points in a row, or
+- the loss stays above for PERSISTS points in a row by LEAST_SHARE (FAR_SHARE where the gradient norm is known and quiet), or
 - the loss is above, and the gradient norm for two points in a row (in BLOOM's spike: two steps before the peak), or
 - the loss is far above in a log of every k-th step, whose next point says little about the next step, or
 - the loss or the norm is not finite.
@@ -19,16 +19,17 @@ from statistics import median
 
 import numpy as np
 
-from recipes.common.robust_window import MAD_TO_SD, OPEN_Z, RobustWindow
+from recipes.common.robust_window import ENOUGH, MAD_TO_SD, OPEN_Z, RobustWindow
 from recipes.common.training_events import DIVERGED_POINTS, FAST_POINTS, Event
 
 OFF_Z = 4.0  # still off: half of what opens
 CALM = 3  # points on the curve that end an event
-PERSISTS = 3
+PERSISTS, LEAST_SHARE = 3, 0.03  # points in a row, and share of the loss: less is nothing to act on
 SPARSE_Z, SPARSE_SHARE = 10.0, 0.05  # far above: in robust deviations, and in the loss's share
 NEGLIGIBLE = 0.05  # of the event's largest excess: so near is back, though a very smooth curve makes it many deviations
 DEAD_POINTS = 32  # not finite in a row: it does not come back
 FAR_SHARE = 0.1  # of the loss: other data raises it by less, a divergence by more
+YOUNG_SHARE = 0.25  # of the loss: what a log of a few lines must show, because it does not tell how noisy it is
 LOST_POINTS = 8 * DIVERGED_POINTS  # a level kept for so long is the new curve
 NOISIER = 3.0  # times the spread before: the curve did not move, its noise did
 LINK_POINTS = 16  # a gradient norm leads the loss by a few steps, not more
@@ -105,11 +106,12 @@ class SpikeTracker:
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
-        self.loss = RobustWindow(prior=0.02, floor=0.001, relative=True)
+        self.loss = RobustWindow(prior=0.02, floor=0.001, relative=True, few=3)
         # a norm has to double (exp(8 * 0.1) = 2.2): logs round it, and single healthy steps reach 1.5 times the usual
         self.norm = RobustWindow(prior=0.15, floor=0.1, relative=False)
         self.open: OpenEvent | None = None
-        self.off_points = 0  # so far: of all points
+        self.off_points = 0  # of all points so far
+        self.new_levels = 0  # how often the curve became another one
 
     def calm_points(self, losses: np.ndarray, norms: np.ndarray) -> int:
         """How many of the next points [n] are on their curves and may be taken by `accept`. norms: logs, NaN where unknown."""
@@ -147,7 +149,7 @@ class SpikeTracker:
         norm_z = 0.0 if math.isnan(norm) else self.norm.z(norm) if norm < math.inf else math.inf
         if opened:
             event.sign = -1 if loss < self.loss.low else 1
-            if loss_z < OPEN_Z and event.sign > 0 and event.first_signal == "loss":
+            if loss < self.loss.high and event.sign > 0 and event.first_signal == "loss":
                 event.first_signal = "grad_norm"
         elif event.sign < 0 and loss_z >= OPEN_Z:
             event.sign, event.excess, event.loss_z = 1, 0.0, 0.0
@@ -165,6 +167,13 @@ class SpikeTracker:
         """The log, or this attempt at it, ends: the open event is judged by what was seen."""
         if self.open is not None:
             self._close(self.open)
+
+    def skip(self) -> None:
+        """The log leaves out so many steps that the curve before tells nothing."""
+        self.end()
+        for window in (self.loss, self.norm):
+            window.begins_midway = True
+            window.refill(np.empty(0))
 
     def _count(self, event: OpenEvent, step: int, loss: float, loss_z: float, norm_z: float) -> None:
         """Runs, peaks and whether this point is off the curve."""
@@ -192,7 +201,9 @@ class SpikeTracker:
             event.norm_z, event.norm_peak_step = norm_z, step
         if z < math.inf and z > event.loss_z:
             event.loss_z = z
-        if excess > event.excess:
+        if dead and event.longest_dead_run == 1 and event.dead_run == 1:
+            event.peak_step = step
+        elif excess > event.excess and not event.longest_dead_run:
             event.excess, event.peak_step = excess, step
         if math.isfinite(loss):
             event.losses.append(loss)
@@ -210,9 +221,12 @@ class SpikeTracker:
             event.kind = "slow_recovery"
         if event.actionable_step is not None or event.sign < 0:
             return
+        if self.loss.count < ENOUGH and event.excess < YOUNG_SHARE * event.level and not event.longest_dead_run:
+            return
         above = event.loss_z >= OPEN_Z
         quiet = event.norm_known and event.norm_z < OFF_Z and event.excess < FAR_SHARE * event.level
-        persists = above and event.loss_run >= (QUARTER if quiet else PERSISTS)
+        high = event.excess >= LEAST_SHARE * event.level and not quiet
+        persists = above and high and event.loss_run >= PERSISTS
         together = above and event.norm_z >= OPEN_Z and event.longest_norm_run > 1
         far = sparse and event.loss_z >= SPARSE_Z and event.excess >= SPARSE_SHARE * event.level
         if event.longest_dead_run or persists or together or far:
@@ -236,7 +250,8 @@ class SpikeTracker:
         event.largest_median = max(event.largest_median, excess)
         spread = MAD_TO_SD * median(abs(loss - level) for loss in event.losses)
         norm_quiet = event.points - event.last_norm_off > QUARTER or event.last_norm_off == 0
-        noisier = spread > NOISIER * self.loss.scale and abs(excess) < 2 * spread
+        around = sum(loss < event.level for loss in event.losses) / len(event.losses)
+        noisier = spread > NOISIER * self.loss.scale and 0.25 < around < 0.75
         steady = abs(level - event.early) <= max(2 * spread, 0.02 * event.level)
         near = event.sign < 0 or (steady and excess < FAR_SHARE * event.level)
         ripe = event.points % DIVERGED_POINTS == 0
@@ -258,5 +273,6 @@ class SpikeTracker:
         self._emit(event.serial, event.event(ended=True))
         self.open = None
         if new_level:
+            self.new_levels += 1
             self.loss.refill(np.array(event.losses))
             self.norm.refill(np.empty(0))

@@ -1,0 +1,37 @@
+"""`bench`: every number that the tool promises, from one command, beside its goal."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+
+from tools.common.console import FAILED, GOOD, UsageError, table
+from tools.spikes.bench_detection import score_detection
+from tools.spikes.scores import Score
+
+
+def run(flags: argparse.Namespace) -> int:
+    if not (flags.folder / "labels.csv").is_file():
+        raise UsageError(f"{flags.folder} has no labels.csv: a folder of logs, laid out as tools/spikes/bench_detection.py says")
+    parts: dict[str, Callable[[], list[Score]]] = {"detection": lambda: score_detection(flags.folder)}
+    if importlib.util.find_spec("tools.spikes.planted_causes"):
+        from tools.spikes.planted_causes import score_causes
+
+        parts["causes"] = score_causes
+    if importlib.util.find_spec("tools.spikes.overhead"):
+        from tools.spikes.overhead import measure_overhead
+
+        parts["monitor"] = measure_overhead
+    if flags.only not in (None, *parts):
+        raise UsageError(f"--only {flags.only}: must be one of {', '.join(parts)}")
+    scores = {name: part() for name, part in parts.items() if flags.only in (None, name)}
+    good = all(score.good for found in scores.values() for score in found)
+    if flags.json:
+        print(json.dumps({"good": good, "scores": {name: [asdict(s) for s in found] for name, found in scores.items()}}))
+        return GOOD if good else FAILED
+    rows = [[name, s.name, s.value, s.goal, "pass" if s.good else "MISSED"] for name, found in scores.items() for s in found]
+    print(table(rows, ["part", "what", "measured", "goal", ""]))
+    return GOOD if good else FAILED

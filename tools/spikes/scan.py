@@ -1,0 +1,144 @@
+"""`scan`: the events of logs. One process a file, on as many as there are cores."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from recipes.common.detectors import Event, scan
+from tools.common.console import GOOD, LINE_SECONDS, SHOW_AFTER_SECONDS, UsageError, table
+from tools.spikes.log_reader import read_logs
+
+SINGLES_SHOWN = 10  # of one-batch outliers: a noisy log has hundreds
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """The events of one file."""
+
+    file: str
+    source: str
+    points: int
+    first_step: int
+    last_step: int
+    signals: tuple[str, ...]
+    events: tuple[Event, ...]
+
+
+def run(flags: argparse.Namespace) -> int:
+    found = list(scan_files(flags.logs))
+    if flags.json:
+        objects = [as_json(scanned) for scanned in found]
+        print(json.dumps(objects[0] if len(objects) == 1 else {"files": objects}, allow_nan=False))
+        return GOOD
+    print("\n\n".join(as_text(scanned) for scanned in found))
+    return GOOD
+
+
+def scan_files(paths: Sequence[Path]) -> Iterator[Scanned]:
+    """Each file's events, in the order given. UsageError for the first file that cannot be read."""
+    absent = [str(path) for path in paths if not path.exists()]
+    if absent:
+        raise UsageError(f"no such file or run directory: {', '.join(absent)}")
+    workers = min(len(paths), len(os.sched_getaffinity(0)))
+    if workers == 1:
+        yield from map(scan_file, _shown(paths, len(paths)))
+        return
+    # spawned: a fork of a process that has run threads may hang
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from _shown(pool.map(scan_file, paths), len(paths))
+
+
+def _shown(items: Iterable[Any], total: int) -> Iterable[Any]:
+    """A bar on stderr for work over two seconds."""
+    often = LINE_SECONDS[not sys.stderr.isatty()]
+    return tqdm(
+        items,
+        desc="scanning",
+        total=total,
+        unit="file",
+        delay=SHOW_AFTER_SECONDS,
+        mininterval=often,
+        leave=False,
+        file=sys.stderr,
+    )
+
+
+def scan_file(path: Path) -> Scanned:
+    """All runs in one file together: a table of several is rare, and steps tell them apart."""
+    logs = read_logs(path)
+    events = [event for log in logs for event in scan(log.steps, log.columns, log.resumes)]
+    return Scanned(
+        file=str(path),
+        source=logs[0].source,
+        points=sum(len(log.steps) for log in logs),
+        first_step=min(int(log.steps.min()) for log in logs),
+        last_step=max(int(log.steps.max()) for log in logs),
+        signals=tuple(dict.fromkeys(name for log in logs for name in log.columns)),
+        events=tuple(events),
+    )
+
+
+def as_json(scanned: Scanned) -> dict[str, Any]:
+    return {"file": scanned.file, "points": scanned.points, "events": [event_json(event) for event in scanned.events]}
+
+
+def event_json(event: Event) -> dict[str, Any]:
+    """An event as `scan --json` prints it. JSON has no NaN: the delta of a loss that was not finite is null."""
+    return {
+        "onset_step": event.onset_step,
+        "peak_step": event.peak_step,
+        "end_step": event.end_step,
+        "delta": round(event.delta, 4) if math.isfinite(event.delta) else None,
+        "class": event.kind,
+        "actionable": event.actionable,
+        "first_signal": event.first_signal,
+        "lead_steps": event.lead_steps,
+    }
+
+
+def as_text(scanned: Scanned) -> str:
+    """A line about the log, a table of its events, actionable ones marked."""
+    steps = f"steps {scanned.first_step} to {scanned.last_step}, {scanned.points} points"
+    head = f"{scanned.file}: {scanned.source}, {steps}, {', '.join(scanned.signals)}"
+    if not scanned.events:
+        return f"{head}\nno events"
+    single = [event for event in scanned.events if event.kind == "outlier_batch"]
+    left_out = single if len(single) > SINGLES_SHOWN else []
+    rows = [
+        [
+            "!" if event.actionable else "",
+            event.onset_step,
+            event.peak_step,
+            "open" if event.end_step is None else event.end_step,
+            f"{event.delta:+.3f}",
+            event.kind,
+            event.first_signal,
+            event.lead_steps,
+            _z(event),
+        ]
+        for event in scanned.events
+        if event not in left_out
+    ]
+    header = ["", "onset", "peak", "end", "delta", "class", "first signal", "lead steps", "robust z"]
+    actionable = sum(event.actionable for event in scanned.events)
+    more = f"; not listed: {len(left_out)} outlier batches, the first at step {left_out[0].onset_step}" if left_out else ""
+    listed = f"\n{table(rows, header)}" if rows else ""
+    return f"{head}{listed}\n{len(scanned.events)} events, {actionable} actionable (!){more}"
+
+
+def _z(event: Event) -> str:
+    """The evidence in one cell: how far off which signal was."""
+    known = {"loss": "loss_z", "norm": "grad_norm_z", "scale /": "loss_scale_fall", "time +": "slower", "level": "level_z"}
+    return ", ".join(f"{short} {event.evidence[name]}" for short, name in known.items() if event.evidence.get(name))
