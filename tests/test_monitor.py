@@ -112,7 +112,9 @@ def _forward_backward(model, trial, batch):
             q, k = (seen[i, name].detach().unflatten(-1, (-1, trial.model.head_dim)).transpose(1, 2) for name in "qk")
             q, k = apply_rotary_pos_emb(q, k, *rotary)
             logits = q @ k.repeat_interleave(heads // k.shape[1], dim=1).transpose(-1, -2) * trial.model.head_dim**-0.5
-            largest[i] = torch.maximum(largest[i], logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).max())
+            largest[i] = torch.maximum(
+                largest[i], logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).max()
+            )
     for hook in hooks:
         hook.remove()
     rms = (squares / (batch[:, :-1].numel() * trial.model.hidden_size)).sqrt()

@@ -105,14 +105,14 @@ def test_not_a_number_stops_the_run_by_name(folders, tmp_path, config):
         model=tiny_config("llama", rms_norm_eps=float("nan")),
         layouts={2: Layout(tensor=2)},
     )
-    with pytest.raises(RankError, match=r"TrainingError: step 1: loss is nan and the gradient norm"):
+    with pytest.raises(RankError, match=r"TrainingError: step 3: 3 steps in a row were not finite: NaN"):
         run(recipe, 2, tmp_path)
 
 
 def test_steps_that_never_apply_end_the_run(folders, tmp_path):
-    """Weights that a mad rate has thrown out of range: every gradient overflows, DeepSpeed skips every step and says little."""
+    """Weights that a mad rate has thrown out of range: every gradient overflows."""
     recipe = tiny_recipe(folders[0], steps=60, evaluation=Evaluation(), optimizer=AdamW(lr=1e25, clip=0.0))
-    with pytest.raises(RankError, match=r"TrainingError: step 33: 32 steps in a row overflowed"):
+    with pytest.raises(RankError, match=r"TrainingError: step 4: 3 steps in a row were not finite: (NaN|Infinity) .* first in"):
         run(recipe, 1, tmp_path)
 
 

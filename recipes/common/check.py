@@ -188,11 +188,17 @@ def _range_problems(recipe: Recipe) -> list[str]:
         "checkpoints.every_steps": (recipe.checkpoints.every_steps, 0),
         "checkpoints.keep_last": (recipe.checkpoints.keep_last, 1),
         "checkpoints.keep_every_steps": (recipe.checkpoints.keep_every_steps, 0),
+        "monitor.every_steps": (recipe.monitor.every_steps, 0),
+        "monitor.activations_every_steps": (recipe.monitor.activations_every_steps, 0),
+        "monitor.drift_every_steps": (recipe.monitor.drift_every_steps, 0),
+        "monitor.max_nonfinite_steps": (recipe.monitor.max_nonfinite_steps, 1),
     }
     for name, (value, least) in wholes.items():
         if not _is_whole(value, least):
             problems.append(f"{name}={value!r} must be a whole number from {least}")
     problems += reaction_problems(recipe.reaction, recipe.checkpoints)
+    if recipe.monitor.on_drift not in ("stop", "log"):
+        problems.append(f"monitor.on_drift={recipe.monitor.on_drift!r} must be 'stop' or 'log'")
     if recipe.mask_documents and (problem := masking_problem(recipe.attention, recipe.batch.micro_seqs)):
         problems.append(f"mask_documents=True: {problem}")
     for name, value in (("z_loss", recipe.z_loss), ("checkpoints.every_minutes", recipe.checkpoints.every_minutes)):

@@ -18,6 +18,10 @@ from typing import NoReturn
 _SETTLE_SECONDS = 1.0  # the first failure's file may be a moment late on a shared file system
 
 
+class TrainingError(RuntimeError):
+    """The numbers say that going on is useless; the message says which, and from where to resume."""
+
+
 @contextmanager
 def guard_rank(out_dir: Path, rank: int) -> Iterator[None]:
     """End the process on any exception: exit code 1, its traceback in out_dir/logs/rank_N.traceback.

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,9 @@ from recipes.common.checkpoint_files import step_folder
 from recipes.common.data import open_train
 from recipes.common.detectors import Event, Watch
 from recipes.common.engine import Trainer
+from recipes.common.failures import TrainingError
 from recipes.common.metrics import METRICS, NON_FINITE, RunLog, plain
+from recipes.common.observer import Observer
 from recipes.common.order import kept_index
 from recipes.common.recipe import Reaction, Recipe, from_root
 from recipes.common.rewinds import (
@@ -50,17 +53,15 @@ CURED_BY_REWIND = ("fast_recovery", "slow_recovery", "diverged", "precision")
 Seen = Iterable[tuple[int, dict[str, float]]]  # (step, what the detectors look at)
 
 
-class TrainingError(RuntimeError):
-    """The numbers say that going on is useless; the message says which, what was tried, and from where to resume."""
-
-
 class Responder:
     """Watches one run and reacts. Every rank has an equal one; rank 0's also leaves black boxes and the history."""
 
-    def __init__(self, recipe: Recipe, out_dir: Path, trainer: Trainer, saver: Saver, log: RunLog | None) -> None:
+    def __init__(
+        self, recipe: Recipe, out_dir: Path, trainer: Trainer, saver: Saver, observer: Observer, log: RunLog | None
+    ) -> None:
         self.history: tuple[Rewind, ...] = ()
         self._recipe, self._out_dir = recipe, out_dir
-        self._trainer, self._saver, self._log = trainer, saver, log
+        self._trainer, self._saver, self._observer, self._log = trainer, saver, observer, log
         self._box = None if log is None else BlackBox(out_dir, self._locate, log.note)
         self._skips: tuple[tuple[int, int], ...] = ()
         self._seen: deque[tuple[int, dict[str, float]]] = deque(maxlen=MEMORY_STEPS)
@@ -81,16 +82,17 @@ class Responder:
     def lr_factor(self, step: int) -> float:
         return lr_factor_at(self.history, step)
 
-    def look(self, record: Mapping[str, Any], *, skipped: bool) -> dict[str, Any]:
+    def look(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """After every step: show it to the detectors. Gives what they and the history have to say in the step's record."""
         step = int(record["step"])
-        values = watched(record, skipped=skipped)
+        values = watched(record)
         self._seen.append((step, values))
         self._news = self._watch.push(step, values)
         for event in self._news:
-            self._open[event.onset_step] = event
-            if event.end_step is not None:
-                del self._open[event.onset_step]
+            if event.end_step is None:
+                self._open[event.onset_step] = event
+            else:
+                self._open.pop(event.onset_step, None)
         if self._log is not None:  # rank 0's clock is its own: nothing is decided by it
             timed = self._clock.push(step, {"loss": values["loss"], "seconds": record["seconds"]})
             self._news += [event for event in timed if event.first_signal == "seconds"]
@@ -101,12 +103,14 @@ class Responder:
             self._box.remember({**record, **fields})
         return fields
 
-    def respond(self, position: Position, hopeless: tuple[int, str] | None) -> Position | None:
+    def respond(self, position: Position, hopeless: tuple[int, str] | None, *, skipped: bool) -> Position | None:
         """What to do after this step. None: go on; a position: the run is there again. Collective.
 
-        hopeless: since which step going on is useless, if it is, and why. Raises TrainingError where nothing is left to try.
+        hopeless: since which step going on is useless, if it is, and why. skipped: the step did not change the weights, so
+        whatever it showed did no harm. Raises TrainingError where nothing is left to try.
         """
-        cause = next((event for event in self._news if calls_for_rewind(self._recipe.reaction, event)), None)
+        causes = [event for event in self._news if calls_for_rewind(self._recipe.reaction, event) and not skipped]
+        cause = causes[0] if causes else None
         if hopeless is not None and cause is None:
             since, reason = hopeless
             onset = min([since, *(event.onset_step for event in self._open.values() if event.kind in CURED_BY_REWIND)])
@@ -123,6 +127,17 @@ class Responder:
         if hopeless is not None or tried:
             raise TrainingError(self._last_words(position.step, cause, tried, hopeless))
         return None
+
+    @contextmanager
+    def box_at_end(self, position: Position) -> Iterator[None]:
+        """Leave a black box where something else ends the run (copies of a parameter that differ, say)."""
+        try:
+            yield
+        except TrainingError as error:
+            step = position.step
+            event = Event(step, step, None, math.nan, "hardware_suspect", True, "drift", 0, {"reason": str(error)})
+            self._leave_boxes(position, event, None, (step, str(error)))
+            raise
 
     def _plan(self, event: Event, position: Position, tries: int) -> Rewind | None:
         """The next try; None where no checkpoint is from before the event."""
@@ -155,6 +170,7 @@ class Responder:
         while self._seen and self._seen[-1][0] > position.step:
             self._seen.pop()
         self._watch_from(position.step)
+        self._observer.rewind(position.step)
         if self._log is not None:
             append_history(self._out_dir, plan, position.skips)
             self._log.rewind(position.step)
@@ -163,7 +179,7 @@ class Responder:
 
     def _watch_from(self, step: int) -> None:
         """Detectors as they were after `step`, told that a process went on from its checkpoint."""
-        self._watch, self._clock, self._news, self._open = Watch(), Watch(), [], {}
+        self._watch, self._news, self._open = Watch(), [], {}
         for seen, values in self._seen:
             self._watch.push(seen, values)
         self._watch.resumed(step)
@@ -206,7 +222,8 @@ class Responder:
 
 
 def calls_for_rewind(reaction: Reaction, event: Event) -> bool:
-    return reaction.action == "rewind" and event.actionable and event.kind in CURED_BY_REWIND
+    """What has ended needs no cure any more."""
+    return reaction.action == "rewind" and event.actionable and event.end_step is None and event.kind in CURED_BY_REWIND
 
 
 def suspect_steps(event: Event) -> tuple[int, int]:
@@ -217,10 +234,9 @@ def suspect_steps(event: Event) -> tuple[int, int]:
     return max(event.onset_step - 1, 1), max(event.peak_step, event.onset_step)
 
 
-def watched(values: Mapping[str, Any], *, skipped: bool) -> dict[str, float]:
-    """What the detectors look at: numbers that are equal on every rank. A step that fp16 skipped has no norm to speak of."""
-    names = ("loss", "lr", "loss_scale") if skipped else ("loss", "grad_norm", "lr", "loss_scale")
-    return {name: float(values[name]) for name in names if name in values}
+def watched(record: Mapping[str, Any]) -> dict[str, float]:
+    """What the detectors look at: numbers that are equal on every rank (a step's seconds are not)."""
+    return {name: float(record[name]) for name in ("loss", "grad_norm", "loss_scale") if name in record}
 
 
 def read_seen(out_dir: Path, step: int) -> list[tuple[int, dict[str, float]]]:
@@ -232,14 +248,12 @@ def read_seen(out_dir: Path, step: int) -> list[tuple[int, dict[str, float]]]:
         size = file.seek(0, 2)
         file.seek(max(size - MEMORY_STEPS * _BYTES_A_RECORD, 0))
         lines = file.read().split(b"\n")[1 if file.tell() > MEMORY_STEPS * _BYTES_A_RECORD else 0 : -1]
-    seen, skipped_steps = [], 0
+    seen = []
     for line in lines:
         record = json.loads(line)
         record = {k: NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
         if "loss" in record and record["step"] <= step:
-            skipped = record.get("skipped_steps", 0) > skipped_steps
-            skipped_steps = record.get("skipped_steps", 0)
-            seen.append((record["step"], watched(record, skipped=skipped)))
+            seen.append((record["step"], watched(record)))
     return seen[-MEMORY_STEPS:]
 
 

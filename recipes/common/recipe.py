@@ -148,6 +148,17 @@ class Checkpoints:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Monitor:
+    """What is watched while training: statistics go to `tensor_stats/` and into the step's line (recipes.common.monitor)."""
+
+    every_steps: int = 1  # norms of gradients, weights and updates, by parameter; 0: never
+    activations_every_steps: int = 10  # outputs, attention logits and router load, by layer; 0: never
+    drift_every_steps: int = 100  # whether copies of one parameter are still equal on all ranks; 0: never
+    on_drift: str = "stop"  # or "log"
+    max_nonfinite_steps: int = 3  # a step with a NaN or an infinity is skipped; after so many in a row the run stops
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reaction:
     """What to do about an event that the detectors call actionable (recipes.common.reaction). A black box is left in any case."""
 
@@ -177,6 +188,7 @@ class Recipe:
     mask_documents: bool = False  # in packed sequences, attention stays inside each document and positions restart
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    monitor: Monitor = field(default_factory=Monitor)
     reaction: Reaction = field(default_factory=Reaction)
 
 

@@ -23,6 +23,7 @@ from recipes.common.failures import end_rank, guard_rank
 from recipes.common.flags import out_dir_problems, parse_flags
 from recipes.common.grid import Grid, build_grid
 from recipes.common.metrics import RunLog
+from recipes.common.observer import Observer
 from recipes.common.plans import find_stack
 from recipes.common.reaction import Responder
 from recipes.common.recipe import Blend, Layout, Recipe, RecipeError, Sizes, derive_sizes, from_root
@@ -96,7 +97,8 @@ def train(
     if log is not None:
         _note_changed_data(out_dir, log)
     saver = Saver(out_dir, trainer, recipe, log)
-    responder = Responder(recipe, out_dir, trainer, saver, log)
+    observer = Observer(trainer, recipe, out_dir, resumed_step=resumed_step, log=log)
+    responder = Responder(recipe, out_dir, trainer, saver, observer, log)
     responder.start(position, history, resumed=resume_run)
     leave = LeaveRequest()
     batches = _reader(recipe, grid, position.skips)
@@ -117,17 +119,20 @@ def train(
         tokens = seqs * recipe.batch.seq_len
         lr = learning_rate_at(recipe, step, (position.consumed_seqs + seqs) * recipe.batch.seq_len) * responder.lr_factor(step)
         votes = (leave.wanted(), grid.rank == 0 and saver.due_by_time())
+        observer.before_step(step)
         result = trainer.train_step(micro_batches, lr, tokens, votes)
         leaving, time_to_save = result.votes
         position = position.after_step(seqs, skipped=result.skipped)
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
         record = _record(recipe, position, result, lr, tokens, time.perf_counter() - started, batches.wait_seconds)
+        with responder.box_at_end(position):
+            record |= observer.after_step(step, result, micro_batches, tokens)
         if _due(step, recipe.evaluation.every_steps, last_step):
             record |= _evaluate(recipe, trainer)
-        record |= responder.look(record, skipped=result.skipped)
+        record |= responder.look(record)
         if log is not None:
             log.write(record | saver.report())
-        back = responder.respond(position, _hopeless(step, result, skips_in_a_row))
+        back = responder.respond(position, _hopeless(step, result, skips_in_a_row, recipe, observer), skipped=result.skipped)
         if back is not None:
             position, skips_in_a_row = back, 0
             batches.close()
@@ -138,6 +143,7 @@ def train(
         if leaving:
             break
     saver.finish()
+    observer.close()
     batches.close()
     if log is not None:
         if position.step < last_step:
@@ -262,9 +268,11 @@ def _record(
     return record
 
 
-def _hopeless(step: int, result: StepResult, skips_in_a_row: int) -> tuple[int, str] | None:
+def _hopeless(step: int, result: StepResult, skips_in_a_row: int, recipe: Recipe, observer: Observer) -> tuple[int, str] | None:
     """Since which step going on is useless, and why. Equal on every rank, because the numbers are."""
-    if not math.isfinite(result.loss) or (not result.skipped and not math.isfinite(result.grad_norm)):
+    if observer.nonfinite is not None and skips_in_a_row >= recipe.monitor.max_nonfinite_steps:
+        return step - skips_in_a_row + 1, f"{skips_in_a_row} steps in a row were not finite: {observer.nonfinite}"
+    if not result.skipped and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         return step, f"loss is {result.loss} and the gradient norm {result.grad_norm}"
     if skips_in_a_row >= SKIPS_IN_A_ROW:
         return step - skips_in_a_row + 1, f"{skips_in_a_row} steps in a row overflowed, loss scale {result.loss_scale}"

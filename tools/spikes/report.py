@@ -15,29 +15,30 @@ from typing import Any
 
 import numpy as np
 
-from recipes.common.black_box import read_boxes
-from recipes.common.rewinds import describe_rewind, read_history
+from recipes.common.rewinds import read_history
 from tools.common.console import GOOD, UsageError
 from tools.spikes.report_columns import Columns
+from tools.spikes.report_events import describe_source, figures, hint, list_events
 from tools.spikes.report_heat import heat_map, read_slice
+from tools.spikes.report_tables import Numbers, is_run, read_numbers
 
 MOST_MAPS = 12  # events with a map of layers; those that call for something come first
 BLUE, GREEN, ORANGE, VIOLET, TEAL, BROWN = "#1c5fb0", "#0b7a4b", "#d9480f", "#6741d9", "#0c8599", "#846358"
-Table = dict[str, np.ndarray]  # column -> [n], NaN where a step lacks it; "step" is whole
 
 # title, unit, height, look, and the series: column, name in the key, colour
 PANELS = (
     ("Loss", "nats", 220, {"settles": True}, (("loss", "training", BLUE), ("val_loss", "validation", GREEN))),
-    ("Gradient norm", "before clipping", 110, {"log": True}, (("grad_norm", "", ORANGE),)),
-    ("Learning rate", "", 80, {"zero": True}, (("lr", "", TEAL),)),
-    ("Loss scale", "", 80, {"log": True}, (("loss_scale", "", BROWN),)),
-    ("Update / weight", "of the whole model", 90, {"log": True}, (("update_ratio", "", VIOLET),)),
-    ("Worst data rank", "its loss above the mean, nats", 90, {"zero": True}, (("loss_excess", "", ORANGE),)),
-    ("Which data rank is worst", "", 70, {"integers": True}, (("loss_max_rank", "", BROWN),)),
-    ("Largest logit", "", 80, {}, (("max_logit", "", TEAL),)),
-    ("Step time", "seconds", 70, {"zero": True}, (("seconds", "", BROWN),)),
+    ("Gradient norm", "before clipping", 110, {"log": True}, (("grad_norm", "norm", ORANGE),)),
+    ("Learning rate", "", 80, {"zero": True}, (("lr", "rate", TEAL),)),
+    ("Loss scale", "", 80, {"log": True, "base": 2}, (("loss_scale", "scale", BROWN),)),
+    ("Update / weight", "of the whole model", 90, {"log": True}, (("update_ratio", "ratio", VIOLET),)),
+    ("Worst data rank", "its loss above the mean, nats", 90, {"zero": True}, (("loss_excess", "excess", ORANGE),)),
+    ("Which data rank is worst", "", 70, {"integers": True}, (("loss_max_rank", "rank", BROWN),)),
+    ("Largest logit", "", 80, {}, (("max_logit", "logit", TEAL),)),
+    ("Step time", "seconds", 70, {"zero": True}, (("seconds", "seconds", BROWN),)),
 )
-DOTS = {"val_loss": {"dots": True, "hollow": True, "size": 3.5}, "loss_max_rank": {"dots": True, "size": 1.4}}
+DOTS = {"val_loss": {"dots": True, "hollow": True, "size": 3.5}, "loss_max_rank": {"dots": True, "crowd": True, "size": 1.6}}
+UNDONE = ("loss", "grad_norm", "update_ratio")  # drawn for steps that were left behind, too
 
 
 def run(flags: argparse.Namespace) -> int:
@@ -48,9 +49,10 @@ def run(flags: argparse.Namespace) -> int:
 
 def report(source: Path, out: Path | None = None) -> Path:
     """Write the page and give its path. Raises UsageError for what cannot be read or written."""
-    table, undone = read_tables(source)
+    if not source.exists():
+        raise UsageError(f"{source}: no such run directory or log")
     columns = Columns()
-    facts = page_facts(source, table, undone, columns)
+    facts = page_facts(source, read_numbers(source), columns)
     folder = Path(__file__).parent
     page = (folder / "report_page.html").read_text(encoding="utf-8")
     fillings = {
@@ -60,7 +62,7 @@ def report(source: Path, out: Path | None = None) -> Path:
         "__SCRIPT__": (folder / "report_page.js").read_text(encoding="utf-8"),
     }
     head, *pieces = _split(page, list(fillings))
-    out = out or (source / "spikes.html" if source.is_dir() else source.with_name(source.name + ".html"))
+    out = out or (source / "spikes.html" if source.is_dir() else Path(source.name + ".html"))
     try:
         out.write_text(head + "".join(fillings[name] + rest for name, rest in pieces), encoding="utf-8")
     except OSError as error:
@@ -77,38 +79,40 @@ def _split(page: str, names: list[str]) -> Iterator[Any]:
         yield name, page[at + len(name) : end]
 
 
-def page_facts(source: Path, table: Table, undone: list[Table], columns: Columns) -> dict[str, Any]:
-    steps = table["step"]
-    rewinds = [vars(rewind) for rewind in read_history(source)] if source.is_dir() else []
-    events = list_events(source, table)
+def page_facts(source: Path, numbers: Numbers, columns: Columns) -> dict[str, Any]:
+    rewinds = [vars(rewind) for rewind in read_history(source)] if is_run(source) else []
+    events = list_events(source, numbers.events)
+    steps = np.concatenate([table["step"] for table in (numbers.table, *numbers.undone)])
     return {
         "name": source.resolve().name,
         "about": describe_source(source),
-        "figures": figures(table, events, len(rewinds)),
-        "first_step": int(min(steps.min(), 1) if source.is_dir() else steps.min()),
-        "last_step": int(max([steps.max(), *(branch["step"].max() for branch in undone)])),
+        "figures": figures(numbers.table, events, len(rewinds)),
+        "first_step": int(steps.min()),
+        "last_step": int(steps.max()),
         "rewinds": rewinds,
         "events": events,
         "events_hint": hint(events),
-        "panels": list(panels(table, undone, columns)),
+        "panels": list(panels(numbers, columns)),
         "heat": list(maps(source, events)),
         "footer": "Each line is the mean of what falls on one pixel, the band behind it from the lowest to the highest value.",
     }
 
 
-def panels(table: Table, undone: list[Table], columns: Columns) -> Iterator[dict[str, Any]]:
+def panels(numbers: Numbers, columns: Columns) -> Iterator[dict[str, Any]]:
+    table = numbers.table
     for title, unit, height, look, wanted in PANELS:
-        series = []
-        for column, label, color in wanted:
-            for number, branch in enumerate(undone if column in ("loss", "grad_norm") else []):
-                if column in branch:
-                    name = "undone by a rewind" if number == 0 and column == "loss" else ""
-                    series.append({"label": name, **columns.series(branch["step"], branch[column])})
-            if column in table and np.isfinite(table[column]).any():
-                place = columns.series(table["step"], table[column])
-                series.insert(0, {"label": label or "at the pointer", "color": color, **DOTS.get(column, {}), **place})
-        if any("color" in one for one in series):
-            yield {"title": title, "unit": unit, "height": height, **look, "series": series}
+        series = [
+            {"label": label, "color": color, **DOTS.get(column, {}), **columns.series(table["step"], table[column])}
+            for column, label, color in wanted
+            if column in table and np.isfinite(table[column]).any()
+        ]
+        if not series:
+            continue
+        for number, branch in enumerate(numbers.undone):
+            if wanted[0][0] in UNDONE and wanted[0][0] in branch:
+                name = "undone" if number == 0 else ""
+                series.append({"label": name, **columns.series(branch["step"], branch[wanted[0][0]])})
+        yield {"title": title, "unit": unit, "height": height, **look, "series": series}
 
 
 def maps(source: Path, events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ class Columns:
         self._at = 0
 
     def series(self, steps: np.ndarray, values: np.ndarray) -> dict[str, Any]:
-        """{"x": place, "y": place} of values [n] at steps [n]; what is not finite is left out where it is the rule, else a gap."""
+        """{"x": place, "y": place} of values [n] at steps [n]. Gaps are NaN; few values are kept by themselves."""
         values = np.where(np.isfinite(values), values, np.nan).astype(np.float32)
         known = ~np.isnan(values)
         if known.mean() < 0.5:

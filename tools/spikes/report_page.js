@@ -12,8 +12,14 @@ function element(tag, attributes, ...children) {
 }
 
 // ---- columns: float32, bytes of one weight side by side, deflated; decoded once ----
+function fromBase64(text) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
+  const characters = atob(text), bytes = new Uint8Array(characters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
+  return bytes;
+}
 async function decode(text) {
-  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const bytes = fromBase64(text);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   const planes = new Uint8Array(await new Response(stream).arrayBuffer());
   const count = planes.length / 4, words = new Uint8Array(planes.length);
@@ -21,13 +27,12 @@ async function decode(text) {
     for (let i = 0, from = plane * count; i < count; i++) words[4 * i + plane] = planes[from + i];
   return words.buffer;
 }
-function column(buffer, place) {
-  if (place.stride !== undefined) return Float64Array.from({length: place.length}, (_, i) => place.start + i * place.stride);
-  return new Float32Array(buffer, place.at * 4, place.length);
-}
+const column = (buffer, place) => new Float32Array(buffer, place.at * 4, place.length);
 function stepsOf(buffer, place) {
-  if (place.stride !== undefined) return column(buffer, place);
-  return Float64Array.from(new Int32Array(buffer, place.at * 4, place.length));
+  if (place.stride === undefined) return new Int32Array(buffer, place.at * 4, place.length);
+  const steps = new Float64Array(place.length);
+  for (let i = 0; i < steps.length; i++) steps[i] = place.start + i * place.stride;
+  return steps;
 }
 
 // ---- lowest, highest and mean of every FAN, FAN^2, ... points, so that drawing costs pixels and not points ----
@@ -77,7 +82,7 @@ function nearest(series, step) {
 function short(value) {
   if (value === undefined || value !== value) return "–";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2).replace("e+", "e");
+  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return Number(value.toPrecision(3)).toExponential().replace("e+", "e");
   return size >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4)));
 }
 const whole = (value) => Math.round(value).toLocaleString("en");
@@ -88,7 +93,12 @@ function ticks(low, high, wanted) {
   for (let t = Math.ceil(low / step) * step; t <= high + step * 1e-6; t += step) found.push(Math.abs(t) < step * 1e-9 ? 0 : t);
   return found;
 }
-function logTicks(low, high) {
+function logTicks(low, high, base) {
+  if (base === 2) {
+    const every = Math.max(1, Math.ceil(Math.log2(high / low) / 4)), powers = [];
+    for (let p = Math.ceil(Math.log2(low)); 2 ** p <= high; p++) if (p % every === 0) powers.push(2 ** p);
+    return powers;
+  }
   const found = [], decades = Math.log10(high / low), every = Math.max(1, Math.ceil(decades / 5));
   for (let p = Math.floor(Math.log10(low)); p <= Math.ceil(Math.log10(high)); p++)
     for (const m of decades < 1.2 ? [1, 2, 3, 5, 7] : decades < 2.5 ? [1, 3] : [1])
@@ -111,7 +121,7 @@ const toStep = (px, width) => view[0] + (px - GUTTER) / (width - GUTTER - RIGHT)
 function columnsOf(series, width) {  // what a panel draws: per pixel [x, lowest, highest, mean], or single points
   const from = Math.max(firstAt(series.x, view[0]) - 1, 0), to = Math.min(firstAt(series.x, view[1] + 1e-9) + 1, series.x.length);
   const plot = width - GUTTER - RIGHT;
-  if (to - from <= 2 * plot || series.dots) {
+  if (to - from <= 2 * plot || (series.dots && !series.crowd)) {
     const points = [];
     for (let i = from; i < to; i++) points.push([toX(series.x[i], width), series.y[i], series.y[i], series.y[i], series.x[i]]);
     return {points, single: true};
@@ -169,16 +179,17 @@ function drawPanel(panel, last) {
   const scale = panel.log ? (v) => Math.log(v / low) / Math.log(high / low) : (v) => (v - low) / (high - low);
   const toY = (v) => bottom - 2 - scale(v) * (bottom - 6);
   pen.textAlign = "right"; pen.textBaseline = "middle"; pen.lineWidth = 1;
-  for (const t of panel.log ? logTicks(low, high) : ticks(low, high, panel.height > 120 ? 5 : 3)) {
+  for (const t of panel.log ? logTicks(low, high, panel.base) : ticks(low, high, panel.height > 120 ? 5 : 3)) {
     if (panel.integers && t % 1) continue;
     pen.strokeStyle = GRID; line(pen, [[GUTTER, Math.round(toY(t)) + 0.5], [width - RIGHT, Math.round(toY(t)) + 0.5]]);
-    pen.fillStyle = SOFT; pen.fillText(short(t), GUTTER - 8, toY(t));
+    pen.fillStyle = SOFT; pen.fillText(short(t), GUTTER - 8, Math.max(toY(t), 6));
   }
   pen.save(); pen.beginPath(); pen.rect(GUTTER, 0, width - GUTTER - RIGHT, bottom); pen.clip();
   shade(pen, width, 0, bottom);
-  for (const {series, points, single} of drawn) {
+  for (const {series, points, single} of drawn.toReversed()) {  // the run above what it left behind
     const shown = points.filter((p) => p[3] === p[3] && (!panel.log || p[3] > 0));
     pen.strokeStyle = pen.fillStyle = series.color;
+    if (series.crowd && !single) { drawCrowd(pen, series, toY, width, (bottom - 6) / (high - low)); continue; }
     if (series.dots) {
       for (const [x, , , m] of shown) { pen.beginPath(); pen.arc(x, toY(m), series.size ?? 3, 0, 7); pen.fillStyle = series.hollow ? "#fff" : series.color; pen.fill(); if (series.hollow) { pen.lineWidth = 1.5; pen.stroke(); } }
       continue;
@@ -191,7 +202,7 @@ function drawPanel(panel, last) {
     }
     pen.lineWidth = single ? 1.4 : 1.2; pen.lineJoin = "round";
     line(pen, shown.map((p) => [p[0], toY(p[3])]));
-    if (single && shown.length < 0.12 * width) for (const [x, , , m] of shown) { pen.fillStyle = series.color; pen.fillRect(x - 1.75, toY(m) - 1.75, 3.5, 3.5); }
+    if (single && shown.length < 2 + Math.abs(shown.at(-1)?.[0] - shown[0]?.[0]) / 9) for (const [x, , , m] of shown) { pen.fillStyle = series.color; pen.fillRect(x - 1.75, toY(m) - 1.75, 3.5, 3.5); }
   }
   if (pointer !== null) { pen.strokeStyle = "rgba(28,34,48,.45)"; pen.lineWidth = 1; line(pen, [[toX(pointer, width), 0], [toX(pointer, width), bottom]]); }
   if (drag && drag.kind === "choose") { pen.fillStyle = "rgba(28,95,176,.14)"; pen.fillRect(Math.min(drag.from, drag.to), 0, Math.abs(drag.to - drag.from), bottom); }
@@ -200,28 +211,43 @@ function drawPanel(panel, last) {
   if (last) {
     pen.textBaseline = "top"; pen.textAlign = "center"; pen.fillStyle = SOFT;
     for (const t of ticks(view[0], view[1], Math.max(3, width / 130))) if (t % 1 === 0) {
-      pen.fillText(whole(t), toX(t, width), bottom + 6); line(pen, [[toX(t, width), bottom], [toX(t, width), bottom + 4]]);
+      const wide = pen.measureText(whole(t)).width / 2;
+      pen.fillText(whole(t), Math.min(toX(t, width), width - wide), bottom + 6); line(pen, [[toX(t, width), bottom], [toX(t, width), bottom + 4]]);
     }
     pen.textAlign = "right"; pen.fillStyle = FAINT; pen.fillText("step", width - RIGHT, bottom + 20);
   }
 }
-function drawLane() {  // names of the events above the panels, where there is room
-  const [pen, width] = prepare($("lane"), 36), free = [GUTTER, GUTTER];
-  pen.textBaseline = "middle"; pen.textAlign = "left";
-  const order = facts.events.map((e, i) => [e, i]).filter(([e]) => (e.end ?? e.peak) >= view[0] && e.onset <= view[1]);
-  order.sort(([a, i], [b, j]) => (j === chosen) - (i === chosen) || b.actionable - a.actionable || a.onset - b.onset);
-  const taken = [[], []];
-  for (const [event, index] of order) {
-    const text = event.class.replaceAll("_", " "), wide = pen.measureText(text).width + 12, at = Math.max(toX(event.onset, width), GUTTER);
-    const x = Math.min(at, width - RIGHT - wide), colour = event.actionable ? ALARM : SOFT;
-    const row = taken.findIndex((spans) => spans.every(([a, b]) => x + wide + 4 < a || x > b + 4));
-    pen.fillStyle = colour; pen.beginPath(); pen.moveTo(at - 4, 31); pen.lineTo(at + 4, 31); pen.lineTo(at, 36); pen.fill();
-    if (row < 0) continue;
-    taken[row].push([x, x + wide]);
-    pen.fillStyle = event.actionable ? "#fdecec" : "#eef1f5"; pen.beginPath(); pen.roundRect(x, row * 15, wide, 14, 4); pen.fill();
-    if (index === chosen) { pen.strokeStyle = colour; pen.stroke(); }
-    pen.fillStyle = colour; pen.fillText(text, x + 6, row * 15 + 7.5);
+function drawCrowd(pen, series, toY, width, tall) {  // whole numbers, too many for dots: the darker, the more often
+  const wide = 3, cells = Math.ceil((width - GUTTER - RIGHT) / wide), counts = new Map();
+  let i = firstAt(series.x, view[0]);
+  for (let c = 0; c < cells; c++) {
+    const end = firstAt(series.x, toStep(GUTTER + (c + 1) * wide, width)), all = end - i;
+    counts.clear();
+    for (; i < end; i++) counts.set(series.y[i], (counts.get(series.y[i]) ?? 0) + 1);
+    for (const [value, count] of counts) { pen.globalAlpha = Math.min(1, 1.5 * count / all); pen.fillRect(GUTTER + c * wide, toY(value) - tall * 0.4, wide, tall * 0.8); }
   }
+  pen.globalAlpha = 1;
+}
+function drawLane() {  // names of the events and rewinds above the panels, where there is room
+  const [pen, width] = prepare($("lane"), 36), taken = [[], []];
+  const chip = (step, text, ink, ground, mark, ringed) => {
+    const at = Math.max(toX(step, width), GUTTER), wide = pen.measureText(text).width + 12, x = Math.min(at, width - RIGHT - wide);
+    pen.fillStyle = ink; pen.beginPath(); pen.moveTo(at - 4, 31); pen.lineTo(at + 4, 31); pen.lineTo(at, 36); if (mark) pen.fill();
+    const row = taken.findIndex((spans) => spans.every(([a, b]) => x + wide + 4 < a || x > b + 4));
+    if (row < 0) return;
+    taken[row].push([x, x + wide]);
+    pen.fillStyle = ground; pen.beginPath(); pen.roundRect(x, row * 15 + 0.5, wide, 14, 4); pen.fill();
+    if (ringed) { pen.strokeStyle = ink; pen.stroke(); }
+    pen.fillStyle = ink; pen.fillText(text, x + 6, row * 15 + 8);
+  };
+  pen.textBaseline = "middle"; pen.textAlign = "left";
+  const seen = (from, to) => to >= view[0] && from <= view[1];
+  const events = facts.events.map((event, index) => ({...event, index})).filter((e) => seen(e.onset, e.end ?? e.peak));
+  events.sort((a, b) => (b.index === chosen) - (a.index === chosen) || b.actionable - a.actionable || a.onset - b.onset);
+  const name = (e) => chip(e.onset, e.class.replaceAll("_", " "), e.actionable ? ALARM : SOFT, e.actionable ? "#fdecec" : "#eef1f5", true, e.index === chosen);
+  events.filter((e) => e.actionable).forEach(name);
+  for (const r of facts.rewinds.filter((r) => seen(r.to_step, r.from_step))) chip(r.to_step, `rewound ${whole(r.from_step)} to ${whole(r.to_step)}`, "#a61e4d", "#fce4ee", false, false);
+  events.filter((e) => !e.actionable).forEach(name);
 }
 function drawOverview() {
   const kept = view, [pen, width] = prepare($("overview"), 46);
@@ -313,6 +339,7 @@ function setHeat() {
   for (const map of facts.heat) $("heat-event").append(element("option", {textContent: map.label}));
   for (const stat of facts.heat[0].stats) $("heat-stat").append(element("option", {textContent: stat.label}));
   for (const [value, text] of [["layers", "by layer"], ["parts", "by part"]]) $("heat-rows").append(element("option", {value, textContent: text}));
+  $("heat-event").selectedIndex = Math.max(facts.heat.findIndex((map) => facts.events[map.event].actionable), 0);
   for (const id of ["heat-event", "heat-stat", "heat-rows"]) $(id).onchange = drawHeat;
   $("heat").onpointermove = tellHeat;
   $("heat").onpointerleave = () => { $("heat-where").textContent = ""; };
@@ -353,10 +380,11 @@ function setPanels(buffer) {
   $("charts").replaceChildren(element("canvas", {id: "lane", height: 36}));
   panels = facts.panels.map((panel) => {
     const series = panel.series.map((s) => load(s, UNDONE)), title = element("div", {className: "title"}, element("b", {textContent: panel.title}), element("span", {className: "unit", textContent: panel.unit}));
+    const several = series.filter((s) => s.label).length > 1;
     for (const s of series) if (s.label) {
       const mark = element("i", {className: s.dots ? "dot" : ""});
       mark.style.borderColor = s.color; s.output = element("output", {});
-      title.append(element("span", {className: "key"}, mark, s.label, s.output));
+      title.append(several ? element("span", {className: "key"}, mark, s.label, s.output) : element("span", {className: "key"}, s.output));
     }
     const canvas = element("canvas", {}), holder = element("div", {className: "panel"}, title, canvas);
     $("charts").append(holder);
@@ -400,6 +428,8 @@ async function open() {
   setPanels(await decode($("columns").textContent));
   $("columns").remove();
   listen(); draw(); drawHeat();
+  const wanted = location.hash.match(/^#(\d+)-(\d+)$/);  // report.html#1200-1500: those steps
+  if (wanted) look(Number(wanted[1]), Number(wanted[2]));
   requestAnimationFrame(() => requestAnimationFrame(() => { document.body.dataset.openedMs = Math.round(performance.now()); }));
 }
 open();
