@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from recipes.common.activations import largest_logit
 from recipes.common.monitor import STATS, Probe
 from recipes.common.recipe import SGD, AdamW, Layout
-from tests.test_fp16 import allow_fp16, fp16_config
+from tests.test_fp16 import allow_fp16
 from tests.tiny import ds_config, tiny_config
 from tools.common.local_ranks import run_ranks
 from tools.common.numerics import Trial, batches, build_trainer, initial_model, rank_batches, torch_optimizer

@@ -1,102 +1,97 @@
 """A NaN changes no weight on any rank, and is named: where it was first, in which micro batch of which data rank."""
 
 from dataclasses import replace
-from pathlib import Path
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
 from torch.autograd.graph import get_gradient_edge
 
-from recipes.common.check import check_recipe
-from recipes.common.ds_config import merge_ds_config
-from recipes.common.engine import NONFINITE, OVERFLOW
-from recipes.common.metrics import read_metrics
+from recipes.common.engine import NONFINITE
 from recipes.common.monitor import Probe
 from recipes.common.nonfinite import ACTIVATION, GRADIENT, LOSS, UNREPEATED, WEIGHT, find_nonfinite
-from recipes.common.recipe import AdamW, Checkpoints, Evaluation, Layout, Monitor, derive_sizes
-from recipes.common.tensor_stats import read_stats
-from recipes.common.train import train
-from tests.test_fp16 import allow_fp16, fp16_config
-from tests.tiny import ds_config, tiny_config, tiny_recipe, write_shards
-from tools.common.local_ranks import RankError, run_ranks
+from recipes.common.recipe import AdamW, Layout
+from tests.tiny import VOCAB, ds_config, tiny_config
+from tools.common.local_ranks import run_ranks
 from tools.common.numerics import Trial, build_trainer, rank_batches
 
 BAD_STEP, BAD_MICRO_BATCH = 1, 1
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)
 
 
-def trial_of(pipeline=1, tensor=1, data=1, config="zero1_fp32.json", **fields):
+def trial_of(pipeline, tensor, data, config="zero1_fp32.json", **fields):
     layout = Layout(pipeline=pipeline, tensor=tensor, recompute_every=fields.pop("recompute_every", 0))
-    deepspeed = ds_config(config) if isinstance(config, str) else config
     trial = Trial(
-        model=tiny_config("llama"), layout=layout, world_size=pipeline * tensor * data, optimizer=ADAMW, deepspeed=deepspeed
+        model=tiny_config("llama"),
+        layout=layout,
+        world_size=pipeline * tensor * data,
+        optimizer=ADAMW,
+        deepspeed=ds_config(config),
     )
     return replace(trial, steps=3, **fields)
 
 
 class Plant:
-    """Something goes wrong in one micro batch of the bad step, and again when that step is repeated."""
+    """Something goes wrong in one micro batch of the bad step, and again when that step is repeated (`once`: not again)."""
 
-    def __init__(self, trainer, trial):
+    def __init__(self, trainer, trial, *, once):
         self.calls, self.per_step = 0, trial.global_seqs // (trial.micro_seqs * trial.data)
-        self.on, self.repeats = True, True
+        self.bad_steps = (BAD_STEP,) if once else (BAD_STEP, BAD_STEP + 1)  # a repeated step counts as the one after
         trainer.stage.register_forward_pre_hook(self.count)
 
     def count(self, module, args):
         self.calls += 1
 
     def now(self):
-        step, micro_batch = divmod(self.calls - 1, self.per_step)  # a repeated step counts as the one after
-        return self.on and micro_batch == BAD_MICRO_BATCH and step in ((BAD_STEP, BAD_STEP + 1) if self.repeats else (BAD_STEP,))
+        step, micro_batch = divmod(self.calls - 1, self.per_step)
+        return micro_batch == BAD_MICRO_BATCH and step in self.bad_steps
 
-    def in_output(self, module, value):
-        module.register_forward_hook(
-            lambda m, args, out: out.masked_fill(torch.ones_like(out).cumsum(-1) == 3, value) if self.now() else None
-        )
+    def in_output(self, module):
+        third = torch.arange(module.out_features) == 3
+        module.register_forward_hook(lambda m, args, out: out.masked_fill(third, torch.nan) if self.now() else None)
 
     def in_gradient(self, parameter):
-        self.keep = get_gradient_edge(parameter).node
-        self.keep.register_prehook(lambda grads: (grads[0].clone().fill_(torch.inf),) if self.now() else None)
+        self.node = get_gradient_edge(parameter).node
+        self.node.register_prehook(lambda grads: (torch.full_like(grads[0], torch.inf),) if self.now() else None)
+
+    def in_loss(self, stage):
+        """Targets of probability 0, behind every module: the loss is infinite, its gradients are finite."""
+        logits_of, some = stage._logits, torch.arange(VOCAB) % 3 == 0
+        stage._logits = lambda hidden: logits_of(hidden).masked_fill(some & self.now(), -torch.inf)
 
 
-def run_planted(trial, where, data_rank, tensor_rank=0):
-    """Three steps, the second of which goes wrong: (result, what was found, weights) of each."""
-    if trial.deepspeed.get("fp16", {}).get("enabled"):
-        allow_fp16()
+def run_planted(trial, where, data_rank):
+    """Three steps, the second of which goes wrong on one data rank: (skip reason, what was found, loss, weights) of each."""
     trainer = build_trainer(trial)
     probe = Probe(trainer, trial.optimizer.clip)
-    plant = Plant(trainer, trial)
-    grid, causal = trainer.grid, trainer.stage.causal
-    here = grid.data_rank == data_rank and grid.tensor_rank == tensor_rank
-    plant.repeats = where != "once"
-    layer = 2 if 2 in trainer.stage.own else None
-    if here and layer is not None and where in ("output", "once"):
-        plant.in_output(causal.model.layers[layer].mlp.up_proj, torch.nan)
-    if here and layer is not None and where == "gradient":
-        plant.in_gradient(causal.model.layers[layer].mlp.up_proj.weight)
-    if grid.data_rank == data_rank and grid.is_last_stage and where == "loss":  # a target of probability 0
-        causal.lm_head.register_forward_hook(
-            lambda m, args, out: torch.cat([out[..., :-40], out[..., -40:] - torch.inf], -1) if plant.now() else None
-        )
-    steps = []
+    plant = Plant(trainer, trial, once=where == "once")
+    grid, stage = trainer.grid, trainer.stage
+    victim = stage.causal.model.layers[2].mlp.up_proj if 2 in stage.own else None
+    if grid.data_rank == data_rank and grid.tensor_rank == 0 and victim is not None:
+        if where in ("output", "once"):
+            plant.in_output(victim)
+        if where == "gradient":
+            plant.in_gradient(victim.weight)
+        if where == "loss" and stage.is_last:
+            plant.in_loss(stage)
+    steps, scored = [], trial.global_seqs * trial.seq_len
     for index, micro in enumerate(rank_batches(trial, trainer)):
-        if where == "weight" and index == BAD_STEP and here and layer is not None:
-            parameter = causal.model.layers[layer].mlp.up_proj.weight
-            getattr(parameter, "ds_tensor", parameter).data.flatten()[3] = torch.inf
-        scored = trial.global_seqs * trial.seq_len
+        if where == "weight" and index == BAD_STEP and grid.data_rank == data_rank and victim is not None:
+            victim.weight.data.flatten()[3] = torch.inf
         probe.begin(parameters=True, layers=False)
         result = trainer.train_step(micro, trial.optimizer.lr, scored)
-        seen = probe.read(result)
-        assert bool(seen.values) != result.skipped
+        assert bool(probe.read(result).values) != result.skipped
         found = find_nonfinite(trainer, micro, scored) if result.skip_reason == NONFINITE else None
-        weights = (
-            {name: w.clone() for name, w in trainer.hf_shards().items()}
-            if trial.deepspeed["zero_optimization"]["stage"] < 3
-            else {}
-        )
-        steps.append((result.skip_reason, found, result.loss, weights))
+        steps.append((result.skip_reason, found, result.loss, whole_weights(trainer)))
     return steps
+
+
+def whole_weights(trainer):
+    with deepspeed.zero.GatheredParameters(
+        list(trainer.stage.parameters()), enabled=trainer.engine.zero_optimization_stage() == 3
+    ):
+        return {name: weight.clone() for name, weight in trainer.hf_shards().items()}
 
 
 CONFIGS = ["zero1_fp32.json", "zero1_bf16.json", "zero2_fp32.json", "zero2_bf16.json", "zero3_fp32.json", "zero3_bf16.json"]
@@ -135,7 +130,7 @@ def skip_second(trial):
     for index, micro in enumerate(rank_batches(trial, trainer)):
         if index != BAD_STEP:
             losses.append(trainer.train_step(micro, trial.optimizer.lr, trial.global_seqs * trial.seq_len).loss)
-    return losses, {name: w.clone() for name, w in trainer.hf_shards().items()}
+    return losses, whole_weights(trainer)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +138,7 @@ def skip_second(trial):
     [
         ("weight", WEIGHT, "model.layers.2.mlp.up_proj.weight", "Infinity"),
         ("gradient", GRADIENT, "model.layers.2.mlp.up_proj.weight", "Infinity"),
-        ("loss", ACTIVATION, "output of lm_head", "Infinity"),
+        ("loss", LOSS, "cross-entropy", "Infinity"),
         ("once", UNREPEATED, "", ""),
     ],
 )
@@ -154,8 +149,9 @@ def test_what_was_first(pipeline, tensor, where, kind, name, value):
         reason, found, *_ = steps[1]
         assert reason == NONFINITE
         assert (found.kind, found.name, found.value) == (kind, name, value)
-        if kind in (WEIGHT, GRADIENT):
-            assert (found.layer, found.stage, found.data_rank) == (2, pipeline - 1, 1)
-        if kind == GRADIENT:
+        if kind in (WEIGHT, GRADIENT, LOSS):
+            assert (found.stage, found.data_rank) == (pipeline - 1, 1)
+        if kind in (GRADIENT, LOSS):
             assert (found.micro_batch, found.hit) == (BAD_MICRO_BATCH, ((1, BAD_MICRO_BATCH),))
+        if kind == GRADIENT:
             assert dict(found.gradients) == {name: 64 * 96}
