@@ -7,6 +7,7 @@ other seeds, widths, batches, strengths and steps, and is what counts.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 from transformers import LlamaConfig
 
 from recipes.common.ds_config import load_ds_config, merge_ds_config
-from recipes.common.recipe import AdamW, Batch, Checkpoints, Constant, Layout, Recipe, derive_sizes
+from recipes.common.failures import TrainingError
+from recipes.common.recipe import AdamW, Batch, Checkpoints, Constant, Layout, Monitor, Recipe, derive_sizes
 from recipes.common.train import train
 from tools.common.local_ranks import run_ranks
 from tools.spikes import planted_faults as faults
@@ -99,6 +101,7 @@ def recipe_of(planted: Planted, data: Path) -> Recipe:
         deepspeed=planted.deepspeed,
         seed=planted.seed,
         checkpoints=Checkpoints(every_steps=10, keep_last=20),
+        monitor=Monitor(activations_every_steps=5, drift_every_steps=10),
     )
 
 
@@ -123,7 +126,8 @@ def _train(planted: Planted, recipe: Recipe, run_dir: str, data: str, resume: bo
     if "fp16" in config and "initial_power" in planted.options:
         config["fp16"] |= {"initial_scale_power": planted.options["initial_power"]}
     config = merge_ds_config(config, recipe, sizes, sizes.accumulation)
-    train(recipe, planted.layout, sizes, config, Path(run_dir), resume_run=resume, max_steps=steps)
+    with contextlib.suppress(TrainingError):  # the run saw that it was no use and stopped, on every rank alike
+        train(recipe, planted.layout, sizes, config, Path(run_dir), resume_run=resume, max_steps=steps)
 
 
 def inject(planted: Planted, data: Path, *, resumed: bool) -> None:
