@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from recipes.common.black_box import read_boxes
 from recipes.common.groups import group_of
 from tools.spikes.case import Case
 from tools.spikes.causes import BAD_DOCUMENT, BIT_FLIP, NORM_DRIFT, SLOW_RANK
@@ -22,18 +23,18 @@ def step_time(case: Case) -> Iterator[Evidence]:
     if seconds is None:
         yield Unanswered(SLOW_RANK, "whether steps took longer", "log seconds of each step")
         return
-    before = (case.steps < case.onset - 1) & (case.steps >= case.onset - 40)
+    before = (case.steps < case.onset - 1) & (case.steps >= case.onset - 18)
     after = (case.steps >= case.onset) & (case.steps <= max(case.onset, case.step) + 12)
     per_token = seconds / case.columns["tokens"]
     if before.sum() < 6 or after.sum() < 3:
         yield Unanswered(SLOW_RANK, "whether steps took longer", "the steps after the event")
         return
-    # a busy machine only adds time: a rank that is slow for good lifts the fastest steps too
-    usual, now = float(np.quantile(per_token[before], FAST)), float(np.quantile(per_token[after], FAST))
-    ratio = now / usual
-    noise = float(np.median(per_token[before])) / usual - 1
-    text = f"the faster steps took {ratio:.2f} times as long as before (their usual scatter {noise:.0%})"
-    if ratio < max(SLOWER, 1 + 1.5 * noise):
+    ratio = float(np.median(per_token[after]) / np.median(per_token[before]))
+    # a busy machine only adds time, now and then: a rank that is slow for good lifts the fastest steps too
+    fast = float(np.quantile(per_token[after], FAST) / np.quantile(per_token[before], FAST))
+    noise = float(np.median(per_token[before]) / np.quantile(per_token[before], FAST)) - 1
+    text = f"steps took {ratio:.2f} times as long as before, the faster ones {fast:.2f} times (usual scatter {noise:.0%})"
+    if ratio < SLOWER or fast < 1 + (SLOWER - 1) / 2:
         yield Finding(SLOW_RANK, -5.0, text)
         return
     waits = case.columns.get("data_wait_share")
@@ -94,14 +95,12 @@ def not_finite(case: Case) -> Iterator[Evidence]:
 
 
 def _drift_words(case: Case) -> str | None:
-    """What the drift check said near the event: in a step's record, or as a rank's last words."""
-    for step, record in sorted(case.all_steps.items()):
-        if case.onset - 2 <= step and record.get("drift"):
-            return str(record["drift"])
-    for path in sorted((case.folder / "logs").glob("rank_*.traceback")):
-        last = path.read_text(errors="replace").strip().rpartition("\n")[2]
-        if "copies of one parameter are no longer equal" in last:
-            return last.partition("equal: ")[2]
+    """What the first drift check after the onset said, where it found something; the run may have ended by it."""
+    until = max(case.step, case.onset) + case.monitor.get("drift_every_steps", 0)
+    for box in read_boxes(case.folder):
+        reason = str(box.get("hopeless") or "")
+        if case.onset - 2 <= box["onset_step"] <= until and _DRIFT.search(reason):
+            return "; ".join(match[0] for match in _DRIFT.finditer(reason))
     return None
 
 
