@@ -98,7 +98,7 @@ HELD_OUT_ROWS: tuple[Row, ...] = (
     (ATTENTION, "logit growth", {"rate": 0.12, "steps": 20}, TENSOR | {"pointed_at": 15}),
     (ATTENTION, "logit growth", {"rate": 0.2, "steps": 10}, {"pointed_at": 8}),
     (LOST_MICRO_BATCH, "lost", {"steps": 1, "rank": 1}, {}),
-    (LOST_MICRO_BATCH, "lost", {"steps": 1, "rank": 0}, {"world_size": 4}),
+    (LOST_MICRO_BATCH, "lost", {"steps": 1, "rank": 0}, {"world_size": 4, "micro_seqs": 2}),
     (LOST_MICRO_BATCH, "lost", {"steps": 5, "rank": 1}, {}),
     (LOST_MICRO_BATCH, "lost", {"steps": 40, "rank": 0}, {}),
     (RAMP_EDGE, "accumulation", {}, {"ramp": ((240, 8),), "at": 31}),
@@ -145,17 +145,16 @@ def trimmed() -> tuple[Planted, ...]:
 
 def score_causes() -> list[Score]:
     """Make every run of HELD_OUT and explain it: a few minutes. Healthy runs count beside the causes, not among them."""
-    places = {planted: place_of_the_truth(planted) for planted in tqdm(HELD_OUT, "planted causes", leave=False, delay=2)}
-    return scores(places)
+    return scores([(planted, place_of_the_truth(planted)) for planted in tqdm(HELD_OUT, "planted causes", leave=False, delay=2)])
 
 
-def scores(places: dict[Planted, int]) -> list[Score]:
-    """places: run -> where the right cause came, from 0."""
-    causes = [place for planted, place in places.items() if planted.cause != NOTHING]
-    healthy = [place for planted, place in places.items() if planted.cause == NOTHING]
+def scores(places: list[tuple[Planted, int]]) -> list[Score]:
+    """places: (run, where the right cause came, from 0)."""
+    causes = [place for planted, place in places if planted.cause != NOTHING]
+    healthy = [place for planted, place in places if planted.cause == NOTHING]
     first, two = sum(p == 0 for p in causes), sum(p <= 1 for p in causes)
     well = sum(p == 0 for p in healthy)
-    missed = "; ".join(f"{planted.label} (place {place + 1})" for planted, place in places.items() if place)
+    missed = "; ".join(f"{planted.label} (place {place + 1})" for planted, place in places if place)
     count = len(causes)
     return [
         Score("right cause first", f"{first} of {count} ({first / count:.0%})", f"{FIRST_GOAL:.0%}", first >= FIRST_GOAL * count),
