@@ -12,9 +12,9 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from recipes.common.checkpoint import load_state
@@ -35,11 +35,11 @@ from tools.common.local_ranks import RankError, run_ranks
 from tools.common.saved_recipe import read_recipe
 from tools.preparation.data_lookup import read_run
 from tools.spikes.batch import checkpoint_before
+from tools.spikes.case import expected
 from tools.verify import parse_layout
 
 RANKS_AT_MOST = 8  # on one machine, unless --layout asks for more
 ROUNDING = 1e-3  # relative: fp32 in another layout agrees to 1e-6, bf16 to about this
-USUAL_STEPS = 16  # before the step: what its loss would have been without an event
 STANDS_OUT = 4.0  # robust spreads above the usual loss: an event
 GONE = 0.5  # of the excess: what is left when it has gone away
 
@@ -290,13 +290,10 @@ def _relative(a: float, b: float) -> float:
 
 
 def _usual_loss(folder: Path, step: int) -> tuple[float, float]:
-    """(median, robust spread) of the steps before: what this step's loss would have been without an event."""
-    before = [r["loss"] for r in read_metrics(folder) if "loss" in r and step - USUAL_STEPS <= r["step"] < step]
-    finite = [loss for loss in before if math.isfinite(loss)]
-    if not finite:
-        return math.nan, math.nan
-    middle = median(finite)
-    return middle, 1.4826 * median(abs(loss - middle) for loss in finite)
+    """(what the steps before say this step's loss would be without an event, their robust spread)."""
+    records = [r for r in read_metrics(folder) if "loss" in r and r["step"] <= step]
+    steps, losses = np.array([r["step"] for r in records]), np.array([float(r["loss"]) for r in records])
+    return expected(steps, losses, len(steps) - 1)
 
 
 def _report(found: dict[str, Any]) -> str:
