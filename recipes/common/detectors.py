@@ -73,6 +73,7 @@ class Watch:
     def resumed(self, step: int) -> None:
         """What follows was computed from the checkpoint of `step`. Points of later steps are forgotten."""
         self._spikes.end()
+        self._slow.rewind(step)
         known = self._history[:, max(self._kept - HISTORY, 0) : self._kept]
         known = known[:, known[0] <= step]
         norms = known[2][~np.isnan(known[2])]

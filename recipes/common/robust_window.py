@@ -1,7 +1,7 @@
 """Level and spread of a noisy curve from its last healthy values: medians, so that what is odd does not move them.
 
-The curve's fall is taken out first, by the line through the medians of the window's older and newer half. A rise is not:
-it is what the detectors look for. Values the detectors flag are never put in ("quarantine"), so one spike or NaN cannot
+The curve's fall is taken out first, by the line through the medians of the window's quarters. A rise is not: it is what
+the detectors look for. Values the detectors flag are never put in ("quarantine"), so one spike or NaN cannot
 hide the next; means and deviations of raw values, the usual rule, are blind for a whole window after each.
 """
 

@@ -39,17 +39,30 @@ class SlowCurve:
         self._improved = math.inf, 0, 0  # level, step and block of the last progress
         self._told_plateau = False
         self._rise: tuple[int, Event] | None = None
+        self._last_step = 0
         self.forget()
 
     def forget(self) -> None:
         """From here on the curve is another one: there is no best level yet."""
         self._recent: deque[tuple[int, float, float]] = deque(maxlen=LEVEL_BLOCKS)  # first step, median, spread of each block
-        self._levels: deque[float] = deque(maxlen=MEMORY_LEVELS)
+        self._levels: deque[tuple[int, float]] = deque(maxlen=MEMORY_LEVELS)  # last step and level
         self._best = math.inf
         self._over = 0  # blocks in a row
 
+    def rewind(self, step: int) -> None:
+        """The run went back to its checkpoint of `step`: what was later did not happen."""
+        self._filled, self._over = 0, 0
+        self._recent = deque((block for block in self._recent if block[0] <= step), LEVEL_BLOCKS)
+        self._levels = deque((entry for entry in self._levels if entry[0] <= step), MEMORY_LEVELS)
+        self._best = min((level for _, level in self._levels), default=math.inf)
+        if self._improved[1] > step:
+            self._improved = math.inf, 0, 0
+        if self._rise is not None and self._rise[1].onset_step > step:
+            self.end(self._last_step)
+
     def add(self, steps: np.ndarray, losses: np.ndarray, off_points: int) -> None:
         """Points [n] in order; infinite where not finite. off_points: how many so far were inside spikes."""
+        self._last_step = int(steps[-1])
         while len(losses):
             if self._filled == 0:
                 self._first_step, self._off_before = int(steps[0]), off_points
@@ -79,8 +92,8 @@ class SlowCurve:
         self._blocks += 1
         self._recent.append((self._first_step, middle, spread))
         lowest = min(middle for _, middle, _ in islice(self._recent, max(len(self._recent) - CLIMB_BLOCKS, 0), None))
-        if self._rise is None and middle - lowest >= CLIMB_SHARE * lowest:
-            self._open("diverged", [middle for _, middle, _ in self._recent].index(lowest) + 1, step, lowest, middle - lowest)
+        if middle - lowest >= CLIMB_SHARE * lowest and (self._rise is None or self._rise[1].kind == "slow_rise"):
+            self._diverge(step, lowest, middle - lowest)
         elif self._rise is not None and self._rise[1].kind == "diverged":
             self._follow_climb(step, middle)
         if len(self._recent) < LEVEL_BLOCKS:
@@ -89,9 +102,9 @@ class SlowCurve:
         noise = 1.25 * median(spread for _, _, spread in self._recent) / math.sqrt(BLOCK)
         if self._levels:
             self._judge_rise(step, level, noise)
-        if len(self._levels) == MEMORY_LEVELS and self._levels[0] == self._best:
-            self._best = min(islice(self._levels, 1, None))
-        self._levels.append(level)
+        if len(self._levels) == MEMORY_LEVELS and self._levels[0][1] == self._best:
+            self._best = min(level for _, level in islice(self._levels, 1, None))
+        self._levels.append((step, level))
         self._best = min(self._best, level)
         self._judge_plateau(step, level)
 
@@ -115,6 +128,16 @@ class SlowCurve:
         evidence = {"best_level": round(best, 4), "actionable_step": step}
         self._rise = self._serial(), Event(onset, step, None, excess, kind, True, "loss", step - onset, evidence)
         self._emit(*self._rise)
+
+    def _diverge(self, step: int, lowest: float, excess: float) -> None:
+        """A climb opens an event, or is what a slow rise has become."""
+        if self._rise is None:
+            self._open("diverged", [middle for _, middle, _ in self._recent].index(lowest) + 1, step, lowest, excess)
+        else:
+            serial, event = self._rise
+            self._rise = serial, replace(event, kind="diverged", evidence={**event.evidence, "best_level": round(lowest, 4)})
+            self._follow(step, excess)
+            self._emit(*self._rise)
 
     def _follow(self, step: int, excess: float) -> None:
         serial, event = self._rise

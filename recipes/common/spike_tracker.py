@@ -255,7 +255,7 @@ class SpikeTracker:
         steady = abs(level - event.early) <= max(2 * spread, 0.02 * event.level)
         near = event.sign < 0 or (steady and excess < FAR_SHARE * event.level)
         ripe = event.points % DIVERGED_POINTS == 0
-        if norm_quiet and (noisier or (ripe and near)):
+        if (norm_quiet and (noisier or (ripe and near))) or (ripe and event.loss_z < OFF_Z):
             event.kind = "resume_artefact" if event.after_resume else "data_regime_shift"
             self._close(event, new_level=True)
         elif event.points >= LOST_POINTS:
@@ -273,6 +273,7 @@ class SpikeTracker:
         self._emit(event.serial, event.event(ended=True))
         self.open = None
         if new_level:
-            self.new_levels += 1
-            self.loss.refill(np.array(event.losses))
             self.norm.refill(np.empty(0))
+            if event.loss_z >= OFF_Z:
+                self.new_levels += 1
+                self.loss.refill(np.array(event.losses))

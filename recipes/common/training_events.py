@@ -44,6 +44,6 @@ class Event:
     delta: float  # loss at the peak above what was expected there, in nats; negative below. Not finite where the loss was not
     kind: str  # one of KINDS
     actionable: bool
-    first_signal: str  # loss, grad_norm, loss_scale, seconds
+    first_signal: str  # loss, grad_norm, loss_scale, step_time
     lead_steps: int  # from the onset to the peak
     evidence: Mapping[str, float | str] = field(default_factory=dict)  # numbers by name: largest robust z of each signal, ...

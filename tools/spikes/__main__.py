@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     bench = verb("bench", "score the detectors on a folder of logs with known events; exit 1 when a goal is missed")
     bench.add_argument("folder", type=Path, metavar="DIR", help="logs and labels.csv")
-    bench.add_argument("--only", metavar="PART", help="detection, causes or monitor (default: all)")
+    bench.add_argument("--only", metavar="PART", help="detection, speed, causes or monitor (default: all)")
     return parser.parse_args(argv)
 
 

@@ -9,14 +9,17 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from tools.common.console import FAILED, GOOD, UsageError, table
-from tools.spikes.bench_detection import score_detection
+from tools.spikes.bench_detection import score_detection, score_speed
 from tools.spikes.scores import Score
 
 
 def run(flags: argparse.Namespace) -> int:
     if not (flags.folder / "labels.csv").is_file():
         raise UsageError(f"{flags.folder} has no labels.csv: a folder of logs, laid out as tools/spikes/bench_detection.py says")
-    parts: dict[str, Callable[[], list[Score]]] = {"detection": lambda: score_detection(flags.folder)}
+    parts: dict[str, Callable[[], list[Score]]] = {
+        "detection": lambda: score_detection(flags.folder),
+        "speed": lambda: score_speed(flags.folder),
+    }
     if importlib.util.find_spec("tools.spikes.planted_causes"):
         from tools.spikes.planted_causes import score_causes
 

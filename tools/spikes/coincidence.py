@@ -31,7 +31,7 @@ def coincident(steps_a: Collection[int], steps_b: Collection[int], positions: in
     a, b = set(steps_a), set(steps_b)
     shared, fewer = a & b, min(len(a), len(b))
     mean = len(a) * len(b) / max(positions, 1)  # Poisson: spikes are few among the steps
-    below = sum(math.exp(-mean) * mean**k / math.factorial(k) for k in range(len(shared)))
+    below = sum(math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(len(shared)))
     chance = max(1.0 - below, 0.0) if shared else 1.0
     if shared and len(shared) >= MOST * fewer and chance < CHANCE:
         verdict = "data"

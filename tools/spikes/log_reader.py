@@ -15,17 +15,21 @@ def read_logs(path: Path) -> list[Log]:
 
     UsageError where there is none, with what was looked for.
     """
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or run directory")
+    try:
+        return _read(path)
+    except (OSError, EOFError) as error:  # a packed file that was cut short, too
+        raise UsageError(f"{path} cannot be read: {error}") from None
+
+
+def _read(path: Path) -> list[Log]:
     if path.is_dir():
         return [read_folder(path)]
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file or run directory")
     if "tfevents" in path.name:
         return [read_tensorboard(path)]
-    try:
-        with open_text(path) as file:
-            first = next((line for line in file if line.strip()), "")
-    except OSError as error:  # gzip's complaint too
-        raise UsageError(f"{path} cannot be read: {error}") from None
+    with open_text(path) as file:
+        first = next((line for line in file if line.strip()), "")
     if not first:
         raise UsageError(f"{path} is empty")
     if first.lstrip().startswith("{"):

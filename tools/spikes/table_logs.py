@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def read_csv(path: Path) -> list[Log]:
             if len(row) == len(header):  # the last line of a table that is being written may be short
                 runs["" if run_column is None else row[run_column]].append(row)
     if not runs:
-        raise UsageError(f"{path}: a table without a row")
+        raise UsageError(f"{path}: a table without a single step")
     logs = []
     for run, rows in runs.items():
         cells = {column: [_float(row[at]) for row in rows] for column, at in keys.items()}
@@ -92,12 +93,15 @@ def read_csv(path: Path) -> list[Log]:
 
 def _read_numbers(path: Path, keys: dict[str, int]) -> Log | None:
     """A table of numbers only, five times as fast; None where a cell is empty or text."""
-    with open_text(path) as file:
+    with open_text(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's, where there are no rows
         next(file)
         try:
             numbers = np.loadtxt(file, delimiter=",", usecols=list(keys.values()), ndmin=2, comments=None)
         except ValueError:
             return None
+    if not len(numbers):
+        return None
     columns = dict(zip(keys, numbers.T.copy(), strict=True))
     steps = columns.pop("step")
     for name, values in columns.items():

@@ -94,8 +94,8 @@ FORMATS = (
 )
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-# DeepSpeed's and apex's loss scalers say it between the steps
-SCALE = re.compile(r"(?:loss scale: \S+, reducing to|reducing loss scale to) " + NUMBER, re.IGNORECASE)
+# DeepSpeed says it between the steps: runtime/fp16/loss_scaler.py, fused_optimizer.py
+SCALE = number_after(r"(?:Attempted loss scale: \S+, reducing|(?:Reducing|Increasing) dynamic loss scale from \S+) to ")
 RESUMES = (
     (re.compile(r"loaded checkpoint .*at iteration (\d+)"), 0),  # Megatron
     (re.compile(r"Training starts at step (\d+)"), 1),  # torchtitan: the first step to come
