@@ -11,11 +11,12 @@ from recipes.common import reaction
 from recipes.common.black_box import read_boxes
 from recipes.common.check import reaction_problems
 from recipes.common.checkpoint_files import sealed_checkpoints
+from recipes.common.checkpoint_reader import Reader
 from recipes.common.detectors import Event
 from recipes.common.metrics import read_metrics
 from recipes.common.order import sequence_position
-from recipes.common.recipe import AdamW, Checkpoints, Constant, Evaluation, Reaction
-from recipes.common.rewinds import Rewind, lr_factor_at, tries_at
+from recipes.common.recipe import AdamW, Checkpoints, Constant, Evaluation, Layout, Monitor, Reaction
+from recipes.common.rewinds import Rewind, lr_factor_at, read_history, tries_at
 from tests.test_checkpoint import assert_same_state, run
 from tests.tiny import tiny_recipe, write_shards
 from tools.common.local_ranks import RankError
@@ -39,15 +40,24 @@ class HalfANat:
 
 
 @pytest.fixture(autouse=True)
-def simple_detectors(monkeypatch):
+def simple_detectors(request, monkeypatch):
     """The detectors have tests of their own; ranks are forked, so they see this too."""
-    monkeypatch.setattr(reaction, "Watch", HalfANat)
+    if "real_detectors" not in request.fixturenames:
+        monkeypatch.setattr(reaction, "Watch", HalfANat)
+
+
+@pytest.fixture
+def real_detectors():
+    """For a test that shows the whole: what the detectors see is what the run undoes."""
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Easy text, and hard sequences where step BAD_STEP reads."""
-    folder = tmp_path_factory.mktemp("data") / "tokens"
+    return write_easy_text(tmp_path_factory.mktemp("data") / "tokens", np.arange(4 * (BAD_STEP - 1), 4 * BAD_STEP))
+
+
+def write_easy_text(folder, bad_sequences):
     write_shards(folder, tokens=8_000)
     rng = np.random.default_rng(0)
     for name in ("train", "validation"):
@@ -55,7 +65,7 @@ def data(tmp_path_factory):
         count = path.stat().st_size // 2
         ids = rng.integers(*KNOWN, count).astype("<u2")
         if name == "train":
-            for position in sequence_position(1234, np.arange(4 * (BAD_STEP - 1), 4 * BAD_STEP), (count - 1) // 16):
+            for position in sequence_position(1234, bad_sequences, (count - 1) // 16):
                 ids[position * 16 : position * 16 + 17] = rng.integers(*UNKNOWN, 17)
         path.write_bytes(ids.tobytes())
     return folder
@@ -89,6 +99,34 @@ def test_a_rewound_run_equals_bitwise_one_resumed_by_hand(data, tmp_path, ranks,
     by_hand = run(logged, ranks, tmp_path / "by_hand", resume=True, resume_step=4, skips=((16, 24),))
     assert numbers(rewound) == numbers(by_hand)
     assert_same_state(tmp_path / "rewound", tmp_path / "by_hand", 0.0)
+
+
+def test_a_bad_document_is_seen_undone_and_costs_nothing(tmp_path, real_detectors):
+    """Steps 71 to 73 read words that no text before had, at a high learning rate. The clean run never meets them."""
+    steps, bad = 90, np.arange(4 * 70, 4 * 73)
+    final = {}
+    for name, sequences in (("clean", bad[:0]), ("planted", bad)):
+        recipe = recipe_on(
+            write_easy_text(tmp_path / name / "data", sequences),
+            steps=steps,
+            evaluation=Evaluation(every_steps=steps, seqs=16),
+            checkpoints=Checkpoints(every_steps=10),
+            monitor=Monitor(activations_every_steps=0, drift_every_steps=0),
+        )
+        final[name] = run(recipe, 1, tmp_path / name / "run")
+    (rewind,) = read_history(tmp_path / "planted/run")
+    assert rewind.onset_step == 71
+    assert rewind.to_step == 60
+    assert rewind.from_step <= 74
+    assert set(bad[:8].tolist()) <= set(range(*rewind.skipped))  # all that was read of it by the time it was seen
+    assert read_history(tmp_path / "clean/run") == ()
+    undone = [r["loss"] for r in read_metrics(tmp_path / "planted/run/metrics.after_step_00000060.jsonl")]
+    assert max(undone) > final["clean"][70]["loss"] + 1
+    assert final["planted"][steps]["val_loss"] == pytest.approx(final["clean"][steps]["val_loss"], abs=0.05)
+    (box,) = [box for box in read_boxes(tmp_path / "planted/run") if box["reaction"]]
+    with np.load(tmp_path / "planted/run/events" / box["folder"] / "tensor_stats.npz") as stats:
+        assert stats["steps"].max() >= 72  # of steps that the run's own statistics no longer hold
+        assert "lm_head.weight" in stats["names"]
 
 
 def test_a_rewind_is_in_the_metrics_the_history_and_a_black_box(data, tmp_path):
@@ -125,6 +163,47 @@ def test_a_stop_after_the_rewind_forgets_nothing(data, tmp_path):
     assert numbers(resumed) == numbers(straight)
 
 
+class HighestNormSoFar(HalfANat):
+    """A step whose norm is a quarter above all before it is off the curve."""
+
+    def push(self, step, values):
+        self.highest = max(getattr(self, "highest", 0.0), values.get("grad_norm", 0.0))
+        return []
+
+    def norm_limit(self):
+        return 1.25 * getattr(self, "highest", np.inf)
+
+
+@pytest.mark.parametrize(
+    ("layout", "config"),
+    [
+        (Layout(pipeline=2), "zero1_bf16.json"),
+        (Layout(tensor=2), "zero1_fp32.json"),
+        (Layout(), "zero2_fp32.json"),
+        (Layout(), "zero3_fp32.json"),
+    ],
+)
+def test_a_step_over_the_ceiling_changes_no_weight(data, tmp_path, monkeypatch, layout, config):
+    monkeypatch.setattr(reaction, "Watch", HighestNormSoFar)
+    recipe = recipe_on(
+        data,
+        steps=4,
+        layouts={2: layout},
+        deepspeed=config,
+        checkpoints=Checkpoints(every_steps=1, keep_last=9),
+        reaction=Reaction(action="skip"),
+    )
+    records = run(recipe, 2, tmp_path)
+    assert [step for step in records if "skip_reason" in records[step]] == [3]
+    assert 1.25 * max(records[step]["grad_norm"] for step in (1, 2)) < records[3]["grad_norm"] < np.inf
+    assert records[3]["skipped_steps"] == 1
+    readers = [Reader(folder) for folder in sealed_checkpoints(tmp_path)[1:]]
+    for kind in ("master", "exp_avg"):
+        before, after, later = ({name: reader.whole(name, kind) for name in reader.names(kind)} for reader in readers)
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+        assert any(not np.array_equal(after[name], later[name]) for name in after)
+
+
 def test_tries_are_bounded_and_the_error_names_them(data, tmp_path, monkeypatch):
     class Always(HalfANat):
         def push(self, step, values):
@@ -134,7 +213,7 @@ def test_tries_are_bounded_and_the_error_names_them(data, tmp_path, monkeypatch)
     recipe = recipe_on(data, reaction=Reaction(action="rewind", max_rewinds=2, lr_factor=0.5, lr_steps=2))
     words = (
         r"TrainingError: step 6: diverged from step 6; tried: diverged from step 6: from step 6 back to 4, sequences 16:24 left "
-        r"out, learning rate x 0.5 up to step 6; tried: .*from step 6 back to 2, sequences 24:32 left out.*; the last checkpoint"
+        r"out, learning rate x 0.5 up to step 6; tried: .*from step 6 back to 2, sequences 24:40 left out.*; the last checkpoint"
     )
     with pytest.raises(RankError, match=words):
         run(recipe, 1, tmp_path)

@@ -30,7 +30,7 @@ from recipes.common.stage import balance_stages, layer_costs
 from recipes.common.tensor_parallel import plan_split
 from recipes.common.weights import build_empty
 
-REACTIONS = ("log", "rewind")
+REACTIONS = ("log", "skip", "rewind")
 
 
 def check_recipe(recipe: Recipe, world_size: int, *, here: bool, found: Sequence[str] = ()) -> tuple[Layout, dict[str, Any]]:

@@ -45,7 +45,8 @@ def _rates(recipe: Recipe) -> str:
 
 def _reaction(reaction: Reaction) -> str:
     if reaction.action != "rewind":
-        return "logged, with a black box"
+        skips = "a step whose gradient norm is off its curve changes no weight; " if reaction.action == "skip" else ""
+        return skips + "logged, with a black box"
     rate = f", the learning rate x {reaction.lr_factor:g} for {reaction.lr_steps:,} steps" if reaction.lr_steps else ""
     return f"rewind to a checkpoint before it and skip the sequences{rate}; {reaction.max_rewinds} tries, then stop"
 

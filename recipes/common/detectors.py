@@ -85,6 +85,10 @@ class Watch:
         self._level = ResumeLevel(window.center, window.fall, window.scale) if window.count >= ENOUGH else None
         self._resume_point, self._bumped = self._point, False
 
+    def norm_limit(self) -> float:
+        """The gradient norm at which an event would open at the next step; infinite while too little is known."""
+        return math.exp(self._spikes.norm.high) if self._spikes.norm.ready else math.inf
+
     def finish(self) -> list[Event]:
         """The log ends here: what was still open, as it ended there."""
         return [event for _, event in self._finish()]

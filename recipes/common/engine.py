@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import io
 import logging
+import math
 import os
 import socket
 import traceback
@@ -30,12 +31,14 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from recipes.common.data import document_positions
 from recipes.common.grid import Grid, Mpu
 from recipes.common.loss import IGNORED
+from recipes.common.norm_gate import NormGate
 from recipes.common.recipe import AdamW, Optimizer
 from recipes.common.stage import Stage
 
 Labels = tuple[torch.Tensor, torch.Tensor]
 
 OVERFLOW = "overflow"  # of fp16 gradients under a loss scale that is too large: the scale falls and training goes on
+TOO_HIGH = "too_high"  # a gradient norm over the ceiling that the caller gave
 NONFINITE = "nonfinite"  # a NaN or an infinity in the loss or the gradients
 
 
@@ -72,7 +75,7 @@ class StepResult:
     grad_norm: float  # over the whole model, before clipping
     loss_scale: float  # 1.0 unless fp16
     skipped: bool  # the weights and the optimizer's state did not change, on any rank
-    skip_reason: str | None  # OVERFLOW or NONFINITE
+    skip_reason: str | None  # OVERFLOW, NONFINITE or TOO_HIGH
     votes: tuple[bool, ...]  # for each vote that was cast, whether any rank said yes
     observed: np.ndarray  # what the probe saw, summed over all ranks
 
@@ -187,6 +190,7 @@ class Trainer:
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]
         self.probe: StepProbe | None = None
+        self._gate = NormGate(grid.device)
 
     def set_global_seqs(self, global_seqs: int) -> None:
         """The batch ramp: the micro batch stays, its number changes."""
@@ -197,16 +201,23 @@ class Trainer:
             self.accumulation = accumulation
 
     def train_step(
-        self, micro_batches: list[torch.Tensor], lr: float, scored_tokens: int, votes: tuple[bool, ...] = ()
+        self,
+        micro_batches: list[torch.Tensor],
+        lr: float,
+        scored_tokens: int,
+        votes: tuple[bool, ...] = (),
+        norm_ceiling: float = math.inf,
     ) -> StepResult:
         """One optimizer step. micro_batches: this data rank's, each [micro_seqs, seq_len + 1] ids, on the CPU.
 
         scored_tokens: targets in the global batch. votes: what this rank wants to happen after the step; they travel with the
-        losses. The result is read from the device: the one wait of a step.
+        losses. norm_ceiling: with a higher gradient norm the step is left out. The result is read from the device: the one wait
+        of a step.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self.engine.skipped_steps
+        self._gate.open(norm_ceiling, self._loss_scale())
         finite = True
         try:
             self.run_micro_batches(micro_batches, scored_tokens)
@@ -219,7 +230,9 @@ class Trainer:
         losses, by_rank = losses / (len(micro_batches) * self.grid.data), by_rank / [[len(micro_batches)], [1.0]]
         worst = int(np.argmax(by_rank[0]))  # the first NaN, where there is one
         skipped = self.engine.skipped_steps > skipped_before
-        scaled = self.engine.fp16_enabled()
+        overflowed = self.engine.fp16_enabled() and np.isfinite(losses[0])
+        refused, norm = self._gate.refused_norm, float(self.engine.get_global_grad_norm() or 0.0)
+        reason = TOO_HIGH if refused is not None else OVERFLOW if overflowed else NONFINITE
         return StepResult(
             loss=float(losses[0]),
             log_z_squared=float(losses[1]),
@@ -227,13 +240,16 @@ class Trainer:
             max_logit=float(by_rank[1].max()),
             loss_max=float(by_rank[0, worst]),
             loss_max_rank=worst,
-            grad_norm=float(self.engine.get_global_grad_norm() or 0.0) if finite else float("nan"),
-            loss_scale=float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if scaled else 1.0,
+            grad_norm=refused if refused is not None else norm if finite else float("nan"),
+            loss_scale=self._loss_scale(),
             skipped=skipped,
-            skip_reason=(OVERFLOW if scaled and np.isfinite(losses[0]) else NONFINITE) if skipped else None,
+            skip_reason=reason if skipped else None,
             votes=tuple(count > 0 for count in counts),
             observed=observed,
         )
+
+    def _loss_scale(self) -> float:
+        return float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if self.engine.fp16_enabled() else 1.0
 
     def run_micro_batches(self, micro_batches: list[torch.Tensor], scored_tokens: int) -> None:
         """Forward, backward and the optimizer's step. DeepSpeed leaves the step out where the gradient norm is not finite."""

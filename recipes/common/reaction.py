@@ -1,4 +1,4 @@
-"""What a run does about trouble, as its recipe says: log it, or rewind and skip.
+"""What a run does about trouble, as its recipe says: log it, leave the step out, or rewind and skip.
 
 Every rank pushes the same numbers into the same detectors and comes to the same decision, so nothing is sent for it. A rewind
 goes back to a checkpoint before the onset, in the same process, and leaves out the sequences that the suspect steps read. It is
@@ -45,6 +45,7 @@ from recipes.common.rewinds import (
 from recipes.common.schedules import seqs_after
 
 MEMORY_STEPS = 4096  # what the detectors are told again after a resume or a rewind
+MAX_SKIPS_IN_A_ROW = 8
 _BYTES_A_RECORD = 2048  # more than a line of metrics.jsonl has
 
 # slow steps, a bump after a resume and a rise over thousands of steps are nothing that other sequences would cure
@@ -66,6 +67,7 @@ class Responder:
         self._skips: tuple[tuple[int, int], ...] = ()
         self._seen: deque[tuple[int, dict[str, float]]] = deque(maxlen=MEMORY_STEPS)
         self._news: list[Event] = []
+        self._skipped_in_a_row = 0
         self._open: dict[int, Event] = {}  # by onset: events that go on
         self._watch, self._clock = Watch(), Watch()
 
@@ -81,6 +83,12 @@ class Responder:
 
     def lr_factor(self, step: int) -> float:
         return lr_factor_at(self.history, step)
+
+    def norm_ceiling(self) -> float:
+        """A step with a higher gradient norm is left out. Not for ever: a norm that stays up is the new curve."""
+        if self._recipe.reaction.action != "skip" or self._skipped_in_a_row >= MAX_SKIPS_IN_A_ROW:
+            return math.inf
+        return self._watch.norm_limit()
 
     def look(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """After every step: show it to the detectors. Gives what they and the history have to say in the step's record."""
@@ -109,7 +117,8 @@ class Responder:
         hopeless: since which step going on is useless, if it is, and why. skipped: the step did not change the weights, so
         whatever it showed did no harm. Raises TrainingError where nothing is left to try.
         """
-        causes = [event for event in self._news if calls_for_rewind(self._recipe.reaction, event) and not skipped]
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        causes = [event for event in self._news if calls_for_rewind(self._recipe.reaction, event, self.history) and not skipped]
         cause = causes[0] if causes else None
         if hopeless is not None and cause is None:
             since, reason = hopeless
@@ -142,7 +151,7 @@ class Responder:
     def _plan(self, event: Event, position: Position, tries: int) -> Rewind | None:
         """The next try; None where no checkpoint is from before the event."""
         self._saver.finish()  # the newest may still be on its way to the disk
-        suspects = suspect_steps(event)
+        suspects = suspect_steps(event, position.step, tries)
         to_step = [checkpoint_before(self._out_dir, suspects[0], tries) if self._log is not None else None]
         if dist.get_world_size() > 1:  # a shared file system may show the ranks different moments
             dist.broadcast_object_list(to_step, src=0, device=self._trainer.grid.device)
@@ -221,17 +230,22 @@ class Responder:
             self._log.note(text)
 
 
-def calls_for_rewind(reaction: Reaction, event: Event) -> bool:
-    """What has ended needs no cure any more."""
-    return reaction.action == "rewind" and event.actionable and event.end_step is None and event.kind in CURED_BY_REWIND
+def calls_for_rewind(reaction: Reaction, event: Event, history: tuple[Rewind, ...]) -> bool:
+    """What has ended needs no cure any more. A bump after a resume does where the run itself had gone back, and in vain."""
+    in_vain = event.kind == "resume_artefact" and bool(tries_at(history, event.onset_step))
+    curable = event.kind in CURED_BY_REWIND or in_vain
+    return reaction.action == "rewind" and event.actionable and event.end_step is None and curable
 
 
-def suspect_steps(event: Event) -> tuple[int, int]:
+def suspect_steps(event: Event, last_step: int = 0, tries: int = 0) -> tuple[int, int]:
     """(first, last) of the steps whose sequences may have caused `event`.
 
     The loss of a step is that of the weights before its update: what shows at the onset may be the update one step earlier.
+    last_step: the newest, of an event that goes on: each step so far may belong to it. tries: rewinds that did not help; each
+    doubles the stretch forward, as a bad document may be longer than what was read of it.
     """
-    return max(event.onset_step - 1, 1), max(event.peak_step, event.onset_step)
+    first, last = max(event.onset_step - 1, 1), max(event.peak_step, event.onset_step, last_step)
+    return first, last + (last - first + 1) * (2**tries - 1)
 
 
 def watched(record: Mapping[str, Any]) -> dict[str, float]:

@@ -162,7 +162,9 @@ class Monitor:
 class Reaction:
     """What to do about an event that the detectors call actionable (recipes.common.reaction). A black box is left in any case."""
 
-    action: str = "log"  # "log", or "rewind": back to a checkpoint before the onset, the suspect sequences left out
+    # "log"; "skip": a step whose gradient norm is off its curve changes no weight; "rewind": back to a checkpoint before the
+    # onset, the suspect sequences left out
+    action: str = "log"
     max_rewinds: int = 3  # in a row, without getting past the step that went wrong; then the run stops
     lr_factor: float = 1.0  # after a rewind the learning rate is multiplied by this ...
     lr_steps: int = 0  # ... for so many steps

@@ -18,7 +18,7 @@ from recipes.common.checkpoint import Position, Saver, resume
 from recipes.common.data import Prefetcher, open_train, open_validation, step_micro_batches, validation_micro_batches
 from recipes.common.describe import describe_run
 from recipes.common.ds_config import merge_ds_config
-from recipes.common.engine import StepResult, Trainer, start_distributed
+from recipes.common.engine import TOO_HIGH, StepResult, Trainer, start_distributed
 from recipes.common.failures import end_rank, guard_rank
 from recipes.common.flags import out_dir_problems, parse_flags
 from recipes.common.grid import Grid, build_grid
@@ -120,7 +120,7 @@ def train(
         lr = learning_rate_at(recipe, step, (position.consumed_seqs + seqs) * recipe.batch.seq_len) * responder.lr_factor(step)
         votes = (leave.wanted(), grid.rank == 0 and saver.due_by_time())
         observer.before_step(step)
-        result = trainer.train_step(micro_batches, lr, tokens, votes)
+        result = trainer.train_step(micro_batches, lr, tokens, votes, responder.norm_ceiling())
         leaving, time_to_save = result.votes
         position = position.after_step(seqs, skipped=result.skipped)
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
@@ -265,6 +265,8 @@ def _record(
         record["log_z_squared"] = result.log_z_squared
     if result.loss_scale != 1.0 or position.skipped_steps:
         record |= {"loss_scale": result.loss_scale, "skipped_steps": position.skipped_steps}
+    if result.skip_reason == TOO_HIGH:
+        record["skip_reason"] = "gradient norm off its curve"
     return record
 
 

@@ -53,21 +53,24 @@ def report(source: Path, out: Path | None = None) -> Path:
         raise UsageError(f"{source}: no such run directory or log")
     columns = Columns()
     facts = page_facts(source, read_numbers(source), columns)
+    out = out or (source / "spikes.html" if source.is_dir() else Path(source.name + ".html"))
+    try:
+        out.write_text(fill_page(facts, columns), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error}") from None
+    return out
+
+
+def fill_page(facts: dict[str, Any], columns: Columns) -> str:
     folder = Path(__file__).parent
-    page = (folder / "report_page.html").read_text(encoding="utf-8")
     fillings = {
         "__TITLE__": html.escape(f"{facts['name']}: training report"),
         "__FACTS__": json.dumps(facts, allow_nan=False, separators=(",", ":")).replace("</", "<\\/"),
         "__COLUMNS__": columns.encoded(),
         "__SCRIPT__": (folder / "report_page.js").read_text(encoding="utf-8"),
     }
-    head, *pieces = _split(page, list(fillings))
-    out = out or (source / "spikes.html" if source.is_dir() else Path(source.name + ".html"))
-    try:
-        out.write_text(head + "".join(fillings[name] + rest for name, rest in pieces), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--out {out}: {error}") from None
-    return out
+    head, *pieces = _split((folder / "report_page.html").read_text(encoding="utf-8"), list(fillings))
+    return head + "".join(fillings[name] + rest for name, rest in pieces)
 
 
 def _split(page: str, names: list[str]) -> Iterator[Any]:
