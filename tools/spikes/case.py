@@ -72,7 +72,9 @@ class Case:
         return float(column[found[0]]) if found.size and column is not None else math.nan
 
     def near_onset(self) -> list[int]:
-        return [int(s) for s in self.steps if self.onset - 2 <= s <= max(self.step, self.onset + 1)]
+        """The steps that may hold the cause: just before the onset to where the user points; wider where nothing stands out."""
+        first = self.onset - 2 if self.moved else self.step - LOOK_BACK
+        return [int(s) for s in self.steps if first <= s <= max(self.step, self.onset + 1)]
 
     def odd_sequences(self, step: int) -> list[Oddity]:
         """The sequences of a step against ordinary ones of the run's data. Raises OSError or ValueError without the data."""
