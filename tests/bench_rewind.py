@@ -2,9 +2,9 @@
 
 python tests/bench_rewind.py [--steps 160] [--out runs/rewind]        # needs runs/quickstart_data (bash launch/quickstart.sh)
 
-A document of random words is prepared with tools.prepare_data and enters the blend for two steps, three quarters of each. Four
-runs of one recipe: without it, twice (another seed gives the noise); with it, logged; with it, rewound. Every run is started as
-a user starts it. Prints the validation loss on the good text at the end of each, what the detectors saw live, and the report.
+A document of random words is prepared with tools.prepare_data and enters the blend for BAD_STEPS steps, three quarters of each.
+Four runs of one recipe, started as a user starts them: without it, twice (another seed gives the noise); with it, logged; with
+it, rewound. Prints the validation loss on the good text at the end of each, what the detectors saw live, and the report.
 Exit 1 unless the rewound run ends within the noise of the clean ones.
 """
 
@@ -31,6 +31,7 @@ from tools.common.console import table
 
 GOOD = ROOT / "runs/quickstart_data"
 SEQ_LEN, GLOBAL_SEQS = 128, 8  # a quarter of the quickstart's batch: four runs in minutes
+BAD_STEPS = 8
 NOISE_FACTOR = 2.0  # of the difference that another seed makes
 
 
@@ -85,7 +86,7 @@ def recipe_text(flags: argparse.Namespace, *, seed: int, bad: Path | None = None
     data = repr(str(GOOD))
     if bad is not None:
         good = {str(GOOD): 1.0}
-        changes = ((bad_step * tokens, {str(GOOD): 1.0, str(bad): 3.0}), ((bad_step + 2) * tokens, good))
+        changes = ((bad_step * tokens, {str(GOOD): 1.0, str(bad): 3.0}), ((bad_step + BAD_STEPS) * tokens, good))
         data = f"Blend(weights={good!r}, changes={changes!r})"
     every = flags.steps // 16
     changed = {

@@ -102,8 +102,8 @@ def test_a_rewound_run_equals_bitwise_one_resumed_by_hand(data, tmp_path, ranks,
 
 
 def test_a_bad_document_is_seen_undone_and_costs_nothing(tmp_path, real_detectors):
-    """Steps 71 to 73 read words that no text before had, at a high learning rate. The clean run never meets them."""
-    steps, bad = 90, np.arange(4 * 70, 4 * 73)
+    """Steps 43 to 45 read words that no text before had, at a high learning rate. The clean run never meets them."""
+    steps, bad = 60, np.arange(4 * 42, 4 * 45)
     final = {}
     for name, sequences in (("clean", bad[:0]), ("planted", bad)):
         recipe = recipe_on(
@@ -115,17 +115,17 @@ def test_a_bad_document_is_seen_undone_and_costs_nothing(tmp_path, real_detector
         )
         final[name] = run(recipe, 1, tmp_path / name / "run")
     (rewind,) = read_history(tmp_path / "planted/run")
-    assert rewind.onset_step == 71
-    assert rewind.to_step == 60
-    assert rewind.from_step <= 74
+    assert rewind.onset_step == 43
+    assert rewind.to_step == 40
+    assert rewind.from_step <= 46
     assert set(bad[:8].tolist()) <= set(range(*rewind.skipped))  # all that was read of it by the time it was seen
     assert read_history(tmp_path / "clean/run") == ()
-    undone = [r["loss"] for r in read_metrics(tmp_path / "planted/run/metrics.after_step_00000060.jsonl")]
-    assert max(undone) > final["clean"][70]["loss"] + 1
+    undone = [r["loss"] for r in read_metrics(tmp_path / "planted/run/metrics.after_step_00000040.jsonl")]
+    assert max(undone) > final["clean"][42]["loss"] + 1
     assert final["planted"][steps]["val_loss"] == pytest.approx(final["clean"][steps]["val_loss"], abs=0.05)
     (box,) = [box for box in read_boxes(tmp_path / "planted/run") if box["reaction"]]
     with np.load(tmp_path / "planted/run/events" / box["folder"] / "tensor_stats.npz") as stats:
-        assert stats["steps"].max() >= 72  # of steps that the run's own statistics no longer hold
+        assert stats["steps"].max() >= 44  # of steps that the run's own statistics no longer hold
         assert "lm_head.weight" in stats["names"]
 
 

@@ -103,7 +103,7 @@ class Responder:
                 self._open.pop(event.onset_step, None)
         if self._log is not None:  # rank 0's clock is its own: nothing is decided by it
             timed = self._clock.push(step, {"loss": values["loss"], "seconds": record["seconds"]})
-            self._news += [event for event in timed if event.first_signal == "seconds"]
+            self._news += [event for event in timed if event.kind == "hardware_suspect"]
         fields = history_fields(self.history, step)
         if self._news:
             fields["event"] = ", ".join(dict.fromkeys(event.kind for event in self._news))
@@ -132,7 +132,7 @@ class Responder:
             plan = self._plan(cause, position, len(tried)) if len(tried) < self._recipe.reaction.max_rewinds else None
         self._leave_boxes(position, cause, plan, hopeless)
         if plan is not None:
-            return self._go_back(plan, cause)
+            return self._go_back(plan)
         if hopeless is not None or tried:
             raise TrainingError(self._last_words(position.step, cause, tried, hopeless))
         return None
@@ -143,7 +143,7 @@ class Responder:
         try:
             yield
         except TrainingError as error:
-            step = position.step
+            step, self._news = position.step, []
             event = Event(step, step, None, math.nan, "hardware_suspect", True, "drift", 0, {"reason": str(error)})
             self._leave_boxes(position, event, None, (step, str(error)))
             raise
@@ -169,7 +169,7 @@ class Responder:
             lr_until_step=to_step[0] + reaction.lr_steps,
         )
 
-    def _go_back(self, plan: Rewind, event: Event) -> Position:
+    def _go_back(self, plan: Rewind) -> Position:
         loaded = resume(self._out_dir, self._trainer, last_step=plan.to_step)
         # one that was damaged is passed over: the run may be further back than planned
         plan = replace(plan, to_step=loaded.step, lr_until_step=loaded.step + self._recipe.reaction.lr_steps)

@@ -22,6 +22,7 @@ from tools.spikes.report_events import describe_source, figures, hint, list_even
 from tools.spikes.report_heat import heat_map, read_slice
 from tools.spikes.report_tables import Numbers, is_run, read_numbers
 
+NO_MAP = ("step_time", "drift")  # signals that no layer explains
 MOST_MAPS = 12  # events with a map of layers; those that call for something come first
 BLUE, GREEN, ORANGE, VIOLET, TEAL, BROWN = "#1c5fb0", "#0b7a4b", "#d9480f", "#6741d9", "#0c8599", "#846358"
 
@@ -119,7 +120,8 @@ def panels(numbers: Numbers, columns: Columns) -> Iterator[dict[str, Any]]:
 
 
 def maps(source: Path, events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    order = sorted(range(len(events)), key=lambda i: (not events[i]["actionable"], events[i]["onset"]))
+    order = [index for index, event in enumerate(events) if event["first_signal"] not in NO_MAP]
+    order.sort(key=lambda index: (not events[index]["actionable"], events[index]["onset"]))
     for index in sorted(order[:MOST_MAPS]) if source.is_dir() else []:
         event = events[index]
         found = read_slice(source, event["box"], event["onset"], event["end"] or event["peak"])
