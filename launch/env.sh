@@ -32,22 +32,9 @@ export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 # NCCL says why a connection failed, and nothing else.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
-# gloo (CPU runs, and the control messages of GPU runs) takes the address that the host name resolves to, which is 127.0.1.1
-# on many machines, or nothing in a container. On one machine: loopback (`machines=one` before sourcing). On several: NCCL's
-# interface where the user named a single one, else that of the default route. NCCL's own choice is good, so it is left alone.
-if [[ -z "${GLOO_SOCKET_IFNAME:-}" ]]; then
-    if [[ "${machines:-several}" == one ]]; then
-        [[ ! -d /sys/class/net/lo ]] || export GLOO_SOCKET_IFNAME=lo
-    elif [[ "${NCCL_SOCKET_IFNAME:-}" =~ ^=?([A-Za-z0-9._-]+)$ && -d "/sys/class/net/${BASH_REMATCH[1]}" ]]; then
-        export GLOO_SOCKET_IFNAME="${BASH_REMATCH[1]}"
-    elif [[ -r /proc/net/route ]]; then
-        # the kernel's routing table, as `ip` need not be installed: interface, destination (0: the default route), ...
-        while read -r interface destination _; do
-            if [[ "$destination" == 00000000 ]]; then
-                export GLOO_SOCKET_IFNAME="$interface"
-                break
-            fi
-        done < /proc/net/route
-        unset interface destination
-    fi
-fi
+# gloo's interface is each rank's own choice (recipes/common/network.py): it differs between hosts, and the host's name may say
+# loopback. GLOO_SOCKET_IFNAME, where set, holds.
+
+# What goes to other hosts: pdsh hands over nothing by itself. No keys: its command line is logged, and seen by all.
+TRIFOLD_EXPORTS="$(compgen -e | grep -E '^(OMP_|HF_|TOKENIZERS_|PYTHONFAULT|TORCH_EXT|MALLOC_|PYTORCH_|NCCL_|TORCH_NCCL_|GLOO_|DS_ACCELERATOR|WANDB_MODE)' | tr '\n' ' ')"
+export TRIFOLD_EXPORTS

@@ -76,8 +76,6 @@ run() {
 if [[ -z "$print" ]]; then
     # shellcheck source=launch/venv.sh
     source "$here/venv.sh"
-    # shellcheck disable=SC2034 # read by env.sh
-    machines=one
     # shellcheck source=launch/env.sh
     source "$here/env.sh"
     # shellcheck source=launch/group.sh

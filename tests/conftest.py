@@ -18,5 +18,17 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import pytest  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402, F401  imported once, before ranks are forked
 import wandb  # noqa: E402, F401
+
+from tests import supervised  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory):
+    """(recipe file, run directory): under the supervisor on 2 ranks, interrupted by nobody. Broken runs are held to it."""
+    folder = tmp_path_factory.mktemp("straight")
+    recipe, run_dir = supervised.recipe_copy(folder), folder / "straight"
+    assert supervised.supervise(recipe, run_dir).wait(120) == 0, supervised.output(run_dir)
+    return recipe, run_dir

@@ -6,15 +6,13 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/venv.sh
 source launch/venv.sh
-# shellcheck disable=SC2034 # read by env.sh
-machines=one
 # shellcheck source=launch/env.sh
 source launch/env.sh
 
 failed=()
 ruff check . || failed+=("ruff check")
 ruff format --check . || failed+=("ruff format: run it and look at the difference")
-scripts=(launch/*.sh tests/*.sh .ci/run)
+scripts=(launch/*.sh launch/*.sbatch tests/*.sh .ci/run)
 for script in "${scripts[@]}"; do
     bash -n "$script" || failed+=("bash -n $script")
 done

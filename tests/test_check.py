@@ -16,7 +16,7 @@ from transformers import DeepseekV4Config, GlmMoeDsaConfig, LlamaConfig, PreTrai
 
 from recipes.common.check import check_recipe, config_problems
 from recipes.common.ds_config import version_problems
-from recipes.common.recipe import SGD, WSD, AdamW, Batch, Checkpoints, Constant, Cosine, Evaluation, Layout, RecipeError
+from recipes.common.recipe import SGD, WSD, AdamW, Batch, Checkpoints, Constant, Cosine, Evaluation, Layout, Monitor, RecipeError
 from tests.tiny import ROOT, ds_config, tiny_config, tiny_recipe, write_shards
 from tools.common.local_ranks import run_ranks
 
@@ -66,6 +66,44 @@ ONE_MISTAKE = {
         [r"^layout pipeline=5 exceeds the model's 4 layers; use 4 stages at most$"],
     ),
     "layout of zero": (1, {"layouts": {1: Layout(tensor=0)}}, [r"^layouts\[1\]\.tensor=0 must be a whole number from 1$"]),
+    "no such schedule": (
+        2,
+        {"layouts": {2: Layout(pipeline=2, schedule="zb-h1")}},
+        [r"^layouts\[2\]\.schedule='zb-h1' must be one of '1f1b', 'zero_bubble'$"],
+    ),
+    "schedule without a pipeline": (
+        2,
+        {"layouts": {2: Layout(tensor=2, schedule="zero_bubble")}},
+        [r"^layouts\[2\]\.schedule='zero_bubble' with pipeline=1: .*leave schedule out, or use pipeline=2 or more$"],
+    ),
+    "sequence without tensor ranks": (
+        2,
+        {"layouts": {2: Layout(pipeline=2, sequence_parallel=True)}},
+        [r"^layouts\[2\]\.sequence_parallel=True with tensor=1: .*leave it out, or use tensor=2 or more$"],
+    ),
+    "sequence not divided": (
+        2,
+        {"layouts": {2: Layout(tensor=2, sequence_parallel=True)}, "batch": replace(BATCH, seq_len=15)},
+        [r"^layouts\[2\]\.sequence_parallel=True: seq_len=15 is not a multiple of tensor=2; change seq_len, or use"],
+    ),
+    "sequence of experts": (
+        2,
+        {
+            "layouts": {2: Layout(tensor=2, sequence_parallel=True)},
+            "model": tiny_config("mixtral"),
+            "num_params": 362_432,
+        },
+        [r"^sequence_parallel=True: model_type=mixtral: .*\['moe_tp_experts'\].*; use sequence_parallel=False$"],
+    ),
+    "late gradients in bf16": (
+        2,
+        {
+            "layouts": {2: Layout(pipeline=2, schedule="zero_bubble")},
+            "ds:base": "zero1_bf16.json",
+            "ds:bf16": {"enabled": True, "immediate_grad_update": False},
+        },
+        [r"bf16\.immediate_grad_update is not true, and .* 'zero_bubble': .*write true, or use schedule='1f1b' in the recipe$"],
+    ),
     "batch not divided": (
         2,
         {"layouts": {2: Layout()}, "batch": replace(BATCH, global_seqs=5)},
@@ -162,6 +200,9 @@ MISTYPED = [
     ({"evaluation": None}, "evaluation=None must be Evaluation(...)"),
     ({"evaluation": Evaluation(seqs="8")}, "evaluation.seqs='8' must be a whole number"),
     ({"checkpoints": Checkpoints(every_minutes="30")}, "checkpoints.every_minutes='30' must be a number"),
+    ({"monitor": Monitor(every_steps=-1)}, "monitor.every_steps=-1 must be a whole number from 0"),
+    ({"monitor": Monitor(max_nonfinite_steps=0)}, "monitor.max_nonfinite_steps=0 must be a whole number from 1"),
+    ({"monitor": Monitor(on_drift="ignore")}, "monitor.on_drift='ignore' must be 'stop' or 'log'"),
     ({"checkpoints": Checkpoints(every_minutes=-1.0)}, "checkpoints.every_minutes=-1.0 must be 0 or more"),
 ]
 

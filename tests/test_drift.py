@@ -76,8 +76,8 @@ def test_norms_that_one_tensor_rank_does_not_clip_are_caught_at_the_first_check(
     trial = trial_of(1, 2, 1)
     for before, planted, after in run_ranks(drift_after_training, 2, trial, unclipped_norms):
         assert (before, planted) == ([], [])  # nothing has happened yet
-        assert {drift.name for drift in after} == {f"model.layers.{i}.{n}.weight" for i in range(4) for n in
-                                                   ("input_layernorm", "post_attention_layernorm")} | {"model.norm.weight"}  # fmt: skip
+        layers = {f"model.layers.{i}.{norm}.weight" for i in range(4) for norm in ("input_layernorm", "post_attention_layernorm")}
+        assert {drift.name for drift in after} == layers | {"model.norm.weight"}
         assert {(drift.across, drift.ranks, drift.group) for drift in after} == {("tensor", (0, 1), (0, 1))}
         assert all(0 < drift.largest < 0.01 for drift in after)
         assert str(next(d for d in after if d.name == NORM)).startswith(f"{NORM} differs across tensor ranks: rank 0, 1 of 0, 1")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,8 +15,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("tests/*.sh"), ROOT / ".ci" / "run"])
-PROGRAMS = ["quickstart.sh", "local.sh"]
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("tests/*.sh"), ROOT / ".ci" / "run"])
+SOURCED = {"env.sh", "group.sh", "supervised.sh", "venv.sh"}  # no programs
+STARTERS = ["local.sh", "hostfile.sh", "slurm.sbatch", "kubernetes.sh", "pod.sh"]  # all with the words RECIPE [FLAGS]
+PROGRAMS = [*STARTERS, "quickstart.sh", "node.sh"]
 
 
 def run(*command: object, **options) -> subprocess.CompletedProcess[str]:
@@ -39,13 +43,23 @@ def test_shellcheck_has_nothing_to_say() -> None:
     assert result.returncode == 0, result.stdout
 
 
+def test_every_script_is_a_program_or_is_sourced() -> None:
+    assert {path.name for path in ROOT.glob("launch/*.s*")} == {*PROGRAMS, *SOURCED}
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help(name: str) -> None:
     result = run("bash", ROOT / "launch" / name, "--help")
-    assert result.returncode == 0
-    assert result.stdout.startswith(f"usage: bash launch/{name}")
-    for flag in ("--processes", "--print"):
+    assert result.returncode == 0, result.stderr
+    assert re.match(rf"usage: (bash|sbatch \[FLAGS of sbatch\]) launch/{name}", result.stdout)
+    told = re.findall(
+        r"--[a-z-]+(?=[ ),])", (ROOT / "launch" / name).read_text().split("own_flag()")[-1].partition("\ntake_words")[0]
+    )
+    for flag in {"--print", *(told if name in STARTERS else [])}:
         assert flag in result.stdout
+    if name in STARTERS:
+        for words in ("RECIPE [FLAGS of the recipe]", "--restarts N", "--no-preflight", "Exit: 0 trained to the end"):
+            assert words in result.stdout
 
 
 def test_quickstart_prints_its_commands_from_any_folder(tmp_path: Path) -> None:
@@ -60,12 +74,56 @@ def test_quickstart_prints_its_commands_from_any_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "a b").exists()
 
 
-def test_local_prints_the_command(tmp_path: Path) -> None:
-    recipe = tmp_path / "r.py"
+SUPERVISE = ["python", str(ROOT / "tools" / "supervise.py")]
+POD = {"POD_JOB": "job", "POD_NODES": "2", "POD_SLOTS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "variables", "supervisor", "launcher"),
+    [
+        ("local.sh", ["--processes", "2"], {}, ["--processes", "2"],
+         "deepspeed --hostfile /dev/null --master_port {port} --num_gpus 2"),
+        ("local.sh", ["--restarts", "0"], {}, ["--restarts", "0"], "deepspeed --hostfile /dev/null --master_port {port}"),
+        ("hostfile.sh", ["--spares", "1", "--hostfile", os.devnull], {},
+         ["--spares", "1", "--hostfile", os.devnull, "--probe", "ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true"],
+         "deepspeed --hostfile {hostfile} --no_ssh_check {force_multi} --master_addr {master} --master_port {port}"),
+        ("slurm.sbatch", ["--processes", "8", "--min-hosts", "3"], {},
+         ["--min-hosts", "3", "--hostfile", "HOSTFILE", "--requeue", "--probe",
+          "srun --overlap --immediate=10 --nodes=1 --ntasks=1 --nodelist={host} true"],
+         "srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --nodelist={hosts} --overlap --cpu-bind=none --mpi=none "
+         f"--unbuffered bash {ROOT}/launch/node.sh {{hosts}} 8 {{master}} {{port}}"),
+        ("pod.sh", ["--no-preflight"], POD | {"JOB_COMPLETION_INDEX": "0", "POD_RESTART": "1"},
+         ["--no-preflight", "--restarts", "0", "--continue", "--address", "job-node-0-0.job", "--lease-port", "29501",
+          "--token", "job", "--master", "job-node-0-0.job", "--processes", "8"],
+         f"bash {ROOT}/launch/node.sh job-node-0-0.job,job-node-0-1.job 4 {{master}} {{port}}"),
+        ("pod.sh", [], POD | {"JOB_COMPLETION_INDEX": "1"},
+         ["--restarts", "0", "--join", "job-node-0-0.job:29501:job", "--master", "job-node-0-0.job", "--processes", "8"],
+         f"bash {ROOT}/launch/node.sh job-node-0-0.job,job-node-0-1.job 4 {{master}} {{port}}"),
+    ],
+    ids=["local", "local, all GPUs", "hostfile", "Slurm", "first pod, started again", "another pod"],
+)  # fmt: skip
+def test_prints_the_command(
+    tmp_path: Path, name: str, words: list[str], variables: dict[str, str], supervisor: list[str], launcher: str
+) -> None:
+    """What it prints is what a shell would run, from any folder."""
+    recipe = tmp_path / "it's.py"
     recipe.touch()
-    command = ["bash", ROOT / "launch/local.sh", "--print", "--processes", 2, recipe, "--max-steps", 3]
-    result = run(*command, env=os.environ | {"MASTER_PORT": "29999"})
-    assert result.stdout == (f"deepspeed --hostfile /dev/null --master_port 29999 --num_gpus 2 {recipe} --max-steps 3 \n")
+    command = ["bash", ROOT / "launch" / name, "--print", *words, recipe, "--out-dir", "a b", "--max-steps", 3]
+    result = run(*command, env=os.environ | variables, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    expected = [*SUPERVISE, *supervisor, "--launcher", launcher, str(recipe), "--out-dir", "a b", "--max-steps", "3"]
+    assert shlex.split(result.stdout) == expected
+
+
+def test_a_node_prints_its_command() -> None:
+    words = ["launch/node.sh", "--print", "a,b,c", 8, "10.0.0.1", 29500, "recipes/quickstart.py", "--max-steps", 3]
+    for place in ({"NODE_RANK": "1"}, {"SLURMD_NODENAME": "b"}):
+        result = run("bash", *words, env=os.environ | place)
+        assert result.stdout.startswith("deepspeed --no_ssh --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 --hostfile")
+        assert result.stdout.endswith(" recipes/quickstart.py --max-steps 3 \n")
+    nowhere = run("bash", *words, env=os.environ | {"SLURMD_NODENAME": "d"})
+    assert nowhere.returncode == 2
+    assert "this machine has no place among a b c: set NODE_RANK" in nowhere.stderr
 
 
 @pytest.mark.parametrize(
@@ -78,6 +136,12 @@ def test_local_prints_the_command(tmp_path: Path) -> None:
         ("local.sh", [], "which recipe?"),
         ("local.sh", ["recipes/none.py"], "there is no file recipes/none.py"),
         ("local.sh", ["--out-dir", "x"], "unknown flag --out-dir before the recipe"),
+        ("local.sh", ["--restarts", "many"], "--restarts needs a number, got 'many'"),
+        ("hostfile.sh", ["--hostfile", "none", "recipes/quickstart.py"], "there is no hostfile none"),
+        ("hostfile.sh", ["--spares", "-1"], "--spares needs a number, got '-1'"),
+        ("slurm.sbatch", ["recipes/quickstart.py"], "start it with sbatch"),
+        ("pod.sh", ["recipes/quickstart.py"], "POD_NODES='', POD_SLOTS='' and JOB_COMPLETION_INDEX='' must be numbers"),
+        ("node.sh", ["a", "8"], "needs HOSTS, SLOTS, MASTER, PORT and RECIPE, got 2 words"),
     ],
 )
 def test_wrong_flags_are_refused(name: str, arguments: list[str], message: str) -> None:
@@ -87,29 +151,22 @@ def test_wrong_flags_are_refused(name: str, arguments: list[str], message: str) 
     assert result.stdout == ""
 
 
-def environment(machines: str, extra: dict[str, str]) -> dict[str, str]:
+def environment(extra: dict[str, str]) -> dict[str, str]:
     """The variables after sourcing env.sh in a shell that has nothing but PATH and `extra`."""
-    script = f"set -euo pipefail; machines={machines}; source {ROOT}/launch/env.sh; env -0"
+    script = f"set -euo pipefail; source {ROOT}/launch/env.sh; env -0"
     result = run("bash", "-c", script, env={"PATH": os.environ["PATH"], **extra})
     assert result.returncode == 0, result.stderr
     return dict(line.split("=", 1) for line in result.stdout.split("\0") if line)
 
 
 def test_env_keeps_what_the_user_set() -> None:
-    found = environment("several", {"OMP_NUM_THREADS": "5", "GLOO_SOCKET_IFNAME": "ib0", "VIRTUAL_ENV": "/v"})
-    assert (found["OMP_NUM_THREADS"], found["GLOO_SOCKET_IFNAME"]) == ("5", "ib0")
+    found = environment({"OMP_NUM_THREADS": "5", "NCCL_IB_HCA": "mlx5", "WANDB_API_KEY": "secret", "VIRTUAL_ENV": "/v"})
+    assert found["OMP_NUM_THREADS"] == "5"
     assert found["TORCH_EXTENSIONS_DIR"] == "/v/torch_extensions"
-    assert environment("one", {})["OMP_NUM_THREADS"] == "1"
-
-
-@pytest.mark.skipif(not Path("/sys/class/net/lo").exists(), reason="no loopback interface called lo")
-def test_env_picks_an_interface_for_gloo() -> None:
-    assert environment("one", {})["GLOO_SOCKET_IFNAME"] == "lo"
-    assert environment("several", {"NCCL_SOCKET_IFNAME": "lo"})["GLOO_SOCKET_IFNAME"] == "lo"
-    routes = [line.split() for line in Path("/proc/net/route").read_text().splitlines()[1:]]
-    default = next((name for name, destination, *_ in routes if destination == "00000000"), None)
-    # a pattern that leaves interfaces out names none
-    assert environment("several", {"NCCL_SOCKET_IFNAME": "^docker0,lo"}).get("GLOO_SOCKET_IFNAME") == default
+    exports = found["TRIFOLD_EXPORTS"].split()
+    assert {"OMP_NUM_THREADS", "NCCL_IB_HCA", "TORCH_EXTENSIONS_DIR"} <= set(exports)
+    assert not {"WANDB_API_KEY", "PATH", "VIRTUAL_ENV"} & set(exports)
+    assert environment({})["OMP_NUM_THREADS"] == "1"
 
 
 def group_script(command: str) -> str:

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from recipes.common import zero_state
+from recipes.common.activations import largest_logit
 from recipes.common.monitor import STATS, Probe
 from recipes.common.recipe import SGD, AdamW, Layout
-from tests.test_fp16 import allow_fp16
+from tests.test_fp16 import allow_fp16, fp16_config
 from tests.tiny import ds_config, tiny_config
 from tools.common.local_ranks import run_ranks
 from tools.common.numerics import Trial, batches, build_trainer, initial_model, rank_batches, torch_optimizer
@@ -30,8 +32,6 @@ def trial_of(config, pipeline, tensor, data, **fields) -> Trial:
 
 def watch_in_layout(trial: Trial) -> list[dict]:
     """Each step: the statistics by parameter, by layer, and those of the whole model."""
-    if trial.deepspeed.get("fp16", {}).get("enabled"):
-        allow_fp16()
     trainer = build_trainer(trial)
     probe = Probe(trainer, trial.optimizer.clip)
     steps = []
@@ -124,8 +124,11 @@ def _forward_backward(model, trial, batch):
 
 
 def assert_equal(trial: Trial, bound: float = 1e-5) -> None:
-    """Every rank sees what one process does. Trials that differ in layout alone share their oracle."""
+    """Every rank sees what one process does."""
     wanted = run_ranks(watch_plain, 1, trial)[0]
+    if isinstance(trial.optimizer, AdamW):  # the models have something to count
+        assert 0 < np.mean(wanted[-1]["values"]["tiny_v_share"]) < 1
+        assert trial.model.tie_word_embeddings or 0 < np.mean(wanted[-1]["values"]["zero_share"]) < 1
     for rank in run_ranks(watch_in_layout, trial.world_size, trial):
         for step, oracle in zip(rank, wanted, strict=True):
             assert step["names"] == oracle["names"]
@@ -165,3 +168,91 @@ def test_zero_stages(zero):
 def test_sgd(momentum):
     optimizer = SGD(lr=0.1, momentum=momentum, weight_decay=0.3, clip=0.5)
     assert_equal(trial_of(tiny_config("llama"), 2, 1, 1, optimizer=optimizer))
+
+
+def low_precision(config, pipeline, data):
+    deepspeed = fp16_config(initial_scale_power=12) if config == "fp16" else ds_config(config)
+    return trial_of(tiny_config("llama"), pipeline, 2, data, deepspeed=deepspeed, steps=3)
+
+
+def watch_and_snapshot(trial: Trial) -> dict:
+    """Statistics of the last step, beside the norms of the fp32 master weights and of what the step added to them."""
+    if "fp16" in trial.deepspeed:
+        allow_fp16()
+    trainer = build_trainer(trial)
+    probe = Probe(trainer, trial.optimizer.clip)
+    for micro in rank_batches(trial, trainer):
+        before = owned(trainer)
+        probe.begin(parameters=True, layers=False)
+        result = trainer.train_step(micro, trial.optimizer.lr, trial.global_seqs * trial.seq_len)
+        seen = probe.read(result)
+    squares = {name: ((after - before[name]).square().sum().item(), after.square().sum().item())
+               for name, after in owned(trainer).items()}  # fmt: skip
+    cuts = trainer.stage.split.cuts
+    squares = {name: pair for name, pair in squares.items() if trainer.grid.tensor_rank == 0 or name in cuts}
+    return {"names": probe.names, "values": seen.values, "grad_norm": result.grad_norm, "squares": squares}
+
+
+def owned(trainer) -> dict[str, torch.Tensor]:
+    return {
+        fragment.name: flat[fragment.offset : fragment.offset + fragment.stop - fragment.start].detach().double()
+        for flat, fragments in zero_state.locate(trainer)
+        for fragment in fragments
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "pipeline", "data"),
+    [("zero1_bf16.json", 2, 2), ("zero2_bf16.json", 1, 2), ("zero3_bf16.json", 1, 2), ("fp16", 2, 2)],
+)
+def test_low_precision_states_the_fp32_master_weights(config, pipeline, data):
+    """Norms of weights and updates against the master weights themselves; gradients against the norm that DeepSpeed clips by."""
+    trial = low_precision(config, pipeline, data)
+    ranks = run_ranks(watch_and_snapshot, trial.world_size, trial)
+    names, values = ranks[0]["names"], ranks[0]["values"]
+    for row, name in enumerate(names):
+        pairs = np.array([rank["squares"].get(name, (0.0, 0.0)) for rank in ranks])
+        update, weight = np.sqrt(pairs.sum(axis=0))
+        assert values["weight_norm"][row] == pytest.approx(weight, rel=1e-5), name
+        assert values["update_norm"][row] == pytest.approx(update, rel=1e-4), name  # the weights are rounded, the update is not
+    assert np.sqrt((values["grad_norm"] ** 2).sum()) == pytest.approx(ranks[0]["grad_norm"], rel=1e-5)
+    for rank in ranks:
+        assert all(np.array_equal(rank["values"][stat], values[stat]) for stat in STATS)
+
+
+def test_router_load_and_fused_attention():
+    """A mixtral in 2x2x2 sees what it sees in one process; sdpa shows the logits that eager attention shows."""
+    config = tiny_config("mixtral")
+    alone, cut = ([r[0]["layers"] for r in run_ranks(watch_in_layout, t.world_size, t)] for t in
+                  (trial_of(config, 1, 1, 1, steps=1), trial_of(config, 2, 2, 2, steps=1, attention="sdpa")))  # fmt: skip
+    load = alone[0]["router_load_max"]
+    assert ((load >= 1.0) & (load <= 4.0)).all()  # of 4 experts
+    assert len(set(load)) > 1
+    for layers in cut:
+        for stat in LAYERS:
+            assert layers[stat] == pytest.approx(alone[0][stat], rel=1e-5), stat
+
+
+def test_a_family_without_attention_functions_has_no_logits_to_show():
+    trial = trial_of(tiny_config("gptj", n_embd=64, n_head=4, n_layer=2, rotary_dim=8), 1, 1, 1, steps=1)
+    (rank,) = run_ranks(watch_in_layout, 1, trial)
+    assert np.isnan(rank[0]["layers"]["max_attention_logit"]).all()
+    assert (rank[0]["layers"]["activation_rms"] > 0).all()
+
+
+def test_a_few_queries_stand_for_all():
+    assert run_ranks(_sampled, 1) == [True]
+
+
+def _sampled():
+    """Of 200 queries 64 are looked at; a mask hides what it hides."""
+    query, key = torch.randn(2, 4, 200, 8), torch.randn(2, 2, 200, 8)
+    logits = query @ key.repeat_interleave(2, dim=1).transpose(-1, -2) * 0.5
+    seen = torch.ones(200, 200).tril().bool()
+    places = torch.linspace(0, 199, 64).round().long()
+    wanted = logits.masked_fill(~seen, -torch.inf)[:, :, places].max()
+    window = seen & ~seen.tril(-5)
+    masks = (window.expand(2, 1, 200, 200), torch.zeros(200, 200).masked_fill(~window, -torch.inf).expand(2, 1, 200, 200))
+    banded = logits.masked_fill(~window, -torch.inf)[:, :, places].max()
+    assert all(torch.allclose(largest_logit(query, key, mask, 0.5), banded) for mask in masks)
+    return torch.allclose(largest_logit(query, key, None, 0.5), wanted)

@@ -39,7 +39,7 @@ def saved(out_dir):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
-@pytest.mark.parametrize(("ranks", "config"), [(8, "zero1_fp32.json"), (8, "zero1_bf16.json"), (1, "zero3_fp32.json")])
+@pytest.mark.parametrize(("ranks", "config"), [(8, "zero1_bf16.json"), (1, "zero3_fp32.json")])
 def test_weights_and_optimizer_are_the_same_bits_with_the_monitor_on_and_off(folder, tmp_path, ranks, config):
     watched = run(recipe_on(folder, ON, deepspeed=config), ranks, tmp_path / "on")
     alone = run(recipe_on(folder, OFF, deepspeed=config), ranks, tmp_path / "off")
@@ -48,7 +48,7 @@ def test_weights_and_optimizer_are_the_same_bits_with_the_monitor_on_and_off(fol
     assert [watched[step]["loss"] for step in watched] == [alone[step]["loss"] for step in alone]
     assert not (tmp_path / "off" / "tensor_stats").exists()
     for record in watched.values():
-        assert all(np.isfinite(record[field]) for field in FIELDS if ranks > 4 or not field.startswith("loss_max"))
+        assert all(np.isfinite(record[field]) for field in FIELDS)
     stats = read_stats(tmp_path / "on", 1, STEPS)
     assert stats.steps.tolist() == [1, 2, 3, 4, 5, 6]
     assert stats.activation_steps.tolist() == [2, 4, 6]

@@ -35,7 +35,15 @@ def _call(flags, fault):
     return code, out.getvalue(), err.getvalue()
 
 
-@pytest.mark.parametrize("layout", ["tensor=2,pipeline=2", "data=2", "tensor=2,recompute_every=1"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tensor=2,pipeline=2",
+        "data=2",
+        "tensor=2,recompute_every=1",
+        "tensor=2,pipeline=2,schedule=zero_bubble,sequence_parallel=1",
+    ],
+)
 def test_the_quickstart_passes(layout):
     code, out, err = call(QUICKSTART, "--layout", layout, "--json")
     assert (code, err) == (0, "")
@@ -104,6 +112,7 @@ def test_the_table_names_where():
         ("tensor=2,tensor=2", "'tensor=2' is not tensor=N"),
         ("tensor=0", "sizes start at 1"),
         ("", "'' is not tensor=N"),
+        ("tensor=2,sequence_parallel=yes", "'sequence_parallel=yes' is not tensor=N"),
     ],
 )
 def test_a_bad_layout_is_refused(text, part):
@@ -116,10 +125,11 @@ def test_a_bad_layout_is_refused(text, part):
     ("flags", "part"),
     [
         ([QUICKSTART, "--layout", "tensor=two"], "is not tensor=N"),
+        ([QUICKSTART, "--layout", "schedule=zero_bubble"], "--layout: schedule='zero_bubble' with pipeline=1"),
         (["recipes/none.py"], "recipes/none.py: there is no such file"),
         ([str(ROOT / "recipes/common/loss.py")], "defines no `recipe = Recipe(...)`"),
     ],
-    ids=["layout", "no file", "no recipe"],
+    ids=["layout", "layout's options", "no file", "no recipe"],
 )
 def test_a_mistake_of_the_user_is_exit_2_and_one_message(flags, part):
     code, out, err = call(*flags)

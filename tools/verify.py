@@ -24,10 +24,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from transformers import PreTrainedConfig
 
-from recipes.common.check import config_problems, optimizer_problems
+from recipes.common.check import config_problems, option_problems, optimizer_problems
 from recipes.common.ds_config import ds_config_path, ds_config_problems, load_ds_config, precision, version_problems, zero_stage
 from recipes.common.plans import PlanError
-from recipes.common.proof import cut_problems
+from recipes.common.proof import cut_problems, sequence_problems
 from recipes.common.recipe import AdamW, Layout, Recipe, RecipeError
 from recipes.common.shrink import shrink
 from tools.common.local_ranks import RankError, run_ranks
@@ -81,12 +81,14 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
     ds_config = load_ds_config(recipe.deepspeed)
     problems = version_problems(_installed("deepspeed"), torch.__version__) + config_problems(recipe.model)
     problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout) + optimizer_problems(recipe.optimizer)
+    problems += option_problems(layout, seq_len, "--layout: ")
     try:
         model = without_dropout(shrink(recipe.model, layout))
     except (PlanError, ValueError, TypeError, AttributeError) as error:
         raise RecipeError(f"recipe {recipe.name!r}", [*problems, f"model: cannot be shrunk for a trial: {error}"]) from error
     if not problems:  # in a rank of its own, as all that computes: see tools.common.local_ranks
-        problems = run_ranks(cut_problems, 1, recipe.model, layout, recipe.attention)[0]
+        for proof in (cut_problems, sequence_problems):
+            problems += run_ranks(proof, 1, recipe.model, layout, recipe.attention)[0]
     if problems:
         raise RecipeError(f"recipe {recipe.name!r} in the layout {layout}", problems)
     return Trial(

@@ -22,8 +22,8 @@ from recipes.common.ds_config import (
     version_problems,
 )
 from recipes.common.plans import PlanError, Stack, find_stack
-from recipes.common.proof import cut_problems, masking_problems
-from recipes.common.recipe import SGD, AdamW, Checkpoints, Layout, Optimizer, Reaction, Recipe, RecipeError, from_root
+from recipes.common.proof import cut_problems, masking_problems, sequence_problems
+from recipes.common.recipe import SCHEDULES, SGD, AdamW, Checkpoints, Layout, Optimizer, Reaction, Recipe, RecipeError, from_root
 from recipes.common.recipe_types import type_problems
 from recipes.common.schedules import ramp_problems, schedule_problems
 from recipes.common.stage import balance_stages, layer_costs
@@ -91,6 +91,8 @@ def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str
             problems.append(f"layouts[{world_size}].{name}={getattr(layout, name)!r} must be a whole number from 1")
     if not _is_whole(layout.recompute_every, 0):
         problems.append(f"layouts[{world_size}].recompute_every={layout.recompute_every!r} must be 0, 1 or more layers")
+    if not problems:
+        problems += option_problems(layout, recipe.batch.seq_len, f"layouts[{world_size}].")
     if problems or not _is_whole(recipe.batch.micro_seqs, 1):
         return problems
     replica = layout.tensor * layout.pipeline
@@ -107,6 +109,29 @@ def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str
             f"data ranks = {unit}; use a multiple of {unit}, a smaller micro_seqs, or a layout with fewer data ranks"
         )
     return problems + ramp_problems(recipe, data)
+
+
+def option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]:
+    """Whether the layout's schedule exists and has a pipeline, and its sequences have tensor ranks to be shared by."""
+    problems = []
+    if layout.schedule not in SCHEDULES:
+        problems.append(f"{prefix}schedule={layout.schedule!r} must be one of {', '.join(map(repr, SCHEDULES))}")
+    elif layout.schedule != SCHEDULES[0] and layout.pipeline == 1:
+        problems.append(
+            f"{prefix}schedule={layout.schedule!r} with pipeline=1: there is no pipeline to schedule; leave schedule out, or use "
+            "pipeline=2 or more"
+        )
+    if layout.sequence_parallel and layout.tensor == 1:
+        problems.append(
+            f"{prefix}sequence_parallel=True with tensor=1: there are no tensor ranks to share a sequence; leave it out, or use "
+            "tensor=2 or more"
+        )
+    elif layout.sequence_parallel and seq_len % layout.tensor:
+        problems.append(
+            f"{prefix}sequence_parallel=True: seq_len={seq_len} is not a multiple of tensor={layout.tensor}; change seq_len, or "
+            "use sequence_parallel=False"
+        )
+    return problems
 
 
 def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
@@ -143,13 +168,15 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
             plan_split(causal, stack, layout.tensor)
         except PlanError as error:
             problems.append(f"layout tensor={layout.tensor}: {error}; use a tensor size that fits, or tensor=1")
-        problems += _group_problems(recipe, causal, stack, layout)
+        else:
+            problems += sequence_problems(recipe.model, layout, recipe.attention)
+        problems += group_problems(recipe, causal, stack, layout)
     if not problems and recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
         problems += masking_problems(recipe.model, recipe.attention)
     return problems or cut_problems(recipe.model, layout, recipe.attention)
 
 
-def _group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:
+def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:
     """Every stage must hold both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
     layers = causal.get_submodule(stack.layers)
     kinds = {p.ndim < 2 for p in causal.parameters()}

@@ -63,10 +63,14 @@ class Position:
         )
 
     def leave_out(self, more: tuple[tuple[int, int], ...]) -> Position:
-        """With more ranges of sequences to skip. Raises CheckpointError for one that begins in what was read already."""
+        """With more ranges of sequences to skip; those skipped already may be told again, as a restart does.
+
+        Raises CheckpointError for one that begins in what was read already.
+        """
         here = int(kept_index(np.array([self.consumed_seqs]), self.skips)[0])
         for start, stop in more:
-            if start < here:
+            known = any(first <= start and stop <= end for first, end in self.skips)
+            if start < here and not known:
                 raise CheckpointError(
                     f"--skip {start}:{stop}: step {self.step} has read up to sequence {here}; go back to a checkpoint before "
                     f"sequence {start}, or skip from {here} on"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from recipes.common.plans import find_stack
 from recipes.common.recipe import Blend, Layout, Reaction, Recipe, Sizes
 from recipes.common.schedules import learning_rate_at, seqs_after, tokens_of_run
 from recipes.common.stage import balance_stages, layer_costs
+from recipes.common.weight_queue import postponable_share
 from recipes.common.weights import build_empty
 
 
@@ -18,7 +21,7 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
     lines = [
         f"{recipe.name}: {recipe.num_params:,} parameters ({type(causal).__name__}), {'tied' if stack.tied else 'untied'} head",
         f"layout      {sizes.world} GPUs = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}, "
-        f"recompute {recompute}",
+        f"recompute {recompute}" + _options(layout, causal.get_submodule(stack.layers)),
         f"batch       {recipe.batch.global_seqs} sequences of {recipe.batch.seq_len} = {sizes.tokens_per_step:,} tokens a step: "
         f"{recipe.batch.micro_seqs} a micro batch x {sizes.data} data ranks x {sizes.accumulation} accumulated",
         f"run         {recipe.steps:,} steps, {tokens_of_run(recipe) / 1e9:,.3f}B tokens, "
@@ -35,6 +38,14 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
         parts = ("embedding, " if index == 0 else "") + f"{own[0]}-{own[-1]}" + (", head" if own is stages[-1] else "")
         lines.append(f"{index:<6} {parts:<24} {100 * cost / total:5.1f} %")
     return "\n".join(lines)
+
+
+def _options(layout: Layout, layers: nn.Module) -> str:
+    text = ", sequence parallel" if layout.sequence_parallel else ""
+    if layout.schedule == "zero_bubble":
+        share = 100 * postponable_share(layers)
+        text += f", schedule zero_bubble (weight gradients of {share:.0f} % of the layers' parameters fill the bubble)"
+    return text
 
 
 def _rates(recipe: Recipe) -> str:

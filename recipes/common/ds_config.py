@@ -198,6 +198,11 @@ def _pipeline_problems(config: dict[str, Any], layout: Layout) -> Iterator[str]:
         if value is True or (value is None and layout.pipeline > 1):
             found = "=true" if value else " is missing, and DeepSpeed's default is true"
             yield f"pipeline.{key}{found}: {reason}; write false"
+    if layout.schedule == "zero_bubble" and precision(config) == "bf16" and _at(config, "bf16.immediate_grad_update") is not True:
+        yield (
+            "bf16.immediate_grad_update is not true, and the layout's schedule is 'zero_bubble': weight gradients that are "
+            "computed later would not be added up in fp32; write true, or use schedule='1f1b' in the recipe"
+        )
 
 
 def _checked_blocks() -> dict[str, type[BaseModel]]:

@@ -31,9 +31,11 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from recipes.common.data import document_positions
 from recipes.common.grid import Grid, Mpu
 from recipes.common.loss import IGNORED
+from recipes.common.network import choose_interface
 from recipes.common.norm_gate import NormGate
 from recipes.common.recipe import AdamW, Optimizer
 from recipes.common.stage import Stage
+from recipes.common.zero_bubble import use_zero_bubble
 
 Labels = tuple[torch.Tensor, torch.Tensor]
 
@@ -117,6 +119,7 @@ def start_distributed(device_type: str) -> torch.device:
         with socket.socket() as probe:  # nobody else is to come: any free port does, and two runs do not meet
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    choose_interface()
     # On CPU DeepSpeed would look for compilers and build an extension at start (25 s, and a stale lock hangs the next run) that
     # training never uses. With an empty list of operators it does neither.
     deepspeed.ops.__compatible_ops__ = {}
@@ -187,6 +190,8 @@ class Trainer:
                     for parameter in stage.head_parameters():
                         deepspeed.zero.register_external_parameter(stage, parameter)
             self.engine = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config, mpu=mpu)[0]
+        if stage.weight_queue is not None:
+            use_zero_bubble(self.engine, stage.weight_queue)
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]
         self.probe: StepProbe | None = None

@@ -10,12 +10,14 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 _SETTLE_SECONDS = 1.0  # the first failure's file may be a moment late on a shared file system
+
+FAILED, NUMBERS = 1, 3  # exit codes
 
 
 class TrainingError(RuntimeError):
@@ -23,8 +25,10 @@ class TrainingError(RuntimeError):
 
 
 @contextmanager
-def guard_rank(out_dir: Path, rank: int) -> Iterator[None]:
-    """End the process on any exception: exit code 1, its traceback in out_dir/logs/rank_N.traceback.
+def guard_rank(out_dir: Path, rank: int, say: Callable[[str, str], None] = lambda word, detail: None) -> Iterator[None]:
+    """End the process on any exception: exit code 1 (3: a TrainingError), its traceback in out_dir/logs/rank_N.traceback.
+
+    say: gets a word for the kind of end and the error in a line (recipes.common.lifeline).
 
     The process ends at once, without an orderly exit: that would wait for peers that are gone.
     """
@@ -51,11 +55,14 @@ def guard_rank(out_dir: Path, rank: int) -> Iterator[None]:
         else:
             print(f"rank {rank} stopped: {first.stem} failed first", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(1)
+        numbers = isinstance(error, TrainingError)
+        word = "training_error" if numbers else "peer_lost" if lost_a_peer else "failed"
+        say(word, f"{type(error).__name__}: {error}")
+        os._exit(NUMBERS if numbers else FAILED)
 
 
-def end_rank() -> NoReturn:
-    """A finished rank leaves with code 0, when all have finished, and takes nothing apart.
+def end_rank(say: Callable[[], None] = lambda: None) -> NoReturn:
+    """A finished rank leaves with code 0, when all have finished, and takes nothing apart. say: called between the two.
 
     An orderly exit runs the destructors of torch's communication threads; now and then one aborts, and a finished run would
     end with an error.
@@ -63,6 +70,7 @@ def end_rank() -> NoReturn:
     import torch.distributed as dist
 
     dist.barrier()
+    say()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

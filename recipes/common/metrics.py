@@ -6,7 +6,12 @@
     loss              mean over the tokens of the step, in nats
     lr, grad_norm     used by the step; the norm is global and before clipping
     loss_scale        fp16 only
-    skipped_steps     fp16 only: steps skipped so far because a gradient overflowed
+    skipped_steps     steps skipped so far: fp16 gradients that overflowed, or a NaN or an infinity
+    skip_reason       on a step skipped for a NaN or an infinity: which tensor was the first to have one
+    loss_max, loss_max_rank           the worst data rank's own loss, and which it is
+    log_z, max_logit                  mean log of the softmax's normaliser; largest logit
+    weight_norm, update_norm, update_ratio    of the fp32 weights, of what the step added to them, and their ratio
+    activation_rms/max, max_attention_logit/max, router_load_max/max    on some steps, the largest of all layers
     tokens            of this step
     consumed_tokens, consumed_seqs    up to and including this step
     seconds, tokens_per_second        of this step, whole job

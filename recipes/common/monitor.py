@@ -25,7 +25,7 @@ import torch.distributed as dist
 from recipes.common import zero_state
 from recipes.common.activations import LayerProbe
 from recipes.common.engine import StepResult, Trainer
-from recipes.common.update_sums import SUMS, Piece, add_sums, cut_pieces
+from recipes.common.update_sums import SUMS, Pieces, add_sums, cut_pieces
 
 STATS = ("grad_norm", "weight_norm", "update_norm", "update_ratio", "adam_rms", "tiny_v_share", "zero_share", "nonfinite")
 
@@ -48,7 +48,7 @@ class Probe:
         self.layers = LayerProbe(trainer.stage)
         self._trainer, self._clip = trainer, clip
         self._rows = {name: row for row, name in enumerate(self.names)}
-        self._pieces: dict[int, list[Piece]] = {}  # by the id of a partition's flat tensor
+        self._pieces: dict[int, Pieces] = {}  # by the id of a partition's flat tensor
         self._watching, self._with_layers = False, False
         self._sums = torch.zeros(len(self.names), len(SUMS), dtype=torch.float64, device=trainer.grid.device)
         self._sizes, self._padding = _sizes(trainer, self.names)
@@ -90,10 +90,10 @@ class Probe:
             return
         for group in optimizer.param_groups:
             for flat in group["params"]:
-                if flat.grad is not None and (pieces := self._pieces_of(flat)):
+                if flat.grad is not None and (pieces := self._pieces_of(flat)).ranges:
                     add_sums(self._sums, pieces, flat.detach(), flat.grad, optimizer.state[flat], group)
 
-    def _pieces_of(self, flat: torch.Tensor) -> list[Piece]:
+    def _pieces_of(self, flat: torch.Tensor) -> Pieces:
         if not self._pieces:
             stage, grid = self._trainer.stage, self._trainer.grid
             copies = set() if grid.tensor_rank == 0 else set(self.names) - set(stage.split.cuts)
@@ -101,7 +101,7 @@ class Probe:
                 copies.add(f"{stage.stack.embedding}.weight")
             for tensor, fragments in zero_state.locate(self._trainer):
                 ranges = [(self._rows[f.name], f.offset, f.offset + f.stop - f.start) for f in fragments if f.name not in copies]
-                self._pieces[id(tensor)] = cut_pieces(ranges, tensor.device.type)
+                self._pieces[id(tensor)] = cut_pieces(ranges, tensor.device.type, self._sums.device)
         return self._pieces[id(flat)]
 
     def _decode(self, observed: np.ndarray, grad_norm: float) -> tuple[dict[str, np.ndarray], dict[str, float]]:

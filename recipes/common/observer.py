@@ -53,9 +53,8 @@ class Observer:
     ) -> dict[str, float | int | str]:
         """Fields for the step's record. Collective. Raises TrainingError for copies that differ, where the recipe says "stop"."""
         seen = self._probe.read(result)
-        fields: dict[str, Any] = {"log_z": result.log_z, "max_logit": result.max_logit, **seen.totals}
-        if self._trainer.grid.data > 1:
-            fields |= {"loss_max": result.loss_max, "loss_max_rank": result.loss_max_rank}
+        names = ("loss_max", "loss_max_rank", "max_logit", "log_z")
+        fields: dict[str, Any] = {name: getattr(result, name) for name in names} | seen.totals
         self.nonfinite = None
         if result.skip_reason == NONFINITE:
             self.nonfinite = find_nonfinite(self._trainer, micro_batches, scored_tokens)

@@ -6,13 +6,20 @@ train something else without an error.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from recipes.common.grid import Grid, one_process
+from recipes.common.plans import PlanError, find_stack
 from recipes.common.recipe import Layout
 from recipes.common.shrink import shrink
-from recipes.common.stage import build_stage
+from recipes.common.stage import Stage, build_stage
+from recipes.common.tensor_parallel import plan_split
+from recipes.common.weights import build_empty
 
 _SEQS, _SEQ_LEN = 2, 16
 _ROUNDING = 1e-4  # another mask is another order of summation
@@ -66,6 +73,73 @@ def masking_problems(config: PreTrainedConfig, attention: str) -> list[str]:
         f"mask_documents=True: model_type={family} does not keep documents apart (in a tiny model of it a document changes by "
         f"{difference:.1e} with its neighbour); turn it off"
     ]
+
+
+def sequence_problems(config: PreTrainedConfig, layout: Layout, attention: str) -> list[str]:
+    """Empty when, apart from the blocks that gather it, a layer treats each token by itself; else why not, by the family's name.
+
+    Tried on a tiny model: each layer runs on half of the sequence, with its blocks giving half of what they gave for the whole.
+    """
+    family, advice = config.model_type, "use sequence_parallel=False"
+    if not layout.sequence_parallel or layout.tensor == 1:
+        return []
+    try:
+        tiny = shrink(config, Layout(tensor=layout.tensor))
+        stage = build_stage(tiny, one_process(), seq_len=_SEQ_LEN, attention=attention).eval()
+        empty = build_empty(tiny, attention)
+        blocks = plan_split(empty, find_stack(empty), layout.tensor, sequence_parallel=True).blocks
+        difference = _halves_differ(stage, blocks)
+    except PlanError as error:
+        return [f"sequence_parallel=True: {error}; {advice}"]
+    except Exception as error:  # whatever a family's own code raises on half of a sequence
+        return [f"sequence_parallel=True: a tiny {family} does not run with it ({type(error).__name__}: {error}); {advice}"]
+    if difference == 0.0:
+        return []
+    return [
+        f"sequence_parallel=True: layers of model_type={family} mix tokens outside attention and MLP (a tiny model of it differs "
+        f"by {difference:.1e} on half of a sequence); {advice}"
+    ]
+
+
+def _halves_differ(stage: Stage, blocks: frozenset[str]) -> float:
+    """The largest difference of what blocks are given and layers give, when each layer runs on the sequence's second half."""
+    ids = torch.arange(_SEQS * _SEQ_LEN).view(_SEQS, _SEQ_LEN) % (stage.vocab_size - 3) + 3
+    second = slice(_SEQ_LEN // 2, None)
+    layers = list(stage.causal.get_submodule(stage.stack.layers))
+    inner = [stage.causal.get_submodule(name) for name in blocks]
+    calls: dict[nn.Module, tuple[tuple, dict[str, Any], Any]] = {}
+    hooks = [
+        module.register_forward_hook(lambda m, args, kwargs, out: calls.update({m: (args, kwargs, out)}), with_kwargs=True)
+        for module in [*layers, *inner]
+    ]
+    differences: list[float] = []
+
+    def note(half: Any, whole: Any) -> None:
+        differences.append((_first(half) - _first(whole)[:, second]).abs().max().item())
+
+    def recorded(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        whole_args, whole_kwargs, out = calls[block]
+        note(args or kwargs["hidden_states"], whole_args or whole_kwargs["hidden_states"])
+        return (out[0][:, second], *out[1:]) if isinstance(out, tuple) else out[:, second]
+
+    with torch.no_grad():
+        stage(ids)
+        for hook in hooks:
+            hook.remove()
+        for block in inner:
+            block.forward = partial(recorded, block)
+        for layer in layers:
+            args, kwargs, out = calls[layer]
+            if args:
+                args = args[0][:, second], *args[1:]
+            else:
+                kwargs = kwargs | {"hidden_states": kwargs["hidden_states"][:, second]}
+            note(layer(*args, **kwargs), out)
+    return max(differences)
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _run(config: PreTrainedConfig, attention: str, pipeline: int, ids: torch.Tensor) -> torch.Tensor:

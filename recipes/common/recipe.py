@@ -25,6 +25,9 @@ class RecipeError(ValueError):
         super().__init__(f"{title}:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
+SCHEDULES = ("1f1b", "zero_bubble")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How one replica of the model is cut. Data parallelism fills the rest of the world."""
@@ -32,6 +35,8 @@ class Layout:
     tensor: int = 1  # ranks that share each layer's matrices (innermost: keep it inside a node)
     pipeline: int = 1  # stages, each a run of consecutive layers
     recompute_every: int = 0  # activation checkpointing: 0 none, 1 every layer ("full"), k every k-th layer
+    sequence_parallel: bool = False  # between attention and MLP, each tensor rank holds its part of the sequence alone
+    schedule: str = "1f1b"  # of the pipeline: "1f1b" or "zero_bubble" (ZB-H1: weight gradients fill the bubble)
 
 
 @dataclass(frozen=True, kw_only=True)

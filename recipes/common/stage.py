@@ -21,7 +21,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from recipes.common.grid import Grid
 from recipes.common.loss import vocabulary_loss
 from recipes.common.plans import TUPLE_LAYERS, Stack, find_stack
+from recipes.common.sequence_parallel import shard_sequence
 from recipes.common.tensor_parallel import Split, plan_split, split_forwards
+from recipes.common.weight_queue import WeightQueue, postpone_weight_gradients
 from recipes.common.weights import build_empty, draw_weights
 
 
@@ -84,14 +86,18 @@ class Stage(nn.Module):
         whole_shapes: dict[str, tuple[int, ...]],
         z_loss: float,
         chunk_tokens: int,
+        weight_queue: WeightQueue | None = None,
     ) -> None:
-        """whole_shapes: of every parameter of the whole model, by Hugging Face name."""
+        """whole_shapes: of every parameter of the whole model, by Hugging Face name.
+
+        weight_queue: where the layers' linears put off their weight gradients to, for a schedule that makes them up.
+        """
         super().__init__()
         self.causal, self.stack, self.split, self.own = causal, stack, split, own
         self.is_first, self.is_last = grid.is_first_stage, grid.is_last_stage
         self.grid, self.z_loss, self.chunk_tokens = grid, z_loss, chunk_tokens
         self.vocab_size = causal.config.get_text_config().vocab_size
-        self.whole_shapes = whole_shapes
+        self.whole_shapes, self.weight_queue = whole_shapes, weight_queue
         # position ids [micro_seqs, seq_len] of the micro batches to come, in order; empty: positions count from 0
         self.positions: deque[torch.Tensor] = deque()
         self._received: torch.Tensor | None = None
@@ -130,8 +136,9 @@ class Stage(nn.Module):
             for module in base.modules():
                 if isinstance(module, AbsentEmbedding):
                     module.dtype = x.dtype
-            # only its shape and type count; what is handed on need not look like an embedding
-            embedded = x.new_zeros(*x.shape[:2], self.causal.config.get_text_config().hidden_size)
+            # only its shape and type count; what is handed on need not look like an embedding, nor hold the whole sequence
+            seq_len = x.shape[1] * (self.split.size if self.split.blocks else 1)
+            embedded = x.new_zeros(x.shape[0], seq_len, self.causal.config.get_text_config().hidden_size)
             out = base(inputs_embeds=embedded, use_cache=False, **positions)
             self._received = None
         hidden, self._sent = (out.last_hidden_state if self.is_last else self._sent), None
@@ -186,8 +193,14 @@ class Stage(nn.Module):
             return (self._received, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._received}
 
-    def _capture(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _capture(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self._sent = output[0] if isinstance(output, tuple) else output
+        if not self.split.blocks:
+            return output
+        # some families lay out anew what comes after the layers: it has to have the whole sequence's shape, and nothing else
+        seqs, part, width = self._sent.shape
+        whole = self._sent.new_zeros(()).expand(seqs, part * self.split.size, width)
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
 
 def layer_costs(causal: PreTrainedModel, stack: Stack, seq_len: int) -> tuple[list[float], float]:
@@ -246,6 +259,8 @@ def build_stage(
     recompute_every: int = 0,
     z_loss: float = 0.0,
     chunk_tokens: int = 2048,
+    schedule: str = "1f1b",
+    sequence_parallel: bool = False,
 ) -> Stage:
     """This rank's stage with its initial weights, on the CPU in fp32.
 
@@ -253,7 +268,7 @@ def build_stage(
     """
     causal = build_empty(config, attention)
     stack = find_stack(causal)
-    split = plan_split(causal, stack, grid.tensor)
+    split = plan_split(causal, stack, grid.tensor, sequence_parallel=sequence_parallel)
     shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
     costs, head_cost = layer_costs(causal, stack, seq_len)
     own = balance_stages(costs, head_cost, grid.pipeline)[grid.pipeline_rank]
@@ -265,11 +280,18 @@ def build_stage(
         if not grid.is_first_stage:  # the embedding was taken out, but its weight is the head's
             draw_weights(causal, embedding, stack.embedding, **weights)
         causal.get_submodule(stack.head).weight = embedding.weight
+    queue = WeightQueue() if schedule == "zero_bubble" else None
+    if queue is not None:
+        postpone_weight_gradients(causal.get_submodule(stack.layers), queue)
     split_forwards(causal, split, stack, grid)
+    if split.blocks:
+        shard_sequence(causal, stack, split, own, grid, recompute_every)
     for index in own:
         if recompute_every and index % recompute_every == 0:
             _recompute(causal.get_submodule(stack.layers)[index])
-    return Stage(causal, stack, split, grid, own, whole_shapes=shapes, z_loss=z_loss, chunk_tokens=chunk_tokens)
+    return Stage(
+        causal, stack, split, grid, own, whole_shapes=shapes, z_loss=z_loss, chunk_tokens=chunk_tokens, weight_queue=queue
+    )
 
 
 def _take_out(causal: PreTrainedModel, stack: Stack, own: range, *, first: bool, last: bool) -> None:

@@ -11,14 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from recipes.common.collectives import all_reduce, copy_to, gather_from, reduce_from, split_to
+from recipes.common.collectives import copy_to, gather_from, reduce_from, split_to, sum_gradient
 from recipes.common.grid import Grid
 from recipes.common.plans import PlanError, Stack, divided_attributes, tensor_plan
+from recipes.common.sequence_parallel import SEQUENCE_STYLES, find_blocks
+from recipes.common.weight_queue import linear
 
 Forward = Callable[..., torch.Tensor]
 
@@ -68,12 +69,14 @@ class Split:
     divided: dict[str, tuple[str, ...]]
     kv_shared: frozenset[str]  # key and value projections cut below a head
     kv_share: int  # tensor ranks that share one key/value head (1: none)
+    blocks: frozenset[str] = frozenset()  # with sequence parallelism, the modules that see whole sequences
 
 
-def plan_split(causal: PreTrainedModel, stack: Stack, size: int) -> Split:
+def plan_split(causal: PreTrainedModel, stack: Stack, size: int, *, sequence_parallel: bool = False) -> Split:
     """How to cut `causal` (on the meta device) over `size` tensor ranks.
 
-    Raises PlanError for a family without a plan, and for shapes that `size` does not divide.
+    Raises PlanError for a family without a plan, for one that sequence parallelism does not know, and for shapes that `size`
+    does not divide.
     """
     cuts = {f"{stack.embedding}.weight": Cut(0)}
     cuts.update({f"{stack.head}.{name}": Cut(0) for name, _ in causal.get_submodule(stack.head).named_parameters()})
@@ -101,7 +104,8 @@ def plan_split(causal: PreTrainedModel, stack: Stack, size: int) -> Split:
     if len(shares) > 1:
         raise PlanError(f"layers differ in key/value heads: tensor={size} would share them {sorted(shares)} ways at once")
     _check_lengths(causal, cuts, styles, stack, size)
-    return Split(size, styles, cuts, divided_attributes(causal, stack), frozenset(shared), max(shares, default=1))
+    blocks = find_blocks(plan, causal.config.model_type) if sequence_parallel else frozenset()
+    return Split(size, styles, cuts, divided_attributes(causal, stack), frozenset(shared), max(shares, default=1), blocks)
 
 
 def _kv_share(attention: nn.Module, projection: nn.Module, name: str, size: int) -> int:
@@ -159,6 +163,7 @@ def split_forwards(causal: PreTrainedModel, split: Split, stack: Stack, grid: Gr
         if name in split.cuts:  # norms and clipping then count each element of the model once
             parameter.tensor_model_parallel = parameter.model_parallel = True
     modules = dict(causal.named_modules())
+    forwards = SEQUENCE_STYLES if split.blocks else _STYLES
     for name, style in split.styles.items():
         if name not in modules:  # on another stage
             continue
@@ -167,11 +172,11 @@ def split_forwards(causal: PreTrainedModel, split: Split, stack: Stack, grid: Gr
             module.qk_rope_head_dim = causal.config.qk_rope_head_dim
         if style == "replicated_with_grad_allreduce":
             for parameter in module.parameters(recurse=False):
-                _sum_gradient(parameter, grid)
+                sum_gradient(parameter, grid.tensor_group)
         elif style == "embedding_rowwise":
             split_embedding(module, grid)
         elif style != "local_params":
-            module.forward = _STYLES[style](module, module.forward, grid)
+            module.forward = forwards[style](module, module.forward, grid)
         _shrink(module)
         if name in split.kv_shared:
             module.forward = _share_heads(module.forward, grid)
@@ -210,12 +215,6 @@ def _shrink(module: nn.Module) -> None:
         module.out_features, module.in_features = module.weight.shape
 
 
-def _sum_gradient(parameter: nn.Parameter, grid: Grid) -> None:
-    """A replicated weight of which each rank sees its own heads only. The hook runs on each backward's own gradient,
-    before it is accumulated: on the accumulated one it would count earlier micro batches again."""
-    parameter.register_hook(lambda grad: all_reduce(grad, grid.tensor_group))
-
-
 def _column(module: nn.Module, forward: Forward, grid: Grid) -> Forward:
     return lambda x: forward(copy_to(x, grid.tensor_group))
 
@@ -227,8 +226,7 @@ def _column_gather(module: nn.Module, forward: Forward, grid: Grid) -> Forward:
 
 def _row(module: nn.Module, forward: Forward, grid: Grid) -> Forward:
     def run(x: torch.Tensor) -> torch.Tensor:
-        y = torch.matmul(x, module.weight) if isinstance(module, Conv1D) else F.linear(x, module.weight)
-        y = reduce_from(y, grid.tensor_group)
+        y = reduce_from(linear(module, x, with_bias=False), grid.tensor_group)
         return y if module.bias is None else y + module.bias  # once, not once a rank
 
     return run

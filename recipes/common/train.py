@@ -22,12 +22,14 @@ from recipes.common.engine import TOO_HIGH, StepResult, Trainer, start_distribut
 from recipes.common.failures import end_rank, guard_rank
 from recipes.common.flags import out_dir_problems, parse_flags
 from recipes.common.grid import Grid, build_grid
+from recipes.common.heartbeat import Heartbeat
+from recipes.common.lifeline import Lifeline
 from recipes.common.metrics import RunLog
 from recipes.common.observer import Observer
 from recipes.common.plans import find_stack
 from recipes.common.reaction import Responder
 from recipes.common.recipe import Blend, Layout, Recipe, RecipeError, Sizes, derive_sizes, from_root
-from recipes.common.rewinds import read_history, skips_ahead
+from recipes.common.rewinds import Rewind, read_history, skips_ahead
 from recipes.common.run_files import recipe_to_dict, write_run_files
 from recipes.common.schedules import global_seqs_at, learning_rate_at
 from recipes.common.shards import data_identity, read_manifest
@@ -40,10 +42,14 @@ SKIPS_IN_A_ROW = 32  # steps that overflow and do not apply: fp16's scale has th
 
 
 def main(recipe: Recipe) -> None:
-    """The entry point of every recipe file. Exit codes: 0 done, 1 the run failed, 2 the recipe or the flags are wrong."""
+    """The entry point of every recipe file.
+
+    Exit codes: 0 done or left on request, 1 the run failed, 2 the recipe or the flags are wrong, 3 the numbers are useless.
+    """
     flags = parse_flags(recipe.name)
     world_size = flags.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
+    lifeline = Lifeline(rank)
     out_dir = Path(flags.out_dir).expanduser().resolve()
     found = [] if flags.dry_run else out_dir_problems(out_dir, flags.resume, flags.resume_step)
     try:
@@ -51,6 +57,7 @@ def main(recipe: Recipe) -> None:
     except RecipeError as error:
         if rank == 0:  # every rank finds the same
             print(f"error: {error}", file=sys.stderr)
+        lifeline.say("user_error")
         sys.exit(2)
     sizes = derive_sizes(recipe, layout, world_size)
     ds_config = merge_ds_config(ds_config, recipe, sizes, sizes.accumulation)
@@ -59,19 +66,10 @@ def main(recipe: Recipe) -> None:
             print(describe_run(recipe, layout, sizes))
             print(json.dumps(ds_config, indent=2))
         return
-    with guard_rank(out_dir, rank):
-        train(
-            recipe,
-            layout,
-            sizes,
-            ds_config,
-            out_dir,
-            resume_run=flags.resume,
-            resume_step=flags.resume_step,
-            max_steps=flags.max_steps,
-            skips=flags.skip,
-        )
-        end_rank()
+    run = {"resume_run": flags.resume, "resume_step": flags.resume_step, "max_steps": flags.max_steps, "skips": flags.skip}
+    with guard_rank(out_dir, rank, lifeline.say):
+        finished = train(recipe, layout, sizes, ds_config, out_dir, **run)
+        end_rank(lambda: lifeline.say("finished" if finished else "left"))
 
 
 def train(
@@ -85,17 +83,15 @@ def train(
     resume_step: int | None = None,
     max_steps: int | None = None,
     skips: tuple[tuple[int, int], ...] = (),
-) -> None:
+) -> bool:
+    """Gives whether the last step was reached: False after a request to leave."""
+    heartbeat = Heartbeat(out_dir, int(os.environ.get("RANK", "0")))
     grid, trainer = _build(recipe, layout, ds_config)
-    history = read_history(out_dir) if resume_run else ()
-    position = resume(out_dir, trainer, last_step=resume_step) if resume_run else Position()
-    position = position.leave_out((*skips, *skips_ahead(history, position.consumed_seqs, position.skips)))
+    position, history = _first_position(out_dir, trainer, resume_step, skips) if resume_run else (Position().leave_out(skips), ())
     resumed_step = position.step if resume_run else None
     if grid.rank == 0:
         _write_files(recipe, layout, sizes, ds_config, out_dir, resumed_step, position.skips)
     log = _open_log(recipe, grid, out_dir, resumed_step)
-    if log is not None:
-        _note_changed_data(out_dir, log)
     saver = Saver(out_dir, trainer, recipe, log)
     observer = Observer(trainer, recipe, out_dir, resumed_step=resumed_step, log=log)
     responder = Responder(recipe, out_dir, trainer, saver, observer, log)
@@ -110,6 +106,7 @@ def train(
             log.write({"step": 0} | losses)
     while position.step < last_step:
         step = position.step + 1
+        heartbeat.beat(step, "data")
         started = time.perf_counter()
         seqs = global_seqs_at(recipe.batch, position.consumed_seqs)
         trainer.set_global_seqs(seqs)
@@ -119,8 +116,10 @@ def train(
         tokens = seqs * recipe.batch.seq_len
         lr = learning_rate_at(recipe, step, (position.consumed_seqs + seqs) * recipe.batch.seq_len) * responder.lr_factor(step)
         votes = (leave.wanted(), grid.rank == 0 and saver.due_by_time())
+        heartbeat.beat(step, "step")
         observer.before_step(step)
         result = trainer.train_step(micro_batches, lr, tokens, votes, responder.norm_ceiling())
+        heartbeat.beat(step, "log")
         leaving, time_to_save = result.votes
         position = position.after_step(seqs, skipped=result.skipped)
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
@@ -128,6 +127,7 @@ def train(
         with responder.box_at_end(position):
             record |= observer.after_step(step, result, micro_batches, tokens)
         if _due(step, recipe.evaluation.every_steps, last_step):
+            heartbeat.beat(step, "evaluate")
             record |= _evaluate(recipe, trainer)
         record |= responder.look(record)
         if log is not None:
@@ -139,9 +139,11 @@ def train(
             batches = _reader(recipe, grid, position.skips)
             continue
         if leaving or time_to_save or step == last_step or saver.due(step):
+            heartbeat.beat(step, "save")
             saver.save(position)
         if leaving:
             break
+    heartbeat.beat(position.step, "end")
     saver.finish()
     observer.close()
     batches.close()
@@ -149,6 +151,7 @@ def train(
         if position.step < last_step:
             log.note(f"asked to leave ({leave.name or 'another rank'}): saved step {position.step}; go on with --resume")
         log.close()
+    return position.step >= last_step
 
 
 def _build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[Grid, Trainer]:
@@ -167,6 +170,8 @@ def _build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[G
         recompute_every=layout.recompute_every,
         z_loss=recipe.z_loss,
         chunk_tokens=recipe.logits_chunk_tokens,
+        schedule=layout.schedule,
+        sequence_parallel=layout.sequence_parallel,
     )
     document_end = None
     if recipe.mask_documents:
@@ -193,6 +198,15 @@ def _write_files(
         data={name: data_identity(from_root(name)) for name in _folders(recipe)},
         skips=skips,
     )
+
+
+def _first_position(
+    out_dir: Path, trainer: Trainer, resume_step: int | None, skips: tuple[tuple[int, int], ...]
+) -> tuple[Position, tuple[Rewind, ...]]:
+    """Where a resumed run goes on, the sequences that its rewinds left out left out again; and those rewinds."""
+    history = read_history(out_dir)
+    position = resume(out_dir, trainer, last_step=resume_step)
+    return position.leave_out((*skips, *skips_ahead(history, position.consumed_seqs, position.skips))), history
 
 
 def _note_changed_data(out_dir: Path, log: RunLog) -> None:
@@ -286,7 +300,7 @@ def _open_log(recipe: Recipe, grid: Grid, out_dir: Path, resumed_step: int | Non
         return None
     manifest = json.loads((out_dir / "manifest.json").read_text())
     config = json.loads((out_dir / "recipe.json").read_text())
-    return RunLog(
+    log = RunLog(
         out_dir,
         name=recipe.name,
         run_steps=recipe.steps,
@@ -294,6 +308,8 @@ def _open_log(recipe: Recipe, grid: Grid, out_dir: Path, resumed_step: int | Non
         config=config,
         run_id=manifest["run_id"],
     )
+    _note_changed_data(out_dir, log)
+    return log
 
 
 def _due(step: int, every: int, last_step: int) -> bool:

@@ -7,6 +7,7 @@ w - w_old = -(c * w + s * q) / (1 - c). Plain SGD is the same with q its gradien
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,19 +16,31 @@ import torch
 # g is what the optimizer was given (after clipping), v is corrected for bias: at the first step g^2 / v is 1.
 SUMS = ("gradient", "weight", "update", "adam", "tiny", "zeros")
 
-Piece = tuple[int, int, int]  # (row of the result, start, stop)
+
+@dataclass(frozen=True)
+class Pieces:
+    """Parts [start, stop) of a flat partition, and the row of the result that each adds to."""
+
+    ranges: tuple[tuple[int, int], ...]
+    rows: torch.Tensor  # int64 [pieces], where the sums are kept
+    lengths: torch.Tensor  # fp64 [pieces], there too
 
 
-def cut_pieces(ranges: list[Piece], device_type: str) -> list[Piece]:
-    """The same ranges in pieces whose temporaries stay in the processor's cache, which is where the time goes."""
+def cut_pieces(parts: list[tuple[int, int, int]], device_type: str, sums_device: torch.device) -> Pieces:
+    """Parts (row, start, stop) in pieces whose temporaries stay in the processor's cache, which is where the time goes."""
     longest = 1 << 16 if device_type == "cpu" else 1 << 21
-    return [(row, begin, min(begin + longest, stop)) for row, start, stop in ranges for begin in range(start, stop, longest)]
+    cut = [(row, begin, min(begin + longest, stop)) for row, start, stop in parts for begin in range(start, stop, longest)]
+    return Pieces(
+        tuple((start, stop) for _, start, stop in cut),
+        torch.tensor([row for row, _, _ in cut], device=sums_device),
+        torch.tensor([stop - start for _, start, stop in cut], dtype=torch.float64, device=sums_device),
+    )
 
 
 @torch.no_grad()
 def add_sums(
     out: torch.Tensor,
-    pieces: list[Piece],
+    pieces: Pieces,
     weight: torch.Tensor,
     gradient: torch.Tensor,
     state: dict[str, Any],
@@ -50,18 +63,17 @@ def add_sums(
     direction = state["exp_avg"] if adam else state.get("momentum_buffer")
     direction = gradient if direction is None else direction
     spread = state["exp_avg_sq"] if adam else None
-    scratch = torch.empty(2, max(stop - start for _, start, stop in pieces), device=weight.device)
+    scratch = torch.empty(2, max(stop - start for start, stop in pieces.ranges), device=weight.device)
     terms = []
-    for _, start, stop in pieces:
+    for start, stop in pieces.ranges:
         part = slice(start, stop)
         parts = (weight[part], gradient[part], direction[part], spread[part] if adam else None)
         terms.append(torch.stack(_terms(*parts, options.get("eps", 0.0), correction, scratch[:, : stop - start])))
     # [pieces, terms]: g*g, w*w, w*q, q*q, adam, tiny, nonzero gradients
     table = torch.stack(terms).to(out.device, torch.float64)
     update = (shrink**2 * table[:, 1] + 2 * shrink * step_size * table[:, 2] + step_size**2 * table[:, 3]) / (1 - shrink) ** 2
-    lengths = torch.tensor([stop - start for _, start, stop in pieces], dtype=torch.float64, device=out.device)
-    sums = torch.stack([table[:, 0], table[:, 1], update, table[:, 4], table[:, 5], lengths - table[:, 6]], dim=1)
-    out.index_add_(0, torch.tensor([row for row, _, _ in pieces], device=out.device), sums)
+    sums = torch.stack([table[:, 0], table[:, 1], update, table[:, 4], table[:, 5], pieces.lengths - table[:, 6]], dim=1)
+    out.index_add_(0, pieces.rows, sums)
 
 
 def _terms(
@@ -79,10 +91,15 @@ def _terms(
         quotient, adam, tiny = direction, nothing, nothing
     else:
         root = torch.sqrt(spread, out=scratch[0]).mul_(correction)
-        tiny = torch.count_nonzero(root < eps).float()
         quotient = torch.add(root, eps, out=scratch[1])
         torch.div(direction, quotient, out=quotient)
-        relative = torch.div(gradient, root.clamp_(min=eps), out=root)
+        # comparing is the dearest of all; a CPU can look first whether there is anything to count, without waiting for it
+        if root.device.type == "cpu" and root.amin().item() >= eps:
+            tiny = root.new_zeros(())
+        else:
+            tiny = torch.count_nonzero(root < eps).float()
+            root.clamp_(min=eps)
+        relative = torch.div(gradient, root, out=root)
         adam = torch.dot(relative, relative)
     return [
         torch.dot(gradient, gradient),

@@ -79,6 +79,8 @@ def build_trainer(trial: Trial) -> Trainer:
         recompute_every=trial.layout.recompute_every,
         z_loss=trial.z_loss,
         chunk_tokens=trial.chunk_tokens,
+        schedule=trial.layout.schedule,
+        sequence_parallel=trial.layout.sequence_parallel,
     )
     return Trainer(stage, grid, trial.optimizer, _ds_config(trial), trial.document_end)
 

@@ -26,17 +26,26 @@ def load_recipe(path: str) -> Recipe:
     return recipe
 
 
+_NUMBERS = ("tensor", "pipeline", "data", "recompute_every", "sequence_parallel")
+
+
 def parse_layout(text: str) -> tuple[Layout, int]:
-    """(layout, data ranks) of "tensor=2,pipeline=2,data=2,recompute_every=1"; what is not said is 1 (and no recomputation)."""
-    values: dict[str, int] = {}
+    """(layout, data ranks) of "tensor=2,pipeline=2,data=2,recompute_every=1,schedule=zero_bubble"; sizes not said are 1."""
+    values: dict[str, int | str] = {}
     for item in text.split(","):
         name, _, value = item.partition("=")
-        if name not in ("tensor", "pipeline", "data", "recompute_every") or not value.isdigit() or name in values:
+        known = name == "schedule" or (name in _NUMBERS and value.isdigit())
+        if not known or name in values:
             raise RecipeError(
-                "--layout", [f"--layout={text!r}: {item!r} is not tensor=N, pipeline=N, data=N or recompute_every=N"]
+                "--layout",
+                [
+                    f"--layout={text!r}: {item!r} is not tensor=N, pipeline=N, data=N, recompute_every=N, sequence_parallel=0 "
+                    "or 1, or schedule=NAME"
+                ],
             )
-        values[name] = int(value)
+        values[name] = value if name == "schedule" else int(value)
     data = values.pop("data", 1)
-    if data < 1 or min(values.get("tensor", 1), values.get("pipeline", 1)) < 1:
+    layout = Layout(**values | {"sequence_parallel": bool(values.get("sequence_parallel", 0))})
+    if min(data, layout.tensor, layout.pipeline) < 1:
         raise RecipeError("--layout", [f"--layout={text!r}: sizes start at 1"])
-    return Layout(**values), data
+    return layout, data

@@ -2,6 +2,8 @@
 
 python -m tools.throughput flops recipes/llama_1b.py      # FLOPs a token, by every convention in use
 python -m tools.throughput flops --published              # nine published figures from the same formulas
+python -m tools.throughput goodput RUN                    # how much of a run's time trained, and what took the rest
+python -m tools.throughput schedules                      # pipeline schedules against 1F1B: step time and bubble, measured here
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ import argparse
 
 from recipes.common.recipe import RecipeError
 from tools.common.console import UsageError, exit_code
-from tools.throughput import flops
+from tools.throughput import bench_schedules, flops, goodput
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.throughput", description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     flops.add_flags(verbs)
+    goodput.add_flags(verbs)
+    bench_schedules.add_flags(verbs)
     return parser.parse_args(argv)
 
 
@@ -38,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code(work)
 
 
-VERBS = {"flops": flops.run}
+VERBS = {"flops": flops.run, "goodput": goodput.run, "schedules": bench_schedules.run}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,51 @@
+"""Which network interface a rank talks on, where the host's name does not say it.
+
+gloo binds to what the host name resolves to: 127.0.1.1 on many machines, nothing in some containers. The interface by which this
+host reaches rank 0's is right on every host, whatever each calls it. NCCL looks at the interfaces itself, and is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import MutableMapping
+
+import psutil
+
+_ELSEWHERE = "192.0.2.1"  # RFC 5737: nobody's; asking for the route to it sends nothing
+
+
+def choose_interface(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set GLOO_SOCKET_IFNAME, unless the user has. Reads MASTER_ADDR, WORLD_SIZE and LOCAL_SIZE or LOCAL_WORLD_SIZE."""
+    if environment.get("GLOO_SOCKET_IFNAME"):
+        return
+    world = int(environment["WORLD_SIZE"])
+    here = int(environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE") or world)
+    for target in (environment["MASTER_ADDR"], _ELSEWHERE):
+        name = interface_towards(target)
+        # on rank 0's own host its name may resolve to loopback, where the others cannot come
+        if name is not None and (here == world or name != "lo"):
+            environment["GLOO_SOCKET_IFNAME"] = name
+            return
+
+
+def interface_towards(target: str) -> str | None:
+    """The interface whose address this host would use to reach `target`; None without a route or a name for it."""
+    try:
+        own = address_towards(target)
+    except OSError:
+        return None
+    if own.startswith("127."):
+        return "lo" if "lo" in psutil.net_if_addrs() else None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address.partition("%")[0] == own for address in addresses):
+            return name
+    return None
+
+
+def address_towards(target: str) -> str:
+    """This host's own address on its way to `target`, a name or an address. Raises OSError without a route."""
+    family, kind, protocol, _, place = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(place)
+        return probe.getsockname()[0]

@@ -1,0 +1,169 @@
+"""`calibrate RECIPE --gpu-type T --out FILE`: two short real runs on this machine move the shipped terms to what it does.
+
+Both run the recipe's model in one layout, with one and with two micro batches' size, on random tokens: what grows with the
+batch tells from what does not. A model that is too large for the machine runs with fewer layers (`--layers`). Time counts on any
+device, memory only on GPUs, where the driver says it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from recipes.common.ds_config import load_ds_config
+from recipes.common.engine import Trainer, start_distributed
+from recipes.common.grid import build_grid
+from recipes.common.recipe import Batch, Recipe
+from recipes.common.stage import build_stage
+from recipes.common.tensor_parallel import plan_split
+from tools.common.console import GOOD, UsageError, quiet_transformers, table
+from tools.common.local_ranks import RankError, run_ranks
+from tools.common.recipe_files import load_recipe, parse_layout
+from tools.plan import memory_model, time_model
+from tools.plan.coefficients import Coefficients, read_coefficients, write_coefficients
+from tools.plan.devices import GIB, Device, find_device
+from tools.plan.model_cases import Candidate, ModelFacts, memory_case, read_model, time_cases
+
+WARM_UP_STEPS = 2
+MACHINE_WIDTH = 0.5  # a machine's terms lie this close (standard deviation of the logarithm) to the shipped ones
+
+
+def run(flags: argparse.Namespace) -> int:
+    quiet_transformers()
+    device, shipped = find_device(flags.gpu_type), read_coefficients(None)
+    layout, data = parse_layout(flags.layout)
+    if flags.steps < 1:
+        raise UsageError(f"--steps={flags.steps}: must be 1 or more")
+    recipe = _shorten(load_recipe(flags.recipe), flags.layers)
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for GPUs must not start CUDA: ranks are forked from here
+    kind = "cuda" if torch.cuda.is_available() and device.name != "CPU" else "cpu"
+    world = layout.tensor * layout.pipeline * data
+    if kind == "cuda" and world > torch.cuda.device_count():
+        raise UsageError(f"--layout={flags.layout}: needs {world} GPUs, this machine has {torch.cuda.device_count()}")
+    if kind == "cpu" and device.name != "CPU":
+        raise UsageError(f"--gpu-type={device.name}: this machine has no GPU that torch can use; calibrate on one, or for CPU")
+    tries = [_try(recipe, Candidate(layout=layout, data=data, micro_seqs=k * recipe.batch.micro_seqs)) for k in (1, 2)]
+    measured = []
+    for tried, candidate in tries:  # all ranks are forked before this process computes anything
+        try:
+            ranks = run_ranks(measure, world, tried, candidate, kind, flags.steps, timeout_seconds=3600.0)
+        except RankError as error:
+            cure = "lower the recipe's micro_seqs or use --layers"
+            raise UsageError(f"micro_seqs={candidate.micro_seqs} did not run; {cure}\n{error}") from error
+        measured.append((max(rank["seconds"] for rank in ranks), max(rank["bytes"] for rank in ranks)))
+    runs = [
+        (read_model(tried, load_ds_config(recipe.deepspeed)), candidate, *figures)
+        for (tried, candidate), figures in zip(tries, measured, strict=True)
+    ]
+    coefficients, rows = calibrated(runs, device, shipped)
+    write_coefficients(flags.out, coefficients)
+    if flags.json:
+        print(json.dumps({"out": str(flags.out), "runs": rows}))
+    else:
+        print(_text(rows))
+        print(f"{flags.out}: give it to search and explain as --calibration {flags.out}")
+    return GOOD
+
+
+def _shorten(recipe: Recipe, layers: int | None) -> Recipe:
+    """The recipe with its first `layers` layers: the same shapes in less memory."""
+    if layers is None:
+        return recipe
+    depth = recipe.model.get_text_config().num_hidden_layers
+    if not 1 <= layers <= depth:
+        raise UsageError(f"--layers={layers}: must be between 1 and the model's {depth}")
+    fields = recipe.model.to_dict()
+    per_layer = {name: value[:layers] for name, value in fields.items() if isinstance(value, list) and len(value) == depth}
+    return replace(recipe, model=type(recipe.model).from_dict(fields | per_layer | {"num_hidden_layers": layers}))
+
+
+def _try(recipe: Recipe, candidate: Candidate) -> tuple[Recipe, Candidate]:
+    """The recipe with a batch of two micro batches a stage."""
+    seqs = candidate.micro_seqs * candidate.data * 2 * candidate.layout.pipeline
+    return replace(
+        recipe, batch=Batch(seq_len=recipe.batch.seq_len, micro_seqs=candidate.micro_seqs, global_seqs=seqs)
+    ), candidate
+
+
+def measure(recipe: Recipe, candidate: Candidate, kind: str, steps: int) -> dict[str, float]:
+    """On a rank: median seconds of a step, and bytes the driver shows at the peak (0 on CPUs)."""
+    device = start_distributed(kind)
+    facts = read_model(recipe, load_ds_config(recipe.deepspeed))
+    share = plan_split(facts.causal, facts.stack, candidate.layout.tensor).kv_share
+    grid = build_grid(candidate.layout, device, share)
+    batch = recipe.batch
+    stage = build_stage(
+        recipe.model, grid, seq_len=batch.seq_len, attention=recipe.attention, recompute_every=candidate.layout.recompute_every,
+        chunk_tokens=recipe.logits_chunk_tokens,
+    )  # fmt: skip
+    micro_batches = batch.global_seqs // (candidate.micro_seqs * candidate.data)
+    sizes = {"train_micro_batch_size_per_gpu": candidate.micro_seqs, "gradient_accumulation_steps": micro_batches}
+    config = {
+        **facts.ds_config,
+        **sizes,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+    }
+    trainer = Trainer(stage, grid, recipe.optimizer, config)
+    ids = torch.randint(facts.work.vocab, (micro_batches, candidate.micro_seqs, batch.seq_len + 1))
+    seconds = []
+    for _ in range(WARM_UP_STEPS + steps):
+        started = time.perf_counter()
+        trainer.train_step(list(ids), 1e-6, batch.global_seqs * batch.seq_len)  # reads its loss: it has ended
+        seconds.append(time.perf_counter() - started)
+    peak = 0.0
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        peak = float(total - free) - torch.cuda.memory_reserved(device) + torch.cuda.max_memory_reserved(device)
+    return {"seconds": statistics.median(seconds[WARM_UP_STEPS:]), "bytes": peak}
+
+
+def calibrated(
+    runs: list[tuple[ModelFacts, Candidate, float, float]], device: Device, shipped: Coefficients
+) -> tuple[Coefficients, list[dict[str, Any]]]:
+    """The shipped terms moved by the runs (facts, candidate, seconds, bytes), and each run before and after."""
+    cases = [time_cases(facts, [candidate], device) for facts, candidate, _, _ in runs]
+    stages = [memory_case(facts, candidate, device) for facts, candidate, _, _ in runs]
+    seconds, peaks = np.array([r[2] for r in runs]), np.array([r[3] for r in runs])
+
+    def predict(terms: np.ndarray) -> np.ndarray:
+        return np.array([time_model.step_seconds(terms, case, shipped.factors(device, case))[0] for case in cases])
+
+    widths = np.full(len(shipped.time), MACHINE_WIDTH if device.name != "CPU" else 3.0)  # a CPU's data sheet is a guess
+    terms = time_model.fit_map(predict, seconds, shipped.time, widths, noise=0.02)
+    memory = memory_model.fit_memory(stages, peaks, shipped.memory) if peaks.all() else shipped.memory
+    coefficients = replace(
+        shipped,
+        time=terms,
+        memory=memory,
+        provenance={"calibrated on": device.name, "runs": len(runs), "date": datetime.date.today().isoformat()},
+    )
+    rows = []
+    for index, (_, candidate, measured_seconds, measured_bytes) in enumerate(runs):
+        before, after = predict(shipped.time)[index], predict(terms)[index]
+        row = {"micro_seqs": candidate.micro_seqs, "seconds": measured_seconds, "before": float(before), "after": float(after)}
+        if peaks.all():
+            sizes = [float(memory_model.peak_bytes(t, [stages[index]])[0]) for t in (shipped.memory, memory)]
+            row |= {"bytes": measured_bytes, "bytes_before": sizes[0], "bytes_after": sizes[1]}
+        rows.append(row)
+    return coefficients, rows
+
+
+def _text(rows: list[dict[str, Any]]) -> str:
+    header = ["micro_seqs", "step s", "shipped", "calibrated"]
+    cells = [[r["micro_seqs"], *(f"{r[key]:.4f}" for key in ("seconds", "before", "after"))] for r in rows]
+    if "bytes" in rows[0]:
+        header += ["memory GiB", "shipped", "calibrated"]
+        for row, line in zip(rows, cells, strict=True):
+            line += [f"{row[key] / GIB:.1f}" for key in ("bytes", "bytes_before", "bytes_after")]
+    return table(cells, header)

@@ -1,0 +1,88 @@
+"""GPU types: what the makers' data sheets say, which the fitted efficiencies multiply.
+
+Peaks are dense (no sparsity), with fp32 accumulation. Memory is what the driver reports as total. `link` is one direction of
+all of a GPU's links to the others in its node; `network` one direction of its share of the node's network in the usual
+reference machine (DGX and HGX: one adapter a GPU). Prices are round figures for a plan's order of magnitude, not quotes: pass
+`--price-per-hour`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tools.common.console import UsageError
+
+TERA, GIGA, GIB = 1e12, 1e9, 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    name: str
+    peaks: dict[str, float]  # precision -> FLOP/s of matrix multiplication
+    memory: float  # bytes
+    bandwidth: float  # bytes/s of its memory
+    link: float  # bytes/s to the GPUs of its node, one direction
+    network: float  # bytes/s to other nodes, one direction
+    node: int  # GPUs a node
+    watts: float
+    price: float  # US dollars an hour
+    source: str
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s in "bf16", "fp16", "fp32" or "fp8". Raises UsageError where the GPU lacks the precision."""
+        if precision not in self.peaks:
+            raise UsageError(f"--gpu-type={self.name}: it has no {precision} matrix units; it knows {', '.join(self.peaks)}")
+        return self.peaks[precision] * TERA
+
+
+def _device(
+    name: str, source: str, *, half: float, fp32: float, gib: float, gbs: float, link: float, network: float, watts: float,
+    price: float, fp8: float | None = None, bf16: bool = True, node: int = 8,
+) -> Device:  # fmt: skip
+    peaks = {"fp16": half, "fp32": fp32} | ({"bf16": half} if bf16 else {}) | ({"fp8": fp8} if fp8 else {})
+    return Device(
+        name=name, peaks=peaks, memory=gib * GIB, bandwidth=gbs * GIGA, link=link * GIGA, network=network * GIGA, node=node,
+        watts=watts, price=price, source=source,
+    )  # fmt: skip
+
+
+# fp32 is what torch uses for fp32 matrices unless told otherwise: TF32 is off
+DEVICES = (
+    _device("V100-16", "NVIDIA V100 data sheet", half=125, fp32=15.7, gib=15.8, gbs=900, link=150, network=6.25,
+            watts=300, price=0.5, bf16=False),
+    _device("V100-32", "NVIDIA V100 data sheet", half=125, fp32=15.7, gib=31.7, gbs=900, link=150, network=6.25,
+            watts=300, price=0.6, bf16=False),
+    _device("A100-40", "NVIDIA A100 data sheet", half=312, fp32=19.5, gib=39.6, gbs=1555, link=300, network=25,
+            watts=400, price=1.3),
+    _device("A100-80", "NVIDIA A100 data sheet", half=312, fp32=19.5, gib=79.3, gbs=2039, link=300, network=25,
+            watts=400, price=1.8),
+    _device("L40S", "NVIDIA L40S data sheet", half=362, fp32=91.6, gib=45.0, gbs=864, link=32, network=12.5,
+            watts=350, price=1.0, fp8=733),
+    _device("H100", "NVIDIA H100 SXM data sheet", half=989, fp32=67, gib=79.6, gbs=3350, link=450, network=50,
+            watts=700, price=2.5, fp8=1979),
+    _device("H100-96", "NVIDIA H100 data sheet; 96 GB, 500 W variant as torchtitan's benchmarks say", half=989, fp32=67, gib=94.9,
+            gbs=2400, link=450, network=50, watts=500, price=2.5, fp8=1979),
+    _device("H200", "NVIDIA H200 SXM data sheet", half=989, fp32=67, gib=140.4, gbs=4800, link=450, network=50,
+            watts=700, price=3.5, fp8=1979),
+    _device("B200", "NVIDIA DGX B200 data sheet", half=2250, fp32=75, gib=179.0, gbs=8000, link=900, network=50,
+            watts=1000, price=5.0, fp8=4500),
+    _device("GB200", "NVIDIA GB200 NVL72 data sheet", half=2500, fp32=80, gib=184.0, gbs=8000, link=900, network=50,
+            watts=1200, price=6.0, fp8=5000, node=72),
+    _device("GB300", "NVIDIA GB300 NVL72 data sheet", half=2500, fp32=80, gib=277.0, gbs=8000, link=900, network=100,
+            watts=1400, price=7.0, fp8=5000, node=72),
+    _device("MI250X", "AMD MI250X data sheet (the whole module, two dies)", half=383, fp32=47.9, gib=128.0, gbs=3277, link=200,
+            network=25, watts=560, price=1.5, node=4),
+    _device("MI300X", "AMD MI300X data sheet", half=1307, fp32=163, gib=192.0, gbs=5300, link=448, network=50,
+            watts=750, price=2.5, fp8=2615),
+    # so that the planner runs where it is written; `calibrate` replaces these guesses
+    _device("CPU", "a guess, one core of 2020s server: calibrate", half=0.02, fp32=0.05, gib=16.0, gbs=10, link=5, network=1,
+            watts=10, price=0.05),
+)  # fmt: skip
+
+
+def find_device(name: str) -> Device:
+    """By name, whatever the case. Raises UsageError with the names there are."""
+    for device in DEVICES:
+        if device.name.lower() == name.lower():
+            return device
+    raise UsageError(f"--gpu-type={name}: not known; use one of {', '.join(device.name for device in DEVICES)}")

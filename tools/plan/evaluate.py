@@ -1,0 +1,165 @@
+"""Judge candidate layouts: what keeps one from running at all, and memory, time and cost of those that can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from recipes.common.check import group_problems, layout_problems
+from recipes.common.ds_config import ds_config_path, ds_config_problems, precision
+from recipes.common.proof import cut_problems
+from recipes.common.recipe import Layout
+from recipes.common.schedules import tokens_of_run
+from tools.plan.coefficients import Coefficients
+from tools.plan.devices import GIB, Device
+from tools.plan.memory_model import MemoryCase, interval, stage_totals
+from tools.plan.model_cases import Candidate, ModelFacts, memory_case, time_cases
+from tools.plan.time_model import step_parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A candidate that can run, predicted."""
+
+    candidate: Candidate
+    memory: MemoryCase
+    stage_bytes: np.ndarray  # [stages]: what the driver would show at the peak
+    peak: tuple[float, float, float]  # bytes of the fullest stage: low, predicted, high (nine of ten)
+    parts: dict[str, float]  # seconds of a step
+    seconds: float
+    tokens_per_second: float
+    mfu: float
+    days: float
+    cost: float  # US dollars
+    energy: float  # kWh
+
+    @property
+    def safe(self) -> bool:
+        return self.peak[2] < self.memory.capacity
+
+
+@dataclass(frozen=True)
+class Rejected:
+    candidate: Candidate
+    why: str
+
+
+def candidates(facts: ModelFacts, gpus: int, device: Device) -> list[Candidate]:
+    """Every split of `gpus` with tensor parallelism inside a node, micro batches of powers of two, and recomputation or none."""
+    found = []
+    for tensor in (size for size in range(1, min(gpus, device.node) + 1) if gpus % size == 0):
+        for pipeline in (size for size in range(1, gpus // tensor + 1) if gpus // tensor % size == 0):
+            data = gpus // (tensor * pipeline)
+            most = max(facts.recipe.batch.global_seqs // data, 1)
+            sizes = {2**power for power in range(most.bit_length())} | {facts.recipe.batch.micro_seqs}
+            for micro_seqs in sorted(size for size in sizes if size <= most):
+                for recompute in (0, 1):
+                    layout = Layout(tensor=tensor, pipeline=pipeline, recompute_every=recompute)
+                    found.append(Candidate(layout=layout, data=data, micro_seqs=micro_seqs))
+    return found
+
+
+def judge(
+    facts: ModelFacts, found: Sequence[Candidate], device: Device, coefficients: Coefficients, price: float
+) -> tuple[list[Plan], list[Rejected]]:
+    """(plans, the fastest safe ones first, then those whose interval reaches the GPU's memory; rejected, in the order given)."""
+    by_pipeline = pipeline_problems(facts, {candidate.layout.pipeline for candidate in found})
+    whys = [_why_not(facts, candidate, by_pipeline) for candidate in found]
+    rejected = [Rejected(candidate, why) for candidate, why in zip(found, whys, strict=True) if why]
+    able = [candidate for candidate, why in zip(found, whys, strict=True) if not why]
+    fitting, memories = [], []
+    for candidate in able:
+        case = memory_case(facts, candidate, device)
+        totals = stage_totals(coefficients.memory, case)
+        if totals.max() >= case.capacity:
+            rejected.append(Rejected(candidate, _too_large(case, totals)))
+        else:
+            fitting.append(candidate)
+            memories.append((case, totals))
+    if not fitting:
+        return [], rejected
+    cases = time_cases(facts, fitting, device)
+    parts = step_parts(coefficients.time, cases, coefficients.factors(device, cases))
+    plans = [
+        _plan(
+            facts,
+            candidate,
+            *memories[i],
+            {name: float(of[i]) for name, of in parts.items()},
+            device,
+            coefficients,
+            price,
+        )
+        for i, candidate in enumerate(fitting)
+    ]
+    return sorted(plans, key=lambda plan: (not plan.safe, plan.seconds)), rejected
+
+
+def _too_large(case: MemoryCase, totals: np.ndarray) -> str:
+    worst = int(totals.argmax())
+    stage = case.stages[worst]
+    return (
+        f"memory: stage {worst} needs {totals[worst] / GIB:.0f} of {case.capacity / GIB:.0f} GiB (weights, gradients and "
+        f"optimizer {stage.states / GIB:.0f}, activations of {stage.in_flight} micro batches {stage.stored / GIB:.0f})"
+    )
+
+
+def _plan(
+    facts: ModelFacts,
+    candidate: Candidate,
+    case: MemoryCase,
+    totals: np.ndarray,
+    parts: dict[str, float],
+    device: Device,
+    coefficients: Coefficients,
+    price: float,
+) -> Plan:
+    batch, seconds = facts.recipe.batch, sum(parts.values())
+    rate = batch.global_seqs * batch.seq_len / seconds
+    low, high = interval(float(totals.max()), coefficients.memory_spread)
+    hours = tokens_of_run(facts.recipe) / rate / 3600
+    return Plan(
+        candidate=candidate,
+        memory=case,
+        stage_bytes=totals,
+        peak=(low, float(totals.max()), high),
+        parts=parts,
+        seconds=seconds,
+        tokens_per_second=rate,
+        mfu=rate * facts.flops / (candidate.gpus * device.peak(precision(facts.ds_config))),
+        days=hours / 24,
+        cost=hours * candidate.gpus * price,
+        energy=hours * candidate.gpus * device.watts / 1000,
+    )
+
+
+def pipeline_problems(facts: ModelFacts, pipelines: set[int]) -> dict[int, str]:
+    """Pipeline size -> why no layout of that size can run, "" when one can: depth, family, ds_config, stages without matrices."""
+    recipe, depth = facts.recipe, len(facts.work.layers)
+    file, found = ds_config_path(recipe.deepspeed), {}
+    uncut = []
+    if any(1 < size <= depth for size in pipelines):  # whether the family survives being cut is asked of a tiny model, once
+        uncut = cut_problems(recipe.model, Layout(pipeline=2), recipe.attention)
+    for size in pipelines:
+        layout = Layout(pipeline=size)
+        if size > depth:
+            found[size] = f"pipeline={size} exceeds the model's {depth} layers"
+            continue
+        problems = (uncut if size > 1 else []) + ds_config_problems(facts.ds_config, file, layout)
+        problems += group_problems(recipe, facts.causal, facts.stack, layout)
+        found[size] = problems[0] if problems else ""
+    return found
+
+
+def _why_not(facts: ModelFacts, candidate: Candidate, by_pipeline: dict[int, str]) -> str:
+    """What rules a candidate out before memory is counted; "" when nothing does."""
+    layout, counts = candidate.layout, facts.rank_params(candidate.layout.tensor)
+    if isinstance(counts, str):
+        return f"tensor={layout.tensor}: {counts}"
+    if by_pipeline[layout.pipeline]:
+        return by_pipeline[layout.pipeline]
+    recipe = replace(facts.recipe, batch=replace(facts.recipe.batch, micro_seqs=candidate.micro_seqs))
+    problems = layout_problems(recipe, layout, candidate.gpus)
+    return problems[0] if problems else ""

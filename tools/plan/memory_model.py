@@ -1,0 +1,105 @@
+"""The memory of a pipeline stage by class, and what the driver shows for it.
+
+Weights, gradients and optimizer states follow from the precision and the ZeRO stage. Of activations, stage i of p keeps those
+of min(p - i, micro batches) micro batches (1F1B), beside the working set of one layer and of the loss. To that come what
+libraries take (CUDA context, NCCL's buffers, ZeRO's buckets) and what PyTorch's caching allocator holds without using it: much
+while memory is plenty, next to nothing when it runs out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tools.plan.devices import GIB
+from tools.plan.fitting import fit_map
+
+CONTEXT_BYTES = 0.6 * GIB  # CUDA context and cuBLAS workspaces
+GROUP_BYTES = 0.5 * GIB  # NCCL's buffers, a process group
+
+# name -> (value by first principles, width of the prior)
+TERMS: dict[str, tuple[float, float]] = {
+    "states": (1.03, 0.15),  # weights, gradients, optimizer: flattening pads and aligns
+    "stored": (1.0, 0.3),  # activations that wait for their backward pass
+    "working": (1.0, 0.5),  # one layer's own activations
+    "loss": (1.0, 0.5),  # logits and their gradients
+    "libraries": (1.0, 0.5),
+    "held": (0.3, 1.0),  # share of freed activations that the allocator keeps
+}
+PRIOR = np.array([value for value, _ in TERMS.values()])
+WIDTHS = np.array([width for _, width in TERMS.values()])
+NOISE = 0.03
+SPREAD = 0.09  # 90th percentile of the relative error where no table says: that of BLOOM in fp16, left out one at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageBytes:
+    """One stage's bytes on one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    stored: float  # activations of the micro batches in flight
+    working: float
+    loss: float
+    in_flight: int
+
+    @property
+    def states(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCase:
+    """A layout's stages, and what they have in common."""
+
+    stages: tuple[StageBytes, ...]
+    libraries: float  # bytes
+    capacity: float  # bytes
+
+
+def library_bytes(groups: int, bucket_elements: float, gradient_bytes: float) -> float:
+    """CUDA, NCCL, and ZeRO's buckets: of gradients one filling, one sent and one flattened, of 16-bit weights two gathered."""
+    return CONTEXT_BYTES + GROUP_BYTES * groups + bucket_elements * (3.0 * gradient_bytes + 2.0 * 2.0)
+
+
+def stage_totals(terms: np.ndarray, case: MemoryCase) -> np.ndarray:
+    """Bytes [stages] that the driver would show at the peak."""
+    k = dict(zip(TERMS, terms, strict=True))
+    states = np.array([k["states"] * stage.states for stage in case.stages])
+    moving = np.array([k["stored"] * s.stored + k["working"] * s.working + k["loss"] * s.loss for s in case.stages])
+    need = states + moving + k["libraries"] * case.libraries
+    return need + k["held"] * moving * np.maximum(1.0 - need / case.capacity, 0.0)
+
+
+def peak_bytes(terms: np.ndarray, cases: Sequence[MemoryCase]) -> np.ndarray:
+    """Bytes [n] of each case's fullest stage."""
+    return np.array([stage_totals(terms, case).max() for case in cases])
+
+
+def fit_memory(cases: Sequence[MemoryCase], measured: np.ndarray, prior: np.ndarray = PRIOR) -> np.ndarray:
+    """Terms that best explain `measured` bytes [n]."""
+    return fit_map(lambda terms: peak_bytes(terms, cases), measured, prior, WIDTHS, noise=NOISE)
+
+
+def state_bytes(
+    precision: str, zero_stage: int, data: int, *, moments: int = 2, offload: bool = False
+) -> tuple[float, float, float]:
+    """Bytes a parameter of (weights, gradients, optimizer states), as our ds_configs set DeepSpeed up.
+
+    `moments`: fp32 states that the optimizer keeps beside the fp32 masters (AdamW 2). Gradients add up in fp32: whole up to
+    ZeRO 1; under ZeRO 2 each rank's own part, beside whole ones in the precision of the weights. `tests/test_plan_memory.py`
+    holds these against the tensors of real engines.
+    """
+    weights, masters = (4.0 if precision == "fp32" else 2.0), (0.0 if offload else (4.0 + 4.0 * moments) / data)
+    if zero_stage == 3:
+        return weights / data, 4.0 / data, masters
+    return weights, (4.0 if zero_stage <= 1 else weights + 4.0 / data), masters
+
+
+def interval(peak: float, spread: float | None = None) -> tuple[float, float]:
+    """Where nine of ten measured peaks would lie. `spread`: the 90th percentile of relative errors."""
+    spread = SPREAD if spread is None else spread
+    return peak * (1 - spread), peak * (1 + spread)

@@ -1,0 +1,221 @@
+"""A recipe's model in the terms of the two models: real parameter counts, real cuts, measured activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from recipes.common.ds_config import precision, zero_stage
+from recipes.common.flops import ModelWork, model_work, training_flops
+from recipes.common.plans import PlanError, Stack, find_stack
+from recipes.common.recipe import AdamW, Layout, Recipe
+from recipes.common.stage import balance_stages, layer_costs
+from recipes.common.tensor_parallel import plan_split
+from recipes.common.weights import build_empty
+from tools.common.console import UsageError
+from tools.plan.activations import LayerBytes, layer_activations
+from tools.plan.devices import Device
+from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes, state_bytes
+from tools.plan.table_cases import TRAFFIC_PER_SAVED
+from tools.plan.time_model import Cases
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_LOSS_BYTES = 14.0  # a logit of the chunk at hand: 16 bits, fp32, its exponent, its gradient in fp32 and in 16 bits
+_HEAD_GRADIENT_BYTES = 10.0  # an element of the head: its gradient kept, and rescaled through fp32
+_FP32_REDUCE, _GATHER = 4.0, 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A layout on a number of GPUs, with the micro batch it would run."""
+
+    layout: Layout
+    data: int
+    micro_seqs: int
+
+    @property
+    def gpus(self) -> int:
+        return self.layout.tensor * self.layout.pipeline * self.data
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """All that planning asks of a recipe's model; read once, for every layout."""
+
+    recipe: Recipe
+    ds_config: dict[str, Any]
+    causal: Any
+    stack: Stack
+    work: ModelWork
+    activations: tuple[LayerBytes, ...]
+
+    @cached_property
+    def flops(self) -> float:
+        """A token, forward and backward."""
+        return training_flops(self.work, self.recipe.batch.seq_len)
+
+    @cached_property
+    def splits(self) -> dict[int, dict[str, float] | str]:
+        return {}
+
+    @cached_property
+    def stages(self) -> dict[int, list[range]]:
+        return {}
+
+    def own_layers(self, pipeline: int) -> list[range]:
+        """The cut that training would choose."""
+        if pipeline not in self.stages:
+            costs, head = layer_costs(self.causal, self.stack, self.recipe.batch.seq_len)
+            self.stages[pipeline] = balance_stages(costs, head, pipeline)
+        return self.stages[pipeline]
+
+    def rank_params(self, tensor: int) -> dict[str, float] | str:
+        """ "embedding", "head", "norm" or a layer's index as text -> parameters on one tensor rank; or why it cannot be cut."""
+        if tensor not in self.splits:
+            try:
+                cuts = plan_split(self.causal, self.stack, tensor).cuts
+            except PlanError as error:
+                self.splits[tensor] = str(error)
+            else:
+                self.splits[tensor] = _count(self.causal, self.stack, cuts, tensor)
+        return self.splits[tensor]
+
+
+def _count(causal: Any, stack: Stack, cuts: dict[str, Any], tensor: int) -> dict[str, float]:
+    counts: dict[str, float] = {"embedding": 0.0, "head": 0.0, "norm": 0.0}
+    first = tuple(f"{name}." for name in stack.before)
+    for name, parameter in causal.named_parameters():
+        size = parameter.numel() / (tensor if name in cuts else 1)
+        if name.startswith(f"{stack.layers}."):
+            part = name[len(stack.layers) + 1 :].partition(".")[0]
+        elif name.startswith(f"{stack.head}.") and not stack.tied:
+            part = "head"
+        elif name.startswith((f"{stack.embedding}.", *first)):
+            part = "embedding"
+        else:
+            part = "norm"
+        counts[part] = counts.get(part, 0.0) + size
+    if stack.tied:
+        counts["head"] = causal.get_submodule(stack.embedding).weight.numel() / tensor
+    return counts
+
+
+def read_model(recipe: Recipe, ds_config: dict[str, Any]) -> ModelFacts:
+    """Raises UsageError when the model cannot be built or run."""
+    try:
+        causal = build_empty(recipe.model, recipe.attention)
+        stack = find_stack(causal)
+        activations = layer_activations(
+            recipe.model, seq_len=recipe.batch.seq_len, dtype=_DTYPES[precision(ds_config)], attention=recipe.attention
+        )
+    except Exception as error:  # a family's own code may raise anything
+        raise UsageError(f"recipe {recipe.name!r}: model={type(recipe.model).__name__}: {error}") from error
+    return ModelFacts(recipe, ds_config, causal, stack, model_work(causal, stack), activations)
+
+
+def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> MemoryCase:
+    recipe, layout = facts.recipe, candidate.layout
+    zero, half = zero_stage(facts.ds_config), precision(facts.ds_config)
+    zero_options = facts.ds_config.get("zero_optimization", {})
+    offload = "offload_optimizer" in zero_options
+    moments = 2 if isinstance(recipe.optimizer, AdamW) else int(recipe.optimizer.momentum > 0)
+    weights, gradients, optimizer = state_bytes(half, zero, candidate.data, moments=moments, offload=offload)
+    counts = facts.rank_params(layout.tensor)
+    micro_batches = recipe.batch.global_seqs // (candidate.micro_seqs * candidate.data)
+    width = _DTYPES[half].itemsize
+    boundary = float(width) * candidate.micro_seqs * recipe.batch.seq_len * facts.work.hidden
+    stages = []
+    owned = facts.own_layers(layout.pipeline)
+    for index, own in enumerate(owned):
+        last = index == len(owned) - 1
+        in_flight = min(layout.pipeline - index, micro_batches)
+        params = sum(counts[str(i)] for i in own) + (counts["embedding"] if index == 0 else 0.0)
+        params += (counts["norm"] + (counts["head"] if not (facts.stack.tied and index == 0) else 0.0)) if last else 0.0
+        layers = [candidate.micro_seqs * (facts.activations[i].whole + facts.activations[i].cut / layout.tensor) for i in own]
+        again = [bool(layout.recompute_every) and i % layout.recompute_every == 0 for i in own]
+        kept = sum(boundary if repeat else size for size, repeat in zip(layers, again, strict=True))
+        stages.append(
+            StageBytes(
+                weights=weights * params, gradients=gradients * params, optimizer=optimizer * params,
+                stored=in_flight * (kept + (boundary if layout.pipeline > 1 else 0.0)),
+                working=max((size for size, repeat in zip(layers, again, strict=True) if repeat), default=0.0) + 2 * boundary,
+                loss=_loss_bytes(facts, candidate, counts["head"]) if last else 0.0, in_flight=in_flight,
+            )
+        )  # fmt: skip
+    groups = 1 + sum(size > 1 for size in (layout.tensor, layout.pipeline, candidate.data))
+    bucket = max(zero_options.get("reduce_bucket_size", 5e8), zero_options.get("allgather_bucket_size", 5e8))
+    live = 2.0 * min(zero_options.get("stage3_max_live_parameters", 1e9), facts.work.params) if zero == 3 else 0.0
+    gpu = device.name != "CPU"
+    libraries = (library_bytes(groups, bucket, 4.0) if gpu else 0.0) + live
+    return MemoryCase(stages=tuple(stages), libraries=libraries, capacity=device.memory)
+
+
+def _loss_bytes(facts: ModelFacts, candidate: Candidate, head_params: float) -> float:
+    """The loss goes over chunks of tokens (recipes.common.loss): logits of one chunk, and the gradient of the head."""
+    batch = facts.recipe.batch
+    tokens = min(facts.recipe.logits_chunk_tokens, candidate.micro_seqs * batch.seq_len)
+    return _LOSS_BYTES * tokens * facts.work.vocab / candidate.layout.tensor + _HEAD_GRADIENT_BYTES * head_params
+
+
+def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Device) -> Cases:
+    recipe, work = facts.recipe, facts.work
+    zero, seq_len, count = zero_stage(facts.ds_config), recipe.batch.seq_len, len(work.layers)
+    flash = recipe.attention != "eager"
+    scores = sum(layer.scores * layer.keys(seq_len, causal=flash) for layer in work.layers) / count
+    heads = getattr(recipe.model.get_text_config(), "num_attention_heads", None) or 1
+    costs, _ = layer_costs(facts.causal, facts.stack, seq_len)
+    mean = sum(costs) / count
+    whole, cut = (sum(getattr(layer, name) for layer in facts.activations) / count for name in ("whole", "cut"))
+
+    def column(of: Any) -> np.ndarray:
+        return np.array([of(candidate) for candidate in candidates], dtype=float)
+
+    def constant(value: float) -> np.ndarray:
+        return np.full(len(candidates), float(value))
+
+    tensor, data = column(lambda c: c.layout.tensor), column(lambda c: c.data)
+    stages = [[sum(costs[i] for i in own) / mean for own in facts.own_layers(c.layout.pipeline)] for c in candidates]
+    params = column(lambda c: _largest_stage(facts, c.layout))
+    repeated = column(lambda c: 1.0 / c.layout.recompute_every if c.layout.recompute_every else 0.0)
+    return Cases(
+        tokens=column(lambda c: c.micro_seqs * seq_len),
+        hidden=constant(work.hidden),
+        matrices=constant(sum(layer.matrices for layer in work.layers) / count),
+        scores=constant(scores),
+        misaligned=constant(work.hidden % heads + work.hidden // heads % 8 > 0),
+        traffic=TRAFFIC_PER_SAVED * (whole + cut / tensor) / seq_len,
+        head=constant(work.head),
+        passes=3.0 + repeated,
+        tensor=tensor,
+        data=data,
+        pipeline=column(lambda c: c.layout.pipeline),
+        micro_batches=column(lambda c: recipe.batch.global_seqs // (c.micro_seqs * c.data)),
+        layers=constant(count),
+        layers_dearest=np.array([max(stage[:-1], default=0.0) for stage in stages]),
+        layers_last=np.array([stage[-1] for stage in stages]),
+        params=params,
+        reduce_bytes=constant(_FP32_REDUCE + (0.0 if zero == 3 else _GATHER)),
+        gather_bytes=constant(2 * _GATHER if zero == 3 else 0.0),
+        updated=params / data if zero else params,
+        chunks=constant(1.0),
+        pipe_share=constant(1.0),
+        peak=constant(device.peak(precision(facts.ds_config))),
+        bandwidth=constant(device.bandwidth),
+        link=constant(device.link),
+        network=constant(device.network),
+        node=constant(device.node),
+        keys=[(work.hidden, heads, seq_len, c.layout.tensor, c.micro_seqs) for c in candidates],
+    )
+
+
+def _largest_stage(facts: ModelFacts, layout: Layout) -> float:
+    counts, owned = facts.rank_params(layout.tensor), facts.own_layers(layout.pipeline)
+    sizes = [sum(counts[str(i)] for i in own) for own in owned]
+    sizes[0] += counts["embedding"]
+    sizes[-1] += counts["norm"] + (0.0 if facts.stack.tied and len(owned) == 1 else counts["head"])
+    return max(sizes)

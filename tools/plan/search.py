@@ -1,0 +1,207 @@
+"""`search RECIPE --gpus N --gpu-type T`: every layout ranked, or why not. `explain LAYOUT RECIPE`: one of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from typing import Any
+
+from recipes.common.ds_config import load_ds_config
+from recipes.common.recipe import Recipe
+from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table
+from tools.common.recipe_files import load_recipe, parse_layout
+from tools.plan.coefficients import Coefficients, first_principles, read_coefficients
+from tools.plan.devices import GIB, Device, find_device
+from tools.plan.evaluate import Plan, Rejected, candidates, judge
+from tools.plan.model_cases import Candidate, ModelFacts, read_model
+
+PART_NAMES = {
+    "matrices": "matrix products", "attention": "attention", "elementwise": "memory traffic", "host": "kernel launches",
+    "head": "head and loss", "tensor": "tensor all-reduce", "pipeline": "between stages", "bubble": "bubble",
+    "data": "data reduction", "optimizer": "optimizer", "other": "other",
+}  # fmt: skip
+
+
+def search(flags: argparse.Namespace) -> int:
+    facts, device, coefficients, price = _read(flags)
+    if flags.gpus < 1:
+        raise UsageError(f"--gpus={flags.gpus}: must be 1 or more")
+    found = candidates(facts, flags.gpus, device)
+    started = time.perf_counter()
+    plans, rejected = judge(facts, found, device, coefficients, price)
+    seconds = time.perf_counter() - started
+    if flags.json:
+        print(json.dumps({
+            "recipe": facts.recipe.name, "gpus": flags.gpus, "gpu_type": device.name, "layouts": len(found),
+            "seconds": seconds, "coefficients": coefficients.provenance, "ranked": [plan_json(plan) for plan in plans],
+            "rejected": [candidate_json(r.candidate) | {"why": r.why} for r in rejected],
+        }))  # fmt: skip
+    else:
+        print(_search_text(facts, device, flags.top, plans, rejected, coefficients))
+        print(f"{len(found)} layouts in {seconds:.2f} s")
+    return GOOD if plans else FAILED
+
+
+def explain(flags: argparse.Namespace) -> int:
+    facts, device, coefficients, price = _read(flags)
+    layout, data = parse_layout(flags.layout)
+    candidate = Candidate(layout=layout, data=data, micro_seqs=flags.micro_seqs or facts.recipe.batch.micro_seqs)
+    plans, rejected = judge(facts, [candidate], device, coefficients, price)
+    if flags.json:
+        verdict = {
+            "ranked": [plan_json(plan) for plan in plans],
+            "rejected": [candidate_json(candidate) | {"why": r.why} for r in rejected],
+        }
+        print(json.dumps({"recipe": facts.recipe.name, "gpu_type": device.name} | verdict))
+    elif rejected:
+        print(f"{name_of(candidate)} on {candidate.gpus} {device.name}: cannot run\n  {rejected[0].why}")
+    else:
+        print(f"{facts.recipe.name}, {name_of(candidate)} on {candidate.gpus} {device.name}\n{plan_text(plans[0])}")
+        print(_source(coefficients))
+    return GOOD if plans else FAILED
+
+
+def _read(flags: argparse.Namespace) -> tuple[ModelFacts, Device, Coefficients, float]:
+    quiet_transformers()
+    device = find_device(flags.gpu_type)
+    coefficients = first_principles() if flags.first_principles else read_coefficients(flags.calibration)
+    price = device.price if flags.price_per_hour is None else flags.price_per_hour
+    if price < 0:
+        raise UsageError(f"--price-per-hour={price}: must be 0 or more")
+    recipe: Recipe = load_recipe(flags.recipe)
+    return read_model(recipe, load_ds_config(recipe.deepspeed)), device, coefficients, price
+
+
+def name_of(candidate: Candidate) -> str:
+    layout = candidate.layout
+    recompute = f" recompute_every={layout.recompute_every}" if layout.recompute_every else ""
+    return f"tensor={layout.tensor} pipeline={layout.pipeline} data={candidate.data} micro_seqs={candidate.micro_seqs}{recompute}"
+
+
+def candidate_json(candidate: Candidate) -> dict[str, int]:
+    layout = candidate.layout
+    return {
+        "tensor": layout.tensor, "pipeline": layout.pipeline, "data": candidate.data, "micro_seqs": candidate.micro_seqs,
+        "recompute_every": layout.recompute_every,
+    }  # fmt: skip
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    low, peak, high = plan.peak
+    stages = [
+        vars(stage) | {"driver_bytes": float(total)} for stage, total in zip(plan.memory.stages, plan.stage_bytes, strict=True)
+    ]
+    return candidate_json(plan.candidate) | {
+        "safe": plan.safe, "seconds": plan.seconds, "tokens_per_second": plan.tokens_per_second, "mfu": plan.mfu,
+        "days": plan.days, "cost": plan.cost, "energy_kwh": plan.energy, "parts": plan.parts,
+        "memory": {"peak": peak, "low": low, "high": high, "capacity": plan.memory.capacity,
+                   "margin": plan.memory.capacity - peak, "libraries": plan.memory.libraries, "stages": stages},
+    }  # fmt: skip
+
+
+def _search_text(
+    facts: ModelFacts, device: Device, top: int, plans: list[Plan], rejected: list[Rejected], coefficients: Coefficients
+) -> str:
+    lines = []
+    if plans:
+        header = [
+            "",
+            "tensor",
+            "pipeline",
+            "data",
+            "micro_seqs",
+            "recompute",
+            "step s",
+            "tokens/s",
+            "MFU",
+            "memory GiB",
+            "days",
+            "cost $",
+        ]
+        rows = [[rank, *_row(plan)] for rank, plan in enumerate(plans[:top], start=1)]
+        lines += [table(rows, header)]
+        if not plans[0].safe:
+            lines.append(
+                f"no layout stays under {device.memory / GIB:.0f} GiB with certainty (nine of ten): ! may run out of memory"
+            )
+        elif any(not plan.safe for plan in plans[:top]):
+            lines.append("! may run out of memory: the interval (nine of ten) reaches the GPU's")
+        lines += ["", f"the first: {name_of(plans[0].candidate)}", plan_text(plans[0]), ""]
+    else:
+        lines.append(f"{facts.recipe.name}: no layout fits")
+    lines += [_why_nots(rejected), _source(coefficients)]
+    return "\n".join(lines)
+
+
+def _row(plan: Plan) -> list[object]:
+    layout = plan.candidate.layout
+    low, peak, high = (size / GIB for size in plan.peak)
+    recompute = {0: "none", 1: "full"}.get(layout.recompute_every, f"every {layout.recompute_every}th")
+    return [
+        layout.tensor, layout.pipeline, plan.candidate.data, plan.candidate.micro_seqs, recompute, f"{plan.seconds:.3f}",
+        f"{plan.tokens_per_second:,.0f}", f"{plan.mfu:.1%}", f"{peak:.0f} ({low:.0f}-{high:.0f}){'' if plan.safe else ' !'}",
+        f"{plan.days:.1f}", f"{plan.cost:,.0f}",
+    ]  # fmt: skip
+
+
+def plan_text(plan: Plan) -> str:
+    """Memory by stage and class, the step's time by part, and what the run comes to."""
+    rows = []
+    for index, (stage, total) in enumerate(zip(plan.memory.stages, plan.stage_bytes, strict=True)):
+        classes = (
+            stage.weights,
+            stage.gradients,
+            stage.optimizer,
+            stage.stored,
+            stage.working,
+            stage.loss,
+            plan.memory.libraries,
+        )
+        margin = plan.memory.capacity - total
+        rows.append(
+            [index, stage.in_flight, *(f"{size / GIB:.2f}" for size in classes), f"{total / GIB:.1f}", f"{margin / GIB:.1f}"]
+        )
+    header = [
+        "stage",
+        "in flight",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "one layer",
+        "loss",
+        "libraries",
+        "driver",
+        "margin",
+    ]
+    low, _, high = plan.peak
+    parts = sorted(plan.parts.items(), key=lambda part: -part[1])
+    shares = [[PART_NAMES[name], f"{seconds:.4f}", f"{seconds / plan.seconds:.1%}"] for name, seconds in parts if seconds > 0]
+    return "\n".join([
+        "memory, GiB a GPU (driver: with what the allocator holds; margin: to out of memory)", table(rows, header),
+        f"nine of ten: {low / GIB:.1f} to {high / GIB:.1f} of {plan.memory.capacity / GIB:.1f} GiB on the fullest stage",
+        f"time, {plan.seconds:.3f} s a step", table(shares, ["part", "seconds", "share"]),
+        f"{plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}, the run {plan.days:.1f} days, ${plan.cost:,.0f}, "
+        f"{plan.energy:,.0f} kWh at the GPUs",
+    ])  # fmt: skip
+
+
+def _why_nots(rejected: list[Rejected]) -> str:
+    """Rejected layouts by reason: the reasons that differ only in numbers under one line each layout."""
+    groups: dict[str, list[Candidate]] = defaultdict(list)
+    for entry in rejected:
+        kind = "memory" if entry.why.startswith("memory: ") else entry.why
+        groups[kind].append(entry.candidate)
+    examples = {("memory" if e.why.startswith("memory: ") else e.why): e for e in reversed(rejected)}
+    lines = [f"not possible: {len(rejected)} layouts (each with its reason in --json)"] if rejected else []
+    for kind, found in sorted(groups.items(), key=lambda group: -len(group[1])):
+        example = examples[kind]
+        lines.append(f"  {len(found):>5}  {example.why}" + (f"; first {name_of(example.candidate)}" if len(found) > 1 else ""))
+    return "\n".join(lines)
+
+
+def _source(coefficients: Coefficients) -> str:
+    facts = ", ".join(f"{key} {value}" for key, value in coefficients.provenance.items() if key != "command")
+    return f"terms {facts}; nine of ten step times within {coefficients.time_spread:.0%}"

@@ -1,0 +1,172 @@
+"""The time of a training step from physical terms, for many layouts at once: roofline with fitted efficiencies, and a schedule.
+
+A layer's pass is the larger (smoothly) of what the GPU computes (matrix products, attention, memory traffic) and what the host
+needs to launch it, plus its tensor-parallel all-reduces. A step is 1F1B: the dearest stage for every micro batch, once
+every stage to fill and drain the pipeline, then the gradients' reduction, the optimizer, and a constant.
+Efficiencies are dimensionless, so that one fitted on one GPU serves another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from tools.plan.fitting import distinct, fit_map
+
+# name -> (value by first principles, width: how far a fit may move it, as the standard deviation of its logarithm)
+TERMS: dict[str, tuple[float, float]] = {
+    "gemm": (0.65, 0.2),  # share of the peak that a wide matrix product reaches
+    "narrow": (200.0, 1.0),  # columns a tensor rank holds at which that share has halved
+    "attention": (0.4, 0.3),  # share of the peak in attention's products
+    "misaligned": (1.2, 0.2),  # x a layer's time where a head's width is no multiple of 8: matrix units want that
+    "head": (0.65, 0.3),  # share of the peak in the vocabulary's product
+    "memory": (0.7, 0.3),  # share of memory bandwidth in everything elementwise
+    "launch_seconds": (1e-3, 1.0),  # host time to launch one layer's forward and backward pass
+    "launch_tensor_seconds": (3e-4, 1.0),  # and more with tensor parallelism
+    "blend": (3.0, 0.5),  # exponent of the smooth maximum of GPU and host time
+    "tensor_latency": (2e-5, 1.0),  # seconds a hop of an all-reduce
+    "tensor_link": (0.75, 0.3),  # share of the links in a node, tensor all-reduce
+    "tensor_network": (3.2, 0.5),  # share of one GPU's network, tensor all-reduce over nodes (all adapters serve one ring)
+    "pipe_latency": (3e-5, 1.0),
+    "pipe_rate": (0.8, 0.7),  # share of link or network between stages
+    "data_link": (0.5, 0.5),
+    "data_network": (0.8, 0.5),
+    "optimizer": (1.0, 1.0),  # x 20 bytes a parameter at memory bandwidth
+    "constant_seconds": (5e-3, 1.0),
+}
+PRIOR = np.array([value for value, _ in TERMS.values()])
+WIDTHS = np.array([width for _, width in TERMS.values()])
+EFFECT_WIDTH = 0.1  # how far kernels for one shape of layer differ from the terms: chosen by the GPU's libraries, not by us
+NOISE = 0.05
+_KEYS = "keys"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cases:
+    """One layout a row, every field an array [n]. `Layer` fields are means over the model's layers."""
+
+    tokens: np.ndarray  # of a micro batch
+    hidden: np.ndarray
+    matrices: np.ndarray  # multiply-adds a token, a layer
+    scores: np.ndarray  # multiply-adds a token, a layer, in attention's two products
+    misaligned: np.ndarray  # 1 where a head's width is no multiple of 8, else 0
+    traffic: np.ndarray  # bytes a token, a layer, a tensor rank, that elementwise work moves, forward and backward
+    head: np.ndarray  # multiply-adds a token
+    passes: np.ndarray  # forward passes' worth of work a layer does: 3, or 4 with full recomputation
+    tensor: np.ndarray
+    data: np.ndarray
+    pipeline: np.ndarray
+    micro_batches: np.ndarray
+    layers: np.ndarray  # of the model
+    layers_dearest: np.ndarray  # of the largest stage without the head
+    layers_last: np.ndarray  # of the stage with the head
+    params: np.ndarray  # of a rank of the largest stage
+    reduce_bytes: np.ndarray  # a parameter of the rank, that the data ranks exchange a step
+    gather_bytes: np.ndarray  # a parameter of the rank, gathered every micro batch (ZeRO 3)
+    updated: np.ndarray  # parameters whose optimizer states this rank updates
+    chunks: np.ndarray  # runs of layers a stage holds (interleaved schedule): they divide the bubble
+    pipe_share: np.ndarray  # tensor ranks that share sending one activation (Megatron scatters it, we do not)
+    peak: np.ndarray  # FLOP/s
+    bandwidth: np.ndarray
+    link: np.ndarray
+    network: np.ndarray
+    node: np.ndarray
+    keys: list[tuple]  # the shape of the layer that a rank runs: rows that share it share its kernels
+
+    def take(self, rows: np.ndarray) -> Cases:
+        values = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != _KEYS}
+        return Cases(**values, keys=[self.keys[row] for row in rows])
+
+
+def step_parts(terms: np.ndarray, c: Cases, effects: np.ndarray | float = 1.0) -> dict[str, np.ndarray]:
+    """Seconds [n] of a step by part; they sum to the step. `effects` [n] multiply a layer's time (see `fit_time`)."""
+    k = dict(zip(TERMS, terms, strict=True))
+    micro = _micro_batch(k, c, effects)
+    layer = sum(micro[name] for name in ("matrices", "attention", "elementwise", "host", "tensor"))
+    rest = micro["head"]
+    last = c.layers_last * layer + rest
+    dearest = np.maximum(c.layers_dearest * layer, last)
+    steady_layers = np.where(last >= dearest, c.layers_last, c.layers_dearest)
+    steady_head = np.where(last >= dearest, 1.0, 0.0)
+    # every micro batch passes the dearest stage; the others' work on one micro batch is the fill and drain
+    parts = {name: c.micro_batches * steady_layers * micro[name] for name in ("matrices", "attention", "elementwise", "host")}
+    parts["head"] = c.micro_batches * steady_head * rest
+    parts["tensor"] = c.micro_batches * steady_layers * micro["tensor"]
+    parts["pipeline"] = (c.micro_batches + c.pipeline - 1) * micro["pipe"]
+    parts["bubble"] = np.maximum(c.layers * layer + rest - dearest, 0.0) / c.chunks
+    reduce_rate = np.where(c.tensor * c.data <= c.node, k["data_link"] * c.link, k["data_network"] * c.network)
+    share = (c.data - 1) / c.data
+    parts["data"] = share * c.params * (c.reduce_bytes + c.gather_bytes * c.micro_batches) / reduce_rate
+    parts["optimizer"] = k["optimizer"] * 20.0 * c.updated / c.bandwidth
+    parts["other"] = np.full_like(layer, k["constant_seconds"])
+    return parts
+
+
+def _micro_batch(k: dict[str, float], c: Cases, effects: np.ndarray | float) -> dict[str, np.ndarray]:
+    """Seconds of one layer for one micro batch, by part; of the head; of sending to the next stage and back."""
+    columns = c.hidden / c.tensor
+    rate = k["gemm"] * c.peak * columns / (columns + k["narrow"])
+    matrices = 2.0 * c.passes * c.tokens * c.matrices / c.tensor / rate
+    attention = 2.0 * c.passes * c.tokens * c.scores / c.tensor / (k["attention"] * c.peak)
+    elementwise = c.tokens * c.traffic * c.passes / 3.0 / (k["memory"] * c.bandwidth)
+    gpu = matrices + attention + elementwise
+    split = c.tensor > 1
+    host = (k["launch_seconds"] + split * k["launch_tensor_seconds"]) * c.passes / 3.0
+    effects = effects * k["misaligned"] ** c.misaligned
+    layer = (gpu ** k["blend"] + host ** k["blend"]) ** (1.0 / k["blend"])
+    activation = 2.0 * c.tokens * c.hidden
+    rate = np.where(c.tensor > c.node, k["tensor_network"] * c.network, k["tensor_link"] * c.link)
+    ring = 2.0 * (c.tensor - 1) / c.tensor * activation / rate
+    tensor = np.where(split, 4.0 * c.passes / 3.0 * (k["tensor_latency"] * (c.tensor - 1) + ring), 0.0)
+    inside = c.tensor * c.data * 2 <= c.node
+    pipe = k["pipe_latency"] + activation / c.pipe_share / (k["pipe_rate"] * np.where(inside, c.link, c.network))
+    return {
+        "matrices": matrices * effects,
+        "attention": attention * effects,
+        "elementwise": elementwise * effects,
+        "host": (layer - gpu) * effects,
+        "tensor": tensor * effects,
+        "head": 6.0 * c.tokens * c.head / c.tensor / (k["head"] * c.peak),
+        "pipe": np.where(c.pipeline > 1, 2.0 * pipe, 0.0),
+    }
+
+
+def step_seconds(terms: np.ndarray, cases: Cases, effects: np.ndarray | float = 1.0) -> np.ndarray:
+    return sum(step_parts(terms, cases, effects).values())
+
+
+@dataclass(frozen=True)
+class TimeFit:
+    terms: np.ndarray
+    effects: dict[tuple, float]  # layer shape -> factor; a shape never measured has 1
+
+    def predict(self, cases: Cases) -> np.ndarray:
+        return step_seconds(self.terms, cases, self.factors(cases))
+
+    def factors(self, cases: Cases) -> np.ndarray:
+        return np.array([self.effects.get(key, 1.0) for key in cases.keys])
+
+
+FIRST_PRINCIPLES = TimeFit(PRIOR, {})
+
+
+def fit_time(
+    cases: Cases,
+    seconds: np.ndarray,
+    prior: np.ndarray = PRIOR,
+    widths: np.ndarray = WIDTHS,
+    effect_width: float = EFFECT_WIDTH,
+) -> TimeFit:
+    """Terms and one factor for each shape of layer. Libraries pick kernels by shape, in jumps that no smooth term follows;
+    the factors' prior holds them near 1, so that a single odd measurement does not become a rule."""
+    shapes, place = distinct(cases.keys)
+    count = len(prior)
+
+    def predict(x: np.ndarray) -> np.ndarray:
+        return step_seconds(x[:count], cases, x[count:][place])
+
+    start = np.concatenate([prior, np.ones(len(shapes))])
+    wide = np.concatenate([widths, np.full(len(shapes), effect_width)])
+    x = fit_map(predict, seconds, start, wide, noise=NOISE)
+    return TimeFit(x[:count], dict(zip(shapes, x[count:].tolist(), strict=True)))

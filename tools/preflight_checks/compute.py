@@ -1,0 +1,59 @@
+"""The same matrix product on every rank: who is slow, and whose result differs.
+
+The factors are small whole numbers, so that every order of summation gives the same result: a rank with another one computes
+wrongly. On CPU the time is the rank's own (ranks may share cores); on a GPU it is the wall's.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from typing import Any
+
+import torch
+
+SIZES = {"cuda": 8192, "cpu": 384}  # rows and columns of the factors
+REPEATS = {"cuda": 20, "cpu": 9}
+
+
+def device_facts(device_type: str, local_rank: int) -> dict[str, Any]:
+    """The device this rank would train on, or why it has none."""
+    if device_type != "cuda":
+        return {"name": platform.machine(), "uuid": None}
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        return {"error": f"LOCAL_RANK={local_rank} but {count} GPUs are visible"}
+    torch.cuda.set_device(local_rank)
+    properties = torch.cuda.get_device_properties(local_rank)
+    free, total = torch.cuda.mem_get_info()
+    return {"name": properties.name, "uuid": str(properties.uuid), "free_bytes": free, "total_bytes": total}
+
+
+def product_facts(device: torch.device) -> dict[str, Any]:
+    """{"seconds": median of one product, "flops_per_second", "result": a number that depends on every element}."""
+    size = SIZES[device.type]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # partial sums in bf16 would round
+    index = torch.arange(size * size, device=device).view(size, size)
+    left, right = ((index * step % 13 - 6).to(dtype) for step in (7, 11))
+    product = left @ right
+    seconds = statistics.median(_timed(left, right) for _ in range(REPEATS[device.type]))
+    weights = index % 1021 + 1
+    result = int((product.double().to(torch.int64) * weights).sum())
+    return {"seconds": seconds, "flops_per_second": 2 * size**3 / seconds, "result": result}
+
+
+def _timed(left: torch.Tensor, right: torch.Tensor) -> float:
+    clock = time.perf_counter if left.is_cuda else time.thread_time
+    wait(left.device)
+    started = clock()
+    left @ right
+    wait(left.device)
+    return clock() - started
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
