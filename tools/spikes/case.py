@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from dataclasses import dataclass
@@ -55,11 +54,6 @@ class Case:
     def layout(self) -> dict[str, Any]:
         """Of the start that computed the event."""
         return self.start["layout"] | {"data": self.start["sizes"]["data"]}
-
-    @property
-    def monitor(self) -> dict[str, Any]:
-        """Recipe.monitor; empty for a run from before it."""
-        return vars(getattr(self.recipe, "monitor", None) or argparse.Namespace())
 
     @property
     def start(self) -> dict[str, Any]:

@@ -54,17 +54,19 @@ def replicas(case: Case) -> Iterator[Evidence]:
     if case.layout["tensor"] == case.layout["pipeline"] == case.layout["data"] == 1:
         yield Finding(NORM_DRIFT, -9.0, "there is one rank, and no copies")
         return
-    told = _drift_words(case)
+    every = case.recipe.monitor.drift_every_steps if case.stats is not None else 0
+    told = _drift_words(case, every)
     if told is None:
-        if not case.monitor.get("drift_every_steps"):
-            yield Unanswered(NORM_DRIFT, "whether copies were equal", "turn the drift check on (Recipe.monitor)")
+        checked = every and int(case.steps[-1]) // every * every >= case.onset
+        if checked:
+            yield Finding(NORM_DRIFT, -4.0, "the drift check after it found all copies equal")
         else:
-            yield Finding(NORM_DRIFT, -4.0, "the drift check found copies equal, every time")
+            cure = "go on to the next drift check" if every else "turn the drift check on (Recipe.monitor.drift_every_steps)"
+            yield Unanswered(NORM_DRIFT, "whether copies of weights were still equal", cure)
         return
     found = [match.groups() for match in _DRIFT.finditer(told)]
     parts = {group_of(name)[1] for name, _ in found}
-    across = {kind for _, kind in found}
-    if across == {"data"}:
+    if {across for _, across in found} == {"data"}:
         yield Finding(BIT_FLIP, 6.0, f"drift check: {told}")
         yield Finding(NORM_DRIFT, 3.0, f"drift check: {told}")
     else:
@@ -73,36 +75,39 @@ def replicas(case: Case) -> Iterator[Evidence]:
 
 
 def not_finite(case: Case) -> Iterator[Evidence]:
-    """Steps that were skipped for a NaN or an infinity: where the monitor found it first."""
-    near = {s: r for s, r in case.all_steps.items() if case.onset - 2 <= s <= case.step + 8}
-    reasons = [(s, str(r["skip_reason"])) for s, r in sorted(near.items()) if r.get("skip_reason")]
-    if not reasons:
+    """Steps that were skipped for a NaN or an infinity: where the monitor found it first (recipes.common.nonfinite)."""
+    near = [(s, r.get("skip_reason", "")) for s, r in case.all_steps.items() if case.onset - 2 <= s <= case.step + 8]
+    skipped = [(s, reason, _FIRST.match(reason)) for s, reason in sorted(near) if _FIRST.match(reason)]
+    if not skipped:
         return
-    step, reason = reasons[0]
+    step, reason, first = skipped[0]
     text = f"step {step} was skipped: {reason}"
     hit = _HIT.search(reason)
-    count = case.layout["data"]
-    if "first in the weight" in reason or reason.startswith("not finite, and finite when"):
+    if first["kind"] in (None, "weight"):
         yield Finding(BIT_FLIP, 6.0, text)
-    elif hit is not None and len(reasons) > 2:
-        # one rank's every micro batch, step after step, with other data each time: what it computes with is broken
-        every = int(hit[1]) * count == int(hit[2]) or hit[1] == hit[2]
-        yield Finding(BIT_FLIP, 5.0 if every else 3.0, f"{text}; and {len(reasons) - 1} steps after it, with other data")
-        yield Finding(BAD_DOCUMENT, -4.0, "it went on with other data")
+    elif hit is not None and len(skipped) > 2:
+        # one rank's every micro batch, or every rank's, step after step: what they compute with is broken, not what they read
+        every = int(hit[1]) in (int(hit[2]) // case.layout["data"], int(hit[2]))
+        yield Finding(BIT_FLIP, 5.0 if every else 3.0, f"{text}; and {len(skipped) - 1} steps after it, with other data")
+        yield Finding(BAD_DOCUMENT, -4.0, "steps with other data were not finite either")
     else:
         yield Finding(BIT_FLIP, 1.0, text)
         yield Finding(BAD_DOCUMENT, 0.5, text)
 
 
-def _drift_words(case: Case) -> str | None:
-    """What the first drift check after the onset said, where it found something; the run may have ended by it."""
-    until = max(case.step, case.onset) + case.monitor.get("drift_every_steps", 0)
+def _drift_words(case: Case, every: int) -> str | None:
+    """What the first drift check after the onset found: in the step's record, or in the box of a run that ended by it."""
+    until = max(case.step, case.onset) + every
+    for step, record in sorted(case.all_steps.items()):
+        if case.onset <= step <= until and record.get("drift"):
+            return str(record["drift"])
     for box in read_boxes(case.folder):
-        reason = str(box.get("hopeless") or "")
-        if case.onset - 2 <= box["onset_step"] <= until and _DRIFT.search(reason):
-            return "; ".join(match[0] for match in _DRIFT.finditer(reason))
+        found = list(_DRIFT.finditer(str(box.get("hopeless") or "")))
+        if case.onset - 2 <= box["onset_step"] <= until and found:
+            return "; ".join(match[0] for match in found)
     return None
 
 
 _DRIFT = re.compile(r"(\S+) differs across (\w+) ranks")
+_FIRST = re.compile(r"(NaN|Infinity) \(\d+ elements\) first in the (?P<kind>\w+) |not finite, and finite when")
 _HIT = re.compile(r"in (\d+) of (\d+) micro batches")

@@ -188,7 +188,8 @@ def _replay_rank(plan: Plan) -> tuple[list[float], list[float]]:
             data_size=grid.data,
             skips=plan.skips,
         )
-        result = trainer.train_step(micro_batches, record["lr"], record["tokens"])
+        ceiling = 0.0 if record.get("skip_reason") else math.inf  # what the run left out, for whatever reason, is left out again
+        result = trainer.train_step(micro_batches, record["lr"], record["tokens"], norm_ceiling=ceiling)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return losses, norms
