@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tools.spikes.findings import Evidence, Finding, Unanswered
 ODD = 8.0  # robust z of a sequence's tokens against ordinary sequences
 HASH_BYTES = 4 << 30  # shards of one event are hashed up to this size
 MODEL_BYTES = 8 << 30  # fp32 weights up to which the batch is scored with the checkpoint before
+MANY_STEPS = 16  # before a step, to say what its loss should be
 AFTER_RESUME = 64  # steps in which a resume can still be the cause
 
 
@@ -159,30 +161,52 @@ def _wiggles(records: dict, steps: list[int]) -> np.ndarray:
 
 def micro_batches(case: Case) -> Iterator[Evidence]:
     """A micro batch that adds nothing takes its share of the mean away: exactly k in n of the loss is missing."""
-    losses = case.columns["loss"]
-    steps = [s for s in case.near_onset() if math.isfinite(robust_z(case.steps, losses, _index(case, s)))]
-    if not steps:
-        yield Unanswered(LOST_MICRO_BATCH, "whether a share of the loss is missing", "log the steps before the event")
+    near = case.near_onset()
+    if len({case.at("tokens", s) for s in near}) > 1:
+        yield Finding(LOST_MICRO_BATCH, -1.0, "the batch changed its size here, so no share of the loss can be told")
         return
-    best: tuple[float, Finding] | None = None
-    for step in steps:
-        index = _index(case, step)
-        predicted, noise = expected(case.steps, losses, index)
-        count = round(case.at("tokens", step) / case.recipe.batch.seq_len / case.recipe.batch.micro_seqs)
-        for length in (1, 6):  # once, or from there on
-            stretch = losses[index : index + length]
-            share = float(np.mean(stretch)) / predicted
-            missing, error = (1 - share) * count, noise / predicted * count / math.sqrt(len(stretch))
-            whole = round(missing)
-            text = f"the loss from step {step} on ({len(stretch)} steps) is {share:.3f} of what the steps before say: "
-            text += f"{missing:.2f} of {count} micro batches are missing"
-            if 1 <= whole < count and abs(missing - whole) < max(2.5 * error, 0.3) and missing > 4.5 * error:
-                found = missing / error, Finding(LOST_MICRO_BATCH, 6.0 if whole == 1 else 4.0, text)
-                best = found if best is None or found[0] > best[0] else best
-    if best is None:
+    if not any(_index(case, s) >= MANY_STEPS for s in near):
+        yield Unanswered(LOST_MICRO_BATCH, "whether a share of the loss is missing", f"{MANY_STEPS} steps before the event")
+        return
+    stretches = [(s, n) for s in near for n in (1, 6) if _index(case, s) >= MANY_STEPS]  # once, or from there on
+    found = max((_missing(case, step, length) for step, length in stretches), key=lambda m: m.z)
+    text = f"the loss from step {found.step} on ({found.length} steps) is {found.share:.3f} of what the steps before say: "
+    text += f"{found.count:.2f} of {found.of} micro batches are missing"
+    whole = round(found.count)
+    if not (1 <= whole < found.of and abs(found.count - whole) < max(2.5 * found.error, 0.25) and found.z > 4.5):
         yield Finding(LOST_MICRO_BATCH, -4.0, "the loss did not fall by the share of a whole number of micro batches")
-    else:
-        yield best[1]
+        return
+    yield Finding(LOST_MICRO_BATCH, (5.0 if found.z > 6 else 3.0) - (whole > 1), text)
+    if case.layout["data"] > 1 and "loss_max" in case.columns:
+        z = robust_z(case.steps, case.columns["loss_max"], _index(case, found.step))
+        text = f"the worst data rank's own loss was {z:+.1f} spreads from its curve at step {found.step}"
+        yield Finding(LOST_MICRO_BATCH, 2.0 if z > -3 else -2.0, text + (": it is missing on another rank" if z > -3 else ""))
+
+
+@dataclass(frozen=True)
+class _Missing:
+    step: int
+    length: int  # steps from there on, averaged
+    share: float  # of the loss that was expected
+    of: int  # micro batches of a step, over all ranks
+    count: float  # of them, that would explain the share
+    error: float  # of count
+
+    @property
+    def z(self) -> float:
+        return self.count / self.error
+
+
+def _missing(case: Case, step: int, length: int) -> _Missing:
+    losses, index = case.columns["loss"], _index(case, step)
+    predicted, noise = expected(case.steps, losses, index)
+    stretch = losses[index : index + length]
+    # a curve that falls goes on falling: by the steps just before
+    slope = float(np.median(losses[index - 6 : index]) - np.median(losses[index - 12 : index - 6])) / 6
+    predicted += slope * (len(stretch) - 1) / 2
+    count = round(case.at("tokens", step) / case.recipe.batch.seq_len / case.recipe.batch.micro_seqs)
+    share = float(np.mean(stretch)) / predicted
+    return _Missing(step, len(stretch), share, count, (1 - share) * count, noise / predicted * count / math.sqrt(len(stretch)))
 
 
 def batch_size(case: Case) -> Iterator[Evidence]:
@@ -213,7 +237,8 @@ def one_step_only(case: Case) -> Iterator[Evidence]:
     index = _index(case, case.onset)
     follows = index + 1 < len(case.steps)
     back = follows and all(_is_back(case, name, index) for name in case.moved)
-    weight = -2.0 if back and max(abs(z) for z in case.moved.values()) < 12 else -4.0
+    far = max(abs(z) for z in case.moved.values())
+    weight = -min((far - STANDS_OUT) / 3, 3.0) - (not back)  # curves have corners and batches tails: a little off is common
     yield Finding(NOTHING, weight, f"{words} off the curve at step {case.onset}" + (", back at the next" if back else ""))
 
 

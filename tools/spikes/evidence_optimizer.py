@@ -14,6 +14,8 @@ from tools.spikes.causes import ATTENTION, BIT_FLIP, FP16, LEARNING_RATE, STALE_
 from tools.spikes.findings import Evidence, Finding, Unanswered
 
 HISTORY = 12  # steps before, whose median a statistic is held against
+JUST_BEFORE = 3  # of them for updates, which go from step to step by momentum and drift over a dozen steps
+QUIET_LOGIT = 4.0  # attention logits under this are far from saturation, however they grow
 MONITOR = "keep the monitor on (Recipe.monitor)"
 
 
@@ -32,19 +34,17 @@ def learning_rate(case: Case) -> Iterator[Evidence]:
         yield Finding(LEARNING_RATE, 8.0, text)
     else:
         yield Finding(LEARNING_RATE, -1.0, "the logged lr is what the recipe's schedule gives")
-    jump = _jump(case, "update_norm", per_rate=True)
+    jump = _jump_of_updates(case)
     if jump is None:
         yield Unanswered(LEARNING_RATE, "whether the optimizer used the rate that was logged", MONITOR)
         return
-    step, factors = jump
-    factor, spread = float(np.median(factors)), _log_spread(factors)
-    rms = float(np.median(_ratio(case, "adam_rms", step)))
     if wrong:
         return
+    step, factors = jump
+    factor, spread = float(np.median(factors)), _log_spread(factors)
+    rms = _middle(_ratio(case, "adam_rms", step))
     if (factor > 1.5 or factor < 0.67) and spread < 0.25 and 0.75 < rms < 1.33:
-        text = (
-            f"at step {step} every tensor's update per unit of lr became {factor:.2g} times what it was, at an ordinary g/sqrt(v)"
-        )
+        text = f"at step {step} every tensor's update per unit of lr became {factor:.2g} times what it was, g/sqrt(v) did not"
         yield Finding(LEARNING_RATE, 7.0, text)
     else:
         yield Finding(LEARNING_RATE, -3.0, f"updates were in proportion to the logged lr (largest change {factor:.2g} times)")
@@ -117,20 +117,26 @@ def attention_logits(case: Case) -> Iterator[Evidence]:
         yield Unanswered(ATTENTION, "whether attention logits grew", "log max_attention_logit (Recipe.monitor)")
     else:
         yield _logit_growth(case, stats.activation_steps, np.nanmax(logits, axis=1))
-    if stats is None or "weight_norm" not in stats.values:
-        return
-    near = np.flatnonzero((stats.steps >= case.onset - 24) & (stats.steps <= case.step + 8))
-    if len(near) < 2:
-        return
-    weights = stats.values["weight_norm"]
-    growth = weights[near[-1]] / np.maximum(weights[near[0]], 1e-12)
-    parts = _parts(case)
+    if stats is not None and "weight_norm" in stats.values:
+        yield from _key_growth(case, stats.values["weight_norm"].astype(np.float64))
+
+
+def _key_growth(case: Case, weights: np.ndarray) -> Iterator[Finding]:
+    """Queries and keys against the other matrices over the last steps, and whether that is more than over those before."""
+    parts, stats = _parts(case), case.stats
     keys = [i for part in ("q", "k", "qkv") for i in parts.get(part, [])]
     others = [i for part in ("v", "o", "mlp_in", "mlp_out") for i in parts.get(part, [])]
-    if keys and others:
-        lead = float(np.median(growth[keys]) / np.median(growth[others]))
-        text = f"query and key weights grew {lead:.2f} times as much as the other matrices over {len(near)} steps"
-        yield Finding(ATTENTION, 3.0 if lead > 1.3 else 1.0 if lead > 1.12 else -1.5, text)
+    until = np.flatnonzero(stats.steps <= case.step + 8)
+    if not (keys and others and len(until) > 2 * HISTORY):
+        return
+    with np.errstate(invalid="ignore", divide="ignore"):
+        lead = np.median(weights[:, keys], axis=1) / np.median(weights[:, others], axis=1)
+    now, middle, before = lead[until[-1]], lead[until[-1 - HISTORY]], lead[until[-1 - 2 * HISTORY]]
+    growth, more = float(now / middle), float(now / middle / (middle / before))
+    text = f"query and key weights grew {growth:.2f} times as much as the other matrices in {HISTORY} steps, "
+    text += f"{more:.2f} times what they did before"
+    weight = 3.0 if growth > 1.3 and more > 1.15 else 1.0 if growth > 1.12 and more > 1.08 else -1.5
+    yield Finding(ATTENTION, weight, text)
 
 
 def _logit_growth(case: Case, steps: np.ndarray, largest: np.ndarray) -> Finding:
@@ -144,8 +150,10 @@ def _logit_growth(case: Case, steps: np.ndarray, largest: np.ndarray) -> Finding
     text = f"the largest attention logit went from {low:.3g} to {now:.3g}"
     if leap > 50:
         return Finding(ATTENTION, -1.0, f"{text}, at one leap: no growth")
-    strong = factor > 3 and now > 8
-    return Finding(ATTENTION, 5.0 if strong else 2.5 if factor > 2 else 0.0 if factor > 1.5 else -3.0, text)
+    if now < QUIET_LOGIT:
+        return Finding(ATTENTION, -3.0, f"{text}: far from saturation")
+    strong = factor > 3 and now > 2 * QUIET_LOGIT
+    return Finding(ATTENTION, 5.0 if strong else 2.5 if factor > 2 else 0.0 if factor > 1.3 else -3.0, text)
 
 
 def half_precision(case: Case) -> Iterator[Evidence]:
@@ -187,31 +195,34 @@ def _parts(case: Case) -> dict[str, list[int]]:
     return parts
 
 
-def _ratio(case: Case, stat: str, step: int, *, per_rate: bool = False) -> np.ndarray:
-    """Each tensor's statistic at a step over its median of the steps before: [p]."""
+def _ratio(case: Case, stat: str, step: int) -> np.ndarray:
+    """Each tensor's statistic at a step over its median of the steps before the event: [p]; NaN with too few of them."""
     stats = case.stats
     values = stats.values[stat].astype(np.float64)
-    if per_rate:
-        rates = np.array([case.at("lr", int(s)) for s in stats.steps])
-        values = values / rates[:, None]
     here = np.flatnonzero(stats.steps == step)
     before = np.flatnonzero((stats.steps < min(step, case.onset - 1)) & (stats.steps >= case.onset - 2 - HISTORY))
     if not here.size or len(before) < 3:
         return np.full(values.shape[1], math.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return values[here[0]] / np.nanmedian(values[before], axis=0)
+        return values[here[0]] / np.median(values[before], axis=0)
 
 
-def _jump(case: Case, stat: str, *, per_rate: bool = False) -> tuple[int, np.ndarray] | None:
-    """(the step near the event where the median tensor's statistic is farthest from before, each tensor's ratio there)."""
-    if case.stats is None or stat not in case.stats.values:
+def _jump_of_updates(case: Case) -> tuple[int, np.ndarray] | None:
+    """(the step near the event whose update per unit of lr is farthest from the steps just before, each tensor's ratio)."""
+    stats = case.stats
+    if stats is None or "update_norm" not in stats.values:
         return None
+    rates = np.array([case.at("lr", int(s)) for s in stats.steps])
     best = None
-    for step in _steps_near(case):
-        ratio = _ratio(case, stat, step, per_rate=per_rate)
-        middle = float(np.nanmedian(ratio)) if np.isfinite(ratio).any() else math.nan
-        if middle > 0 and math.isfinite(middle) and (best is None or abs(math.log(middle)) > best[0]):
-            best = (abs(math.log(middle)), step, ratio)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = stats.values["update_norm"].astype(np.float64) / rates[:, None]
+        for index in np.flatnonzero(np.isin(stats.steps, _steps_near(case))):
+            if index < JUST_BEFORE:
+                continue
+            ratio = values[index] / np.median(values[index - JUST_BEFORE : index], axis=0)
+            distance = abs(math.log(_middle(ratio)))
+            if np.isfinite(ratio).any() and (best is None or distance > best[0]):
+                best = (distance, int(stats.steps[index]), ratio)
     return None if best is None else best[1:]
 
 
