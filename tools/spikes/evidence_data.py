@@ -78,11 +78,27 @@ def losses_under_the_checkpoint(case: Case) -> Iterator[Evidence]:
     text += f"{worst:.1f} spreads over them; logged {jump:+.3f} from the steps before"
     if jump > 4 * noise and excess < jump / 3:
         yield Finding(BAD_DOCUMENT, -3.0, text)
-        yield Finding(BIT_FLIP, 1.0, f"{text}: it is the model that changed")
+        yield Finding(NOTHING, -2.0, f"{text}: the model, not the batch")
+        yield from _passing_fault(case, jump)
     elif worst > 5 and (excess > jump / 3 or not jump > 4 * noise):
         yield Finding(BAD_DOCUMENT, 2.0, text)
     else:
         yield Finding(BAD_DOCUMENT, -0.5, text)
+
+
+def _passing_fault(case: Case, jump: float) -> Iterator[Evidence]:
+    """An ordinary batch that was hard for one step, and weights that were none the worse: what was computed was wrong."""
+    index = _index(case, case.onset)
+    if index + 1 >= len(case.steps) or not all(_is_back(case, name, index) for name in case.moved):
+        yield Finding(BIT_FLIP, 0.5, "an ordinary batch became hard: something changed the weights or the computation")
+        return
+    yield Finding(BIT_FLIP, 3.0, "an ordinary batch was hard for one step, and the next was as ever: a passing fault")
+    ranks = case.layout["data"]
+    if ranks > 1 and "loss_max" in case.columns:
+        predicted, _ = expected(case.steps, case.columns["loss_max"], index)
+        share = (case.at("loss_max", case.onset) - predicted) / (jump * ranks)
+        if share > 0.7:
+            yield Finding(BIT_FLIP, 1.0, f"all of it on data rank {case.at('loss_max_rank', case.onset):.0f}")
 
 
 def shard_bytes(case: Case) -> Iterator[Evidence]:
