@@ -74,6 +74,7 @@ def losses_under_the_checkpoint(case: Case) -> Iterator[Evidence]:
     excess = float(np.mean(mine_losses)) - usual
     predicted, noise = expected(case.steps, case.columns["loss"], _index(case, case.onset))
     jump = case.at("loss", case.onset) - predicted
+    noise = max(noise, spread / math.sqrt(here.seqs))  # what the mean of a batch scatters by chance
     text = f"under {checkpoint.name} the batch of step {case.onset} is {excess:+.3f} nats from other batches, its worst sequence "
     text += f"{worst:.1f} spreads over them; logged {jump:+.3f} from the steps before"
     if jump > 4 * noise and excess < jump / 3:
