@@ -19,6 +19,7 @@ from tools.spikes.case import STANDS_OUT, Case, expected, robust_z
 from tools.spikes.causes import BAD_DOCUMENT, BIT_FLIP, CORRUPT_SHARD, LOST_MICRO_BATCH, NOTHING, RAMP_EDGE, SAMPLER
 from tools.spikes.findings import Evidence, Finding, Unanswered
 
+JUMP_SHARE = 0.03  # of the loss
 ODD = 8.0  # robust z of a sequence's tokens against ordinary sequences
 HASH_BYTES = 4 << 30  # shards of one event are hashed up to this size
 MODEL_BYTES = 8 << 30  # fp32 weights up to which the batch is scored with the checkpoint before
@@ -74,14 +75,15 @@ def losses_under_the_checkpoint(case: Case) -> Iterator[Evidence]:
     excess = float(np.mean(mine_losses)) - usual
     predicted, noise = expected(case.steps, case.columns["loss"], _index(case, case.onset))
     jump = case.at("loss", case.onset) - predicted
-    noise = max(noise, spread / math.sqrt(here.seqs))  # what the mean of a batch scatters by chance
+    # a jump is beyond the curve's noise, what the mean of a batch scatters by chance, and what a detector would call one
+    high = jump > max(4 * noise, 4 * spread / math.sqrt(here.seqs), JUMP_SHARE * predicted)
     text = f"under {checkpoint.name} the batch of step {case.onset} is {excess:+.3f} nats from other batches, its worst sequence "
     text += f"{worst:.1f} spreads over them; logged {jump:+.3f} from the steps before"
-    if jump > 4 * noise and excess < jump / 3:
+    if high and excess < jump / 3:
         yield Finding(BAD_DOCUMENT, -3.0, text)
         yield Finding(NOTHING, -2.0, f"{text}: the model, not the batch")
         yield from _passing_fault(case, jump)
-    elif worst > 5 and (excess > jump / 3 or not jump > 4 * noise):
+    elif worst > 5 and (excess > jump / 3 or not high):
         yield Finding(BAD_DOCUMENT, 2.0, text)
     else:
         yield Finding(BAD_DOCUMENT, -0.5, text)
@@ -93,13 +95,13 @@ def _passing_fault(case: Case, jump: float) -> Iterator[Evidence]:
     if index + 1 >= len(case.steps) or not all(_is_back(case, name, index) for name in case.moved):
         yield Finding(BIT_FLIP, 0.5, "an ordinary batch became hard: something changed the weights or the computation")
         return
-    yield Finding(BIT_FLIP, 3.0, "an ordinary batch was hard for one step, and the next was as ever: a passing fault")
+    yield Finding(BIT_FLIP, 1.5, "an ordinary batch was hard for one step, and the next was as ever: a passing fault")
     ranks = case.layout["data"]
     if ranks > 1 and "loss_max" in case.columns:
         predicted, _ = expected(case.steps, case.columns["loss_max"], index)
         share = (case.at("loss_max", case.onset) - predicted) / (jump * ranks)
         if share > 0.7:
-            yield Finding(BIT_FLIP, 1.0, f"all of it on data rank {case.at('loss_max_rank', case.onset):.0f}")
+            yield Finding(BIT_FLIP, 2.5, f"all of it on data rank {case.at('loss_max_rank', case.onset):.0f}")
 
 
 def shard_bytes(case: Case) -> Iterator[Evidence]:
