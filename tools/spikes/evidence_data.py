@@ -20,7 +20,7 @@ from tools.spikes.causes import BAD_DOCUMENT, BIT_FLIP, CORRUPT_SHARD, LOST_MICR
 from tools.spikes.findings import Evidence, Finding, Unanswered
 
 JUMP_SHARE = 0.03  # of the loss
-ODD = 8.0  # robust z of a sequence's tokens against ordinary sequences
+ODD, VERY_ODD = 8.0, 12.0  # robust z of a sequence's tokens against ordinary sequences
 HASH_BYTES = 4 << 30  # shards of one event are hashed up to this size
 MODEL_BYTES = 8 << 30  # fp32 weights up to which the batch is scored with the checkpoint before
 MANY_STEPS = 16  # before a step, to say what its loss should be
@@ -46,7 +46,9 @@ def documents(case: Case) -> Iterator[Evidence]:
     here = places[worst].consumed + top.place
     text = f"{count} sequences stand out; sequence {here} of step {worst}: {top.what} (z {top.z:.0f})"
     few = count <= max(2, 0.25 * sum(place.seqs for place in places.values()))
-    yield Finding(BAD_DOCUMENT, 4.0 if few else 2.0, text)
+    # among hundreds of sequences one is a little odd; where nothing else happened it takes a very odd one, or two
+    strong = case.moved or top.z > VERY_ODD or len(odd[worst]) > 1
+    yield Finding(BAD_DOCUMENT, (4.0 if few else 2.0) if strong else 1.0, text)
     yield Finding(CORRUPT_SHARD, 1.0 if few else 2.0, text)
 
 
@@ -187,15 +189,15 @@ def micro_batches(case: Case) -> Iterator[Evidence]:
     if not any(_index(case, s) >= MANY_STEPS for s in near):
         yield Unanswered(LOST_MICRO_BATCH, "whether a share of the loss is missing", f"{MANY_STEPS} steps before the event")
         return
-    stretches = [(s, n) for s in near for n in (1, 6) if _index(case, s) >= MANY_STEPS]  # once, or from there on
-    found = max((_missing(case, step, length) for step, length in stretches), key=lambda m: m.z)
-    text = f"the loss from step {found.step} on ({found.length} steps) is {found.share:.3f} of what the steps before say: "
-    text += f"{found.count:.2f} of {found.of} micro batches are missing"
-    whole = round(found.count)
-    if not (1 <= whole < found.of and abs(found.count - whole) < max(2.5 * found.error, 0.25) and found.z > 4.5):
+    known = [s for s in near if _index(case, s) >= MANY_STEPS]
+    candidates = [m for s in known for n in (1, 6) if (m := _missing(case, s, n)).is_whole]  # once, or from there on
+    if not candidates:
         yield Finding(LOST_MICRO_BATCH, -4.0, "the loss did not fall by the share of a whole number of micro batches")
         return
-    yield Finding(LOST_MICRO_BATCH, (5.0 if found.z > 6 else 3.0) - (whole > 1), text)
+    found = max(candidates, key=lambda m: m.z)
+    text = f"the loss from step {found.step} on ({found.length} steps) is {found.share:.3f} of what the steps before say: "
+    text += f"{found.count:.2f} of {found.of} micro batches are missing"
+    yield Finding(LOST_MICRO_BATCH, (5.0 if found.z > 5.5 else 3.0) - (round(found.count) > 1), text)
     if case.layout["data"] > 1 and "loss_max" in case.columns:
         z = robust_z(case.steps, case.columns["loss_max"], _index(case, found.step))
         text = f"the worst data rank's own loss was {z:+.1f} spreads from its curve at step {found.step}"
@@ -211,9 +213,16 @@ class _Missing:
     count: float  # of them, that would explain the share
     error: float  # of count
 
+    first_z: float  # of the first step alone: what is lost is lost from there on
+
     @property
     def z(self) -> float:
         return self.count / self.error
+
+    @property
+    def is_whole(self) -> bool:
+        near = abs(self.count - round(self.count)) < max(2.5 * self.error, 0.25)
+        return near and 1 <= round(self.count) < self.of and self.z > 4.5 and self.first_z > 2
 
 
 def _missing(case: Case, step: int, length: int) -> _Missing:
@@ -224,8 +233,9 @@ def _missing(case: Case, step: int, length: int) -> _Missing:
     slope = float(np.median(losses[index - 6 : index]) - np.median(losses[index - 12 : index - 6])) / 6
     predicted += slope * (len(stretch) - 1) / 2
     count = round(case.at("tokens", step) / case.recipe.batch.seq_len / case.recipe.batch.micro_seqs)
-    share = float(np.mean(stretch)) / predicted
-    return _Missing(step, len(stretch), share, count, (1 - share) * count, noise / predicted * count / math.sqrt(len(stretch)))
+    share, first_z = float(np.mean(stretch)) / predicted, (predicted - stretch[0]) / noise
+    error = noise / predicted * count / math.sqrt(len(stretch))
+    return _Missing(step, len(stretch), share, count, (1 - share) * count, error, first_z)
 
 
 def batch_size(case: Case) -> Iterator[Evidence]:
