@@ -156,20 +156,30 @@ def robust_z(steps: np.ndarray, values: np.ndarray, index: int) -> float:
 def expected(steps: np.ndarray, values: np.ndarray, index: int) -> tuple[float, float]:
     """(what the values before say values[index] would be, their robust spread); NaN with too few before.
 
-    A parabola, for curves of training bend, fitted twice: values that stood out the first time do not count the second.
+    A parabola, for curves of training bend, or a line through the last half, whichever ends closer to the last values: a
+    parabola may turn up where the curve only flattens. Fitted twice: what stood out the first time does not count the second.
     """
     known = np.flatnonzero(np.isfinite(values[:index]))[-HISTORY:]
     if len(known) < 6:
         return math.nan, math.nan
     places, before = (steps[known] - steps[index]).astype(np.float64) / HISTORY, values[known]
-    kept = np.ones(len(known), dtype=bool)
+    half = len(known) // 2
+    fits = [_robust_fit(places[-half:], before[-half:], 1)] if half >= 6 else []
+    fits.append(_robust_fit(places, before, 2 if len(known) >= 12 else 1))
+    last = float(np.median(before[-6:]))
+    predicted, spread = min(fits, key=lambda fit: abs(fit[0] - last))
+    return predicted, max(spread, 1e-3 * (abs(predicted) + 1e-12))  # a few alike values are no measure of spread
+
+
+def _robust_fit(places: np.ndarray, values: np.ndarray, degree: int) -> tuple[float, float]:
+    """(value at place 0, robust spread around the fit)."""
+    kept = np.ones(len(values), dtype=bool)
     for _ in range(3):
-        fit = np.polynomial.polynomial.polyfit(places[kept], before[kept], 2 if kept.sum() >= 12 else 1)
-        rest = np.abs(before - np.polynomial.polynomial.polyval(places, fit))
+        fit = np.polynomial.polynomial.polyfit(places[kept], values[kept], degree)
+        rest = np.abs(values - np.polynomial.polynomial.polyval(places, fit))
         spread = 1.4826 * float(np.median(rest))
         kept = rest <= max(3.5 * spread, 1e-12)
-    predicted = float(fit[0])
-    return predicted, max(spread, 1e-3 * (abs(predicted) + 1e-12))  # a few alike values are no measure of spread
+    return float(fit[0]), spread
 
 
 def _columns(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from recipes.common.shards import TokenStream, read_manifest
 from tools.preparation.data_lookup import open_run
 from tools.spikes.batch import checkpoint_before, document_end, sequence_losses
 from tools.spikes.batch_stats import read_tokens
-from tools.spikes.case import STANDS_OUT, Case, expected, robust_z
+from tools.spikes.case import LOOK_BACK, STANDS_OUT, Case, expected, robust_z
 from tools.spikes.causes import BAD_DOCUMENT, BIT_FLIP, CORRUPT_SHARD, LOST_MICRO_BATCH, NOTHING, RAMP_EDGE, SAMPLER
 from tools.spikes.findings import Evidence, Finding, Unanswered
 
@@ -81,6 +81,9 @@ def losses_under_the_checkpoint(case: Case) -> Iterator[Evidence]:
     high = jump > max(4 * noise, 4 * spread / math.sqrt(here.seqs), JUMP_SHARE * predicted)
     text = f"under {checkpoint.name} the batch of step {case.onset} is {excess:+.3f} nats from other batches, its worst sequence "
     text += f"{worst:.1f} spreads over them; logged {jump:+.3f} from the steps before"
+    if jump < -max(4 * noise, JUMP_SHARE * predicted):
+        easy = excess < jump / 2
+        yield Finding(LOST_MICRO_BATCH, -4.0 if easy else 1.0, text + (": an easy batch" if easy else ": no easy batch"))
     if high and excess < jump / 3:
         yield Finding(BAD_DOCUMENT, -3.0, text)
         yield Finding(NOTHING, -2.0, f"{text}: the model, not the batch")
@@ -183,7 +186,7 @@ def _wiggles(records: dict, steps: list[int]) -> np.ndarray:
 def micro_batches(case: Case) -> Iterator[Evidence]:
     """A micro batch that adds nothing takes its share of the mean away: exactly k in n of the loss is missing."""
     near = case.near_onset()
-    if len({case.at("tokens", s) for s in near}) > 1:
+    if len({case.at("tokens", int(s)) for s in case.steps if min(near) - LOOK_BACK <= s <= max(near)}) > 1:
         yield Finding(LOST_MICRO_BATCH, -1.0, "the batch changed its size here, so no share of the loss can be told")
         return
     if not any(_index(case, s) >= MANY_STEPS for s in near):

@@ -47,7 +47,8 @@ def learning_rate(case: Case) -> Iterator[Evidence]:
         text = f"at step {step} every tensor's update per unit of lr became {factor:.2g} times what it was, g/sqrt(v) did not"
         yield Finding(LEARNING_RATE, 7.0, text)
     else:
-        yield Finding(LEARNING_RATE, -3.0, f"updates were in proportion to the logged lr (largest change {factor:.2g} times)")
+        text = f"update per unit of lr at step {step}: {factor:.2g} times that of the steps before, g/sqrt(v) {rms:.2g} times"
+        yield Finding(LEARNING_RATE, -3.0, f"{text}, scattered by {spread:.2f} over the tensors: not the rate")
 
 
 def second_moment(case: Case) -> Iterator[Evidence]:

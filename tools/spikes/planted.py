@@ -8,6 +8,7 @@ other seeds, widths, batches, strengths and steps, and is what counts.
 from __future__ import annotations
 
 import contextlib
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,12 @@ def _train(planted: Planted, recipe: Recipe, run_dir: str, data: str, resume: bo
     if "fp16" in config and "initial_power" in planted.options:
         config["fp16"] |= {"initial_scale_power": planted.options["initial_power"]}
     config = merge_ds_config(config, recipe, sizes, sizes.accumulation)
-    with contextlib.suppress(TrainingError):  # the run saw that it was no use and stopped, on every rank alike
+    quiet = io.StringIO()
+    with (
+        contextlib.redirect_stdout(quiet),
+        contextlib.redirect_stderr(quiet),
+        contextlib.suppress(TrainingError),  # the run saw that it was no use and stopped, on every rank alike
+    ):
         train(recipe, planted.layout, sizes, config, Path(run_dir), resume_run=resume, max_steps=steps)
 
 
