@@ -1,5 +1,6 @@
 """Every second of a run is accounted for once, under what took it."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import pytest
 
 from recipes.common.heartbeat import Beat
 from recipes.common.recipe import ROOT
-from tools.throughput.goodput import Cause, goodput
+from tools.common.console import UsageError
+from tools.throughput.goodput import Cause, goodput, run
 
 PHASES = {"start": 4.0, "data": 1.0, "step": 50.0, "log": 0.5, "evaluate": 2.0, "save": 0.5, "end": 0.0}  # 58 s
 RECORDS = [
@@ -47,21 +49,18 @@ def test_an_attempt_that_runs_is_counted_up_to_now():
     assert (found.wall_seconds, found.training_seconds) == (141.0, 91.0)
 
 
-def test_the_verb_prints_a_table_and_one_object(tmp_path):
+def test_the_verb_reads_a_run(tmp_path, capsys):
     logs = tmp_path / "logs"
     logs.mkdir()
     (logs / "attempts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS) + '{"cut')
-    done = _call(tmp_path)
+    assert run(argparse.Namespace(run_dir=tmp_path, json=False)) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("goodput 64.5 %, step 180\n")
+    assert "after rank_lost     31.0     22.0 %" in text
+    command = [sys.executable, "-m", "tools.throughput", "goodput", str(tmp_path), "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("goodput 64.5 %, step 180\n")
-    assert "after rank_lost     31.0     22.0 %" in done.stdout
-    result = json.loads(_call(tmp_path, "--json").stdout)
+    result = json.loads(done.stdout)
     assert (result["goodput"], result["causes"]["rank_lost"]["seconds"]) == (91.0 / 141.0, 31.0)
-    empty = _call(tmp_path / "none")
-    assert (empty.returncode, empty.stdout) == (2, "")
-    assert "tells of no start" in empty.stderr
-
-
-def _call(*words: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tools.throughput", "goodput", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    with pytest.raises(UsageError, match="tells of no start; only runs started by launch"):
+        run(argparse.Namespace(run_dir=tmp_path / "none", json=False))

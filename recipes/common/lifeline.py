@@ -32,7 +32,7 @@ class Lifeline:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         address = os.environ.get(SUPERVISOR)
         if address is None:
-            faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
+            faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # stderr itself, whatever stands for it
             return
         stacks, self._stacks = os.pipe()
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)

@@ -38,6 +38,9 @@ class Watch:
     stacks: dict[int, str] = field(default_factory=dict)
     states: dict[int, str] = field(default_factory=dict)
     steps: StepTimes = field(default_factory=StepTimes)
+    signs: tuple[float, ...] = ()  # the time in every heartbeat, by its own host's clock
+    moved: float = field(default_factory=time.monotonic)  # when they changed last, by this one's
+    looked: float = 0.0  # monotonic: when they were read last
 
     def take(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -126,16 +129,19 @@ def _end_all(launcher: subprocess.Popen[bytes], lease: Lease, watch: Watch) -> N
 
 def _look_for_hang(lease: Lease, watch: Watch, run_dir: Path, stacks_dir: Path, limits: Limits, began: float) -> Ending | None:
     """The ending by a hang, when the slowest rank made no progress for too long; its stacks are then in stacks_dir."""
+    now = time.monotonic()
+    if now - watch.looked < 1.0 + len(lease.ranks()) / 200:  # a file a rank, on a file system that others use
+        return None
+    watch.looked = now
     beats = read_beats(run_dir, since=began)
     watch.steps.add(beats)
-    if beats:
-        last = last_in_line(beats)
-        newest = max(beat.time for beat in beats)  # hosts' clocks differ, so the job's newest sign counts
-        phase, where = last.phase, f'step {last.step}, "{last.phase}"'
-    else:
-        newest, phase, where = began, "start", "the start"
-    patience = patience_seconds(phase, watch.steps.median(), limits)
-    silent = time.time() - newest
+    signs = tuple(beat.time for beat in beats)
+    if signs != watch.signs:
+        watch.signs, watch.moved = signs, now
+    last = last_in_line(beats) if beats else None
+    patience = patience_seconds(last.phase if last else "start", watch.steps.median(), limits)
+    where = f'step {last.step}, "{last.phase}"' if last else "the start"
+    silent = now - watch.moved
     if silent <= patience:
         return None
     say(f"no rank has moved for {silent:.0f} s (more than {patience:.0f} s) at {where}: asking every rank for its stacks")
@@ -143,9 +149,10 @@ def _look_for_hang(lease: Lease, watch: Watch, run_dir: Path, stacks_dir: Path, 
     end = time.monotonic() + STACKS_SECONDS
     while time.monotonic() < end:
         watch.take(lease.poll(POLL_SECONDS))
-    stacks_dir.mkdir(parents=True, exist_ok=True)
-    for rank, text in watch.stacks.items():
-        (stacks_dir / f"rank_{rank:05d}.txt").write_text(text)
+    with contextlib.suppress(OSError):  # a full disk may be why they hang
+        stacks_dir.mkdir(parents=True, exist_ok=True)
+        for rank, text in watch.stacks.items():
+            (stacks_dir / f"rank_{rank:05d}.txt").write_text(text)
     culprits = name_culprits(beats, watch.stacks, watch.states) if beats else {}
     hosts = tuple({beat.host for beat in beats if beat.rank in culprits})
     who = "; ".join(f"rank {beat.rank} on {beat.host}: {culprits[beat.rank]}" for beat in beats if beat.rank in culprits)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import secrets
 import selectors
 import socket
@@ -50,6 +51,8 @@ class Lease:
 
     def __init__(self, token: str | None = None, port: int = 0) -> None:
         """token: what a rank must say to be heard (None: drawn). port: 0 for any free one."""
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one file a rank: the usual 1024 are soon used up
         self._listening = socket.create_server(("", port), backlog=4096)
         self.token = token or secrets.token_hex(8)
         self.port = self._listening.getsockname()[1]

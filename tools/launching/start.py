@@ -81,7 +81,7 @@ def run_preflight(
     try:
         found = json.loads(verdict.read_text())
     except (OSError, ValueError):
-        return job.returncode or 1, []
+        return job.returncode, []  # a launcher's code says less: it may be that of another rank, or of a signal
     return found["exit_code"], found["bad_hosts"]
 
 
