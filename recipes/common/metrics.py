@@ -8,6 +8,7 @@
     loss_scale        fp16 only
     skipped_steps     steps skipped so far: fp16 gradients that overflowed, or a NaN or an infinity
     skip_reason       on a step skipped for a NaN or an infinity: which tensor was the first to have one
+    drift             where a drift check found copies of a parameter that differ: which, across which ranks
     loss_max, loss_max_rank           the worst data rank's own loss, and which it is
     log_z, max_logit                  mean log of the softmax's normaliser; largest logit
     weight_norm, update_norm, update_ratio    of the fp32 weights, of what the step added to them, and their ratio

@@ -67,7 +67,7 @@ class Observer:
                 if np.isfinite(values).any():
                     fields[f"{stat}/max"] = float(np.nanmax(values))
         if _due(step, self._monitor.drift_every_steps):
-            self._check_drift(step)
+            fields |= self._check_drift(step)
         return fields
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class Observer:
             writer.close()
         self._writers.clear()
 
-    def _check_drift(self, step: int) -> None:
+    def _check_drift(self, step: int) -> dict[str, str]:
         drifts = find_drift(self._trainer)
         told = [str(drift) for drift in drifts[:8]] + ([f"and {len(drifts) - 8} more"] if len(drifts) > 8 else [])
         if drifts and self._monitor.on_drift == "stop":
@@ -87,6 +87,7 @@ class Observer:
         if names != self.drifted:  # once, not at every check
             self._tell(f"step {step}: copies differ: {'; '.join(told)}" if drifts else f"step {step}: all copies are equal again")
         self.drifted = names
+        return {"drift": "; ".join(told)} if drifts else {}
 
     def _counts_of_nonfinite(self, step: int) -> Mapping[str, np.ndarray]:
         """A skipped step has no statistics but how much of each gradient was not finite."""

@@ -40,11 +40,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     explain = verb("explain", "ranked causes of an event, with the evidence for and against each")
     explain.add_argument("run", type=Path, metavar="RUN")
-    explain.add_argument("event", type=int, metavar="EVENT", help="the onset step of the event")
+    explain.add_argument("event", metavar="EVENT", help="a step, or a black box of RUN/events")
 
     batch = verb("batch", "what a step read: documents, loss of each sequence, repeated n-grams")
     batch.add_argument("run", type=Path, metavar="RUN")
     batch.add_argument("step", type=int, metavar="STEP")
+    batch.add_argument("--top", type=int, default=8, help="sequences to print, the worst (default: %(default)s; --json has all)")
 
     compare = verb("compare", "data or dynamics: do two runs with one data order spike at the same steps?")
     compare.add_argument("runs", type=Path, nargs=2, metavar="RUN")
@@ -52,10 +53,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     replay = verb("replay", "compute a step again from the checkpoint before it: same batch, another batch, in fp32")
     replay.add_argument("run", type=Path, metavar="RUN")
     replay.add_argument("step", type=int, metavar="STEP")
+    replay.add_argument("--other-batch", action="store_true", help="also: another batch at that step")
+    replay.add_argument("--fp32", action="store_true", help="also: all steps since the checkpoint in fp32")
+    replay.add_argument("--layout", metavar="tensor=2,data=2", help="default: the run's own, or one process if it had over 8")
 
     rewind = verb("plan-rewind", "which checkpoint to go back to, what to skip, what it costs")
     rewind.add_argument("run", type=Path, metavar="RUN")
-    rewind.add_argument("event", type=int, metavar="EVENT", help="the onset step of the event")
+    rewind.add_argument("event", metavar="EVENT", help="a step, or a black box of RUN/events")
+    rewind.add_argument("--margin-steps", type=int, help="leave out this many steps before the onset too (default: 1)")
+    rewind.add_argument("--skip-steps", type=int, help="leave out this many steps in all (default: up to the peak)")
 
     report = verb("report", "one HTML file that works offline")
     report.add_argument("run", type=Path, metavar="RUN")

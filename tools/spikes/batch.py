@@ -1,0 +1,166 @@
+"""`spikes batch RUN STEP`: what a step read, and how hard each sequence of it is for the checkpoint before.
+
+The loss of each sequence is computed in one process with plain transformers from the newest checkpoint before the step, so it
+is what the run's own model, a little younger, makes of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from transformers import AutoConfig
+
+from recipes.common.checkpoint_files import sealed_checkpoints
+from recipes.common.checkpoint_reader import Reader
+from recipes.common.data import document_positions
+from recipes.common.shards import read_manifest
+from tools.checkpoints.hf_check import plain_model, set_weights
+from tools.common.console import GOOD, UsageError, progress_bar, quiet_transformers, table
+from tools.common.saved_recipe import read_recipe
+from tools.preparation.data_lookup import LookupProblem, Run, describe, read_run, read_step
+from tools.spikes.batch_stats import Oddity, most_repeated, oddities, ordinary_sequences, sequence_stats, step_tokens
+
+TEXT_SHOWN = 200  # characters of a document
+STANDS_OUT = 6.0  # robust z of a sequence's tokens that is worth a word
+NOTHING_BEFORE = "there is no checkpoint before this step, so no loss per sequence"
+
+
+def run(flags: argparse.Namespace) -> int:
+    quiet_transformers()
+    found = examine(flags.run, flags.step)
+    if flags.json:
+        print(json.dumps(found))
+    else:
+        print(_report(found, flags.top))
+    return GOOD
+
+
+def examine(folder: Path, step: int) -> dict[str, Any]:
+    """Everything about the batch of one step; sequences worst first. Raises UsageError where the run cannot answer."""
+    try:
+        run, place = read_run(folder), read_step(folder, step)
+        tokens = step_tokens(run, place)
+        rows = describe(run, place.consumed + np.arange(place.seqs))
+    except (LookupProblem, OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    checkpoint = checkpoint_before(folder, step)
+    losses = None if checkpoint is None else sequence_losses(checkpoint, tokens, document_end(folder, run))
+    ordinary, reference = ordinary_sequences(run, place)
+    stats = sequence_stats(tokens, ordinary)
+    odd = oddities(stats, sequence_stats(reference, ordinary))
+    sequences = []
+    for index, row in enumerate(rows):
+        mine = stats[index]
+        sequences.append(
+            {
+                "place": index,
+                "sequence": row["sequence"],
+                "data_rank": index // place.micro_seqs % place.data_size,
+                "micro_batch": index // (place.micro_seqs * place.data_size),
+                "loss": None if losses is None else losses[index],
+                "repeated": mine.repeated,
+                "surprise": mine.surprise,
+                "unheard_of": mine.alien,
+                "copy_of": mine.copy_of,
+                "odd": [f"{o.what} (z {o.z:.0f})" for o in _of_place(odd, index)],
+                "documents": [_document(d) for d in row["documents"]],
+            }
+        )
+    sequences.sort(key=lambda s: -(s["loss"] if s["loss"] is not None else s["surprise"]))
+    return {
+        "run": str(folder),
+        "step": step,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "mean_loss": None if losses is None else float(np.mean(losses)),
+        "most_repeated": _most_repeated(run, tokens),
+        "sequences": sequences,
+    }
+
+
+def checkpoint_before(folder: Path, step: int) -> Path | None:
+    """The newest sealed checkpoint of a step before `step`."""
+    before = [c for c in sealed_checkpoints(folder) if int(c.name.removeprefix("step_")) < step]
+    return before[-1] if before else None
+
+
+def document_end(folder: Path, run: Run) -> int | None:
+    """The id that ends a document, where the run keeps attention inside documents."""
+    return read_manifest(next(iter(run.data.values())))["eos_id"] if read_recipe(folder).mask_documents else None
+
+
+@torch.no_grad()
+def sequence_losses(checkpoint: Path, tokens: np.ndarray, end: int | None = None) -> list[float]:
+    """Mean cross-entropy of each sequence, in nats, in fp32 by plain transformers. tokens: int64 [k, seq_len + 1]."""
+    reader = Reader(checkpoint)
+    model = plain_model(AutoConfig.from_pretrained(checkpoint / "model", local_files_only=True))
+    set_weights(model, reader)
+    losses = []
+    with progress_bar("scoring sequences", tokens.nbytes) as bar:
+        for row in torch.from_numpy(tokens).split(1):
+            places = {} if end is None else {"position_ids": document_positions(row[:, :-1], end)}
+            logits = model(input_ids=row[:, :-1], use_cache=False, **places).logits
+            losses.append(F.cross_entropy(logits[0].float(), row[0, 1:]).item())
+            bar.update(row.numel() * row.element_size())
+    return losses
+
+
+def _of_place(odd: list[Oddity], place: int) -> list[Oddity]:
+    return [o for o in odd if o.place == place and o.z > STANDS_OUT]
+
+
+def _document(found: dict[str, Any]) -> dict[str, Any]:
+    text = found["text"]
+    shown = text if len(text) <= TEXT_SHOWN else text[:TEXT_SHOWN] + " ..."
+    return {key: found[key] for key in ("source", "file", "offset", "offset_in", "tokens", "of", "from")} | {"text": shown}
+
+
+def _most_repeated(run: Run, tokens: np.ndarray) -> dict[str, Any] | None:
+    """The n-gram that comes most often within one sequence of the step."""
+    best = max(((*most_repeated(row), place) for place, row in enumerate(tokens)), key=lambda item: item[1])
+    gram, times, place = best
+    if times < 2:
+        return None
+    tokenizer = Tokenizer.from_file(str(next(iter(run.data.values())) / "tokenizer" / "tokenizer.json"))
+    return {"place": place, "times": times, "text": tokenizer.decode(list(gram), skip_special_tokens=False)}
+
+
+def _report(found: dict[str, Any], top: int) -> str:
+    shown = found["sequences"][:top]
+    rows = [
+        [
+            s["sequence"],
+            s["data_rank"],
+            s["micro_batch"],
+            "-" if s["loss"] is None else f"{s['loss']:.4f}",
+            f"{s['repeated']:.1%}",
+            f"{s['surprise']:.2f}",
+            f"{s['unheard_of']:.1%}",
+            "" if s["copy_of"] is None else f"shares text with place {s['copy_of']}",
+            "; ".join(s["odd"]),
+        ]
+        for s in shown
+    ]
+    header = ["sequence", "data rank", "micro batch", "loss", "repeated", "rarity", "new pairs", "", "odd"]
+    count = len(found["sequences"])
+    mean = NOTHING_BEFORE if found["checkpoint"] is None else f"mean loss {found['mean_loss']:.4f} under {found['checkpoint']}"
+    lines = [f"step {found['step']}: {count} sequences, worst first; {mean}", table(rows, header)]
+    if found["most_repeated"]:
+        repeat = found["most_repeated"]
+        lines.append(f"most repeated: {repeat['text']!r}, {repeat['times']} times in the sequence at place {repeat['place']}")
+    for s in shown[:3]:
+        lines.append(f"\nsequence {s['sequence']}:")
+        for d in s["documents"]:
+            start, stop = d["tokens"]
+            where = f"{d['file']}, {d['offset_in']} {d['offset']}"
+            lines.append(f"  tokens {start}..{stop} (from {d['from']} of {d['of']}): {where}, source {d['source']}")
+            lines += ["    | " + line for line in d["text"].splitlines()]
+    if count > len(shown):
+        lines.append(f"\n{count - len(shown)} more with --top {count}")
+    return "\n".join(lines)

@@ -1,0 +1,151 @@
+"""`spikes compare RUN RUN`: do two runs spike at the same steps, where do their losses part, and what differs between them?
+
+With one order of data, spikes that fall together are the data's; spikes that do not are the training's own dynamics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipes.common.detectors import scan
+from tools.common.console import GOOD, UsageError, table
+from tools.spikes.bench_detection import SPIKES
+from tools.spikes.coincidence import coincident
+from tools.spikes.log_files import Log
+from tools.spikes.log_reader import read_log
+
+SHOWN = 12  # steps and differing fields
+ABSENT = "(absent)"
+FILES = ("recipe.json", "deepspeed.json", "manifest.json")
+# of a manifest: what is different in any two starts and says nothing about the numbers
+OF_EVERY_START = ("run_id", "time", "command", "working_directory", "resumed_step", "hosts", "history")
+# of the recipe: what decides which sequences a step reads
+DATA_ORDER = ("data", "seed", "batch")
+
+
+def run(flags: argparse.Namespace) -> int:
+    found = compare_runs(*flags.runs)
+    print(json.dumps(found) if flags.json else _report(found))
+    return GOOD
+
+
+def compare_runs(a: Path, b: Path) -> dict[str, Any]:
+    """Spikes of both and their verdict, the first step whose loss differs, and what differs in recipes and manifests.
+
+    Raises UsageError for logs that cannot be read, or that share no step.
+    """
+    logs = read_log(a).final(), read_log(b).final()
+    both, losses = _common(*logs)
+    if not len(both):
+        raise UsageError(f"{a} and {b} have no step in common")
+    spikes = [[step for step in _spikes(log) if step in set(both.tolist())] for log in logs]
+    together = coincident(spikes[0], spikes[1], len(both))
+    same_order = _same_order(a, b)
+    differs = np.flatnonzero(losses[0] != losses[1])
+    return {
+        "a": str(a),
+        "b": str(b),
+        "common_steps": len(both),
+        "same_data_order": same_order,
+        "spikes_a": spikes[0],
+        "spikes_b": spikes[1],
+        "shared": list(together.shared),
+        "chance": together.chance,
+        "verdict": _verdict(together.verdict, same_order),
+        "first_different_step": int(both[differs[0]]) if len(differs) else None,
+        "first_difference": float(losses[1][differs[0]] - losses[0][differs[0]]) if len(differs) else None,
+        "differences": list(_differences(a, b)),
+    }
+
+
+def _spikes(log: Log) -> list[int]:
+    return sorted({e.onset_step for e in scan(log.steps, log.columns) if e.kind in SPIKES and e.delta > 0})
+
+
+def _common(a: Log, b: Log) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """(steps that both have, the losses of each there)."""
+    tables = [dict(zip(log.steps.tolist(), log.columns["loss"].tolist(), strict=True)) for log in (a, b)]
+    both = np.array(sorted(tables[0].keys() & tables[1].keys()), dtype=np.int64)
+    return both, (np.array([tables[0][s] for s in both.tolist()]), np.array([tables[1][s] for s in both.tolist()]))
+
+
+def _same_order(a: Path, b: Path) -> bool | None:
+    """Whether the recipes read the same sequences at the same steps; None where one is only a log."""
+    recipes = [_json(folder / "recipe.json") for folder in (a, b)]
+    if None in recipes:
+        return None
+    return all(_of_order(recipes[0], key) == _of_order(recipes[1], key) for key in DATA_ORDER)
+
+
+def _of_order(recipe: dict[str, Any], key: str) -> Any:
+    """micro_seqs spreads the batch over ranks and changes none of it."""
+    value = recipe.get(key)
+    return {k: v for k, v in value.items() if k != "micro_seqs"} if key == "batch" else value
+
+
+def _verdict(coincidence: str, same_order: bool | None) -> str:
+    if coincidence == "data" or same_order is not False:
+        return coincidence
+    return "cannot tell: the runs read their data in different orders"
+
+
+def _differences(a: Path, b: Path) -> Iterator[dict[str, Any]]:
+    """Every field of the run files that differs, by its path."""
+    for name in FILES:
+        contents = [_json(folder / name) for folder in (a, b)]
+        if None in contents:
+            continue
+        if name == "manifest.json":
+            contents = [content["starts"][-1] for content in contents]
+        flat = [dict(_flatten(content, "")) for content in contents]
+        for path in sorted(flat[0].keys() | flat[1].keys()):
+            values = [f.get(path, ABSENT) for f in flat]
+            if values[0] != values[1] and path.split(".")[0] not in OF_EVERY_START:
+                yield {"file": name, "field": path, "a": values[0], "b": values[1]}
+
+
+def _flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _report(found: dict[str, Any]) -> str:
+    order = {True: "one order of data", False: "different orders of data", None: "unknown orders of data"}[
+        found["same_data_order"]
+    ]
+    lines = [f"{found['common_steps']} common steps, {order}"]
+    if found["first_different_step"] is None:
+        lines.append("the losses are equal at every common step")
+    else:
+        lines.append(f"the losses part at step {found['first_different_step']} (by {found['first_difference']:+.3g})")
+    lines.append(f"spikes: {len(found['spikes_a'])} and {len(found['spikes_b'])}, {len(found['shared'])} at the same steps")
+    if found["shared"]:
+        steps = ", ".join(map(str, found["shared"][:SHOWN])) + (" ..." if len(found["shared"]) > SHOWN else "")
+        lines.append(f"  together at {steps}; by accident with probability {found['chance']:.1e}")
+    meaning = {
+        "data": "data: the same batches are hard in both",
+        "dynamics": "dynamics: the same batches are hard in one only",
+    }
+    lines.append(f"verdict: {meaning.get(found['verdict'], found['verdict'])}")
+    rows = [[d["file"], d["field"], d["a"], d["b"]] for d in found["differences"][:SHOWN]]
+    if rows:
+        lines += ["", table(rows, ["file", "field", "first", "second"])]
+    if len(found["differences"]) > SHOWN:
+        lines.append(f"... and {len(found['differences']) - SHOWN} more")
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""`spikes plan-rewind RUN EVENT`: which checkpoint to go back to, which sequences to leave out, what it costs, the command.
+
+The suspects are those that a run would choose by itself (recipes.common.reaction): the steps from just before the onset to the
+peak. PaLM's team left out 200 to 500 batches (arXiv 2204.02311, section 5.1): that is --skip-steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from recipes.common.checkpoint_files import checkpoint_step, sealed_checkpoints
+from recipes.common.black_box import read_boxes
+from recipes.common.detectors import Event, scan
+from recipes.common.metrics import read_metrics
+from recipes.common.order import kept_index
+from recipes.common.reaction import suspect_steps
+from tools.common.console import FAILED, GOOD, UsageError
+from tools.preparation.data_lookup import read_run
+from tools.spikes.case import LOOK_AHEAD, LOOK_BACK, event_step
+
+COLUMNS = ("loss", "grad_norm", "loss_scale", "seconds")
+
+
+def run(flags: argparse.Namespace) -> int:
+    plan = plan_rewind(flags.run, flags.event, margin_steps=flags.margin_steps, skip_steps=flags.skip_steps)
+    print(json.dumps(plan) if flags.json else _report(plan))
+    return GOOD if plan["checkpoint"] else FAILED
+
+
+def plan_rewind(folder: Path, event: str, *, margin_steps: int | None = None, skip_steps: int | None = None) -> dict[str, Any]:
+    """The plan; "checkpoint" and "command" are null where no checkpoint is from before. Raises UsageError for a bad event."""
+    for flag, value in (("--margin-steps", margin_steps), ("--skip-steps", skip_steps)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag}={value}: at least 1")
+    if not (folder / "metrics.jsonl").is_file():
+        raise UsageError(f"{folder} is no run directory: it has no metrics.jsonl")
+    records = {r["step"]: r for r in read_metrics(folder) if "loss" in r}
+    boxes = read_boxes(folder)
+    step = event_step(folder, event, boxes)
+    if step not in records:
+        raise UsageError(f"EVENT {event}: metrics.jsonl has steps {min(records, default=0)} to {max(records, default=0)}")
+    found = _event_at(records, step)
+    first, last = suspect_steps(found) if found is not None else (max(step - 1, 1), step)
+    if margin_steps is not None:
+        first = max((found.onset_step if found is not None else step) - margin_steps, 1)
+    if skip_steps is not None:
+        last = first + skip_steps - 1
+    saved = [c for c in sealed_checkpoints(folder) if checkpoint_step(c) < first]
+    newest, run_state = max(records), read_run(folder)
+    to_step = checkpoint_step(saved[-1]) if saved else None
+    undone = [r for s, r in records.items() if to_step is not None and s > to_step]
+    skip = _sequences(records, run_state.seq_len, run_state.skips, first, min(last, newest), last)
+    return {
+        "run": str(folder),
+        "event": {"onset_step": step, "class": None} if found is None else {"onset_step": found.onset_step, "class": found.kind},
+        "suspect_steps": [first, last],
+        "skip": list(skip),
+        "checkpoint": str(saved[-1]) if saved else None,
+        "resume_step": to_step,
+        "steps_repeated": len(undone),
+        "tokens_repeated": int(sum(r["tokens"] for r in undone)),
+        "seconds_repeated": float(sum(r["seconds"] for r in undone)),
+        "sequences_left_out": skip[1] - skip[0],
+        "step_seconds": float(median(r["seconds"] for r in records.values())),
+        "command": _command(folder, to_step, skip) if saved else None,
+    }
+
+
+def _event_at(records: dict[int, dict[str, Any]], step: int) -> Event | None:
+    """The detectors' event that holds the step, or begins next to it."""
+    steps = np.array(sorted(records))
+    columns = {name: np.array([float(records[s].get(name, np.nan)) for s in steps]) for name in COLUMNS}
+    near = [e for e in scan(steps, columns) if e.onset_step - LOOK_AHEAD <= step <= max(e.peak_step, e.onset_step) + LOOK_BACK]
+    return min(near, key=lambda e: abs(e.onset_step - step), default=None)
+
+
+def _sequences(
+    records: dict[int, dict[str, Any]],
+    seq_len: int,
+    skips: tuple[tuple[int, int], ...],
+    first: int,
+    logged: int,
+    last: int,
+) -> tuple[int, int]:
+    """[start, stop): by index, what the steps first to last read, or would have read where the log ends before."""
+    begin = records[first]["consumed_seqs"] - records[first]["tokens"] // seq_len
+    end = records[logged]["consumed_seqs"] + (last - logged) * records[logged]["tokens"] // seq_len
+    start, stop = kept_index(np.array([begin, end - 1]), skips).tolist()
+    return start, stop + 1
+
+
+def _command(folder: Path, step: int, skip: tuple[int, int]) -> str:
+    """What started the run, going on from the checkpoint without the sequences."""
+    words = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["starts"][-1]["command"]
+    recipe = next((word for word in words[1:] if word.endswith(".py") and Path(word).parent.name == "recipes"), "RECIPE")
+    return f"bash launch/local.sh {recipe} --out-dir {folder} --resume-step {step} --skip {skip[0]}:{skip[1]}"
+
+
+def _report(plan: dict[str, Any]) -> str:
+    event, (first, last) = plan["event"], plan["suspect_steps"]
+    kind = f" ({event['class']})" if event["class"] else ": the detectors see no event there"
+    lines = [
+        f"event at step {event['onset_step']}{kind}",
+        f"suspects: steps {first} to {last}, sequences {plan['skip'][0]}:{plan['skip'][1]} ({plan['sequences_left_out']})",
+    ]
+    if plan["checkpoint"] is None:
+        lines.append(f"no checkpoint is from before step {first}: the run cannot go back; start afresh, or go on")
+        return "\n".join(lines)
+    lines += [
+        f"back to {plan['checkpoint']}",
+        f"cost: {plan['steps_repeated']} steps, {plan['tokens_repeated']:,} tokens, {plan['seconds_repeated']:.0f} s computed "
+        f"again ({plan['step_seconds']:.2f} s a step)",
+        plan["command"],
+    ]
+    return "\n".join(lines)

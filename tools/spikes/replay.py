@@ -1,0 +1,305 @@
+"""`spikes replay RUN STEP`: compute a step again from the checkpoint before it, with the training code itself.
+
+The steps between are computed with the batches and learning rates that the run logged. What comes out is held against the log:
+bit for bit in the run's own layout and number of ranks, else to rounding. The run directory is only read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from recipes.common.checkpoint import load_state
+from recipes.common.checkpoint_reader import Reader
+from recipes.common.data import open_train, step_micro_batches
+from recipes.common.ds_config import merge_ds_config
+from recipes.common.engine import Trainer, start_distributed
+from recipes.common.grid import build_grid
+from recipes.common.metrics import read_metrics
+from recipes.common.plans import find_stack
+from recipes.common.recipe import Layout, Recipe, RecipeError, derive_sizes, from_root
+from recipes.common.shards import read_manifest
+from recipes.common.stage import build_stage
+from recipes.common.tensor_parallel import plan_split
+from recipes.common.weights import build_empty, name_seed
+from tools.common.console import FAILED, GOOD, UsageError, table
+from tools.common.local_ranks import RankError, run_ranks
+from tools.common.saved_recipe import read_recipe
+from tools.preparation.data_lookup import read_run
+from tools.spikes.batch import checkpoint_before
+from tools.spikes.case import expected
+from tools.verify import parse_layout
+
+RANKS_AT_MOST = 8  # on one machine, unless --layout asks for more
+ROUNDING = 1e-3  # relative: fp32 in another layout agrees to 1e-6, bf16 to about this
+STANDS_OUT = 4.0  # robust spreads above the usual loss: an event
+GONE = 0.5  # of the excess: what is left when it has gone away
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the ranks compute: steps (start, stop] of a run from one checkpoint."""
+
+    recipe: Recipe
+    layout: Layout
+    world_size: int
+    ds_config: dict[str, Any]
+    checkpoint: str
+    skips: tuple[tuple[int, int], ...]
+    steps: tuple[dict[str, Any], ...]  # the records of metrics.jsonl from the checkpoint to the step
+    other_batch_at: int | None = None  # sequences consumed, for the last step instead of its own
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Replayed:
+    what: str  # "same batch", "other batch", "fp32"
+    losses: list[float]  # of every step from the checkpoint on
+    grad_norms: list[float]
+    bitwise_comparable: bool
+
+
+def run(flags: argparse.Namespace) -> int:
+    found = replay_step(flags.run, flags.step, other_batch=flags.other_batch, fp32=flags.fp32, layout=flags.layout)
+    if flags.json:
+        print(json.dumps(found))
+    else:
+        print(_report(found))
+    return GOOD if found["reproducible"] else FAILED
+
+
+def replay_step(
+    folder: Path, step: int, *, other_batch: bool = False, fp32: bool = False, layout: str | None = None
+) -> dict[str, Any]:
+    """Replay and judge. Raises UsageError where the run cannot be replayed."""
+    plan, own_layout = make_plan(folder, step, layout)
+    trials = [("same batch", plan)]
+    if other_batch:
+        trials.append(("other batch", _with_other_batch(plan)))
+    if fp32:
+        trials.append(("fp32", _in_fp32(plan, folder)))
+    results = []
+    for what, trial in trials:
+        try:
+            losses, norms = run_ranks(_replay_rank, trial.world_size, trial, timeout_seconds=24 * 3600.0)[0]
+        except RankError as error:
+            raise UsageError(f"{folder}: the steps after {plan.checkpoint} cannot be computed here: {error}") from error
+        results.append(Replayed(what, losses, norms, own_layout and what == "same batch"))
+    return _judge(folder, plan, results)
+
+
+def make_plan(folder: Path, step: int, layout: str | None) -> tuple[Plan, bool]:
+    """(what to compute, whether it is in the run's own layout)."""
+    recipe = read_recipe(folder)
+    records = {r["step"]: r for r in read_metrics(folder) if "loss" in r}
+    checkpoint = checkpoint_before(folder, step)
+    if step not in records:
+        raise UsageError(
+            f"{folder}: metrics.jsonl has no step {step}; it has {min(records, default=0)} to {max(records, default=0)}"
+        )
+    if checkpoint is None:
+        raise UsageError(f"{folder}: no checkpoint before step {step} to start from")
+    first = Reader(checkpoint).state["step"] + 1
+    missing = [s for s in range(first, step + 1) if s not in records]
+    if missing:
+        raise UsageError(
+            f"{folder}: metrics.jsonl has no step {missing[0]}, which lies between {checkpoint.name} and step {step}"
+        )
+    starts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["starts"]
+    start = [entry for entry in starts if (entry["resumed_step"] or 0) < step][-1]
+    own, own_world = Layout(**start["layout"]), start["world_size"]
+    chosen, world = _layout(layout, own, own_world)
+    ds_config = _merged(recipe, chosen, world, json.loads((folder / "deepspeed.json").read_text(encoding="utf-8")))
+    plan = Plan(
+        recipe=recipe,
+        layout=chosen,
+        world_size=world,
+        ds_config=ds_config,
+        checkpoint=str(checkpoint),
+        skips=read_run(folder).skips,
+        steps=tuple(records[s] for s in range(first, step + 1)),
+        device="cuda" if os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.device_count() >= world else "cpu",
+    )
+    return plan, (chosen, world) == (own, own_world)
+
+
+def _layout(words: str | None, own: Layout, own_world: int) -> tuple[Layout, int]:
+    if words is None:
+        return (own, own_world) if own_world <= RANKS_AT_MOST else (Layout(recompute_every=own.recompute_every), 1)
+    try:
+        layout, data = parse_layout(words)
+    except RecipeError as error:
+        raise UsageError(str(error)) from error
+    return layout, layout.tensor * layout.pipeline * data
+
+
+def _merged(recipe: Recipe, layout: Layout, world: int, saved: dict[str, Any]) -> dict[str, Any]:
+    """The run's own DeepSpeed configuration, with the sizes of another layout."""
+    sizes = derive_sizes(recipe, layout, world)
+    if recipe.batch.global_seqs % (recipe.batch.micro_seqs * sizes.data):
+        raise UsageError(
+            f"--layout: {sizes.data} data ranks of micro_seqs={recipe.batch.micro_seqs} do not divide "
+            f"global_seqs={recipe.batch.global_seqs}"
+        )
+    return merge_ds_config(saved, recipe, sizes, sizes.accumulation)
+
+
+def _with_other_batch(plan: Plan) -> Plan:
+    """The last step reads sequences as far ahead of the step as the run has consumed: none that it had seen."""
+    return replace(plan, other_batch_at=2 * plan.steps[-1]["consumed_seqs"])
+
+
+def _in_fp32(plan: Plan, folder: Path) -> Plan:
+    low = {"bf16", "fp16", "data_types", "communication_data_type"} & plan.ds_config.keys()
+    if not {"bf16", "fp16"} & low:
+        raise UsageError(f"--fp32: {folder} was trained in fp32")
+    return replace(plan, ds_config={name: value for name, value in plan.ds_config.items() if name not in low})
+
+
+def _replay_rank(plan: Plan) -> tuple[list[float], list[float]]:
+    """On every rank: the losses and gradient norms of the plan's steps."""
+    trainer = build_trainer(plan)
+    load_state(Reader(Path(plan.checkpoint)), trainer)
+    recipe, grid = plan.recipe, trainer.grid
+    stream = open_train(recipe.data, from_root, recipe.batch.seq_len)
+    losses, norms = [], []
+    for record in plan.steps:
+        step, seqs = record["step"], record["tokens"] // recipe.batch.seq_len
+        consumed = record["consumed_seqs"] - seqs
+        if plan.other_batch_at is not None and record is plan.steps[-1]:
+            consumed = plan.other_batch_at
+        trainer.set_global_seqs(seqs)
+        torch.manual_seed(name_seed(recipe.seed, f"step {step}, data {grid.data_rank}, stage {grid.pipeline_rank}"))
+        micro_batches = step_micro_batches(
+            stream,
+            seed=recipe.seed,
+            consumed=consumed,
+            global_seqs=seqs,
+            micro_seqs=recipe.batch.micro_seqs,
+            data_rank=grid.data_rank,
+            data_size=grid.data,
+            skips=plan.skips,
+        )
+        ceiling = 0.0 if record.get("skip_reason") else math.inf  # what the run left out, for whatever reason, is left out again
+        result = trainer.train_step(micro_batches, record["lr"], record["tokens"], norm_ceiling=ceiling)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    return losses, norms
+
+
+def build_trainer(plan: Plan) -> Trainer:
+    """This rank's part of the run, as recipes.common.train builds it."""
+    recipe = plan.recipe
+    device = start_distributed(plan.device)
+    causal = build_empty(recipe.model, recipe.attention)
+    grid = build_grid(plan.layout, device, plan_split(causal, find_stack(causal), plan.layout.tensor).kv_share)
+    stage = build_stage(
+        recipe.model,
+        grid,
+        seq_len=recipe.batch.seq_len,
+        attention=recipe.attention,
+        seed=recipe.seed,
+        recompute_every=plan.layout.recompute_every,
+        z_loss=recipe.z_loss,
+        chunk_tokens=recipe.logits_chunk_tokens,
+    )
+    end = None
+    if recipe.mask_documents:
+        folder = recipe.data if isinstance(recipe.data, str) else next(iter(recipe.data.weights))
+        end = read_manifest(from_root(folder))["eos_id"]
+    return Trainer(stage, grid, recipe.optimizer, plan.ds_config, end)
+
+
+def _judge(folder: Path, plan: Plan, results: list[Replayed]) -> dict[str, Any]:
+    step, same = plan.steps[-1]["step"], results[0]
+    different = _differences(plan, same)
+    judged = {at: d for at, d in different.items() if same.bitwise_comparable or d > ROUNDING}
+    usual, spread = _usual_loss(folder, step)
+    logged = plan.steps[-1]
+    excess = logged["loss"] - usual
+    verdicts = [_reproduced(judged, step, plan, same.bitwise_comparable)]
+    for other in results[1:]:
+        if not excess > STANDS_OUT * spread:
+            verdicts.append(f"{other.what}: the loss of this step is not above the usual, so nothing can go away")
+            continue
+        left = (other.losses[-1] - usual) / excess
+        verdicts.append(_CONCLUSIONS[other.what, left < GONE].format(left=left, loss=other.losses[-1], excess=excess))
+    return {
+        "run": str(folder),
+        "step": step,
+        "checkpoint": plan.checkpoint,
+        "ranks": plan.world_size,
+        "usual_loss": usual,
+        "logged": {"loss": logged["loss"], "grad_norm": logged["grad_norm"]},
+        "replayed": {r.what: {"loss": r.losses[-1], "grad_norm": r.grad_norms[-1]} for r in results},
+        "bitwise": same.bitwise_comparable and not different,
+        "reproducible": not any(d > ROUNDING for d in different.values()),
+        "first_different_step": min(judged, default=None),
+        "verdicts": verdicts,
+    }
+
+
+def _differences(plan: Plan, same: Replayed) -> dict[int, float]:
+    """Step -> largest relative difference of its loss and gradient norm from the log, where there is any."""
+    found = {}
+    for record, loss, norm in zip(plan.steps, same.losses, same.grad_norms, strict=True):
+        difference = max(_relative(record["loss"], loss), _relative(record["grad_norm"], norm))
+        if difference:
+            found[record["step"]] = difference
+    return found
+
+
+_CONCLUSIONS = {
+    ("other batch", True): "goes away with another batch (loss {loss:.4f}): the data of this step",
+    ("other batch", False): "stays with another batch (loss {loss:.4f}, {left:.0%} of the excess of {excess:+.3f}): not the data "
+    "of this step, but the weights and the optimizer's state before it",
+    ("fp32", True): "goes away in fp32 (loss {loss:.4f}): precision",
+    ("fp32", False): "stays in fp32 (loss {loss:.4f}, {left:.0%} of the excess of {excess:+.3f}): not precision",
+}
+
+
+def _reproduced(different: dict[int, float], step: int, plan: Plan, bitwise: bool) -> str:
+    first = plan.steps[0]["step"]
+    if not different:
+        how = "bit for bit" if bitwise else f"to {ROUNDING:g} (another layout than the run's: not bitwise)"
+        return f"reproducible: steps {first} to {step} come out {how} as logged; data or dynamics, not hardware"
+    at, most = min(different), max(different.values())
+    source = f"what {Path(plan.checkpoint).name}, the data and the schedule give"
+    if most <= ROUNDING:
+        return (
+            f"reproducible to rounding, not bit for bit: from step {at} on the log differs by up to {most:.1e} from {source}; "
+            "kernels that are not deterministic, or another version of a library, are enough for that"
+        )
+    return (
+        f"not reproducible: step {at} is the first whose loss or gradient norm is not {source} (by {different[at]:.1e}, later up "
+        f"to {most:.1e}); hardware suspect, or code, data or versions changed since the run"
+    )
+
+
+def _relative(a: float, b: float) -> float:
+    if a == b or (math.isnan(a) and math.isnan(b)):
+        return 0.0
+    return abs(a - b) / max(abs(a), abs(b)) if math.isfinite(a) and math.isfinite(b) else math.inf
+
+
+def _usual_loss(folder: Path, step: int) -> tuple[float, float]:
+    """(what the steps before say this step's loss would be without an event, their robust spread)."""
+    records = [r for r in read_metrics(folder) if "loss" in r and r["step"] <= step]
+    steps, losses = np.array([r["step"] for r in records]), np.array([float(r["loss"]) for r in records])
+    return expected(steps, losses, len(steps) - 1)
+
+
+def _report(found: dict[str, Any]) -> str:
+    logged = found["logged"]
+    rows = [["logged", f"{logged['loss']:.9g}", f"{logged['grad_norm']:.9g}"]]
+    rows += [[what, f"{r['loss']:.9g}", f"{r['grad_norm']:.9g}"] for what, r in found["replayed"].items()]
+    where = f"step {found['step']} from {found['checkpoint']} on {found['ranks']} ranks; usual loss {found['usual_loss']:.4f}"
+    return "\n".join([where, table(rows, ["", "loss", "gradient norm"]), *found["verdicts"]])
