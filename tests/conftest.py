@@ -19,10 +19,19 @@ os.environ.update(
 )
 
 import pytest  # noqa: E402
-import torch.utils.tensorboard  # noqa: E402, F401  imported once, before ranks are forked
+import torch  # noqa: E402
+import torch.utils.tensorboard  # noqa: E402  imported once, before ranks are forked
 import wandb  # noqa: E402, F401
 
 from tests import supervised  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ["DS_ACCELERATOR"] == "cuda" and torch.cuda.device_count() > 0:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device and DS_ACCELERATOR=cuda"))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ DeepSpeed refuses fp16 on most CPUs; torch computes it on all. On CPU the ranks 
 """
 
 import json
-import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,9 +24,6 @@ POWER, STEPS = 30, 30  # the exponent of a loss scale that is some 12 halvings t
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)
 
 # For a GPU: DS_ACCELERATOR=cuda PYTORCH_NVML_BASED_CUDA_CHECK=1 (counting devices must not start CUDA before the fork).
-WITH_GPU = os.environ["DS_ACCELERATOR"] == "cuda" and torch.cuda.device_count() > 0
-NEEDS_GPU = pytest.mark.skipif(not WITH_GPU, reason="needs a CUDA device and DS_ACCELERATOR=cuda")
-GPU = [pytest.mark.gpu, NEEDS_GPU]
 
 
 def fp16_config(**fields):
@@ -61,8 +57,10 @@ def trial_of(pipeline, tensor, device, config, **fields):
 LAYOUTS = [
     pytest.param("cpu", 2, 2, id="cpu 2x2"),
     pytest.param("cpu", 1, 1, id="cpu"),
-    pytest.param("cuda", 1, 1, id="cuda", marks=GPU),
-    pytest.param("cuda", 2, 1, id="cuda 2x1", marks=[*GPU, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")]),
+    pytest.param("cuda", 1, 1, id="cuda", marks=pytest.mark.gpu),
+    pytest.param(
+        "cuda", 2, 1, id="cuda 2x1", marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")]
+    ),
 ]
 
 

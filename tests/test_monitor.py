@@ -12,7 +12,7 @@ from recipes.common import zero_state
 from recipes.common.activations import largest_logit
 from recipes.common.monitor import STATS, Probe
 from recipes.common.recipe import SGD, AdamW, Layout
-from tests.test_fp16 import NEEDS_GPU, allow_fp16, fp16_config
+from tests.test_fp16 import allow_fp16, fp16_config
 from tests.tiny import ds_config, tiny_config
 from tools.common.local_ranks import run_ranks
 from tools.common.numerics import Trial, batches, build_trainer, initial_model, rank_batches, torch_optimizer
@@ -152,7 +152,6 @@ def test_other_ways_to_run_a_layout(option):
 
 
 @pytest.mark.gpu
-@NEEDS_GPU
 def test_on_a_gpu():
     """Fused AdamW keeps its step on the device. The oracle stays on the CPU, whose products are rounded in another order."""
     assert_equal(trial_of(tiny_config("llama"), 1, 1, 1, device="cuda"), bound=1e-4)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import asdict
 
 from tools.common.console import FAILED, GOOD, UsageError, table
 from tools.spikes.bench_detection import score_detection, score_speed
+from tools.spikes.overhead import measure_overhead
+from tools.spikes.planted_causes import score_causes
 from tools.spikes.scores import Score
 
 
@@ -19,15 +20,9 @@ def run(flags: argparse.Namespace) -> int:
     parts: dict[str, Callable[[], list[Score]]] = {
         "detection": lambda: score_detection(flags.folder),
         "speed": lambda: score_speed(flags.folder),
+        "causes": score_causes,
+        "monitor": measure_overhead,
     }
-    if importlib.util.find_spec("tools.spikes.planted_causes"):
-        from tools.spikes.planted_causes import score_causes
-
-        parts["causes"] = score_causes
-    if importlib.util.find_spec("tools.spikes.overhead"):
-        from tools.spikes.overhead import measure_overhead
-
-        parts["monitor"] = measure_overhead
     if flags.only not in (None, *parts):
         raise UsageError(f"--only {flags.only}: must be one of {', '.join(parts)}")
     scores = {name: part() for name, part in parts.items() if flags.only in (None, name)}
