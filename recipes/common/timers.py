@@ -1,8 +1,8 @@
 """Where the time of a step goes, on this rank: spans around what a step is made of, and an account of them.
 
 A rank does one thing at a time, so the account is a partition: every moment of a step belongs to the innermost open span, and
-the parts add up to the step. A span costs two stamps. On CPUs a stamp is the clock; on GPUs it is a CUDA event in the stream, read
-while the next step runs, so that nothing waits. What runs in another stream beside the computation is counted, not timed: it is
+the parts add up to the step. A span costs two stamps. On CPUs a stamp is the clock; on GPUs it is a CUDA event in the stream,
+read while the next step runs, so that nothing waits. What runs in another stream beside the computation is not timed: it is
 exposed only where the computation waits for it.
 
 There is one clock a process, because autograd runs the collectives of a backward pass in threads of its own and hands them
@@ -181,7 +181,8 @@ class Clock:
             for axis, column in zip(("pipeline", "data", "tensor"), zip(*places, strict=True), strict=True)
             if len(set(column)) > 1
         ]
-        parts = {("tensor",): TENSOR, ("data",): DATA_PARALLEL}
+        # DeepSpeed reduces over its data ranks even where that is one
+        parts = {("tensor",): TENSOR, ("data",): DATA_PARALLEL, (): DATA_PARALLEL}
         part = PIPELINE if "pipeline" in axes else parts.get(tuple(axes), ALL_RANKS)
         return part, " x ".join(axes) or "alone", len(ranks)
 
@@ -205,10 +206,8 @@ def account(marks: list[tuple[Span | str | None, int]], *, pipelined: bool) -> t
     """
     last_backward = 0
     if pipelined:
-        opened = (
-            i for i in range(len(marks) - 1, -1, -1) if type(marks[i][0]) is Span and marks[i][0].part in (BACKWARD, WEIGHTS)
-        )
-        last_backward = next(opened, 0)
+        whats = enumerate(what for what, _ in marks)
+        last_backward = max((i for i, what in whats if type(what) is Span and what.part in (BACKWARD, WEIGHTS)), default=0)
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     talks: dict[Talk, list[int]] = defaultdict(lambda: [0, 0, 1 << 62])
     stack, begun, forwards, before = [OTHER], [], 0, marks[0][1]

@@ -2,7 +2,7 @@
 
     {"start": {...}}                    one a start of the process: its place, the layout, the host
     [step, steps, micro_batches, ...]   microseconds by PARTS, summed over the `steps` steps that end with `step`
-    {"talks": [...], "steps": n}        since the one before: group, op, bytes, ranks, peer, how many, microseconds in all and least
+    {"talks": [...], "steps": n}        since the one before: group, op, bytes, ranks, peer, how many, us in all, the least us
     {"memory": {...}}                   bytes by class, once the optimizer's states exist
 
 A row a step for the first THIN_AFTER steps of a start, then one for every THIN_STEPS: half a million steps are 6 MB a rank. Lines
@@ -152,7 +152,8 @@ def read_trace(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
         steps = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         for step in steps:
             step["spans"] = [(part, talk and Talk(*talk), began, length) for part, talk, began, length in step["spans"]]
-        traces[int(path.stem.rpartition("_")[2])] = steps
+        newest = {step["step"]: step for step in steps}  # a step that was run again is there twice
+        traces[int(path.stem.rpartition("_")[2])] = [newest[step] for step in sorted(newest)]
     return traces
 
 

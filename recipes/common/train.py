@@ -88,7 +88,7 @@ def train(
 ) -> bool:
     """Gives whether the last step was reached: False after a request to leave."""
     pulse = Pulse(out_dir, int(os.environ.get("RANK", "0")), trace_steps)
-    grid, trainer = _build(recipe, layout, ds_config)
+    grid, trainer = build(recipe, layout, ds_config)
     position, history = _first_position(out_dir, trainer, resume_step, skips) if resume_run else (Position().leave_out(skips), ())
     resumed_step = position.step if resume_run else None
     if grid.rank == 0:
@@ -100,7 +100,7 @@ def train(
     responder.start(position, history, resumed=resume_run)
     pulse.start(trainer)
     leave = LeaveRequest()
-    batches = _reader(recipe, grid, position.skips)
+    batches = open_reader(recipe, grid, position.skips)
     last_step, skips_in_a_row = min(recipe.steps, max_steps or recipe.steps), 0
     before = _evaluate(recipe, trainer) if position.step == 0 and recipe.evaluation.every_steps else None
     if log is not None and before is not None:
@@ -137,7 +137,7 @@ def train(
         if back is not None:
             position, skips_in_a_row = back, 0
             batches.close()
-            batches = _reader(recipe, grid, position.skips)
+            batches = open_reader(recipe, grid, position.skips)
             continue
         if leaving or time_to_save or step == last_step or saver.due(step):
             pulse.beat(step, "save")
@@ -155,7 +155,8 @@ def train(
     return position.step >= last_step
 
 
-def _build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[Grid, Trainer]:
+def build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[Grid, Trainer]:
+    """This rank's place and its trainer, in the process group that the launcher's environment describes."""
     from deepspeed.accelerator import get_accelerator
 
     device = start_distributed(get_accelerator().device_name())
@@ -223,7 +224,7 @@ def _folders(recipe: Recipe) -> list[str]:
     return folders(recipe.data) if isinstance(recipe.data, Blend) else [recipe.data]
 
 
-def _reader(recipe: Recipe, grid: Grid, skips: tuple[tuple[int, int], ...]) -> Prefetcher:
+def open_reader(recipe: Recipe, grid: Grid, skips: tuple[tuple[int, int], ...]) -> Prefetcher:
     """The micro batches of this rank, step by step. Stages that look at none of them read none."""
     stream = open_train(recipe.data, from_root, recipe.batch.seq_len)
     reads = grid.is_first_stage or grid.is_last_stage or recipe.mask_documents
