@@ -129,7 +129,7 @@ def find_bubble(timings: Timings) -> Bubble | None:
 
 
 def find_balance(timings: Timings, recipe: Recipe) -> Balance | None:
-    """None without a pipeline. A layer's time is its share, by cost, of what the stages took; the last stage's rest is the head."""
+    """None without a pipeline. A layer's time is its share, by cost, of its stage's; what the last stage has more is the head."""
     if timings.pipeline == 1:
         return None
     stages = [stage.all for stage in stage_times(timings)]

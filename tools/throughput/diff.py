@@ -58,8 +58,8 @@ def _text(found: dict[str, Any]) -> str:
     a, b = found["a"], found["b"]
     change = b["step_ms"] - a["step_ms"]
     lines = [
-        f"{which}: {side['run']}, tensor {side['tensor']} x pipeline {side['pipeline']} x data {side['data']}, {side['schedule']}, "
-        f"{side['micro_batches']} micro batches, a step {side['step_ms']:.1f} ms"
+        f"{which}: {side['run']}, tensor {side['tensor']} x pipeline {side['pipeline']} x data {side['data']}, "
+        f"{side['schedule']}, {side['micro_batches']} micro batches, a step {side['step_ms']:.1f} ms"
         for which, side in (("A", a), ("B", b))
     ]
     lines.append(f"B takes {b['step_ms'] / a['step_ms']:.3f} x A's time: {change:+.1f} ms")

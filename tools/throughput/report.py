@@ -167,7 +167,8 @@ def _balance_text(balance: dict[str, Any]) -> str:
         return " | ".join(f"{start}-{stop - 1}" for start, stop in ranges)
 
     ms = ", ".join(f"{value:.2f}" for value in balance["stage_ms"])
-    text = f"stages take {ms} ms a micro batch, the dearest {100 * balance['imbalance']:.1f} % above the mean\nlayers {cut(balance['cut'])}"
+    text = f"stages take {ms} ms a micro batch, the dearest {100 * balance['imbalance']:.1f} % above the mean"
+    text += f"\nlayers {cut(balance['cut'])}"
     if balance["better_cut"] == balance["cut"]:
         return text + ": no better cut"
     return text + f"; {cut(balance['better_cut'])} would save {100 * balance['saved_share']:.1f} % of the step"

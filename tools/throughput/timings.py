@@ -17,7 +17,7 @@ from tools.common.console import UsageError
 WARM_STEPS = 2  # of a start, left out of the report
 BUBBLE = "bubble"
 MESSAGES = ("pipeline_warm_up", "pipeline_steady", "pipeline_cool_down")
-# ring algorithms: bytes that pass each link, as a share of the bytes that Talk counts (nccl-tests, PERFORMANCE.md); n is the group
+# ring algorithms: bytes that pass each link, as a share of those that Talk counts (nccl-tests, PERFORMANCE.md), n in the group
 BUS_FACTORS = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "all_gather": lambda n: (n - 1) / n,
