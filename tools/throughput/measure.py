@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from recipes.common.check import check_recipe
-from recipes.common.ds_config import merge_ds_config
+from recipes.common.ds_config import load_ds_config, merge_ds_config
 from recipes.common.pulse import Pulse
 from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes
 from recipes.common.run_files import recipe_to_dict, write_run_files
@@ -88,7 +88,7 @@ def train_steps(recipe: Recipe, out_dir: str, steps: int, trace_steps: range, ra
     world, rank, out = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), Path(out_dir)
     layout: Layout = recipe.layouts[world]
     sizes = derive_sizes(recipe, layout, world)
-    ds_config = _merged(recipe, sizes)
+    ds_config = merged_config(recipe, sizes)
     pulse = Pulse(out, rank, trace_steps)
     grid, trainer = build(recipe, layout, ds_config)
     if rank == 0:
@@ -116,7 +116,6 @@ def train_steps(recipe: Recipe, out_dir: str, steps: int, trace_steps: range, ra
     return loss
 
 
-def _merged(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
-    from recipes.common.ds_config import load_ds_config
-
+def merged_config(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
+    """What DeepSpeed is given for `recipe` at these sizes."""
     return merge_ds_config(load_ds_config(recipe.deepspeed), recipe, sizes, sizes.accumulation)

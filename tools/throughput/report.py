@@ -141,7 +141,7 @@ def _parts_table(facts: dict[str, Any]) -> str:
 
 def _talk_table(talks: list[dict[str, Any]]) -> str:
     def rate(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
+        return "-" if value is None else f"{value:.3g}"
 
     rows = [
         [t["group"], t["op"], human_bytes(t["bytes"]), t["ranks"], f"{t['calls_per_step']:.1f}", f"{t['ms_per_step']:.2f}",

@@ -17,7 +17,7 @@ import numpy as np
 from tools.throughput.timings import Timings
 
 LEAST_SLOWER = 0.01  # a smaller excess is called by nobody
-SCORE = 4.0  # standard errors
+SCORE = 4.5  # standard errors
 HEALTHY, HEALTHY_WEIGHT = 0.003, 8  # deviation between healthy machines, and as how many peers that assumption counts
 LEAST_STEPS = 8
 WINDOW_STEPS = 50
