@@ -64,6 +64,11 @@ class Pulse:
             self._writer.close()
             self._writer = None
 
+    def tell_memory(self, sizes: dict[str, int]) -> None:
+        """Bytes by class that something beside the loop has counted."""
+        if sizes:
+            self._writer.add({"memory": sizes})
+
     def _write(self) -> None:
         for times in CLOCK.taken():
             self._writer.step(times)

@@ -172,7 +172,7 @@ def _read_rank(path: Path) -> RankTiming | None:
                 elif "talks" in content:
                     talks.append(content)
                 elif "memory" in content:
-                    found.memory.update(content["memory"])
+                    found.memory |= {name: max(size, found.memory.get(name, 0)) for name, size in content["memory"].items()}
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}, line {number} is not what a run writes: {error}") from None
     if found is not None:
