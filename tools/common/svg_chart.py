@@ -10,7 +10,8 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 760, 360
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 44  # margins of the plane
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 44  # margins of the plane; the key lies in the top one
+KEY_ROW, LETTER = 18, 6.6  # pixels: a row of the key, a letter of it
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")  # Okabe and Ito's
 MOST_POINTS = 400  # of a line: more than one a pixel or two would not be seen
 DOTTED = 40  # lines of fewer points show each as a dot
@@ -60,16 +61,19 @@ def chart(lines: Sequence[Line], *, x_name: str, y_name: str, limits: tuple[floa
         y_low, y_high = y_low - 0.03 * (y_high - y_low), y_high + 0.03 * (y_high - y_low)
     across = Axis(x_low, x_high, LEFT, WIDTH - RIGHT)
     up = Axis(y_low, y_high, HEIGHT - BOTTOM, TOP, log)
+    key, rows = _key([line.name for line in lines])
+    above = KEY_ROW * (rows - 1)
+    size = f"viewBox='0 {-above} {WIDTH} {HEIGHT + above}' width='{WIDTH}' height='{HEIGHT + above}'"
     parts = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {HEIGHT}' width='{WIDTH}' height='{HEIGHT}' {FONT}>",
-        f"<rect width='{WIDTH}' height='{HEIGHT}' fill='#ffffff'/>",
+        f"<svg xmlns='http://www.w3.org/2000/svg' {size} {FONT}>",
+        f"<rect y='{-above}' width='{WIDTH}' height='{HEIGHT + above}' fill='#ffffff'/>",
         f"<clipPath id='plane'><rect x='{LEFT}' y='{TOP}' width='{WIDTH - LEFT - RIGHT}' height='{HEIGHT - TOP - BOTTOM}'/>"
         "</clipPath>",
         *_grid(across, up, x_name, y_name),
         "<g clip-path='url(#plane)' fill='none' stroke-width='1.6' stroke-linejoin='round'>",
         *(_line(line, COLORS[index % len(COLORS)], across, up) for index, line in enumerate(lines)),
         "</g>",
-        *_key([line.name for line in lines]),
+        *key,
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -105,15 +109,18 @@ def _line(line: Line, color: str, across: Axis, up: Axis) -> str:
     return path
 
 
-def _key(names: Sequence[str]) -> list[str]:
-    """Above the plane, left to right."""
-    parts, x = [], float(LEFT)
+def _key(names: Sequence[str]) -> tuple[list[str], int]:
+    """(its parts, its rows): left to right, and upwards from the plane."""
+    parts, x, row = [], float(LEFT), 0
     for index, name in enumerate(names):
-        color = COLORS[index % len(COLORS)]
-        parts.append(f"<path d='M{x:.0f} 16h18' stroke='{color}' stroke-width='3'/>")
-        parts.append(f"<text x='{x + 23:.0f}' y='20' fill='{INK}'>{escape(name)}</text>")
-        x += 23 + 6.6 * len(name) + 16
-    return parts
+        width = 39 + LETTER * len(name)
+        if x + width > WIDTH and x > LEFT:
+            x, row = float(LEFT), row + 1
+        color, y = COLORS[index % len(COLORS)], 16 - KEY_ROW * row
+        parts.append(f"<path d='M{x:.0f} {y}h18' stroke='{color}' stroke-width='3'/>")
+        parts.append(f"<text x='{x + 23:.0f}' y='{y + 4}' fill='{INK}'>{escape(name)}</text>")
+        x += width
+    return parts, row + 1
 
 
 def _number(value: float) -> str:
