@@ -4,6 +4,7 @@ python -m tools.throughput flops recipes/llama_1b.py      # FLOPs a token, by ev
 python -m tools.throughput flops --published              # nine published figures from the same formulas
 python -m tools.throughput goodput RUN                    # how much of a run's time trained, and what took the rest
 python -m tools.throughput schedules                      # pipeline schedules against 1F1B: step time and bubble, measured here
+python -m tools.throughput bench                          # our step against plain PyTorch's and torch's parallel ones
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import argparse
 
 from recipes.common.recipe import RecipeError
 from tools.common.console import UsageError, exit_code
-from tools.throughput import bench_schedules, flops, goodput
+from tools.throughput import bench, bench_schedules, flops, goodput
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -27,6 +28,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flops.add_flags(verbs)
     goodput.add_flags(verbs)
     bench_schedules.add_flags(verbs)
+    bench.add_flags(verbs)
     return parser.parse_args(argv)
 
 
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code(work)
 
 
-VERBS = {"flops": flops.run, "goodput": goodput.run, "schedules": bench_schedules.run}
+VERBS = {"flops": flops.run, "goodput": goodput.run, "schedules": bench_schedules.run, "bench": bench.run}
 
 if __name__ == "__main__":
     sys.exit(main())
