@@ -3,6 +3,9 @@
     bash launch/hostfile.sh --hostfile hosts recipes/gpt_neox_20b.py --out-dir /ckpt/gpt_neox_20b
     python recipes/gpt_neox_20b.py --dry-run --world-size 96                     # check and print, no GPU
 
+Planned (H100, not measured; memory a GPU over the stages): 32 GPUs 52 to 72 GiB, MFU 40%, 54 days; 96 GPUs 30 to 34 GiB, MFU
+30%, 24 days; 256 GPUs 26 to 59 GiB, MFU 34%, 7.9 days.
+
 Where the numbers come from: arXiv 2204.06745: shape (table 1 and its published config), learning rate 0.97e-4, 1536 sequences
 of 2048 a step (micro batch 4 x 32 accumulated x 12 replicas), 150,000 steps, decay 0.01, cosine to a tenth with 1 % of warm-
 up, tensor 2 x pipeline 4 on 96 GPUs (appendix B and section 2.3).
@@ -39,9 +42,9 @@ recipe = Recipe(
     tokenizer="/data/gpt_neox_20b/tokenizer",
     data="/data/gpt_neox_20b/tokens",
     layouts={
-        32: Layout(tensor=2, pipeline=4, recompute_every=1),
+        32: Layout(tensor=4, pipeline=2, sequence_parallel=True),
         96: Layout(tensor=2, pipeline=4, recompute_every=1),  # the paper's own, on 40GB GPUs
-        256: Layout(tensor=2, pipeline=4),
+        256: Layout(tensor=4, pipeline=4, sequence_parallel=True),
     },
     batch=Batch(seq_len=2048, micro_seqs=4, global_seqs=1536),  # 3.1M tokens a step
     optimizer=AdamW(lr=0.97e-4, betas=(0.9, 0.95), weight_decay=0.01, clip=1.0),

@@ -3,6 +3,9 @@
     bash launch/hostfile.sh --hostfile hosts recipes/llama_70b.py --out-dir /ckpt/llama_70b
     python recipes/llama_70b.py --dry-run --world-size 512                       # check and print, no GPU
 
+Planned (H100, not measured; memory a GPU over the stages): 64 GPUs 37 to 66 GiB, MFU 39%, 295 days; 512 GPUs 26 to 55 GiB, MFU
+37%, 39 days; 2048 GPUs 25 to 53 GiB, MFU 31%, 12 days.
+
 Where the numbers come from: shape, vocabulary and rotary base from Llama 3's published config; peak learning rate 1.5e-4,
 8000 warm-up steps and a cosine down to a hundredth from Llama 3 (arXiv 2407.21783, table 3 and section 3.4.1); batch from
 4.2M to 8.4M tokens after 252M, the first step of Llama 3's own ramp. 20 tokens a parameter (arXiv 2203.15556); Llama 3 saw
@@ -40,9 +43,9 @@ recipe = Recipe(
     tokenizer="/data/llama_70b/tokenizer",
     data="/data/llama_70b/tokens",
     layouts={
-        64: Layout(tensor=8, pipeline=4, recompute_every=1),
-        512: Layout(tensor=8, pipeline=4, recompute_every=1),
-        2048: Layout(tensor=8, pipeline=4),
+        64: Layout(tensor=8, pipeline=4, sequence_parallel=True),
+        512: Layout(tensor=8, pipeline=4, sequence_parallel=True),
+        2048: Layout(tensor=8, pipeline=4, sequence_parallel=True),
     },
     batch=Batch(seq_len=8192, micro_seqs=1, global_seqs=1024, ramp=((30_720, 512),)),  # 4.2M, then 8.4M tokens a step
     optimizer=AdamW(lr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0),

@@ -6,6 +6,9 @@
 
 The model must be the folder's own: the same fields as its config.json. The data has the folder's tokenizer.
 
+Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 71 GiB, MFU 46%, 8.2 days; 64 GPUs 61 GiB, MFU 45%, 1.1
+days.
+
 Where the numbers come from: warming up again, to a peak below the first training's, and down again from arXiv 2403.08763
 (sections 4 and 5: half the first peak, 1 % of warm-up); mix in 5 % or more of the first training's kind of text against
 forgetting, with data=Blend(weights={...}), as its section 4.2 does.
@@ -42,8 +45,8 @@ recipe = Recipe(
     tokenizer="/data/llama_8b_continued/tokenizer",
     data="/data/llama_8b_continued/tokens",
     layouts={
-        8: Layout(tensor=2, recompute_every=1),
-        64: Layout(tensor=2),
+        8: Layout(tensor=2, sequence_parallel=True),
+        64: Layout(tensor=2, sequence_parallel=True),
     },
     batch=Batch(seq_len=8192, micro_seqs=1, global_seqs=512),  # 4.2M tokens a step
     optimizer=AdamW(lr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0),

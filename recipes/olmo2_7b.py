@@ -3,6 +3,9 @@
     bash launch/hostfile.sh --hostfile hosts recipes/olmo2_7b.py --out-dir /ckpt/olmo2_7b
     python recipes/olmo2_7b.py --dry-run --world-size 256                        # check and print, no GPU
 
+Planned (H100, not measured; memory a GPU over the stages): 16 GPUs 69 GiB, MFU 43%, 305 days; 256 GPUs 65 GiB, MFU 38%, 21
+days; 1024 GPUs 64 GiB, MFU 28%, 7.2 days.
+
 Where the numbers come from: arXiv 2501.00656, tables 2 to 4, and the published config: normal initialisation of 0.02
 everywhere, norms after the sub-layers, QK norm, z-loss 1e-5, no decay on embeddings, eps 1e-8, 2000 warm-up steps to 3e-4, a
 cosine to 3e-5 over 5T tokens that is cut short at 4T.
@@ -39,9 +42,9 @@ recipe = Recipe(
     tokenizer="/data/olmo2_7b/tokenizer",
     data="/data/olmo2_7b/tokens",
     layouts={
-        16: Layout(tensor=2, recompute_every=1),
-        256: Layout(tensor=2),
-        1024: Layout(tensor=2),
+        16: Layout(tensor=2, sequence_parallel=True),
+        256: Layout(tensor=2, sequence_parallel=True),
+        1024: Layout(tensor=2, sequence_parallel=True),
     },
     batch=Batch(seq_len=4096, micro_seqs=2, global_seqs=1024),  # 4.2M tokens a step
     optimizer=AdamW(lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, decay_embeddings=False, clip=1.0),

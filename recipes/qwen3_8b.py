@@ -3,6 +3,9 @@
     bash launch/hostfile.sh --hostfile hosts recipes/qwen3_8b.py --out-dir /ckpt/qwen3_8b
     python recipes/qwen3_8b.py --dry-run --world-size 64                         # check and print, no GPU
 
+Planned (H100, not measured; memory a GPU over the stages): 16 GPUs 60 to 69 GiB, MFU 47%, 38 days; 64 GPUs 56 to 64 GiB, MFU
+46%, 9.9 days; 256 GPUs 55 to 63 GiB, MFU 40%, 2.8 days.
+
 Where the numbers come from: shape from Qwen3's published config (arXiv 2505.09388). Its learning rate and batch are not
 published: 3e-4 and 4M tokens are Llama 3's for the same width and size (arXiv 2407.21783, table 3); WSD with a fifth of cool-
 down from arXiv 2404.06395 and 2405.18392.
@@ -40,9 +43,9 @@ recipe = Recipe(
     tokenizer="/data/qwen3_8b/tokenizer",
     data="/data/qwen3_8b/tokens",
     layouts={
-        16: Layout(tensor=2, recompute_every=1),
-        64: Layout(tensor=2, pipeline=2),
-        256: Layout(tensor=2),
+        16: Layout(pipeline=2),
+        64: Layout(pipeline=2),
+        256: Layout(pipeline=2),
     },
     batch=Batch(seq_len=4096, micro_seqs=1, global_seqs=1024),  # 4.2M tokens a step
     optimizer=AdamW(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0),

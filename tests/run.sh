@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything CI checks: bash tests/run.sh [pytest arguments], as in `bash tests/run.sh -k schedules`.
+# Everything CI checks: bash tests/run.sh [pytest arguments], as in `bash tests/run.sh -k schedules`; -n 0 for one process.
 # Runs in the active environment, or in .venv, which it makes (launch/venv.sh). Exit 0: all good.
 set -euo pipefail
 
@@ -22,7 +22,7 @@ else
     echo "shellcheck is not installed: the scripts were only parsed"
 fi
 
-python -m pytest -q "$@" || failed+=("pytest")
+python -m pytest -q -n 2 --dist loadfile "$@" || failed+=("pytest")
 
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2

@@ -1,12 +1,13 @@
 """The planner as its user meets it: ranked layouts, a reason for every other one, and calibration from real runs."""
 
+import ast
 import json
 import math
 
 import pytest
 
 from recipes.common.ds_config import load_ds_config
-from recipes.common.recipe import Layout
+from recipes.common.recipe import ROOT, Layout
 from tests.small_runs import call
 from tools.common.local_ranks import run_ranks
 from tools.common.recipe_files import load_recipe
@@ -17,6 +18,7 @@ from tools.plan.evaluate import candidates, judge
 from tools.plan.model_cases import Candidate, read_model
 
 LLAMA = "recipes/llama_1b.py"
+SHELF = [p for p in sorted(ROOT.glob("recipes/*.py")) if p.stem not in ("__init__", "quickstart")]  # quickstart is for CPUs
 
 
 OPTIONS = ("tensor", "pipeline", "data", "micro_seqs", "recompute_every", "sequence_parallel", "schedule")
@@ -128,6 +130,36 @@ def test_explain_shows_where_memory_and_time_go():
         assert word in called.out
     refused = call("plan.__main__", "explain", "tensor=2,pipeline=32", LLAMA, "--gpu-type", "H100")
     assert refused.code == 1 and "exceeds the model's 16 layers" in refused.out
+
+
+@pytest.fixture(scope="module")
+def shelf():
+    """{recipe: what the planner says of the layouts it states}, and the exit code."""
+    called = call("plan.__main__", "layouts", *SHELF, "--gpu-type", "H100", "--json")
+    return {entry["recipe"]: entry for entry in called.json["recipes"]}, called.code
+
+
+@pytest.mark.parametrize("path", SHELF, ids=lambda path: path.stem)
+def test_a_docstring_says_what_the_planner_says_now(shelf, path):
+    """Its sentence may be broken into lines. `python -m tools.plan layouts RECIPE --gpu-type H100` prints the new one."""
+    said = " ".join(ast.get_docstring(ast.parse(path.read_text())).split())
+    assert shelf[0][path.stem]["sentence"] in said
+    assert said.count("Planned (") == 1 and "Measured: not yet" in said
+
+
+def test_the_shelf_fits_its_gpus(shelf):
+    """Nine of ten times at least, on 80 GB."""
+    recipes, code = shelf
+    layouts = [layout for entry in recipes.values() for layout in entry["layouts"]]
+    assert code == 0 and len(layouts) == sum(len(load_recipe(str(path)).layouts) for path in SHELF)
+    for layout in layouts:
+        assert layout["memory"]["high"] < layout["memory"]["capacity"]
+
+
+def test_a_layout_that_may_not_fit_is_exit_1():
+    called = call("plan.__main__", "layouts", LLAMA, "--gpu-type", "A100-40")
+    assert called.code == 1
+    assert "8 GPUs cannot run it" in called.out and "stage 0 needs" in called.out
 
 
 @pytest.mark.parametrize(

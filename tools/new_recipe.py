@@ -1,16 +1,18 @@
 """A flat recipe for a size that is not on the shelf, each number with where it comes from.
 
-    python -m tools.new_recipe --params 3e9 --tokens 60e9 --gpus 64 --like llama_8b --out recipes/llama_3b.py
+    python -m tools.new_recipe --params 3e9 --tokens 60e9 --gpus 64 --like llama --out recipes/llama_3b.py
 
-The model keeps the proportions of the recipe it is like (head size, grouped heads, width of the feed-forward) and gets a new
-width and depth. Learning rate and batch follow the rules of arXiv 2401.02954; the layout is the planner's first choice. It is a
-start: read it, edit it, own it.
+`--like` is a recipe (llama_8b), or a family: then the nearest recipe of that `model_type`. The model keeps its proportions (head
+size, grouped heads, width of the feed-forward) and gets a new width and depth. Learning rate and batch follow the rules of arXiv
+2401.02954; the layout is the planner's first choice. It is a start: read it, edit it, own it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import keyword
+import math
 import shlex
 import sys
 from dataclasses import replace
@@ -41,9 +43,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: argparse.Namespace, words: list[str]) -> int:
-    like, out = _like(flags.like), Path(flags.out)
+    out = Path(flags.out)
     if problems := _problems(flags, out):
         raise UsageError("\n".join(["tools.new_recipe:", *(f"  - {problem}" for problem in problems)]))
+    like = _like(flags.like, flags.params)
     template = load_recipe(str(like))
     seq_len = flags.seq_len or template.batch.seq_len
     stated = stated_fields(like)
@@ -55,12 +58,13 @@ def _run(flags: argparse.Namespace, words: list[str]) -> int:
         raise UsageError(str(error)) from error
     text = write_text(
         name=out.stem,
-        like=flags.like,
+        like=like.stem,
         config=type(template.model).__name__,
         stated=stated,
         shape=shape,
         numbers=numbers,
         seq_len=seq_len,
+        seq_source="seq_len as asked for" if flags.seq_len else f"seq_len as {like.stem}",
         micro_seqs=recipe.batch.micro_seqs,
         gpus=flags.gpus,
         layout=recipe.layouts[flags.gpus],
@@ -69,13 +73,37 @@ def _run(flags: argparse.Namespace, words: list[str]) -> int:
         data=recipe.data,
         command="python -m tools.new_recipe " + shlex.join(words),
     )
-    out.write_text(text)
+    _write(out, text)
     if flags.json:
-        print(json.dumps({"recipe": str(out), "num_params": shape.num_params, "steps": numbers.steps, "lr": numbers.lr}))
+        facts = {"recipe": str(out), "like": like.stem, "num_params": shape.num_params, "steps": numbers.steps, "lr": numbers.lr}
+        print(json.dumps(facts))
     else:
-        print(f"{out}: {shape.num_params:,} parameters, {numbers.steps:,} steps")
-        print(f"now: python {out} --dry-run --world-size {flags.gpus}")
+        print(f"{out}: like {like.stem}, {shape.num_params:,} parameters, {numbers.steps:,} steps")
+        print(_next(out, flags.gpus))
     return GOOD
+
+
+def _write(out: Path, text: str) -> None:
+    """All of it or nothing; never over what is there."""
+    try:
+        with out.open("x") as file:
+            try:
+                file.write(text)
+                file.flush()
+            except OSError:
+                out.unlink()  # a full disk leaves half a file
+                raise
+    except OSError as error:
+        raise UsageError(f"--out={out}: {error}") from error
+
+
+def _next(out: Path, gpus: int) -> str:
+    """What to type. A recipe imports `recipes.common` from the folder above its own, so elsewhere it does not run."""
+    dry_run = f"--dry-run --world-size {gpus}"
+    if out.resolve().parent == ROOT / "recipes":
+        return f"now: python {shlex.quote(str(out))} {dry_run}"
+    place = ROOT / "recipes" / out.name
+    return f"now: mv {shlex.quote(str(out))} {shlex.quote(str(place))} && python {shlex.quote(str(place))} {dry_run}"
 
 
 def _fill(
@@ -136,22 +164,31 @@ def _planned(recipe: Recipe, gpus: int, gpu_type: str) -> tuple[Layout, int, int
     return plan.candidate.layout, plan.candidate.data, plan.candidate.micro_seqs, source
 
 
-def _like(name: str) -> Path:
-    path = ROOT / "recipes" / f"{name}.py"
-    if not path.is_file():
-        names = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if p.stem != "__init__")
-        raise UsageError(f"--like={name}: there is no recipes/{name}.py; the shelf has {', '.join(names)}")
-    return path
+def _like(name: str, num_params: float) -> Path:
+    """The file of the recipe `name`, or of the recipe nearest in parameters whose `model_type` is `name`."""
+    shelf = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.py")) if path.stem != "__init__"}
+    if name in shelf:
+        return shelf[name]
+    recipes = {stem: load_recipe(str(path)) for stem, path in shelf.items()}
+    family = {stem: abs(math.log(r.num_params / num_params)) for stem, r in recipes.items() if r.model.model_type == name}
+    if not family:
+        types = sorted({recipe.model.model_type for recipe in recipes.values()})
+        raise UsageError(
+            f"--like={name}: there is no recipes/{name}.py, and no recipe of that model_type; the shelf has {', '.join(shelf)}; "
+            f"of the types {', '.join(types)}"
+        )
+    return shelf[min(family, key=lambda stem: family[stem])]
 
 
 def _problems(flags: argparse.Namespace, out: Path) -> list[str]:
-    problems = [
-        f"--{name}={getattr(flags, name):g} must be over 0" for name in ("params", "tokens", "gpus") if getattr(flags, name) <= 0
-    ]
+    given = {name: getattr(flags, name) for name in ("params", "tokens", "gpus")}
+    problems = [f"--{name}={value:g} must be a number over 0" for name, value in given.items() if not 0 < value < math.inf]
     if flags.seq_len is not None and flags.seq_len < 1:
         problems.append(f"--seq-len={flags.seq_len} must be at least 1")
     if out.suffix != ".py" or not out.stem.isidentifier():
         problems.append(f"--out={out} must be a Python file whose name is a module's, like recipes/llama_3b.py")
+    elif keyword.iskeyword(out.stem) or out.stem in sys.stdlib_module_names:
+        problems.append(f"--out={out}: {out.stem} is a word of Python or a module of its library; give another name")
     elif not out.parent.is_dir():
         problems.append(f"--out={out}: there is no folder {out.parent}")
     elif out.exists():
@@ -165,7 +202,7 @@ def _parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=float, required=True, help="tokens to train on, like 60e9")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the run")
     parser.add_argument(
-        "--like", required=True, metavar="RECIPE", help="the recipe on the shelf whose family and proportions it has"
+        "--like", required=True, metavar="RECIPE", help="a recipe on the shelf, or a model_type: whose proportions it has"
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write, like recipes/llama_3b.py")
     parser.add_argument("--seq-len", type=int, help="tokens in a sequence (default: as RECIPE)")

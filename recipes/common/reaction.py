@@ -134,6 +134,7 @@ class Responder:
         if plan is not None:
             return self._go_back(plan)
         if hopeless is not None or tried:
+            _wait_for_all()
             raise TrainingError(self._last_words(position.step, cause, tried, hopeless))
         return None
 
@@ -146,6 +147,7 @@ class Responder:
             step, self._news = position.step, []
             event = Event(step, step, None, math.nan, "hardware_suspect", True, "drift", 0, {"reason": str(error)})
             self._leave_boxes(position, event, None, (step, str(error)))
+            _wait_for_all()
             raise
 
     def _plan(self, event: Event, position: Position, tries: int) -> Rewind | None:
@@ -228,6 +230,12 @@ class Responder:
     def _note(self, text: str) -> None:
         if self._log is not None:
             self._log.note(text)
+
+
+def _wait_for_all() -> None:
+    """Before a run ends: rank 0 has written what it saw by then. The launcher kills all ranks when the first has left."""
+    if dist.get_world_size() > 1:
+        dist.barrier()
 
 
 def calls_for_rewind(reaction: Reaction, event: Event, history: tuple[Rewind, ...]) -> bool:

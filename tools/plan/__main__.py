@@ -2,6 +2,7 @@
 
 python -m tools.plan search recipes/llama_1b.py --gpus 64 --gpu-type H100
 python -m tools.plan explain tensor=2,pipeline=4,data=8 recipes/llama_1b.py --gpu-type H100
+python -m tools.plan layouts recipes/llama_1b.py --gpu-type H100                      # those that the recipe states
 python -m tools.plan calibrate recipes/llama_1b.py --gpu-type H100 --out h100.json    # two short runs on this machine
 python -m tools.plan validate published_runs.csv vtrain_multi.csv                     # every row from the others
 """
@@ -18,7 +19,7 @@ import argparse
 
 from recipes.common.recipe import RecipeError
 from tools.common.console import UsageError, exit_code
-from tools.plan import calibrate, fit, search, validate
+from tools.plan import calibrate, fit, layouts, search, validate
 from tools.plan.devices import DEVICES
 
 
@@ -32,25 +33,31 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         return added
 
     def model(added: argparse.ArgumentParser) -> None:
-        added.add_argument(
-            "recipe", metavar="RECIPE", help="a recipe file; its batch, schedule and ds_config count, its layouts do not"
-        )
         added.add_argument("--gpu-type", required=True, help=f"one of {', '.join(device.name for device in DEVICES)}")
         added.add_argument("--price-per-hour", type=float, metavar="DOLLARS", help="a GPU hour (default: a round figure)")
         source = added.add_mutually_exclusive_group()
         source.add_argument("--calibration", type=Path, metavar="FILE", help="what `calibrate` wrote (default: the shipped fit)")
         source.add_argument("--first-principles", action="store_true", help="no fit at all: data sheets and formulas")
 
+    def recipe(added: argparse.ArgumentParser) -> None:
+        added.add_argument(
+            "recipe", metavar="RECIPE", help="a recipe file; its batch, schedule and ds_config count, its layouts do not"
+        )
+        model(added)
+
     ranked = verb("search", "rank every layout on N GPUs, and say why not of those that cannot run")
-    model(ranked)
+    recipe(ranked)
     ranked.add_argument("--gpus", type=int, required=True, metavar="N")
     ranked.add_argument("--top", type=int, default=10, help="layouts to print (default: %(default)s; --json has all)")
     one = verb("explain", "where memory and time of one layout go")
     one.add_argument(
         "layout", metavar="LAYOUT", help="tensor=2,pipeline=4,data=8,recompute_every=1; what is left out is 1 (or none)"
     )
-    model(one)
+    recipe(one)
     one.add_argument("--micro-seqs", type=int, help="sequences in a micro batch (default: the recipe's)")
+    own = verb("layouts", "the layouts that recipes state; exit 1 when one may not fit")
+    own.add_argument("recipes", nargs="+", metavar="RECIPE", help="recipe files")
+    model(own)
     short = verb("calibrate", "two short runs on this machine, and the terms that explain them")
     short.add_argument("recipe", metavar="RECIPE", help="a recipe file")
     short.add_argument("--gpu-type", required=True, help="what this machine has (CPU where there is no GPU)")
@@ -81,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 VERBS = {
     "search": search.search,
     "explain": search.explain,
+    "layouts": layouts.run,
     "calibrate": calibrate.run,
     "fit": fit.run,
     "validate": validate.run,

@@ -27,7 +27,7 @@ PART_NAMES = {
 
 
 def search(flags: argparse.Namespace) -> int:
-    facts, device, coefficients, price = _read(flags)
+    facts, device, coefficients, price = read(flags.recipe, flags)
     if flags.gpus < 1:
         raise UsageError(f"--gpus={flags.gpus}: must be 1 or more")
     found = candidates(facts, flags.gpus, device)
@@ -47,7 +47,7 @@ def search(flags: argparse.Namespace) -> int:
 
 
 def explain(flags: argparse.Namespace) -> int:
-    facts, device, coefficients, price = _read(flags)
+    facts, device, coefficients, price = read(flags.recipe, flags)
     layout, data = parse_layout(flags.layout)
     micro_seqs = facts.recipe.batch.micro_seqs if flags.micro_seqs is None else flags.micro_seqs
     if micro_seqs < 1:
@@ -68,14 +68,15 @@ def explain(flags: argparse.Namespace) -> int:
     return GOOD if plans else FAILED
 
 
-def _read(flags: argparse.Namespace) -> tuple[ModelFacts, Device, Coefficients, float]:
+def read(path: str, flags: argparse.Namespace) -> tuple[ModelFacts, Device, Coefficients, float]:
+    """What the recipe at `path` and the flags say. Raises RecipeError or UsageError."""
     quiet_transformers()
     device = find_device(flags.gpu_type)
     coefficients = first_principles() if flags.first_principles else read_coefficients(flags.calibration)
     price = device.price if flags.price_per_hour is None else flags.price_per_hour
     if price < 0:
         raise UsageError(f"--price-per-hour={price}: must be 0 or more")
-    recipe = load_recipe(flags.recipe)
+    recipe = load_recipe(path)
     problems = type_problems(recipe) or range_problems(recipe) + config_problems(recipe.model)
     if problems:
         raise RecipeError(f"recipe {recipe.name!r}", problems)

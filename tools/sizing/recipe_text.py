@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ast
+import json
+import re
+import textwrap
 from pathlib import Path
 
 from recipes.common.recipe import Layout
 from tools.sizing.rules import Hyperparameters
 from tools.sizing.shape import Shape
 
+LINE = 130  # characters, as pyproject.toml says
+
 _TEXT = '''"""{title}
 
     bash launch/{launcher} recipes/{name}.py --out-dir /ckpt/{name}
     python recipes/{name}.py --dry-run --world-size {gpus}
 
-Made by: {command}
+Made by:
+{command}
 Each number has its source beside it; none was measured.
 """
 
@@ -30,17 +36,18 @@ from recipes.common.recipe import AdamW, Batch, Checkpoints, Cosine, Evaluation,
 from recipes.common.train import main
 
 recipe = Recipe(
-    name="{name}",
+    name={name_text},
     model={config}(
 {model}
     ),
-    num_params={num_params:_},
-    tokenizer="{tokenizer}",
-    data="{data}",
+    num_params={num_params:_},  # counted, without memory for one of them
+    tokenizer={tokenizer},
+    data={data},
     layouts={{
-        {gpus}: {layout},  # {layout_source}
+        # {layout_source}
+        {gpus}: {layout},
     }},
-    # {batch_source}
+{batch_source}
     batch=Batch(seq_len={seq_len}, micro_seqs={micro_seqs}, global_seqs={global_seqs}),
     # lr: {lr_source}
     # betas, decay and clipping: Llama 2 and 3 (arXiv 2307.09288, 2407.21783)
@@ -49,7 +56,9 @@ recipe = Recipe(
     schedule=Cosine(warmup_steps={warmup_steps}, min_lr={min_lr:g}),
     steps={steps:_},  # {tokens:.4g}B tokens, {per_parameter:.1f} a parameter
     z_loss=1e-4,  # arXiv 2204.02311, section 5
+    # twenty in the run, or one every 1000 steps; {evaluation_tokens} tokens each
     evaluation=Evaluation(every_steps={every_steps}, seqs={evaluation_seqs}),
+    # as often, and every half hour; the newest three stay
     checkpoints=Checkpoints(every_steps={every_steps}, every_minutes=30, keep_last=3),
     deepspeed="zero1_bf16.json",
 )
@@ -77,6 +86,7 @@ def write_text(
     shape: Shape,
     numbers: Hyperparameters,
     seq_len: int,
+    seq_source: str,
     micro_seqs: int,
     gpus: int,
     layout: Layout,
@@ -87,6 +97,7 @@ def write_text(
 ) -> str:
     """The whole file. Nothing in it is looked up when it runs."""
     reasons = _shape_reasons(shape, like)
+    reasons |= {field: f"as {like}" for field, value in stated.items() if field not in reasons and re.search(r"\d", value)}
     fields = stated | {field: f"{value:_}" if value >= 10_000 else str(value) for field, value in shape.fields.items()}
     lines = (
         f"        {field}={value}," + (f"  # {reasons[field]}" if field in reasons else "") for field, value in fields.items()
@@ -94,20 +105,23 @@ def write_text(
     model = "\n".join(lines)
     tokens = numbers.steps * numbers.global_seqs * seq_len
     every_steps = min(1000, max(numbers.steps // 20, 1))
+    evaluation_seqs = min(1024, max(2_097_152 // seq_len, 1))
+    made_by = command.replace("\\", "\\\\").replace('"', '\\"')  # it stands in a docstring
     return _TEXT.format(
         title=f"{shape.num_params / 1e9:.3g}B parameters, {tokens / 1e9:.4g}B tokens, {gpus} GPUs. Measured: not yet.",
         name=name,
+        name_text=_quoted(name),
         launcher="local.sh" if gpus <= 8 else "hostfile.sh --hostfile hosts",
-        command=command,
+        command=_wrap(made_by, "    ", "        "),
         config=config,
         model=model,
         num_params=shape.num_params,
-        tokenizer=tokenizer,
-        data=data,
+        tokenizer=_quoted(tokenizer),
+        data=_quoted(data),
         gpus=gpus,
         layout=_layout_text(layout),
         layout_source=layout_source,
-        batch_source=numbers.batch_source,
+        batch_source=_wrap(f"{seq_source}; {numbers.batch_source}", "    # ", "    # "),
         seq_len=seq_len,
         micro_seqs=micro_seqs,
         global_seqs=numbers.global_seqs,
@@ -120,7 +134,8 @@ def write_text(
         tokens=tokens / 1e9,
         per_parameter=tokens / shape.num_params,
         every_steps=every_steps,
-        evaluation_seqs=min(1024, max(2_097_152 // seq_len, 1)),
+        evaluation_seqs=evaluation_seqs,
+        evaluation_tokens=f"{evaluation_seqs * seq_len:,}",
     )
 
 
@@ -143,4 +158,18 @@ def _shape_reasons(shape: Shape, like: str) -> dict[str, str]:
 def _layout_text(layout: Layout) -> str:
     default = Layout()
     said = {field: getattr(layout, field) for field in vars(default) if getattr(layout, field) != getattr(default, field)}
-    return "Layout(" + ", ".join(f"{field}={value!r}" for field, value in said.items()) + ")"
+    return (
+        "Layout("
+        + ", ".join(f"{field}={_quoted(value) if isinstance(value, str) else value}" for field, value in said.items())
+        + ")"
+    )
+
+
+def _quoted(text: str) -> str:
+    """As ruff formats it: in double quotes, unless the text has some."""
+    return repr(text) if '"' in text else json.dumps(text, ensure_ascii=False)
+
+
+def _wrap(text: str, first: str, other: str) -> str:
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, LINE, initial_indent=first, subsequent_indent=other, **options)

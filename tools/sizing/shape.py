@@ -39,7 +39,7 @@ def choose_shape(config: PreTrainedConfig, stated: dict[str, Any], num_params: f
     best: tuple[float, dict[str, int]] | None = None
     heads_unit = math.gcd(config.num_attention_heads, 4 if num_params < LARGE else 8)  # a tensor size that cuts them evenly
     per_head = config.hidden_size / config.num_attention_heads  # of the width; the head itself may be wider
-    most = 2 * math.sqrt(num_params)  # one layer of this width alone has more parameters
+    most = (ASPECTS[1] * num_params) ** (1 / 3)  # wider, the fewest layers that ASPECTS allows have more than width^2 each
     for heads in range(heads_unit, int(most / per_head) + heads_unit + 1, heads_unit):
         width = heads * per_head
         if width % 1 or width < ASPECTS[0]:

@@ -7,6 +7,7 @@ python -m tools.throughput run recipes/quickstart.py --layout pipeline=2       #
 python -m tools.throughput report RUN                     # each rank's parts, communication, bubble, stages, slow ranks
 python -m tools.throughput diff RUN_A RUN_B               # which parts made the difference
 python -m tools.throughput schedules                      # pipeline schedules against 1F1B: step time and bubble, measured here
+python -m tools.throughput bench                          # our step against plain PyTorch's and torch's parallel ones
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import argparse
 
 from recipes.common.recipe import RecipeError
 from tools.common.console import UsageError, exit_code
-from tools.throughput import bench_schedules, diff, flops, goodput, measure, report
+from tools.throughput import bench, bench_schedules, diff, flops, goodput, measure, report
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -33,6 +34,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     report.add_flags(verbs)
     diff.add_flags(verbs)
     bench_schedules.add_flags(verbs)
+    bench.add_flags(verbs)
     return parser.parse_args(argv)
 
 
@@ -55,6 +57,7 @@ VERBS = {
     "run": measure.run,
     "report": report.run,
     "diff": diff.run,
+    "bench": bench.run,
 }
 
 if __name__ == "__main__":
