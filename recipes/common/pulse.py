@@ -59,7 +59,7 @@ class Pulse:
         if phase == "data":
             CLOCK.begin_step(step, keep_marks=step in self._trace_steps)
         elif phase == "end":
-            CLOCK.settle()
+            CLOCK.settle(wait=True)
             self._write()
             self._writer.close()
             self._writer = None
