@@ -46,10 +46,10 @@ def data(tmp_path_factory):
 
 def _both(recipe: Recipe, out: Path, layout: Layout, world: int) -> None:
     """Two steps, then DeepSpeed's checkpoint and ours of the same moment; then more steps in which ours is the oracle."""
-    from recipes.common.train import _build
+    from recipes.common.train import build
 
     sizes = derive_sizes(recipe, layout, world)
-    grid, trainer = _build(recipe, layout, merge_ds_config(ds_config(recipe.deepspeed), recipe, sizes, sizes.accumulation))
+    grid, trainer = build(recipe, layout, merge_ds_config(ds_config(recipe.deepspeed), recipe, sizes, sizes.accumulation))
     stream, seqs = open_split(Path(recipe.data), "train", recipe.batch.seq_len), recipe.batch.global_seqs
     place = {"micro_seqs": recipe.batch.micro_seqs, "data_rank": grid.data_rank, "data_size": grid.data}
     for step in range(2):

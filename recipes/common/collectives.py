@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from recipes.common.timers import CLOCK, size_of
+
 
 class _Copy(torch.autograd.Function):
     @staticmethod
@@ -82,14 +84,16 @@ def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.Reduce
     if group is None:
         return x
     x = x.contiguous().clone()
-    dist.all_reduce(x, op=op, group=group)
+    with CLOCK.talk("all_reduce", size_of(x), group):
+        dist.all_reduce(x, op=op, group=group)
     return x
 
 
 def _all_gather_last(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x, group=group)
+    with CLOCK.talk("all_gather", size_of(x) * len(parts), group):
+        dist.all_gather(parts, x, group=group)
     return torch.cat(parts, dim=-1)
 
 
@@ -137,7 +141,8 @@ def all_gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tens
     """[micro_seqs, part, width] of each rank, one after another along the sequence; no gradient."""
     size = dist.get_world_size(group)
     parts = x.new_empty(size * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    with CLOCK.talk("all_gather_into_tensor", size_of(parts), group):
+        dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
     return parts.view(size, *x.shape).transpose(0, 1).reshape(x.shape[0], -1, x.shape[2])
 
 
@@ -145,7 +150,8 @@ def _reduce_scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch
     size = dist.get_world_size(group)
     parts = x.reshape(x.shape[0], size, -1, x.shape[2]).transpose(0, 1).contiguous()
     own = x.new_empty(parts.shape[1:])
-    dist.reduce_scatter_tensor(own, parts.view(-1, *own.shape[1:]), group=group)
+    with CLOCK.talk("reduce_scatter_tensor", size_of(parts), group):
+        dist.reduce_scatter_tensor(own, parts.view(-1, *own.shape[1:]), group=group)
     return own
 
 

@@ -29,12 +29,14 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from recipes.common.data import document_positions
+from recipes.common.engine_timers import time_engine
 from recipes.common.grid import Grid, Mpu
 from recipes.common.loss import IGNORED
 from recipes.common.network import choose_interface
 from recipes.common.norm_gate import NormGate
 from recipes.common.recipe import AdamW, Optimizer
 from recipes.common.stage import Stage
+from recipes.common.timers import BACKWARD, CLOCK, FORWARD, OPTIMIZER, size_of
 from recipes.common.zero_bubble import use_zero_bubble
 
 Labels = tuple[torch.Tensor, torch.Tensor]
@@ -192,6 +194,7 @@ class Trainer:
             self.engine = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config, mpu=mpu)[0]
         if stage.weight_queue is not None:
             use_zero_bubble(self.engine, stage.weight_queue)
+        time_engine(self.engine, grid)
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]
         self.probe: StepProbe | None = None
@@ -266,8 +269,12 @@ class Trainer:
         else:
             self.engine.train()
             for ids, labels in batches:
-                self.engine.backward(self.engine(ids, labels))
-                self.engine.step()
+                with CLOCK.span(FORWARD):
+                    loss = self.engine(ids, labels)
+                with CLOCK.span(BACKWARD):
+                    self.engine.backward(loss)
+                with CLOCK.span(OPTIMIZER):
+                    self.engine.step()
 
     def evaluate(self, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], scored_tokens: int) -> float:
         """Mean cross-entropy over `scored_tokens` targets; each item is ids [micro_seqs, seq_len + 1] and which rows count."""
@@ -320,7 +327,9 @@ class Trainer:
         parts = [losses, by_rank.flatten(), losses.new_tensor(votes), observed]
         sums = torch.cat(parts)
         if dist.get_world_size() > 1:
-            dist.all_reduce(sums)
+            with CLOCK.talk("all_reduce", size_of(sums), None):
+                dist.all_reduce(sums)
+        CLOCK.settle()  # while a GPU still works on what the next line waits for
         losses, by_rank, counts, observed = np.split(sums.cpu().numpy(), np.cumsum([part.numel() for part in parts[:-1]]))
         return [losses, by_rank.reshape(2, -1), counts, observed]
 

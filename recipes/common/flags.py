@@ -17,6 +17,9 @@ def parse_flags(name: str) -> argparse.Namespace:
         "--skip", type=_sequence_range, action="append", default=[], metavar="START:STOP", help="leave out these sequences"
     )
     parser.add_argument("--max-steps", type=int, help="stop after this step; schedules keep the recipe's own length")
+    parser.add_argument(
+        "--trace-steps", type=_step_range, default=range(0), metavar="FIRST:STOP", help="keep every span of these steps"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check, print what would run, and leave")
     parser.add_argument("--world-size", type=int, help="with --dry-run: how many GPUs")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers pass it
@@ -35,6 +38,13 @@ def _sequence_range(text: str) -> tuple[int, int]:
     if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
         raise argparse.ArgumentTypeError(f"{text!r}: a range of sequences, counted from 0, is START:STOP with START < STOP")
     return int(start), int(stop)
+
+
+def _step_range(text: str) -> range:
+    first, _, stop = text.partition(":")
+    if not (first.isdigit() and stop.isdigit() and 1 <= int(first) < int(stop)):
+        raise argparse.ArgumentTypeError(f"{text!r}: steps, counted from 1, are FIRST:STOP with FIRST < STOP; STOP is not traced")
+    return range(int(first), int(stop))
 
 
 def out_dir_problems(out_dir: Path, resume_run: bool, resume_step: int | None = None) -> list[str]:

@@ -65,6 +65,11 @@ def coordinates(rank: int, world_size: int, layout: Layout) -> Coordinates:
     )
 
 
+def place_of(grid: Coordinates, rank: int) -> tuple[int, int, int]:
+    """(pipeline, data, tensor) rank of any rank of `grid`'s run."""
+    return rank // (grid.tensor * grid.data), rank // grid.tensor % grid.data, rank % grid.tensor
+
+
 def one_process(device: torch.device | None = None) -> Grid:
     """The grid of a run on one rank, for tools and tests: no process group is needed."""
     place = coordinates(0, 1, Layout())

@@ -23,6 +23,7 @@ from recipes.common.loss import vocabulary_loss
 from recipes.common.plans import TUPLE_LAYERS, Stack, find_stack
 from recipes.common.sequence_parallel import shard_sequence
 from recipes.common.tensor_parallel import Split, plan_split, split_forwards
+from recipes.common.timers import CLOCK, RECOMPUTE
 from recipes.common.weight_queue import WeightQueue, postpone_weight_gradients
 from recipes.common.weights import build_empty, draw_weights
 
@@ -309,9 +310,13 @@ def _recompute(layer: nn.Module) -> None:
     """Keep the layer's input alone and run the layer again in the backward pass."""
     forward = layer.forward
 
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with CLOCK.span(RECOMPUTE):
+            return forward(*args, **kwargs)
+
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(timed, *args, use_reentrant=False, **kwargs)
 
     layer.forward = run

@@ -22,11 +22,11 @@ from recipes.common.engine import TOO_HIGH, StepResult, Trainer, start_distribut
 from recipes.common.failures import end_rank, guard_rank
 from recipes.common.flags import out_dir_problems, parse_flags
 from recipes.common.grid import Grid, build_grid
-from recipes.common.heartbeat import Heartbeat
 from recipes.common.lifeline import Lifeline
 from recipes.common.metrics import RunLog
 from recipes.common.observer import Observer
 from recipes.common.plans import find_stack
+from recipes.common.pulse import Pulse
 from recipes.common.reaction import Responder
 from recipes.common.recipe import Blend, Layout, Recipe, RecipeError, Sizes, derive_sizes, from_root
 from recipes.common.rewinds import Rewind, read_history, skips_ahead
@@ -67,6 +67,7 @@ def main(recipe: Recipe) -> None:
             print(json.dumps(ds_config, indent=2))
         return
     run = {"resume_run": flags.resume, "resume_step": flags.resume_step, "max_steps": flags.max_steps, "skips": flags.skip}
+    run |= {"trace_steps": flags.trace_steps}
     with guard_rank(out_dir, rank, lifeline.say):
         finished = train(recipe, layout, sizes, ds_config, out_dir, **run)
         end_rank(lambda: lifeline.say("finished" if finished else "left"))
@@ -83,10 +84,11 @@ def train(
     resume_step: int | None = None,
     max_steps: int | None = None,
     skips: tuple[tuple[int, int], ...] = (),
+    trace_steps: range = range(0),
 ) -> bool:
     """Gives whether the last step was reached: False after a request to leave."""
-    heartbeat = Heartbeat(out_dir, int(os.environ.get("RANK", "0")))
-    grid, trainer = _build(recipe, layout, ds_config)
+    pulse = Pulse(out_dir, int(os.environ.get("RANK", "0")), trace_steps)
+    grid, trainer = build(recipe, layout, ds_config)
     position, history = _first_position(out_dir, trainer, resume_step, skips) if resume_run else (Position().leave_out(skips), ())
     resumed_step = position.step if resume_run else None
     if grid.rank == 0:
@@ -96,17 +98,16 @@ def train(
     observer = Observer(trainer, recipe, out_dir, resumed_step=resumed_step, log=log)
     responder = Responder(recipe, out_dir, trainer, saver, observer, log)
     responder.start(position, history, resumed=resume_run)
+    pulse.start(trainer)
     leave = LeaveRequest()
-    batches = _reader(recipe, grid, position.skips)
-    last_step = min(recipe.steps, max_steps or recipe.steps)
-    skips_in_a_row = 0
-    if position.step == 0 and recipe.evaluation.every_steps:
-        losses = _evaluate(recipe, trainer)
-        if log is not None:
-            log.write({"step": 0} | losses)
+    batches = open_reader(recipe, grid, position.skips)
+    last_step, skips_in_a_row = min(recipe.steps, max_steps or recipe.steps), 0
+    before = _evaluate(recipe, trainer) if position.step == 0 and recipe.evaluation.every_steps else None
+    if log is not None and before is not None:
+        log.write({"step": 0} | before)
     while position.step < last_step:
         step = position.step + 1
-        heartbeat.beat(step, "data")
+        pulse.beat(step, "data")
         started = time.perf_counter()
         seqs = global_seqs_at(recipe.batch, position.consumed_seqs)
         trainer.set_global_seqs(seqs)
@@ -116,10 +117,10 @@ def train(
         tokens = seqs * recipe.batch.seq_len
         lr = learning_rate_at(recipe, step, (position.consumed_seqs + seqs) * recipe.batch.seq_len) * responder.lr_factor(step)
         votes = (leave.wanted(), grid.rank == 0 and saver.due_by_time())
-        heartbeat.beat(step, "step")
+        pulse.beat(step, "step")
         observer.before_step(step)
         result = trainer.train_step(micro_batches, lr, tokens, votes, responder.norm_ceiling())
-        heartbeat.beat(step, "log")
+        pulse.beat(step, "log")
         leaving, time_to_save = result.votes
         position = position.after_step(seqs, skipped=result.skipped)
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
@@ -127,7 +128,7 @@ def train(
         with responder.box_at_end(position):
             record |= observer.after_step(step, result, micro_batches, tokens)
         if _due(step, recipe.evaluation.every_steps, last_step):
-            heartbeat.beat(step, "evaluate")
+            pulse.beat(step, "evaluate")
             record |= _evaluate(recipe, trainer)
         record |= responder.look(record)
         if log is not None:
@@ -136,14 +137,14 @@ def train(
         if back is not None:
             position, skips_in_a_row = back, 0
             batches.close()
-            batches = _reader(recipe, grid, position.skips)
+            batches = open_reader(recipe, grid, position.skips)
             continue
         if leaving or time_to_save or step == last_step or saver.due(step):
-            heartbeat.beat(step, "save")
+            pulse.beat(step, "save")
             saver.save(position)
         if leaving:
             break
-    heartbeat.beat(position.step, "end")
+    pulse.beat(position.step, "end")
     saver.finish()
     observer.close()
     batches.close()
@@ -154,7 +155,8 @@ def train(
     return position.step >= last_step
 
 
-def _build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[Grid, Trainer]:
+def build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[Grid, Trainer]:
+    """This rank's place and its trainer, in the process group that the launcher's environment describes."""
     from deepspeed.accelerator import get_accelerator
 
     device = start_distributed(get_accelerator().device_name())
@@ -222,7 +224,7 @@ def _folders(recipe: Recipe) -> list[str]:
     return folders(recipe.data) if isinstance(recipe.data, Blend) else [recipe.data]
 
 
-def _reader(recipe: Recipe, grid: Grid, skips: tuple[tuple[int, int], ...]) -> Prefetcher:
+def open_reader(recipe: Recipe, grid: Grid, skips: tuple[tuple[int, int], ...]) -> Prefetcher:
     """The micro batches of this rank, step by step. Stages that look at none of them read none."""
     stream = open_train(recipe.data, from_root, recipe.batch.seq_len)
     reads = grid.is_first_stage or grid.is_last_stage or recipe.mask_documents

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from recipes.common.timers import BACKWARD, CLOCK, DATA, FORWARD, PIPELINE, WEIGHTS, size_of
 from recipes.common.weight_queue import WeightQueue
 
 
@@ -120,24 +121,30 @@ def use_zero_bubble(engine: PipelineEngine, queue: WeightQueue) -> None:
 def _forward(links: _Links, engine: PipelineEngine, micro_batch: int) -> None:
     buffer = micro_batch % engine.num_pipe_buffers
     if engine.is_first_stage() or engine.is_last_stage():
-        engine._exec_load_micro_batch(buffer)
+        with CLOCK.span(DATA):
+            engine._exec_load_micro_batch(buffer)
     if not engine.is_first_stage():
-        engine.pipe_buffers["inputs"][buffer] = _take(links, "activation", micro_batch).requires_grad_()
-    engine._exec_forward_pass(buffer)
+        engine.pipe_buffers["inputs"][buffer] = _take(
+            links, engine, engine.prev_stage, "activation", micro_batch
+        ).requires_grad_()
+    with CLOCK.span(FORWARD):
+        engine._exec_forward_pass(buffer)
 
 
 def _input_gradients(links: _Links, engine: PipelineEngine, micro_batch: int) -> None:
     # a tensor of its own for each micro batch: a residual stream's gradient, which the queue keeps, is the received one
-    engine.grad_layer = None if engine.is_last_stage() else _take(links, "gradient", micro_batch)
+    engine.grad_layer = None if engine.is_last_stage() else _take(links, engine, engine.next_stage, "gradient", micro_batch)
     links.queue.begin()
-    engine._exec_backward_pass(micro_batch % engine.num_pipe_buffers)
+    with CLOCK.span(BACKWARD):
+        engine._exec_backward_pass(micro_batch % engine.num_pipe_buffers)
     engine.grad_layer = None
 
 
 def _weight_gradients(links: _Links, engine: PipelineEngine) -> None:
     engine._running_engine_backward = True  # else DeepSpeed's hooks take it for a backward pass of the user's
     try:
-        links.queue.make_up()
+        with CLOCK.span(WEIGHTS):
+            links.queue.make_up()
     finally:
         engine._running_engine_backward = False
 
@@ -181,7 +188,8 @@ def _trade(
     operations += [] if wanted is None else [dist.P2POp(dist.irecv, wanted, peer)]
     if not operations:
         return
-    works = dist.batch_isend_irecv(operations)
+    with CLOCK.message("isend" if given is not None else "irecv, posted", size_of(operations[0].tensor), peer):
+        works = dist.batch_isend_irecv(operations)
     if wanted is not None:
         links.expected[key] = wanted, works
     links.sent[:] = [(tensor, under_way) for tensor, under_way in links.sent if not all(w.is_completed() for w in under_way)]
@@ -189,16 +197,18 @@ def _trade(
         links.sent.append((operations[0].tensor, works))
 
 
-def _take(links: _Links, what: str, micro_batch: int) -> torch.Tensor:
+def _take(links: _Links, engine: PipelineEngine, stage: int, what: str, micro_batch: int) -> torch.Tensor:
     received, works = links.expected.pop((what, micro_batch))
-    for work in works:
-        work.wait()
+    with CLOCK.message("irecv", size_of(received), engine.grid.stage_to_global(stage_id=stage)):
+        for work in works:
+            work.wait()
     return received
 
 
 def _settle(links: _Links, engine: PipelineEngine) -> None:
-    for _, works in links.sent:
-        for work in works:
-            work.wait()
+    with CLOCK.span(PIPELINE):
+        for _, works in links.sent:
+            for work in works:
+                work.wait()
     links.sent.clear()
     assert not links.queue and not links.expected, "the schedule left a gradient or a message behind"

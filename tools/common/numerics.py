@@ -82,7 +82,7 @@ def build_trainer(trial: Trial) -> Trainer:
         schedule=trial.layout.schedule,
         sequence_parallel=trial.layout.sequence_parallel,
     )
-    return Trainer(stage, grid, trial.optimizer, _ds_config(trial), trial.document_end)
+    return Trainer(stage, grid, trial.optimizer, engine_config(trial), trial.document_end)
 
 
 def rank_batches(trial: Trial, trainer: Trainer) -> list[list[torch.Tensor]]:
@@ -181,7 +181,7 @@ def _stage(trial: Trial) -> int:
     return trial.deepspeed["zero_optimization"]["stage"]
 
 
-def _ds_config(trial: Trial) -> dict[str, Any]:
+def engine_config(trial: Trial) -> dict[str, Any]:
     return {
         **trial.deepspeed,
         "train_micro_batch_size_per_gpu": trial.micro_seqs,
@@ -192,15 +192,14 @@ def _ds_config(trial: Trial) -> dict[str, Any]:
     }
 
 
-def torch_optimizer(optimizer: Optimizer, model: torch.nn.Module) -> torch.optim.Optimizer:
-    embeddings = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+def torch_optimizer(optimizer: Optimizer, model: torch.nn.Module, *, fused: bool = False) -> torch.optim.Optimizer:
     kept_off = {id(p) for p in model.parameters() if p.ndim < 2}
     if not optimizer.decay_embeddings:
-        kept_off |= {id(p) for p in embeddings}
+        kept_off |= {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     groups = [
         {"params": [p for p in model.parameters() if id(p) not in kept_off], "weight_decay": optimizer.weight_decay},
         {"params": [p for p in model.parameters() if id(p) in kept_off], "weight_decay": 0.0},
     ]
     if isinstance(optimizer, AdamW):
-        return torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
+        return torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=fused)
     return torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum)

@@ -3,7 +3,11 @@
 python -m tools.throughput flops recipes/llama_1b.py      # FLOPs a token, by every convention in use
 python -m tools.throughput flops --published              # nine published figures from the same formulas
 python -m tools.throughput goodput RUN                    # how much of a run's time trained, and what took the rest
+python -m tools.throughput run recipes/quickstart.py --layout pipeline=2       # timed steps here, then the report
+python -m tools.throughput report RUN                     # each rank's parts, communication, bubble, stages, slow ranks
+python -m tools.throughput diff RUN_A RUN_B               # which parts made the difference
 python -m tools.throughput schedules                      # pipeline schedules against 1F1B: step time and bubble, measured here
+python -m tools.throughput bench                          # our step against plain PyTorch's and torch's parallel ones
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import argparse
 
 from recipes.common.recipe import RecipeError
 from tools.common.console import UsageError, exit_code
-from tools.throughput import bench_schedules, flops, goodput
+from tools.throughput import bench, bench_schedules, diff, flops, goodput, measure, report
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -26,7 +30,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True)
     flops.add_flags(verbs)
     goodput.add_flags(verbs)
+    measure.add_flags(verbs)
+    report.add_flags(verbs)
+    diff.add_flags(verbs)
     bench_schedules.add_flags(verbs)
+    bench.add_flags(verbs)
     return parser.parse_args(argv)
 
 
@@ -42,7 +50,15 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code(work)
 
 
-VERBS = {"flops": flops.run, "goodput": goodput.run, "schedules": bench_schedules.run}
+VERBS = {
+    "flops": flops.run,
+    "goodput": goodput.run,
+    "schedules": bench_schedules.run,
+    "run": measure.run,
+    "report": report.run,
+    "diff": diff.run,
+    "bench": bench.run,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,200 @@
+"""What a run's timing files say, put together over ranks: parts of the step, communication, memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from recipes.common.grid import coordinates
+from recipes.common.recipe import Layout
+from recipes.common.timers import COMPUTE, COOL_DOWN, PARTS, PIPELINE, TENSOR, WARM_UP, Talk
+from recipes.common.timing_files import FOLDER, RankTiming, read_timing
+from tools.common.console import UsageError
+
+WARM_STEPS = 2  # of a start, left out of the report
+BUBBLE = "bubble"
+MESSAGES = ("pipeline_warm_up", "pipeline_steady", "pipeline_cool_down")
+# ring algorithms: bytes that pass each link, as a share of those that Talk counts (nccl-tests, PERFORMANCE.md), n in the group
+BUS_FACTORS = {
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "all_gather": lambda n: (n - 1) / n,
+    "all_gather_into_tensor": lambda n: (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "reduce_scatter_tensor": lambda n: (n - 1) / n,
+    "all_to_all_single": lambda n: (n - 1) / n,
+    "reduce": lambda n: 1.0,
+    "broadcast": lambda n: 1.0,
+    "send": lambda n: 1.0,
+    "recv": lambda n: 1.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """One rank's steps. Milliseconds a step; `steps` counts what a row covers."""
+
+    rank: int
+    stage: int
+    data_rank: int
+    tensor_rank: int
+    host: str
+    layers: tuple[int, int]
+    last_steps: np.ndarray  # [rows] the step a row ends with
+    steps: np.ndarray  # [rows]
+    parts: np.ndarray  # [rows, parts] ms a step
+    transfer_ms: float  # a step, of messages between stages, had nobody waited
+    talks: list[tuple[Talk, int, float, float]]  # how many, us in all, least us
+    talk_steps: int
+    memory: dict[str, int]
+
+    def mean(self) -> dict[str, float]:
+        """ms a step by part, summing to the step; the pipeline's parts told as `pipeline` (messages) and `bubble` (waiting)."""
+        means = dict(zip(PARTS, np.average(self.parts, axis=0, weights=self.steps).tolist(), strict=True))
+        messages = sum(means.pop(part) for part in MESSAGES)
+        transfer = min(self.transfer_ms, messages)
+        shown = {}
+        for part, value in means.items():
+            shown[part] = value
+            if part == TENSOR:
+                shown |= {"pipeline": transfer, BUBBLE: messages - transfer}
+        return shown
+
+    def waiting(self) -> dict[str, float]:
+        """ms a step in messages between stages and waiting for them, by place."""
+        means = np.average(self.parts, axis=0, weights=self.steps)
+        return {name: float(means[PARTS.index(name)]) for name in (WARM_UP, PIPELINE, COOL_DOWN)}
+
+    def compute(self) -> np.ndarray:
+        """[rows] ms a step of the rank's own work."""
+        return self.parts[:, [PARTS.index(part) for part in COMPUTE]].sum(axis=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    run: Path
+    pipeline: int
+    data: int
+    tensor: int
+    schedule: str
+    device: str
+    micro_batches: int
+    ranks: list[Rank]
+
+    def step_ms(self) -> float:
+        return float(np.mean([sum(rank.mean().values()) for rank in self.ranks]))
+
+    def mean(self) -> dict[str, float]:
+        """ms a step by part, the mean over ranks."""
+        means = [rank.mean() for rank in self.ranks]
+        return {part: float(np.mean([mean[part] for mean in means])) for part in means[0]}
+
+
+def read_timings(run: Path) -> Timings:
+    """Raises UsageError for a directory without timing, or with timing that cannot be used."""
+    if not run.is_dir():
+        raise UsageError(f"{run}: no such run directory")
+    try:
+        found = read_timing(run)
+    except FileNotFoundError as error:
+        raise UsageError(f"{error}: runs write it as they train; {run} is no run directory, or an older version's") from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    start = found[0].start
+    missing = sorted(set(range(start["world"])) - {each.start["rank"] for each in found})
+    if missing:
+        raise UsageError(f"{run / FOLDER}: of {start['world']} ranks, {missing[:8]} have no file; copy the whole run directory")
+    empty = [each.start["rank"] for each in found if not each.rows]
+    if empty:
+        raise UsageError(f"{run / FOLDER}: ranks {empty[:8]} have no step yet; try again once some steps have passed")
+    if start["parts"] != list(PARTS):
+        raise UsageError(f"{run / FOLDER}: another version's parts, {start['parts']}; read it with the version that wrote it")
+    least = _least_by_link(found)
+    layout = Layout(tensor=start["tensor"], pipeline=start["pipeline"])
+    return Timings(
+        run=run,
+        pipeline=start["pipeline"],
+        data=start["data"],
+        tensor=start["tensor"],
+        schedule=start["schedule"],
+        device=start["device"],
+        micro_batches=found[0].rows[-1][2],
+        ranks=[_rank(each, layout, least) for each in found],
+    )
+
+
+def _rank(timing: RankTiming, layout: Layout, least: dict[tuple, float]) -> Rank:
+    start, rank = timing.start, timing.start["rank"]
+    rows = timing.rows[WARM_STEPS:] if len(timing.rows) > WARM_STEPS else timing.rows
+    table = np.array(rows, dtype=float)
+    place = coordinates(rank, start["world"], layout)
+    transfer = sum(
+        count * min(least[_link(rank, talk)], total / count) for talk, count, total, _ in timing.talks if "pipeline" in talk.group
+    )
+    return Rank(
+        rank=rank,
+        stage=place.pipeline_rank,
+        data_rank=place.data_rank,
+        tensor_rank=place.tensor_rank,
+        host=start["host"],
+        layers=tuple(start["layers"]),
+        last_steps=table[:, 0].astype(int),
+        steps=table[:, 1],
+        parts=table[:, 3:] / table[:, 1:2] / 1e3,
+        transfer_ms=transfer / max(timing.talk_steps, 1) / 1e3,
+        talks=timing.talks,
+        talk_steps=timing.talk_steps,
+        memory=timing.memory,
+    )
+
+
+def _link(rank: int, talk: Talk) -> tuple:
+    """What shares a time of transfer: a size over a link, in both directions, or a collective of a size."""
+    ends = tuple(sorted((rank, talk.peer))) if talk.peer >= 0 else ()
+    return talk.group, talk.op, talk.bytes, talk.ranks, ends
+
+
+def _least_by_link(found: list[RankTiming]) -> dict[tuple, float]:
+    """us: the shortest of a kind ever seen is one for which nobody had to wait, at either end."""
+    least: dict[tuple, float] = defaultdict(lambda: float("inf"))
+    for timing in found:
+        for talk, _, _, shortest in timing.talks:
+            key = _link(timing.start["rank"], talk)
+            least[key] = min(least[key], shortest)
+    return least
+
+
+def communication(timings: Timings) -> list[dict[str, float | int | str | None]]:
+    """A row for each group, operation and size; GB/s as nccl-tests has them, of all calls and of the fastest.
+
+    What goes on beside the computation ("isend", "awaited") has no bandwidth: only the waiting for it is timed.
+    """
+    merged: dict[tuple[str, str, int, int], list[float]] = {}
+    for rank in timings.ranks:
+        for talk, count, total, shortest in rank.talks:
+            entry = merged.setdefault(talk[:4], [0.0, 0.0, float("inf")])
+            entry[0] += count / rank.talk_steps
+            entry[1] += total / rank.talk_steps
+            entry[2] = min(entry[2], shortest)
+    rows = []
+    for (group, op, count_bytes, ranks), (count, total, shortest) in merged.items():
+        factor = BUS_FACTORS[op](ranks) if op in BUS_FACTORS and ranks > 1 else None
+        mean_us = total / count
+        rows.append(
+            {
+                "group": group,
+                "op": op,
+                "bytes": count_bytes,
+                "ranks": ranks,
+                "calls_per_step": count / len(timings.ranks),
+                "ms_per_step": total / 1e3 / len(timings.ranks),
+                "mean_us": mean_us,
+                "least_us": shortest,
+                "algorithm_gb_s": None if factor is None else count_bytes / mean_us / 1e3,
+                "bus_gb_s": None if factor is None else factor * count_bytes / mean_us / 1e3,
+                "best_bus_gb_s": None if factor is None or not shortest else factor * count_bytes / shortest / 1e3,
+            }
+        )
+    return sorted(rows, key=lambda row: -row["ms_per_step"])
