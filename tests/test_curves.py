@@ -71,6 +71,16 @@ def test_another_programs_log_is_drawn(tmp_path):
     assert drawn[0] == pytest.approx(34, abs=0.1) and drawn[-1] == pytest.approx(316, abs=0.1)
 
 
+def test_a_logarithmic_scale_leaves_out_what_it_cannot_show(tmp_path):
+    (tmp_path / "log.csv").write_text("step,loss,lr\n" + "".join(f"{step},1,{max(9 - step, 0)}\n" for step in range(1, 11)))
+    called = call("curves", tmp_path / "log.csv", "--y", "lr", "--log", "--out", tmp_path / "x.svg", "--json")
+    assert called.code == 0 and "log.csv: 2 of 10 values are 0 or less" in called.err
+    assert called.json["runs"][0]["y"] == [8, 7, 6, 5, 4, 3, 2, 1]
+    (tmp_path / "flat.csv").write_text("step,loss,lr\n1,1,0\n2,1,0\n")
+    called = call("curves", tmp_path / "flat.csv", "--y", "lr", "--log", "--out", tmp_path / "y.svg")
+    assert called.code == 2 and "no lr of flat.csv is over 0" in called.err
+
+
 def test_ticks_are_round_and_inside():
     assert Axis(4.13, 7.9, 0, 100).ticks() == [5, 6, 7]
     assert Axis(0.0012, 0.3, 0, 100, log=True).ticks() == pytest.approx([0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2])

@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import transformers.models.llama.modeling_llama  # noqa: F401  imported once, before processes are forked
 
+import recipes.common.train  # noqa: F401
 from recipes.common.recipe import ROOT
 from tests.small_runs import call
+from tools import new_recipe  # noqa: F401
 from tools.common.local_ranks import run_ranks
 from tools.common.recipe_files import load_recipe
 from tools.sizing.recipe_text import stated_fields

@@ -35,8 +35,8 @@ def _run(flags: argparse.Namespace) -> int:
     if flags.mean_of < 1:
         raise UsageError(f"--mean-of={flags.mean_of} must be at least 1")
     lines = [read_line(source, flags.x, flags.y, flags.mean_of) for source in flags.runs]
-    if flags.log and (low := min(float(line.y.min()) for line in lines)) <= 0:
-        raise UsageError(f"--log: {flags.y} is {low:g} somewhere; leave --log out")
+    if flags.log:
+        lines = [_over_zero(line, flags.y) for line in lines]
     y_name = flags.y + (f", mean of {flags.mean_of}" if flags.mean_of > 1 else "")
     text = chart(lines, x_name=X_NAMES[flags.x], y_name=y_name, limits=limits, log=flags.log)
     try:
@@ -68,6 +68,16 @@ def read_line(source: Path, x: str, y: str, mean_of: int) -> Line:
         raise UsageError(f"--mean-of={mean_of}: {source} has {len(values)} values of {y}")
     means = np.convolve(values, np.full(mean_of, 1 / mean_of), "valid")
     return Line(source.resolve().name, places[known][mean_of - 1 :], means)
+
+
+def _over_zero(line: Line, y: str) -> Line:
+    """What a logarithmic scale can show; the rest is said on stderr."""
+    kept = line.y > 0
+    if not kept.any():
+        raise UsageError(f"--log: no {y} of {line.name} is over 0; leave --log out")
+    if not kept.all():
+        print(f"{line.name}: {(~kept).sum()} of {len(kept)} values are 0 or less, and not drawn", file=sys.stderr)
+    return Line(line.name, line.x[kept], line.y[kept])
 
 
 def _places(source: Path, columns: Table, x: str) -> np.ndarray:

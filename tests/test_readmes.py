@@ -1,0 +1,258 @@
+"""Every command that a README shows: its files are there, its tool takes its flags as they stand, and the quick ones run.
+
+The commands of one README run in their order in one folder that looks like the repository, so that `cp` makes what the next line
+starts. launch/README.md is held by tests/test_launch.py.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import transformers.models.llama.modeling_llama  # noqa: F401  imported once, before processes are forked
+
+import recipes.common.train  # noqa: F401
+from recipes.common.recipe import ROOT
+from tools.common.local_ranks import run_ranks
+from tools.common.recipe_files import load_recipe
+
+READMES = ("README.md", "recipes/README.md", "recipes/TRAINING.md", "ds_configs/README.md", "tools/README.md")
+FOLDERS = ("recipes", "launch", "tools", "tests", "ds_configs")
+# what takes seconds and needs no prepared data: run as it stands, and it must end well
+QUICK = {"tools.new_recipe": "", "tools.plan": "search explain layouts", "tools.throughput": "flops", "tools.curves": "",
+         "tools.checkpoint": "advise"}  # fmt: skip
+
+
+def blocks(readme):
+    """The command lines of the bash blocks; a backslash joins two lines."""
+    text = (ROOT / readme).read_text()
+    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = re.split(r"(?:^|\s\s+|\s)# ", line)[0].strip()
+            if command:
+                yield command
+
+
+def inline(readme):
+    """`python ...` in the text: a tool with its flags, or a program that measures."""
+    text = re.sub(r"```.*?```", "", (ROOT / readme).read_text(), flags=re.S)
+    for command in re.findall(r"`(python [^`]+)`", text):
+        if not re.search(r"\bNAME\b|\bx\.py$", command):  # one that stands for many
+            yield command
+
+
+BLOCKS = [(readme, command) for readme in READMES for command in blocks(readme)]
+INLINE = [(readme, command) for readme in READMES for command in inline(readme)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """{(readme, command): what is wrong with it, "" if nothing}."""
+    wrong = {}
+    for readme in READMES:
+        folder = tmp_path_factory.mktemp("readme")
+        commands = [command for name, command in BLOCKS if name == readme]
+        said = run_ranks(_follow, 1, str(folder), commands)[0] if commands else []
+        wrong |= {(readme, command): problem for command, problem in zip(commands, said, strict=True)}
+    return wrong
+
+
+@pytest.mark.parametrize(("readme", "command"), BLOCKS)
+def test_a_command_is_understood(found, readme, command):
+    assert found[readme, command] == ""
+
+
+def _follow(folder, commands):
+    lay_out(Path(folder), commands)
+    os.chdir(folder)
+    return [problem_of(shlex.split(command), command) for command in commands]
+
+
+def lay_out(folder, commands):
+    """The repository's own files, a hostfile, and the runs that `tools.curves` is asked to draw."""
+    for name in FOLDERS:
+        (folder / name).mkdir()
+        for path in (ROOT / name).iterdir():
+            if path.is_dir() and not any(path.glob("*.py")):
+                (folder / name / path.name).mkdir()  # of pictures, which commands draw anew
+            else:
+                (folder / name / path.name).symlink_to(path)
+    (folder / "hosts").write_text("a slots=8\n")
+    lines = [{"step": 0, "val_loss": 8.0}]
+    for step in range(1, 101):
+        number = dict.fromkeys(("loss", "val_loss", "grad_norm", "lr", "update_ratio"), 5 - step / 100)
+        lines.append({"step": step, "tokens": 64, "consumed_tokens": 64 * step, **number})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    for word in (word for command in commands if "tools.curves" in command for word in shlex.split(command)):
+        if word.startswith("runs/") and not (folder / word).exists():
+            (folder / word).mkdir(parents=True)
+            (folder / word / "metrics.jsonl").write_text(text)
+
+
+def problem_of(words, command):
+    """Why a command would not do what the text says; "" where it would."""
+    missing = [w for w in words if w.partition("/")[0] in FOLDERS and not Path(w).exists() and w not in made_by(words)]
+    if missing:
+        return f"there is no {', '.join(missing)}"
+    if command in ("source .venv/bin/activate", "bash tests/run.sh"):  # launch/venv.sh makes the first, the second runs this
+        return ""
+    if words[0] in ("cp", "sed"):
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        same = words[0] == "sed" and not done.returncode and Path(words[-1]).read_bytes() == Path(words[-3]).read_bytes()
+        return done.stderr or ("it changes nothing" if same else "")
+    if words[0] == "bash":
+        printing = words if "--print" in words else [*words[:2], "--print", *words[2:]]
+        done = subprocess.run(printing, capture_output=True, text=True)
+        return done.stderr or "it said no" if done.returncode else ""
+    if words[:2] == ["python", "-m"]:
+        quick = words[2] in QUICK and (not QUICK[words[2]] or words[3] in QUICK[words[2]].split())
+        return (run if quick else parse)(tool(words[2]), words[3:])
+    if words[0] == "python" and words[1].startswith("recipes/"):
+        start = lambda: runpy.run_path(words[1], run_name="__main__")  # noqa: E731
+        return (run if "--dry-run" in words else parse)(start, words[2:])
+    return "tests/test_readmes.py does not know how to try it"
+
+
+def made_by(words):
+    """Files that the command itself writes: of `cp A B`, `sed ... > B` and `--out B`."""
+    made = {words[-1]} if words[0] in ("cp", "sed") else set()
+    return made | {after for word, after in pairwise(words) if word == "--out"}
+
+
+def tool(name):
+    spec = importlib.util.find_spec(name)
+    return importlib.import_module(f"{name}.__main__" if spec.submodule_search_locations else name).main
+
+
+def parse(start, words):
+    """The program's own parser takes the words, no flag shortened; it goes no further."""
+    own = argparse.ArgumentParser.parse_args
+
+    class Parsed(BaseException):
+        pass
+
+    def only_parse(self, *given, **more):
+        own(self, *given, **more)
+        raise Parsed
+
+    with (
+        patch.object(argparse.ArgumentParser, "parse_args", only_parse),
+        patch.object(argparse.ArgumentParser, "_get_option_tuples", lambda self, text: []),
+    ):
+        try:
+            return run(start, words) or "it did not read its words"
+        except Parsed:
+            return ""
+
+
+def run(start, words):
+    said, complaint = io.StringIO(), io.StringIO()
+    sys.argv = ["program", *words]
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaint):
+        try:
+            code = start()
+        except SystemExit as leaving:
+            code = leaving.code
+    return complaint.getvalue() or f"exit {code}: {said.getvalue()}" if isinstance(code, int) and code else ""
+
+
+@pytest.mark.parametrize(("readme", "command"), INLINE)
+def test_a_command_in_the_text_is_understood(readme, command):
+    words = command.split()
+    if words[1] == "-m":
+        assert run_ranks(_parse_tool, 1, words[2], words[3:]) == [""]
+    else:
+        assert (ROOT / words[1]).is_file()
+
+
+def _parse_tool(name, words):
+    # a tool's name alone is a mention of it
+    return parse(tool(name), words) if words else ("" if callable(tool(name)) else "it has no main")
+
+
+def test_a_wrong_command_is_noticed(tmp_path):
+    """What this file says of commands that would fail."""
+    told = {
+        "python -m tools.plan search recipes/llama_1b.py --gpu 64 --gpu-type H100": "--gpus",
+        "python -m tools.plan search recipes/none.py --gpus 64 --gpu-type H100": "there is no recipes/none.py",
+        "python -m tools.checkpoint lst RUN": "invalid choice",
+        "python recipes/quickstart.py --out-dirs runs/x": "--out-dirs",
+        "python recipes/llama_1b.py --dry-run --world-size 63": "63",
+        "bash launch/local.sh --procs 8 recipes/quickstart.py": "--procs",
+        "sed 's/lr=5e-3/lr=1e-3/' recipes/quickstart.py > recipes/new.py": "it changes nothing",
+        "rm -rf runs": "does not know",
+    }
+    for problem, part in zip(run_ranks(_follow, 1, str(tmp_path), list(told))[0], told.values(), strict=True):
+        assert part in problem
+
+
+def variants():
+    """{run of TRAINING.md: the words of `sed` that make its recipe}."""
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \| [\d.]", (ROOT / "recipes/TRAINING.md").read_text(), flags=re.M))
+    edits = {run: re.findall(r"`(s/[^`]+)`", cell) for run, cell in rows.items()}
+    return {run: edits.get((re.findall(r"^as `(\w+)`", rows[run]) or [""])[0], []) + own for run, own in edits.items()}
+
+
+def test_the_variants_of_training_are_recipes(tmp_path):
+    """Each edit of its table changes what its name says, and the recipe is sound."""
+    made = variants()
+    assert next(iter(made)) == "base" and made.pop("base") == [] and len(made) > 10
+    for run, edits in made.items():
+        assert edits, run
+        for place in range(len(edits)):  # none is for nothing
+            shorter = "; ".join(edits[:place] + edits[place + 1 :])
+            assert edit(shorter, tmp_path / "shorter.py") != edit("; ".join(edits), tmp_path / f"{run}.py")
+    files = [ROOT / "recipes/quickstart.py", *(tmp_path / f"{run}.py" for run in made)]
+    quickstart, *others = run_ranks(_read, 1, [str(path) for path in files])[0]
+    for run, recipe in zip(made, others, strict=True):
+        assert recipe != quickstart, run
+        assert recipe["tokens"] == quickstart["tokens"]
+    assert "seed=1" in edit("s/steps=300,/steps=300, seed=1,/", tmp_path / "seed_1.py")
+
+
+def edit(script, out):
+    text = subprocess.run(["sed", script, str(ROOT / "recipes/quickstart.py")], capture_output=True, text=True, check=True).stdout
+    out.write_text(text)
+    return text
+
+
+def _read(paths):
+    from recipes.common.check import check_recipe
+    from recipes.common.schedules import tokens_of_run
+
+    found = []
+    for recipe in map(load_recipe, paths):
+        check_recipe(recipe, 1, here=False)
+        said = {name: repr(getattr(recipe, name)) for name in ("optimizer", "schedule", "batch", "steps", "deepspeed")}
+        found.append(said | {"tokens": tokens_of_run(recipe)})
+    return found
+
+
+def test_every_tool_has_a_line_and_an_example():
+    text = (ROOT / "tools" / "README.md").read_text()
+    names = {path.stem for path in ROOT.glob("tools/*.py")} | {path.parent.name for path in ROOT.glob("tools/*/__main__.py")}
+    for name in names - {"__init__"}:
+        assert re.search(rf"^- .*`{name}`", text, flags=re.M), f"tools/README.md: no line on {name}"
+        assert any(command.startswith(f"python -m tools.{name} ") for command in blocks("tools/README.md")), (
+            f"no example of {name}"
+        )
+
+
+def test_the_pictures_are_there_and_small():
+    for readme in (*READMES, "launch/README.md"):
+        folder = (ROOT / readme).parent
+        for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)|<img src=\"([^\"]+)\"", (ROOT / readme).read_text()):
+            picture = folder / (path[0] or path[1])
+            assert picture.is_file(), f"{readme}: {picture}"
+            assert picture.stat().st_size < (200_000 if picture.suffix == ".png" else 60_000)
