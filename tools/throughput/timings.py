@@ -16,6 +16,7 @@ from tools.common.console import UsageError
 
 WARM_STEPS = 2  # of a start, left out of the report
 BUBBLE = "bubble"
+LEAST_BYTES = 1024  # of a message whose time is not latency alone
 MESSAGES = ("pipeline_warm_up", "pipeline_steady", "pipeline_cool_down")
 # ring algorithms: bytes that pass each link, as a share of those that Talk counts (nccl-tests, PERFORMANCE.md), n in the group
 BUS_FACTORS = {
@@ -177,7 +178,8 @@ def _least_by_link(found: list[RankTiming]) -> dict[tuple, float]:
 def communication(timings: Timings) -> list[dict[str, float | int | str | None]]:
     """A row for each group, operation and size; GB/s as nccl-tests has them, of all calls and of the fastest.
 
-    What goes on beside the computation ("isend", "awaited") has no bandwidth: only the waiting for it is timed.
+    What goes on beside the computation ("isend", "awaited") has no bandwidth: only the waiting for it is timed. Nor has what is
+    too small for any.
     """
     merged: dict[tuple[str, str, int, int], list[float]] = {}
     for rank in timings.ranks:
@@ -188,7 +190,8 @@ def communication(timings: Timings) -> list[dict[str, float | int | str | None]]
             entry[2] = min(entry[2], shortest)
     rows = []
     for (group, op, count_bytes, ranks), (count, total, shortest) in merged.items():
-        factor = BUS_FACTORS[op](ranks) if op in BUS_FACTORS and ranks > 1 else None
+        known = op in BUS_FACTORS and ranks > 1 and count_bytes >= LEAST_BYTES
+        factor = BUS_FACTORS[op](ranks) if known else None
         mean_us = total / count
         rows.append(
             {
