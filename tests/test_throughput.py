@@ -34,7 +34,7 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("throughput")
     (folder / "small.py").write_text(RECIPE)
     files = ("--out", folder / "run", "--trace", folder / "trace.json", "--html", folder / "page.html")
-    options = ("--layout", "pipeline=2", "--steps", 4, "--micro-batches", 5, "--random-tokens", "--json")
+    options = ("--layout", "pipeline=2,recompute_every=1", "--steps", 4, "--micro-batches", 5, "--random-tokens", "--json")
     called = call("throughput.__main__", "run", folder / "small.py", *options, *files)
     assert called.code == 0, called.err
     return folder, called.json
@@ -46,7 +46,17 @@ def test_the_parts_of_every_rank_add_up_to_the_step(ran):
     assert sum(facts["parts"].values()) == pytest.approx(facts["step_ms"])
     for rank in facts["ranks"]:
         assert rank["parts"]["forward"] > 0 and rank["parts"]["backward"] > 0 and rank["parts"]["optimizer"] > 0
-        assert rank["memory"]["optimizer"] == pytest.approx(2 * rank["memory"]["master_weights"], rel=0.01)
+
+
+def test_memory_is_that_of_the_tensors(ran):
+    """Stage 0 of 2 has 2 micro batches in flight: of each the ids, and the inputs of 2 recomputed layers. Adam keeps 2 states."""
+    first, last = (rank["memory"] for rank in ran[1]["ranks"])
+    assert first["activations"] == 2 * (16 * 8 + 2 * 16 * 64 * 4)
+    assert (first["logits"], last["logits"]) == (0, 16 * 131 * 4)
+    for memory in (first, last):
+        assert memory["gradients"] == memory["master_weights"]
+        assert memory["optimizer"] == pytest.approx(2 * memory["master_weights"], rel=0.01)
+    assert first["master_weights"] + last["master_weights"] == 140_224 * 4
 
 
 def test_communication_has_its_group_in_the_bandwidth(ran):

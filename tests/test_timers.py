@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from recipes.common.grid import coordinates
 from recipes.common.pulse import Pulse
 from recipes.common.recipe import AdamW, Layout
 from recipes.common.timers import (
@@ -22,6 +23,7 @@ from recipes.common.timers import (
     TENSOR,
     WARM_UP,
     WEIGHTS,
+    Clock,
     StepTimes,
     Talk,
     account,
@@ -48,6 +50,51 @@ def test_each_moment_goes_to_the_innermost_span():
         DATA: 5, WARM_UP: 4, FORWARD: 7, TENSOR: 2, PIPELINE: 3, BACKWARD: 4, RECOMPUTE: 4, COOL_DOWN: 5, HOST: 8, OTHER: 8,
     }  # fmt: skip
     assert talks == {Talk("pipeline", "recv", 100, 2, 1): [3, 12, 3]}
+
+
+class FakeEvent:
+    """A CUDA event on a device whose work takes 3 ms a mark and ends when somebody waits."""
+
+    clock, done = 0.0, False
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self, stream):
+        FakeEvent.clock += 3.0
+        self.stamp = FakeEvent.clock
+
+    def query(self):
+        return FakeEvent.done
+
+    def synchronize(self):
+        FakeEvent.done = True
+
+    def elapsed_time(self, later):
+        return later.stamp - self.stamp
+
+
+def test_on_a_gpu_a_step_is_read_once_the_device_has_done_it(monkeypatch):
+    main, side = object(), object()
+    stream = [main]
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream[0])
+    clock = Clock()
+    clock.start(coordinates(0, 1, Layout()), torch.device("cuda"))
+    clock.begin_step(7)
+    clock.phase(OTHER)
+    with clock.span(FORWARD):
+        stream[0] = side  # beside the computation: hidden, so no time of the step
+        with clock.span(DATA_PARALLEL):
+            pass
+        stream[0] = main
+    clock.end_step()
+    clock.settle()
+    assert clock.taken() == []
+    clock.settle(wait=True)
+    (step,) = clock.taken()
+    assert (step.step, step.micro_batches) == (7, 1)
+    assert step.parts == dict.fromkeys(PARTS, 0) | {DATA: 3_000_000, OTHER: 6_000_000, FORWARD: 3_000_000}
 
 
 def test_an_exception_closes_its_spans():

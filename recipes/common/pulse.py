@@ -59,10 +59,15 @@ class Pulse:
         if phase == "data":
             CLOCK.begin_step(step, keep_marks=step in self._trace_steps)
         elif phase == "end":
-            CLOCK.settle()
+            CLOCK.settle(wait=True)
             self._write()
             self._writer.close()
             self._writer = None
+
+    def tell_memory(self, sizes: dict[str, int]) -> None:
+        """Bytes by class that something beside the loop has counted."""
+        if sizes:
+            self._writer.add({"memory": sizes})
 
     def _write(self) -> None:
         for times in CLOCK.taken():

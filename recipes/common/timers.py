@@ -121,11 +121,16 @@ class Clock:
         if self._stream is None:
             self.settle()
 
-    def settle(self) -> None:
-        """Account for steps that have ended. On a GPU: call it where the host is about to wait for the device anyway."""
+    def settle(self, *, wait: bool = False) -> None:
+        """Account for steps that have ended. On a GPU: call it where the host is about to wait for the device anyway.
+
+        wait: for the last one too.
+        """
         while self._pending:
             step, began, keep, marks = self._pending[0]
-            if self._stream is not None and not marks[-1][1].query():
+            if self._stream is not None and wait:
+                marks[-1][1].synchronize()
+            elif self._stream is not None and not marks[-1][1].query():
                 return
             self._pending.pop(0)
             times = self._read(marks)

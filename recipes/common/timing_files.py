@@ -6,7 +6,7 @@
     {"memory": {...}}                   bytes by class, once the optimizer's states exist
 
 A row a step for the first THIN_AFTER steps of a start, then one for every THIN_STEPS: half a million steps are 6 MB a rank. Lines
-leave the process once a second, so `kill -9` loses a second at most; a line that it cut is not read.
+leave the process every FLUSH_SECONDS, all that `kill -9` can lose; a line that it cut is not read.
 Steps chosen by --trace-steps go to `timing/trace_00003.jsonl`, every span of them (`Trace`).
 """
 
@@ -24,7 +24,7 @@ from recipes.common.timers import PARTS, Span, StepTimes, Talk
 FOLDER = "timing"
 THIN_AFTER, THIN_STEPS = 1000, 10
 FIRST_TALKS, TALKS_ROWS = 2, 50  # rows after which communication is written: first, so that warming up stays apart; then
-FLUSH_SECONDS = 1.0
+FLUSH_SECONDS = 5.0  # 10,000 ranks write to one file system
 
 
 class TimingWriter:
@@ -32,13 +32,13 @@ class TimingWriter:
 
     def __init__(self, out_dir: Path, rank: int, start: Mapping[str, Any]) -> None:
         self._folder, self._rank = out_dir / FOLDER, rank
-        self._path = self._folder / f"rank_{rank:05d}.jsonl"
         self._lines: list[str] = []
         self._written = time.monotonic()
         self._rows, self._row, self._row_steps = 0, [0.0] * len(PARTS), 0
         self._talks: dict[Talk, list[int]] = {}
         self._talk_steps, self._next_talks = 0, FIRST_TALKS
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = (self._folder / f"rank_{rank:05d}.jsonl").open("ab", buffering=0)
         self.add({"start": {**start, "rank": rank, "time": round(time.time(), 3), "parts": PARTS}})
         self.flush()
 
@@ -66,12 +66,12 @@ class TimingWriter:
     def close(self) -> None:
         self._add_talks()
         self.flush()
+        self._file.close()
 
     def flush(self) -> None:
         try:
             if self._lines:
-                with self._path.open("a") as file:
-                    file.write("\n".join(self._lines) + "\n")
+                self._file.write(("\n".join(self._lines) + "\n").encode())
         except OSError:  # a full disk must not end the run
             pass
         self._lines, self._written = [], time.monotonic()
@@ -172,7 +172,7 @@ def _read_rank(path: Path) -> RankTiming | None:
                 elif "talks" in content:
                     talks.append(content)
                 elif "memory" in content:
-                    found.memory.update(content["memory"])
+                    found.memory |= {name: max(size, found.memory.get(name, 0)) for name, size in content["memory"].items()}
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}, line {number} is not what a run writes: {error}") from None
     if found is not None:

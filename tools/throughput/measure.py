@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tools.common.console import UsageError, quiet_transformers
 from tools.common.local_ranks import RankError, run_ranks
 from tools.common.recipe_files import load_recipe, parse_layout
 from tools.throughput import report
+from tools.throughput.step_memory import count_step
 from tools.throughput.timings import WARM_STEPS
 
 TRACED_STEPS = 2
@@ -106,7 +108,9 @@ def train_steps(recipe: Recipe, out_dir: str, steps: int, trace_steps: range, ra
             micro_batches = reader.next((step - 1) * seqs, seqs)
         lr = learning_rate_at(recipe, step, step * sizes.tokens_per_step)
         pulse.beat(step, "step")
-        loss = trainer.train_step(micro_batches, lr, sizes.tokens_per_step).loss
+        with count_step(trainer) if step == 1 else nullcontext({}) as inside:
+            loss = trainer.train_step(micro_batches, lr, sizes.tokens_per_step).loss
+        pulse.tell_memory(inside)
         pulse.beat(step, "log")
         if rank == 0 and sys.stderr.isatty():
             print(f"\rstep {step} of {steps}", end="\n" if step == steps else "", file=sys.stderr)

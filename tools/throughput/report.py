@@ -176,9 +176,8 @@ def _balance_text(balance: dict[str, Any]) -> str:
 
 def _memory_table(ranks: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(name for rank in ranks for name in rank["memory"]))
-    largest = sorted((rank for rank in ranks if rank["memory"]), key=lambda r: (-sum(r["memory"].values()), r["rank"]))[
-        :MOST_RANKS
-    ]
+    known = (rank for rank in ranks if rank["memory"])
+    largest = sorted(known, key=lambda rank: -rank["memory"].get("weights", 0))[:MOST_RANKS]
     rows = [[r["rank"], r["stage"], *(human_bytes(r["memory"].get(name, 0)) for name in names)] for r in largest]
     return "memory\n" + table(rows, ["rank", "stage", *(name.replace("_", " ") for name in names)]) if rows else ""
 

@@ -146,8 +146,16 @@ def _rank(timing: RankTiming, layout: Layout, least: dict[tuple, float]) -> Rank
         transfer_ms=transfer / max(timing.talk_steps, 1) / 1e3,
         talks=timing.talks,
         talk_steps=timing.talk_steps,
-        memory=timing.memory,
+        memory=_with_workspace(timing.memory),
     )
+
+
+def _with_workspace(memory: dict[str, int]) -> dict[str, int]:
+    """On a GPU, what the step's peak holds beside the classes that were counted."""
+    if "step_peak_allocated" not in memory or "activations" not in memory:
+        return memory
+    counted = sum(size for name, size in memory.items() if name not in ("step_peak_allocated", "reserved"))
+    return memory | {"workspace": max(memory["step_peak_allocated"] - counted, 0)}
 
 
 def _link(rank: int, talk: Talk) -> tuple:
