@@ -164,6 +164,7 @@ def split_forwards(causal: PreTrainedModel, split: Split, stack: Stack, grid: Gr
             parameter.tensor_model_parallel = parameter.model_parallel = True
     modules = dict(causal.named_modules())
     forwards = SEQUENCE_STYLES if split.blocks else _STYLES
+    columns: dict[str, list[nn.Module]] = {}  # by the module that calls them
     for name, style in split.styles.items():
         if name not in modules:  # on another stage
             continue
@@ -183,6 +184,10 @@ def split_forwards(causal: PreTrainedModel, split: Split, stack: Stack, grid: Gr
             attention = modules[name.rpartition(".")[0]]
             # one key/value head is here, however many query heads this rank has
             attention.num_key_value_groups = causal.config.num_attention_heads // grid.tensor
+        if style in _COLUMNS and not split.blocks:
+            columns.setdefault(name.rpartition(".")[0], []).append(module)
+    for name, own in columns.items():
+        _share_copy(modules[name], own, grid)
     for name, attributes in split.divided.items():
         for attribute in attributes if name in modules else ():
             setattr(modules[name], attribute, getattr(modules[name], attribute) // grid.tensor)
@@ -215,13 +220,34 @@ def _shrink(module: nn.Module) -> None:
         module.out_features, module.in_features = module.weight.shape
 
 
+def _share_copy(parent: nn.Module, columns: list[nn.Module], grid: Grid) -> None:
+    """Projections that read one tensor (q, k and v; gate and up) sum its gradient here before it is summed over the ranks: once.
+
+    Each call of `parent` remembers the last input and its copy; one that reads another tensor makes a copy of its own.
+    """
+    last: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def copied(x: torch.Tensor) -> torch.Tensor:
+        if not last or last[0][0] is not x:
+            last[:] = [(x, copy_to(x, grid.tensor_group))]
+        return last[0][1]
+
+    def on_copy(forward: Forward) -> Forward:
+        return lambda x: forward(copied(x))
+
+    for module in columns:
+        module.forward = on_copy(module.forward)
+    # also where recomputation stops a call half-way; what is kept longer would be memory
+    parent.register_forward_hook(lambda *_: last.clear(), always_call=True)
+
+
 def _column(module: nn.Module, forward: Forward, grid: Grid) -> Forward:
-    return lambda x: forward(copy_to(x, grid.tensor_group))
+    return forward  # its input is copied to the ranks by _share_copy
 
 
 def _column_gather(module: nn.Module, forward: Forward, grid: Grid) -> Forward:
     width = module.out_features  # of the whole: what lies beyond is padding
-    return lambda x: gather_from(forward(copy_to(x, grid.tensor_group)), grid.tensor_group)[..., :width]
+    return lambda x: gather_from(forward(x), grid.tensor_group)[..., :width]
 
 
 def _row(module: nn.Module, forward: Forward, grid: Grid) -> Forward:
@@ -266,6 +292,8 @@ def _mla_key_value(module: nn.Module, forward: Forward, grid: Grid) -> Forward:
 def _share_heads(forward: Forward, grid: Grid) -> Forward:
     return lambda x: gather_from(forward(x), grid.kv_group, partial=True)
 
+
+_COLUMNS = frozenset({"colwise", "packed_colwise", "packed3_colwise", "colwise_gather_output", "colwise_rep"})
 
 _STYLES: dict[str, Callable[[nn.Module, Forward, Grid], Forward]] = {
     "colwise": _column,
