@@ -13,7 +13,7 @@ from recipes.common.recipe import AdamW, Layout
 from recipes.common.stage import build_stage
 from tests.tiny import ds_config, tiny_config, tiny_recipe
 from tools.common.local_ranks import run_ranks
-from tools.common.numerics import Trial, _ds_config, batches
+from tools.common.numerics import Trial, batches, engine_config
 from tools.plan.activations import layer_activations
 from tools.plan.devices import find_device
 from tools.plan.memory_model import PRIOR, MemoryCase, StageBytes, stage_totals, state_bytes
@@ -25,7 +25,7 @@ def _held_bytes(trial):
     grid = build_grid(trial.layout, start_distributed("cpu"), 1)
     stage = build_stage(trial.model, grid, seq_len=trial.seq_len, attention="sdpa")
     count = sum(p.numel() for p in stage.parameters())
-    trainer = Trainer(stage, grid, trial.optimizer, _ds_config(trial))
+    trainer = Trainer(stage, grid, trial.optimizer, engine_config(trial))
     for batch in batches(trial):
         micro = list(batch.split(trial.micro_seqs))[grid.data_rank :: grid.data]
         trainer.train_step(micro, 1e-3, batch[:, 1:].numel())

@@ -31,7 +31,7 @@ from tools.common.console import FAILED, MISTAKE, CheckError, UsageError
 from tools.common.local_ranks import RankError, run_ranks
 from tools.common.recipe_files import load_recipe
 from tools.preflight_checks.leading import dismiss, lead
-from tools.preflight_checks.meeting import Meeting, announce, enter, this_rank
+from tools.preflight_checks.meeting import Meeting, announce, collect, enter, this_rank
 from tools.preflight_checks.part import follow
 from tools.preflight_checks.problems import Problem
 from tools.preflight_checks.verdict import Verdict, as_text, write_verdict
@@ -136,6 +136,8 @@ def _verdict(meeting: Meeting, flags: argparse.Namespace) -> Verdict:
         recipe, layout = _checked_recipe(flags.recipe, meeting.world_size)
     except (RecipeError, UsageError) as error:
         announce(meeting, "roster", {"leave": True})
+        if flags.processes:  # forked here, and on their way: without this rank's store they would wait for it
+            collect(meeting, "join", range(1, meeting.world_size), flags.join_seconds)
         return _no_verdict(flags, MISTAKE, Problem(check="recipe", message=str(error), cure="correct it; no host is to blame"))
     return lead(
         meeting,
