@@ -25,8 +25,12 @@ import wandb  # noqa: E402, F401
 
 from tests import supervised  # noqa: E402
 
+# files of few long tests, begun first: one that comes last keeps one worker busy while the other has nothing left
+LONG = ("test_supervise.py", "test_hostfile.py", "test_slurm.py", "test_checkpoint.py")
+
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
     if os.environ["DS_ACCELERATOR"] == "cuda" and torch.cuda.device_count() > 0:
         return
     for item in items:
