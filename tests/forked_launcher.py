@@ -16,7 +16,7 @@ import torch.utils.tensorboard  # noqa: F401
 import transformers
 from transformers.models.llama import modeling_llama  # noqa: F401
 
-from tests.launched import free_port
+from recipes.common.network import free_port
 
 
 def main() -> int:

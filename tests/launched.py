@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from recipes.common.network import free_port
 from recipes.common.recipe import ROOT
 from tests.tiny import write_shards
 
@@ -56,9 +56,3 @@ def deepspeed(ranks: int, *words: object) -> list[object]:
 
 def torchrun(ranks: int, *words: object) -> list[object]:
     return ["torchrun", "--nproc-per-node", ranks, "--master-port", free_port(), *words]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

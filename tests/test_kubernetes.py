@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recipes.common.network import free_port
 from recipes.common.recipe import ROOT
-from tests.launched import free_port
 from tests.supervised import STEPS, environment, losses
 from tests.test_checkpoint import assert_same_state
 

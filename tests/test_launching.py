@@ -15,7 +15,7 @@ import pytest
 from recipes.common import rank_guard
 from recipes.common.heartbeat import Beat, Heartbeat, read_beats
 from recipes.common.lifeline import SUPERVISOR
-from recipes.common.network import choose_interface, interface_towards
+from recipes.common.network import choose_interface, free_port, interface_towards
 from recipes.common.recipe import ROOT
 from tools.common.console import UsageError
 from tools.launching.attempts import begin_attempt, sealed_step, sealed_time
@@ -291,3 +291,11 @@ def test_a_restart_goes_on_from_the_jobs_own_checkpoints(tmp_path):
     (tmp_path / "checkpoints" / "step_00000200" / "manifest.json").unlink()
     assert flags_of_attempt(["--resume"], tmp_path, "hang") == []
     assert (sealed_step(tmp_path), sealed_time(tmp_path)) == (0, 0.0)
+
+
+def test_a_free_port_is_none_that_outgoing_connections_get():
+    ports = {free_port() for _ in range(20)}
+    assert len(ports) > 10
+    assert max(ports) < 32768  # Linux begins there (ip(7), ip_local_port_range)
+    with socket.create_server(("127.0.0.1", ports.pop())):
+        pass

@@ -11,7 +11,6 @@ import io
 import logging
 import math
 import os
-import socket
 import traceback
 import warnings
 from collections import deque
@@ -32,7 +31,7 @@ from recipes.common.data import document_positions
 from recipes.common.engine_timers import time_engine
 from recipes.common.grid import Grid, Mpu
 from recipes.common.loss import IGNORED
-from recipes.common.network import choose_interface
+from recipes.common.network import choose_interface, free_port
 from recipes.common.norm_gate import NormGate
 from recipes.common.recipe import AdamW, Optimizer
 from recipes.common.stage import Stage
@@ -118,9 +117,7 @@ def start_distributed(device_type: str) -> torch.device:
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:  # nobody else is to come: any free port does, and two runs do not meet
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+        os.environ["MASTER_PORT"] = str(free_port())  # nobody else is to come
     choose_interface()
     # On CPU DeepSpeed would look for compilers and build an extension at start (25 s, and a stale lock hangs the next run) that
     # training never uses. With an empty list of operators it does neither.

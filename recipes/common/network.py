@@ -1,4 +1,4 @@
-"""Which network interface a rank talks on, where the host's name does not say it.
+"""Which network interface a rank talks on, where the host's name does not say it; and a free port to meet at.
 
 gloo binds to what the host name resolves to: 127.0.1.1 on many machines, nothing in some containers. The interface by which this
 host reaches rank 0's is right on every host, whatever each calls it. NCCL looks at the interfaces itself, and is left alone.
@@ -7,11 +7,13 @@ host reaches rank 0's is right on every host, whatever each calls it. NCCL looks
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import MutableMapping
 
 import psutil
 
+_PORTS = range(10240, 32768)  # from 32768 on the kernel hands them to outgoing connections: free when asked, taken when used
 _ELSEWHERE = "192.0.2.1"  # RFC 5737: nobody's; asking for the route to it sends nothing
 
 
@@ -49,3 +51,15 @@ def address_towards(target: str) -> str:
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(place)
         return probe.getsockname()[0]
+
+
+def free_port() -> int:
+    """A port on which nobody listens, drawn so that two who ask at one time do not meet. Raises OSError where there is none."""
+    for port in random.SystemRandom().sample(_PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no free port among 100 of {_PORTS.start} to {_PORTS.stop - 1}")

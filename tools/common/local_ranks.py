@@ -11,7 +11,6 @@ import datetime
 import io
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
@@ -21,6 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from recipes.common.network import free_port
 
 
 class RankError(RuntimeError):
@@ -34,7 +35,7 @@ def run_ranks(work: Callable[..., Any], world_size: int, *args: Any, timeout_sec
     process is left behind.
     """
     context = multiprocessing.get_context("fork")
-    port = _free_port()
+    port = free_port()
     ranks, pipes = [], []
     for rank in range(world_size):
         receive, send = context.Pipe(duplex=False)
@@ -111,9 +112,3 @@ def _shorten_waits(timeout_seconds: float) -> None:
         return new_group(ranks, timeout=datetime.timedelta(seconds=timeout_seconds), **options)
 
     dist.new_group = bounded
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

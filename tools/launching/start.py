@@ -6,12 +6,12 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from recipes.common.lifeline import SUPERVISOR
+from recipes.common.network import free_port
 from recipes.common.recipe import ROOT
 from tools.launching.hosts import is_here, master_address, write_hostfile
 
@@ -31,7 +31,7 @@ def fill_words(words: str, folder: Path, hosts: Mapping[str, int], master: str |
         "{hosts}": ",".join(hosts),
         "{nodes}": str(len(hosts)),
         "{master}": master or master_address(list(hosts)),
-        "{port}": os.environ.get("MASTER_PORT") or str(_free_port()),
+        "{port}": os.environ.get("MASTER_PORT") or str(free_port()),
         "{force_multi}": "" if alone else "--force_multi",  # DeepSpeed takes a single host for this one
     }
     filled = []
@@ -83,9 +83,3 @@ def run_preflight(
     except (OSError, ValueError):
         return job.returncode, []  # a launcher's code says less: it may be that of another rank, or of a signal
     return found["exit_code"], found["bad_hosts"]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
