@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from transformers import LlamaConfig
 
@@ -172,6 +173,8 @@ def run(flags: argparse.Namespace) -> int:
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')}={value}: must be 1 or more")
+    if flags.device == "cuda" and torch.cuda.device_count() == 0:
+        raise UsageError("--device=cuda: there is no CUDA device here; leave --device out to compare on the CPU")
     quiet_transformers()
     trial, per_token = _trial(flags)
     cases = [_case(text, trial) for text in flags.layout or (LAYOUTS if flags.device == "cpu" else LAYOUTS[:1])]
