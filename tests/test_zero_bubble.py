@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from recipes.common.linears import postpone, take_over
 from recipes.common.metrics import read_metrics
 from recipes.common.recipe import AdamW, Batch, Evaluation, Layout
-from recipes.common.weight_queue import WeightQueue, postpone_weight_gradients
+from recipes.common.weight_queue import WeightQueue
 from recipes.common.zero_bubble import Forward, InputGradients, TradeNext, TradePrevious, WeightGradients, ZeroBubbleSchedule
 from tests.small_runs import train_run
 from tests.test_fp16 import allow_fp16, fp16_config
@@ -90,8 +91,9 @@ def gradients_of_a_linear_used_twice():
         block.zero_grad()
         return grads, waiting
 
+    take_over(block)
     plain, _ = gradients()
-    postpone_weight_gradients(block, queue)
+    postpone(block, queue)
     late, waiting = gradients()
     return waiting, len(queue), [a.equal(b) for a, b in zip(plain, late, strict=True)]
 

@@ -8,7 +8,7 @@ from recipes.common.plans import find_stack
 from recipes.common.recipe import Blend, Layout, Reaction, Recipe, Sizes
 from recipes.common.schedules import learning_rate_at, seqs_after, tokens_of_run
 from recipes.common.stage import balance_stages, layer_costs
-from recipes.common.weight_queue import postponable_share
+from recipes.common.linears import postponable_share
 from recipes.common.weights import build_empty
 
 

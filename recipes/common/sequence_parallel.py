@@ -29,7 +29,7 @@ from recipes.common.collectives import (
 )
 from recipes.common.grid import Grid
 from recipes.common.plans import PlanError, Stack
-from recipes.common.weight_queue import linear
+from recipes.common.linears import linear
 
 if TYPE_CHECKING:
     from recipes.common.tensor_parallel import Split

@@ -19,12 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from recipes.common.grid import Grid
+from recipes.common.linears import postpone, take_over
 from recipes.common.loss import vocabulary_loss
 from recipes.common.plans import TUPLE_LAYERS, Stack, find_stack
 from recipes.common.sequence_parallel import shard_sequence
 from recipes.common.tensor_parallel import Split, plan_split, split_forwards
 from recipes.common.timers import CLOCK, RECOMPUTE
-from recipes.common.weight_queue import WeightQueue, postpone_weight_gradients
+from recipes.common.weight_queue import WeightQueue
 from recipes.common.weights import build_empty, draw_weights
 
 
@@ -256,8 +257,11 @@ def build_stage(
     chunk_tokens: int = 2048,
     schedule: str = "1f1b",
     sequence_parallel: bool = False,
+    own_linears: bool = True,
 ) -> Stage:
     """This rank's stage with its initial weights, on the CPU in fp32.
+
+    own_linears: False leaves linears as torch computes them, for what Trifold is held against.
 
     Raises PlanError when the family cannot be cut so; `check` has asked before any process group exists.
     """
@@ -276,8 +280,10 @@ def build_stage(
             draw_weights(causal, embedding, stack.embedding, **weights)
         causal.get_submodule(stack.head).weight = embedding.weight
     queue = WeightQueue() if schedule == "zero_bubble" else None
+    if own_linears:
+        take_over(causal)
     if queue is not None:
-        postpone_weight_gradients(causal.get_submodule(stack.layers), queue)
+        postpone(causal.get_submodule(stack.layers), queue)
     split_forwards(causal, split, stack, grid)
     if split.blocks:
         shard_sequence(causal, stack, split, own, grid, recompute_every)

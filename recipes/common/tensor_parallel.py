@@ -19,7 +19,7 @@ from recipes.common.collectives import copy_to, gather_from, reduce_from, split_
 from recipes.common.grid import Grid
 from recipes.common.plans import PlanError, Stack, divided_attributes, tensor_plan
 from recipes.common.sequence_parallel import SEQUENCE_STYLES, find_blocks
-from recipes.common.weight_queue import linear
+from recipes.common.linears import linear
 
 Forward = Callable[..., torch.Tensor]
 

@@ -1,27 +1,27 @@
-"""Linears whose backward pass computes the input's gradient now and leaves the weight's gradient for later.
+"""Weight gradients that wait.
 
 A pipeline stage owes the stage before it the input's gradient alone; the other half of the work can wait for a moment in which
-the stage would be idle (zero-bubble schedules, arXiv 2401.10241). Everything else keeps its ordinary backward pass: norms,
-biases, embeddings, the head (its gradients are computed with the loss) and experts that are no linears.
-The products are those that autograd computes, in autograd's order, so gradients are equal to the last bit.
+the stage would be idle (zero-bubble schedules, arXiv 2401.10241). What comes here are the products of linears
+(`recipes.common.linears`); everything else keeps its ordinary backward pass: norms, biases, embeddings, the head (its gradients
+are computed with the loss) and experts that are no linears.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from functools import partial
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class WeightQueue:
     """The weight gradients that wait, each as its two factors, by micro batch in the order of the backward passes."""
 
     def __init__(self) -> None:
-        self._waiting: deque[dict[nn.Parameter, list[tuple[torch.Tensor, torch.Tensor]]]] = deque()
+        self._waiting: deque[dict[nn.Parameter, list[tuple[torch.Tensor, torch.Tensor, Product]]]] = deque()
 
     def __len__(self) -> int:
         """How many micro batches wait."""
@@ -31,10 +31,10 @@ class WeightQueue:
         """The backward pass of the next micro batch follows."""
         self._waiting.append({})
 
-    def put_off(self, weight: nn.Parameter, left: torch.Tensor, right: torch.Tensor) -> None:
-        """The gradient of `weight` is left.t() @ right, both [tokens, width]."""
+    def put_off(self, weight: nn.Parameter, left: torch.Tensor, right: torch.Tensor, product: Product) -> None:
+        """The gradient of `weight` is product(left, right)."""
         assert self._waiting, "a backward pass that no schedule began: its weight gradients would be lost"
-        self._waiting[-1].setdefault(weight, []).append((left, right))
+        self._waiting[-1].setdefault(weight, []).append((left, right, product))
 
     def make_up(self) -> None:
         """Compute and accumulate the weight gradients of the micro batch that has waited longest.
@@ -47,60 +47,7 @@ class WeightQueue:
             weight, factors = waiting.popitem()
             gradient = None
             while factors:  # several where the model uses a weight twice; autograd, too, sums them before it accumulates
-                left, right = factors.pop(0)
-                product = left.t() @ right
-                gradient = product if gradient is None else gradient + product
+                left, right, product = factors.pop(0)
+                part = product(left, right)
+                gradient = part if gradient is None else gradient + part
             torch.autograd.backward([weight], [gradient])
-
-
-def postpone_weight_gradients(module: nn.Module, queue: WeightQueue) -> None:
-    """Let the weight gradients of every plain linear in `module` go through `queue`.
-
-    To be done before the tensor-parallel substitution, which wraps forwards. Subclasses of linears stay as they are.
-    """
-    for inner in _plain_linears(module):
-        inner.weight_queue = queue
-        inner.forward = partial(linear, inner)
-
-
-def postponable_share(module: nn.Module) -> float:
-    """How much of `module`'s parameters `postpone_weight_gradients` reaches: what it cannot reach fills no bubble."""
-    return sum(inner.weight.numel() for inner in _plain_linears(module)) / sum(p.numel() for p in module.parameters())
-
-
-def _plain_linears(module: nn.Module) -> list[nn.Linear | Conv1D]:
-    return [inner for inner in module.modules() if type(inner) in (nn.Linear, Conv1D)]
-
-
-def linear(module: nn.Linear | Conv1D, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
-    """What the linear gives for x [..., in], or its product alone. The weight's gradient waits if the module has a queue."""
-    bias = module.bias if with_bias else None
-    waits = getattr(module, "weight_queue", None) is not None and module.weight.requires_grad
-    if waits and torch.is_grad_enabled() and x.requires_grad:
-        return _Postponed.apply(x, bias, module)
-    return F.linear(x, _matrix(module), bias)
-
-
-def _matrix(module: nn.Linear | Conv1D) -> torch.Tensor:
-    """[out, in]; Conv1D keeps it the other way round."""
-    return module.weight.t() if isinstance(module, Conv1D) else module.weight
-
-
-class _Postponed(torch.autograd.Function):
-    """The weight comes with its module: as an input it would be visited by the backward pass, with no gradient, and its hooks
-    would run; saved with x, recomputation would give back a copy, whose gradient may never reach the weight."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, bias: nn.Parameter | None, module: nn.Linear | Conv1D) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.module = module
-        return F.linear(x, _matrix(module), bias)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        x, module = ctx.saved_tensors[0], ctx.module
-        shape = x.shape
-        x, grad = x.reshape(-1, shape[-1]), grad.reshape(-1, grad.shape[-1])
-        module.weight_queue.put_off(module.weight, *((x, grad) if isinstance(module, Conv1D) else (grad, x)))
-        grad_bias = grad.sum(0) if ctx.needs_input_grad[1] else None
-        return (grad @ _matrix(module)).view(shape), grad_bias, None

@@ -48,7 +48,8 @@ def torch_parallel(trial: Trial) -> Step:
     device = start_distributed(trial.device)
     grid = build_grid(trial.layout, device)
     mesh = init_device_mesh(device.type, (grid.pipeline, grid.data, grid.tensor), mesh_dim_names=("pipeline", "data", "tensor"))
-    stage = build_stage(trial.model, _without_tensor(grid), seq_len=trial.seq_len, attention=trial.attention, seed=trial.seed)
+    facts = {"seq_len": trial.seq_len, "attention": trial.attention, "seed": trial.seed}
+    stage = build_stage(trial.model, _without_tensor(grid), **facts, own_linears=False)
     if grid.tensor > 1:
         _cut_by_tensors(stage, mesh["tensor"])
     part = _Part(stage).to(device).train()
