@@ -3,7 +3,7 @@
 from recipes.common.recipe import SCHEDULES
 from tests.small_runs import call
 
-TINY = ("--hidden", 64, "--layers", 2, "--seq-len", 32, "--micro-seqs", 1, "--rounds", 2)
+TINY = ("--hidden", 64, "--layers", 4, "--seq-len", 32, "--micro-seqs", 1, "--rounds", 2)
 
 
 def test_every_schedule_is_held_against_1f1b():
@@ -16,3 +16,9 @@ def test_every_schedule_is_held_against_1f1b():
         assert len(row["busy_seconds"]) == 2
         assert 0 < max(row["busy_seconds"]) <= row["step_seconds"]
         assert 0 < row["bubble_share"] < 1
+
+
+def test_too_few_layers_are_told():
+    called = call("throughput.__main__", "schedules", "--layers", 3)
+    assert called.code == 2
+    assert "--layers=3: zero_bubble_v cuts them into 4 runs" in called.err

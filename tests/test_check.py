@@ -65,11 +65,18 @@ ONE_MISTAKE = {
         {"layouts": {5: Layout(pipeline=5)}},
         [r"^layout pipeline=5 exceeds the model's 4 layers; use 4 stages at most$"],
     ),
+    "too few layers for two runs a stage": (
+        3,
+        {"layouts": {3: Layout(pipeline=3, schedule="zero_bubble_v")}},
+        [
+            r"^layout pipeline=3 with schedule='zero_bubble_v' needs two runs .* has 4 layers; use 2 stages at most, or .*'zero_bubble'$"
+        ],
+    ),
     "layout of zero": (1, {"layouts": {1: Layout(tensor=0)}}, [r"^layouts\[1\]\.tensor=0 must be a whole number from 1$"]),
     "no such schedule": (
         2,
         {"layouts": {2: Layout(pipeline=2, schedule="zb-h1")}},
-        [r"^layouts\[2\]\.schedule='zb-h1' must be one of '1f1b', 'zero_bubble'$"],
+        [r"^layouts\[2\]\.schedule='zb-h1' must be one of '1f1b', 'zero_bubble', 'zero_bubble_v'$"],
     ),
     "schedule without a pipeline": (
         2,

@@ -32,7 +32,7 @@ def test_coordinates_are_deepspeeds(pipeline, tensor, data):
 def test_one_process_is_everything():
     grid = one_process()
     assert grid.is_first_stage and grid.is_last_stage
-    assert [value for name, value in vars(grid).items() if name.endswith("_group")] == [None] * 6
+    assert [value for name, value in vars(grid).items() if name.endswith("_group")] == [None] * 8
 
 
 @pytest.mark.parametrize(("pipeline", "tensor", "data"), [(2, 2, 2), (1, 4, 2), (3, 1, 2), (4, 2, 1), (1, 1, 2)])
@@ -49,7 +49,18 @@ def test_groups_are_deepspeeds(pipeline, tensor, data):
         pipe = groups["pipeline_group"]
         ends = [pipe[0], pipe[-1]] if pipe else []
         assert groups["tie_group"] == (ends if rank in ends else None)
-        assert groups["kv_group"] is None
+        assert groups["kv_group"] is groups["down_group"] is groups["up_group"] is None
+
+
+def test_a_folded_pipeline_ends_where_it_begins():
+    """One rank has embedding and head; what goes to later ranks and what goes to earlier ones have groups of their own."""
+    layout = Layout(pipeline=3, schedule="zero_bubble_v")
+    for rank in range(3):
+        place = coordinates(rank, 3, layout)
+        assert (place.is_first_stage, place.is_last_stage) == (rank == 0, rank == 0)
+    for groups in run_ranks(_groups, 3, layout):
+        assert groups["tie_group"] is None
+        assert groups["pipeline_group"] == groups["down_group"] == groups["up_group"] == [0, 1, 2]
 
 
 def _groups(layout):

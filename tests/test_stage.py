@@ -1,18 +1,13 @@
-"""The cut into stages: as balanced as can be, nothing lost or doubled, Hugging Face names, and the whole's own numbers."""
-
-import itertools
-import random
+"""Stages: nothing lost or doubled, Hugging Face names, and the whole's own numbers."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from recipes.common.grid import Grid, coordinates, one_process
-from recipes.common.plans import find_stack
 from recipes.common.recipe import Layout
 from recipes.common.shrink import shrink
-from recipes.common.stage import balance_stages, build_stage, layer_costs
-from recipes.common.weights import build_empty
+from recipes.common.stage import build_stage
 from tests.tiny import tiny_config
 from tools.common.local_ranks import run_ranks
 
@@ -23,50 +18,6 @@ def config_of(family, **fields):
     if family == "deepseek_v3":  # multi-head latent attention has widths of its own
         return shrink(DeepseekV3Config(**fields), Layout())
     return tiny_config(family, **fields)
-
-
-def dearest(layers, head, stages):
-    burdens = [0.0] * (len(stages) - 1) + [head]
-    return max(sum(layers[i] for i in own) + burden for own, burden in zip(stages, burdens, strict=True))
-
-
-def test_no_cut_is_better():
-    rng = random.Random(0)
-    for _ in range(200):
-        count = rng.randint(1, 8)
-        layers, head = [rng.choice((1.0, 2.0, 5.0, rng.random())) for _ in range(count)], rng.choice((0.0, 1.0, 4.0, 30.0))
-        for pipeline in range(1, count + 1):
-            stages = balance_stages(layers, head, pipeline)
-            assert len(stages) == pipeline
-            assert all(len(own) > 0 for own in stages)  # a stage without a layer would have nothing to hand on
-            assert [i for own in stages for i in own] == list(range(count))
-            cuts = itertools.combinations(range(1, count), pipeline - 1)
-            every = ([range(a, b) for a, b in itertools.pairwise((0, *cut, count))] for cut in cuts)
-            assert dearest(layers, head, stages) == pytest.approx(min(dearest(layers, head, option) for option in every))
-
-
-@pytest.mark.parametrize(
-    ("layers", "head", "pipeline", "lengths"),
-    [(5, 0.0, 2, [3, 2]), (4, 0.0, 4, [1, 1, 1, 1]), (4, 100.0, 2, [3, 1]), (16, 2.0, 3, [6, 6, 4]), (1, 3.0, 1, [1])],
-)
-def test_of_equal_layers_the_last_stage_has_fewer(layers, head, pipeline, lengths):
-    assert [len(own) for own in balance_stages([1.0] * layers, head, pipeline)] == lengths
-
-
-def test_costs_count_matrices_attention_and_the_experts_that_a_token_visits():
-    dense, mixture = run_ranks(_costs, 1)[0]
-    attention = 2 * 4 * 16 * 32 / 2
-    projections = 64 * 64 * 2 + 64 * 32 * 2
-    assert dense == ([projections + 3 * 64 * 96 + attention] * 4, 64 * 131)
-    assert mixture == ([projections + 4 * 64 + 2 * 3 * 64 * 96 + attention] * 4, 64 * 131)  # router, 2 of 4 experts
-
-
-def _costs():
-    found = []
-    for family in ("llama", "mixtral"):
-        causal = build_empty(tiny_config(family), "eager")
-        found.append(layer_costs(causal, find_stack(causal), seq_len=32))
-    return found
 
 
 def stages_of(config, pipeline, tensor=1, tensor_rank=0):

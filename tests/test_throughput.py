@@ -71,7 +71,7 @@ def test_the_difference_to_the_formula_is_told_apart(ran):
     assert bubble["formula"] == pytest.approx(1 / 6)
     assert sum(bubble[name] for name in ("formula", "imbalance", "exposed_p2p", "warm_up")) == pytest.approx(bubble["measured"])
     balance = ran[1]["balance"]
-    assert balance["cut"] == [[0, 2], [2, 4]]
+    assert balance["cut"] == [[[0, 2]], [[2, 4]]]
     assert max(balance["stage_ms"]) == pytest.approx((1 + balance["imbalance"]) * sum(balance["stage_ms"]) / 2)
 
 
@@ -154,20 +154,23 @@ def test_a_slow_rank_is_named_with_what_it_costs(tmp_path):
 
 @pytest.mark.parametrize(("pipeline", "micro_batches"), [(2, 4), (4, 8), (4, 4), (3, 7)])
 def test_equal_stages_wait_as_the_formulas_say(pipeline, micro_batches):
-    """(p - 1) / (m + p - 1) of 1F1B; a zero bubble with F = B = W leaves a third of it."""
+    """(p - 1) / (m + p - 1) of 1F1B; a zero bubble with F = B = W leaves a third of it, a folded one a sixth."""
     plain = StageTimes(1.0, 2.0, 0.0)
     share = (pipeline - 1) / (micro_batches + pipeline - 1)
-    assert formula_share(pipeline, micro_batches, plain) == pytest.approx(share)
-    assert simulate([plain] * pipeline, micro_batches) == pytest.approx(share)
+    assert formula_share(pipeline, micro_batches, plain, "1f1b") == pytest.approx(share)
+    assert simulate([plain] * pipeline, micro_batches, "1f1b") == pytest.approx(share)
     split = StageTimes(1.0, 1.0, 1.0)
-    assert formula_share(pipeline, micro_batches, split) == pytest.approx((pipeline - 1) / (3 * micro_batches + pipeline - 1))
-    assert simulate([split] * pipeline, micro_batches) == pytest.approx(formula_share(pipeline, micro_batches, split), abs=0.02)
+    third = (pipeline - 1) / (3 * micro_batches + pipeline - 1)
+    assert formula_share(pipeline, micro_batches, split, "zero_bubble") == pytest.approx(third)
+    assert simulate([split] * pipeline, micro_batches, "zero_bubble") == pytest.approx(third, abs=0.02)
+    sixth = (pipeline - 1) / (6 * micro_batches + pipeline - 1)
+    assert formula_share(pipeline, micro_batches, split, "zero_bubble_v") == pytest.approx(sixth)
 
 
 def test_a_dearer_stage_shows_as_imbalance():
     stages = [StageTimes(1.0, 2.0, 0.0), StageTimes(1.2, 2.4, 0.0)]
     # the dearer stage never waits but to fill: 1 + 8 x 3.6 + 2 in all, of which the other works 8 x 3
-    assert simulate(stages, 8) == pytest.approx(1 - 8 * (3.0 + 3.6) / 2 / (1.0 + 8 * 3.6 + 2.0))
+    assert simulate(stages, 8, "1f1b") == pytest.approx(1 - 8 * (3.0 + 3.6) / 2 / (1.0 + 8 * 3.6 + 2.0))
 
 
 @pytest.mark.parametrize(

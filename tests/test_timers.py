@@ -229,13 +229,13 @@ def test_bytes_are_those_of_the_formulas(timed):
     name, out, _ = timed
     activation, weights = SEQ * HIDDEN * 4, PARAMS * 4
     for timing in read_timing(out):
-        rank, layers = timing.start["rank"], timing.start["layers"][1] - timing.start["layers"][0]
+        rank, ((start, stop),) = timing.start["rank"], timing.start["layers"]
         if "tensor" in name:
-            first, last = timing.start["layers"][0] == 0, timing.start["layers"][1] == LAYERS
+            first, last = start == 0, stop == LAYERS
             # a layer: two row-cut outputs forward, the two inputs of its column-cut linears backward, and forward again where it
             # recomputes (whose last sum is not needed); the embedding's output; the head's input
             forward = 2 + (1 if name == "tensor" else 0)
-            calls = layers * (forward + 2) + first + last
+            calls = (stop - start) * (forward + 2) + first + last
             assert _calls(timing, group="tensor", op="all_reduce", bytes=activation, ranks=2) == MICRO * calls
         if name == "pipeline x tensor":
             sends, receives = (_calls(timing, op=op, bytes=activation, peer=(rank + 2) % 4) for op in ("send", "recv"))

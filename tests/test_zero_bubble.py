@@ -1,4 +1,4 @@
-"""The zero-bubble schedule trains what 1F1B trains, to the last bit, with the bubble that its paper states."""
+"""The zero-bubble schedules train what 1F1B trains, to the last bit."""
 
 from dataclasses import replace
 
@@ -9,17 +9,16 @@ from transformers.pytorch_utils import Conv1D
 
 from recipes.common.linears import postpone, take_over
 from recipes.common.metrics import read_metrics
-from recipes.common.recipe import AdamW, Batch, Evaluation, Layout
+from recipes.common.recipe import SCHEDULES, AdamW, Batch, Evaluation, Layout
 from recipes.common.weight_queue import WeightQueue
-from recipes.common.zero_bubble import Forward, InputGradients, TradeNext, TradePrevious, WeightGradients, ZeroBubbleSchedule
 from tests.small_runs import train_run
 from tests.test_fp16 import allow_fp16, fp16_config
 from tests.tiny import ds_config, tiny_config, tiny_recipe, write_shards
 from tools.common.local_ranks import run_ranks
-from tools.common.numerics import Trial, train_in_layout
+from tools.common.numerics import Trial, batches, build_trainer, train_in_layout
 
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)
-DEPTHS = [(2, 1), (2, 4), (3, 2), (3, 6), (4, 3), (4, 4), (4, 9), (8, 16)]  # stages, micro batches
+FILLED = ("zero_bubble", "zero_bubble_v")
 
 
 def trial_of(pipeline, tensor=1, data=1, *, family="llama", precision="fp32", recompute_every=0, tied=False, **fields):
@@ -35,17 +34,27 @@ def trial_of(pipeline, tensor=1, data=1, *, family="llama", precision="fp32", re
     )
 
 
-def compare(trial):
-    """On each rank: whatever is not equal, bit for bit, after training by both schedules."""
+def train(trial):
     allow_fp16()
-    plain = train_in_layout(trial)
-    filled = train_in_layout(replace(trial, layout=replace(trial.layout, schedule="zero_bubble")))
-    differing = [name for name, shard in plain["shards"].items() if not shard.equal(filled["shards"][name])]
-    return differing + [what for what in ("losses", "norms", "skipped") if plain[what] != filled[what]]
+    return train_in_layout(trial)
 
 
-def assert_same_bits(trial):
-    assert run_ranks(compare, trial.world_size, trial) == [[]] * trial.world_size
+def weights_of(ranks):
+    """(Hugging Face name, tensor rank) -> shard, of all stages."""
+    return {(name, rank["place"][0]): shard for rank in ranks for name, shard in rank["shards"].items()}
+
+
+def assert_same_bits(trial, schedules=FILLED):
+    """Losses, norms, skipped steps and every weight after training are 1F1B's, whichever rank holds them."""
+    plain = run_ranks(train, trial.world_size, trial)
+    wanted = weights_of(plain)
+    for schedule in schedules:
+        filled = run_ranks(train, trial.world_size, replace(trial, layout=replace(trial.layout, schedule=schedule)))
+        found = weights_of(filled)
+        assert found.keys() == wanted.keys()
+        assert [key for key, shard in wanted.items() if not shard.equal(found[key])] == []
+        for what in ("losses", "norms", "skipped"):
+            assert [rank[what] for rank in filled] == [rank[what] for rank in plain], (schedule, what)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -103,12 +112,13 @@ def test_weight_gradients_wait_and_are_the_same():
     assert (waiting, left, equal) == ([True, True], 0, [True] * 6)
 
 
-def test_a_run_with_a_ramp_evaluation_and_a_resume_is_the_same(tmp_path):
+@pytest.mark.parametrize("schedule", FILLED)
+def test_a_run_with_a_ramp_evaluation_and_a_resume_is_the_same(tmp_path, schedule):
     write_shards(tmp_path / "data", tokens=4_000)
     batch = Batch(seq_len=16, micro_seqs=1, global_seqs=6, ramp=((4, 2), (8, 4)))
     recipe = tiny_recipe(tmp_path / "data", steps=4, batch=batch, evaluation=Evaluation(every_steps=2, seqs=5))
     layout = Layout(pipeline=2)
-    filled = replace(layout, schedule="zero_bubble")
+    filled = replace(layout, schedule=schedule)
     train_run(recipe, tmp_path / "plain", layout, 2, steps=4)
     train_run(recipe, tmp_path / "filled", filled, 2, steps=2)
     train_run(recipe, tmp_path / "filled", filled, 2, resume=True, steps=4)
@@ -119,112 +129,32 @@ def test_a_run_with_a_ramp_evaluation_and_a_resume_is_the_same(tmp_path):
         assert any(values[0])
 
 
-def instructions(stages, micro_batches):
-    return [
-        [instruction for step in ZeroBubbleSchedule(micro_batches, stages, stage).steps() for instruction in step]
-        for stage in range(stages)
+def test_a_run_whose_documents_are_kept_apart_is_the_same():
+    """Each chunk of a rank asks for the positions of its own micro batch."""
+    assert_same_bits(trial_of(2, document_end=5, attention="sdpa", micro_seqs=2, global_seqs=8))
+
+
+def evaluate(trial):
+    trainer = build_trainer(trial)
+    batch = list(batches(trial)[0].split(trial.micro_seqs))
+    rows = torch.ones(trial.micro_seqs, dtype=torch.bool)
+    before = trainer.evaluate([(tokens, rows) for tokens in batch[:3]], 3 * trial.micro_seqs * trial.seq_len)
+    trainer.train_step(batch, 1e-2, trial.global_seqs * trial.seq_len)
+    return before, trainer.evaluate([(batch[0], rows)], trial.micro_seqs * trial.seq_len)
+
+
+@pytest.mark.parametrize("pipeline", [2, 3])
+def test_evaluation_before_and_after_a_step_is_1f1bs(pipeline):
+    found = [
+        run_ranks(evaluate, pipeline, replace(trial_of(pipeline), layout=Layout(pipeline=pipeline, schedule=schedule)))
+        for schedule in SCHEDULES
     ]
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) == 1 and found[0][0][0] != found[0][0][1]
 
 
-@pytest.mark.parametrize(("stages", "micro_batches"), DEPTHS)
-def test_neighbours_post_their_trades_in_one_order(stages, micro_batches):
-    """NCCL runs what two ranks post between them in order: another order on the other side never ends."""
-    ranks = instructions(stages, micro_batches)
-    for stage in range(stages - 1):
-        downward = [(i.send, i.receive) for i in ranks[stage] if isinstance(i, TradeNext)]
-        upward = [(i.receive, i.send) for i in ranks[stage + 1] if isinstance(i, TradePrevious)]
-        assert downward == upward
-        assert [a for a, _ in downward if a is not None] == list(range(micro_batches))
-        assert [g for _, g in downward if g is not None] == list(range(micro_batches))
-
-
-@pytest.mark.parametrize(("stages", "micro_batches"), DEPTHS)
-def test_trades_end_even_where_a_rank_runs_them_one_after_another(stages, micro_batches):
-    """As on one NCCL stream: a trade is over when both sides have come to it, and a pass waits for the trades that it needs."""
-    ranks = instructions(stages, micro_batches)
-    posted = [[] for _ in ranks]  # by stage: (lower stage of the two, activation, gradient), in order
-    places, over = [0] * stages, set()
-    moved = True
-    while moved:
-        moved = False
-        for stage, rank in enumerate(ranks):
-            while places[stage] < len(rank) and not waits(rank[places[stage]], stage, stages, over):
-                trade = trade_of(rank[places[stage]], stage, stages)
-                posted[stage] += [trade] if trade else []
-                places[stage] += 1
-                moved = True
-        for lower in range(stages - 1):
-            heads = [next((t for t in posted[stage] if t not in over), None) for stage in (lower, lower + 1)]
-            if heads[0] is not None and heads[0] == heads[1]:
-                over.add(heads[0])
-                moved = True
-    assert [place == len(rank) for place, rank in zip(places, ranks, strict=True)] == [True] * stages
-
-
-def trade_of(instruction, stage, stages):
-    down, up = isinstance(instruction, TradeNext), isinstance(instruction, TradePrevious)
-    if (down and stage < stages - 1) or (up and stage > 0):
-        i = instruction
-        trade = (stage, i.send, i.receive) if down else (stage - 1, i.receive, i.send)
-        return trade if trade[1:] != (None, None) else None
-    return None
-
-
-def waits(instruction, stage, stages, over):
-    """Whether the pass lacks its activation or its gradient."""
-    if isinstance(instruction, Forward) and stage > 0:
-        return not any(lower == stage - 1 and activation == instruction.micro_batch for lower, activation, _ in over)
-    if isinstance(instruction, InputGradients) and stage < stages - 1:
-        return not any(lower == stage and gradient == instruction.micro_batch for lower, _, gradient in over)
-    return False
-
-
-def finish_time(stages, micro_batches, costs):
-    """When the last stage is done if a pass of each kind takes costs[kind] and messages take no time. Fails on a deadlock."""
-    ranks, done, clocks = instructions(stages, micro_batches), {}, [0.0] * stages
-    places, waited = [0] * stages, [0] * stages
-    moved = True
-    while moved:
-        moved = False
-        for stage, rank in enumerate(ranks):
-            while places[stage] < len(rank):
-                instruction = rank[places[stage]]
-                kind, start = type(instruction), clocks[stage]
-                if kind in costs:
-                    i = getattr(instruction, "micro_batch", None)
-                    neighbour = {Forward: stage - 1, InputGradients: stage + 1}.get(kind, -1)
-                    if 0 <= neighbour < stages:
-                        if (kind, i, neighbour) not in done:
-                            break
-                        start = max(start, done[kind, i, neighbour])
-                    if kind is WeightGradients:
-                        waited[stage] += 1
-                        assert (InputGradients, waited[stage] - 1, stage) in done
-                    clocks[stage] = done[kind, i, stage] = start + costs[kind]
-                places[stage] += 1
-                moved = True
-    assert all(place == len(rank) for place, rank in zip(places, ranks, strict=True)), "deadlock"
-    assert waited == [micro_batches] * stages
-    return max(clocks)
-
-
-@pytest.mark.parametrize("costs", [(1.0, 1.0, 1.0), (1.0, 1.25, 0.75)])
-@pytest.mark.parametrize(("stages", "micro_batches"), [depth for depth in DEPTHS if depth[1] >= depth[0]])
-def test_the_bubble_is_the_papers(stages, micro_batches, costs):
-    forward, inputs, weights = costs
-    work = micro_batches * (forward + inputs + weights)
-    bubble = finish_time(stages, micro_batches, dict(zip((Forward, InputGradients, WeightGradients), costs, strict=True))) - work
-    assert bubble == pytest.approx((stages - 1) * (forward + inputs - weights))
-
-
-@pytest.mark.parametrize(("stages", "micro_batches"), DEPTHS)
-def test_a_stage_keeps_as_much_as_in_1f1b_and_owes_no_more_than_its_index(stages, micro_batches):
-    for stage in range(stages):
-        in_flight = owed = most_in_flight = most_owed = 0
-        for kind, _ in ZeroBubbleSchedule(micro_batches, stages, stage).passes():
-            in_flight += {"F": 1, "B": -1, "W": 0}[kind]
-            owed += {"F": 0, "B": 1, "W": -1}[kind]
-            most_in_flight = max(most_in_flight, in_flight)
-            most_owed = max(most_owed, owed if kind == "F" else 0)
-        assert most_in_flight == min(stages - stage, micro_batches)
-        assert most_owed <= stage
+def test_sequences_shared_by_tensor_ranks_with_a_fold():
+    """Placeholders of the other chunk hand on the shape of whole sequences."""
+    trial = trial_of(2, 2, global_seqs=4, recompute_every=3)
+    trial = replace(trial, layout=replace(trial.layout, sequence_parallel=True))
+    assert_same_bits(trial)

@@ -26,7 +26,8 @@ from recipes.common.proof import cut_problems, masking_problems, sequence_proble
 from recipes.common.recipe import SCHEDULES, SGD, AdamW, Checkpoints, Layout, Optimizer, Reaction, Recipe, RecipeError, from_root
 from recipes.common.recipe_types import type_problems
 from recipes.common.schedules import ramp_problems, schedule_problems
-from recipes.common.stage import balance_stages, layer_costs
+from recipes.common.balance import cut_chunks, layer_costs, layers_of_rank
+from recipes.common.passes import chunk_count
 from recipes.common.tensor_parallel import plan_split
 from recipes.common.weights import build_empty
 
@@ -161,8 +162,8 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
             "does not have; set it to False"
         )
     depth = len(causal.get_submodule(stack.layers))
-    if _is_whole(layout.pipeline, 1) and layout.pipeline > depth:
-        problems.append(f"layout pipeline={layout.pipeline} exceeds the model's {depth} layers; use {depth} stages at most")
+    if _is_whole(layout.pipeline, 1) and chunk_count(layout.schedule, layout.pipeline) > depth:
+        problems.append(_too_deep(layout, depth))
     elif _is_whole(layout.tensor, 1) and _is_whole(layout.pipeline, 1):
         try:
             plan_split(causal, stack, layout.tensor)
@@ -176,11 +177,22 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
     return problems or cut_problems(recipe.model, layout, recipe.attention)
 
 
+def _too_deep(layout: Layout, depth: int) -> str:
+    if layout.pipeline > depth:
+        return f"layout pipeline={layout.pipeline} exceeds the model's {depth} layers; use {depth} stages at most"
+    return (
+        f"layout pipeline={layout.pipeline} with schedule={layout.schedule!r} needs two runs of layers a stage, and the model "
+        f"has {depth} layers; use {depth // 2} stages at most, or schedule='zero_bubble'"
+    )
+
+
 def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:
     """Every stage must hold both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
     layers = causal.get_submodule(stack.layers)
     kinds = {p.ndim < 2 for p in causal.parameters()}
-    for own in balance_stages(*layer_costs(causal, stack, recipe.batch.seq_len), layout.pipeline):
+    cut = cut_chunks(*layer_costs(causal, stack, recipe.batch.seq_len), layout.pipeline, layout.schedule)
+    for rank in range(layout.pipeline):
+        own = [index for chunk in layers_of_rank(cut, layout.schedule, layout.pipeline, rank) for index in chunk]
         if {p.ndim < 2 for index in own for p in layers[index].parameters()} != kinds:
             return [
                 f"layout pipeline={layout.pipeline}: layers {own[0]} to {own[-1]} hold only matrices or only vectors, and "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from recipes.common.passes import ONE_PASS
 from recipes.common.plans import find_stack
 from recipes.common.recipe import Blend, Layout, Reaction, Recipe, Sizes
 from recipes.common.schedules import learning_rate_at, seqs_after, tokens_of_run
-from recipes.common.stage import balance_stages, layer_costs
+from recipes.common.balance import cut_chunks, layer_costs, layers_of_rank
 from recipes.common.linears import postponable_share
 from recipes.common.weights import build_empty
 
@@ -31,20 +32,22 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
         f"trouble     {_reaction(recipe.reaction)}",
         "stage  layers        share of the cost",
     ]
-    stages = balance_stages(costs, head, layout.pipeline)
+    cut = cut_chunks(costs, head, layout.pipeline, layout.schedule)
     total = sum(costs) + head
-    for index, own in enumerate(stages):
-        cost = sum(costs[i] for i in own) + (head if index == len(stages) - 1 else 0.0)
-        parts = ("embedding, " if index == 0 else "") + f"{own[0]}-{own[-1]}" + (", head" if own is stages[-1] else "")
-        lines.append(f"{index:<6} {parts:<24} {100 * cost / total:5.1f} %")
+    for index in range(layout.pipeline):
+        runs = layers_of_rank(cut, layout.schedule, layout.pipeline, index)
+        has_head = runs[-1] is cut[-1]
+        cost = sum(costs[i] for run in runs for i in run) + (head if has_head else 0.0)
+        parts = ("embedding, " if index == 0 else "") + ", ".join(f"{run[0]}-{run[-1]}" for run in runs)
+        lines.append(f"{index:<6} {parts + (', head' if has_head else ''):<24} {100 * cost / total:5.1f} %")
     return "\n".join(lines)
 
 
 def _options(layout: Layout, layers: nn.Module) -> str:
     text = ", sequence parallel" if layout.sequence_parallel else ""
-    if layout.schedule == "zero_bubble":
+    if layout.schedule != ONE_PASS:
         share = 100 * postponable_share(layers)
-        text += f", schedule zero_bubble (weight gradients of {share:.0f} % of the layers' parameters fill the bubble)"
+        text += f", schedule {layout.schedule} (weight gradients of {share:.0f} % of the layers' parameters fill the bubble)"
     return text
 
 

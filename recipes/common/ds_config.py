@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.common.ds_keys import RECIPE_OWNED, REFUSED, REMOVED, TOP_LEVEL, UNCHECKED_BLOCKS
+from recipes.common.passes import ONE_PASS
 from recipes.common.recipe import ROOT, SGD, Layout, Recipe, RecipeError, Sizes, from_root
 
 if TYPE_CHECKING:
@@ -198,10 +199,10 @@ def _pipeline_problems(config: dict[str, Any], layout: Layout) -> Iterator[str]:
         if value is True or (value is None and layout.pipeline > 1):
             found = "=true" if value else " is missing, and DeepSpeed's default is true"
             yield f"pipeline.{key}{found}: {reason}; write false"
-    if layout.schedule == "zero_bubble" and precision(config) == "bf16" and _at(config, "bf16.immediate_grad_update") is not True:
+    if layout.schedule != ONE_PASS and precision(config) == "bf16" and _at(config, "bf16.immediate_grad_update") is not True:
         yield (
-            "bf16.immediate_grad_update is not true, and the layout's schedule is 'zero_bubble': weight gradients that are "
-            "computed later would not be added up in fp32; write true, or use schedule='1f1b' in the recipe"
+            f"bf16.immediate_grad_update is not true, and the layout's schedule is {layout.schedule!r}: weight gradients that "
+            "are computed later would not be added up in fp32; write true, or use schedule='1f1b' in the recipe"
         )
 
 

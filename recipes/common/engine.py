@@ -13,7 +13,6 @@ import math
 import os
 import traceback
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +28,16 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from recipes.common.data import document_positions
 from recipes.common.engine_timers import time_engine
+from recipes.common.global_norm import use_exact_norm
 from recipes.common.grid import Grid, Mpu
 from recipes.common.loss import IGNORED
 from recipes.common.network import choose_interface, free_port
 from recipes.common.norm_gate import NormGate
 from recipes.common.recipe import AdamW, Optimizer
+from recipes.common.runner import Runner
 from recipes.common.stage import Stage
 from recipes.common.timers import BACKWARD, CLOCK, FORWARD, OPTIMIZER, size_of
-from recipes.common.zero_bubble import use_zero_bubble
+from recipes.common.ties import TiedHead, gradient_of
 
 Labels = tuple[torch.Tensor, torch.Tensor]
 
@@ -88,6 +89,7 @@ class PipelineStages(PipelineModule):
 
     def __init__(self, stage: Stage, topology: PipeModelDataParallelTopology) -> None:
         self._tied: list[tuple[torch.nn.Parameter, dist.ProcessGroup]] = []
+        self.tied_head: TiedHead | None = None  # embedding and head on this rank
         # one place per stage; only this rank's is built
         layers = [stage] * topology.get_dim("pipe")
         super().__init__(layers, topology=topology, loss_fn=stage.loss, partition_method="uniform")
@@ -102,12 +104,9 @@ class PipelineStages(PipelineModule):
 
         fp16 gradients add up in `grad_accum`, which the engine does not look at: the copies of the weight would drift apart.
         """
-        return [(SimpleNamespace(grad=_gradient(w), _hp_grad=getattr(w, "_hp_grad", None)), group) for w, group in self._tied]
-
-
-def _gradient(weight: torch.nn.Parameter) -> torch.Tensor | None:
-    accumulated = getattr(weight, "grad_accum", None)
-    return weight.grad if accumulated is None else accumulated
+        if self.tied_head is not None:
+            self.tied_head.give()
+        return [(SimpleNamespace(grad=gradient_of(w), _hp_grad=gradient_of(w)), group) for w, group in self._tied]
 
 
 def start_distributed(device_type: str) -> torch.device:
@@ -189,8 +188,13 @@ class Trainer:
                     for parameter in stage.head_parameters():
                         deepspeed.zero.register_external_parameter(stage, parameter)
             self.engine = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config, mpu=mpu)[0]
-        if stage.weight_queue is not None:
-            use_zero_bubble(self.engine, stage.weight_queue)
+        if grid.pipeline > 1:
+            # the mean loss over ranks, which DeepSpeed sends around after each step: ours is in `_sum_over_ranks`
+            self.engine._aggregate_total_loss = lambda: torch.zeros(())
+            if grid.folded and stage.stack.tied and stage.is_first:
+                module.tied_head = TiedHead(stage)
+        self._runner = Runner(self.engine, stage, grid) if stage.weight_queues else None
+        use_exact_norm(self.engine.optimizer, grid)
         time_engine(self.engine, grid)
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]
@@ -279,7 +283,9 @@ class Trainer:
         weight = 1.0 / scored_tokens
         self._place_documents([tokens for tokens, _ in micro_batches])
         batches = self._batches((tokens for tokens, _ in micro_batches), weight, [rows for _, rows in micro_batches])
-        if self.grid.pipeline > 1:
+        if self._runner is not None:
+            self._runner.evaluate(batches, len(micro_batches))
+        elif self.grid.pipeline > 1:
             self.engine.eval_batch(batches, num_micro_batches=len(micro_batches), bcast_loss=False)
         else:
             self.engine.eval()
@@ -309,7 +315,7 @@ class Trainer:
         """Tell the stage, whichever it is, where documents start. Every stage reads the data, so nothing has to be sent."""
         if self.document_end is not None:
             positions = (document_positions(tokens[:, :-1], self.document_end) for tokens in micro_batches)
-            self.stage.positions = deque(p.to(self.grid.device, non_blocking=True) for p in positions)
+            self.stage.place_documents(p.to(self.grid.device, non_blocking=True) for p in positions)
 
     def _sum_over_ranks(self, votes: tuple[bool, ...] = (), *, observe: bool = True) -> list[np.ndarray]:
         """The one reduction of a step, on every rank: [loss sums [3] over all data ranks, cross-entropy and largest logit of each

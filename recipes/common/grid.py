@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from recipes.common.passes import FOLDED, ONE_PASS
 from recipes.common.recipe import Layout
 
 
@@ -27,14 +28,17 @@ class Coordinates:
     tensor_rank: int
     pipeline_rank: int
     data_rank: int
+    folded: bool = False  # the pipeline turns at its last rank and ends on its first
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether this rank has the embedding."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        return self.pipeline_rank == self.pipeline - 1
+        """Whether this rank has the head and the loss."""
+        return self.pipeline_rank == (0 if self.folded else self.pipeline - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +50,16 @@ class Grid(Coordinates):
     data_group: dist.ProcessGroup | None
     model_group: dist.ProcessGroup | None  # pipeline x tensor: the ranks that together hold one replica
     pipeline_group: dist.ProcessGroup | None
-    tie_group: dist.ProcessGroup | None  # first and last stage at one (data, tensor) place: they share tied embeddings
+    tie_group: dist.ProcessGroup | None  # the ranks of embedding and head at one (data, tensor) place: they share tied weights
     kv_group: dist.ProcessGroup | None  # the tensor ranks that share one key/value head, when heads < tensor
+    # pipeline_group twice more, for what goes to later ranks and what goes to earlier ones: messages between two ranks arrive in
+    # the order sent within a group, and neither direction waits for the other. None with "1f1b", which DeepSpeed sends for
+    down_group: dist.ProcessGroup | None = None
+    up_group: dist.ProcessGroup | None = None
+
+    def rank_of_stage(self, stage: int) -> int:
+        """The rank at this rank's (data, tensor) place in another stage."""
+        return (stage * self.data + self.data_rank) * self.tensor + self.tensor_rank
 
 
 def coordinates(rank: int, world_size: int, layout: Layout) -> Coordinates:
@@ -62,6 +74,7 @@ def coordinates(rank: int, world_size: int, layout: Layout) -> Coordinates:
         tensor_rank=rank % tensor,
         pipeline_rank=rank // (tensor * data),
         data_rank=rank // tensor % data,
+        folded=layout.schedule == FOLDED,
     )
 
 
@@ -88,7 +101,7 @@ def build_grid(layout: Layout, device: torch.device, kv_share: int = 1) -> Grid:
     by_data = ranks.permute(0, 2, 1).reshape(-1, place.data)
     by_model = ranks.permute(1, 0, 2).reshape(place.data, -1)
     by_pipeline = ranks.permute(1, 2, 0).reshape(-1, place.pipeline)
-    by_tie = by_pipeline[:, [0, -1]] if place.pipeline > 1 else by_pipeline
+    by_tie = by_pipeline[:, [0, -1]] if place.pipeline > 1 and not place.folded else by_pipeline[:, :1]
     return Grid(
         **vars(place),
         device=device,
@@ -98,6 +111,8 @@ def build_grid(layout: Layout, device: torch.device, kv_share: int = 1) -> Grid:
         pipeline_group=_group_of(place.rank, by_pipeline),
         tie_group=_group_of(place.rank, by_tie),
         kv_group=_group_of(place.rank, by_tensor.reshape(-1, kv_share)),
+        down_group=_group_of(place.rank, by_pipeline) if layout.schedule != ONE_PASS else None,
+        up_group=_group_of(place.rank, by_pipeline) if layout.schedule != ONE_PASS else None,
     )
 
 

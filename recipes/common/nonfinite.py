@@ -95,6 +95,7 @@ class _Search:
         self.gradients: Counter[str] = Counter()
         self._trainer, self._stage = trainer, trainer.stage
         self._micro_batch = -1
+        self._forwards: Counter[int] = Counter()  # by chunk
         self._backwards: Counter[str] = Counter()
         self._marked: set[tuple[str, int]] = set()  # (kind, micro batch): only the first counts
         for name, parameter in self._stage.hf_named_parameters():
@@ -130,7 +131,9 @@ class _Search:
             self._look(LOSS, "cross-entropy", sums[:1], micro_batch)
 
     def _next_micro_batch(self, module: nn.Module, args: tuple) -> None:
-        self._micro_batch += 1
+        chunk = args[2] if len(args) > 2 else 0
+        self._micro_batch = self._forwards[chunk]
+        self._forwards[chunk] += 1
 
     def _see(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Any = None) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 FORWARD, INPUTS, WEIGHTS = "F", "B", "W"
-ZERO_BUBBLE, FOLDED = "zero_bubble", "zero_bubble_v"
+ONE_PASS, ZERO_BUBBLE, FOLDED = "1f1b", "zero_bubble", "zero_bubble_v"  # ONE_PASS: a backward pass computes everything
 
 
 class Pass(NamedTuple):
@@ -93,6 +93,14 @@ def _one_chunk(pipeline: int, rank: int, micro_batches: int, split: bool) -> Ite
 class Plan:
     span: float  # from the first pass to the end of the last
     order: list[list[Pass]]  # by rank
+
+
+def forward_passes(schedule: str, pipeline: int, rank: int, micro_batches: int) -> list[Pass]:
+    """An evaluation's. On the way up a rank lets as many micro batches go before as there are ranks between it and the turn."""
+    chunks = chunks_of_rank(schedule, pipeline, rank)
+    late = pipeline - 1 - rank
+    passes = [(k if chunk == rank else k + late, chunk, k) for chunk in chunks for k in range(micro_batches)]
+    return [Pass(FORWARD, micro_batch, chunk) for _, chunk, micro_batch in sorted(passes)]
 
 
 class _Folded:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from recipes.common.grid import Grid, one_process
+from recipes.common.passes import chunk_count
 from recipes.common.plans import PlanError, find_stack
 from recipes.common.recipe import Layout
 from recipes.common.shrink import shrink
@@ -32,19 +33,20 @@ def cut_problems(config: PreTrainedConfig, layout: Layout, attention: str) -> li
         return []
     advice = "use pipeline=1 (ZeRO 1 to 3 and tensor parallelism remain)"
     try:
-        tiny = shrink(config, Layout(pipeline=layout.pipeline))
+        count = chunk_count(layout.schedule, layout.pipeline)
+        tiny = shrink(config, Layout(pipeline=count))
         ids = torch.arange(_SEQS * _SEQ_LEN).view(_SEQS, _SEQ_LEN) % (tiny.vocab_size - 3) + 3
         whole = _run(tiny, attention, 1, ids)
     except Exception as error:  # whatever a family's own code raises on the tiny model: not proven either way
         return [f"model_type={family}: a tiny model of it does not run ({type(error).__name__}: {error}); {advice}"]
     try:
-        difference = (_run(tiny, attention, layout.pipeline, ids) - whole).abs().max().item()
+        difference = (_run(tiny, attention, count, ids) - whole).abs().max().item()
     except Exception as error:  # as above, but the whole did run: it is the cut that fails
         return [f"model_type={family} cannot be cut into stages ({type(error).__name__}: {error}); {advice}"]
     if difference == 0.0 and not _shares_layers(tiny, attention):
         return []
     return [
-        f"model_type={family} cannot be cut into stages: its layers share more than hidden states (cut in {layout.pipeline}, a "
+        f"model_type={family} cannot be cut into stages: its layers share more than hidden states (cut in {count}, a "
         f"tiny model of it differs by {difference:.1e}, or two layers share weights); {advice}"
     ]
 
@@ -61,7 +63,7 @@ def masking_problems(config: PreTrainedConfig, attention: str) -> list[str]:
         half = torch.arange(_SEQ_LEN // 2).repeat(2).view(1, _SEQ_LEN)
         stage = build_stage(tiny, one_process(), seq_len=_SEQ_LEN, attention=attention).eval()
         with torch.no_grad():
-            stage.positions.append(half)
+            stage.place_documents([half])
             packed = stage(ids)[:, _SEQ_LEN // 2 :]
             alone = stage(ids[:, _SEQ_LEN // 2 :])
         difference = (packed - alone).abs().max().item()

@@ -25,7 +25,7 @@ class RecipeError(ValueError):
         super().__init__(f"{title}:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
-SCHEDULES = ("1f1b", "zero_bubble")
+SCHEDULES = ("1f1b", "zero_bubble", "zero_bubble_v")  # recipes.common.passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,8 @@ class Layout:
     pipeline: int = 1  # stages, each a run of consecutive layers
     recompute_every: int = 0  # activation checkpointing: 0 none, 1 every layer ("full"), k every k-th layer
     sequence_parallel: bool = False  # between attention and MLP, each tensor rank holds its part of the sequence alone
-    schedule: str = "1f1b"  # of the pipeline: "1f1b" or "zero_bubble" (ZB-H1: weight gradients fill the bubble)
+    # of the pipeline: "1f1b"; "zero_bubble", weight gradients fill the bubble; "zero_bubble_v", each rank has two runs of layers
+    schedule: str = "1f1b"
 
 
 @dataclass(frozen=True, kw_only=True)

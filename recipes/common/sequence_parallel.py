@@ -91,12 +91,21 @@ SEQUENCE_STYLES: dict[str, Callable[[nn.Module, Forward, Grid], Forward]] = {
 }
 
 
-def shard_sequence(causal: nn.Module, stack: Stack, split: Split, own: range, grid: Grid, recompute_every: int) -> None:
+def shard_sequence(
+    causal: nn.Module,
+    stack: Stack,
+    split: Split,
+    chunks: tuple[range, ...],
+    stand_ins: dict[str, nn.Module],
+    grid: Grid,
+    recompute_every: int,
+) -> None:
     """Let this stage's layers, and the final norm, run on this rank's part of the sequence.
 
-    After the tensor-parallel substitution and before recomputation is put around the layers.
+    chunks, stand_ins: as in Stage. After the tensor-parallel substitution and before recomputation is put around the layers.
     """
     layers = causal.get_submodule(stack.layers)
+    own = [index for chunk in chunks for index in chunk]
     for index in own:
         recomputed = recompute_every and index % recompute_every == 0  # it keeps the layer's input alone: nothing is saved here
         for name, module in layers[index].named_modules(prefix=f"{stack.layers}.{index}"):
@@ -104,11 +113,13 @@ def shard_sequence(causal: nn.Module, stack: Stack, split: Split, own: range, gr
                 _gather_input(module, grid.tensor_group, keep_part=not recomputed)
     if grid.is_first_stage:
         layers[own[0]].register_forward_pre_hook(partial(_scatter_input, grid.tensor_group), with_kwargs=True)
-    if grid.is_last_stage:
-        last = causal.get_submodule(stack.after[-1]) if stack.after else layers[own[-1]]
-        last.register_forward_hook(partial(_gather_output, grid.tensor_group))
-    else:
-        layers[own[-1] + 1].register_forward_pre_hook(partial(_whole_shape, grid.tensor), with_kwargs=True)
+    for chunk in chunks:
+        if grid.is_last_stage and chunk is chunks[-1]:
+            last = causal.get_submodule(stack.after[-1]) if stack.after else layers[chunk[-1]]
+            last.register_forward_hook(partial(_gather_output, grid.tensor_group))
+        else:
+            following = stand_ins.get(f"{stack.layers}.{chunk[-1] + 1}", layers[chunk[-1] + 1])
+            following.register_forward_pre_hook(partial(_whole_shape, grid.tensor), with_kwargs=True)
     outside = [f"{stack.layers}.{index}." for index in own] + [f"{name}." for name in stack.after]
     inside = [f"{name}." for name in split.blocks]
     for name, parameter in causal.named_parameters():

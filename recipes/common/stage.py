@@ -4,13 +4,14 @@ The ForCausalLM is built whole without memory; layers of other stages become pla
 that indices, layer types and masks keep their meaning. A later stage puts the received activation in front of its first own
 layer, so what a family does before the layers (embedding scale, learned positions, dropout) happens once, on the first stage.
 Parameter names are Hugging Face names.
+
+A folded schedule gives a rank two chunks of layers. While one of them runs, placeholders stand where the other's layers are.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from recipes.common.balance import attention_cost, cut_chunks, layer_costs, layers_of_rank, pass_costs
 from recipes.common.grid import Grid
 from recipes.common.linears import postpone, take_over
 from recipes.common.loss import vocabulary_loss
+from recipes.common.passes import ONE_PASS, Costs
 from recipes.common.plans import TUPLE_LAYERS, Stack, find_stack
 from recipes.common.sequence_parallel import shard_sequence
 from recipes.common.tensor_parallel import Split, plan_split, split_forwards
@@ -74,6 +77,25 @@ class _BaseStandIn(nn.Module):
         return _Hidden(inputs_embeds)
 
 
+class _Place:
+    """Where a module of one chunk is, and what stands there while another chunk runs."""
+
+    def __init__(self, stage: Stage, name: str, stand_in: nn.Module) -> None:
+        parent, _, self._child = name.rpartition(".")
+        self._modules = stage.causal.get_submodule(parent)._modules
+        self._own, self._stand_in = self._modules[self._child], stand_in
+        if parent == stage.stack.layers:
+            self._chunk = next(i for i, chunk in enumerate(stage.chunks) if int(self._child) in chunk)
+        else:
+            self._chunk = 0 if name in stage.stack.before else len(stage.chunks) - 1
+
+    def fill(self, chunk: int) -> None:
+        self._modules[self._child] = self._own if chunk == self._chunk else self._stand_in
+
+    def restore(self) -> None:
+        self._modules[self._child] = self._own
+
+
 class Stage(nn.Module):
     """What one (pipeline, tensor) place holds, and its forward pass. Build it with `build_stage`."""
 
@@ -83,35 +105,49 @@ class Stage(nn.Module):
         stack: Stack,
         split: Split,
         grid: Grid,
-        own: range,
+        chunks: tuple[range, ...],
         *,
         whole_shapes: dict[str, tuple[int, ...]],
         z_loss: float,
         chunk_tokens: int,
-        weight_queue: WeightQueue | None = None,
+        schedule: str = ONE_PASS,
+        pass_costs: tuple[Costs, ...] = (),
+        weight_queues: tuple[WeightQueue, ...] = (),
+        stand_ins: dict[str, nn.Module] | None = None,
     ) -> None:
-        """whole_shapes: of every parameter of the whole model, by Hugging Face name.
+        """chunks: the layers of each, by index, in the model's order.
 
-        weight_queue: where the layers' linears put off their weight gradients to, for a schedule that makes them up.
+        whole_shapes: of every parameter of the whole model, by Hugging Face name.
+        pass_costs: of every chunk of the model, this rank's or not.
+        weight_queues: where each chunk's linears put off their weight gradients to, for a schedule that makes them up.
+        stand_ins: by name, what stands where a layer or norm of this rank is while another chunk than its own runs.
         """
         super().__init__()
-        self.causal, self.stack, self.split, self.own = causal, stack, split, own
+        self.causal, self.stack, self.split, self.chunks = causal, stack, split, chunks
+        self.own = tuple(index for chunk in chunks for index in chunk)
         self.is_first, self.is_last = grid.is_first_stage, grid.is_last_stage
         self.grid, self.z_loss, self.chunk_tokens = grid, z_loss, chunk_tokens
         self.vocab_size = causal.config.get_text_config().vocab_size
-        self.whole_shapes, self.weight_queue = whole_shapes, weight_queue
-        # position ids [micro_seqs, seq_len] of the micro batches to come, in order; empty: positions count from 0
-        self.positions: deque[torch.Tensor] = deque()
+        self.whole_shapes, self.weight_queues = whole_shapes, weight_queues
+        self.schedule, self.pass_costs = schedule, pass_costs
+        self._places = [_Place(self, name, module) for name, module in (stand_ins or {}).items()]
+        self.place_documents([])
         self._received: torch.Tensor | None = None
         self._sent: torch.Tensor | None = None
         # over the micro batches of a step, on the last stage: cross-entropy, log(Z)^2 and log(Z), summed and weighted
         self.register_buffer("loss_sums", torch.zeros(3, dtype=torch.float64), persistent=False)
         self.register_buffer("max_logit", torch.full((), float("-inf")), persistent=False)
         layers = causal.get_submodule(stack.layers)
-        if not self.is_first:
-            layers[own[0]].register_forward_pre_hook(self._inject, with_kwargs=True)
-        if not self.is_last:
-            layers[own[-1]].register_forward_hook(self._capture)
+        for index, chunk in enumerate(chunks):
+            if not (self.is_first and index == 0):
+                layers[chunk[0]].register_forward_pre_hook(self._inject, with_kwargs=True)
+            if not (self.is_last and chunk is chunks[-1]):
+                layers[chunk[-1]].register_forward_hook(self._capture)
+
+    def place_documents(self, positions: Iterable[torch.Tensor]) -> None:
+        """Position ids [micro_seqs, seq_len] of the micro batches to come, in order; none: positions count from 0."""
+        positions = list(positions)
+        self._positions = [deque(positions) for _ in self.chunks]
 
     def hf_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(Hugging Face name, this rank's shard). A tied head goes by the embedding's name, on every stage."""
@@ -124,26 +160,34 @@ class Stage(nn.Module):
         names = set(self.causal.state_dict())
         return ((name, buffer) for name, buffer in self.causal.named_buffers() if name in names)
 
-    def forward(self, x: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """First stage: x is ids [micro_seqs, seq_len]; later ones: the hidden states that `forward` of the stage before gave.
+    def forward(self, x: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor] | None = None, chunk: int = 0) -> torch.Tensor:
+        """First chunk of the model: x is ids [micro_seqs, seq_len]; later ones: the hidden states that the chunk before gave.
 
-        Gives the hidden states to hand on; with `labels` (the last stage alone has them) the loss, see `loss`.
+        chunk: of this rank's. Gives the hidden states to hand on; with `labels` (the model's last chunk alone has them) the loss,
+        see `loss`.
         """
+        is_last = self.is_last and chunk == len(self.chunks) - 1
         base = self.causal.get_submodule(self.stack.base)
-        positions = {"position_ids": self.positions.popleft()} if self.positions else {}
-        if self.is_first:
-            out = base(input_ids=x, use_cache=False, **positions)
-        else:
-            self._received = x
-            for module in base.modules():
-                if isinstance(module, AbsentEmbedding):
-                    module.dtype = x.dtype
-            # only its shape and type count; what is handed on need not look like an embedding, nor hold the whole sequence
-            seq_len = x.shape[1] * (self.split.size if self.split.blocks else 1)
-            embedded = x.new_zeros(x.shape[0], seq_len, self.causal.config.get_text_config().hidden_size)
-            out = base(inputs_embeds=embedded, use_cache=False, **positions)
+        positions = {"position_ids": self._positions[chunk].popleft()} if self._positions[chunk] else {}
+        for place in self._places:
+            place.fill(chunk)
+        try:
+            if self.is_first and chunk == 0:
+                out = base(input_ids=x, use_cache=False, **positions)
+            else:
+                self._received = x
+                for module in base.modules():
+                    if isinstance(module, AbsentEmbedding):
+                        module.dtype = x.dtype
+                # only its shape and type count; what is handed on need not look like an embedding, nor hold the whole sequence
+                seq_len = x.shape[1] * (self.split.size if self.split.blocks else 1)
+                embedded = x.new_zeros(x.shape[0], seq_len, self.causal.config.get_text_config().hidden_size)
+                out = base(inputs_embeds=embedded, use_cache=False, **positions)
+        finally:
             self._received = None
-        hidden, self._sent = (out.last_hidden_state if self.is_last else self._sent), None
+            for place in self._places:
+                place.restore()
+        hidden, self._sent = (out.last_hidden_state if is_last else self._sent), None
         return hidden if labels is None else self.loss(hidden, labels)
 
     def loss(self, hidden: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -172,11 +216,10 @@ class Stage(nn.Module):
         return total * (weight + 0.0 * total.detach())
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Everything the ForCausalLM has beside its base model, and the embedding's weight when it is tied to the head's."""
-        of_base = {id(p) for p in self.causal.get_submodule(self.stack.base).parameters()} - {
-            id(self.causal.get_output_embeddings().weight)
-        }
-        return [p for p in self.causal.parameters() if id(p) not in of_base]
+        """Everything the ForCausalLM has beside its base model; of tied weights, what the head computes with."""
+        weight = self.causal.get_output_embeddings().weight
+        of_base = {id(p) for p in self.causal.get_submodule(self.stack.base).parameters()}
+        return [weight, *(p for p in self.causal.parameters() if id(p) not in of_base and p is not weight)]
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The ForCausalLM's own forward from the final hidden states on, so that soft-caps and logit scales are the family's."""
@@ -197,52 +240,6 @@ class Stage(nn.Module):
 
     def _capture(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._sent = output[0] if isinstance(output, tuple) else output
-
-
-def layer_costs(causal: PreTrainedModel, stack: Stack, seq_len: int) -> tuple[list[float], float]:
-    """(cost of each layer, cost of head and loss) in multiply-adds a token, forward: the unit of the stage split.
-
-    Matrices count their elements (experts the share that a token visits), attention its scores over half the sequence.
-    """
-    config = causal.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 0  # a family without attention has no scores
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size / heads if heads else 0)
-    attention = 2.0 * heads * head_dim * seq_len / 2
-    visited = getattr(config, "num_experts_per_tok", None)
-
-    def matrices(module: nn.Module) -> float:
-        shares = ((visited or p.shape[0]) / p.shape[0] if p.ndim == 3 else 1.0 for p in module.parameters() if p.ndim > 1)
-        sizes = (p.numel() for p in module.parameters() if p.ndim > 1)
-        return sum(share * size for share, size in zip(shares, sizes, strict=True))
-
-    layers = [matrices(layer) + attention for layer in causal.get_submodule(stack.layers)]
-    return layers, float(config.hidden_size * config.vocab_size)
-
-
-def balance_stages(layers: list[float], head: float, pipeline: int) -> list[range]:
-    """Cut the layers into `pipeline` runs, each at least one layer, so that the dearest stage is as cheap as can be.
-
-    The head and the loss burden the last stage; the embedding costs next to nothing. Dynamic programming over cuts; among
-    equal cuts the one with earlier stages longer wins.
-    """
-    count = len(layers)
-    assert pipeline <= count, (pipeline, count)
-    prefix = [0.0]
-    for cost in layers:
-        prefix.append(prefix[-1] + cost)
-    # best[n]: (dearest stage, cut points) of the first n layers in the stages so far
-    best = {n: (prefix[n], [n]) for n in range(1, count + 1)}
-    for stage in range(1, pipeline):
-        burden = head if stage == pipeline - 1 else 0.0
-        best = {
-            n: min(
-                ((max(best[m][0], prefix[n] - prefix[m] + burden), [*best[m][1], n]) for m in range(stage, n)),
-                key=lambda option: (option[0], [-cut for cut in option[1]]),
-            )
-            for n in range(stage + 1, count + 1)
-        }
-    cuts = [0, *best[count][1]]
-    return [range(start, stop) for start, stop in pairwise(cuts)]
 
 
 def build_stage(
@@ -270,46 +267,61 @@ def build_stage(
     split = plan_split(causal, stack, grid.tensor, sequence_parallel=sequence_parallel)
     shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
     costs, head_cost = layer_costs(causal, stack, seq_len)
-    own = balance_stages(costs, head_cost, grid.pipeline)[grid.pipeline_rank]
+    cut = cut_chunks(costs, head_cost, grid.pipeline, schedule)
+    by_pass = pass_costs(costs, attention_cost(causal, seq_len), head_cost, cut, recompute_every)
+    chunks = layers_of_rank(cut, schedule, grid.pipeline, grid.pipeline_rank)
     weights = {"seed": seed, "cuts": split.cuts, "rank": grid.tensor_rank, "size": grid.tensor}
     embedding = causal.get_submodule(stack.embedding)
-    _take_out(causal, stack, own, first=grid.is_first_stage, last=grid.is_last_stage)
+    stand_ins = _take_out(causal, stack, chunks, first=grid.is_first_stage, last=grid.is_last_stage)
     draw_weights(causal, causal, "", **weights)
     if grid.is_last_stage and stack.tied:
         if not grid.is_first_stage:  # the embedding was taken out, but its weight is the head's
             draw_weights(causal, embedding, stack.embedding, **weights)
         causal.get_submodule(stack.head).weight = embedding.weight
-    queue = WeightQueue() if schedule == "zero_bubble" else None
+    layers = causal.get_submodule(stack.layers)
+    queues = tuple(WeightQueue() for _ in chunks) if schedule != ONE_PASS else ()
     if own_linears:
         take_over(causal)
-    if queue is not None:
-        postpone(causal.get_submodule(stack.layers), queue)
+    for chunk, queue in zip(chunks, queues, strict=False):
+        for index in chunk:
+            postpone(layers[index], queue)
     split_forwards(causal, split, stack, grid)
     if split.blocks:
-        shard_sequence(causal, stack, split, own, grid, recompute_every)
-    for index in own:
+        shard_sequence(causal, stack, split, chunks, stand_ins, grid, recompute_every)
+    for index in (index for chunk in chunks for index in chunk):
         if recompute_every and index % recompute_every == 0:
-            _recompute(causal.get_submodule(stack.layers)[index])
-    return Stage(
-        causal, stack, split, grid, own, whole_shapes=shapes, z_loss=z_loss, chunk_tokens=chunk_tokens, weight_queue=queue
-    )
+            _recompute(layers[index])
+    of_schedule = {"schedule": schedule, "pass_costs": by_pass, "weight_queues": queues, "stand_ins": stand_ins}
+    of_loss = {"z_loss": z_loss, "chunk_tokens": chunk_tokens}
+    return Stage(causal, stack, split, grid, chunks, whole_shapes=shapes, **of_loss, **of_schedule)
 
 
-def _take_out(causal: PreTrainedModel, stack: Stack, own: range, *, first: bool, last: bool) -> None:
-    layers = causal.get_submodule(stack.layers)
-    for index, layer in enumerate(layers):
-        if index not in own:
-            layers[index] = Absent(layer, as_tuple=causal.config.model_type in TUPLE_LAYERS)
-    for name in stack.before if not first else ():
-        module = causal.get_submodule(name)
-        width = getattr(module, "embedding_dim", causal.config.get_text_config().hidden_size)
-        causal.set_submodule(name, AbsentEmbedding(width) if isinstance(module, nn.Embedding) else Absent(module))
+def _take_out(
+    causal: PreTrainedModel, stack: Stack, chunks: tuple[range, ...], *, first: bool, last: bool
+) -> dict[str, nn.Module]:
+    """Put placeholders where other ranks' layers and norms are. Gives those for this rank's own, where it has several chunks."""
+    layers, stand_ins = causal.get_submodule(stack.layers), {}
+    names = [f"{stack.layers}.{index}" for index in range(len(layers))]
+    own = {names[index] for chunk in chunks for index in chunk}
+    own |= {*(stack.before if first else ()), *(stack.after if last else ())}
+    for name in (*names, *stack.before, *stack.after):
+        if name not in own:
+            causal.set_submodule(name, _absent(causal, stack, name))
+        elif len(chunks) > 1:
+            stand_ins[name] = _absent(causal, stack, name)
     if not last:
-        for name in stack.after:
-            causal.set_submodule(name, Absent(causal.get_submodule(name)))
         for name, _ in list(causal.named_children()):
             if name != stack.base:  # the head, and whatever a family keeps beside it
                 causal._modules[name] = None
+    return stand_ins
+
+
+def _absent(causal: PreTrainedModel, stack: Stack, name: str) -> nn.Module:
+    module = causal.get_submodule(name)
+    if name in stack.before and isinstance(module, nn.Embedding):
+        return AbsentEmbedding(getattr(module, "embedding_dim", causal.config.get_text_config().hidden_size))
+    of_layers = name.rpartition(".")[0] == stack.layers
+    return Absent(module, as_tuple=of_layers and causal.config.model_type in TUPLE_LAYERS)
 
 
 def _recompute(layer: nn.Module) -> None:

@@ -135,7 +135,8 @@ class Clock:
             self._pending.pop(0)
             times = self._read(marks)
             parts, talks = account(times, pipelined=self._place.pipeline > 1)
-            micro_batches = sum(type(what) is Span and what.part == FORWARD for what, _ in times)
+            forwards = sum(type(what) is Span and what.part == FORWARD for what, _ in times)
+            micro_batches = forwards // (2 if self._place.folded else 1)  # each passes a folded rank twice
             start = times[0][1]
             kept = [(what, stamp - start) for what, stamp in times] if keep else []
             self._taken.append(StepTimes(step, began, micro_batches, parts, talks, kept))

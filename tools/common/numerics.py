@@ -43,6 +43,7 @@ class Trial:
     attention: str = "eager"
     document_end: int | None = None  # attention stays inside the documents that this id ends
     device: str = "cpu"
+    own_linears: bool = True  # see build_stage
 
     @property
     def data(self) -> int:
@@ -81,6 +82,7 @@ def build_trainer(trial: Trial) -> Trainer:
         chunk_tokens=trial.chunk_tokens,
         schedule=trial.layout.schedule,
         sequence_parallel=trial.layout.sequence_parallel,
+        own_linears=trial.own_linears,
     )
     return Trainer(stage, grid, trial.optimizer, engine_config(trial), trial.document_end)
 

@@ -14,7 +14,7 @@ from recipes.common.ds_config import precision, zero_stage
 from recipes.common.flops import ModelWork, model_work, training_flops
 from recipes.common.plans import PlanError, Stack, find_stack
 from recipes.common.recipe import AdamW, Layout, Recipe
-from recipes.common.stage import balance_stages, layer_costs
+from recipes.common.balance import balance_stages, layer_costs
 from recipes.common.tensor_parallel import plan_split
 from recipes.common.weights import build_empty
 from tools.common.console import UsageError

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from recipes.common.plans import find_stack
-from recipes.common.stage import layer_costs
+from recipes.common.balance import layer_costs
 from recipes.common.weights import build_empty
 from tools.common.console import UsageError
 

@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 
 from recipes.common.ds_config import load_ds_config, precision
 from recipes.common.flops import OURS
-from recipes.common.recipe import AdamW, Layout, Recipe
+from recipes.common.recipe import SCHEDULES, AdamW, Layout, Recipe
 from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table
 from tools.common.local_ranks import run_ranks
 from tools.common.numerics import Trial
@@ -47,6 +47,7 @@ MODEL = LlamaConfig(
     max_position_embeddings=256,
     tie_word_embeddings=False,
 )  # its 5 first layers cost what the 3 last ones and the head do, so that two stages are equal
+TORCHS_LINEARS = ", torch's linears"  # on a CPU ours are computed by another library (recipes.common.linears)
 CHUNK_TOKENS = 2048  # of our loss, as in recipes
 WARM_STEPS, COMPARED_STEPS = 2, 5
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -62,7 +63,7 @@ class Case:
 
     layout: str
     trial: Trial  # its layout without a schedule
-    schedules: tuple[str, ...]  # ours, one side each
+    schedules: tuple[str, ...]  # ours, one side each; and the last of them once more with torch's own linears
     baselines: tuple[str, ...]  # the first is what the others are held against
     goal: float
 
@@ -117,10 +118,11 @@ def _rank(case: Case, rounds: int) -> dict[str, dict[str, list[float]]]:
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
     libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     steps = {name: BUILDERS[name](case.trial) for name in case.baselines}
-    for schedule in case.schedules:
-        layout = replace(case.trial.layout, schedule=schedule)
-        name = "Trifold" if case.trial.world_size == 1 else f"Trifold, {schedule}"
-        steps[name] = ours(replace(case.trial, layout=layout))
+    own = {TORCHS_LINEARS: replace(case.trial, own_linears=False)} if case.trial.device == "cpu" else {}
+    for addition, trial in ({"": case.trial} | own).items():
+        for schedule in case.schedules if not addition else case.schedules[-1:]:
+            name = "Trifold" if case.trial.world_size == 1 else f"Trifold, {schedule}"
+            steps[name + addition] = ours(replace(trial, layout=replace(trial.layout, schedule=schedule)))
     found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "busy": [], "losses": []} for name in steps}
     for round_ in range(WARM_STEPS + rounds):
         for name in list(steps) if round_ % 2 else list(steps)[::-1]:
@@ -235,7 +237,7 @@ def _case(text: str, trial: Trial) -> Case:
     return Case(
         layout=text if world_size > 1 else "1 rank",
         trial=replace(trial, layout=layout, world_size=world_size, global_seqs=trial.global_seqs * data),
-        schedules=("1f1b", "zero_bubble") if layout.pipeline > 1 else ("1f1b",),
+        schedules=SCHEDULES if layout.pipeline > 1 else SCHEDULES[:1],
         baselines=(TORCH,) if world_size > 1 else alone,
         goal=GOALS[TORCH] if world_size > 1 else GOALS[alone[0]],
     )

@@ -22,9 +22,10 @@ from transformers import LlamaConfig
 from recipes.common.ds_config import load_ds_config
 from recipes.common.engine import Trainer, start_distributed
 from recipes.common.grid import build_grid
+from recipes.common.passes import chunk_count
 from recipes.common.recipe import SCHEDULES, AdamW, Layout
 from recipes.common.stage import build_stage
-from tools.common.console import GOOD, table
+from tools.common.console import GOOD, UsageError, table
 from tools.common.local_ranks import run_ranks
 
 WARM_STEPS = 2
@@ -133,6 +134,10 @@ def add_flags(verbs: Any) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     shape = Shape(**{name: getattr(flags, name) for name in asdict(Shape())})
+    chunks = {schedule: chunk_count(schedule, shape.pipeline) for schedule in SCHEDULES}
+    most = max(chunks, key=chunks.get)
+    if shape.layers < chunks[most]:
+        raise UsageError(f"--layers={shape.layers}: {most} cuts them into {chunks[most]} runs; give as many or more")
     found = measure_schedules(shape)
     if flags.json:
         print(json.dumps({"shape": asdict(shape), "schedules": [asdict(each) for each in found]}))

@@ -6,20 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.common.recipe import Recipe
+from recipes.common.balance import cut_chunks, layer_costs, layers_of_rank
+from recipes.common.passes import FOLDED, Costs, chunk_count, finish_times, plan_passes, rank_of_chunk
 from recipes.common.plans import find_stack
-from recipes.common.stage import balance_stages, layer_costs
+from recipes.common.recipe import Recipe
 from recipes.common.timers import BACKWARD, FORWARD, PARTS, RECOMPUTE, TENSOR, WEIGHTS
 from recipes.common.weights import build_empty
-from recipes.common.zero_bubble import ZeroBubbleSchedule
 from tools.throughput.timings import MESSAGES, Timings
-
-ZERO_BUBBLE = "zero_bubble"
 
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Milliseconds of one micro batch on one stage. `weights` is 0 where a backward pass computes them too."""
+    """Milliseconds of one micro batch on one rank's layers. `weights` is 0 where a backward pass computes them too."""
 
     forward: float
     backward: float
@@ -47,8 +45,8 @@ class Balance:
 
     stage_ms: list[float]
     imbalance: float  # dearest / mean - 1
-    cut: list[tuple[int, int]]  # layers of each stage, as they are
-    better_cut: list[tuple[int, int]]
+    cut: list[list[tuple[int, int]]]  # the runs of layers of each stage, as they are
+    better_cut: list[list[tuple[int, int]]]
     better_stage_ms: list[float]
     saved_share: float  # of the step, by the better cut
 
@@ -69,41 +67,29 @@ def stage_times(timings: Timings) -> list[StageTimes]:
     return found
 
 
-def formula_share(pipeline: int, micro_batches: int, times: StageTimes) -> float:
+def formula_share(pipeline: int, micro_batches: int, times: StageTimes, schedule: str) -> float:
     """Share of the passes' time in which a stage waits, stages being equal.
 
     1F1B: (p - 1) / (m + p - 1) (arXiv 2104.04473, section 2.2.1). Zero bubble: (p - 1)(F + B - W) over m(F + B + W) and itself
-    (arXiv 2401.10241, table 1).
+    (arXiv 2401.10241, table 1). Folded: what its schedule leaves where a stage's two runs of layers are equal.
     """
+    if schedule == FOLDED:
+        return simulate([times] * pipeline, micro_batches, schedule)
     lost = (pipeline - 1) * (times.forward + times.backward - times.weights)
     return max(lost, 0.0) / (micro_batches * times.all + max(lost, 0.0))
 
 
-def simulate(stages: list[StageTimes], micro_batches: int) -> float:
-    """The share by which stages wait, the mean over them, when passes take these times and messages none."""
-    count, split = len(stages), any(stage.weights for stage in stages)
-    orders = []
-    for stage in range(count):
-        passes = ZeroBubbleSchedule(micro_batches, count, stage).passes()  # 1F1B is the same without the weights' passes
-        orders.append([(kind, i) for kind, i in passes if split or kind != "W"])
-    done: dict[tuple[str, int, int], float] = {}
-    clock, at = [0.0] * count, [0] * count
-    while any(at[stage] < len(orders[stage]) for stage in range(count)):
-        for stage in range(count):
-            while at[stage] < len(orders[stage]):
-                kind, i = orders[stage][at[stage]]
-                needs = None
-                if kind == "F" and stage:
-                    needs = ("F", stage - 1, i)
-                elif kind == "B":
-                    needs = ("B", stage + 1, i) if stage + 1 < count else ("F", stage, i)
-                if needs is not None and needs not in done:
-                    break
-                lasts = {"F": stages[stage].forward, "B": stages[stage].backward, "W": stages[stage].weights}[kind]
-                clock[stage] = max(clock[stage], done[needs] if needs else 0.0) + lasts
-                done[kind, stage, i] = clock[stage]
-                at[stage] += 1
-    span = max(clock)
+def simulate(stages: list[StageTimes], micro_batches: int, schedule: str) -> float:
+    """The share by which stages wait, the mean over them, when passes take these times and messages none.
+
+    A folded schedule's two runs of layers on a rank are taken to be half of its time each.
+    """
+    count = len(stages)
+    chunks = chunk_count(schedule, count)
+    owners = [stages[rank_of_chunk(schedule, count, chunk)] for chunk in range(chunks)]
+    share = count / chunks
+    costs = tuple(Costs(share * s.forward, share * s.backward, share * s.weights) for s in owners)
+    span = max(finish_times(plan_passes(schedule, count, micro_batches, costs), costs))
     return 1 - sum(stage.all for stage in stages) * micro_batches / count / span if span else 0.0
 
 
@@ -121,38 +107,44 @@ def find_bubble(timings: Timings) -> Bubble | None:
         span = float(np.median(rank.parts[:, passes + messages].sum(axis=1)))
         measured.append(waited / span if span else 0.0)
         exposed.append(min(rank.transfer_ms, waited) / span if span else 0.0)
-    formula = formula_share(timings.pipeline, timings.micro_batches, mean)
-    imbalance = simulate(stages, timings.micro_batches) - simulate([mean] * len(stages), timings.micro_batches)
+    case = timings.micro_batches, timings.schedule
+    formula = formula_share(timings.pipeline, case[0], mean, case[1])
+    imbalance = simulate(stages, *case) - simulate([mean] * len(stages), *case)
     share, p2p = float(np.mean(measured)), float(np.mean(exposed))
     rest = share - formula - imbalance - p2p
     return Bubble(formula=formula, imbalance=imbalance, exposed_p2p=p2p, warm_up=rest, measured=share)
 
 
 def find_balance(timings: Timings, recipe: Recipe) -> Balance | None:
-    """None without a pipeline. A layer's time is its share, by cost, of its stage's; what the last stage has more is the head."""
+    """None without a pipeline. A layer's time is its share, by cost, of its stage's; what is left is the head's."""
     if timings.pipeline == 1:
         return None
     stages = [stage.all for stage in stage_times(timings)]
     cut = [next(rank.layers for rank in timings.ranks if rank.stage == stage) for stage in range(timings.pipeline)]
     causal = build_empty(recipe.model, recipe.attention)
     costs, _ = layer_costs(causal, find_stack(causal), recipe.batch.seq_len)
-    by_stage = [sum(costs[start:stop]) for start, stop in cut]
-    rate = sum(stages[:-1]) / sum(by_stage[:-1])
-    head = max(stages[-1] - rate * by_stage[-1], 0.0)
+    with_head = rank_of_chunk(timings.schedule, timings.pipeline, chunk_count(timings.schedule, timings.pipeline) - 1)
+
+    def by_stage(layers: list[float], cut: list[list[tuple[int, int]]], head: float) -> list[float]:
+        times = [sum(sum(layers[start:stop]) for start, stop in runs) for runs in cut]
+        return [time + head * (stage == with_head) for stage, time in enumerate(times)]
+
+    shares = by_stage(costs, cut, 0.0)
+    rate = (sum(stages) - stages[with_head]) / (sum(shares) - shares[with_head])
+    head = max(stages[with_head] - rate * shares[with_head], 0.0)
     if not head:
-        rate = sum(stages) / sum(by_stage)
+        rate = sum(stages) / sum(shares)
     layers = [rate * cost for cost in costs]
-    better = balance_stages(layers, head, timings.pipeline)
-    predicted = [sum(layers[run.start : run.stop]) for run in better]
-    predicted[-1] += head
-    current = [rate * cost for cost in by_stage]
-    current[-1] += head
+    chunks = cut_chunks(layers, head, timings.pipeline, timings.schedule)
+    of_rank = [layers_of_rank(chunks, timings.schedule, timings.pipeline, rank) for rank in range(timings.pipeline)]
+    better = [[(run.start, run.stop) for run in runs] for runs in of_rank]
+    current, predicted = by_stage(layers, cut, head), by_stage(layers, better, head)
     saved = max(current) - max(predicted)
     return Balance(
         stage_ms=stages,
         imbalance=max(stages) / float(np.mean(stages)) - 1,
         cut=cut,
-        better_cut=[(run.start, run.stop) for run in better],
+        better_cut=better,
         better_stage_ms=predicted,
         saved_share=saved * timings.micro_batches / timings.step_ms(),
     )

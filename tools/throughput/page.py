@@ -128,8 +128,8 @@ def _bubble(facts: dict[str, Any]) -> str:
         [text, f"{100 * bubble[name]:{'.1f' if name in ('formula', 'measured') else '+.1f'}} %"] for name, text in names.items()
     ]
     stages = [
-        [str(stage), f"{ms:.2f}", f"{start} to {stop - 1}", f"{better[0]} to {better[1] - 1}", f"{better_ms:.2f}"]
-        for stage, (ms, (start, stop), better, better_ms) in enumerate(
+        [str(stage), f"{ms:.2f}", _layers(runs), _layers(better), f"{better_ms:.2f}"]
+        for stage, (ms, runs, better, better_ms) in enumerate(
             zip(balance["stage_ms"], balance["cut"], balance["better_cut"], balance["better_stage_ms"], strict=True)
         )
     ]
@@ -140,6 +140,10 @@ def _bubble(facts: dict[str, Any]) -> str:
     header = ["stage", "ms a micro batch", "layers", "best layers", "ms expected"]
     text = _table(rows, ["share of the passes' time", ""], 1) + _table(stages, header, 1)
     return _section("The pipeline", f"The bubble, and how even the stages are. {verdict}", f'<div class="two">{text}</div>')
+
+
+def _layers(runs: list[tuple[int, int]]) -> str:
+    return ", ".join(f"{start} to {stop - 1}" for start, stop in runs)
 
 
 def _communication(talks: list[dict[str, Any]]) -> str:

@@ -153,6 +153,11 @@ def _talk_table(talks: list[dict[str, Any]]) -> str:
     return f"communication of a rank (times hold the waiting for others)\n{table(rows, header)}{more}" if rows else ""
 
 
+def _layers_text(runs: list[tuple[int, int]]) -> str:
+    """Of one stage."""
+    return " and ".join(f"{start}-{stop - 1}" for start, stop in runs)
+
+
 def _bubble_text(bubble: dict[str, float]) -> str:
     percent = {name: f"{100 * value:+.1f} %" for name, value in bubble.items()}
     return (
@@ -163,8 +168,8 @@ def _bubble_text(bubble: dict[str, float]) -> str:
 
 
 def _balance_text(balance: dict[str, Any]) -> str:
-    def cut(ranges: list[tuple[int, int]]) -> str:
-        return " | ".join(f"{start}-{stop - 1}" for start, stop in ranges)
+    def cut(stages: list[list[tuple[int, int]]]) -> str:
+        return " | ".join(map(_layers_text, stages))
 
     ms = ", ".join(f"{value:.2f}" for value in balance["stage_ms"])
     text = f"stages take {ms} ms a micro batch, the dearest {100 * balance['imbalance']:.1f} % above the mean"

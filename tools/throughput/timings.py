@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class Rank:
     data_rank: int
     tensor_rank: int
     host: str
-    layers: tuple[int, int]
+    layers: list[tuple[int, int]]  # runs of them, start and stop
     last_steps: np.ndarray  # [rows] the step a row ends with
     steps: np.ndarray  # [rows]
     parts: np.ndarray  # [rows, parts] ms a step
@@ -140,7 +141,7 @@ def _rank(timing: RankTiming, layout: Layout, least: dict[tuple, float]) -> Rank
         data_rank=place.data_rank,
         tensor_rank=place.tensor_rank,
         host=start["host"],
-        layers=tuple(start["layers"]),
+        layers=_runs(start["layers"]),
         last_steps=table[:, 0].astype(int),
         steps=table[:, 1],
         parts=table[:, 3:] / table[:, 1:2] / 1e3,
@@ -149,6 +150,11 @@ def _rank(timing: RankTiming, layout: Layout, least: dict[tuple, float]) -> Rank
         talk_steps=timing.talk_steps,
         memory=_with_workspace(timing.memory),
     )
+
+
+def _runs(layers: list[Any]) -> list[tuple[int, int]]:
+    """Of runs from before folded schedules too, which wrote their one run as it is."""
+    return [tuple(layers)] if isinstance(layers[0], int) else [tuple(run) for run in layers]
 
 
 def _with_workspace(memory: dict[str, int]) -> dict[str, int]:
