@@ -33,7 +33,8 @@ from recipes.common.grid import Grid, Mpu
 from recipes.common.loss import IGNORED
 from recipes.common.network import choose_interface, free_port
 from recipes.common.norm_gate import NormGate
-from recipes.common.recipe import AdamW, Optimizer
+from recipes.common.optimizers import build_optimizer
+from recipes.common.recipe import Optimizer
 from recipes.common.runner import Runner
 from recipes.common.stage import Stage
 from recipes.common.timers import BACKWARD, CLOCK, FORWARD, OPTIMIZER, size_of
@@ -159,15 +160,6 @@ def parameter_groups(stage: Stage, optimizer: Optimizer) -> list[dict[str, Any]]
     return [{"params": p, "weight_decay": d} for p, d in zip(groups, decays, strict=True) if p]
 
 
-def build_optimizer(stage: Stage, optimizer: Optimizer, device: torch.device, *, offload: bool) -> torch.optim.Optimizer:
-    """A torch optimizer: DeepSpeed's own would be compiled at start, and torch's fused one is as fast."""
-    groups = parameter_groups(stage, optimizer)
-    if isinstance(optimizer, AdamW):
-        fused = device.type == "cuda" and not offload
-        return torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=fused)
-    return torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum)
-
-
 class Trainer:
     """A stage, its optimizer and DeepSpeed's engine. It holds them together; the loop and the state of a run are elsewhere."""
 
@@ -177,7 +169,7 @@ class Trainer:
         """document_end: the id that ends a document, when attention is to stay inside documents."""
         self.stage, self.grid, self.document_end = stage, grid, document_end
         offload = "offload_optimizer" in ds_config.get("zero_optimization", {})
-        self.optimizer = build_optimizer(stage, optimizer, grid.device, offload=offload)
+        self.optimizer = build_optimizer(parameter_groups(stage, optimizer), optimizer, grid.device, offload=offload)
         with quiet_deepspeed():
             if grid.pipeline > 1:
                 topology = PipeModelDataParallelTopology(num_pp=grid.pipeline, num_mp=grid.tensor, num_dp=grid.data)

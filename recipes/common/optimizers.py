@@ -1,0 +1,67 @@
+"""The optimizers of a recipe, as torch's: DeepSpeed's own would be compiled at start, and torch's fused one is as fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from recipes.common.recipe import AdamW, Optimizer
+
+_UNIT = 16  # elements: the 64 bytes that torch's kernel for CPUs works on at a time
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], optimizer: Optimizer, device: torch.device, *, offload: bool
+) -> torch.optim.Optimizer:
+    """groups: of parameters. offload: the optimizer's states are in host memory."""
+    if not isinstance(optimizer, AdamW):
+        return torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum)
+    kind = torch.optim.AdamW if device.type == "cuda" and not offload else WholeUnitsAdamW
+    return kind(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
+
+
+class WholeUnitsAdamW(torch.optim.AdamW):
+    """torch's fused AdamW for CPUs, to bits that do not depend on where in a flat partition an element lies.
+
+    The kernel rounds the last few elements of a tensor, which do not fill a unit, otherwise than all others. Here they are
+    updated in a unit that is filled up with zeros.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        flat = [t.view(-1) for t in (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
+        whole = flat[0].numel() // _UNIT * _UNIT
+        _fused([t[:whole] for t in flat], state["step"], group)
+        if whole < flat[0].numel():
+            rest = [t[whole:] for t in flat]
+            unit = [torch.zeros(_UNIT, dtype=t.dtype) for t in rest]
+            for filled, part in zip(unit, rest, strict=True):
+                filled[: part.numel()] = part
+            _fused(unit, state["step"], group)
+            for filled, part in zip(unit, rest, strict=True):
+                part.copy_(filled[: part.numel()])
+
+
+def _fused(tensors: list[torch.Tensor], step: torch.Tensor, group: dict[str, Any]) -> None:
+    """tensors: weights, gradients and the two moments."""
+    weights, gradients, first, second = ([t] for t in tensors)
+    if tensors[0].numel():
+        torch._fused_adamw_(
+            weights, gradients, first, second, [], [step],
+            lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
+            eps=group["eps"], amsgrad=False, maximize=False,
+        )  # fmt: skip
