@@ -8,7 +8,7 @@ import torch
 
 from recipes.common.ds_config import precision, zero_stage
 from recipes.common.engine import Trainer, start_distributed
-from recipes.common.grid import Grid, build_grid, one_process
+from recipes.common.grid import Grid, build_grid, coordinates, one_process
 from recipes.common.recipe import AdamW, Layout
 from recipes.common.stage import build_stage
 from tests.tiny import ds_config, tiny_config, tiny_recipe
@@ -78,15 +78,19 @@ def _counts(layout, tied):
     facts = read_model(recipe, ds_config("zero1_bf16.json"))
     built = []
     for index in range(layout.pipeline):
-        place = {"pipeline": layout.pipeline, "pipeline_rank": index, "tensor": layout.tensor}
-        stage = build_stage(recipe.model, Grid(**(vars(one_process()) | place)), seq_len=recipe.batch.seq_len)
+        place = vars(coordinates(index * layout.tensor, layout.pipeline * layout.tensor, layout))
+        grid = Grid(**(vars(one_process()) | place))
+        stage = build_stage(recipe.model, grid, seq_len=recipe.batch.seq_len, schedule=layout.schedule)
         built.append(sum(p.numel() for p in stage.parameters()))
     case = memory_case(facts, Candidate(layout=layout, data=1, micro_seqs=1), find_device("A100-80"))
     return built, [stage.weights / 2 for stage in case.stages]
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("layout", [Layout(), Layout(pipeline=2), Layout(tensor=2), Layout(tensor=2, pipeline=4)])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(pipeline=2), Layout(tensor=2), Layout(tensor=2, pipeline=4), Layout(pipeline=2, schedule="zero_bubble_v")],
+)
 def test_stages_have_the_parameters_that_training_gives_them(layout, tied):
     built, planned = run_ranks(_counts, 1, layout, tied)[0]
     assert planned == pytest.approx(built, rel=2e-3)  # a vocabulary of 131 is padded over two ranks
@@ -96,6 +100,7 @@ def test_stages_keep_as_many_micro_batches_as_1f1b():
     cases = run_ranks(_stages, 1)[0]
     assert [stage.in_flight for stage in cases[0].stages] == [4, 3, 2, 1]
     assert [stage.in_flight for stage in cases[1].stages] == [2, 2, 2, 1]  # there are two micro batches
+    assert [stage.in_flight for stage in cases[3].stages] == [2, 2]  # folded: each as the first
     full, none = (case.stages[0] for case in cases[:0:-1])
     assert full.stored < none.stored / 5 and full.working > none.working
 
@@ -106,7 +111,8 @@ def _stages():
     few = Candidate(layout=Layout(pipeline=4), data=1, micro_seqs=2)
     again = Candidate(layout=Layout(pipeline=4, recompute_every=1), data=1, micro_seqs=2)
     many = Candidate(layout=Layout(pipeline=4), data=1, micro_seqs=1)
-    return [memory_case(facts, candidate, device) for candidate in (many, few, again)]
+    folded = Candidate(layout=Layout(pipeline=2, schedule="zero_bubble_v"), data=1, micro_seqs=1)
+    return [memory_case(facts, candidate, device) for candidate in (many, few, again, folded)]
 
 
 def test_the_allocator_holds_nothing_when_memory_is_short():

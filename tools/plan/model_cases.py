@@ -14,7 +14,8 @@ from recipes.common.ds_config import precision, zero_stage
 from recipes.common.flops import ModelWork, model_work, training_flops
 from recipes.common.plans import PlanError, Stack, find_stack
 from recipes.common.recipe import AdamW, Layout, Recipe
-from recipes.common.balance import balance_stages, layer_costs
+from recipes.common.balance import cut_chunks, layer_costs, layers_of_rank
+from recipes.common.passes import FOLDED, ONE_PASS, chunk_count, rank_of_chunk
 from recipes.common.tensor_parallel import plan_split
 from recipes.common.weights import build_empty
 from tools.common.console import UsageError
@@ -54,19 +55,22 @@ class ModelFacts:
     work: ModelWork
     activations: tuple[LayerBytes, ...]
     splits: dict[int, dict[str, float] | str] = field(default_factory=dict)  # answers of `rank_params`, kept
-    stages: dict[int, list[range]] = field(default_factory=dict)  # answers of `own_layers`, kept
+    stages: dict[tuple[int, str], list[list[int]]] = field(default_factory=dict)  # answers of `own_layers`, kept
 
     @cached_property
     def flops(self) -> float:
         """A token, forward and backward."""
         return training_flops(self.work, self.recipe.batch.seq_len)
 
-    def own_layers(self, pipeline: int) -> list[range]:
-        """The cut that training would choose."""
-        if pipeline not in self.stages:
-            costs, head = layer_costs(self.causal, self.stack, self.recipe.batch.seq_len)
-            self.stages[pipeline] = balance_stages(costs, head, pipeline)
-        return self.stages[pipeline]
+    def own_layers(self, layout: Layout) -> list[list[int]]:
+        """Of every stage, in the cut that training would choose."""
+        pipeline, schedule = layout.pipeline, layout.schedule
+        if (pipeline, schedule) not in self.stages:
+            chunks = cut_chunks(*layer_costs(self.causal, self.stack, self.recipe.batch.seq_len), pipeline, schedule)
+            self.stages[pipeline, schedule] = [
+                [index for run in layers_of_rank(chunks, schedule, pipeline, rank) for index in run] for rank in range(pipeline)
+            ]
+        return self.stages[pipeline, schedule]
 
     def rank_params(self, tensor: int) -> dict[str, float] | str:
         """ "embedding", "head", "norm" or a layer's index as text -> parameters on one tensor rank; or why it cannot be cut."""
@@ -126,10 +130,10 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
     boundary = float(width) * candidate.micro_seqs * recipe.batch.seq_len * facts.work.hidden / shared
     layer_bytes = [candidate.micro_seqs * (layer.whole / shared + layer.cut / layout.tensor) for layer in facts.activations]
     stages = []
-    owned = facts.own_layers(layout.pipeline)
-    for index, own in enumerate(owned):
-        last = index == len(owned) - 1
-        in_flight = min(layout.pipeline - index, micro_batches)
+    for index, own in enumerate(facts.own_layers(layout)):
+        last = index == _head_stage(layout)
+        # a folded schedule fills every rank as 1F1B fills the first
+        in_flight = min(layout.pipeline - (0 if layout.schedule == FOLDED else index), micro_batches)
         params = sum(counts[str(i)] for i in own) + (counts["embedding"] if index == 0 else 0.0)
         params += (counts["norm"] + (counts["head"] if not (facts.stack.tied and index == 0) else 0.0)) if last else 0.0
         layers = [layer_bytes[i] for i in own]
@@ -177,7 +181,8 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
         return np.full(len(candidates), float(value))
 
     tensor, data = column(lambda c: c.layout.tensor), column(lambda c: c.data)
-    stages = [[sum(costs[i] for i in own) / mean for own in facts.own_layers(c.layout.pipeline)] for c in candidates]
+    stages = [[sum(costs[i] for i in own) / mean for own in facts.own_layers(c.layout)] for c in candidates]
+    with_head = [_head_stage(c.layout) for c in candidates]
     params = column(lambda c: _largest_stage(facts, c.layout))
     shared = column(lambda c: c.layout.tensor if c.layout.sequence_parallel else 1.0)
     repeated = column(lambda c: 1.0 / c.layout.recompute_every if c.layout.recompute_every else 0.0)
@@ -195,14 +200,16 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
         pipeline=column(lambda c: c.layout.pipeline),
         micro_batches=column(lambda c: recipe.batch.global_seqs // (c.micro_seqs * c.data)),
         layers=constant(count),
-        layers_dearest=np.array([max(stage[:-1], default=0.0) for stage in stages]),
-        layers_last=np.array([stage[-1] for stage in stages]),
+        layers_dearest=np.array(
+            [max((*s[:head], *s[head + 1 :]), default=0.0) for s, head in zip(stages, with_head, strict=True)]
+        ),
+        layers_last=np.array([s[head] for s, head in zip(stages, with_head, strict=True)]),
         params=params,
         reduce_bytes=constant(_FP32_REDUCE + (0.0 if zero == 3 else _GATHER)),
         gather_bytes=constant(2 * _GATHER if zero == 3 else 0.0),
         updated=params / data if zero else params,
         bubble_share=column(_bubble_share),
-        pipe_share=shared,
+        pipe_share=shared / column(lambda c: 2.0 if c.layout.schedule == FOLDED else 1.0),  # a fold sends everything twice
         peak=constant(device.peak(precision(facts.ds_config))),
         bandwidth=constant(device.bandwidth),
         link=constant(device.link),
@@ -214,16 +221,20 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
 
 def _bubble_share(candidate: Candidate) -> float:
     """ZB-H1 (arXiv 2401.10241): of (p - 1)(F + B + W) it leaves (p - 1)(F + B - W); each is as long as a forward pass, and
-    full recomputation adds one."""
-    if candidate.layout.schedule != "zero_bubble":
+    full recomputation adds one. Folded, a stage's pass is two, and half as much is left (`recipes.common.passes`)."""
+    if candidate.layout.schedule == ONE_PASS:
         return 1.0
     passes = 3.0 + (1.0 / candidate.layout.recompute_every if candidate.layout.recompute_every else 0.0)
-    return (passes - 2.0) / passes
+    return (passes - 2.0) / passes / (2.0 if candidate.layout.schedule == FOLDED else 1.0)
+
+
+def _head_stage(layout: Layout) -> int:
+    return rank_of_chunk(layout.schedule, layout.pipeline, chunk_count(layout.schedule, layout.pipeline) - 1)
 
 
 def _largest_stage(facts: ModelFacts, layout: Layout) -> float:
-    counts, owned = facts.rank_params(layout.tensor), facts.own_layers(layout.pipeline)
-    sizes = [sum(counts[str(i)] for i in own) for own in owned]
+    counts, head = facts.rank_params(layout.tensor), _head_stage(layout)
+    sizes = [sum(counts[str(i)] for i in own) for own in facts.own_layers(layout)]
     sizes[0] += counts["embedding"]
-    sizes[-1] += counts["norm"] + (0.0 if facts.stack.tied and len(owned) == 1 else counts["head"])
+    sizes[head] += counts["norm"] + (0.0 if facts.stack.tied and head == 0 else counts["head"])
     return max(sizes)
