@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 
 from torch import nn
@@ -41,7 +42,13 @@ def attention_cost(causal: PreTrainedModel, seq_len: int) -> float:
 
 def cut_chunks(layers: list[float], head: float, pipeline: int, schedule: str) -> list[range]:
     """The layers of every chunk of a schedule (recipes.common.passes), in the model's order."""
-    return fold_stages(layers, head, pipeline) if schedule == FOLDED else balance_stages(layers, head, pipeline)
+    return list(_cut(tuple(layers), head, pipeline, schedule))
+
+
+@lru_cache  # the planner asks again and again, and a deep model takes a second
+def _cut(layers: tuple[float, ...], head: float, pipeline: int, schedule: str) -> tuple[range, ...]:
+    cut = fold_stages if schedule == FOLDED else balance_stages
+    return tuple(cut(list(layers), head, pipeline))
 
 
 def layers_of_rank(chunks: list[range], schedule: str, pipeline: int, rank: int) -> tuple[range, ...]:

@@ -183,6 +183,7 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
     tensor, data = column(lambda c: c.layout.tensor), column(lambda c: c.data)
     stages = [[sum(costs[i] for i in own) / mean for own in facts.own_layers(c.layout)] for c in candidates]
     with_head = [_head_stage(c.layout) for c in candidates]
+    without_head = [stage[:head] + stage[head + 1 :] for stage, head in zip(stages, with_head, strict=True)]
     params = column(lambda c: _largest_stage(facts, c.layout))
     shared = column(lambda c: c.layout.tensor if c.layout.sequence_parallel else 1.0)
     repeated = column(lambda c: 1.0 / c.layout.recompute_every if c.layout.recompute_every else 0.0)
@@ -200,10 +201,8 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
         pipeline=column(lambda c: c.layout.pipeline),
         micro_batches=column(lambda c: recipe.batch.global_seqs // (c.micro_seqs * c.data)),
         layers=constant(count),
-        layers_dearest=np.array(
-            [max((*s[:head], *s[head + 1 :]), default=0.0) for s, head in zip(stages, with_head, strict=True)]
-        ),
-        layers_last=np.array([s[head] for s, head in zip(stages, with_head, strict=True)]),
+        layers_dearest=np.array([max(others, default=0.0) for others in without_head]),
+        layers_last=np.array([stage[head] for stage, head in zip(stages, with_head, strict=True)]),
         params=params,
         reduce_bytes=constant(_FP32_REDUCE + (0.0 if zero == 3 else _GATHER)),
         gather_bytes=constant(2 * _GATHER if zero == 3 else 0.0),
