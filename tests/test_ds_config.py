@@ -82,7 +82,6 @@ def test_deepspeed_takes_the_merged_dict(name: str, optimizer) -> None:
     assert json.loads(json.dumps(merged)) == merged
     assert (merged["train_batch_size"], merged["train_micro_batch_size_per_gpu"]) == (24, 2)
     assert merged["gradient_accumulation_steps"] == sizes.accumulation == 6
-    assert merged["zero_allow_untested_optimizer"]
     # DeepSpeedConfig sees a world of 1 without process groups
     parsed = DeepSpeedConfig(merged | {"train_batch_size": 12})
     assert parsed.gradient_clipping == optimizer.clip

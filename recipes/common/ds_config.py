@@ -80,7 +80,6 @@ def merge_ds_config(config: dict[str, Any], recipe: Recipe, sizes: Sizes, accumu
     merged["train_batch_size"] = micro_seqs * accumulation * sizes.data
     merged["gradient_clipping"] = float(recipe.optimizer.clip)  # always written: DeepSpeed's default is 1.0, not off
     merged["steps_per_print"] = NEVER_PRINT
-    merged["zero_allow_untested_optimizer"] = True  # DeepSpeed lists classes of its own and Adam; tests/ hold ours to plain torch
     return merged
 
 

@@ -190,7 +190,6 @@ def engine_config(trial: Trial) -> dict[str, Any]:
         "gradient_accumulation_steps": trial.global_seqs // (trial.micro_seqs * trial.data),
         "gradient_clipping": trial.optimizer.clip,
         "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
     }
 
 

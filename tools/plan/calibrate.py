@@ -112,7 +112,6 @@ def measure(recipe: Recipe, candidate: Candidate, kind: str, steps: int) -> dict
         **sizes,
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
     }
     trainer = Trainer(stage, grid, recipe.optimizer, config)
     ids = torch.randint(facts.work.vocab, (micro_batches, candidate.micro_seqs, batch.seq_len + 1))
