@@ -71,7 +71,6 @@ class Row:
     seconds: float | None = None
     memory: float | None = None  # bytes
     out_of_memory: bool = False
-    assumed: bool = False  # its micro batch or its shape is not stated
     disputed: bool = False  # its time and its TFLOP/s disagree by over a quarter: a figure of the row is wrong
 
     @property
@@ -197,8 +196,7 @@ def _published_row(path: Path, line: int, record: dict[str, str]) -> Row | None:
         pipeline=int(values["pp"]), data=data, global_seqs=int(values["global_batch"] or data * micro),
         micro_seqs=1 if torchtitan and values["pp"] > 1 else micro,  # its column is the batch of a data rank
         recompute=_recompute(record["recompute"]), device=device, precision=[*named, "fp16"][0], sequence_share=cp,
-        chunks=chunks, assumed=not (values["micro_batch"] and values["layers"] and values["hidden"]),
-        sharded=sharded or torchtitan, overlapped=sharded or torchtitan or core,
+        chunks=chunks, sharded=sharded or torchtitan, overlapped=sharded or torchtitan or core,
         sequence_parallel=torchtitan or core or "sequence-parallel" in record["recompute"],
         arithmetic="activations" in note, zero_stage=int(zero[1]) if zero else 0,
         embedding_balanced="embed-balanced" in model or (source.startswith(_ENDS_COUNT) and (layers + 2) % values["pp"] == 0),
