@@ -187,6 +187,8 @@ def _published_row(path: Path, line: int, record: dict[str, str]) -> Row | None:
     tags = [tag for tag in ("zero-3", "fp8", "nvfp4", "mxfp8", "fp16", "bf16") if tag in words]
     if source.startswith(_JEAN_ZAY) and device.name.startswith("A100"):
         device = replace(device, network=_JEAN_ZAY_NETWORK)
+    ends_count = bool(re.search("embed-balanced|counted as a pp block", words))
+    ends_count |= source.startswith(_ENDS_COUNT) and (layers + 2) % values["pp"] == 0
     core, torchtitan = source.startswith(_MEGATRON_CORE), source.startswith("pytorch/torchtitan ")
     row = Row(
         table=" ".join([_short(source), device.name, *tags[:1]]), label=f"{path.name}:{line} {model}",
@@ -199,7 +201,7 @@ def _published_row(path: Path, line: int, record: dict[str, str]) -> Row | None:
         chunks=chunks, sharded=sharded or torchtitan, overlapped=sharded or torchtitan or core,
         sequence_parallel=torchtitan or core or "sequence-parallel" in record["recompute"],
         arithmetic="activations" in note, zero_stage=int(zero[1]) if zero else 0,
-        embedding_balanced="embed-balanced" in model or (source.startswith(_ENDS_COUNT) and (layers + 2) % values["pp"] == 0),
+        embedding_balanced=ends_count,
         flash=source.startswith(_FLASH),
         memory=values["mem_gb"] * GIB if values["mem_gb"] and layers and hidden and values["layers"] else None,
         out_of_memory=bool(re.match(r"OOM\b", note)),
