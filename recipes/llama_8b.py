@@ -3,7 +3,7 @@
     bash launch/local.sh recipes/llama_8b.py --out-dir /ckpt/llama_8b            # one machine with 8 GPUs
     python recipes/llama_8b.py --dry-run --world-size 512                        # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 71 GiB, MFU 40%, 189 days; 64 GPUs 61 GiB, MFU 39%, 24 days;
+Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 71 GiB, MFU 40%, 188 days; 64 GPUs 61 GiB, MFU 39%, 24 days;
 512 GPUs 59 GiB, MFU 33%, 3.6 days.
 
 Where the numbers come from: shape, vocabulary and rotary base from Llama 3's published config; peak learning rate 3e-4, 8000

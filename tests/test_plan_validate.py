@@ -14,7 +14,7 @@ import pytest
 from tests.small_runs import call
 from tools.plan.fitting import fit_map, held_out
 from tools.plan.table_cases import time_cases
-from tools.plan.tables import read_rows
+from tools.plan.tables import read_rows, recomputed
 from tools.plan.time_model import FIRST_PRINCIPLES, PRIOR, TERMS, fit_time, step_parts, step_seconds
 
 HERE = Path(__file__).parent
@@ -132,8 +132,8 @@ def test_a_table_that_could_not_run_otherwise_recomputes(tmp_path):
     row = "64,512,64,3072,32,30,2048,8,8,1,9838.9"
     path = tmp_path / "rows.csv"
     path.write_text("\n".join([*VTRAIN.read_text().splitlines()[:4], row]))
-    assert {row.recompute for row in read_rows(path)[0]} == {"full"}
-    assert {row.recompute for row in read_rows(VTRAIN)[0]} == {"none"}
+    assert {row.recompute for row in recomputed(read_rows(path)[0])} == {"full"}
+    assert {row.recompute for row in recomputed(read_rows(VTRAIN)[0])} == {"unsaid"}
 
 
 def test_an_exchange_behind_compute_costs_what_stands_out():

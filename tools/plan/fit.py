@@ -17,7 +17,7 @@ from tools.common.console import GOOD, UsageError, table
 from tools.plan import memory_model, table_cases, time_model
 from tools.plan.coefficients import Coefficients, write_coefficients
 from tools.plan.fitting import held_out
-from tools.plan.tables import Row, read_rows
+from tools.plan.tables import Row, read_rows, recomputed
 from tools.plan.validate import FOLDS, PUBLISHED_EFFECT
 
 HALF = ("fp16", "bf16")
@@ -25,7 +25,7 @@ DEVICE_ROWS = 10  # a GPU with fewer rows has no factor of its own
 
 
 def run(flags: argparse.Namespace) -> int:
-    rows = {path: read_rows(path)[0] for path in flags.csv}
+    rows = {path: recomputed(read_rows(path)[0]) for path in flags.csv}
     timed = [row for of in rows.values() for row in of if row.seconds and row.precision in HALF]
     weighed = [row for of in rows.values() for row in of if row.memory and not row.arithmetic]
     if len(timed) < FOLDS or len(weighed) < FOLDS:

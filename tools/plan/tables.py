@@ -56,7 +56,7 @@ class Row:
     data: int
     global_seqs: int
     micro_seqs: int
-    recompute: str  # "none", "selective" or "full"
+    recompute: str  # "none", "selective" or "full"; "unsaid" in vTrain's tables: see `recomputed`
     device: Device
     precision: str
     sequence_share: int = 1  # ranks that share one sequence (context parallelism)
@@ -111,7 +111,7 @@ def read_rows(path: Path) -> tuple[list[Row], int]:
         raise UsageError(f"{path}: cannot be read ({error})") from error
     columns = set(records[0]) if records else set()
     if columns >= _VTRAIN:
-        return _recomputed([_vtrain_row(path, number, record) for number, record in enumerate(records, start=2)]), 0
+        return [_vtrain_row(path, number, record) for number, record in enumerate(records, start=2)], 0
     if columns >= _PUBLISHED:
         found = [_published_row(path, number, record) for number, record in enumerate(records, start=2)]
         rows = [row for row in found if row is not None]
@@ -151,14 +151,14 @@ def _vtrain_row(path: Path, line: int, record: dict[str, str]) -> Row:
         params=12.0 * layers * hidden**2 + VTRAIN_VOCAB * hidden, seq_len=int(values["sequence length"]), vocab=VTRAIN_VOCAB,
         gpus=int(values["# GPUs"]), tensor=int(values["tensor parallelism"]), pipeline=int(values["pipeline parallelism"]),
         data=int(values["data parallelism"]), global_seqs=int(values["global batch"]), micro_seqs=int(values["micro batch"]),
-        recompute="none", device=find_device(PEAK_DEVICE), precision="fp16", seconds=values["iteration time (ms)"] / 1e3,
+        recompute="unsaid", device=find_device(PEAK_DEVICE), precision="fp16", seconds=values["iteration time (ms)"] / 1e3,
     )  # fmt: skip
 
 
-def _recomputed(rows: list[Row]) -> list[Row]:
-    """vTrain's tables do not say whether layers were recomputed. Where the first stage of some row would keep more than a GPU has
-    if they were not, the table's software did: so on many nodes, where most rows could not have run otherwise; not on one."""
-    if any(row.stored_whole > row.device.memory for row in rows):
+def recomputed(rows: list[Row]) -> list[Row]:
+    """vTrain's tables do not say whether layers were recomputed, and a fit of one table alone puts that into efficiencies. Among
+    other tables it counts: where the first stage of some row would keep more than a GPU has, the table's software recomputed."""
+    if any(row.recompute == "unsaid" and row.stored_whole > row.device.memory for row in rows):
         return [replace(row, recompute="full") for row in rows]
     return rows
 

@@ -16,9 +16,9 @@ from tools.plan.fitting import distinct, fit_map
 
 # name -> (value by first principles, width: how far a fit may move it, as the standard deviation of its logarithm)
 TERMS: dict[str, tuple[float, float]] = {
-    "gemm": (0.8, 0.2),  # share of the peak that a wide and long matrix product reaches
+    "gemm": (0.75, 0.2),  # share of the peak that a wide and long matrix product reaches
     "narrow": (200.0, 1.0),  # columns a tensor rank holds at which that share has halved: a product starts and ends partly idle
-    "short": (400.0, 1.0),  # tokens of a micro batch at which it has halved
+    "short": (200.0, 0.7),  # tokens of a micro batch at which it has halved
     "attention": (0.4, 0.3),  # share of the peak in attention's products
     "misaligned": (1.2, 0.2),  # x a layer's time where a head's width is no multiple of 8: matrix units want that
     "head": (0.65, 0.3),  # share of the peak in the vocabulary's product
