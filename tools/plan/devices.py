@@ -29,7 +29,7 @@ class Device:
     source: str
 
     def peak(self, precision: str) -> float:
-        """FLOP/s in "bf16", "fp16", "fp32" or "fp8". Raises UsageError where the GPU lacks the precision."""
+        """FLOP/s in "bf16", "fp16", "fp32", "fp8" or "fp4". Raises UsageError where the GPU lacks the precision."""
         if precision not in self.peaks:
             raise UsageError(f"--gpu-type={self.name}: it has no {precision} matrix units; it knows {', '.join(self.peaks)}")
         return self.peaks[precision] * TERA
@@ -37,9 +37,10 @@ class Device:
 
 def _device(
     name: str, source: str, *, half: float, fp32: float, gib: float, gbs: float, link: float, network: float, watts: float,
-    price: float, fp8: float | None = None, bf16: bool = True, node: int = 8,
+    price: float, fp8: float | None = None, fp4: float | None = None, bf16: bool = True, node: int = 8,
 ) -> Device:  # fmt: skip
-    peaks = {"fp16": half, "fp32": fp32} | ({"bf16": half} if bf16 else {}) | ({"fp8": fp8} if fp8 else {})
+    known = {"fp16": half, "bf16": half if bf16 else None, "fp32": fp32, "fp8": fp8, "fp4": fp4}
+    peaks = {precision: peak for precision, peak in known.items() if peak}
     return Device(
         name=name, peaks=peaks, memory=gib * GIB, bandwidth=gbs * GIGA, link=link * GIGA, network=network * GIGA, node=node,
         watts=watts, price=price, source=source,
@@ -65,11 +66,11 @@ DEVICES = (
     _device("H200", "NVIDIA H200 SXM data sheet", half=989, fp32=67, gib=140.4, gbs=4800, link=450, network=50,
             watts=700, price=3.5, fp8=1979),
     _device("B200", "NVIDIA DGX B200 data sheet", half=2250, fp32=75, gib=179.0, gbs=8000, link=900, network=50,
-            watts=1000, price=5.0, fp8=4500),
+            watts=1000, price=5.0, fp8=4500, fp4=9000),
     _device("GB200", "NVIDIA GB200 NVL72 data sheet", half=2500, fp32=80, gib=184.0, gbs=8000, link=900, network=50,
-            watts=1200, price=6.0, fp8=5000, node=72),
+            watts=1200, price=6.0, fp8=5000, fp4=10000, node=72),
     _device("GB300", "NVIDIA GB300 NVL72 data sheet", half=2500, fp32=80, gib=277.0, gbs=8000, link=900, network=100,
-            watts=1400, price=7.0, fp8=5000, node=72),
+            watts=1400, price=7.0, fp8=5000, fp4=15000, node=72),
     _device("MI250X", "AMD MI250X data sheet (the whole module, two dies)", half=383, fp32=47.9, gib=128.0, gbs=3277, link=200,
             network=25, watts=560, price=1.5, node=4),
     _device("MI300X", "AMD MI300X data sheet", half=1307, fp32=163, gib=192.0, gbs=5300, link=448, network=50,

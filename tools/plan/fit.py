@@ -1,8 +1,7 @@
 """`fit CSV... --out FILE`: the terms' values from published tables, for layouts that nobody has measured.
 
-Rows in 16 bits. Times of FSDP and ZeRO 3 stay out: they hide their communication behind compute, which a pipeline's step does
-not; so do times whose micro batch or shape is a guess, and memory that is arithmetic. A table has a factor of its own on a
-layer's time (its software), a GPU of many rows the mean of its tables'. Spreads are of rows held out.
+Rows in 16 bits; memory that is arithmetic stays out. A table has a factor of its own on a layer's time (its software), a GPU of
+many rows the mean of its tables'. Spreads are of rows held out.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from tools.common.console import GOOD, UsageError, table
 from tools.plan import memory_model, table_cases, time_model
 from tools.plan.coefficients import Coefficients, write_coefficients
 from tools.plan.fitting import held_out
-from tools.plan.tables import Row, read_rows
+from tools.plan.tables import Row, read_rows, recomputed
 from tools.plan.validate import FOLDS, PUBLISHED_EFFECT
 
 HALF = ("fp16", "bf16")
@@ -26,10 +25,8 @@ DEVICE_ROWS = 10  # a GPU with fewer rows has no factor of its own
 
 
 def run(flags: argparse.Namespace) -> int:
-    rows = {path: read_rows(path)[0] for path in flags.csv}
-    timed = [
-        row for of in rows.values() for row in of if row.seconds and row.precision in HALF and not (row.sharded or row.assumed)
-    ]
+    rows = {path: recomputed(read_rows(path)[0]) for path in flags.csv}
+    timed = [row for of in rows.values() for row in of if row.seconds and row.precision in HALF]
     weighed = [row for of in rows.values() for row in of if row.memory and not row.arithmetic]
     if len(timed) < FOLDS or len(weighed) < FOLDS:
         raise UsageError(f"fit: needs {FOLDS} rows with times and as many with memory; found {len(timed)} and {len(weighed)}")

@@ -207,9 +207,11 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
         reduce_bytes=constant(_FP32_REDUCE + (0.0 if zero == 3 else _GATHER)),
         gather_bytes=constant(2 * _GATHER if zero == 3 else 0.0),
         updated=params / data if zero else params,
+        overlapped=constant(zero == 3),
         bubble_share=column(_bubble_share),
         pipe_share=shared / column(lambda c: 2.0 if c.layout.schedule == FOLDED else 1.0),  # a fold sends everything twice
         peak=constant(device.peak(precision(facts.ds_config))),
+        peak_half=constant(device.peak(precision(facts.ds_config))),
         bandwidth=constant(device.bandwidth),
         link=constant(device.link),
         network=constant(device.network),

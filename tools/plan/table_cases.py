@@ -32,14 +32,14 @@ def time_cases(rows: Sequence[Row], *, by_table: bool = False) -> Cases:
     flash, sharded = each("flash") > 0, each("sharded") > 0
     vocab_params = each("vocab") * hidden
     params = (layers * layer_params / pipeline + vocab_params) / tensor
-    stage_layers = layers / pipeline
+    stages = [_stage_layers(row) for row in rows]
     return Cases(
         tokens=each("micro_seqs") * seq_len / each("sequence_share"),
         hidden=hidden,
         matrices=layer_params,
         scores=2.0 * hidden * seq_len * np.where(flash, 0.5, 1.0),
         misaligned=(hidden % heads + hidden // heads % 8 > 0) * 1.0,
-        traffic=TRAFFIC_PER_SAVED * hidden * (10.0 + 24.0 / tensor)
+        traffic=TRAFFIC_PER_SAVED * hidden * (10.0 / np.where(each("sequence_parallel") > 0, tensor, 1.0) + 24.0 / tensor)
         + np.where(flash, 0.0, heads * seq_len * SCORE_BYTES / tensor),
         head=vocab_params,
         passes=each("passes"),
@@ -48,21 +48,31 @@ def time_cases(rows: Sequence[Row], *, by_table: bool = False) -> Cases:
         pipeline=pipeline,
         micro_batches=each("micro_batches"),
         layers=layers,
-        layers_dearest=stage_layers,
-        layers_last=stage_layers,
+        layers_dearest=column([max(of[:-1], default=0) for of in stages]),
+        layers_last=column([of[-1] for of in stages]),
         params=params,
         reduce_bytes=np.where(sharded, 2.0, 4.0),
-        gather_bytes=np.where(sharded, 4.0, 0.0),
-        updated=np.where(sharded | (each("zero_stage") > 0), params / data, params),
+        gather_bytes=column([2.0 * _gathers(row) for row in rows]),
+        updated=np.where((each("overlapped") > 0) | (each("zero_stage") > 0), params / data, params),
+        overlapped=each("overlapped"),
         bubble_share=1.0 / each("chunks"),
         pipe_share=tensor,
         peak=peak,
+        peak_half=column([row.device.peak("fp16") for row in rows]),
         bandwidth=column([row.device.bandwidth for row in rows]),
         link=column([row.device.link for row in rows]),
         network=column([row.device.network for row in rows]),
         node=column([row.device.node for row in rows]),
         keys=[(row.table,) if by_table else (row.hidden, row.heads, row.seq_len, row.tensor, row.micro_seqs) for row in rows],
     )
+
+
+def _gathers(row: Row) -> int:
+    """How often a micro batch gathers a layer's sharded weights. FSDP recomputes a layer while it has it for its backward pass;
+    ZeRO 3 lets go of it in between."""
+    if not row.sharded:
+        return 0
+    return 3 if row.zero_stage == 3 and row.recompute == "full" else 2
 
 
 def memory_case(row: Row) -> MemoryCase:

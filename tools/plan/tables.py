@@ -1,7 +1,8 @@
 """Published measurements, read: the columns of `published_runs.csv` (facts with their sources) and of vTrain's tables.
 
 What a row does not say is filled in by rules stated here, the same for every row: layers and hidden size of a GPT known by its
-parameter count are GPT-3's (arXiv 2005.14165, table 2.1); data ranks are GPUs / (tensor x pipeline).
+parameter count are GPT-3's (arXiv 2005.14165, table 2.1); data ranks are GPUs / (tensor x pipeline x context), also where a row
+says otherwise. Some facts are of a source, not of a row: which links its machine had, and what its software does.
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ _PUBLISHED = {"source", "model", "params_B", "gpus", "gpu_type", "tp", "pp", "me
 _NUMBERS = ("params_B", "layers", "hidden", "heads", "seq", "vocab", "gpus", "tp", "pp", "dp", "global_batch", "micro_batch",
             "tflops_per_gpu", "step_time_s", "mem_gb")  # fmt: skip
 _FLASH = ("pytorch/torchtitan", "mosaicml/", "NVIDIA-NeMo/", "NVIDIA/Megatron-LM README images/model_table", "glennklockwood")
+# Megatron-Core: sequence parallelism, a sharded optimizer, and gradients and weights exchanged behind compute (its README)
+_MEGATRON_CORE = ("NVIDIA-NeMo/", "NVIDIA/Megatron-LM README images/model_table")
+_INTERLEAVED = ("glennklockwood.com/garden/llama-3.1",)  # arXiv 2407.21783, 3.3.2; it does not say how finely: a layer a chunk
+# embedding and head count as a layer each where that makes stages even: arXiv 2407.21783, 3.3.2; Megatron Bridge's recipes
+_ENDS_COUNT = ("NVIDIA-NeMo/", *_INTERLEAVED)
+_JEAN_ZAY = ("bigscience-workshop/",)
+_JEAN_ZAY_NETWORK = 6.25e9  # bytes/s: eight A100 share four links of 100 Gb/s (huggingface.co/blog/bloom-megatron-deepspeed)
 _GPU = re.compile(r"(?:DGX-)?([a-z]+\d+[a-z]?)(?![a-z0-9])", re.IGNORECASE)
 
 
@@ -48,7 +56,7 @@ class Row:
     data: int
     global_seqs: int
     micro_seqs: int
-    recompute: str  # "none", "selective" or "full"
+    recompute: str  # "none", "selective" or "full"; "unsaid" in vTrain's tables: see `recomputed`
     device: Device
     precision: str
     sequence_share: int = 1  # ranks that share one sequence (context parallelism)
@@ -56,13 +64,13 @@ class Row:
     sharded: bool = False  # FSDP or ZeRO 3
     sequence_parallel: bool = False
     arithmetic: bool = False  # its memory is a sum that the authors did on paper, not a measurement
+    overlapped: bool = False  # what its data ranks exchange hides behind compute; optimizer states are sharded
     zero_stage: int = 0
     embedding_balanced: bool = False
     flash: bool = False
     seconds: float | None = None
     memory: float | None = None  # bytes
     out_of_memory: bool = False
-    assumed: bool = False  # its micro batch or its shape is not stated
     disputed: bool = False  # its time and its TFLOP/s disagree by over a quarter: a figure of the row is wrong
 
     @property
@@ -73,6 +81,13 @@ class Row:
     def passes(self) -> int:
         """Forward passes' worth of work a layer does in a step."""
         return 4 if self.recompute == "full" else 3
+
+    @property
+    def stored_whole(self) -> float:
+        """Bytes of activations that the first stage of 1F1B keeps where nothing is recomputed (arXiv 2205.05198)."""
+        in_flight = min(self.pipeline, self.micro_batches) * self.layers / self.pipeline
+        layer = self.hidden * (10.0 + 24.0 / self.tensor) + 5.0 * self.heads * self.seq_len / self.tensor
+        return in_flight * self.micro_seqs * self.seq_len * layer
 
     @property
     def layer_params(self) -> float:
@@ -136,13 +151,21 @@ def _vtrain_row(path: Path, line: int, record: dict[str, str]) -> Row:
         params=12.0 * layers * hidden**2 + VTRAIN_VOCAB * hidden, seq_len=int(values["sequence length"]), vocab=VTRAIN_VOCAB,
         gpus=int(values["# GPUs"]), tensor=int(values["tensor parallelism"]), pipeline=int(values["pipeline parallelism"]),
         data=int(values["data parallelism"]), global_seqs=int(values["global batch"]), micro_seqs=int(values["micro batch"]),
-        recompute="none", device=find_device(PEAK_DEVICE), precision="fp16", seconds=values["iteration time (ms)"] / 1e3,
+        recompute="unsaid", device=find_device(PEAK_DEVICE), precision="fp16", seconds=values["iteration time (ms)"] / 1e3,
     )  # fmt: skip
+
+
+def recomputed(rows: list[Row]) -> list[Row]:
+    """vTrain's tables do not say whether layers were recomputed, and a fit of one table alone puts that into efficiencies. Among
+    other tables it counts: where the first stage of some row would keep more than a GPU has, the table's software recomputed."""
+    if any(row.recompute == "unsaid" and row.stored_whole > row.device.memory for row in rows):
+        return [replace(row, recompute="full") for row in rows]
+    return rows
 
 
 def _published_row(path: Path, line: int, record: dict[str, str]) -> Row | None:
     values = {name: _positive(record.get(name)) for name in _NUMBERS}
-    note, model = record["memory_note"], record["model"]
+    note, model, source = record["memory_note"], record["model"], record["source"]
     device = _device(record["gpu_type"])
     if device is None or not (values["params_B"] and values["gpus"] and values["tp"] and values["pp"] and values["seq"]):
         return None
@@ -153,33 +176,41 @@ def _published_row(path: Path, line: int, record: dict[str, str]) -> Row | None:
             return None
         layers, hidden = GPT3_SHAPES[nearest]
     words = f"{model} {note}".lower()
-    precision = "fp8" if re.search(r"fp8|nvfp4", words) and "fp8" in device.peaks else "fp16"
+    named = [kind for kind in ("fp4", "fp8") if kind in words and kind in device.peaks]
     cp = int((re.search(r"cp=(\d+)", words) or [0, "1"])[1])
-    chunks = int((re.search(r"vp=(\d+)", words) or [0, "1"])[1])
-    sharded = bool(re.search(r"fsdp|full_shard|shard_grad_op|zero-3", words)) and "fsdp=0" not in words
+    finest = layers // values["pp"] if source.startswith(_INTERLEAVED) else 1
+    chunks = int((re.search(r"vp=(\d+)", words) or [0, finest])[1])
+    sharded = bool(re.search(r"fsdp(?!=)|fsdp=[1-9]|full_shard|shard_grad_op|zero-3", words))
     zero = re.search(r"zero-(\d)", words)
-    data = int(values["dp"] or values["gpus"] // (values["tp"] * values["pp"] * cp) or 1)
+    data = int(values["gpus"] // (values["tp"] * values["pp"] * cp) or 1)
     micro = int(values["micro_batch"] or 1)
-    tags = [tag for tag in ("fp8", "nvfp4", "mxfp8", "fp16", "bf16") if tag in words]
-    torchtitan = record["source"].startswith("pytorch/torchtitan ")
-    source = re.split(r"[@\[;(,]| as ", record["source"])[0].strip()
+    tags = [tag for tag in ("zero-3", "fp8", "nvfp4", "mxfp8", "fp16", "bf16") if tag in words]
+    if source.startswith(_JEAN_ZAY) and device.name.startswith("A100"):
+        device = replace(device, network=_JEAN_ZAY_NETWORK)
+    ends_count = bool(re.search("embed-balanced|counted as a pp block", words))
+    ends_count |= source.startswith(_ENDS_COUNT) and (layers + 2) % values["pp"] == 0
+    core, torchtitan = source.startswith(_MEGATRON_CORE), source.startswith("pytorch/torchtitan ")
     row = Row(
-        table=" ".join([source.split("/")[-1], device.name, *tags[:1]]), label=f"{path.name}:{line} {model}",
+        table=" ".join([_short(source), device.name, *tags[:1]]), label=f"{path.name}:{line} {model}",
         params=values["params_B"] * 1e9, layers=int(layers), hidden=int(hidden),
         heads=int(values["heads"] or max(hidden // 128, 1)), seq_len=int(values["seq"]),
         vocab=int(values["vocab"] or 50432), gpus=int(values["gpus"]), tensor=int(values["tp"]),
         pipeline=int(values["pp"]), data=data, global_seqs=int(values["global_batch"] or data * micro),
         micro_seqs=1 if torchtitan and values["pp"] > 1 else micro,  # its column is the batch of a data rank
-        recompute=_recompute(record["recompute"]), device=device, precision=precision, sequence_share=cp,
-        chunks=chunks, assumed=not (values["micro_batch"] and values["layers"] and values["hidden"]),
-        sharded=sharded or torchtitan,
-        sequence_parallel=torchtitan or "sequence-parallel" in record["recompute"],
+        recompute=_recompute(record["recompute"]), device=device, precision=[*named, "fp16"][0], sequence_share=cp,
+        chunks=chunks, sharded=sharded or torchtitan, overlapped=sharded or torchtitan or core,
+        sequence_parallel=torchtitan or core or "sequence-parallel" in record["recompute"],
         arithmetic="activations" in note, zero_stage=int(zero[1]) if zero else 0,
-        embedding_balanced="embed-balanced" in model, flash=record["source"].startswith(_FLASH),
+        embedding_balanced=ends_count,
+        flash=source.startswith(_FLASH),
         memory=values["mem_gb"] * GIB if values["mem_gb"] and layers and hidden and values["layers"] else None,
         out_of_memory=bool(re.match(r"OOM\b", note)),
     )  # fmt: skip
     return _with_seconds(row, values, note)
+
+
+def _short(source: str) -> str:
+    return re.split(r"[@\[;(,]| as ", source)[0].strip().split("/")[-1]
 
 
 def _recompute(text: str) -> str:

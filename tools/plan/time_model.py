@@ -2,8 +2,8 @@
 
 A layer's pass is the larger (smoothly) of what the GPU computes (matrix products, attention, memory traffic) and what the host
 needs to launch it, plus its tensor-parallel all-reduces. A step is 1F1B: the dearest stage for every micro batch, once
-every stage to fill and drain the pipeline, then the gradients' reduction, the optimizer, and a constant.
-Efficiencies are dimensionless, so that one fitted on one GPU serves another.
+every stage to fill and drain the pipeline, then the gradients' reduction (behind compute where the software hides it: their
+smooth maximum), the optimizer, and a constant. Efficiencies are dimensionless, so that one fitted on one GPU serves another.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from tools.plan.fitting import distinct, fit_map
 
 # name -> (value by first principles, width: how far a fit may move it, as the standard deviation of its logarithm)
 TERMS: dict[str, tuple[float, float]] = {
-    "gemm": (0.65, 0.2),  # share of the peak that a wide matrix product reaches
-    "narrow": (200.0, 1.0),  # columns a tensor rank holds at which that share has halved
+    "gemm": (0.75, 0.2),  # share of the peak that a wide and long matrix product reaches
+    "narrow": (200.0, 1.0),  # columns a tensor rank holds at which that share has halved: a product starts and ends partly idle
+    "short": (200.0, 0.7),  # tokens of a micro batch at which it has halved
     "attention": (0.4, 0.3),  # share of the peak in attention's products
     "misaligned": (1.2, 0.2),  # x a layer's time where a head's width is no multiple of 8: matrix units want that
     "head": (0.65, 0.3),  # share of the peak in the vocabulary's product
-    "memory": (0.7, 0.3),  # share of memory bandwidth in everything elementwise
+    "memory": (0.6, 0.3),  # share of memory bandwidth in everything elementwise
     "launch_seconds": (1e-3, 1.0),  # host time to launch one layer's forward and backward pass
     "launch_tensor_seconds": (3e-4, 1.0),  # and more with tensor parallelism
     "blend": (3.0, 0.5),  # exponent of the smooth maximum of GPU and host time
@@ -32,6 +33,7 @@ TERMS: dict[str, tuple[float, float]] = {
     "pipe_rate": (0.8, 0.7),  # share of link or network between stages
     "data_link": (0.5, 0.5),
     "data_network": (0.8, 0.5),  # share of the network of a group's ranks in one node
+    "shard_network": (1.0, 1.0),  # share of one GPU's network, ZeRO 3 and FSDP: many short exchanges over all ranks
     "optimizer": (1.0, 1.0),  # x 20 bytes a parameter at memory bandwidth
     "constant_seconds": (5e-3, 1.0),
 }
@@ -39,6 +41,7 @@ PRIOR = np.array([value for value, _ in TERMS.values()])
 WIDTHS = np.array([width for _, width in TERMS.values()])
 EFFECT_WIDTH = 0.1  # how far kernels for one shape of layer differ from the terms: chosen by the GPU's libraries, not by us
 NOISE = 0.05
+OVERLAP = 3.0  # exponent of the smooth maximum of compute and of an exchange that hides behind it
 _KEYS = "keys"
 
 
@@ -65,9 +68,11 @@ class Cases:
     reduce_bytes: np.ndarray  # a parameter of the rank, that the data ranks exchange a step
     gather_bytes: np.ndarray  # a parameter of the rank, gathered every micro batch (ZeRO 3)
     updated: np.ndarray  # parameters whose optimizer states this rank updates
+    overlapped: np.ndarray  # whether what the data ranks exchange hides behind compute
     bubble_share: np.ndarray  # of 1F1B's bubble that the schedule leaves
     pipe_share: np.ndarray  # tensor ranks that share sending one activation (Megatron scatters it, we do not)
-    peak: np.ndarray  # FLOP/s
+    peak: np.ndarray  # FLOP/s of the layers' matrices
+    peak_half: np.ndarray  # FLOP/s of attention and head, which stay in 16 bits where the layers' matrices have 8
     bandwidth: np.ndarray
     link: np.ndarray
     network: np.ndarray
@@ -97,10 +102,12 @@ def step_parts(terms: np.ndarray, c: Cases, effects: np.ndarray | float = 1.0) -
     parts["bubble"] = np.maximum(c.layers * layer + rest - dearest, 0.0) * c.bubble_share
     # a ring over nodes goes through the network adapter of each of its ranks in a node
     adapters = np.minimum(c.data, np.maximum(c.node / c.tensor, 1.0))
-    over_nodes = np.minimum(k["data_network"] * c.network * adapters, k["data_link"] * c.link)
-    reduce_rate = np.where(c.tensor * c.data <= c.node, k["data_link"] * c.link, over_nodes)
-    share = (c.data - 1) / c.data
-    parts["data"] = share * c.params * (c.reduce_bytes + c.gather_bytes * c.micro_batches) / reduce_rate
+    network = np.where(c.gather_bytes > 0, k["shard_network"], k["data_network"] * adapters) * c.network
+    link = k["data_link"] * c.link
+    rate = np.where(c.tensor * c.data <= c.node, link, np.minimum(network, link))
+    exchange = (c.data - 1) / c.data * c.params * (c.reduce_bytes + c.gather_bytes * c.micro_batches) / rate
+    busy = sum(parts.values())
+    parts["data"] = np.where(c.overlapped > 0, _smooth_maximum(busy, exchange, OVERLAP) - busy, exchange)
     parts["optimizer"] = k["optimizer"] * 20.0 * c.updated / c.bandwidth
     parts["other"] = np.full_like(layer, k["constant_seconds"])
     return parts
@@ -109,19 +116,20 @@ def step_parts(terms: np.ndarray, c: Cases, effects: np.ndarray | float = 1.0) -
 def _micro_batch(k: dict[str, float], c: Cases, effects: np.ndarray | float) -> dict[str, np.ndarray]:
     """Seconds of one layer for one micro batch, by part; of the head; of sending to the next stage and back."""
     columns = c.hidden / c.tensor
-    rate = k["gemm"] * c.peak * columns / (columns + k["narrow"])
+    rate = k["gemm"] * c.peak * columns / (columns + k["narrow"]) * c.tokens / (c.tokens + k["short"])
     matrices = 2.0 * c.passes * c.tokens * c.matrices / c.tensor / rate
-    attention = 2.0 * c.passes * c.tokens * c.scores / c.tensor / (k["attention"] * c.peak)
+    attention = 2.0 * c.passes * c.tokens * c.scores / c.tensor / (k["attention"] * c.peak_half)
     elementwise = c.tokens * c.traffic * c.passes / 3.0 / (k["memory"] * c.bandwidth)
     gpu = matrices + attention + elementwise
     split = c.tensor > 1
     host = (k["launch_seconds"] + split * k["launch_tensor_seconds"]) * c.passes / 3.0
     effects = effects * k["misaligned"] ** c.misaligned
-    layer = (gpu ** k["blend"] + host ** k["blend"]) ** (1.0 / k["blend"])
+    layer = _smooth_maximum(gpu, host, k["blend"])
     activation = 2.0 * c.tokens * c.hidden
     rate = np.where(c.tensor > c.node, k["tensor_network"] * c.network, k["tensor_link"] * c.link)
     ring = 2.0 * (c.tensor - 1) / c.tensor * activation / rate
-    tensor = np.where(split, 4.0 * c.passes / 3.0 * (k["tensor_latency"] * (c.tensor - 1) + ring), 0.0)
+    reductions = 2.0 * (c.passes - 1.0)  # two a forward pass, two a backward pass, which is two passes' worth of work
+    tensor = np.where(split, reductions * (k["tensor_latency"] * (c.tensor - 1) + ring), 0.0)
     inside = c.tensor * c.data * 2 <= c.node
     pipe = k["pipe_latency"] + activation / c.pipe_share / (k["pipe_rate"] * np.where(inside, c.link, c.network))
     return {
@@ -130,9 +138,13 @@ def _micro_batch(k: dict[str, float], c: Cases, effects: np.ndarray | float) -> 
         "elementwise": elementwise * effects,
         "host": (layer - gpu) * effects,
         "tensor": tensor * effects,
-        "head": 6.0 * c.tokens * c.head / c.tensor / (k["head"] * c.peak),
+        "head": 6.0 * c.tokens * c.head / c.tensor / (k["head"] * c.peak_half),
         "pipe": np.where(c.pipeline > 1, 2.0 * pipe, 0.0),
     }
+
+
+def _smooth_maximum(a: np.ndarray, b: np.ndarray, exponent: float) -> np.ndarray:
+    return (a**exponent + b**exponent) ** (1.0 / exponent)
 
 
 def step_seconds(terms: np.ndarray, cases: Cases, effects: np.ndarray | float = 1.0) -> np.ndarray:
