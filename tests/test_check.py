@@ -76,6 +76,11 @@ ONE_MISTAKE = {
         {"layouts": {2: Layout(pipeline=2, schedule="zb-h1")}},
         [r"^layouts\[2\]\.schedule='zb-h1' must be one of '1f1b', 'zero_bubble', 'zero_bubble_v'$"],
     ),
+    "products kept of nothing": (
+        1,
+        {"layouts": {1: Layout(keep_products=True)}},
+        [r"^layouts\[1\]\.keep_products=True with recompute_every=0: .* leave it out, or use recompute_every=1$"],
+    ),
     "schedule without a pipeline": (
         2,
         {"layouts": {2: Layout(tensor=2, schedule="zero_bubble")}},

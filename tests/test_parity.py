@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from recipes.common.recipe import SGD, AdamW, Layout
+from recipes.common.recipe import SCHEDULES, SGD, AdamW, Layout
 from tests.tiny import ds_config, tiny_config
 from tools.common.local_ranks import run_ranks
 from tools.common.numerics import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain
@@ -14,15 +14,16 @@ PLAIN_SGD = SGD(lr=1.0)
 LOSS_BOUND, TENSOR_BOUND = 1e-6, 1e-5
 
 CUBE = [(pp, tp, dp) for pp in (1, 2) for tp in (1, 2) for dp in (1, 2)]
+OPTIONS = ("recompute_every", "keep_products", "sequence_parallel", "schedule")
 FAMILIES = ["llama", "qwen3", "gemma2", "olmo2", "phi3", "mixtral", "gpt2"]
 
 
 def trial_of(config, pipeline, tensor, data, **fields) -> Trial:
-    recompute_every = fields.pop("recompute_every", 0)
+    options = {name: fields.pop(name) for name in OPTIONS if name in fields}
     defaults = {"optimizer": ADAMW, "deepspeed": ds_config("zero1_fp32.json")}
     return Trial(
         model=config,
-        layout=Layout(pipeline=pipeline, tensor=tensor, recompute_every=recompute_every),
+        layout=Layout(pipeline=pipeline, tensor=tensor, **options),
         world_size=pipeline * tensor * data,
         **(defaults | fields),
     )
@@ -96,9 +97,20 @@ def test_zero_3_with_tied_embeddings():
     assert_equal(gradient_trial(trial_of(config, 1, 2, 2, deepspeed=ds_config("zero3_fp32.json"))))
 
 
-@pytest.mark.parametrize("recompute_every", [1, 3])
-def test_recomputation_changes_nothing(recompute_every):
-    assert_equal(trial_of(tiny_config("llama"), 2, 2, 1, recompute_every=recompute_every))
+RECOMPUTED = {
+    "nothing": {},
+    "every layer": {"recompute_every": 1},
+    "all but products": {"recompute_every": 3, "keep_products": True},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("recomputed", RECOMPUTED)
+def test_options_of_a_layout_change_nothing(recomputed, sequence_parallel, schedule):
+    config = tiny_config("llama", tie_word_embeddings=True)
+    options = RECOMPUTED[recomputed] | {"sequence_parallel": sequence_parallel, "schedule": schedule}
+    assert_equal(trial_of(config, 2, 2, 1, **options))
 
 
 @pytest.mark.parametrize(("pipeline", "tensor"), [(1, 1), (2, 2)])

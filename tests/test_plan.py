@@ -21,7 +21,7 @@ LLAMA = "recipes/llama_1b.py"
 SHELF = [p for p in sorted(ROOT.glob("recipes/*.py")) if p.stem not in ("__init__", "quickstart")]  # quickstart is for CPUs
 
 
-OPTIONS = ("tensor", "pipeline", "data", "micro_seqs", "recompute_every", "sequence_parallel", "schedule")
+OPTIONS = ("tensor", "pipeline", "data", "micro_seqs", "recompute_every", "keep_products", "sequence_parallel", "schedule")
 
 
 def search(*flags):
@@ -67,13 +67,17 @@ def test_options_do_what_they_are_for(found):
     """Sequence parallelism shares what lies between blocks; a zero bubble leaves a third of 1F1B's (arXiv 2401.10241),
     folded half of that."""
     plans = {tuple(plan[key] for key in OPTIONS): plan for plan in found["ranked"]}
-    cut = (2, 2, 16, 2, 0)
+    cut = (2, 2, 16, 2, 0, False)
     plain, shared = plans[*cut, False, "1f1b"], plans[*cut, True, "1f1b"]
     stored = [plan["memory"]["stages"][0]["stored"] for plan in (plain, shared)]
     assert 0.5 < stored[1] / stored[0] < 0.9
     filled = plans[*cut, False, "zero_bubble"]
     assert filled["parts"]["bubble"] == pytest.approx(plain["parts"]["bubble"] / 3)
     assert filled["memory"] == plain["memory"]
+    kept, again = (plans[2, 2, 16, 2, 1, keep, False, "1f1b"] for keep in (True, False))
+    by_memory = [plan["memory"]["stages"][0]["stored"] for plan in (again, kept, plain)]
+    assert by_memory[0] < 0.6 * by_memory[1] < by_memory[1] < 0.9 * by_memory[2]
+    assert plain["seconds"] < kept["seconds"] < again["seconds"]
     folded = plans[*cut, False, "zero_bubble_v"]
     assert folded["parts"]["bubble"] == pytest.approx(plain["parts"]["bubble"] / 6, rel=0.1)  # its stages may be cut otherwise
     assert folded["parts"]["pipeline"] > 1.5 * plain["parts"]["pipeline"]

@@ -41,7 +41,7 @@ def _call(flags, fault):
         "tensor=2,pipeline=2",
         "data=2",
         "tensor=2,recompute_every=1",
-        "tensor=2,pipeline=2,schedule=zero_bubble,sequence_parallel=1",
+        "tensor=2,pipeline=2,schedule=zero_bubble_v,sequence_parallel=1,recompute_every=1,keep_products=1",
     ],
 )
 def test_the_quickstart_passes(layout):

@@ -122,6 +122,10 @@ def option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]
             f"{prefix}schedule={layout.schedule!r} with pipeline=1: there is no pipeline to schedule; leave schedule out, or use "
             "pipeline=2 or more"
         )
+    if layout.keep_products and not layout.recompute_every:
+        problems.append(
+            f"{prefix}keep_products=True with recompute_every=0: nothing is recomputed; leave it out, or use recompute_every=1"
+        )
     if layout.sequence_parallel and layout.tensor == 1:
         problems.append(
             f"{prefix}sequence_parallel=True with tensor=1: there are no tensor ranks to share a sequence; leave it out, or use "

@@ -19,6 +19,7 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
     stack = find_stack(causal)
     costs, head = layer_costs(causal, stack, recipe.batch.seq_len)
     recompute = {0: "none", 1: "every layer"}.get(layout.recompute_every, f"every {layout.recompute_every}th layer")
+    recompute += " but its products" if layout.keep_products else ""
     lines = [
         f"{recipe.name}: {recipe.num_params:,} parameters ({type(causal).__name__}), {'tied' if stack.tied else 'untied'} head",
         f"layout      {sizes.world} GPUs = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}, "

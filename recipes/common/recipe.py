@@ -35,6 +35,7 @@ class Layout:
     tensor: int = 1  # ranks that share each layer's matrices (innermost: keep it inside a node)
     pipeline: int = 1  # stages, each a run of consecutive layers
     recompute_every: int = 0  # activation checkpointing: 0 none, 1 every layer ("full"), k every k-th layer
+    keep_products: bool = False  # what is recomputed keeps its matrix products and attention: elementwise work alone is repeated
     sequence_parallel: bool = False  # between attention and MLP, each tensor rank holds its part of the sequence alone
     # of the pipeline: "1f1b"; "zero_bubble", weight gradients fill the bubble; "zero_bubble_v", each rank has two runs of layers
     schedule: str = "1f1b"

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from recipes.common.balance import attention_cost, cut_chunks, layer_costs, layers_of_rank, pass_costs
@@ -25,9 +24,9 @@ from recipes.common.linears import postpone, take_over
 from recipes.common.loss import vocabulary_loss
 from recipes.common.passes import ONE_PASS, Costs
 from recipes.common.plans import TUPLE_LAYERS, Stack, find_stack
+from recipes.common.recompute import recompute
 from recipes.common.sequence_parallel import shard_sequence
 from recipes.common.tensor_parallel import Split, plan_split, split_forwards
-from recipes.common.timers import CLOCK, RECOMPUTE
 from recipes.common.weight_queue import WeightQueue
 from recipes.common.weights import build_empty, draw_weights
 
@@ -250,6 +249,7 @@ def build_stage(
     attention: str = "sdpa",
     seed: int = 0,
     recompute_every: int = 0,
+    keep_products: bool = False,
     z_loss: float = 0.0,
     chunk_tokens: int = 2048,
     schedule: str = "1f1b",
@@ -290,7 +290,7 @@ def build_stage(
         shard_sequence(causal, stack, split, chunks, stand_ins, grid, recompute_every)
     for index in (index for chunk in chunks for index in chunk):
         if recompute_every and index % recompute_every == 0:
-            _recompute(layers[index])
+            recompute(layers[index], keep_products=keep_products)
     of_schedule = {"schedule": schedule, "pass_costs": by_pass, "weight_queues": queues, "stand_ins": stand_ins}
     of_loss = {"z_loss": z_loss, "chunk_tokens": chunk_tokens}
     return Stage(causal, stack, split, grid, chunks, whole_shapes=shapes, **of_loss, **of_schedule)
@@ -322,19 +322,3 @@ def _absent(causal: PreTrainedModel, stack: Stack, name: str) -> nn.Module:
         return AbsentEmbedding(getattr(module, "embedding_dim", causal.config.get_text_config().hidden_size))
     of_layers = name.rpartition(".")[0] == stack.layers
     return Absent(module, as_tuple=of_layers and causal.config.model_type in TUPLE_LAYERS)
-
-
-def _recompute(layer: nn.Module) -> None:
-    """Keep the layer's input alone and run the layer again in the backward pass."""
-    forward = layer.forward
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        with CLOCK.span(RECOMPUTE):
-            return forward(*args, **kwargs)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(timed, *args, use_reentrant=False, **kwargs)
-
-    layer.forward = run

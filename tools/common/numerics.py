@@ -78,6 +78,7 @@ def build_trainer(trial: Trial) -> Trainer:
         attention=trial.attention,
         seed=trial.seed,
         recompute_every=trial.layout.recompute_every,
+        keep_products=trial.layout.keep_products,
         z_loss=trial.z_loss,
         chunk_tokens=trial.chunk_tokens,
         schedule=trial.layout.schedule,

@@ -26,7 +26,8 @@ def load_recipe(path: str) -> Recipe:
     return recipe
 
 
-_NUMBERS = ("tensor", "pipeline", "data", "recompute_every", "sequence_parallel")
+_SWITCHES = ("keep_products", "sequence_parallel")
+_NUMBERS = ("tensor", "pipeline", "data", "recompute_every", *_SWITCHES)
 
 
 def parse_layout(text: str) -> tuple[Layout, int]:
@@ -39,13 +40,13 @@ def parse_layout(text: str) -> tuple[Layout, int]:
             raise RecipeError(
                 "--layout",
                 [
-                    f"--layout={text!r}: {item!r} is not tensor=N, pipeline=N, data=N, recompute_every=N, sequence_parallel=0 "
-                    "or 1, or schedule=NAME"
+                    f"--layout={text!r}: {item!r} is not tensor=N, pipeline=N, data=N, recompute_every=N, keep_products=0 or 1, "
+                    "sequence_parallel=0 or 1, or schedule=NAME"
                 ],
             )
         values[name] = value if name == "schedule" else int(value)
     data = values.pop("data", 1)
-    layout = Layout(**values | {"sequence_parallel": bool(values.get("sequence_parallel", 0))})
+    layout = Layout(**values | {name: bool(values.get(name, 0)) for name in _SWITCHES})
     if min(data, layout.tensor, layout.pipeline) < 1:
         raise RecipeError("--layout", [f"--layout={text!r}: sizes start at 1"])
     return layout, data

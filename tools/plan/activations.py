@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from recipes.common.plans import TUPLE_LAYERS, find_stack
+from recipes.common.recompute import product_ops
 from recipes.common.stage import Absent
 
 
@@ -25,6 +29,7 @@ class LayerBytes:
 
     whole: float
     cut: float
+    products: float  # what matrix products and attention gave, which selective recomputation keeps
 
 
 def layer_activations(
@@ -51,10 +56,10 @@ def _measure(
         for index, layer in enumerate(layers):
             if kinds.index(kinds[index]) < index:
                 layers[index] = Absent(layer, as_tuple=config.model_type in TUPLE_LAYERS)
-        saved = _saved_by_layer(causal, layers, {kinds.index(kind) for kind in kinds}, stack.base, seq_len)
+        saved, products = _saved_by_layer(causal, layers, {kinds.index(kind) for kind in kinds}, stack.base, seq_len)
         own = {parameter.untyped_storage()._cdata for parameter in causal.parameters()}
         width = config.get_text_config().hidden_size
-        measured = {index: _layer_bytes(tensors, own, width) for index, tensors in saved.items()}
+        measured = {index: _layer_bytes(tensors, products[index], own, width) for index, tensors in saved.items()}
     return tuple(measured[kinds.index(kind)] for kind in kinds)
 
 
@@ -68,9 +73,19 @@ def _kind(layer: nn.Module) -> tuple:
 
 def _saved_by_layer(
     causal: nn.Module, layers: nn.ModuleList, chosen: set[int], base: str, seq_len: int
-) -> dict[int, list[torch.Tensor]]:
+) -> tuple[dict[int, list[torch.Tensor]], dict[int, list[torch.Tensor]]]:
+    """By layer: what autograd saves, and what products give."""
     saved: dict[int, list[torch.Tensor]] = {index: [] for index in chosen}
+    products: dict[int, list[torch.Tensor]] = {index: [] for index in chosen}
     open_layer: list[int] = []
+    kept = product_ops()
+
+    class SeeProducts(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, kinds: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+            out = op(*args, **(kwargs or {}))
+            if op in kept and open_layer:
+                products[open_layer[0]] += [each for each in tree_leaves(out) if isinstance(each, torch.Tensor)]
+            return out
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if open_layer:
@@ -81,12 +96,12 @@ def _saved_by_layer(
         layers[index].register_forward_pre_hook(lambda *_, index=index: open_layer.append(index))
         layers[index].register_forward_hook(lambda *_: open_layer.clear())
     ids = torch.zeros(1, seq_len, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), SeeProducts():
         causal.get_submodule(base)(input_ids=ids, use_cache=False)
-    return saved
+    return saved, products
 
 
-def _layer_bytes(tensors: list[torch.Tensor], parameters: set[int], width: int) -> LayerBytes:
+def _layer_bytes(tensors: list[torch.Tensor], products: list[torch.Tensor], parameters: set[int], width: int) -> LayerBytes:
     """Storages once each. What is as wide as the hidden states lies between blocks, where every tensor rank has it whole."""
     whole = cut = 0.0
     seen = set(parameters)
@@ -97,7 +112,8 @@ def _layer_bytes(tensors: list[torch.Tensor], parameters: set[int], width: int) 
         seen.add(storage._cdata)
         between = tensor.ndim < 4 and tensor.shape[-1:] in ((width,), (1,))
         whole, cut = (whole + storage.nbytes(), cut) if between else (whole, cut + storage.nbytes())
-    return LayerBytes(whole=whole, cut=cut)
+    given = {tensor.untyped_storage()._cdata: float(tensor.untyped_storage().nbytes()) for tensor in products}
+    return LayerBytes(whole=whole, cut=cut, products=sum(given.values()))
 
 
 @contextmanager

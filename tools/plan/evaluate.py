@@ -56,8 +56,8 @@ def candidates(facts: ModelFacts, gpus: int, device: Device) -> list[Candidate]:
             most = max(facts.recipe.batch.global_seqs // data, 1)
             sizes = {2**power for power in range(most.bit_length())} | {facts.recipe.batch.micro_seqs}
             layouts = [
-                Layout(tensor=tensor, pipeline=pipeline, recompute_every=recompute, sequence_parallel=shared, schedule=schedule)
-                for recompute in (0, 1)
+                Layout(tensor=tensor, pipeline=pipeline, sequence_parallel=shared, schedule=schedule, **recompute)
+                for recompute in ({}, {"recompute_every": 1, "keep_products": True}, {"recompute_every": 1})
                 for shared in (False, True)[: 1 + (tensor > 1)]
                 for schedule in SCHEDULES[: None if pipeline > 1 else 1]
             ]

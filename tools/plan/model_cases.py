@@ -138,7 +138,8 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
         params += (counts["norm"] + (counts["head"] if not (facts.stack.tied and index == 0) else 0.0)) if last else 0.0
         layers = [layer_bytes[i] for i in own]
         again = [bool(layout.recompute_every) and i % layout.recompute_every == 0 for i in own]
-        kept = sum(boundary if repeat else size for size, repeat in zip(layers, again, strict=True))
+        held = [boundary + (_product_bytes(facts, candidate, width, i) if layout.keep_products else 0.0) for i in own]
+        kept = sum(less if repeat else size for size, less, repeat in zip(layers, held, again, strict=True))
         stages.append(
             StageBytes(
                 weights=weights * params, gradients=gradients * params, optimizer=optimizer * params,
@@ -153,6 +154,13 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
     gpu = device.name != "CPU"
     libraries = (library_bytes(groups, bucket, 4.0) if gpu else 0.0) + live
     return MemoryCase(stages=tuple(stages), libraries=libraries, capacity=device.memory)
+
+
+def _product_bytes(facts: ModelFacts, candidate: Candidate, width: int, index: int) -> float:
+    """What a layer's products gave. Two of them, attention's last and the MLP's, are sums to be made over the tensor ranks: each
+    has them whole."""
+    summed = 2.0 * width * facts.recipe.batch.seq_len * facts.work.hidden
+    return candidate.micro_seqs * (summed + max(facts.activations[index].products - summed, 0.0) / candidate.layout.tensor)
 
 
 def _loss_bytes(facts: ModelFacts, candidate: Candidate, head_params: float) -> float:
@@ -186,16 +194,19 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
     without_head = [stage[:head] + stage[head + 1 :] for stage, head in zip(stages, with_head, strict=True)]
     params = column(lambda c: _largest_stage(facts, c.layout))
     shared = column(lambda c: c.layout.tensor if c.layout.sequence_parallel else 1.0)
-    repeated = column(lambda c: 1.0 / c.layout.recompute_every if c.layout.recompute_every else 0.0)
+    repeated = column(lambda c: _repeated(c.layout))
+    products_repeated = column(lambda c: 0.0 if c.layout.keep_products else _repeated(c.layout))
+    # elementwise work that is repeated beside products that are not: the model counts both by `passes`
+    more_traffic = (3.0 + repeated) / (3.0 + products_repeated)
     return Cases(
         tokens=column(lambda c: c.micro_seqs * seq_len),
         hidden=constant(work.hidden),
         matrices=constant(sum(layer.matrices for layer in work.layers) / count),
         scores=constant(scores),
         misaligned=constant(head_dim % 8 > 0),
-        traffic=TRAFFIC_PER_SAVED * (whole / shared + cut / tensor) / seq_len,
+        traffic=TRAFFIC_PER_SAVED * (whole / shared + cut / tensor) / seq_len * more_traffic,
         head=constant(work.head),
-        passes=3.0 + repeated,
+        passes=3.0 + products_repeated,
         tensor=tensor,
         data=data,
         pipeline=column(lambda c: c.layout.pipeline),
@@ -225,8 +236,13 @@ def _bubble_share(candidate: Candidate) -> float:
     full recomputation adds one. Folded, a stage's pass is two, and half as much is left (`recipes.common.passes`)."""
     if candidate.layout.schedule == ONE_PASS:
         return 1.0
-    passes = 3.0 + (1.0 / candidate.layout.recompute_every if candidate.layout.recompute_every else 0.0)
+    passes = 3.0 + (0.0 if candidate.layout.keep_products else _repeated(candidate.layout))
     return (passes - 2.0) / passes / (2.0 if candidate.layout.schedule == FOLDED else 1.0)
+
+
+def _repeated(layout: Layout) -> float:
+    """The share of layers that is recomputed."""
+    return 1.0 / layout.recompute_every if layout.recompute_every else 0.0
 
 
 def _head_stage(layout: Layout) -> int:

@@ -86,6 +86,7 @@ def read(path: str, flags: argparse.Namespace) -> tuple[ModelFacts, Device, Coef
 def options_of(layout: Layout) -> str:
     """What is set beside the sizes, as a recipe would say it."""
     said = [f"recompute_every={layout.recompute_every}"] if layout.recompute_every else []
+    said += ["keep_products"] if layout.keep_products else []
     said += ["sequence_parallel"] if layout.sequence_parallel else []
     return " ".join(said + ([layout.schedule] if layout.schedule != SCHEDULES[0] else []))
 

@@ -133,7 +133,8 @@ def make_plan(folder: Path, step: int, layout: str | None) -> tuple[Plan, bool]:
 
 def _layout(words: str | None, own: Layout, own_world: int) -> tuple[Layout, int]:
     if words is None:
-        return (own, own_world) if own_world <= RANKS_AT_MOST else (Layout(recompute_every=own.recompute_every), 1)
+        alone = Layout(recompute_every=own.recompute_every, keep_products=own.keep_products)
+        return (own, own_world) if own_world <= RANKS_AT_MOST else (alone, 1)
     try:
         layout, data = parse_layout(words)
     except RecipeError as error:
@@ -208,6 +209,7 @@ def build_trainer(plan: Plan) -> Trainer:
         attention=recipe.attention,
         seed=recipe.seed,
         recompute_every=plan.layout.recompute_every,
+        keep_products=plan.layout.keep_products,
         z_loss=recipe.z_loss,
         chunk_tokens=recipe.logits_chunk_tokens,
     )

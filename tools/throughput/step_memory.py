@@ -2,7 +2,7 @@
 
 Activations are what autograd keeps for the backward passes of the micro batches in flight, and the inputs of the layers, which
 recomputation keeps by itself: each storage once, weights not counted. Not seen are what sequence parallelism keeps as a part, to
-be gathered again, and the factors that a zero-bubble schedule keeps after a backward pass.
+be gathered again, the products that recomputation keeps, and the factors that a zero-bubble schedule keeps after a backward pass.
 """
 
 from __future__ import annotations
