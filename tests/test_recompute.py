@@ -54,7 +54,7 @@ def test_products_that_are_kept_are_not_computed_again(family, attention):
     equal, forward, backward = run_ranks(compare, 1, family, attention)[0]
     assert equal
     assert forward[0] == forward[1] == forward[2] > 0
-    (plain, others), (again, others_again), (kept, others_kept) = backward
+    (plain, others), (again, _), (kept, others_kept) = backward
     assert plain < again  # whole layers ran again
     assert kept == plain  # no product did
     assert others < others_kept  # but what lies between them
