@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from recipes.common.balance import balance_stages, fold_stages, layer_costs, pass_costs
+from recipes.common.balance import balance_stages, cut_chunks, fold_stages, layer_costs, pass_costs
 from recipes.common.passes import Costs
 from recipes.common.plans import find_stack
 from recipes.common.weights import build_empty
@@ -84,6 +84,11 @@ def test_no_fold_is_better():
 )
 def test_a_rank_of_a_fold_has_two_runs_as_equal_as_can_be(layers, head, pipeline, lengths):
     assert [len(own) for own in fold_stages([1.0] * layers, head, pipeline)] == lengths
+
+
+def test_a_stated_cut_is_taken():
+    assert cut_chunks([1.0] * 4, 9.0, 2, "1f1b", (1, 3)) == [range(0, 1), range(1, 4)]
+    assert cut_chunks([1.0] * 4, 9.0, 2, "1f1b") == [range(0, 3), range(3, 4)]
 
 
 def test_a_pass_costs_what_it_computes():

@@ -76,6 +76,16 @@ ONE_MISTAKE = {
         {"layouts": {2: Layout(pipeline=2, schedule="zb-h1")}},
         [r"^layouts\[2\]\.schedule='zb-h1' must be one of '1f1b', 'zero_bubble', 'zero_bubble_v'$"],
     ),
+    "cut of another pipeline": (
+        2,
+        {"layouts": {2: Layout(pipeline=2, cut=(2, 1, 1))}},
+        [r"^layouts\[2\]\.cut=\(2, 1, 1\) must have 2 whole numbers from 1, .* leave it out to have them balanced$"],
+    ),
+    "cut of another model": (
+        2,
+        {"layouts": {2: Layout(pipeline=2, cut=(3, 2))}},
+        [r"^layout cut=\(3, 2\) has 5 layers and the model 4; let it sum to 4$"],
+    ),
     "products kept of nothing": (
         1,
         {"layouts": {1: Layout(keep_products=True)}},

@@ -14,7 +14,7 @@ PLAIN_SGD = SGD(lr=1.0)
 LOSS_BOUND, TENSOR_BOUND = 1e-6, 1e-5
 
 CUBE = [(pp, tp, dp) for pp in (1, 2) for tp in (1, 2) for dp in (1, 2)]
-OPTIONS = ("recompute_every", "keep_products", "sequence_parallel", "schedule")
+OPTIONS = ("recompute_every", "keep_products", "sequence_parallel", "schedule", "cut")
 FAMILIES = ["llama", "qwen3", "gemma2", "olmo2", "phi3", "mixtral", "gpt2"]
 
 
@@ -102,6 +102,12 @@ RECOMPUTED = {
     "every layer": {"recompute_every": 1},
     "all but products": {"recompute_every": 3, "keep_products": True},
 }
+
+
+@pytest.mark.parametrize(("schedule", "cut"), [("1f1b", (3, 1)), ("zero_bubble_v", (1, 1, 3, 1))])
+def test_a_stated_cut_changes_nothing(schedule, cut):
+    config = tiny_config("llama", num_hidden_layers=sum(cut))
+    assert_equal(trial_of(config, 2, 1, 1, schedule=schedule, cut=cut))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

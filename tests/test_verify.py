@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from recipes.common.recipe import RecipeError
+from recipes.common.recipe import Layout, RecipeError
 from tests.tiny import ROOT
 from tools.common.local_ranks import run_ranks
 from tools.verify import main, parse_layout
@@ -112,6 +112,7 @@ def test_the_table_names_where():
         ("tensor=2,tensor=2", "'tensor=2' is not tensor=N"),
         ("tensor=0", "sizes start at 1"),
         ("", "'' is not tensor=N"),
+        ("pipeline=2,cut=5-3", "'cut=5-3' is not tensor=N"),
         ("tensor=2,sequence_parallel=yes", "'sequence_parallel=yes' is not tensor=N"),
     ],
 )
@@ -119,6 +120,12 @@ def test_a_bad_layout_is_refused(text, part):
     with pytest.raises(RecipeError, match="--layout") as caught:
         parse_layout(text)
     assert part in str(caught.value)
+
+
+def test_a_layout_in_words_is_the_layout():
+    words = "pipeline=2,data=4,schedule=zero_bubble_v,recompute_every=1,keep_products=1,cut=1+2+3+2"
+    wanted = Layout(pipeline=2, schedule="zero_bubble_v", recompute_every=1, keep_products=True, cut=(1, 2, 3, 2))
+    assert parse_layout(words) == (wanted, 4)
 
 
 @pytest.mark.parametrize(

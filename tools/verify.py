@@ -24,7 +24,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from transformers import PreTrainedConfig
 
-from recipes.common.check import config_problems, option_problems, optimizer_problems
+from recipes.common.check import config_problems, depth_problems, option_problems, optimizer_problems
 from recipes.common.ds_config import ds_config_path, ds_config_problems, load_ds_config, precision, version_problems, zero_stage
 from recipes.common.plans import PlanError
 from recipes.common.proof import cut_problems, sequence_problems
@@ -81,7 +81,8 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
     ds_config = load_ds_config(recipe.deepspeed)
     problems = version_problems(_installed("deepspeed"), torch.__version__) + config_problems(recipe.model)
     problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout) + optimizer_problems(recipe.optimizer)
-    problems += option_problems(layout, seq_len, "--layout: ")
+    problems += option_problems(layout, seq_len, "--layout: ") + depth_problems(layout, recipe.model.num_hidden_layers)
+    layout = replace(layout, cut=())  # the tiny model has another number of layers
     try:
         model = without_dropout(shrink(recipe.model, layout))
     except (PlanError, ValueError, TypeError, AttributeError) as error:

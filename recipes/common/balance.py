@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -40,8 +40,13 @@ def attention_cost(causal: PreTrainedModel, seq_len: int) -> float:
     return 2.0 * heads * head_dim * seq_len / 2
 
 
-def cut_chunks(layers: list[float], head: float, pipeline: int, schedule: str) -> list[range]:
-    """The layers of every chunk of a schedule (recipes.common.passes), in the model's order."""
+def cut_chunks(layers: list[float], head: float, pipeline: int, schedule: str, stated: tuple[int, ...] = ()) -> list[range]:
+    """The layers of every chunk of a schedule (recipes.common.passes), in the model's order.
+
+    stated: how many layers each has, where a layout says so.
+    """
+    if stated:
+        return [range(start, stop) for start, stop in pairwise(accumulate(stated, initial=0))]
     return list(_cut(tuple(layers), head, pipeline, schedule))
 
 

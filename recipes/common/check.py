@@ -122,6 +122,12 @@ def option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]
             f"{prefix}schedule={layout.schedule!r} with pipeline=1: there is no pipeline to schedule; leave schedule out, or use "
             "pipeline=2 or more"
         )
+    runs = chunk_count(layout.schedule, layout.pipeline)
+    if layout.cut and not (len(layout.cut) == runs and all(_is_whole(count, 1) for count in layout.cut)):
+        problems.append(
+            f"{prefix}cut={layout.cut} must have {runs} whole numbers from 1, the layers of each run in the model's order "
+            f"(pipeline={layout.pipeline}, schedule={layout.schedule!r}); leave it out to have them balanced"
+        )
     if layout.keep_products and not layout.recompute_every:
         problems.append(
             f"{prefix}keep_products=True with recompute_every=0: nothing is recomputed; leave it out, or use recompute_every=1"
@@ -166,9 +172,9 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
             "does not have; set it to False"
         )
     depth = len(causal.get_submodule(stack.layers))
-    if _is_whole(layout.pipeline, 1) and chunk_count(layout.schedule, layout.pipeline) > depth:
-        problems.append(_too_deep(layout, depth))
-    elif _is_whole(layout.tensor, 1) and _is_whole(layout.pipeline, 1):
+    too_deep = depth_problems(layout, depth) if _is_whole(layout.pipeline, 1) else []
+    problems += too_deep
+    if not too_deep and _is_whole(layout.tensor, 1) and _is_whole(layout.pipeline, 1):
         try:
             plan_split(causal, stack, layout.tensor)
         except PlanError as error:
@@ -181,20 +187,25 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
     return problems or cut_problems(recipe.model, layout, recipe.attention)
 
 
-def _too_deep(layout: Layout, depth: int) -> str:
+def depth_problems(layout: Layout, depth: int) -> list[str]:
+    """Whether the model has a layer for every run of layers, and as many as the layout says."""
     if layout.pipeline > depth:
-        return f"layout pipeline={layout.pipeline} exceeds the model's {depth} layers; use {depth} stages at most"
-    return (
-        f"layout pipeline={layout.pipeline} with schedule={layout.schedule!r} needs two runs of layers a stage, and the model "
-        f"has {depth} layers; use {depth // 2} stages at most, or schedule='zero_bubble'"
-    )
+        return [f"layout pipeline={layout.pipeline} exceeds the model's {depth} layers; use {depth} stages at most"]
+    if chunk_count(layout.schedule, layout.pipeline) > depth:
+        return [
+            f"layout pipeline={layout.pipeline} with schedule={layout.schedule!r} needs two runs of layers a stage, and the "
+            f"model has {depth} layers; use {depth // 2} stages at most, or schedule='zero_bubble'"
+        ]
+    if layout.cut and sum(layout.cut) != depth:
+        return [f"layout cut={layout.cut} has {sum(layout.cut)} layers and the model {depth}; let it sum to {depth}"]
+    return []
 
 
 def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:
     """Every stage must hold both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
     layers = causal.get_submodule(stack.layers)
     kinds = {p.ndim < 2 for p in causal.parameters()}
-    cut = cut_chunks(*layer_costs(causal, stack, recipe.batch.seq_len), layout.pipeline, layout.schedule)
+    cut = cut_chunks(*layer_costs(causal, stack, recipe.batch.seq_len), layout.pipeline, layout.schedule, layout.cut)
     for rank in range(layout.pipeline):
         own = [index for chunk in layers_of_rank(cut, layout.schedule, layout.pipeline, rank) for index in chunk]
         if {p.ndim < 2 for index in own for p in layers[index].parameters()} != kinds:

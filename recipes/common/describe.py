@@ -33,7 +33,7 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
         f"trouble     {_reaction(recipe.reaction)}",
         "stage  layers        share of the cost",
     ]
-    cut = cut_chunks(costs, head, layout.pipeline, layout.schedule)
+    cut = cut_chunks(costs, head, layout.pipeline, layout.schedule, layout.cut)
     total = sum(costs) + head
     for index in range(layout.pipeline):
         runs = layers_of_rank(cut, layout.schedule, layout.pipeline, index)

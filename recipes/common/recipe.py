@@ -39,6 +39,8 @@ class Layout:
     sequence_parallel: bool = False  # between attention and MLP, each tensor rank holds its part of the sequence alone
     # of the pipeline: "1f1b"; "zero_bubble", weight gradients fill the bubble; "zero_bubble_v", each rank has two runs of layers
     schedule: str = "1f1b"
+    # layers of each stage, or of each run where a stage has two, in the model's order; (): balanced by what they cost
+    cut: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -250,6 +250,7 @@ def build_stage(
     seed: int = 0,
     recompute_every: int = 0,
     keep_products: bool = False,
+    stated_cut: tuple[int, ...] = (),
     z_loss: float = 0.0,
     chunk_tokens: int = 2048,
     schedule: str = "1f1b",
@@ -267,7 +268,7 @@ def build_stage(
     split = plan_split(causal, stack, grid.tensor, sequence_parallel=sequence_parallel)
     shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
     costs, head_cost = layer_costs(causal, stack, seq_len)
-    cut = cut_chunks(costs, head_cost, grid.pipeline, schedule)
+    cut = cut_chunks(costs, head_cost, grid.pipeline, schedule, stated_cut)
     by_pass = pass_costs(costs, attention_cost(causal, seq_len), head_cost, cut, recompute_every)
     chunks = layers_of_rank(cut, schedule, grid.pipeline, grid.pipeline_rank)
     weights = {"seed": seed, "cuts": split.cuts, "rank": grid.tensor_rank, "size": grid.tensor}

@@ -171,6 +171,7 @@ def build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[Gr
         seed=recipe.seed,
         recompute_every=layout.recompute_every,
         keep_products=layout.keep_products,
+        stated_cut=layout.cut,
         z_loss=recipe.z_loss,
         chunk_tokens=recipe.logits_chunk_tokens,
         schedule=layout.schedule,

@@ -79,6 +79,7 @@ def build_trainer(trial: Trial) -> Trainer:
         seed=trial.seed,
         recompute_every=trial.layout.recompute_every,
         keep_products=trial.layout.keep_products,
+        stated_cut=trial.layout.cut,
         z_loss=trial.z_loss,
         chunk_tokens=trial.chunk_tokens,
         schedule=trial.layout.schedule,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from recipes.common.recipe import Layout, Recipe, RecipeError
 
@@ -31,20 +32,23 @@ _NUMBERS = ("tensor", "pipeline", "data", "recompute_every", *_SWITCHES)
 
 
 def parse_layout(text: str) -> tuple[Layout, int]:
-    """(layout, data ranks) of "tensor=2,pipeline=2,data=2,recompute_every=1,schedule=zero_bubble"; sizes not said are 1."""
-    values: dict[str, int | str] = {}
+    """(layout, data ranks) of "tensor=2,pipeline=2,data=2,recompute_every=1,schedule=zero_bubble,cut=5+3"; others are 1."""
+    values: dict[str, Any] = {}
     for item in text.split(","):
         name, _, value = item.partition("=")
-        known = name == "schedule" or (name in _NUMBERS and value.isdigit())
+        counts = value.split("+")
+        known = (
+            name == "schedule" or (name in _NUMBERS and value.isdigit()) or (name == "cut" and all(n.isdigit() for n in counts))
+        )
         if not known or name in values:
             raise RecipeError(
                 "--layout",
                 [
                     f"--layout={text!r}: {item!r} is not tensor=N, pipeline=N, data=N, recompute_every=N, keep_products=0 or 1, "
-                    "sequence_parallel=0 or 1, or schedule=NAME"
+                    "sequence_parallel=0 or 1, or schedule=NAME, or cut=N+N+..."
                 ],
             )
-        values[name] = value if name == "schedule" else int(value)
+        values[name] = value if name == "schedule" else tuple(map(int, counts)) if name == "cut" else int(value)
     data = values.pop("data", 1)
     layout = Layout(**values | {name: bool(values.get(name, 0)) for name in _SWITCHES})
     if min(data, layout.tensor, layout.pipeline) < 1:

@@ -55,7 +55,7 @@ class ModelFacts:
     work: ModelWork
     activations: tuple[LayerBytes, ...]
     splits: dict[int, dict[str, float] | str] = field(default_factory=dict)  # answers of `rank_params`, kept
-    stages: dict[tuple[int, str], list[list[int]]] = field(default_factory=dict)  # answers of `own_layers`, kept
+    stages: dict[tuple[int, str, tuple[int, ...]], list[list[int]]] = field(default_factory=dict)  # answers of `own_layers`, kept
 
     @cached_property
     def flops(self) -> float:
@@ -65,12 +65,13 @@ class ModelFacts:
     def own_layers(self, layout: Layout) -> list[list[int]]:
         """Of every stage, in the cut that training would choose."""
         pipeline, schedule = layout.pipeline, layout.schedule
-        if (pipeline, schedule) not in self.stages:
-            chunks = cut_chunks(*layer_costs(self.causal, self.stack, self.recipe.batch.seq_len), pipeline, schedule)
-            self.stages[pipeline, schedule] = [
+        if (key := (pipeline, schedule, layout.cut)) not in self.stages:
+            costs, head = layer_costs(self.causal, self.stack, self.recipe.batch.seq_len)
+            chunks = cut_chunks(costs, head, pipeline, schedule, layout.cut)
+            self.stages[key] = [
                 [index for run in layers_of_rank(chunks, schedule, pipeline, rank) for index in run] for rank in range(pipeline)
             ]
-        return self.stages[pipeline, schedule]
+        return self.stages[key]
 
     def rank_params(self, tensor: int) -> dict[str, float] | str:
         """ "embedding", "head", "norm" or a layer's index as text -> parameters on one tensor rank; or why it cannot be cut."""

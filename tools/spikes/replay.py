@@ -210,6 +210,7 @@ def build_trainer(plan: Plan) -> Trainer:
         seed=recipe.seed,
         recompute_every=plan.layout.recompute_every,
         keep_products=plan.layout.keep_products,
+        stated_cut=plan.layout.cut,
         z_loss=recipe.z_loss,
         chunk_tokens=recipe.logits_chunk_tokens,
     )

@@ -48,6 +48,7 @@ class Balance:
     cut: list[list[tuple[int, int]]]  # the runs of layers of each stage, as they are
     better_cut: list[list[tuple[int, int]]]
     better_stage_ms: list[float]
+    better_field: str  # what a Layout says to be cut so
     saved_share: float  # of the step, by the better cut
 
 
@@ -146,5 +147,6 @@ def find_balance(timings: Timings, recipe: Recipe) -> Balance | None:
         cut=cut,
         better_cut=better,
         better_stage_ms=predicted,
+        better_field=f"cut={tuple(len(chunk) for chunk in chunks)}",
         saved_share=saved * timings.micro_batches / timings.step_ms(),
     )

@@ -135,7 +135,9 @@ def _bubble(facts: dict[str, Any]) -> str:
     ]
     same = balance["better_cut"] == balance["cut"]
     verdict = (
-        "No other cut is better." if same else f"The better cut would save {100 * balance['saved_share']:.1f} % of the step."
+        "No other cut is better."
+        if same
+        else f"The better cut, Layout({balance['better_field']}), would save {100 * balance['saved_share']:.1f} % of the step."
     )
     header = ["stage", "ms a micro batch", "layers", "best layers", "ms expected"]
     text = _table(rows, ["share of the passes' time", ""], 1) + _table(stages, header, 1)

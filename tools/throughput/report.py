@@ -176,7 +176,8 @@ def _balance_text(balance: dict[str, Any]) -> str:
     text += f"\nlayers {cut(balance['cut'])}"
     if balance["better_cut"] == balance["cut"]:
         return text + ": no better cut"
-    return text + f"; {cut(balance['better_cut'])} would save {100 * balance['saved_share']:.1f} % of the step"
+    better = f"{cut(balance['better_cut'])}, Layout({balance['better_field']}),"
+    return f"{text}; {better} would save {100 * balance['saved_share']:.1f} % of the step"
 
 
 def _memory_table(ranks: list[dict[str, Any]]) -> str:
