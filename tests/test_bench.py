@@ -2,6 +2,7 @@
 
 import pytest
 
+from recipes.common.recipe import SCHEDULES
 from tests.small_runs import call
 from tools.throughput.bench import HUGGING_FACE, PLAIN, TORCH, Row, disagreement
 
@@ -11,7 +12,7 @@ from recipes.common.recipe import AdamW, Batch, Constant, Layout, Recipe
 
 recipe = Recipe(
     name="bench",
-    model=LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    model=LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                       vocab_size=131, tie_word_embeddings={tied}),
     num_params=0, tokenizer="", data="", layouts={{1: Layout()}},
     batch=Batch(seq_len=16, micro_seqs=2, global_seqs=8),
@@ -32,7 +33,8 @@ def test_all_sides_train_the_same(tmp_path, layout):
     assert called.code == 0, called.err
     rows = {row["side"]: row for row in called.json["rows"]}
     alone = layout == "tensor=1"
-    ours = {"Trifold"} if alone else {"Trifold, 1f1b", "Trifold, zero_bubble"}
+    ours = {"Trifold"} if alone else {f"Trifold, {schedule}" for schedule in SCHEDULES}
+    ours.add(f"Trifold{'' if alone else f', {SCHEDULES[-1]}'}, torch's linears")
     assert set(rows) == ours | ({PLAIN, HUGGING_FACE} if alone else {TORCH})
     assert called.json["loss_difference"] <= 1e-5
     for side, row in rows.items():

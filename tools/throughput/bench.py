@@ -26,6 +26,7 @@ from transformers import LlamaConfig
 
 from recipes.common.ds_config import load_ds_config, precision
 from recipes.common.flops import OURS
+from recipes.common.passes import chunk_count
 from recipes.common.recipe import SCHEDULES, AdamW, Layout, Recipe
 from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table
 from tools.common.local_ranks import run_ranks
@@ -233,11 +234,13 @@ def _case(text: str, trial: Trial) -> Case:
         raise UsageError(f"--layout={text}: torch's 1F1B needs --micro-batches={layout.pipeline} or more")
     if layout.pipeline > 1 and trial.model.tie_word_embeddings:
         raise UsageError(f"--layout={text}: torch's pipeline has no tied embeddings; take a recipe without, or --layout tensor=1")
+    depth = trial.model.num_hidden_layers
+    fitting = tuple(schedule for schedule in SCHEDULES if chunk_count(schedule, layout.pipeline) <= depth)
     alone = (PLAIN, HUGGING_FACE) if trial.device == "cpu" else (HUGGING_FACE,)  # memory of a GPU: two sides, not three
     return Case(
         layout=text if world_size > 1 else "1 rank",
         trial=replace(trial, layout=layout, world_size=world_size, global_seqs=trial.global_seqs * data),
-        schedules=SCHEDULES if layout.pipeline > 1 else SCHEDULES[:1],
+        schedules=fitting if layout.pipeline > 1 else SCHEDULES[:1],
         baselines=(TORCH,) if world_size > 1 else alone,
         goal=GOALS[TORCH] if world_size > 1 else GOALS[alone[0]],
     )
