@@ -82,6 +82,11 @@ def test_same_bits_in_fp16():
     assert_same_bits(trial_of(3, precision="fp16"))
 
 
+def test_torchs_own_products_wait_too():
+    """The bench's side with torch's linears is the same schedule."""
+    assert_same_bits(trial_of(2, global_seqs=4, own_linears=False))
+
+
 def gradients_of_a_linear_used_twice():
     """A norm-like bias, a transposed weight, a frozen one, and a shared weight."""
     torch.manual_seed(0)

@@ -27,10 +27,13 @@ def plain_linears(module: nn.Module) -> list[Linear]:
     return [inner for inner in module.modules() if type(inner) in (nn.Linear, Conv1D)]
 
 
-def take_over(module: nn.Module) -> None:
-    """Let the plain linears in `module` compute by `linear`. Before the tensor-parallel substitution, which wraps forwards."""
+def take_over(module: nn.Module, *, by_torch: bool = False) -> None:
+    """Let the plain linears in `module` compute by `linear`. Before the tensor-parallel substitution, which wraps forwards.
+
+    by_torch: with torch's own products, on CPUs too.
+    """
     for inner in plain_linears(module):
-        inner.forward = partial(linear, inner)
+        inner.forward, inner.by_torch = partial(linear, inner), by_torch
 
 
 def postpone(module: nn.Module, queue: WeightQueue) -> None:
@@ -47,20 +50,19 @@ def postponable_share(module: nn.Module) -> float:
 def linear(module: Linear, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
     """What the linear gives for x [..., in], or its product alone. The weight's gradient waits if the module has a queue."""
     bias = module.bias if with_bias else None
+    onednn = _by_onednn(x) and not getattr(module, "by_torch", False)
     if torch.is_grad_enabled():
         queue = getattr(module, "weight_queue", None)
         if queue is not None and module.weight.requires_grad and x.requires_grad:
-            return _Postponed.apply(x, bias, module, queue)
-        if _by_onednn(x):
+            return _Postponed.apply(x, bias, module, queue, onednn)
+        if onednn:
             return _Linear.apply(x, _matrix(module), bias)
-    return _forward(x, _matrix(module), bias)
+    return _forward(x, _matrix(module), bias, onednn)
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right of two matrices. Every product of a linear, forward and backward, is one of these."""
-    if _by_onednn(left):
-        return torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
-    return left @ right
+    """left @ right of two matrices, by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
 
 
 def _by_onednn(x: torch.Tensor) -> bool:
@@ -72,8 +74,8 @@ def _matrix(module: Linear) -> torch.Tensor:
     return module.weight.t() if isinstance(module, Conv1D) else module.weight
 
 
-def _forward(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if _by_onednn(x) and x.numel():
+def _forward(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, onednn: bool) -> torch.Tensor:
+    if onednn and x.numel():
         return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
     return F.linear(x, matrix, bias)
 
@@ -82,7 +84,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, matrix)
-        return _forward(x, matrix, bias)
+        return _forward(x, matrix, bias, True)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
@@ -101,16 +103,18 @@ class _Postponed(torch.autograd.Function):
     would run; saved with x, recomputation would give back a copy, whose gradient may never reach the weight."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, bias: nn.Parameter | None, module: Linear, queue: WeightQueue) -> torch.Tensor:
+    def forward(
+        ctx, x: torch.Tensor, bias: nn.Parameter | None, module: Linear, queue: WeightQueue, onednn: bool
+    ) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.module, ctx.queue = module, queue
-        return _forward(x, _matrix(module), bias)
+        ctx.module, ctx.queue, ctx.product = module, queue, product if onednn else torch.mm
+        return _forward(x, _matrix(module), bias, onednn)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         x, module = ctx.saved_tensors[0], ctx.module
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         factors = (rows.t(), grads) if isinstance(module, Conv1D) else (grads.t(), rows)
-        ctx.queue.put_off(module.weight, *factors, product)
+        ctx.queue.put_off(module.weight, *factors, ctx.product)
         grad_bias = grads.sum(0) if ctx.needs_input_grad[1] else None
-        return product(grads, _matrix(module)).view(x.shape), grad_bias, None, None
+        return ctx.product(grads, _matrix(module)).view(x.shape), grad_bias, None, None, None

@@ -281,8 +281,8 @@ def build_stage(
         causal.get_submodule(stack.head).weight = embedding.weight
     layers = causal.get_submodule(stack.layers)
     queues = tuple(WeightQueue() for _ in chunks) if schedule != ONE_PASS else ()
-    if own_linears:
-        take_over(causal)
+    if own_linears or queues:
+        take_over(causal, by_torch=not own_linears)
     for chunk, queue in zip(chunks, queues, strict=False):
         for index in chunk:
             postpone(layers[index], queue)
