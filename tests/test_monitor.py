@@ -146,7 +146,7 @@ def test_every_layout(pipeline, tensor, data):
     assert_equal(trial_of(tiny_config("llama"), pipeline, tensor, data))
 
 
-@pytest.mark.parametrize("option", [{"sequence_parallel": True}, {"schedule": "zero_bubble"}])
+@pytest.mark.parametrize("option", [{"sequence_parallel": True}, {"schedule": "zero_bubble"}, {"schedule": "zero_bubble_v"}])
 def test_other_ways_to_run_a_layout(option):
     assert_equal(trial_of(tiny_config("llama"), 2, 2, 1, **option))
 

@@ -88,7 +88,7 @@ def _start(layout: Layout, sizes: Sizes, hosts: Sequence[str], resumed_step: int
         "command": [sys.executable, *sys.argv],
         "working_directory": os.getcwd(),
         "world_size": sizes.world,
-        "layout": dataclasses.asdict(layout),
+        "layout": dataclasses.asdict(layout) | {"cut": list(layout.cut)},  # as JSON gives it back
         "sizes": dataclasses.asdict(sizes),
         "hosts": sorted(set(hosts or [socket.gethostname()])),
         "device": _device(),
