@@ -80,7 +80,7 @@ def _counts(layout, tied):
     for index in range(layout.pipeline):
         place = vars(coordinates(index * layout.tensor, layout.pipeline * layout.tensor, layout))
         grid = Grid(**(vars(one_process()) | place))
-        stage = build_stage(recipe.model, grid, seq_len=recipe.batch.seq_len, schedule=layout.schedule)
+        stage = build_stage(recipe.model, grid, layout, seq_len=recipe.batch.seq_len)
         built.append(sum(p.numel() for p in stage.parameters()))
     case = memory_case(facts, Candidate(layout=layout, data=1, micro_seqs=1), find_device("A100-80"))
     return built, [stage.weights / 2 for stage in case.stages]

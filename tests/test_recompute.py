@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipes.common.grid import one_process
+from recipes.common.recipe import Layout
 from recipes.common.recompute import product_ops
 from recipes.common.stage import build_stage
 from tests.tiny import tiny_config
@@ -26,7 +27,7 @@ class CountProducts(TorchDispatchMode):
 def step(family, attention, options):
     torch.manual_seed(0)
     config = tiny_config(family)
-    stage = build_stage(config, one_process(), seq_len=16, attention=attention, **options).train()
+    stage = build_stage(config, one_process(), Layout(**options), seq_len=16, attention=attention).train()
     ids = torch.arange(3, 35).view(2, 16)
     with CountProducts() as seen:
         hidden = stage(ids)

@@ -26,7 +26,7 @@ def stages_of(config, pipeline, tensor=1, tensor_rank=0):
         rank = index * tensor + tensor_rank
         place = vars(coordinates(rank, pipeline * tensor, Layout(pipeline=pipeline, tensor=tensor)))
         # torch's own products: what is shown is the cut
-        facts = {"seq_len": 16, "attention": "eager", "seed": 3, "own_linears": False}
+        facts = {"seq_len": 16, "attention": "eager", "seed": 3, "torch_linears": True}
         yield build_stage(config, Grid(**(vars(one_process()) | place)), **facts)
 
 

@@ -84,7 +84,7 @@ def test_same_bits_in_fp16():
 
 def test_torchs_own_products_wait_too():
     """The bench's side with torch's linears is the same schedule."""
-    assert_same_bits(trial_of(2, global_seqs=4, own_linears=False))
+    assert_same_bits(trial_of(2, global_seqs=4, torch_linears=True))
 
 
 def gradients_of_a_linear_used_twice():

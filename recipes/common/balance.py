@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from torch import nn
 from transformers import PreTrainedModel
 
-from recipes.common.passes import FOLDED, Costs, chunks_of_rank
+from recipes.common.passes import FOLDED, Costs
 from recipes.common.plans import Stack
 
 _AROUND = 3  # layers more or fewer than an even share, that a folded cut tries for each chunk
@@ -56,8 +56,10 @@ def _cut(layers: tuple[float, ...], head: float, pipeline: int, schedule: str) -
     return tuple(cut(list(layers), head, pipeline))
 
 
-def layers_of_rank(chunks: list[range], schedule: str, pipeline: int, rank: int) -> tuple[range, ...]:
-    return tuple(chunks[chunk] for chunk in chunks_of_rank(schedule, pipeline, rank))
+def runs_by_rank(chunks: list[range], pipeline: int) -> list[tuple[range, ...]]:
+    """The chunks of each stage's rank: one, or where there are twice as many as stages, one from either end of the model."""
+    folded = len(chunks) == 2 * pipeline
+    return [(chunks[rank], chunks[-1 - rank]) if folded else (chunks[rank],) for rank in range(pipeline)]
 
 
 def balance_stages(layers: list[float], head: float, pipeline: int) -> list[range]:

@@ -26,7 +26,7 @@ from recipes.common.proof import cut_problems, masking_problems, sequence_proble
 from recipes.common.recipe import SCHEDULES, SGD, AdamW, Checkpoints, Layout, Optimizer, Reaction, Recipe, RecipeError, from_root
 from recipes.common.recipe_types import type_problems
 from recipes.common.schedules import ramp_problems, schedule_problems
-from recipes.common.balance import cut_chunks, layer_costs, layers_of_rank
+from recipes.common.balance import cut_chunks, layer_costs, runs_by_rank
 from recipes.common.passes import chunk_count
 from recipes.common.tensor_parallel import plan_split
 from recipes.common.weights import build_empty
@@ -206,8 +206,8 @@ def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) ->
     layers = causal.get_submodule(stack.layers)
     kinds = {p.ndim < 2 for p in causal.parameters()}
     cut = cut_chunks(*layer_costs(causal, stack, recipe.batch.seq_len), layout.pipeline, layout.schedule, layout.cut)
-    for rank in range(layout.pipeline):
-        own = [index for chunk in layers_of_rank(cut, layout.schedule, layout.pipeline, rank) for index in chunk]
+    for runs in runs_by_rank(cut, layout.pipeline):
+        own = [index for run in runs for index in run]
         if {p.ndim < 2 for index in own for p in layers[index].parameters()} != kinds:
             return [
                 f"layout pipeline={layout.pipeline}: layers {own[0]} to {own[-1]} hold only matrices or only vectors, and "

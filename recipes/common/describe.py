@@ -8,7 +8,7 @@ from recipes.common.passes import ONE_PASS
 from recipes.common.plans import find_stack
 from recipes.common.recipe import Blend, Layout, Reaction, Recipe, Sizes
 from recipes.common.schedules import learning_rate_at, seqs_after, tokens_of_run
-from recipes.common.balance import cut_chunks, layer_costs, layers_of_rank
+from recipes.common.balance import cut_chunks, layer_costs, runs_by_rank
 from recipes.common.linears import postponable_share
 from recipes.common.weights import build_empty
 
@@ -35,8 +35,7 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
     ]
     cut = cut_chunks(costs, head, layout.pipeline, layout.schedule, layout.cut)
     total = sum(costs) + head
-    for index in range(layout.pipeline):
-        runs = layers_of_rank(cut, layout.schedule, layout.pipeline, index)
+    for index, runs in enumerate(runs_by_rank(cut, layout.pipeline)):
         has_head = runs[-1] is cut[-1]
         cost = sum(costs[i] for run in runs for i in run) + (head if has_head else 0.0)
         parts = ("embedding, " if index == 0 else "") + ", ".join(f"{run[0]}-{run[-1]}" for run in runs)

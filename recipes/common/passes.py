@@ -131,7 +131,7 @@ class _Folded:
     def _next(self, rank: int) -> tuple[float, tuple[int, int], Pass] | None:
         """(when it can begin, its urgency, what): the first that can begin, by urgency among those; None if nothing can."""
         begun, given, made_up = (self.counts[kind] for kind in (FORWARD, INPUTS, WEIGHTS))
-        own = (rank, self.chunks - 1 - rank)
+        own = chunks_of_rank(FOLDED, self.pipeline, rank)
         waiting = [chunk for chunk in own if given[chunk] > made_up[chunk]]
         owed = sum(given[chunk] - made_up[chunk] for chunk in own)
         options = []
@@ -156,7 +156,7 @@ class _Folded:
         wanted = [before for before in (needs(step, self.chunks), own if step.kind == INPUTS else None) if before]
         if any(before not in self.done for before in wanted):
             return []
-        rank = step.chunk if step.chunk < self.pipeline else self.chunks - 1 - step.chunk
+        rank = rank_of_chunk(FOLDED, self.pipeline, step.chunk)
         start = max([self.clocks[rank], *(self.done[before] for before in wanted)])
         return [(start, (urgency, -step.chunk), step)]
 

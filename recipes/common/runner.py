@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -57,18 +57,11 @@ class OneStep(ds_schedule.PipeSchedule):
 class Mailbox:
     """This rank's messages of one round of passes."""
 
-    def __init__(self, grid: Grid, schedule: str, orders: list[list[Pass]], like: torch.Tensor | None) -> None:
-        """orders: the passes of every rank. like: what a message looks like, None as long as that is not known."""
+    def __init__(self, grid: Grid, coming: dict[int, tuple[Message, ...]], like: torch.Tensor | None) -> None:
+        """coming: by sending stage, what it sends here, in its order. like: what a message looks like, None until it is known."""
         self.like, self._grid = like, grid
-        # by sender: what it sends here, in its order, that is not asked for yet
-        self._coming = {
-            stage: deque(
-                message for to, message in sent_messages(orders[stage], schedule, grid.pipeline) if to == grid.pipeline_rank
-            )
-            for stage in (grid.pipeline_rank - 1, grid.pipeline_rank + 1)
-            if 0 <= stage < grid.pipeline
-        }
-        self._sender = {message: stage for stage, messages in self._coming.items() for message in messages}
+        self._coming = {stage: deque(messages) for stage, messages in coming.items()}  # those that are not asked for yet
+        self._sender = {message: stage for stage, messages in coming.items() for message in messages}
         self._expected: dict[Message, tuple[torch.Tensor, dist.Work]] = {}
         self._sent: list[tuple[torch.Tensor, dist.Work]] = []  # kept alive until it has left
 
@@ -110,14 +103,14 @@ class Runner:
     def __init__(self, engine: PipelineEngine, stage: Stage, grid: Grid) -> None:
         schedule = stage.schedule
         self._engine, self._stage, self._grid, self._schedule = engine, stage, grid, schedule
-        self._plan = cache(lambda micro_batches: plan_passes(schedule, grid.pipeline, micro_batches, stage.pass_costs))
+        self._plan = cache(lambda count: self._own_part(plan_passes(schedule, grid.pipeline, count, stage.pass_costs)))
         self._chunks = chunk_count(schedule, grid.pipeline)
         self._own = chunks_of_rank(schedule, grid.pipeline, grid.pipeline_rank)
         self._like: torch.Tensor | None = None
         self._tells_shape = True
         self._clear()
         # on the instance, because `deepspeed.initialize` chooses the engine's class
-        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {RunPasses: partial(_run_passes, self)}
+        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {RunPasses: lambda engine: self.train()}
         engine._train_schedule = lambda: OneStep(engine.micro_batches, engine.num_stages, engine.stage_id)
 
     def _clear(self) -> None:
@@ -128,7 +121,7 @@ class Runner:
         self._next_load = 0
 
     def train(self) -> None:
-        self._run(self._plan(self._engine.micro_batches), self._engine.data_iterator)
+        self._run(*self._plan(self._engine.micro_batches), self._engine.data_iterator)
         assert not self._kept and not any(map(len, self._stage.weight_queues)), "the schedule left a gradient behind"
 
     def evaluate(self, batches: Iterator[Batch], count: int) -> None:
@@ -136,14 +129,23 @@ class Runner:
         orders = [forward_passes(self._schedule, self._grid.pipeline, rank, count) for rank in range(self._grid.pipeline)]
         self._stage.eval()
         with torch.no_grad():
-            self._run(orders, batches)
+            self._run(*self._own_part(orders), batches)
         self._stage.train()
 
-    def _run(self, orders: list[list[Pass]], batches: Iterator[Batch]) -> None:
+    def _own_part(self, orders: list[list[Pass]]) -> tuple[list[Pass], dict[int, tuple[Message, ...]]]:
+        """Of the passes of all ranks: this rank's, and what each neighbour sends it."""
+        here, pipeline = self._grid.pipeline_rank, self._grid.pipeline
+        coming = {
+            stage: tuple(message for to, message in sent_messages(orders[stage], self._schedule, pipeline) if to == here)
+            for stage in (here - 1, here + 1)
+            if 0 <= stage < pipeline
+        }
+        return orders[here], coming
+
+    def _run(self, order: list[Pass], coming: dict[int, tuple[Message, ...]], batches: Iterator[Batch]) -> None:
         self._clear()
         self._batches = batches
-        mail = Mailbox(self._grid, self._schedule, orders, self._like)
-        order = orders[self._grid.pipeline_rank]
+        mail = Mailbox(self._grid, coming, self._like)
         run = {FORWARD: self._forward, INPUTS: self._input_gradients}
         for index, step in enumerate(order):
             self._learn_shape(step, mail)
@@ -227,10 +229,6 @@ class Runner:
             self._tells_shape = False
             self._engine._send_tensor_meta(tensor, target)
         mail.send(target, tensor)
-
-
-def _run_passes(runner: Runner, engine: PipelineEngine) -> None:
-    runner.train()
 
 
 def _backward_through(engine: PipelineEngine, out: torch.Tensor, gradient: torch.Tensor) -> None:

@@ -18,17 +18,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from recipes.common.balance import attention_cost, cut_chunks, layer_costs, layers_of_rank, pass_costs
+from recipes.common.balance import attention_cost, cut_chunks, layer_costs, pass_costs, runs_by_rank
 from recipes.common.grid import Grid
 from recipes.common.linears import postpone, take_over
 from recipes.common.loss import vocabulary_loss
 from recipes.common.passes import ONE_PASS, Costs
 from recipes.common.plans import TUPLE_LAYERS, Stack, find_stack
+from recipes.common.recipe import Layout
 from recipes.common.recompute import recompute
 from recipes.common.sequence_parallel import shard_sequence
 from recipes.common.tensor_parallel import Split, plan_split, split_forwards
 from recipes.common.weight_queue import WeightQueue
 from recipes.common.weights import build_empty, draw_weights
+
+
+NO_OPTIONS = Layout()
 
 
 class Absent(nn.Module):
@@ -244,33 +248,28 @@ class Stage(nn.Module):
 def build_stage(
     config: PreTrainedConfig,
     grid: Grid,
+    layout: Layout = NO_OPTIONS,
     *,
     seq_len: int,
     attention: str = "sdpa",
     seed: int = 0,
-    recompute_every: int = 0,
-    keep_products: bool = False,
-    stated_cut: tuple[int, ...] = (),
     z_loss: float = 0.0,
     chunk_tokens: int = 2048,
-    schedule: str = "1f1b",
-    sequence_parallel: bool = False,
-    own_linears: bool = True,
+    torch_linears: bool = False,
 ) -> Stage:
     """This rank's stage with its initial weights, on the CPU in fp32.
 
-    own_linears: False leaves linears as torch computes them, for what Trifold is held against.
-
+    layout: its options; the sizes are the grid's. torch_linears: with torch's own products, as what Trifold is held against.
     Raises PlanError when the family cannot be cut so; `check` has asked before any process group exists.
     """
     causal = build_empty(config, attention)
     stack = find_stack(causal)
-    split = plan_split(causal, stack, grid.tensor, sequence_parallel=sequence_parallel)
+    split = plan_split(causal, stack, grid.tensor, sequence_parallel=layout.sequence_parallel)
     shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
     costs, head_cost = layer_costs(causal, stack, seq_len)
-    cut = cut_chunks(costs, head_cost, grid.pipeline, schedule, stated_cut)
-    by_pass = pass_costs(costs, attention_cost(causal, seq_len), head_cost, cut, recompute_every)
-    chunks = layers_of_rank(cut, schedule, grid.pipeline, grid.pipeline_rank)
+    cut = cut_chunks(costs, head_cost, grid.pipeline, layout.schedule, layout.cut)
+    by_pass = pass_costs(costs, attention_cost(causal, seq_len), head_cost, cut, layout.recompute_every)
+    chunks = runs_by_rank(cut, grid.pipeline)[grid.pipeline_rank]
     weights = {"seed": seed, "cuts": split.cuts, "rank": grid.tensor_rank, "size": grid.tensor}
     embedding = causal.get_submodule(stack.embedding)
     stand_ins = _take_out(causal, stack, chunks, first=grid.is_first_stage, last=grid.is_last_stage)
@@ -280,19 +279,19 @@ def build_stage(
             draw_weights(causal, embedding, stack.embedding, **weights)
         causal.get_submodule(stack.head).weight = embedding.weight
     layers = causal.get_submodule(stack.layers)
-    queues = tuple(WeightQueue() for _ in chunks) if schedule != ONE_PASS else ()
-    if own_linears or queues:
-        take_over(causal, by_torch=not own_linears)
+    queues = tuple(WeightQueue() for _ in chunks) if layout.schedule != ONE_PASS else ()
+    if queues or not torch_linears:
+        take_over(causal, by_torch=torch_linears)
     for chunk, queue in zip(chunks, queues, strict=False):
         for index in chunk:
             postpone(layers[index], queue)
     split_forwards(causal, split, stack, grid)
     if split.blocks:
-        shard_sequence(causal, stack, split, chunks, stand_ins, grid, recompute_every)
+        shard_sequence(causal, stack, split, chunks, stand_ins, grid, layout.recompute_every)
     for index in (index for chunk in chunks for index in chunk):
-        if recompute_every and index % recompute_every == 0:
-            recompute(layers[index], keep_products=keep_products)
-    of_schedule = {"schedule": schedule, "pass_costs": by_pass, "weight_queues": queues, "stand_ins": stand_ins}
+        if layout.recompute_every and index % layout.recompute_every == 0:
+            recompute(layers[index], keep_products=layout.keep_products)
+    of_schedule = {"schedule": layout.schedule, "pass_costs": by_pass, "weight_queues": queues, "stand_ins": stand_ins}
     of_loss = {"z_loss": z_loss, "chunk_tokens": chunk_tokens}
     return Stage(causal, stack, split, grid, chunks, whole_shapes=shapes, **of_loss, **of_schedule)
 

@@ -166,16 +166,12 @@ def build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[Gr
     stage = build_stage(
         recipe.model,
         grid,
+        layout,
         seq_len=recipe.batch.seq_len,
         attention=recipe.attention,
         seed=recipe.seed,
-        recompute_every=layout.recompute_every,
-        keep_products=layout.keep_products,
-        stated_cut=layout.cut,
         z_loss=recipe.z_loss,
         chunk_tokens=recipe.logits_chunk_tokens,
-        schedule=layout.schedule,
-        sequence_parallel=layout.sequence_parallel,
     )
     document_end = None
     if recipe.mask_documents:

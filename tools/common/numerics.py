@@ -43,7 +43,7 @@ class Trial:
     attention: str = "eager"
     document_end: int | None = None  # attention stays inside the documents that this id ends
     device: str = "cpu"
-    own_linears: bool = True  # see build_stage
+    torch_linears: bool = False  # see build_stage
 
     @property
     def data(self) -> int:
@@ -74,17 +74,13 @@ def build_trainer(trial: Trial) -> Trainer:
     stage = build_stage(
         trial.model,
         grid,
+        trial.layout,
         seq_len=trial.seq_len,
         attention=trial.attention,
         seed=trial.seed,
-        recompute_every=trial.layout.recompute_every,
-        keep_products=trial.layout.keep_products,
-        stated_cut=trial.layout.cut,
         z_loss=trial.z_loss,
         chunk_tokens=trial.chunk_tokens,
-        schedule=trial.layout.schedule,
-        sequence_parallel=trial.layout.sequence_parallel,
-        own_linears=trial.own_linears,
+        torch_linears=trial.torch_linears,
     )
     return Trainer(stage, grid, trial.optimizer, engine_config(trial), trial.document_end)
 

@@ -102,9 +102,13 @@ def measure(recipe: Recipe, candidate: Candidate, kind: str, steps: int) -> dict
     grid = build_grid(candidate.layout, device, share)
     batch = recipe.batch
     stage = build_stage(
-        recipe.model, grid, seq_len=batch.seq_len, attention=recipe.attention, recompute_every=candidate.layout.recompute_every,
-        keep_products=candidate.layout.keep_products, stated_cut=candidate.layout.cut, chunk_tokens=recipe.logits_chunk_tokens,
-    )  # fmt: skip
+        recipe.model,
+        grid,
+        candidate.layout,
+        seq_len=batch.seq_len,
+        attention=recipe.attention,
+        chunk_tokens=recipe.logits_chunk_tokens,
+    )
     micro_batches = batch.global_seqs // (candidate.micro_seqs * candidate.data)
     sizes = {"train_micro_batch_size_per_gpu": candidate.micro_seqs, "gradient_accumulation_steps": micro_batches}
     config = {

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from recipes.common.check import group_problems, layout_problems
+from recipes.common.check import depth_problems, group_problems, layout_problems, option_problems
 from recipes.common.ds_config import ds_config_path, ds_config_problems, precision
-from recipes.common.passes import chunk_count
 from recipes.common.proof import cut_problems, sequence_problems
 from recipes.common.recipe import SCHEDULES, Layout
 from recipes.common.schedules import tokens_of_run
@@ -70,7 +69,7 @@ def judge(
     facts: ModelFacts, found: Sequence[Candidate], device: Device, coefficients: Coefficients, price: float
 ) -> tuple[list[Plan], list[Rejected]]:
     """(plans, the fastest safe ones first, then those whose interval reaches the GPU's memory; rejected, in the order given)."""
-    by_cut = pipeline_problems(facts, {(candidate.layout.pipeline, candidate.layout.schedule) for candidate in found})
+    by_cut = pipeline_problems(facts, {_cut_of(candidate.layout) for candidate in found})
     shared = Layout(tensor=2, sequence_parallel=True)
     shares = any(candidate.layout.sequence_parallel for candidate in found)
     of_sequences = (sequence_problems(facts.recipe.model, shared, facts.recipe.attention) if shares else []) or [""]
@@ -143,32 +142,34 @@ def _plan(
     )
 
 
-def pipeline_problems(facts: ModelFacts, cuts: set[tuple[int, str]]) -> dict[tuple[int, str], str]:
-    """(pipeline, schedule) -> why no such layout can run, "" when one can: depth, family, ds_config, stages without matrices."""
+def _cut_of(layout: Layout) -> Layout:
+    """What of a layout decides where the model is cut."""
+    return Layout(pipeline=layout.pipeline, schedule=layout.schedule, cut=layout.cut)
+
+
+def pipeline_problems(facts: ModelFacts, cuts: set[Layout]) -> dict[Layout, str]:
+    """Of each cut: why no layout with it can run, "" when one can: depth, family, ds_config, stages without matrices."""
     recipe, depth = facts.recipe, len(facts.work.layers)
     file, found = ds_config_path(recipe.deepspeed), {}
     uncut = []
-    if any(1 < size <= depth for size, _ in cuts):  # whether the family survives being cut is asked of a tiny model, once
+    if any(1 < cut.pipeline <= depth for cut in cuts):  # whether the family survives being cut is asked of a tiny model, once
         uncut = cut_problems(recipe.model, Layout(pipeline=2), recipe.attention)
-    for size, schedule in cuts:
-        layout, chunks = Layout(pipeline=size, schedule=schedule), chunk_count(schedule, size)
-        if chunks > depth:
-            runs = "" if chunks == size else f" with {schedule}, two runs of layers a stage,"
-            found[size, schedule] = f"pipeline={size}{runs} exceeds the model's {depth} layers"
-            continue
-        problems = (uncut if size > 1 else []) + ds_config_problems(facts.ds_config, file, layout)
-        problems += group_problems(recipe, facts.causal, facts.stack, layout)
-        found[size, schedule] = problems[0] if problems else ""
+    for cut in cuts:
+        problems = option_problems(cut, recipe.batch.seq_len) or depth_problems(cut, depth)
+        if not problems:
+            problems = (uncut if cut.pipeline > 1 else []) + ds_config_problems(facts.ds_config, file, cut)
+            problems += group_problems(recipe, facts.causal, facts.stack, cut)
+        found[cut] = problems[0] if problems else ""
     return found
 
 
-def _why_not(facts: ModelFacts, candidate: Candidate, by_cut: dict[tuple[int, str], str], of_sequences: str) -> str:
+def _why_not(facts: ModelFacts, candidate: Candidate, by_cut: dict[Layout, str], of_sequences: str) -> str:
     """What rules a candidate out before memory is counted; "" when nothing does."""
     layout, counts = candidate.layout, facts.rank_params(candidate.layout.tensor)
     if isinstance(counts, str):
         return f"tensor={layout.tensor}: {counts}"
-    if by_cut[layout.pipeline, layout.schedule]:
-        return by_cut[layout.pipeline, layout.schedule]
+    if by_cut[_cut_of(layout)]:
+        return by_cut[_cut_of(layout)]
     if layout.sequence_parallel and of_sequences:
         return of_sequences
     recipe = replace(facts.recipe, batch=replace(facts.recipe.batch, micro_seqs=candidate.micro_seqs))

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from recipes.common.balance import cut_chunks, layer_costs, runs_by_rank
 from recipes.common.ds_config import precision, zero_stage
 from recipes.common.flops import ModelWork, model_work, training_flops
+from recipes.common.passes import FOLDED, ONE_PASS, chunk_count, rank_of_chunk
 from recipes.common.plans import PlanError, Stack, find_stack
 from recipes.common.recipe import AdamW, Layout, Recipe
-from recipes.common.balance import cut_chunks, layer_costs, layers_of_rank
-from recipes.common.passes import FOLDED, ONE_PASS, chunk_count, rank_of_chunk
 from recipes.common.tensor_parallel import plan_split
 from recipes.common.weights import build_empty
 from tools.common.console import UsageError
@@ -68,9 +68,7 @@ class ModelFacts:
         if (key := (pipeline, schedule, layout.cut)) not in self.stages:
             costs, head = layer_costs(self.causal, self.stack, self.recipe.batch.seq_len)
             chunks = cut_chunks(costs, head, pipeline, schedule, layout.cut)
-            self.stages[key] = [
-                [index for run in layers_of_rank(chunks, schedule, pipeline, rank) for index in run] for rank in range(pipeline)
-            ]
+            self.stages[key] = [[index for run in runs for index in run] for runs in runs_by_rank(chunks, pipeline)]
         return self.stages[key]
 
     def rank_params(self, tensor: int) -> dict[str, float] | str:

@@ -205,12 +205,10 @@ def build_trainer(plan: Plan) -> Trainer:
     stage = build_stage(
         recipe.model,
         grid,
+        plan.layout,
         seq_len=recipe.batch.seq_len,
         attention=recipe.attention,
         seed=recipe.seed,
-        recompute_every=plan.layout.recompute_every,
-        keep_products=plan.layout.keep_products,
-        stated_cut=plan.layout.cut,
         z_loss=recipe.z_loss,
         chunk_tokens=recipe.logits_chunk_tokens,
     )

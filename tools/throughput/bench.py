@@ -119,7 +119,7 @@ def _rank(case: Case, rounds: int) -> dict[str, dict[str, list[float]]]:
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
     libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     steps = {name: BUILDERS[name](case.trial) for name in case.baselines}
-    own = {TORCHS_LINEARS: replace(case.trial, own_linears=False)} if case.trial.device == "cpu" else {}
+    own = {TORCHS_LINEARS: replace(case.trial, torch_linears=True)} if case.trial.device == "cpu" else {}
     for addition, trial in ({"": case.trial} | own).items():
         for schedule in case.schedules if not addition else case.schedules[-1:]:
             name = "Trifold" if case.trial.world_size == 1 else f"Trifold, {schedule}"

@@ -114,8 +114,9 @@ def _rank(shape: Shape, schedules: tuple[str, ...]) -> dict[str, dict[str, list[
 
 def _trainer(shape: Shape, schedule: str) -> Trainer:
     device = start_distributed("cpu")
-    grid = build_grid(Layout(pipeline=shape.pipeline, schedule=schedule), device)
-    stage = build_stage(shape.model(), grid, seq_len=shape.seq_len, schedule=schedule)
+    layout = Layout(pipeline=shape.pipeline, schedule=schedule)
+    grid = build_grid(layout, device)
+    stage = build_stage(shape.model(), grid, layout, seq_len=shape.seq_len)
     config = load_ds_config("zero1_fp32.json") | {
         "train_micro_batch_size_per_gpu": shape.micro_seqs,
         "gradient_accumulation_steps": shape.micro_batches,

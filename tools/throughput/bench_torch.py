@@ -49,7 +49,7 @@ def torch_parallel(trial: Trial) -> Step:
     grid = build_grid(trial.layout, device)
     mesh = init_device_mesh(device.type, (grid.pipeline, grid.data, grid.tensor), mesh_dim_names=("pipeline", "data", "tensor"))
     facts = {"seq_len": trial.seq_len, "attention": trial.attention, "seed": trial.seed}
-    stage = build_stage(trial.model, _without_tensor(grid), **facts, own_linears=False)
+    stage = build_stage(trial.model, _without_tensor(grid), **facts, torch_linears=True)
     if grid.tensor > 1:
         _cut_by_tensors(stage, mesh["tensor"])
     part = _Part(stage).to(device).train()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.common.balance import cut_chunks, layer_costs, layers_of_rank
+from recipes.common.balance import cut_chunks, layer_costs, runs_by_rank
 from recipes.common.passes import FOLDED, Costs, chunk_count, finish_times, plan_passes, rank_of_chunk
 from recipes.common.plans import find_stack
 from recipes.common.recipe import Recipe
@@ -137,8 +137,7 @@ def find_balance(timings: Timings, recipe: Recipe) -> Balance | None:
         rate = sum(stages) / sum(shares)
     layers = [rate * cost for cost in costs]
     chunks = cut_chunks(layers, head, timings.pipeline, timings.schedule)
-    of_rank = [layers_of_rank(chunks, timings.schedule, timings.pipeline, rank) for rank in range(timings.pipeline)]
-    better = [[(run.start, run.stop) for run in runs] for runs in of_rank]
+    better = [[(run.start, run.stop) for run in runs] for runs in runs_by_rank(chunks, timings.pipeline)]
     current, predicted = by_stage(layers, cut, head), by_stage(layers, better, head)
     saved = max(current) - max(predicted)
     return Balance(
