@@ -68,8 +68,9 @@ def test_a_replay_is_bitwise_what_was_logged_and_changes_no_file(run_dir):
     assert content(run_dir) == before
 
 
-def test_a_replay_in_another_layout_agrees_to_rounding(run_dir):
-    found = spikes("replay", run_dir, 32, "--layout", "tensor=2", "--json").json
+@pytest.mark.parametrize("layout", ["tensor=2", "pipeline=2,schedule=zero_bubble_v", "tensor=2,sequence_parallel=1"])
+def test_a_replay_in_another_layout_agrees_to_rounding(run_dir, layout):
+    found = spikes("replay", run_dir, 32, "--layout", layout, "--json").json
     assert found["reproducible"] and found["ranks"] == 2
     assert found["replayed"]["same batch"]["loss"] == pytest.approx(losses(run_dir)[32], rel=1e-5)
 
