@@ -63,6 +63,7 @@ def disagreement_of(*losses):
         (("--layout", "tensor=2"), "pipeline=2 or more"),
         (("--layout", "pipeline=2", "--micro-batches", 1), "--micro-batches=2 or more"),
         (("--layout", "pipeline=2,schedule=zero_bubble"), "compared by themselves"),
+        (("--layout", "pipeline=5", "--micro-batches", 5), "exceeds the model's 4 layers; use 4 stages at most"),
         (("--micro-seqs", 0), "--micro-seqs=0: must be 1 or more"),
     ],
 )

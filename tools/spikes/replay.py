@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from recipes.common.check import depth_problems, option_problems
 from recipes.common.checkpoint import load_state
 from recipes.common.checkpoint_reader import Reader
 from recipes.common.data import open_train, step_micro_batches
@@ -115,8 +116,8 @@ def make_plan(folder: Path, step: int, layout: str | None) -> tuple[Plan, bool]:
         )
     starts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["starts"]
     start = [entry for entry in starts if (entry["resumed_step"] or 0) < step][-1]
-    own, own_world = Layout(**start["layout"]), start["world_size"]
-    chosen, world = _layout(layout, own, own_world)
+    own, own_world = Layout(**start["layout"] | {"cut": tuple(start["layout"].get("cut", ()))}), start["world_size"]
+    chosen, world = _layout(layout, own, own_world, recipe)
     ds_config = _merged(recipe, chosen, world, json.loads((folder / "deepspeed.json").read_text(encoding="utf-8")))
     plan = Plan(
         recipe=recipe,
@@ -131,7 +132,7 @@ def make_plan(folder: Path, step: int, layout: str | None) -> tuple[Plan, bool]:
     return plan, (chosen, world) == (own, own_world)
 
 
-def _layout(words: str | None, own: Layout, own_world: int) -> tuple[Layout, int]:
+def _layout(words: str | None, own: Layout, own_world: int, recipe: Recipe) -> tuple[Layout, int]:
     if words is None:
         alone = Layout(recompute_every=own.recompute_every, keep_products=own.keep_products)
         return (own, own_world) if own_world <= RANKS_AT_MOST else (alone, 1)
@@ -139,6 +140,10 @@ def _layout(words: str | None, own: Layout, own_world: int) -> tuple[Layout, int
         layout, data = parse_layout(words)
     except RecipeError as error:
         raise UsageError(str(error)) from error
+    depth = recipe.model.get_text_config().num_hidden_layers
+    problems = option_problems(layout, recipe.batch.seq_len, "--layout: ") or depth_problems(layout, depth)
+    if problems:
+        raise UsageError(f"--layout={words}: {'; '.join(problems)}")
     return layout, layout.tensor * layout.pipeline * data
 
 

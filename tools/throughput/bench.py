@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig
 
+from recipes.common.check import depth_problems
 from recipes.common.ds_config import load_ds_config, precision
 from recipes.common.flops import OURS
 from recipes.common.passes import chunk_count
@@ -235,6 +236,8 @@ def _case(text: str, trial: Trial) -> Case:
     if layout.pipeline > 1 and trial.model.tie_word_embeddings:
         raise UsageError(f"--layout={text}: torch's pipeline has no tied embeddings; take a recipe without, or --layout tensor=1")
     depth = trial.model.num_hidden_layers
+    if problems := depth_problems(layout, depth):
+        raise UsageError(f"--layout={text}: {problems[0]}")
     fitting = tuple(schedule for schedule in SCHEDULES if chunk_count(schedule, layout.pipeline) <= depth)
     alone = (PLAIN, HUGGING_FACE) if trial.device == "cpu" else (HUGGING_FACE,)  # memory of a GPU: two sides, not three
     return Case(
