@@ -32,7 +32,7 @@ export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 # NCCL says why a connection failed, and nothing else.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
-# gloo's interface is each rank's own choice (recipes/common/network.py): it differs between hosts, and the host's name may say
+# gloo's interface is each rank's own choice (recipes/common/runtime/network.py): it differs between hosts, and the host's name may say
 # loopback. GLOO_SOCKET_IFNAME, where set, holds.
 
 # What goes to other hosts: pdsh hands over nothing by itself. No keys: its command line is logged, and seen by all.

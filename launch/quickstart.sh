@@ -87,7 +87,7 @@ export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 if [[ ! -f "$data/manifest.json" ]]; then
     sources='the standard library'
     [[ -n "$print" ]] || sources="$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
-    run plain python -m tools.prepare_data "$sources" --suffix .py --exclude site-packages dist-packages test tests \
+    run plain python -m tools.data prepare "$sources" --suffix .py --exclude site-packages dist-packages test tests \
         __pycache__ --train-tokenizer "$vocabulary" --validation-fraction 0.02 --bad skip --out "$data"
 fi
 
@@ -96,5 +96,5 @@ training=(deepspeed --hostfile /dev/null --master_port "$port" --num_gpus "$proc
 [[ -z "$steps" ]] || training+=(--max-steps "$steps")
 run group "${training[@]}"
 
-run plain python -m tools.to_hf "$out/checkpoints/latest" "$out/hf"
+run plain python -m tools.checkpoint to-hf "$out/checkpoints/latest" "$out/hf"
 run plain python -m tools.sample "$out/hf" --data "$data"

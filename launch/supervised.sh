@@ -59,7 +59,7 @@ take_words() {
 # The environment of a run, then the supervisor in place of this shell: signals reach it, and its exit code is the script's.
 # Arguments: the launcher's words.
 supervise() {
-    local command=(python "$(dirname "$here")/tools/supervise.py" "${supervisor[@]}" --launcher "$(quote "$@")" "$recipe" "${recipe_flags[@]}")
+    local command=(python "$(dirname "$here")/tools/supervise/__main__.py" "${supervisor[@]}" --launcher "$(quote "$@")" "$recipe" "${recipe_flags[@]}")
     if [[ -n "$print" ]]; then
         quote "${command[@]}"
         echo

@@ -1,6 +1,6 @@
 """Llama 1B learns long sequences: 10B tokens at 65,536 after llama_1b, for 8 or 32 80GB GPUs. Measured: not yet.
 
-    python -m tools.from_hf /models/llama_1b /ckpt/llama_1b_long                 # what tools.to_hf made of llama_1b
+    python -m tools.checkpoint from-hf /models/llama_1b /ckpt/llama_1b_long    # llama_1b, as `tools.checkpoint to-hf` exported it
     bash launch/local.sh recipes/llama_1b_long.py --out-dir /ckpt/llama_1b_long --resume
     python recipes/llama_1b_long.py --dry-run --world-size 32                    # check and print, no GPU
 

@@ -1,6 +1,6 @@
 """Llama 8B goes on from published weights: 50B tokens of a domain in batches of 4.2M, for 8 or 64 80GB GPUs. Measured: not yet.
 
-    python -m tools.from_hf /models/Meta-Llama-3-8B /ckpt/llama_8b_continued     # the starting checkpoint
+    python -m tools.checkpoint from-hf /models/Meta-Llama-3-8B /ckpt/llama_8b_continued     # the starting checkpoint
     bash launch/local.sh recipes/llama_8b_continued.py --out-dir /ckpt/llama_8b_continued --resume
     python recipes/llama_8b_continued.py --dry-run --world-size 64               # check and print, no GPU
 

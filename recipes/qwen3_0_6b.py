@@ -20,7 +20,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 from transformers import Qwen3Config
 
-from recipes.common.recipe import AdamW, Batch, Checkpoints, Evaluation, Layout, Recipe, WSD
+from recipes.common.recipe import WSD, AdamW, Batch, Checkpoints, Evaluation, Layout, Recipe
 from recipes.common.train import main
 
 recipe = Recipe(

@@ -1,6 +1,6 @@
 """Set the environment before anything imports torch or DeepSpeed, and keep this process free of tensor code.
 
-Tests that compute fork their ranks from here (tools.common.local_ranks): a fork that inherits autograd or OpenMP threads hangs.
+Tests that compute fork their ranks from here (tools.common.forked_ranks): a fork that inherits autograd or OpenMP threads hangs.
 """
 
 import os
@@ -23,7 +23,7 @@ import torch  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402  imported once, before ranks are forked
 import wandb  # noqa: E402, F401
 
-from tests import supervised  # noqa: E402
+from tests.support import supervised  # noqa: E402
 
 # files of few long tests, begun first: one that comes last keeps one worker busy while the other has nothing left
 LONG = ("test_supervise.py", "test_hostfile.py", "test_slurm.py", "test_checkpoint.py")

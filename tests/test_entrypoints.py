@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from recipes.common.metrics import read_metrics
 from recipes.common.recipe import ROOT
-from tests.launched import copy_repository, deepspeed, start, torchrun
-from tools.common.local_ranks import run_ranks
+from recipes.common.run_dir.metrics import read_metrics
+from tests.support.launched import copy_repository, deepspeed, start, torchrun
+from tools.common.forked_ranks import run_ranks
 from tools.verify import load_recipe
 
 STEPS = 2

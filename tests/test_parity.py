@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from recipes.common.recipe import SCHEDULES, SGD, AdamW, Layout
-from tests.tiny import ds_config, tiny_config
-from tools.common.local_ranks import run_ranks
-from tools.common.numerics import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain
+from tests.support.tiny import ds_config, tiny_config
+from tools.common.forked_ranks import run_ranks
+from tools.common.parity import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain
 
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)  # eps above rounding, so that near-zero gradients do not become whole steps
 PLAIN_SGD = SGD(lr=1.0)

@@ -1,7 +1,7 @@
 """Every command that a README shows: its files are there, its tool takes its flags as they stand, and the quick ones run.
 
 The commands of one README run in their order in one folder that looks like the repository, so that `cp` makes what the next line
-starts. launch/README.md is held by tests/test_launch.py.
+starts. launch/README.md is held by tests/launch/test_launch.py.
 """
 
 import argparse
@@ -24,8 +24,8 @@ import transformers.models.llama.modeling_llama  # noqa: F401  imported once, be
 
 import recipes.common.train  # noqa: F401
 from recipes.common.recipe import ROOT
-from tools.common.local_ranks import run_ranks
-from tools.common.recipe_files import load_recipe
+from tools.common.forked_ranks import run_ranks
+from tools.common.recipe_io import load_recipe
 
 READMES = ("README.md", "recipes/README.md", "recipes/TRAINING.md", "ds_configs/README.md", "tools/README.md")
 FOLDERS = ("recipes", "launch", "tools", "tests", "ds_configs")
@@ -228,8 +228,8 @@ def edit(script, out):
 
 
 def _read(paths):
-    from recipes.common.check import check_recipe
-    from recipes.common.schedules import tokens_of_run
+    from recipes.common.checks.recipe_checks import check_recipe
+    from recipes.common.config.lr_schedules import tokens_of_run
 
     found = []
     for recipe in map(load_recipe, paths):

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from recipes.common.recipe import ROOT, Layout, Recipe, RecipeError
-from tools.common.local_ranks import run_ranks
+from tools.common.forked_ranks import run_ranks
 from tools.verify import load_recipe, make_trial, verify
 
 NAMES = sorted(path.stem for path in ROOT.glob("recipes/*.py") if path.stem != "__init__")
@@ -88,8 +88,8 @@ def dry_runs():
 
 
 def _dry_runs():
-    from recipes.common.check import check_recipe
-    from recipes.common.describe import describe_run
+    from recipes.common.checks.dry_run import describe_run
+    from recipes.common.checks.recipe_checks import check_recipe
     from recipes.common.recipe import derive_sizes
 
     texts = []

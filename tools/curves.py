@@ -19,8 +19,8 @@ if not __package__:  # run as a script: import from the repository root, not fro
 import numpy as np
 
 from tools.common.console import GOOD, UsageError, exit_code, table
+from tools.common.logs.run_numbers import Table, read_numbers
 from tools.common.svg_chart import Line, chart
-from tools.spikes.report_tables import Table, read_numbers
 
 X_NAMES = {"step": "step", "tokens": "tokens"}
 

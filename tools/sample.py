@@ -4,7 +4,7 @@
     python -m tools.sample RUN/hf --data DIR --prompt "def read(" --tokens 100 --temperature 0
 
 Uses nothing of the training code but the data reader: AutoModelForCausalLM and AutoTokenizer as anyone would load them. Over the
-same sequences the loss is the run's own `val_loss`; an export of tools.to_hf remembers how many of what length (trifold.json),
+same sequences the loss is the run's own `val_loss`; an exported folder remembers how many of what length (trifold.json),
 other folders need --seq-len and --seqs.
 """
 
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from recipes.common.data import TokenStream, open_split, validation_micro_batches
+from recipes.common.data.batches import TokenStream, open_split, validation_micro_batches
 from tools.common.console import UsageError, exit_code, quiet_transformers
 
 PROMPT_TOKENS = 16  # of a prompt taken from the validation split
@@ -39,8 +39,10 @@ LOGITS_CHUNK_TOKENS = 1024  # fp32 logits over a large vocabulary, in pieces
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.sample", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a Hugging Face model folder, as tools.to_hf writes it")
-    parser.add_argument("--data", type=Path, required=True, help="a folder written by tools.prepare_data")
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="a Hugging Face model folder, as tools.checkpoint to-hf writes it"
+    )
+    parser.add_argument("--data", type=Path, required=True, help="a folder written by tools.data prepare")
     parser.add_argument(
         "--prompt", action="append", default=[], help="may be given several times; else from the validation split"
     )
@@ -95,7 +97,9 @@ def _run(args: argparse.Namespace) -> int:
 def load(folder: Path, dtype: str, device: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model and its tokenizer. Raises UsageError when either cannot be loaded."""
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder} is no Hugging Face model folder (no config.json); tools.to_hf makes one of a checkpoint")
+        raise UsageError(
+            f"{folder} is no Hugging Face model folder (no config.json); tools.checkpoint to-hf makes one of a checkpoint"
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

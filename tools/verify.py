@@ -24,15 +24,23 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from transformers import PreTrainedConfig
 
-from recipes.common.check import config_problems, depth_problems, option_problems, optimizer_problems
-from recipes.common.ds_config import ds_config_path, ds_config_problems, load_ds_config, precision, version_problems, zero_stage
-from recipes.common.plans import PlanError
-from recipes.common.proof import cut_problems, sequence_problems
+from recipes.common.checks.family_trials import cut_problems, sequence_problems
+from recipes.common.checks.model_checks import config_problems, depth_problems
+from recipes.common.checks.recipe_checks import optimizer_problems, option_problems
+from recipes.common.checks.tiny_model import shrink
+from recipes.common.config.ds_config import (
+    ds_config_path,
+    ds_config_problems,
+    load_ds_config,
+    precision,
+    version_problems,
+    zero_stage,
+)
+from recipes.common.model.decoder import PlanError
 from recipes.common.recipe import AdamW, Layout, Recipe, RecipeError
-from recipes.common.shrink import shrink
-from tools.common.local_ranks import RankError, run_ranks
-from tools.common.numerics import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain
-from tools.common.recipe_files import load_recipe, parse_layout
+from tools.common.forked_ranks import RankError, run_ranks
+from tools.common.parity import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain
+from tools.common.recipe_io import load_recipe, parse_layout
 
 # (loss and gradient norm, relative; gradients and parameters, absolute). bf16 rounds at 2^-9 and Adam's first steps turn a
 # rounded gradient's sign into a whole step, so parameters are held to twice the distance they can travel, beside their own
@@ -87,7 +95,7 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
         model = without_dropout(shrink(recipe.model, layout))
     except (PlanError, ValueError, TypeError, AttributeError) as error:
         raise RecipeError(f"recipe {recipe.name!r}", [*problems, f"model: cannot be shrunk for a trial: {error}"]) from error
-    if not problems:  # in a rank of its own, as all that computes: see tools.common.local_ranks
+    if not problems:  # in a rank of its own, as all that computes: see tools.common.forked_ranks
         for proof in (cut_problems, sequence_problems):
             problems += run_ranks(proof, 1, recipe.model, layout, recipe.attention)[0]
     if problems:

@@ -2,7 +2,7 @@
 
 The recipe owns what changes what is learned, and the layout; `ds_configs/*.json` own memory and precision.
 Data-parallel size and gradient accumulation are derived (`Sizes`), never typed. Nothing here checks anything:
-`recipes.common.check` collects every problem at once.
+`recipes.common.checks.recipe_checks` collects every problem at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RecipeError(ValueError):
         super().__init__(f"{title}:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
-SCHEDULES = ("1f1b", "zero_bubble", "zero_bubble_v")  # recipes.common.passes
+SCHEDULES = ("1f1b", "zero_bubble", "zero_bubble_v")  # recipes.common.pipeline.schedules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ class Checkpoints:
 
 @dataclass(frozen=True, kw_only=True)
 class Monitor:
-    """What is watched while training: statistics go to `tensor_stats/` and into the step's line (recipes.common.monitor)."""
+    """What is watched while training: statistics go to `tensor_stats/` and the step line (recipes.common.monitor)."""
 
     every_steps: int = 1  # norms of gradients, weights and updates, by parameter; 0: never
     activations_every_steps: int = 10  # outputs, attention logits and router load, by layer; 0: never
@@ -169,7 +169,7 @@ class Monitor:
 
 @dataclass(frozen=True, kw_only=True)
 class Reaction:
-    """What to do about an event that the detectors call actionable (recipes.common.reaction). A black box is left in any case."""
+    """What a run does about an actionable event (recipes.common.anomalies). Every event leaves a black box."""
 
     # "log"; "skip": a step whose gradient norm is off its curve changes no weight; "rewind": back to a checkpoint before the
     # onset, the suspect sequences left out
@@ -185,7 +185,7 @@ class Recipe:
     model: PreTrainedConfig  # any transformers config of a decoder
     num_params: int  # stated, and checked on the meta device: it catches every misspelt model field
     tokenizer: str  # a Hugging Face tokenizer folder; relative paths start at the repository root
-    data: str | Blend  # folders written by tools.prepare_data; relative paths start at the repository root
+    data: str | Blend  # folders written by tools.data prepare; relative paths start at the repository root
     layouts: dict[int, Layout]  # GPUs -> layout
     batch: Batch
     optimizer: Optimizer

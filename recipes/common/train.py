@@ -12,31 +12,32 @@ from typing import Any
 
 import torch
 
-from recipes.common.blend import folders
-from recipes.common.check import check_recipe
-from recipes.common.checkpoint import Position, Saver, resume
-from recipes.common.data import Prefetcher, open_train, open_validation, step_micro_batches, validation_micro_batches
-from recipes.common.describe import describe_run
-from recipes.common.ds_config import merge_ds_config
-from recipes.common.engine import TOO_HIGH, StepResult, Trainer, start_distributed
-from recipes.common.failures import end_rank, guard_rank
-from recipes.common.flags import out_dir_problems, parse_flags
-from recipes.common.grid import Grid, build_grid
-from recipes.common.lifeline import Lifeline
-from recipes.common.metrics import RunLog
-from recipes.common.observer import Observer
-from recipes.common.plans import find_stack
-from recipes.common.pulse import Pulse
-from recipes.common.reaction import Responder
-from recipes.common.recipe import Blend, Layout, Recipe, RecipeError, Sizes, derive_sizes, from_root
-from recipes.common.rewinds import Rewind, read_history, skips_ahead
-from recipes.common.run_files import recipe_to_dict, write_run_files
-from recipes.common.schedules import global_seqs_at, learning_rate_at
-from recipes.common.shards import data_identity, read_manifest
-from recipes.common.signals import LeaveRequest
-from recipes.common.stage import build_stage
-from recipes.common.tensor_parallel import plan_split
-from recipes.common.weights import build_empty, name_seed
+from recipes.common.anomalies.recovery import Responder
+from recipes.common.anomalies.rewinds import Rewind, read_history, skips_ahead
+from recipes.common.checkpoint.files import out_dir_problems
+from recipes.common.checkpoint.position import Position
+from recipes.common.checkpoint.resume import resume
+from recipes.common.checkpoint.saver import Saver
+from recipes.common.checks.dry_run import describe_run
+from recipes.common.checks.recipe_checks import check_recipe
+from recipes.common.config.arguments import parse_flags
+from recipes.common.config.ds_config import merge_ds_config
+from recipes.common.config.lr_schedules import global_seqs_at, learning_rate_at
+from recipes.common.data.batches import Prefetcher, open_train, open_validation, step_micro_batches, validation_micro_batches
+from recipes.common.data.blend import _folders
+from recipes.common.data.shards import data_identity
+from recipes.common.engine.build_trainer import build
+from recipes.common.engine.trainer import TOO_HIGH, StepResult, Trainer
+from recipes.common.model.initial_weights import name_seed
+from recipes.common.monitor.monitor import Observer
+from recipes.common.monitor.phases import Pulse
+from recipes.common.parallel.grid import Grid
+from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes, from_root
+from recipes.common.run_dir.manifest import recipe_to_dict, write_run_files
+from recipes.common.run_dir.metrics import RunLog
+from recipes.common.runtime.exits import end_rank, guard_rank
+from recipes.common.runtime.stop_signal import LeaveRequest
+from recipes.common.runtime.supervisor_link import Lifeline
 
 SKIPS_IN_A_ROW = 32  # steps that overflow and do not apply: fp16's scale has then fallen from its start to 1
 
@@ -155,30 +156,6 @@ def train(
     return position.step >= last_step
 
 
-def build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[Grid, Trainer]:
-    """This rank's place and its trainer, in the process group that the launcher's environment describes."""
-    from deepspeed.accelerator import get_accelerator
-
-    device = start_distributed(get_accelerator().device_name())
-    causal = build_empty(recipe.model, recipe.attention)
-    share = plan_split(causal, find_stack(causal), layout.tensor).kv_share
-    grid = build_grid(layout, device, share)
-    stage = build_stage(
-        recipe.model,
-        grid,
-        layout,
-        seq_len=recipe.batch.seq_len,
-        attention=recipe.attention,
-        seed=recipe.seed,
-        z_loss=recipe.z_loss,
-        chunk_tokens=recipe.logits_chunk_tokens,
-    )
-    document_end = None
-    if recipe.mask_documents:
-        document_end = read_manifest(from_root(_folders(recipe)[0]))["eos_id"]
-    return grid, Trainer(stage, grid, recipe.optimizer, ds_config, document_end)
-
-
 def _write_files(
     recipe: Recipe,
     layout: Layout,
@@ -216,10 +193,6 @@ def _note_changed_data(out_dir: Path, log: RunLog) -> None:
     for name, identity in starts[-1]["data"].items():
         if before.get(name, identity) != identity:
             log.note(f"data={name} was prepared again since this run's last start: its sequences are not those read before")
-
-
-def _folders(recipe: Recipe) -> list[str]:
-    return folders(recipe.data) if isinstance(recipe.data, Blend) else [recipe.data]
 
 
 def open_reader(recipe: Recipe, grid: Grid, skips: tuple[tuple[int, int], ...]) -> Prefetcher:

@@ -18,9 +18,10 @@ if not __package__:
 import argparse
 
 from recipes.common.recipe import RecipeError
+from tests.bench.planner import fit, validate
 from tools.common.console import UsageError, exit_code
-from tools.plan import calibrate, fit, layouts, search, validate
-from tools.plan.devices import DEVICES
+from tools.common.devices import DEVICES
+from tools.plan import calibrate, layouts, search
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

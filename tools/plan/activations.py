@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
-from recipes.common.plans import TUPLE_LAYERS, find_stack
-from recipes.common.recompute import product_ops
-from recipes.common.stage import Absent
+from recipes.common.model.decoder import TUPLE_LAYERS, find_stack
+from recipes.common.model.recompute import product_ops
+from recipes.common.pipeline.stage import Absent
+
+TRAFFIC_PER_SAVED = 6.0  # a saved byte is written and read about three times, forward and backward
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,18 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from recipes.common.ds_config import load_ds_config
-from recipes.common.engine import Trainer, start_distributed
-from recipes.common.grid import build_grid
+from recipes.common.config.ds_config import load_ds_config
+from recipes.common.engine.startup import start_distributed
+from recipes.common.engine.trainer import Trainer
+from recipes.common.parallel.grid import build_grid
+from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.pipeline.stage import build_stage
 from recipes.common.recipe import Batch, Recipe
-from recipes.common.stage import build_stage
-from recipes.common.tensor_parallel import plan_split
 from tools.common.console import GOOD, UsageError, quiet_transformers, table
-from tools.common.local_ranks import RankError, run_ranks
-from tools.common.recipe_files import load_recipe, parse_layout
+from tools.common.devices import GIB, Device, find_device
+from tools.common.forked_ranks import RankError, run_ranks
+from tools.common.recipe_io import load_recipe, parse_layout
 from tools.plan import memory_model, time_model
 from tools.plan.coefficients import Coefficients, read_coefficients, write_coefficients
-from tools.plan.devices import GIB, Device, find_device
 from tools.plan.model_cases import Candidate, ModelFacts, memory_case, read_model, time_cases
 
 WARM_UP_STEPS = 2

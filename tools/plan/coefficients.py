@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from tools.common.console import UsageError
+from tools.common.devices import Device
 from tools.plan import memory_model, time_model
-from tools.plan.devices import Device
 from tools.plan.time_model import Cases
 
 SHIPPED = Path(__file__).with_name("coefficients.json")

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from recipes.common.check import depth_problems, group_problems, layout_problems, option_problems
-from recipes.common.ds_config import ds_config_path, ds_config_problems, precision
-from recipes.common.proof import cut_problems, sequence_problems
+from recipes.common.checks.family_trials import cut_problems, sequence_problems
+from recipes.common.checks.model_checks import depth_problems, group_problems
+from recipes.common.checks.recipe_checks import layout_problems, option_problems
+from recipes.common.config.ds_config import ds_config_path, ds_config_problems, precision
+from recipes.common.config.lr_schedules import tokens_of_run
 from recipes.common.recipe import SCHEDULES, Layout
-from recipes.common.schedules import tokens_of_run
+from tools.common.devices import GIB, Device
 from tools.plan.coefficients import Coefficients
-from tools.plan.devices import GIB, Device
 from tools.plan.memory_model import MemoryCase, interval, stage_totals
 from tools.plan.model_cases import Candidate, ModelFacts, memory_case, time_cases
 from tools.plan.time_model import step_parts

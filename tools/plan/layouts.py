@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from recipes.common.recipe import Layout
 from tools.common.console import FAILED, GOOD, table
+from tools.common.devices import GIB, Device
 from tools.plan.coefficients import Coefficients
-from tools.plan.devices import GIB, Device
 from tools.plan.evaluate import Plan, judge
 from tools.plan.model_cases import Candidate, ModelFacts
 from tools.plan.search import options_of, plan_json, read

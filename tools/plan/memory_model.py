@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tools.plan.devices import GIB
+from tools.common.devices import GIB
 from tools.plan.fitting import fit_map
 
 CONTEXT_BYTES = 0.6 * GIB  # CUDA context and cuBLAS workspaces
@@ -90,8 +90,8 @@ def state_bytes(
     """Bytes a parameter of (weights, gradients, optimizer states), as our ds_configs set DeepSpeed up.
 
     `moments`: fp32 states that the optimizer keeps beside the fp32 masters (AdamW 2). Gradients add up in fp32: whole up to
-    ZeRO 1; under ZeRO 2 each rank's own part, beside whole ones in the precision of the weights. `tests/test_plan_memory.py`
-    holds these against the tensors of real engines.
+    ZeRO 1; under ZeRO 2 each rank's own part, beside whole ones in the precision of the weights. `tests/tools/plan/
+    test_memory.py` holds these against the tensors of real engines.
     """
     weights, masters = (4.0 if precision == "fp32" else 2.0), (0.0 if offload else (4.0 + 4.0 * moments) / data)
     if zero_stage == 3:

@@ -10,19 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from recipes.common.balance import cut_chunks, layer_costs, runs_by_rank
-from recipes.common.ds_config import precision, zero_stage
-from recipes.common.flops import ModelWork, model_work, training_flops
-from recipes.common.passes import FOLDED, ONE_PASS, chunk_count, rank_of_chunk
-from recipes.common.plans import PlanError, Stack, find_stack
+from recipes.common.config.ds_config import precision, zero_stage
+from recipes.common.config.placement import FOLDED, ONE_PASS, chunk_count, rank_of_chunk
+from recipes.common.model.decoder import PlanError, Stack, find_stack
+from recipes.common.model.flops import ModelWork, layer_costs, model_work, training_flops
+from recipes.common.model.initial_weights import build_empty
+from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.pipeline.partition import cut_chunks, runs_by_rank
 from recipes.common.recipe import AdamW, Layout, Recipe
-from recipes.common.tensor_parallel import plan_split
-from recipes.common.weights import build_empty
 from tools.common.console import UsageError
-from tools.plan.activations import LayerBytes, layer_activations
-from tools.plan.devices import Device
+from tools.common.devices import Device
+from tools.plan.activations import TRAFFIC_PER_SAVED, LayerBytes, layer_activations
 from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes, state_bytes
-from tools.plan.table_cases import TRAFFIC_PER_SAVED
 from tools.plan.time_model import Cases
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -163,7 +162,7 @@ def _product_bytes(facts: ModelFacts, candidate: Candidate, width: int, index: i
 
 
 def _loss_bytes(facts: ModelFacts, candidate: Candidate, head_params: float) -> float:
-    """The loss goes over chunks of tokens (recipes.common.loss): logits of one chunk, and the gradient of the head."""
+    """Count the logits of one chunk of tokens (parallel.cross_entropy), and the gradient of the head."""
     batch = facts.recipe.batch
     tokens = min(facts.recipe.logits_chunk_tokens, candidate.micro_seqs * batch.seq_len)
     return _LOSS_BYTES * tokens * facts.work.vocab / candidate.layout.tensor + _HEAD_GRADIENT_BYTES * head_params
@@ -232,7 +231,7 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
 
 def _bubble_share(candidate: Candidate) -> float:
     """ZB-H1 (arXiv 2401.10241): of (p - 1)(F + B + W) it leaves (p - 1)(F + B - W); each is as long as a forward pass, and
-    full recomputation adds one. Folded, a stage's pass is two, and half as much is left (`recipes.common.passes`)."""
+    full recomputation adds one. Folded, a stage's pass is two, and half as much is left (`recipes.common.pipeline.schedules`)."""
     if candidate.layout.schedule == ONE_PASS:
         return 1.0
     passes = 3.0 + (0.0 if candidate.layout.keep_products else _repeated(candidate.layout))

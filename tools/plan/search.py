@@ -8,14 +8,15 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from recipes.common.check import config_problems, range_problems
-from recipes.common.ds_config import load_ds_config
+from recipes.common.checks.model_checks import config_problems
+from recipes.common.checks.recipe_checks import range_problems
+from recipes.common.config.ds_config import load_ds_config
+from recipes.common.config.field_types import type_problems
 from recipes.common.recipe import SCHEDULES, Layout, RecipeError
-from recipes.common.recipe_types import type_problems
 from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table
-from tools.common.recipe_files import load_recipe, parse_layout
+from tools.common.devices import GIB, Device, find_device
+from tools.common.recipe_io import load_recipe, parse_layout
 from tools.plan.coefficients import Coefficients, first_principles, read_coefficients
-from tools.plan.devices import GIB, Device, find_device
 from tools.plan.evaluate import Plan, Rejected, candidates, judge
 from tools.plan.model_cases import Candidate, ModelFacts, read_model
 

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import AutoConfig
 
-from recipes.common.checkpoint_files import sealed_checkpoints
-from recipes.common.checkpoint_reader import Reader
-from recipes.common.data import document_positions
-from recipes.common.shards import read_manifest
-from tools.checkpoints.hf_check import plain_model, set_weights
+from recipes.common.checkpoint.files import sealed_checkpoints
+from recipes.common.checkpoint.reader import Reader
+from recipes.common.data.batches import document_positions
+from recipes.common.data.shards import read_manifest
+from tools.checkpoint.hf_check import plain_model, set_weights
 from tools.common.console import GOOD, UsageError, progress_bar, quiet_transformers, table
-from tools.common.saved_recipe import read_recipe
-from tools.preparation.data_lookup import LookupProblem, Run, describe, read_run, read_step
+from tools.common.recipe_io import read_recipe
+from tools.data.lookup import LookupProblem, Run, describe, read_run, read_step
 from tools.spikes.batch_stats import Oddity, most_repeated, oddities, ordinary_sequences, sequence_stats, step_tokens
 
 TEXT_SHOWN = 200  # characters of a document

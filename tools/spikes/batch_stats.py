@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.common.order import kept_index
-from tools.preparation.data_lookup import Run, Step, open_run
+from recipes.common.data.order import kept_index
+from tools.data.lookup import Run, Step, open_run
 
 NGRAM = 8  # long enough that ordinary text seldom says the same twice within a sequence
 USUAL_SEQS, REFERENCE_SEQS = 256, 64  # what "usual" is measured on, and other sequences to hold against it

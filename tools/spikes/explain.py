@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from tools.common.console import GOOD, quiet_transformers
-from tools.spikes import evidence_data, evidence_machine, evidence_optimizer
-from tools.spikes.case import Case, read_case
-from tools.spikes.causes import CAUSES, Cause
-from tools.spikes.findings import Evidence, Finding, Unanswered
+from tools.spikes.evidence import data as evidence_data
+from tools.spikes.evidence import machine as evidence_machine
+from tools.spikes.evidence import optimizer as evidence_optimizer
+from tools.spikes.evidence.case import Case, read_case
+from tools.spikes.evidence.causes import CAUSES, Cause
+from tools.spikes.evidence.findings import Evidence, Finding, Unanswered
 
 QUESTIONS: tuple[Callable[[Case], Iterator[Evidence]], ...] = (
     evidence_data.one_step_only,

@@ -1,6 +1,6 @@
 """`spikes plan-rewind RUN EVENT`: which checkpoint to go back to, which sequences to leave out, what it costs, the command.
 
-The suspects are those that a run would choose by itself (recipes.common.reaction): the steps from just before the onset to the
+The suspects are those that a run would choose by itself (`anomalies.recovery`): the steps from just before the onset to the
 peak. PaLM's team left out 200 to 500 batches (arXiv 2204.02311, section 5.1): that is --skip-steps.
 """
 
@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from recipes.common.checkpoint_files import checkpoint_step, sealed_checkpoints
-from recipes.common.black_box import read_boxes
-from recipes.common.detectors import Event, scan
-from recipes.common.metrics import read_metrics
-from recipes.common.order import kept_index
-from recipes.common.reaction import suspect_steps
+from recipes.common.anomalies.detector import Event, scan
+from recipes.common.anomalies.recovery import suspect_steps
+from recipes.common.checkpoint.files import checkpoint_step, sealed_checkpoints
+from recipes.common.data.order import kept_index
+from recipes.common.run_dir.black_box import read_boxes
+from recipes.common.run_dir.metrics import read_metrics
 from tools.common.console import FAILED, GOOD, UsageError
-from tools.preparation.data_lookup import read_run
-from tools.spikes.case import LOOK_AHEAD, LOOK_BACK, event_step
+from tools.data.lookup import read_run
+from tools.spikes.evidence.case import LOOK_AHEAD, LOOK_BACK, event_step
 
 COLUMNS = ("loss", "grad_norm", "loss_scale", "seconds")
 

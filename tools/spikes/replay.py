@@ -17,26 +17,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from recipes.common.check import depth_problems, option_problems
-from recipes.common.checkpoint import load_state
-from recipes.common.checkpoint_reader import Reader
-from recipes.common.data import open_train, step_micro_batches
-from recipes.common.ds_config import merge_ds_config
-from recipes.common.engine import Trainer, start_distributed
-from recipes.common.grid import build_grid
-from recipes.common.metrics import read_metrics
-from recipes.common.plans import find_stack
+from recipes.common.checkpoint.reader import Reader
+from recipes.common.checkpoint.resume import load_state
+from recipes.common.checks.model_checks import depth_problems
+from recipes.common.checks.recipe_checks import option_problems
+from recipes.common.config.ds_config import merge_ds_config
+from recipes.common.data.batches import open_train, step_micro_batches
+from recipes.common.data.shards import read_manifest
+from recipes.common.engine.startup import start_distributed
+from recipes.common.engine.trainer import Trainer
+from recipes.common.model.decoder import find_stack
+from recipes.common.model.initial_weights import build_empty, name_seed
+from recipes.common.parallel.grid import build_grid
+from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.pipeline.stage import build_stage
 from recipes.common.recipe import Layout, Recipe, RecipeError, derive_sizes, from_root
-from recipes.common.shards import read_manifest
-from recipes.common.stage import build_stage
-from recipes.common.tensor_parallel import plan_split
-from recipes.common.weights import build_empty, name_seed
+from recipes.common.run_dir.metrics import read_metrics
 from tools.common.console import FAILED, GOOD, UsageError, table
-from tools.common.local_ranks import RankError, run_ranks
-from tools.common.saved_recipe import read_recipe
-from tools.preparation.data_lookup import read_run
+from tools.common.forked_ranks import RankError, run_ranks
+from tools.common.recipe_io import read_recipe
+from tools.data.lookup import read_run
 from tools.spikes.batch import checkpoint_before
-from tools.spikes.case import expected
+from tools.spikes.evidence.case import expected
 from tools.verify import parse_layout
 
 RANKS_AT_MOST = 8  # on one machine, unless --layout asks for more

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from recipes.common.rewinds import read_history
+from recipes.common.anomalies.rewinds import read_history
 from tools.common.console import GOOD, UsageError
-from tools.spikes.report_columns import Columns
-from tools.spikes.report_events import describe_source, figures, hint, list_events
-from tools.spikes.report_heat import heat_map, read_slice
-from tools.spikes.report_tables import Numbers, is_run, read_numbers
+from tools.common.logs.run_numbers import Numbers, is_run, read_numbers
+from tools.spikes.report_page.columns import Columns
+from tools.spikes.report_page.events import describe_source, figures, hint, list_events
+from tools.spikes.report_page.heat_map import heat_map, read_slice
 
 NO_MAP = ("step_time", "drift")  # signals that no layer explains
 MOST_MAPS = 12  # events with a map of layers; those that call for something come first
@@ -63,14 +63,14 @@ def report(source: Path, out: Path | None = None) -> Path:
 
 
 def fill_page(facts: dict[str, Any], columns: Columns) -> str:
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent / "report_page"
     fillings = {
         "__TITLE__": html.escape(f"{facts['name']}: training report"),
         "__FACTS__": json.dumps(facts, allow_nan=False, separators=(",", ":")).replace("</", "<\\/"),
         "__COLUMNS__": columns.encoded(),
-        "__SCRIPT__": (folder / "report_page.js").read_text(encoding="utf-8"),
+        "__SCRIPT__": (folder / "page.js").read_text(encoding="utf-8"),
     }
-    head, *pieces = _split((folder / "report_page.html").read_text(encoding="utf-8"), list(fillings))
+    head, *pieces = _split((folder / "page.html").read_text(encoding="utf-8"), list(fillings))
     return head + "".join(fillings[name] + rest for name, rest in pieces)
 
 

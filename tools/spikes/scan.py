@@ -16,9 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from recipes.common.detectors import Event, scan
+from recipes.common.anomalies.detector import Event, scan
 from tools.common.console import GOOD, LINE_SECONDS, SHOW_AFTER_SECONDS, UsageError, table
-from tools.spikes.log_reader import read_logs
+from tools.common.logs.reader import read_logs
 
 SINGLES_SHOWN = 10  # of one-batch outliers: a noisy log has hundreds
 

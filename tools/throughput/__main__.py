@@ -21,8 +21,10 @@ if not __package__:
 import argparse
 
 from recipes.common.recipe import RecipeError
+from tests.bench import step as bench
 from tools.common.console import UsageError, exit_code
-from tools.throughput import bench, bench_schedules, diff, flops, goodput, measure, report
+from tools.throughput import diff, flops, goodput, measure, report
+from tools.throughput import schedules as bench_schedules
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

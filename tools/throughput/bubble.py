@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.common.balance import cut_chunks, layer_costs, runs_by_rank
-from recipes.common.passes import FOLDED, Costs, chunk_count, finish_times, plan_passes, rank_of_chunk
-from recipes.common.plans import find_stack
+from recipes.common.config.placement import FOLDED, chunk_count, rank_of_chunk
+from recipes.common.model.decoder import find_stack
+from recipes.common.model.flops import layer_costs
+from recipes.common.model.initial_weights import build_empty
+from recipes.common.pipeline.partition import cut_chunks, runs_by_rank
+from recipes.common.pipeline.schedules import Costs, finish_times, plan_passes
 from recipes.common.recipe import Recipe
-from recipes.common.timers import BACKWARD, FORWARD, PARTS, RECOMPUTE, TENSOR, WEIGHTS
-from recipes.common.weights import build_empty
+from recipes.common.runtime.step_clock import BACKWARD, FORWARD, PARTS, RECOMPUTE, TENSOR, WEIGHTS
 from tools.throughput.timings import MESSAGES, Timings
 
 

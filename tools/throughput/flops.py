@@ -6,13 +6,13 @@ import argparse
 import json
 from dataclasses import dataclass
 
-from recipes.common.flops import OURS, conventions, korthikanti, model_work, sc21_eq3
-from recipes.common.plans import PlanError, find_stack
+from recipes.common.config.lr_schedules import tokens_of_run
+from recipes.common.model.decoder import PlanError, find_stack
+from recipes.common.model.flops import OURS, conventions, korthikanti, model_work, sc21_eq3
+from recipes.common.model.initial_weights import build_empty
 from recipes.common.recipe import Recipe
-from recipes.common.schedules import tokens_of_run
-from recipes.common.weights import build_empty
 from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table
-from tools.common.recipe_files import load_recipe
+from tools.common.recipe_io import load_recipe
 
 TOLERANCE = 0.005
 A100_TFLOPS = 312.0  # dense bf16, NVIDIA A100 data sheet

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.common.heartbeat import Beat, read_beats
+from recipes.common.run_dir.attempts import FILE, read_attempts
+from recipes.common.run_dir.heartbeat import Beat, read_beats
 from tools.common.console import GOOD, UsageError, table
-from tools.launching.attempts import FILE, read_attempts
 
 RUNNING = "running"
 
@@ -118,9 +118,7 @@ def run(flags: argparse.Namespace) -> int:
     records = read_attempts(flags.run_dir)
     starts = [record for record in records if record["event"] == "start"]
     if not starts:
-        raise UsageError(
-            f"{flags.run_dir / FILE} tells of no start; only runs started by launch/*.sh (tools/supervise.py) write it"
-        )
+        raise UsageError(f"{flags.run_dir / FILE} tells of no start; only runs started by launch/*.sh (tools/supervise) write it")
     beats = read_beats(flags.run_dir, since=starts[-1]["time"])
     result = goodput(records, beats, time.time())
     if flags.json:

@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 
-from recipes.common.check import check_recipe
-from recipes.common.ds_config import load_ds_config, merge_ds_config
-from recipes.common.pulse import Pulse
+from recipes.common.checks.recipe_checks import check_recipe
+from recipes.common.config.ds_config import load_ds_config, merge_ds_config
+from recipes.common.config.lr_schedules import learning_rate_at
+from recipes.common.engine.build_trainer import build
+from recipes.common.monitor.phases import Pulse
 from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes
-from recipes.common.run_files import recipe_to_dict, write_run_files
-from recipes.common.schedules import learning_rate_at
-from recipes.common.train import build, open_reader
+from recipes.common.run_dir.manifest import recipe_to_dict, write_run_files
+from recipes.common.train import open_reader
 from tools.common.console import UsageError, quiet_transformers
-from tools.common.local_ranks import RankError, run_ranks
-from tools.common.recipe_files import load_recipe, parse_layout
+from tools.common.forked_ranks import RankError, run_ranks
+from tools.common.recipe_io import load_recipe, parse_layout
 from tools.throughput import report
 from tools.throughput.step_memory import count_step
 from tools.throughput.timings import WARM_STEPS

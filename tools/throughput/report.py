@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recipes.common.plans import PlanError
-from recipes.common.timers import OTHER
+from recipes.common.model.decoder import PlanError
+from recipes.common.runtime.step_clock import OTHER
 from tools.common.console import GOOD, UsageError, human_bytes, table
-from tools.common.saved_recipe import read_recipe
+from tools.common.recipe_io import read_recipe
 from tools.throughput import page, trace_file
 from tools.throughput.bubble import find_balance, find_bubble
 from tools.throughput.stragglers import rank_stragglers

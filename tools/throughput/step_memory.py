@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from recipes.common.engine import Trainer
+from recipes.common.engine.trainer import Trainer
 
 
 class LiveBytes:

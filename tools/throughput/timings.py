@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from recipes.common.grid import coordinates
+from recipes.common.config.placement import coordinates
 from recipes.common.recipe import Layout
-from recipes.common.timers import COMPUTE, COOL_DOWN, PARTS, PIPELINE, TENSOR, WARM_UP, Talk
-from recipes.common.timing_files import FOLDER, RankTiming, read_timing
+from recipes.common.run_dir.timing_files import FOLDER, RankTiming, read_timing
+from recipes.common.runtime.step_clock import COMPUTE, COOL_DOWN, PARTS, PIPELINE, TENSOR, WARM_UP, Talk
 from tools.common.console import UsageError
 
 WARM_STEPS = 2  # of a start, left out of the report

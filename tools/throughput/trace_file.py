@@ -11,8 +11,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from recipes.common.timers import OTHER
-from recipes.common.timing_files import read_trace
+from recipes.common.run_dir.timing_files import read_trace
+from recipes.common.runtime.step_clock import OTHER
 from tools.common.console import UsageError
 from tools.throughput.timings import Timings
 

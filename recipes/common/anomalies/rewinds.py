@@ -1,0 +1,109 @@
+"""Rewinds: what going back to a checkpoint means for the sequences and the rate after it, and the history that remembers them.
+
+Every rewind is an entry in manifest.json's `history`, which later starts read: they keep the skips and the lowered rate, and a
+crash before the next save forgets nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from recipes.common.checkpoint.files import checkpoint_step, sealed_checkpoints
+from recipes.common.config.lr_schedules import seqs_after
+from recipes.common.data.order import kept_index
+from recipes.common.recipe import Batch
+from recipes.common.run_dir.manifest import write_json
+
+Skips = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewind:
+    """One return to a checkpoint: an entry of the run's history."""
+
+    kind: str  # of the event
+    onset_step: int
+    from_step: int  # the last step before going back
+    to_step: int  # of the checkpoint
+    skipped: tuple[int, int]  # sequences left out from now on, by index (recipes.common.data.order.kept_index)
+    lr_factor: float  # on the learning rate of the steps after to_step ...
+    lr_until_step: int  # ... up to and including this one
+
+
+def read_history(out_dir: Path) -> tuple[Rewind, ...]:
+    """The rewinds of a run so far, in order."""
+    path = out_dir / "manifest.json"
+    entries = json.loads(path.read_text()).get("history", []) if path.is_file() else []
+    names = Rewind.__dataclass_fields__
+    return tuple(Rewind(**{k: tuple(v) if k == "skipped" else v for k, v in e.items() if k in names}) for e in entries)
+
+
+def append_history(out_dir: Path, rewind: Rewind, skips: Skips) -> None:
+    """Rank 0. The start that is running reads `skips` from now on: tools look there for what a step read."""
+    manifest = json.loads((out_dir / "manifest.json").read_text())
+    entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "action": "rewind", **asdict(rewind)}
+    manifest["history"] = [*manifest.get("history", []), entry]
+    manifest["starts"][-1]["skips"] = [list(skip) for skip in skips]
+    write_json(out_dir / "manifest.json", manifest)
+
+
+def skips_ahead(history: tuple[Rewind, ...], consumed_seqs: int, skips: Skips) -> Skips:
+    """Skips of the history that a checkpoint from before them does not know yet."""
+    here = int(kept_index(np.array([consumed_seqs]), skips)[0])
+    return tuple(rewind.skipped for rewind in history if rewind.skipped[0] >= here)
+
+
+def lr_factor_at(history: tuple[Rewind, ...], step: int) -> float:
+    """On the schedule's learning rate at `step`: the product of the stretches that hold it."""
+    factor = 1.0
+    for rewind in history:
+        if rewind.to_step < step <= rewind.lr_until_step:
+            factor *= rewind.lr_factor
+    return factor
+
+
+def tries_at(history: tuple[Rewind, ...], onset_step: int) -> tuple[Rewind, ...]:
+    """The last rewinds that did not get the run past the step where it now went wrong."""
+    tries: list[Rewind] = []
+    for rewind in reversed(history):
+        if rewind.from_step < onset_step:
+            break
+        tries.insert(0, rewind)
+    return tuple(tries)
+
+
+def sequences_of_steps(batch: Batch, steps: tuple[int, int], skips: Skips) -> tuple[int, int]:
+    """[start, stop): by index, what the steps first to last read."""
+    first, last = steps
+    ends = np.array([seqs_after(batch, first - 1), seqs_after(batch, last) - 1])
+    start, end = kept_index(ends, skips).tolist()
+    return start, end + 1
+
+
+def checkpoint_before(out_dir: Path, step: int, tries: int) -> int | None:
+    """The step of the newest checkpoint before `step`; each try that failed goes one further back."""
+    steps = [checkpoint_step(folder) for folder in sealed_checkpoints(out_dir) if checkpoint_step(folder) < step]
+    return steps[max(len(steps) - 1 - tries, 0)] if steps else None
+
+
+def history_fields(history: tuple[Rewind, ...], step: int) -> dict[str, float]:
+    """For metrics.jsonl, from the first rewind on."""
+    if not history:
+        return {}
+    fields = {"rewinds": len(history), "rewound_from_step": history[-1].from_step}
+    factor = lr_factor_at(history, step)
+    return fields | ({"lr_factor": factor} if factor != 1.0 else {})
+
+
+def describe_rewind(rewind: Rewind) -> str:
+    start, stop = rewind.skipped
+    rate = f", learning rate x {rewind.lr_factor:g} up to step {rewind.lr_until_step}" if rewind.lr_factor != 1.0 else ""
+    return (
+        f"{rewind.kind} from step {rewind.onset_step}: from step {rewind.from_step} back to {rewind.to_step}, sequences "
+        f"{start}:{stop} left out{rate}"
+    )

@@ -1,0 +1,235 @@
+"""Saving a run and going on with it, in any layout: `Saver`, `resume`, and which checkpoints are there.
+
+A save copies this rank's partitions to host memory and returns; a thread writes them while training goes on, at most one save
+at a time. The folder is written under another name, sealed when every rank's part is on disk, and renamed; then `latest` is
+replaced. So a checkpoint that has its name is whole, whatever was killed when. Needs a file system that all ranks share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from recipes.common.checkpoint.files import (
+    Part,
+    checkpoint_step,
+    merge_index,
+    publish_folder,
+    seal,
+    sealed_checkpoints,
+    step_folder,
+    write_model_folder,
+    write_rank_file,
+)
+from recipes.common.checkpoint.position import Position
+from recipes.common.engine import zero_state
+from recipes.common.engine.trainer import Trainer
+from recipes.common.recipe import Recipe, from_root
+from recipes.common.run_dir.manifest import recipe_to_dict, write_json
+from recipes.common.run_dir.metrics import RunLog
+
+_POLL_SECONDS = 0.02  # how often the sealing thread looks for the other ranks' reports
+
+
+class Saver:
+    """Saves one run's checkpoints. `save` and `finish` are collective: every rank calls them at the same step."""
+
+    def __init__(self, out_dir: Path, trainer: Trainer, recipe: Recipe, log: RunLog | None) -> None:
+        self.last_saved: Path | None = None
+        self.stall_seconds = 0.0  # what the last save cost the loop
+        self._report: dict[str, float] = {}
+        self._out_dir, self._trainer, self._recipe, self._log = out_dir, trainer, recipe, log
+        self._writing: _Save | None = None
+        self._last_time = time.monotonic()
+        self._host: dict[tuple[int, str], torch.Tensor] = {}
+        if trainer.grid.rank == 0:
+            for left in (out_dir / "checkpoints").glob(".*"):  # a save or a deletion that was cut short
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if dist.get_world_size() > 1:
+            dist.barrier()
+
+    def due(self, step: int) -> bool:
+        every = self._recipe.checkpoints.every_steps
+        return every > 0 and step % every == 0
+
+    def due_by_time(self) -> bool:
+        """By this rank's clock; the ranks agree through the step's votes."""
+        minutes = self._recipe.checkpoints.every_minutes
+        return minutes > 0 and time.monotonic() - self._last_time > 60 * minutes
+
+    def save(self, position: Position) -> None:
+        started = time.perf_counter()
+        self.finish()
+        folder = step_folder(self._out_dir, position.step)
+        state = {
+            "step": position.step,
+            "consumed_seqs": position.consumed_seqs,
+            "skipped_steps": position.skipped_steps,
+            "optimizer_steps": zero_state.optimizer_steps(self._trainer),
+            "loss_scaler": zero_state.scaler_state(self._trainer),
+            "skips": [list(skip) for skip in position.skips],
+            "seed": self._recipe.seed,
+            "tied": self._trainer.stage.stack.tied,
+            "world_size": dist.get_world_size(),
+        }
+        self._writing = _Save(folder, self._trainer.grid.rank, self._parts(), state, self._recipe)
+        self._last_time = time.monotonic()
+        self.stall_seconds = time.perf_counter() - started
+
+    def finish(self) -> None:
+        """Wait for the save in flight, if any; report it, and delete what the recipe does not keep."""
+        if self._writing is None:
+            return
+        save, self._writing = self._writing, None
+        error = save.wait_for_own_part()
+        failed = torch.tensor([error is not None], dtype=torch.float32, device=self._trainer.grid.device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(failed)
+        problem = save.end(abandon=bool(failed.item()))
+        sealed = torch.tensor([problem is None], dtype=torch.float32, device=self._trainer.grid.device)
+        if dist.get_world_size() > 1:
+            dist.broadcast(sealed, src=0)  # rank 0 seals
+        if sealed.item():
+            self.last_saved = save.folder
+        if self._log is None:
+            return
+        if sealed.item():
+            self._report = {"save_seconds": save.seconds, "save_stall_seconds": self.stall_seconds}
+            self._log.note(
+                f"saved {save.folder} ({save.seconds:.1f} s beside training, {self.stall_seconds:.2f} s of it in the way)"
+            )
+            self._delete_old()
+        else:
+            reason = error or problem or "another rank could not write its part; see its output"
+            self._log.note(f"could not save {save.folder}: {reason}; training goes on from memory, the last one is kept")
+
+    def report(self) -> dict[str, float]:
+        """For metrics.jsonl, once, after a save has ended: seconds beside training, and of them in the loop's way."""
+        report, self._report = self._report, {}
+        return report
+
+    def _parts(self) -> list[Part]:
+        """This rank's state, copied to host memory (buffers are kept for the next save)."""
+        stage, grid = self._trainer.stage, self._trainer.grid
+        shapes = stage.whole_shapes
+        tied_copy = f"{stage.stack.embedding}.weight" if stage.stack.tied and not stage.is_first else None
+        parts = []
+        for index, partition in enumerate(zero_state.partitions(self._trainer)):
+            host = {kind: self._to_host((index, kind), flat) for kind, flat in partition.states.items()}
+            for f in partition.fragments:
+                cut = stage.split.cuts.get(f.name) if grid.tensor > 1 else None
+                stop = min(f.stop, _unpadded(shapes[f.name], cut, grid.tensor_rank, grid.tensor))
+                if f.name == tied_copy or (cut is None and grid.tensor_rank > 0) or f.start >= stop:
+                    continue
+                place = (grid.tensor_rank, grid.tensor) if cut is not None else (0, 1)
+                for kind, flat in host.items():
+                    data = flat[f.offset : f.offset + stop - f.start]
+                    parts.append(Part(f.name, kind, shapes[f.name], cut, *place, f.start, stop, data))
+        if grid.data_rank == 0 and grid.tensor_rank == 0:
+            for name, buffer in stage.persistent_buffers():
+                data = buffer.detach().cpu().numpy().reshape(-1)
+                parts.append(Part(name, "buffer", tuple(buffer.shape), None, 0, 1, 0, data.size, data))
+        if grid.device.type == "cuda":
+            torch.cuda.synchronize()
+        return parts
+
+    def _to_host(self, key: tuple[int, str], flat: torch.Tensor) -> np.ndarray:
+        if key not in self._host:
+            self._host[key] = torch.empty(flat.shape, dtype=torch.float32, pin_memory=flat.device.type == "cuda")
+        return self._host[key].copy_(flat, non_blocking=True).numpy()
+
+    def _delete_old(self) -> None:
+        rules = self._recipe.checkpoints
+        for folder in sealed_checkpoints(self._out_dir)[: -rules.keep_last]:
+            if rules.keep_every_steps and checkpoint_step(folder) % rules.keep_every_steps == 0:
+                continue
+            hidden = folder.with_name(f".{folder.name}.deleting")  # never half there under its name
+            os.replace(folder, hidden)
+            shutil.rmtree(hidden)
+
+
+class _Save:
+    """One save in flight: a thread that writes this rank's part, and on rank 0 one that seals when all parts are there."""
+
+    def __init__(self, folder: Path, rank: int, parts: list[Part], state: dict[str, Any], recipe: Recipe) -> None:
+        self.folder, self.seconds = folder, 0.0
+        self._hidden = folder.with_name(f".{folder.name}.saving")
+        self._rank, self._parts, self._state, self._recipe = rank, parts, state, recipe
+        self._error: str | None = None
+        self._seal_error: str | None = None
+        self._abandon = threading.Event()
+        self._started = time.perf_counter()
+        self._writer = threading.Thread(target=self._write, name="checkpoint writer", daemon=True)
+        self._sealer = threading.Thread(target=self._seal_when_whole, name="checkpoint sealer", daemon=True)
+        self._writer.start()
+        if rank == 0:
+            self._sealer.start()
+
+    def wait_for_own_part(self) -> str | None:
+        self._writer.join()
+        return self._error
+
+    def end(self, *, abandon: bool) -> str | None:
+        """Wait for the seal, or give up. On rank 0: None when the checkpoint is sealed, else what went wrong."""
+        if abandon:
+            self._abandon.set()
+        if self._rank != 0:
+            return None
+        self._sealer.join()
+        if self._hidden.exists():
+            shutil.rmtree(self._hidden, ignore_errors=True)
+        return self._seal_error or ("given up" if abandon else None)
+
+    def _write(self) -> None:
+        try:
+            self._hidden.mkdir(parents=True, exist_ok=True)
+            report = write_rank_file(self._hidden, self._rank, self._parts)
+            write_json(self._report(self._rank), report)
+        except OSError as error:
+            self._error = f"rank {self._rank}: {error}"
+        finally:
+            self._parts = []
+
+    def _report(self, rank: int) -> Path:
+        return self._hidden / f".rank_{rank:05d}.json"
+
+    def _seal_when_whole(self) -> None:
+        try:
+            missing = set(range(self._state["world_size"]))
+            while missing:
+                if self._abandon.wait(_POLL_SECONDS):
+                    return
+                missing = {rank for rank in missing if not self._report(rank).exists()}
+            self._seal()
+        except OSError as error:
+            self._seal_error = str(error)
+        self.seconds = time.perf_counter() - self._started
+
+    def _seal(self) -> None:
+        reports = [json.loads(self._report(rank).read_text()) for rank in range(self._state["world_size"])]
+        write_json(self._hidden / "index.json", merge_index(reports))
+        write_json(self._hidden / "state.json", self._state)
+        write_json(self._hidden / "recipe.json", recipe_to_dict(self._recipe))
+        write_model_folder(self._hidden / "model", self._recipe.model, from_root(self._recipe.tokenizer))
+        for rank in range(len(reports)):
+            self._report(rank).unlink()
+        seal(self._hidden, {report["file"]: report for report in reports})
+        publish_folder(self._hidden, self.folder)
+
+
+def _unpadded(shape: tuple[int, ...], cut: Any, rank: int, size: int) -> int:
+    """Elements of a flattened shard that are not padding at its end."""
+    if cut is None or cut.dim != 0 or cut.packs != 1:
+        return 1 << 62
+    count = sum(count for _, _, count in cut.pieces(shape[0], rank, size))
+    return count * int(np.prod(shape[1:], dtype=np.int64))

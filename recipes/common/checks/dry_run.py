@@ -1,0 +1,74 @@
+"""What a run will be, in words: the text of --dry-run."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from recipes.common.config.lr_schedules import learning_rate_at, seqs_after, tokens_of_run
+from recipes.common.config.placement import ONE_PASS
+from recipes.common.model.decoder import find_stack
+from recipes.common.model.flops import layer_costs
+from recipes.common.model.initial_weights import build_empty
+from recipes.common.model.linears import postponable_share
+from recipes.common.pipeline.partition import cut_chunks, runs_by_rank
+from recipes.common.recipe import Blend, Layout, Reaction, Recipe, Sizes
+
+
+def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
+    """Parameters, layout, batch, schedule and stages of a recipe that `check_recipe` has accepted."""
+    causal = build_empty(recipe.model, recipe.attention)
+    stack = find_stack(causal)
+    costs, head = layer_costs(causal, stack, recipe.batch.seq_len)
+    recompute = {0: "none", 1: "every layer"}.get(layout.recompute_every, f"every {layout.recompute_every}th layer")
+    recompute += " but its products" if layout.keep_products else ""
+    lines = [
+        f"{recipe.name}: {recipe.num_params:,} parameters ({type(causal).__name__}), {'tied' if stack.tied else 'untied'} head",
+        f"layout      {sizes.world} GPUs = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}, "
+        f"recompute {recompute}" + _options(layout, causal.get_submodule(stack.layers)),
+        f"batch       {recipe.batch.global_seqs} sequences of {recipe.batch.seq_len} = {sizes.tokens_per_step:,} tokens a step: "
+        f"{recipe.batch.micro_seqs} a micro batch x {sizes.data} data ranks x {sizes.accumulation} accumulated",
+        f"run         {recipe.steps:,} steps, {tokens_of_run(recipe) / 1e9:,.3f}B tokens, "
+        f"{tokens_of_run(recipe) / recipe.num_params:.1f} a parameter",
+        f"learning    {type(recipe.optimizer).__name__} + {type(recipe.schedule).__name__}: " + _rates(recipe),
+        f"files       data {_data(recipe)}, tokenizer {recipe.tokenizer}, DeepSpeed {recipe.deepspeed} as below",
+        f"trouble     {_reaction(recipe.reaction)}",
+        "stage  layers        share of the cost",
+    ]
+    cut = cut_chunks(costs, head, layout.pipeline, layout.schedule, layout.cut)
+    total = sum(costs) + head
+    for index, runs in enumerate(runs_by_rank(cut, layout.pipeline)):
+        has_head = runs[-1] is cut[-1]
+        cost = sum(costs[i] for run in runs for i in run) + (head if has_head else 0.0)
+        parts = ("embedding, " if index == 0 else "") + ", ".join(f"{run[0]}-{run[-1]}" for run in runs)
+        lines.append(f"{index:<6} {parts + (', head' if has_head else ''):<24} {100 * cost / total:5.1f} %")
+    return "\n".join(lines)
+
+
+def _options(layout: Layout, layers: nn.Module) -> str:
+    text = ", sequence parallel" if layout.sequence_parallel else ""
+    if layout.schedule != ONE_PASS:
+        share = 100 * postponable_share(layers)
+        text += f", schedule {layout.schedule} (weight gradients of {share:.0f} % of the layers' parameters fill the bubble)"
+    return text
+
+
+def _rates(recipe: Recipe) -> str:
+    steps = sorted({1, max(recipe.steps // 100, 1), max(recipe.steps // 2, 1), recipe.steps})
+    tokens = {step: seqs_after(recipe.batch, step) * recipe.batch.seq_len for step in steps}
+    return ", ".join(f"lr {learning_rate_at(recipe, step, tokens[step]):.2e} at step {step:,}" for step in steps)
+
+
+def _reaction(reaction: Reaction) -> str:
+    if reaction.action != "rewind":
+        skips = "a step whose gradient norm is off its curve changes no weight; " if reaction.action == "skip" else ""
+        return skips + "logged, with a black box"
+    rate = f", the learning rate x {reaction.lr_factor:g} for {reaction.lr_steps:,} steps" if reaction.lr_steps else ""
+    return f"rewind to a checkpoint before it and skip the sequences{rate}; {reaction.max_rewinds} tries, then stop"
+
+
+def _data(recipe: Recipe) -> str:
+    if not isinstance(recipe.data, Blend):
+        return recipe.data
+    total = sum(recipe.data.weights.values())
+    shares = " + ".join(f"{100 * weight / total:g} % {folder}" for folder, weight in recipe.data.weights.items())
+    return shares + "".join(f", other weights after {tokens:,} tokens" for tokens, _ in recipe.data.changes)

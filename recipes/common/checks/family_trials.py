@@ -1,0 +1,164 @@
+"""Does this family survive being cut into stages? Tried on a tiny model of it before a run, rather than believed.
+
+Some decoders pass more between their layers than hidden states (shared keys, indexers, parameters used twice); cut, they would
+train something else without an error.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from recipes.common.checks.tiny_model import shrink
+from recipes.common.config.placement import chunk_count
+from recipes.common.model.decoder import PlanError, find_stack
+from recipes.common.model.initial_weights import build_empty
+from recipes.common.parallel.grid import Grid, one_process
+from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.pipeline.stage import Stage, build_stage
+from recipes.common.recipe import Layout
+
+_SEQS, _SEQ_LEN = 2, 16
+_ROUNDING = 1e-4  # another mask is another order of summation
+
+
+def cut_problems(config: PreTrainedConfig, layout: Layout, attention: str) -> list[str]:
+    """Empty when the stages, one after another, give what the whole gives to the last bit; else why not, by the family's name."""
+    family = config.model_type
+    if layout.pipeline == 1:
+        return []
+    advice = "use pipeline=1 (ZeRO 1 to 3 and tensor parallelism remain)"
+    try:
+        count = chunk_count(layout.schedule, layout.pipeline)
+        tiny = shrink(config, Layout(pipeline=count))
+        ids = torch.arange(_SEQS * _SEQ_LEN).view(_SEQS, _SEQ_LEN) % (tiny.vocab_size - 3) + 3
+        whole = _run(tiny, attention, 1, ids)
+    except Exception as error:  # whatever a family's own code raises on the tiny model: not proven either way
+        return [f"model_type={family}: a tiny model of it does not run ({type(error).__name__}: {error}); {advice}"]
+    try:
+        difference = (_run(tiny, attention, count, ids) - whole).abs().max().item()
+    except Exception as error:  # as above, but the whole did run: it is the cut that fails
+        return [f"model_type={family} cannot be cut into stages ({type(error).__name__}: {error}); {advice}"]
+    if difference == 0.0 and not _shares_layers(tiny, attention):
+        return []
+    return [
+        f"model_type={family} cannot be cut into stages: its layers share more than hidden states (cut in {count}, a "
+        f"tiny model of it differs by {difference:.1e}, or two layers share weights); {advice}"
+    ]
+
+
+def masking_problems(config: PreTrainedConfig, attention: str) -> list[str]:
+    """Empty when two packed documents, told apart by positions that restart, give what each gives alone; else why not.
+
+    State-space and linear-attention layers, for example, carry what they saw over the bounds, whatever the positions say.
+    """
+    family = config.model_type
+    try:
+        tiny = shrink(config, Layout())
+        ids = torch.arange(_SEQ_LEN).view(1, _SEQ_LEN) % (tiny.vocab_size - 3) + 3
+        half = torch.arange(_SEQ_LEN // 2).repeat(2).view(1, _SEQ_LEN)
+        stage = build_stage(tiny, one_process(), seq_len=_SEQ_LEN, attention=attention).eval()
+        with torch.no_grad():
+            stage.place_documents([half])
+            packed = stage(ids)[:, _SEQ_LEN // 2 :]
+            alone = stage(ids[:, _SEQ_LEN // 2 :])
+        difference = (packed - alone).abs().max().item()
+    except Exception as error:  # whatever a family's own code raises on the tiny model: not proven
+        return [f"mask_documents=True: a tiny {family} does not run with it ({type(error).__name__}: {error}); turn it off"]
+    if difference <= _ROUNDING * packed.abs().max().item():
+        return []
+    return [
+        f"mask_documents=True: model_type={family} does not keep documents apart (in a tiny model of it a document changes by "
+        f"{difference:.1e} with its neighbour); turn it off"
+    ]
+
+
+def sequence_problems(config: PreTrainedConfig, layout: Layout, attention: str) -> list[str]:
+    """Empty when, apart from the blocks that gather it, a layer treats each token by itself; else why not, by the family's name.
+
+    Tried on a tiny model: each layer runs on half of the sequence, with its blocks giving half of what they gave for the whole.
+    """
+    family, advice = config.model_type, "use sequence_parallel=False"
+    if not layout.sequence_parallel or layout.tensor == 1:
+        return []
+    try:
+        tiny = shrink(config, Layout(tensor=layout.tensor))
+        stage = build_stage(tiny, one_process(), seq_len=_SEQ_LEN, attention=attention).eval()
+        empty = build_empty(tiny, attention)
+        blocks = plan_split(empty, find_stack(empty), layout.tensor, sequence_parallel=True).blocks
+        difference = _halves_differ(stage, blocks)
+    except PlanError as error:
+        return [f"sequence_parallel=True: {error}; {advice}"]
+    except Exception as error:  # whatever a family's own code raises on half of a sequence
+        return [f"sequence_parallel=True: a tiny {family} does not run with it ({type(error).__name__}: {error}); {advice}"]
+    if difference == 0.0:
+        return []
+    return [
+        f"sequence_parallel=True: layers of model_type={family} mix tokens outside attention and MLP (a tiny model of it differs "
+        f"by {difference:.1e} on half of a sequence); {advice}"
+    ]
+
+
+def _halves_differ(stage: Stage, blocks: frozenset[str]) -> float:
+    """The largest difference of what blocks are given and layers give, when each layer runs on the sequence's second half."""
+    ids = torch.arange(_SEQS * _SEQ_LEN).view(_SEQS, _SEQ_LEN) % (stage.vocab_size - 3) + 3
+    second = slice(_SEQ_LEN // 2, None)
+    layers = list(stage.causal.get_submodule(stage.stack.layers))
+    inner = [stage.causal.get_submodule(name) for name in blocks]
+    calls: dict[nn.Module, tuple[tuple, dict[str, Any], Any]] = {}
+    hooks = [
+        module.register_forward_hook(lambda m, args, kwargs, out: calls.update({m: (args, kwargs, out)}), with_kwargs=True)
+        for module in [*layers, *inner]
+    ]
+    differences: list[float] = []
+
+    def note(half: Any, whole: Any) -> None:
+        differences.append((_first(half) - _first(whole)[:, second]).abs().max().item())
+
+    def recorded(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        whole_args, whole_kwargs, out = calls[block]
+        note(args or kwargs["hidden_states"], whole_args or whole_kwargs["hidden_states"])
+        return (out[0][:, second], *out[1:]) if isinstance(out, tuple) else out[:, second]
+
+    with torch.no_grad():
+        stage(ids)
+        for hook in hooks:
+            hook.remove()
+        for block in inner:
+            block.forward = partial(recorded, block)
+        for layer in layers:
+            args, kwargs, out = calls[layer]
+            if args:
+                args = args[0][:, second], *args[1:]
+            else:
+                kwargs = kwargs | {"hidden_states": kwargs["hidden_states"][:, second]}
+            note(layer(*args, **kwargs), out)
+    return max(differences)
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _run(config: PreTrainedConfig, attention: str, pipeline: int, ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states after the last layer, from the stages one after another."""
+    hidden = ids
+    with torch.no_grad():
+        for index in range(pipeline):
+            grid = Grid(**(vars(one_process()) | {"pipeline": pipeline, "pipeline_rank": index}))
+            hidden = build_stage(config, grid, seq_len=_SEQ_LEN, attention=attention).eval()(hidden)
+    return hidden
+
+
+def _shares_layers(config: PreTrainedConfig, attention: str) -> bool:
+    """Whether one parameter belongs to two layers: its gradient would be lost between stages."""
+    stage = build_stage(config, one_process(), seq_len=_SEQ_LEN, attention=attention)
+    owners: dict[int, set[int]] = {}
+    for index, layer in enumerate(stage.causal.get_submodule(stage.stack.layers)):
+        for parameter in layer.parameters():
+            owners.setdefault(id(parameter), set()).add(index)
+    return any(len(layers) > 1 for layers in owners.values())

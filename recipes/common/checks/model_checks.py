@@ -1,0 +1,102 @@
+"""Problems of a recipe that building its model on the meta device shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from recipes.common.checks.family_trials import cut_problems, masking_problems, sequence_problems
+from recipes.common.config.field_types import _is_whole
+from recipes.common.config.placement import chunk_count
+from recipes.common.data.batches import masking_problem
+from recipes.common.model.decoder import PlanError, Stack, find_stack
+from recipes.common.model.flops import layer_costs
+from recipes.common.model.initial_weights import build_empty
+from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.pipeline.partition import cut_chunks, runs_by_rank
+from recipes.common.recipe import Layout, Recipe
+
+
+def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
+    """What building the model on the meta device says: misspelt fields, its size, and whether it can be cut so."""
+    problems = config_problems(recipe.model)
+    try:
+        causal = build_empty(recipe.model, recipe.attention)
+        stack = find_stack(causal)
+    except (PlanError, ValueError, ImportError, TypeError, AttributeError) as error:
+        return [*problems, f"model={type(recipe.model).__name__}: {error}"]
+    count = sum(p.numel() for p in causal.parameters())
+    if count != recipe.num_params:
+        problems.append(
+            f"num_params={recipe.num_params:_} but the model has {count:_} parameters; check the model's fields for a wrong "
+            "value, or correct num_params"
+        )
+    text = recipe.model.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and recipe.batch.seq_len > positions:
+        problems.append(
+            f"batch.seq_len={recipe.batch.seq_len} is longer than model.max_position_embeddings={positions}; lower seq_len or "
+            "raise max_position_embeddings"
+        )
+    if getattr(text, "output_router_logits", False):
+        problems.append(
+            "model.output_router_logits=True: the auxiliary loss needs every layer's router in one place, which a pipeline "
+            "does not have; set it to False"
+        )
+    depth = len(causal.get_submodule(stack.layers))
+    too_deep = depth_problems(layout, depth) if _is_whole(layout.pipeline, 1) else []
+    problems += too_deep
+    if not too_deep and _is_whole(layout.tensor, 1) and _is_whole(layout.pipeline, 1):
+        try:
+            plan_split(causal, stack, layout.tensor)
+        except PlanError as error:
+            problems.append(f"layout tensor={layout.tensor}: {error}; use a tensor size that fits, or tensor=1")
+        else:
+            problems += sequence_problems(recipe.model, layout, recipe.attention)
+        problems += group_problems(recipe, causal, stack, layout)
+    if not problems and recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
+        problems += masking_problems(recipe.model, recipe.attention)
+    return problems or cut_problems(recipe.model, layout, recipe.attention)
+
+
+def depth_problems(layout: Layout, depth: int) -> list[str]:
+    """Whether the model has a layer for every run of layers, and as many as the layout says."""
+    if layout.pipeline > depth:
+        return [f"layout pipeline={layout.pipeline} exceeds the model's {depth} layers; use {depth} stages at most"]
+    if chunk_count(layout.schedule, layout.pipeline) > depth:
+        return [
+            f"layout pipeline={layout.pipeline} with schedule={layout.schedule!r} needs two runs of layers a stage, and the "
+            f"model has {depth} layers; use {depth // 2} stages at most, or schedule='zero_bubble'"
+        ]
+    if layout.cut and sum(layout.cut) != depth:
+        return [f"layout cut={layout.cut} has {sum(layout.cut)} layers and the model {depth}; let it sum to {depth}"]
+    return []
+
+
+def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:
+    """Every stage must hold both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
+    layers = causal.get_submodule(stack.layers)
+    kinds = {p.ndim < 2 for p in causal.parameters()}
+    cut = cut_chunks(*layer_costs(causal, stack, recipe.batch.seq_len), layout.pipeline, layout.schedule, layout.cut)
+    for runs in runs_by_rank(cut, layout.pipeline):
+        own = [index for run in runs for index in run]
+        if {p.ndim < 2 for index in own for p in layers[index].parameters()} != kinds:
+            return [
+                f"layout pipeline={layout.pipeline}: layers {own[0]} to {own[-1]} hold only matrices or only vectors, and "
+                "DeepSpeed needs both on every stage; use fewer stages"
+            ]
+    return []
+
+
+def config_problems(config: PreTrainedConfig) -> list[str]:
+    """Fields that the config class does not know. transformers keeps them silently, and the typo's default is trained."""
+    known = set(type(config)().to_dict()) | set(PreTrainedConfig().to_dict()) | set(_parameter_names(type(config)))
+    known |= set(getattr(type(config), "attribute_map", {}))
+    unknown = sorted(set(config.to_dict()) - known)
+    return [f"model.{name}={config.to_dict()[name]!r}: {type(config).__name__} has no such field; remove it or spell it right"
+            for name in unknown]  # fmt: skip
+
+
+def _parameter_names(config_class: type) -> set[str]:
+    return {name for base in config_class.__mro__ for name in getattr(base, "__annotations__", {})}

@@ -1,0 +1,236 @@
+"""Everything wrong with a recipe, in one error, before any process group exists.
+
+Each line names the field with its value, the constraint, and the cure. Nothing is clamped and nothing falls back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from importlib.metadata import version
+from typing import Any
+
+from recipes.common.checks.model_checks import model_problems
+from recipes.common.config.ds_config import (
+    device_problems,
+    ds_config_path,
+    ds_config_problems,
+    fp16_supported,
+    load_ds_config,
+    version_problems,
+)
+from recipes.common.config.field_types import _is_whole, type_problems
+from recipes.common.config.lr_schedules import ramp_problems, schedule_problems
+from recipes.common.config.placement import chunk_count
+from recipes.common.data.batches import masking_problem, recipe_data_problems
+from recipes.common.recipe import SCHEDULES, SGD, AdamW, Checkpoints, Layout, Optimizer, Reaction, Recipe, RecipeError, from_root
+
+REACTIONS = ("log", "skip", "rewind")
+
+
+def check_recipe(recipe: Recipe, world_size: int, *, here: bool, found: Sequence[str] = ()) -> tuple[Layout, dict[str, Any]]:
+    """The layout for `world_size` ranks and the ds_config. Raises RecipeError with all problems at once.
+
+    here: the run starts on this machine, so its data, tokenizer and device are looked at too (a dry run may be elsewhere).
+    found: problems of the flags, to be told in the same error.
+    """
+    mistyped = type_problems(recipe)
+    problems = [*found, *version_problems(version("deepspeed"), version("torch")), *mistyped]
+    out_of_range = _beside(mistyped, range_problems, recipe)
+    problems += out_of_range + _beside(mistyped, optimizer_problems, recipe.optimizer)
+    if not out_of_range:
+        problems += _beside(mistyped, schedule_problems, recipe)
+    ds_config, ds_problems = _load(recipe)
+    problems += ds_problems
+    layout = recipe.layouts.get(world_size) if isinstance(recipe.layouts, dict) else None
+    if isinstance(layout, Layout):
+        problems += _beside(mistyped, layout_problems, recipe, layout, world_size)
+        if ds_config is not None:
+            problems += _beside(mistyped, ds_config_problems, ds_config, ds_config_path(recipe.deepspeed), layout)
+        problems += _beside(mistyped, model_problems, recipe, layout)
+    elif isinstance(recipe.layouts, dict) and world_size not in recipe.layouts:
+        problems.append(
+            f"layouts has no entry for {world_size} GPUs, only for {list(recipe.layouts)}; add "
+            f"{world_size}: Layout(tensor=..., pipeline=...) to the recipe"
+        )
+    if here:
+        problems += _beside(mistyped, _machine_problems, recipe, ds_config)
+    if problems:
+        raise RecipeError(f"recipe {recipe.name!r} on {world_size} GPUs", problems)
+    return layout, ds_config
+
+
+def _beside(mistyped: list[str], check: Callable[..., list[str]], *args: Any) -> list[str]:
+    """What `check` finds beside fields of wrong types: of those it would tell a second time, or not run at all."""
+    told = {problem.partition("=")[0] for problem in mistyped}
+    try:
+        return [problem for problem in check(*args) if problem.partition("=")[0] not in told]
+    except (TypeError, ValueError, AttributeError):
+        if not mistyped:
+            raise
+        return []
+
+
+def _load(recipe: Recipe) -> tuple[dict[str, Any] | None, list[str]]:
+    try:
+        return (load_ds_config(recipe.deepspeed) if isinstance(recipe.deepspeed, str) else None), []
+    except RecipeError as error:
+        return None, error.problems
+
+
+def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str]:
+    """What arithmetic says about a layout on `world_size` ranks, and about the batch there."""
+    problems = []
+    for name in ("tensor", "pipeline"):
+        if not _is_whole(getattr(layout, name), 1):
+            problems.append(f"layouts[{world_size}].{name}={getattr(layout, name)!r} must be a whole number from 1")
+    if not _is_whole(layout.recompute_every, 0):
+        problems.append(f"layouts[{world_size}].recompute_every={layout.recompute_every!r} must be 0, 1 or more layers")
+    if not problems:
+        problems += option_problems(layout, recipe.batch.seq_len, f"layouts[{world_size}].")
+    if problems or not _is_whole(recipe.batch.micro_seqs, 1):
+        return problems
+    replica = layout.tensor * layout.pipeline
+    if world_size % replica:
+        return [
+            f"layouts[{world_size}]: tensor={layout.tensor} x pipeline={layout.pipeline} = {replica} does not divide "
+            f"{world_size} GPUs; change the layout or the number of GPUs"
+        ]
+    data = world_size // replica
+    unit = recipe.batch.micro_seqs * data
+    if recipe.batch.global_seqs % unit:
+        problems.append(
+            f"batch.global_seqs={recipe.batch.global_seqs} is not a multiple of micro_seqs={recipe.batch.micro_seqs} x {data} "
+            f"data ranks = {unit}; use a multiple of {unit}, a smaller micro_seqs, or a layout with fewer data ranks"
+        )
+    return problems + ramp_problems(recipe, data)
+
+
+def option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]:
+    """Whether the layout's schedule exists and has a pipeline, and its sequences have tensor ranks to be shared by."""
+    problems = []
+    if layout.schedule not in SCHEDULES:
+        problems.append(f"{prefix}schedule={layout.schedule!r} must be one of {', '.join(map(repr, SCHEDULES))}")
+    elif layout.schedule != SCHEDULES[0] and layout.pipeline == 1:
+        problems.append(
+            f"{prefix}schedule={layout.schedule!r} with pipeline=1: there is no pipeline to schedule; leave schedule out, or use "
+            "pipeline=2 or more"
+        )
+    runs = chunk_count(layout.schedule, layout.pipeline)
+    if layout.cut and not (len(layout.cut) == runs and all(_is_whole(count, 1) for count in layout.cut)):
+        problems.append(
+            f"{prefix}cut={layout.cut} must have {runs} whole numbers from 1, the layers of each run in the model's order "
+            f"(pipeline={layout.pipeline}, schedule={layout.schedule!r}); leave it out to have them balanced"
+        )
+    if layout.keep_products and not layout.recompute_every:
+        problems.append(
+            f"{prefix}keep_products=True with recompute_every=0: nothing is recomputed; leave it out, or use recompute_every=1"
+        )
+    if layout.sequence_parallel and layout.tensor == 1:
+        problems.append(
+            f"{prefix}sequence_parallel=True with tensor=1: there are no tensor ranks to share a sequence; leave it out, or use "
+            "tensor=2 or more"
+        )
+    elif layout.sequence_parallel and seq_len % layout.tensor:
+        problems.append(
+            f"{prefix}sequence_parallel=True: seq_len={seq_len} is not a multiple of tensor={layout.tensor}; change seq_len, or "
+            "use sequence_parallel=False"
+        )
+    return problems
+
+
+def range_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    wholes = {
+        "steps": (recipe.steps, 1),
+        "batch.seq_len": (recipe.batch.seq_len, 1),
+        "batch.micro_seqs": (recipe.batch.micro_seqs, 1),
+        "batch.global_seqs": (recipe.batch.global_seqs, 1),
+        "logits_chunk_tokens": (recipe.logits_chunk_tokens, 1),
+        "evaluation.every_steps": (recipe.evaluation.every_steps, 0),
+        "evaluation.seqs": (recipe.evaluation.seqs, 1),
+        "checkpoints.every_steps": (recipe.checkpoints.every_steps, 0),
+        "checkpoints.keep_last": (recipe.checkpoints.keep_last, 1),
+        "checkpoints.keep_every_steps": (recipe.checkpoints.keep_every_steps, 0),
+        "monitor.every_steps": (recipe.monitor.every_steps, 0),
+        "monitor.activations_every_steps": (recipe.monitor.activations_every_steps, 0),
+        "monitor.drift_every_steps": (recipe.monitor.drift_every_steps, 0),
+        "monitor.max_nonfinite_steps": (recipe.monitor.max_nonfinite_steps, 1),
+    }
+    for name, (value, least) in wholes.items():
+        if not _is_whole(value, least):
+            problems.append(f"{name}={value!r} must be a whole number from {least}")
+    problems += reaction_problems(recipe.reaction, recipe.checkpoints)
+    if recipe.monitor.on_drift not in ("stop", "log"):
+        problems.append(f"monitor.on_drift={recipe.monitor.on_drift!r} must be 'stop' or 'log'")
+    if recipe.mask_documents and (problem := masking_problem(recipe.attention, recipe.batch.micro_seqs)):
+        problems.append(f"mask_documents=True: {problem}")
+    for name, value in (("z_loss", recipe.z_loss), ("checkpoints.every_minutes", recipe.checkpoints.every_minutes)):
+        if not (isinstance(value, int | float) and value >= 0):
+            problems.append(f"{name}={value!r} must be 0 or more")
+    return problems
+
+
+def reaction_problems(reaction: Reaction, checkpoints: Checkpoints) -> list[str]:
+    """A rewind needs a checkpoint from before the onset: there must be some, and one must outlive a save after the onset."""
+    problems = []
+    if reaction.action not in REACTIONS:
+        problems.append(f"reaction.action={reaction.action!r} must be one of {', '.join(map(repr, REACTIONS))}")
+    if not _is_whole(reaction.max_rewinds, 1):
+        problems.append(f"reaction.max_rewinds={reaction.max_rewinds!r} must be a whole number from 1")
+    if not _is_whole(reaction.lr_steps, 0):
+        problems.append(f"reaction.lr_steps={reaction.lr_steps!r} must be a whole number from 0")
+    if not 0 < reaction.lr_factor <= 1:
+        problems.append(f"reaction.lr_factor={reaction.lr_factor!r} must lie above 0 and up to 1")
+    if problems:
+        return problems
+    if (reaction.lr_factor < 1) != (reaction.lr_steps > 0):
+        problems.append(
+            f"reaction.lr_factor={reaction.lr_factor!r} with lr_steps={reaction.lr_steps}: the one does nothing without the "
+            "other; give both, or neither"
+        )
+    if reaction.action != "rewind":
+        if reaction.lr_factor < 1:
+            problems.append(f"reaction.lr_factor={reaction.lr_factor!r} is for action='rewind' alone; remove it")
+        return problems
+    if not (checkpoints.every_steps or checkpoints.every_minutes):
+        problems.append("reaction.action='rewind' needs checkpoints to go back to; set checkpoints.every_steps")
+    if checkpoints.keep_last == 1:
+        problems.append(
+            "checkpoints.keep_last=1 with reaction.action='rewind': a save after the onset would delete the one before it; keep 2"
+        )
+    return problems
+
+
+def optimizer_problems(optimizer: Optimizer) -> list[str]:
+    if not isinstance(optimizer, AdamW | SGD):
+        return [f"optimizer={optimizer!r} must be an AdamW or an SGD of recipes.common.recipe"]
+    ranges = {"lr": (0.0, float("inf")), "weight_decay": (0.0, float("inf")), "clip": (0.0, float("inf"))}
+    if isinstance(optimizer, AdamW):
+        ranges["eps"] = (0.0, 1.0)
+        problems = [f"optimizer.betas={optimizer.betas!r}: both must lie in [0, 1)"
+                    for betas in [optimizer.betas] if not all(0 <= beta < 1 for beta in betas)]  # fmt: skip
+    else:
+        ranges["momentum"] = (0.0, 1.0)
+        problems = []
+    names = {field.name for field in fields(optimizer)}
+    for name in names & set(ranges):
+        least, most = ranges[name]
+        if not least <= getattr(optimizer, name) <= most:
+            problems.append(f"optimizer.{name}={getattr(optimizer, name)!r} must lie between {least} and {most}")
+    return problems
+
+
+def _machine_problems(recipe: Recipe, ds_config: dict[str, Any] | None) -> list[str]:
+    problems = recipe_data_problems(
+        recipe.data,
+        from_root,
+        seq_len=recipe.batch.seq_len,
+        vocab_size=recipe.model.get_text_config().vocab_size,
+        tokenizer=from_root(recipe.tokenizer),
+        needs_validation=recipe.evaluation.every_steps > 0,
+        validation_seqs=recipe.evaluation.seqs,
+    )
+    if ds_config is not None:
+        problems += device_problems(ds_config, ds_config_path(recipe.deepspeed), fp16_supported())
+    return problems

@@ -1,0 +1,44 @@
+"""The words after a recipe: about this run only. What changes what is learned has its home in the recipe."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def parse_flags(name: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f"Train the recipe {name!r}. Flags are about this run only.")
+    parser.add_argument("--out-dir", default=f"runs/{name}", help="the run directory (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint in --out-dir")
+    parser.add_argument("--resume-step", type=int, metavar="N", help="go on from this checkpoint; later ones are set aside")
+    parser.add_argument(
+        "--skip", type=_sequence_range, action="append", default=[], metavar="START:STOP", help="leave out these sequences"
+    )
+    parser.add_argument("--max-steps", type=int, help="stop after this step; schedules keep the recipe's own length")
+    parser.add_argument(
+        "--trace-steps", type=_step_range, default=range(0), metavar="FIRST:STOP", help="keep every span of these steps"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check, print what would run, and leave")
+    parser.add_argument("--world-size", type=int, help="with --dry-run: how many GPUs")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers pass it
+    flags = parser.parse_args()
+    if flags.world_size and not flags.dry_run:
+        parser.error("--world-size is for --dry-run; a run's world size comes from its launcher")
+    if flags.max_steps is not None and flags.max_steps < 1:
+        parser.error(f"--max-steps={flags.max_steps} must be at least 1")
+    flags.skip = tuple(flags.skip)
+    flags.resume = flags.resume or flags.resume_step is not None
+    return flags
+
+
+def _sequence_range(text: str) -> tuple[int, int]:
+    start, _, stop = text.partition(":")
+    if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
+        raise argparse.ArgumentTypeError(f"{text!r}: a range of sequences, counted from 0, is START:STOP with START < STOP")
+    return int(start), int(stop)
+
+
+def _step_range(text: str) -> range:
+    first, _, stop = text.partition(":")
+    if not (first.isdigit() and stop.isdigit() and 1 <= int(first) < int(stop)):
+        raise argparse.ArgumentTypeError(f"{text!r}: steps, counted from 1, are FIRST:STOP with FIRST < STOP; STOP is not traced")
+    return range(int(first), int(stop))

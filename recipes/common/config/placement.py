@@ -1,0 +1,66 @@
+"""Arithmetic on a layout: which rank has which coordinates, and which chunks of layers it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recipes.common.recipe import Layout
+
+ONE_PASS, ZERO_BUBBLE, FOLDED = "1f1b", "zero_bubble", "zero_bubble_v"  # ONE_PASS: a backward pass computes everything
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coordinates:
+    """One rank's place. Pure arithmetic: usable before any process group exists."""
+
+    rank: int
+    tensor: int
+    pipeline: int
+    data: int
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
+    folded: bool = False  # the pipeline turns at its last rank and ends on its first
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank has the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the head and the loss."""
+        return self.pipeline_rank == (0 if self.folded else self.pipeline - 1)
+
+
+def coordinates(rank: int, world_size: int, layout: Layout) -> Coordinates:
+    tensor, pipeline = layout.tensor, layout.pipeline
+    data = world_size // (tensor * pipeline)
+    assert data * tensor * pipeline == world_size, (world_size, layout)
+    return Coordinates(
+        rank=rank,
+        tensor=tensor,
+        pipeline=pipeline,
+        data=data,
+        tensor_rank=rank % tensor,
+        pipeline_rank=rank // (tensor * data),
+        data_rank=rank // tensor % data,
+        folded=layout.schedule == FOLDED,
+    )
+
+
+def place_of(grid: Coordinates, rank: int) -> tuple[int, int, int]:
+    """(pipeline, data, tensor) rank of any rank of `grid`'s run."""
+    return rank // (grid.tensor * grid.data), rank // grid.tensor % grid.data, rank % grid.tensor
+
+
+def chunk_count(schedule: str, pipeline: int) -> int:
+    return 2 * pipeline if schedule == FOLDED else pipeline
+
+
+def rank_of_chunk(schedule: str, pipeline: int, chunk: int) -> int:
+    return chunk if chunk < pipeline else chunk_count(schedule, pipeline) - 1 - chunk
+
+
+def chunks_of_rank(schedule: str, pipeline: int, rank: int) -> tuple[int, ...]:
+    return (rank, 2 * pipeline - 1 - rank) if schedule == FOLDED else (rank,)

@@ -1,0 +1,114 @@
+"""DeepSpeed's part of a step on the clock (recipes.common.runtime.step_clock): its pipeline instructions, and what it sends.
+
+Instructions are wrapped in the engine's own table, as recipes.common.zero_bubble changes it. Everything that DeepSpeed sends goes
+through one object, `deepspeed.comm.comm.cdb`; a `TimedBackend` stands in front of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.comm import comm
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe import schedule
+
+from recipes.common.parallel.grid import Grid
+from recipes.common.runtime.step_clock import BACKWARD, CLOCK, DATA, FORWARD, OPTIMIZER, Span, size_of
+
+_PARTS = {
+    schedule.LoadMicroBatch: DATA,
+    schedule.ForwardPass: FORWARD,
+    schedule.BackwardPass: BACKWARD,
+    # the gradients' way into the optimizer is its work; what is sent meanwhile is told apart
+    schedule.ReduceGrads: OPTIMIZER,
+    schedule.ReduceTiedGrads: OPTIMIZER,
+    schedule.OptimizerStep: OPTIMIZER,
+}
+# the argument that holds all of what is moved, by name and place
+_WHOLE = {
+    "all_reduce": ("tensor", 0),
+    "reduce": ("tensor", 0),
+    "broadcast": ("tensor", 0),
+    "all_gather": ("tensor_list", 0),
+    "all_gather_into_tensor": ("output_tensor", 0),
+    "reduce_scatter_tensor": ("input_tensor", 1),
+    "reduce_scatter": ("input_list", 1),
+    "all_to_all_single": ("input", 1),
+    "all_reduce_coalesced": ("tensors", 0),
+    "all_gather_coalesced": ("output_tensors", 0),
+}
+_GROUP_PLACE = {"all_reduce": 2, "all_reduce_coalesced": 2}  # where DeepSpeed hands the group over by place
+
+
+def time_engine(engine: DeepSpeedEngine, grid: Grid) -> None:
+    """Put `engine`'s instructions and messages on the clock; it stands still until a run starts it."""
+    if grid.pipeline > 1:
+        own = {kind: _timed(CLOCK.span(part), engine._INSTRUCTION_MAP[kind]) for kind, part in _PARTS.items()}
+        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | own
+    if not isinstance(comm.cdb, TimedBackend):
+        comm.cdb = TimedBackend(comm.cdb)
+
+
+def _timed(span: Span, run: Callable[..., None]) -> Callable[..., None]:
+    def timed(engine: DeepSpeedEngine, **arguments: Any) -> None:
+        with span:
+            run(engine, **arguments)
+
+    return timed
+
+
+class TimedBackend:
+    """DeepSpeed's communication backend with spans around what moves tensors; all else is the backend's own."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._backend, name)
+        if name in _WHOLE:
+            found = _timed_collective(name, found)
+            setattr(self, name, found)  # the next call finds it without asking
+        return found
+
+    def send(self, tensor: torch.Tensor, dst: int, **options: Any) -> Any:
+        with CLOCK.message("send", size_of(tensor), dst):
+            return self._backend.send(tensor=tensor, dst=dst, **options)
+
+    def recv(self, tensor: torch.Tensor, src: int | None = None, **options: Any) -> Any:
+        with CLOCK.message("recv", size_of(tensor), -1 if src is None else src):
+            return self._backend.recv(tensor=tensor, src=src, **options)
+
+
+class TimedWork:
+    """A collective under way: the waiting for it is what it exposes."""
+
+    def __init__(self, work: Any, span: Span) -> None:
+        self._work, self._span = work, span
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+    def wait(self, *arguments: Any) -> Any:
+        with self._span:
+            return self._work.wait(*arguments)
+
+
+def _timed_collective(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    argument, place = _WHOLE[name]
+    group_place = _GROUP_PLACE.get(name)
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        moved = named[argument] if argument in named else arguments[place]
+        count = size_of(moved) if isinstance(moved, torch.Tensor) else sum(size_of(each) for each in moved)
+        by_place = group_place is not None and len(arguments) > group_place
+        group = arguments[group_place] if by_place else named.get("group")
+        last = arguments[group_place + 1] if by_place and len(arguments) > group_place + 1 else False
+        if last or named.get("async_op"):
+            work = run(*arguments, **named)
+            return work if work is None else TimedWork(work, CLOCK.talk(f"{name}, awaited", count, group))
+        with CLOCK.talk(name, count, group):
+            return run(*arguments, **named)
+
+    return timed

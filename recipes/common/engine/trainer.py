@@ -1,0 +1,283 @@
+"""DeepSpeed around a stage: its engine, one training step, one evaluation. The same calls with a pipeline and without.
+
+`train_step` is `engine.train_batch()` under the pipeline engine; without it, accumulate, forward, backward and step.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+from recipes.common.data.batches import document_positions
+from recipes.common.engine.deepspeed_timers import time_engine
+from recipes.common.engine.gradient_norm import NormGate, use_exact_norm
+from recipes.common.engine.optimizers import build_optimizer
+from recipes.common.engine.startup import _import_muon_uncompiled, quiet_deepspeed
+from recipes.common.parallel.cross_entropy import IGNORED
+from recipes.common.parallel.grid import Grid, Mpu
+from recipes.common.pipeline.executor import Runner
+from recipes.common.pipeline.stage import Stage
+from recipes.common.pipeline.tied_embeddings import TiedHead, gradient_of
+from recipes.common.recipe import Optimizer
+from recipes.common.runtime.step_clock import BACKWARD, CLOCK, FORWARD, OPTIMIZER, size_of
+
+Labels = tuple[torch.Tensor, torch.Tensor]
+
+OVERFLOW = "overflow"  # of fp16 gradients under a loss scale that is too large: the scale falls and training goes on
+TOO_HIGH = "too_high"  # a gradient norm over the ceiling that the caller gave
+NONFINITE = "nonfinite"  # a NaN or an infinity in the loss or the gradients
+
+
+_import_muon_uncompiled()
+
+
+class StepProbe(Protocol):
+    """What may look at a step while it is taken (recipes.common.monitor.parameter_stats)."""
+
+    def take(self) -> torch.Tensor:
+        """What it saw: fp64 [n], of one length on all ranks, to be summed over them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimizer step, equal on every rank."""
+
+    loss: float  # cross-entropy, the mean over the scored tokens of the global batch
+    log_z_squared: float  # mean of log(Z)^2, what the z-loss weighs
+    log_z: float  # mean of log(Z)
+    max_logit: float  # over the scored tokens of the global batch
+    loss_max: float  # the worst data rank's own loss (a NaN counts as worst)
+    loss_max_rank: int  # and which it is
+    grad_norm: float  # over the whole model, before clipping
+    loss_scale: float  # 1.0 unless fp16
+    skipped: bool  # the weights and the optimizer's state did not change, on any rank
+    skip_reason: str | None  # OVERFLOW, NONFINITE or TOO_HIGH
+    votes: tuple[bool, ...]  # for each vote that was cast, whether any rank said yes
+    observed: np.ndarray  # what the probe saw, summed over all ranks
+
+
+class PipelineStages(PipelineModule):
+    """One stage a rank. DeepSpeed asks three things of it: the layers, the loss, and which weights are tied over stages."""
+
+    def __init__(self, stage: Stage, topology: PipeModelDataParallelTopology) -> None:
+        self._tied: list[tuple[torch.nn.Parameter, dist.ProcessGroup]] = []
+        self.tied_head: TiedHead | None = None  # embedding and head on this rank
+        # one place per stage; only this rank's is built
+        layers = [stage] * topology.get_dim("pipe")
+        super().__init__(layers, topology=topology, loss_fn=stage.loss, partition_method="uniform")
+        if stage.stack.tied and stage.grid.tie_group is not None and (stage.is_first or stage.is_last):
+            name = f"{stage.stack.embedding}.weight"
+            weight = dict(stage.hf_named_parameters())[name]
+            weight.ds_pipe_replicated = not stage.is_first  # norms and clipping count it once
+            self._tied = [(weight, stage.grid.tie_group)]
+
+    def get_tied_weights_and_groups(self) -> list[tuple[SimpleNamespace, dist.ProcessGroup]]:
+        """Asked once a step, when the gradients are whole: the engine sums `grad` over the group (under bf16 `_hp_grad`).
+
+        fp16 gradients add up in `grad_accum`, which the engine does not look at: the copies of the weight would drift apart.
+        """
+        if self.tied_head is not None:
+            self.tied_head.give()
+        return [(SimpleNamespace(grad=gradient_of(w), _hp_grad=gradient_of(w)), group) for w, group in self._tied]
+
+
+def parameter_groups(stage: Stage, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """[decayed, not decayed]: two groups, in this order, on every rank (DeepSpeed's norms deadlock when ranks differ, #1522).
+
+    Not decayed: parameters of fewer than two dimensions (norms, biases) and, by choice, the embeddings.
+    """
+    embeddings = {f"{stage.stack.embedding}.weight", f"{stage.stack.head}.weight"}
+    groups: list[list[torch.nn.Parameter]] = [[], []]
+    for name, parameter in stage.hf_named_parameters():
+        if parameter.requires_grad:
+            kept_off = parameter.ndim < 2 or (name in embeddings and not optimizer.decay_embeddings)
+            groups[kept_off].append(parameter)
+    decays = (optimizer.weight_decay, 0.0)
+    return [{"params": p, "weight_decay": d} for p, d in zip(groups, decays, strict=True) if p]
+
+
+class Trainer:
+    """A stage, its optimizer and DeepSpeed's engine. It holds them together; the loop and the state of a run are elsewhere."""
+
+    def __init__(
+        self, stage: Stage, grid: Grid, optimizer: Optimizer, ds_config: dict[str, Any], document_end: int | None = None
+    ) -> None:
+        """document_end: the id that ends a document, when attention is to stay inside documents."""
+        self.stage, self.grid, self.document_end = stage, grid, document_end
+        offload = "offload_optimizer" in ds_config.get("zero_optimization", {})
+        # DeepSpeed knows optimizers by their class; tests hold ours to torch's
+        ds_config = ds_config | {"zero_allow_untested_optimizer": True}
+        self.optimizer = build_optimizer(parameter_groups(stage, optimizer), optimizer, grid.device, offload=offload)
+        with quiet_deepspeed():
+            if grid.pipeline > 1:
+                topology = PipeModelDataParallelTopology(num_pp=grid.pipeline, num_mp=grid.tensor, num_dp=grid.data)
+                module, mpu = PipelineStages(stage, topology), None
+            else:
+                module, mpu = stage, Mpu(grid)
+                if ds_config["zero_optimization"]["stage"] == 3:  # the loss reads the head outside the head's own forward
+                    for parameter in stage.head_parameters():
+                        deepspeed.zero.register_external_parameter(stage, parameter)
+            self.engine = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config, mpu=mpu)[0]
+        if grid.pipeline > 1:
+            # the mean loss over ranks, which DeepSpeed sends around after each step: ours is in `_sum_over_ranks`
+            self.engine._aggregate_total_loss = lambda: torch.zeros(())
+            if grid.folded and stage.stack.tied and stage.is_first:
+                module.tied_head = TiedHead(stage)
+        self._runner = Runner(self.engine, stage, grid) if stage.weight_queues else None
+        use_exact_norm(self.engine.optimizer, grid)
+        time_engine(self.engine, grid)
+        self.accumulation = ds_config["gradient_accumulation_steps"]
+        self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]
+        self.probe: StepProbe | None = None
+        self._gate = NormGate(grid.device)
+
+    def set_global_seqs(self, global_seqs: int) -> None:
+        """The batch ramp: the micro batch stays, its number changes."""
+        accumulation = global_seqs // (self.micro_seqs * self.grid.data)
+        if accumulation != self.accumulation:
+            self.engine.set_train_batch_size(global_seqs)
+            self.engine.micro_steps = 0  # it is counted modulo the accumulation: the old count would end a step too early
+            self.accumulation = accumulation
+
+    def train_step(
+        self,
+        micro_batches: list[torch.Tensor],
+        lr: float,
+        scored_tokens: int,
+        votes: tuple[bool, ...] = (),
+        norm_ceiling: float = math.inf,
+    ) -> StepResult:
+        """One optimizer step. micro_batches: this data rank's, each [micro_seqs, seq_len + 1] ids, on the CPU.
+
+        scored_tokens: targets in the global batch. votes: what this rank wants to happen after the step; they travel with the
+        losses. norm_ceiling: with a higher gradient norm the step is left out. The result is read from the device: the one wait
+        of a step.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        skipped_before = self.engine.skipped_steps
+        self._gate.open(norm_ceiling, self._loss_scale())
+        finite = True
+        try:
+            self.run_micro_batches(micro_batches, scored_tokens)
+        except AssertionError as error:
+            # BF16_Optimizer meets a norm that is not a number with a bare assertion, on every rank alike, before the step
+            if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "bf16_optimizer.py":
+                raise
+            finite = False
+        losses, by_rank, counts, observed = self._sum_over_ranks(votes)
+        losses, by_rank = losses / (len(micro_batches) * self.grid.data), by_rank / [[len(micro_batches)], [1.0]]
+        worst = int(np.argmax(by_rank[0]))  # the first NaN, where there is one
+        skipped = self.engine.skipped_steps > skipped_before
+        overflowed = self.engine.fp16_enabled() and np.isfinite(losses[0])
+        refused, norm = self._gate.refused_norm, float(self.engine.get_global_grad_norm() or 0.0)
+        reason = TOO_HIGH if refused is not None else OVERFLOW if overflowed else NONFINITE
+        return StepResult(
+            loss=float(losses[0]),
+            log_z_squared=float(losses[1]),
+            log_z=float(losses[2]),
+            max_logit=float(by_rank[1].max()),
+            loss_max=float(by_rank[0, worst]),
+            loss_max_rank=worst,
+            grad_norm=refused if refused is not None else norm if finite else float("nan"),
+            loss_scale=self._loss_scale(),
+            skipped=skipped,
+            skip_reason=reason if skipped else None,
+            votes=tuple(count > 0 for count in counts),
+            observed=observed,
+        )
+
+    def _loss_scale(self) -> float:
+        return float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if self.engine.fp16_enabled() else 1.0
+
+    def run_micro_batches(self, micro_batches: list[torch.Tensor], scored_tokens: int) -> None:
+        """Forward, backward and the optimizer's step. DeepSpeed leaves the step out where the gradient norm is not finite."""
+        self._clear_losses()
+        self._place_documents(micro_batches)
+        batches = self._batches(micro_batches, len(micro_batches) * self.grid.data / scored_tokens)
+        if self.grid.pipeline > 1:
+            self.engine.train_batch(batches)
+        else:
+            self.engine.train()
+            for ids, labels in batches:
+                with CLOCK.span(FORWARD):
+                    loss = self.engine(ids, labels)
+                with CLOCK.span(BACKWARD):
+                    self.engine.backward(loss)
+                with CLOCK.span(OPTIMIZER):
+                    self.engine.step()
+
+    def evaluate(self, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], scored_tokens: int) -> float:
+        """Mean cross-entropy over `scored_tokens` targets; each item is ids [micro_seqs, seq_len + 1] and which rows count."""
+        self._clear_losses()
+        weight = 1.0 / scored_tokens
+        self._place_documents([tokens for tokens, _ in micro_batches])
+        batches = self._batches((tokens for tokens, _ in micro_batches), weight, [rows for _, rows in micro_batches])
+        if self._runner is not None:
+            self._runner.evaluate(batches, len(micro_batches))
+        elif self.grid.pipeline > 1:
+            self.engine.eval_batch(batches, num_micro_batches=len(micro_batches), bcast_loss=False)
+        else:
+            self.engine.eval()
+            with torch.no_grad():
+                for ids, labels in batches:
+                    self.engine(ids, labels)
+            self.engine.train()
+        return float(self._sum_over_ranks(observe=False)[0][0])
+
+    def _clear_losses(self) -> None:
+        self.stage.loss_sums.zero_()
+        self.stage.max_logit.fill_(-torch.inf)
+
+    def _batches(
+        self, micro_batches: Iterable[torch.Tensor], weight: float, rows: list[torch.Tensor] | None = None
+    ) -> Iterator[tuple[torch.Tensor, Labels]]:
+        device = self.grid.device
+        scale = torch.tensor(weight, dtype=torch.float32, device=device)
+        for index, tokens in enumerate(micro_batches):
+            targets = tokens[:, 1:]
+            if rows is not None:
+                targets = targets.masked_fill(~rows[index].view(-1, 1), IGNORED)
+            ids = tokens[:, :-1].contiguous().to(device, non_blocking=True)
+            yield ids, (targets.contiguous().to(device, non_blocking=True), scale)
+
+    def _place_documents(self, micro_batches: list[torch.Tensor]) -> None:
+        """Tell the stage, whichever it is, where documents start. Every stage reads the data, so nothing has to be sent."""
+        if self.document_end is not None:
+            positions = (document_positions(tokens[:, :-1], self.document_end) for tokens in micro_batches)
+            self.stage.place_documents(p.to(self.grid.device, non_blocking=True) for p in positions)
+
+    def _sum_over_ranks(self, votes: tuple[bool, ...] = (), *, observe: bool = True) -> list[np.ndarray]:
+        """The one reduction of a step, on every rank: [loss sums [3] over all data ranks, cross-entropy and largest logit of each
+        data rank [2, data], votes, what the probe saw]. The last stage has the losses."""
+        losses = self.stage.loss_sums
+        by_rank = losses.new_zeros(2, self.grid.data)  # a slot each: summed with zeros it stays what it is
+        if self.grid.is_last_stage and self.grid.tensor_rank == 0:
+            by_rank[0, self.grid.data_rank], by_rank[1, self.grid.data_rank] = losses[0], self.stage.max_logit
+        else:
+            losses = torch.zeros_like(losses)
+        observed = self.probe.take() if observe and self.probe is not None else losses.new_zeros(0)
+        parts = [losses, by_rank.flatten(), losses.new_tensor(votes), observed]
+        sums = torch.cat(parts)
+        if dist.get_world_size() > 1:
+            with CLOCK.talk("all_reduce", size_of(sums), None):
+                dist.all_reduce(sums)
+        CLOCK.settle()  # while a GPU still works on what the next line waits for
+        losses, by_rank, counts, observed = np.split(sums.cpu().numpy(), np.cumsum([part.numel() for part in parts[:-1]]))
+        return [losses, by_rank.reshape(2, -1), counts, observed]
+
+    def hf_shards(self) -> dict[str, torch.Tensor]:
+        """Hugging Face name -> this rank's shard of the weights the model computes with."""
+        return {name: parameter.detach() for name, parameter in self.stage.hf_named_parameters()}

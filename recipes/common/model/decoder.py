@@ -1,0 +1,92 @@
+"""Where a Hugging Face decoder may be cut: read from transformers' own plans, or from the few lines kept here.
+
+`transformers` configs carry `base_model_tp_plan` (module or parameter pattern -> style) and `base_model_pp_plan` (the modules
+before, in and after the stack of layers). They are the source of what is cut where. Families without a plan either have
+a stack that can be read off the module tree (embeddings, one list of layers, one final norm) or an entry below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+# (before the layers, after the layers), relative to the module that holds the list of layers.
+BUILT_IN_STACK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "bloom": (("word_embeddings", "word_embeddings_layernorm"), ("ln_f",)),
+}
+
+# Families whose layers still return tuples in transformers 5, so that their placeholders must too.
+TUPLE_LAYERS = frozenset({"codegen", "ctrl", "gpt_neo", "gptj"})
+
+
+class PlanError(ValueError):
+    """This family cannot be cut as asked; the message says which and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """The names of a decoder's parts, from the ForCausalLM's root."""
+
+    base: str  # the base model, e.g. "model"
+    layers: str  # the list of layers, e.g. "model.layers"
+    before: tuple[str, ...]  # modules that only the first stage runs (embeddings)
+    after: tuple[str, ...]  # modules that only the last stage runs (the final norm)
+    embedding: str  # the input embedding
+    head: str  # the output embedding
+    tied: bool  # head and embedding are one weight
+
+
+def find_stack(causal: PreTrainedModel) -> Stack:
+    """Read the parts of `causal` (a ForCausalLM, on any device).
+
+    Raises PlanError when it has no single stack of `num_hidden_layers` layers, or no way to tell its other parts.
+    """
+    base_name = next((name for name, child in causal.named_children() if isinstance(child, PreTrainedModel)), None)
+    if base_name is None:
+        raise PlanError(f"{type(causal).__name__} has no base model apart from its head")
+    base = causal.get_submodule(base_name)
+    family, depth = causal.config.model_type, causal.config.num_hidden_layers
+    lists = [n for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    lists = [name for name in lists if name.count(".") == min(n.count(".") for n in lists)]
+    pp_plan = getattr(type(causal.config), "base_model_pp_plan", None) or {}
+    lists = [name for name in lists if name in pp_plan] or lists
+    if len(lists) != 1:
+        raise PlanError(f"model_type={family}: expected one list of {depth} layers, found {lists or 'none'}")
+    holder = base.get_submodule(lists[0].rpartition(".")[0])
+    leaf = lists[0].rpartition(".")[2]
+    if leaf in pp_plan:
+        names = list(pp_plan)
+        before, after = tuple(names[: names.index(leaf)]), tuple(names[names.index(leaf) + 1 :])
+    elif family in BUILT_IN_STACK:
+        before, after = BUILT_IN_STACK[family]
+    else:
+        before, after = _read_off_stack(family, holder, leaf)
+    prefix = ".".join(filter(None, (base_name, lists[0].rpartition(".")[0])))
+    embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    if head is None:
+        raise PlanError(f"{type(causal).__name__} has no output embedding to compute a loss with")
+    return Stack(
+        base=base_name,
+        layers=f"{base_name}.{lists[0]}",
+        before=tuple(f"{prefix}.{name}" for name in before if hasattr(holder, name)),
+        after=tuple(f"{prefix}.{name}" for name in after if hasattr(holder, name)),
+        embedding=_name_of(causal, embedding),
+        head=_name_of(causal, head),
+        tied=head.weight is embedding.weight,
+    )
+
+
+def _read_off_stack(family: str, holder: nn.Module, leaf: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Embeddings run before the layers; one other module with parameters can only be the final norm."""
+    children = {n: m for n, m in holder.named_children() if n != leaf and any(True for _ in m.parameters())}
+    before = tuple(n for n, m in children.items() if isinstance(m, nn.Embedding))
+    after = tuple(n for n in children if n not in before)
+    if len(after) > 1:
+        raise PlanError(f"model_type={family}: cannot tell which of {after} run before the layers; add it to plans.py")
+    return before, after
+
+
+def _name_of(root: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in root.named_modules() if module is wanted)

@@ -1,0 +1,203 @@
+"""Floating-point operations of training a decoder, a token: exact for the model at hand, and by every convention in use.
+
+A matrix multiplication of [tokens, in] by [in, out] is 2 in out FLOPs a token; its backward pass is twice its forward pass. The
+head counts, looking up an embedding does not; norms, activations and softmax are left out, as everywhere. What tools differ in
+is attention (the whole square of scores, or the causal half that is computed), recomputation, and whether the head and the
+embedding count: `conventions` gives them side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from recipes.common.model.decoder import Stack
+
+OURS = "ours"  # the convention behind every MFU that Trifold prints
+_QUERIES = frozenset({"q_proj", "qkv_proj", "query_key_value", "c_attn", "q_b_proj", "query", "q", "Wqkv", "qkv", "attn"})
+_UNCOUNTED = frozenset({"linear_attention", "mamba", "mamba2", "recurrent", "conv", "hybrid"})  # layer types with a recurrence
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWork:
+    """One decoder layer's forward pass, in multiply-adds a token."""
+
+    matrices: float  # elements of its matrices; of experts, those that a token visits
+    scores: float  # heads x (query width + value width): multiply-adds for each key a token attends to; 0 without attention
+    window: int | None = None  # keys a token sees at most (sliding window)
+    chunk: int | None = None  # attention stays inside chunks of this length
+
+    def keys(self, seq_len: int, *, causal: bool) -> float:
+        """Mean keys a token attends to: of the whole square, or of the part under the diagonal (s / 2, as Megatron-LM)."""
+        if self.chunk is not None:
+            seq_len = min(seq_len, self.chunk)
+        window = min(self.window or seq_len, seq_len)
+        return window - window**2 / (2 * seq_len) if causal else window
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelWork:
+    """A decoder's forward pass, in multiply-adds a token."""
+
+    layers: tuple[LayerWork, ...]
+    outside: float  # matrices outside the layers (projections of embeddings), without the head
+    head: float  # hidden size x vocabulary
+    hidden: int
+    vocab: int
+    params: int  # all of them; tied weights once
+    visited: float  # `params`, of experts only those that a token visits
+    embedding: int  # parameters that are only looked up: 0 when the head is tied to the embedding
+    uncounted: tuple[str, ...] = ()  # layer types whose recurrence is not a matrix multiplication and is left out
+
+
+def model_work(causal: PreTrainedModel, stack: Stack) -> ModelWork:
+    """Read the shapes of a ForCausalLM (on any device; `build_empty` takes no memory)."""
+    config = causal.config.get_text_config()
+    chosen = getattr(config, "num_experts_per_tok", None)
+    layers = causal.get_submodule(stack.layers)
+    inside = {id(p) for p in layers.parameters()}
+    head = causal.get_output_embeddings()
+    outside = sum(size for p, size in _matrices(causal, chosen) if id(p) not in inside and p is not head.weight)
+    idle = sum(p.numel() - size for p, size in _matrices(causal, chosen) if p.ndim == 3)
+    embedding = causal.get_submodule(stack.embedding)
+    params = sum(p.numel() for p in causal.parameters())
+    kinds = _layer_types(config, len(layers))
+    return ModelWork(
+        layers=tuple(
+            _layer_work(layer, config, kind, sum(size for _, size in _matrices(layer, chosen)))
+            for layer, kind in zip(layers, kinds, strict=True)
+        ),
+        outside=outside,
+        head=float(head.weight.numel()),
+        hidden=config.hidden_size,
+        vocab=config.vocab_size,
+        params=params,
+        visited=params - idle,
+        embedding=0 if stack.tied else sum(p.numel() for p in embedding.parameters()),
+        uncounted=tuple(sorted(_UNCOUNTED & set(kinds))),
+    )
+
+
+def gpt_work(
+    *, layers: int, hidden: int, vocab: int, ffn: int | None = None, kv_share: float = 1.0, gated: bool = False
+) -> ModelWork:
+    """A decoder known by its sizes alone. `ffn`: default 4 hidden; `kv_share`: key/value heads over heads; `gated`: SwiGLU."""
+    matrices = hidden * hidden * (2.0 + 2.0 * kv_share) + (3 if gated else 2) * hidden * (ffn or 4 * hidden)
+    layer = LayerWork(matrices=matrices, scores=2.0 * hidden)
+    params = int(layers * matrices + hidden * vocab)
+    return ModelWork(
+        layers=(layer,) * layers, outside=0.0, head=float(hidden * vocab), hidden=hidden, vocab=vocab,
+        params=params, visited=float(params), embedding=0,
+    )  # fmt: skip
+
+
+def _matrices(root: nn.Module, chosen: int | None) -> Iterator[tuple[nn.Parameter, float]]:
+    """(parameter, elements that a token is multiplied by) of every matrix under `root`."""
+    for module in root.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, nn.Embedding) or parameter.ndim < 2:
+                continue
+            if isinstance(module, nn.Linear | Conv1D | nn.Conv1d):
+                yield parameter, float(parameter.numel())
+            elif parameter.ndim == 3:  # a bank of experts
+                yield parameter, parameter.numel() * (chosen or parameter.shape[0]) / parameter.shape[0]
+            elif name == "weight":  # a router
+                yield parameter, float(parameter.numel())
+
+
+def _layer_types(config: Any, count: int) -> list[str]:
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if kinds:
+        return list(kinds)
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return ["sliding_attention" if windowed else "full_attention"] * count
+
+
+def _layer_work(layer: nn.Module, config: Any, kind: str, matrices: float) -> LayerWork:
+    attends = kind not in _UNCOUNTED and any(name.rpartition(".")[2] in _QUERIES for name, _ in layer.named_modules())
+    heads = (getattr(config, "num_attention_heads", None) or 0) if attends else 0
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    latent = getattr(config, "qk_nope_head_dim", None)  # multi-head latent attention: queries and values differ in width
+    query, value = (latent + config.qk_rope_head_dim, config.v_head_dim) if latent else (width, width)
+    return LayerWork(
+        matrices=matrices,
+        scores=float(heads * (query + value)),
+        window=config.sliding_window if kind == "sliding_attention" else None,
+        chunk=getattr(config, "attention_chunk_size", None) if kind == "chunked_attention" else None,
+    )
+
+
+def forward_flops(work: ModelWork, seq_len: int, *, causal: bool) -> tuple[float, float, float]:
+    """FLOPs a token of the forward pass: (matrices without the head, attention scores and their use, head)."""
+    attention = 2.0 * sum(layer.scores * layer.keys(seq_len, causal=causal) for layer in work.layers)
+    return 2.0 * (sum(layer.matrices for layer in work.layers) + work.outside), attention, 2.0 * work.head
+
+
+def training_flops(work: ModelWork, seq_len: int) -> float:
+    """FLOPs a token, forward and backward, without recomputation: what Trifold's MFU counts."""
+    return 3.0 * sum(forward_flops(work, seq_len, causal=True))
+
+
+def conventions(work: ModelWork, seq_len: int) -> dict[str, tuple[float, str]]:
+    """Name -> (FLOPs a token, what it counts and who uses it). OURS is the first."""
+    matrices, half, head = forward_flops(work, seq_len, causal=True)
+    full = forward_flops(work, seq_len, causal=False)[1]
+    table = {
+        OURS: (3 * (matrices + half + head), "3 x forward, causal half of attention, head; no recomputation. As Megatron-LM"),
+        "full_attention": (3 * (matrices + full + head), "the same with the whole square of scores (nanotron, flop counters)"),
+        "6n": (6.0 * work.visited, "6 x parameters a token visits, embeddings too; no attention (arXiv 2001.08361)"),
+        "palm_mfu": (6.0 * work.visited + 3 * full, "6n + whole attention (arXiv 2204.02311, appendix B; llm-foundry, picotron)"),
+        "no_embedding": (
+            6.0 * (work.visited - work.embedding) + 3 * full,
+            "palm_mfu without the input embedding (OLMo-core, torchtitan)",
+        ),
+        "hfu_full": (4 * (matrices + half) + 3 * head, "ours + the layers' forward pass again (full recomputation)"),
+        "hfu_selective": (3 * (matrices + head) + 4 * half, "ours + attention's scores again (selective recomputation)"),
+    }
+    if len(set(work.layers)) == 1:  # these two know one kind of layer, of GPT-3's shape
+        shape = (len(work.layers), work.hidden, work.vocab, seq_len)
+        table["sc21_eq3"] = (sc21_eq3(*shape), "arXiv 2104.04473: GPT-3's shape with full recomputation (GPT-NeoX, BLOOM's logs)")
+        table["korthikanti"] = (korthikanti(*shape), "arXiv 2205.05198: GPT-3's shape, whole attention")
+        table["korthikanti_hfu"] = (korthikanti(*shape, selective=True), "korthikanti + selective recomputation")
+    return table
+
+
+def sc21_eq3(layers: int, hidden: int, vocab: int, seq_len: int) -> float:
+    """FLOPs a token by equation 3 of arXiv 2104.04473: 4h MLP, full attention, every layer's forward pass twice."""
+    return 96.0 * layers * hidden**2 * (1 + seq_len / (6 * hidden) + vocab / (16 * layers * hidden))
+
+
+def korthikanti(layers: int, hidden: int, vocab: int, seq_len: int, *, selective: bool = False) -> float:
+    """FLOPs a token by arXiv 2205.05198, appendix A; `selective` adds attention's recomputation (hardware FLOPs)."""
+    return 72.0 * layers * hidden**2 * (1 + seq_len / ((3 if selective else 6) * hidden) + vocab / (12 * layers * hidden))
+
+
+def layer_costs(causal: PreTrainedModel, stack: Stack, seq_len: int) -> tuple[list[float], float]:
+    """(cost of each layer, cost of head and loss) in multiply-adds a token, forward: the unit of the stage split.
+
+    Matrices count their elements (experts the share that a token visits), attention its scores over half the sequence.
+    """
+    config = causal.config.get_text_config()
+    attention = attention_cost(causal, seq_len)
+    visited = getattr(config, "num_experts_per_tok", None)
+
+    def matrices(module: nn.Module) -> float:
+        shares = ((visited or p.shape[0]) / p.shape[0] if p.ndim == 3 else 1.0 for p in module.parameters() if p.ndim > 1)
+        sizes = (p.numel() for p in module.parameters() if p.ndim > 1)
+        return sum(share * size for share, size in zip(shares, sizes, strict=True))
+
+    layers = [matrices(layer) + attention for layer in causal.get_submodule(stack.layers)]
+    return layers, float(config.hidden_size * config.vocab_size)
+
+
+def attention_cost(causal: PreTrainedModel, seq_len: int) -> float:
+    """What a layer's scores are of its cost. A family without attention has none."""
+    config = causal.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 0
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size / heads if heads else 0)
+    return 2.0 * heads * head_dim * seq_len / 2

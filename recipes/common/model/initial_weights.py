@@ -1,0 +1,139 @@
+"""Initial weights, equal in every layout: drawn module by module from a generator keyed by the module's name.
+
+The family's own `_init_weights` draws them, on the whole tensors of one module at a time, on the CPU; then the shard is taken.
+So the first step of a run does not depend on how it is cut, and no rank ever holds more than one whole module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from recipes.common.model.sharding import Cut
+
+_SMALL = 4096  # elements: constants that a constructor computes (an activation's slope) are this small
+_LARGE = 1 << 20  # elements: weights, which must not be allocated for even a moment (one layer's experts may fill a machine)
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            sizes = kwargs.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
+            if math.prod(sizes) >= _LARGE:
+                kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Constructors run for real, so buffers hold their values, but parameters take no memory.
+
+    torch.device("meta") would lose the buffers. A small parameter's first value is kept beside it: some families set
+    constants in the constructor that `_init_weights` does not know.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            first = parameter.data if parameter.numel() <= _SMALL else None
+            parameter = nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
+            parameter.constructed = first
+        register(self, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def build_empty(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
+    """The family's ForCausalLM in fp32 with its parameters on the meta device (no memory, no weights)."""
+    with _parameters_on_meta(), _LargeOnMeta(), no_init_weights():
+        causal = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        causal.tie_weights()
+    lost = [name for name, buffer in causal.named_buffers() if buffer.is_meta]
+    if lost:
+        raise ValueError(f"{type(causal).__name__} leaves the buffers {lost} empty, and they are too large to be a constant")
+    return causal
+
+
+def draw_weights(
+    causal: PreTrainedModel, root: nn.Module, prefix: str, *, seed: int, cuts: dict[str, Cut], rank: int, size: int
+) -> None:
+    """Give every module at or under `root` (whose name in the whole model is `prefix`) its initial weights.
+
+    `causal` lends its `_init_weights`; `rank` and `size` are the tensor rank and size whose shards are kept.
+    """
+    units = list(_units(causal, root, prefix))
+    for name, module, submodules in units:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(name_seed(seed, name))
+            constants = _materialise(module, submodules)
+            for _, child in submodules:
+                causal._init_weights(child)
+            _finish(name, submodules, constants)
+        for child_name, child in submodules:
+            for leaf, parameter in list(child.named_parameters(recurse=False)):
+                cut = cuts.get(f"{child_name}.{leaf}")
+                data = parameter.data if cut is None else cut.take(parameter.data, rank, size)
+                child._parameters[leaf] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+def _units(causal: PreTrainedModel, root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, list]]:
+    """The smallest subtrees that `_init_weights` treats as one, with their modules, children first as in transformers.
+
+    A module with parameters is one; so is a container that re-draws its children's (GPT-2 scales its output projections
+    from the attention block). Run on the meta device that costs nothing and shows in the parameters' version counters.
+    """
+    if any(True for _ in root.children()) and not _own(root):
+        before = [p._version for p in root.parameters()]
+        causal._init_weights(root)
+        if before == [p._version for p in root.parameters()]:
+            for leaf, child in root.named_children():
+                yield from _units(causal, child, f"{prefix}.{leaf}" if prefix else leaf)
+            return
+    modules = [(f"{prefix}.{name}" if name else prefix, module) for name, module in root.named_modules()]
+    if any(True for _ in root.parameters()):
+        yield prefix, root, modules[::-1]
+
+
+def _own(module: nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
+def _materialise(module: nn.Module, submodules: list) -> dict[tuple[str, str], torch.Tensor | None]:
+    constants = {}
+    for name, child in submodules:
+        for leaf, parameter in list(child.named_parameters(recurse=False)):
+            constants[name, leaf] = getattr(parameter, "constructed", None)
+            data = torch.full(parameter.shape, float("nan"), dtype=torch.float32)
+            child._parameters[leaf] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    return constants
+
+
+def _finish(unit: str, submodules: list, constants: dict[tuple[str, str], torch.Tensor | None]) -> None:
+    """What `_init_weights` left alone takes its constructor's value; a parameter with neither is named."""
+    for name, child in submodules:
+        for leaf, parameter in child.named_parameters(recurse=False):
+            if not parameter.isnan().any():
+                continue
+            constant = constants[name, leaf]
+            if constant is None or not constant.isfinite().all():
+                raise ValueError(f"transformers does not initialise {name}.{leaf} of {type(child).__name__}")
+            parameter.data.copy_(constant)
+
+
+def name_seed(seed: int, name: str) -> int:
+    """A 63-bit seed from the recipe's seed and a name; the same on every machine and Python."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,67 @@
+"""Recomputation (activation checkpointing, arXiv 1604.06174): a layer keeps its input and is run again in the backward pass.
+
+Or it also keeps what its products gave, matrix products and attention, and only what lies between them is run again: elementwise
+work and norms, which is cheap and leaves most of what is kept (selective recomputation; Megatron's, arXiv 2205.05198 section 5,
+repeats attention, which today's attention kernels do by themselves). What tensor ranks sum is summed again, as in a whole layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from recipes.common.runtime.step_clock import CLOCK, RECOMPUTE
+
+_NAMES = (
+    "aten.mm",
+    "aten.addmm",
+    "aten.bmm",
+    "aten.baddbmm",
+    "aten._grouped_mm",
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
+    "aten._flash_attention_forward",
+    "aten._efficient_attention_forward",
+    "mkldnn._linear_pointwise",
+)
+
+
+def product_ops() -> frozenset[Any]:
+    """The operators whose results are kept, as this torch has them."""
+    found = set()
+    for name in _NAMES:
+        space, _, op = name.partition(".")
+        packet = getattr(getattr(torch.ops, space), op, None)
+        found |= {getattr(packet, overload) for overload in packet.overloads()} if packet is not None else set()
+    return frozenset(found)
+
+
+def recompute(layer: nn.Module, *, keep_products: bool) -> None:
+    """Let `layer` be run again in the backward pass, but for its products if they are kept."""
+    forward = layer.forward
+    options: dict[str, Any] = {"use_reentrant": False}
+    if keep_products:
+        policy = partial(_policy, product_ops())
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with CLOCK.span(RECOMPUTE):
+            return forward(*args, **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(timed, *args, **options, **kwargs)
+
+    layer.forward = run
+
+
+def _policy(kept: frozenset[Any], context: Any, op: Callable, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE

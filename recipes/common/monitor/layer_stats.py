@@ -1,0 +1,156 @@
+"""What the layers do in one training step: RMS of their outputs, largest attention logit, load of the experts.
+
+Looked at on some steps only. Hooks exist while such a step runs; nothing of the model is changed, and nothing is drawn.
+
+    activation_rms        of each decoder layer's output, over all tokens of the step
+    max_attention_logit   over all heads, and over QUERIES evenly spaced query positions of every sequence: scaled q.k of the keys
+                          that the query may see, before any soft-cap. Fused attention keeps no logits, so these few are made
+                          again from the q and k that it is given. NaN for families that call attention in a way of their own.
+    router_load_max       tokens of the busiest expert over the mean of all (1: balanced). NaN for layers without a router
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from recipes.common.monitor.parameter_groups import group_of
+from recipes.common.pipeline.stage import Stage
+
+QUERIES = 32  # positions of each sequence whose attention logits are made again
+_EAGER = "eager_attention_forward"  # transformers' name, in each family's module
+
+
+class LayerProbe:
+    """Sums over the micro batches of one step, of this rank's layers. `begin`, run the step, `end`, then take the sums."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage, self._device = stage, stage.loss_sums.device
+        self.depth = len(stage.causal.get_submodule(stage.stack.layers))
+        config = stage.causal.config.get_text_config()
+        names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+        self._experts = next((count for name in names if isinstance(count := getattr(config, name, None), int)), 0)
+        self._chosen = getattr(config, "num_experts_per_tok", None) or 1
+        self._handles: list[RemovableHandle] = []
+        self._attention: str | None = None  # whose entry in transformers' table is ours while a step runs
+        self._clear()
+
+    def _clear(self) -> None:
+        device = self._device
+        self._squares = torch.zeros(self.depth, 2, dtype=torch.float64, device=device)  # of outputs: sum of squares, how many
+        self._loads = torch.zeros(self.depth, self._experts, dtype=torch.float64, device=device)
+        self._logits = torch.full((self.depth,), -torch.inf, device=device)
+
+    def begin(self) -> None:
+        self._device = self._stage.loss_sums.device
+        self._clear()
+        layers = self._stage.causal.get_submodule(self._stage.stack.layers)
+        # on every tensor rank: they see the same, or each its part of the sequence, and means and ratios are right either way
+        for index in self._stage.own:
+            # before the stage's own hook, which takes the output of its last layer away
+            self._handles.append(layers[index].register_forward_hook(self._see_output(index), prepend=True))
+        for index, router, place in _routers(self._stage):
+            self._handles.append(router.register_forward_hook(self._see_routing(index, place)))
+        self._watch_attention()
+
+    def end(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._attention is not None:
+            del ALL_ATTENTION_FUNCTIONS[self._attention]
+            self._attention = None
+
+    def sums(self) -> torch.Tensor:
+        """fp64 [depth * (2 + experts)], to be summed over all ranks."""
+        return torch.cat([self._squares.flatten(), self._loads.flatten()])
+
+    def maxima(self) -> torch.Tensor:
+        """[depth], of which the largest over all ranks counts; -inf for layers that are elsewhere or cannot be seen."""
+        return self._logits
+
+    def decode(self, sums: np.ndarray, maxima: np.ndarray) -> dict[str, np.ndarray]:
+        """What the sums and maxima over all ranks say, by layer: statistic -> [depth]."""
+        squares, loads = np.split(sums, [2 * self.depth])
+        squares, loads = squares.reshape(self.depth, 2), loads.reshape(self.depth, self._experts)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            busiest = loads.max(axis=1) / loads.mean(axis=1) if self._experts else np.full(self.depth, np.nan)
+            rms = np.sqrt(squares[:, 0] / squares[:, 1])
+        logits = np.where(maxima == -np.inf, np.nan, maxima)
+        return {"activation_rms": rms, "max_attention_logit": logits, "router_load_max": busiest}
+
+    def _see_output(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            hidden = (output[0] if isinstance(output, tuple) else output).detach()
+            self._squares[index, 0] += hidden.float().square().sum()
+            self._squares[index, 1] += hidden.numel()
+
+        return hook
+
+    def _see_routing(self, index: int, place: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            outputs = output if isinstance(output, tuple) else (output,)
+            chosen = next((o for o in outputs if o.dtype in (torch.int64, torch.int32)), None)
+            if chosen is None:
+                chosen = outputs[place].detach().topk(self._chosen, dim=-1).indices
+            ones = torch.ones(chosen.numel(), dtype=torch.float64, device=self._device)
+            self._loads[index].index_add_(0, chosen.flatten(), ones)
+
+        return hook
+
+    def _watch_attention(self) -> None:
+        """Stand in transformers' table of attention functions, under the name that the model asks for, and hand on."""
+        name = self._stage.causal.config.get_text_config()._attn_implementation
+        fused = ALL_ATTENTION_FUNCTIONS.get(name)
+        family = sys.modules[type(self._stage.causal).__module__]
+        if name is None or (fused is None and not hasattr(family, _EAGER)):
+            return
+
+        def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **options: Any) -> Any:
+            index = getattr(module, "layer_idx", None)
+            mask = options["attention_mask"] if "attention_mask" in options else next(iter(args[1:2]), None)
+            scaling = options.get("scaling")
+            if index is not None and key.shape[2] >= query.shape[2]:
+                largest = largest_logit(query.detach(), key.detach(), mask, scaling)
+                self._logits[index] = torch.maximum(self._logits[index], largest)
+            run = fused or getattr(sys.modules[type(module).__module__], _EAGER, None) or getattr(family, _EAGER)
+            return run(module, query, key, *args, **options)
+
+        ALL_ATTENTION_FUNCTIONS[name] = attend
+        self._attention = name
+
+
+def largest_logit(query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float | None) -> torch.Tensor:
+    """Over evenly spaced queries, fp32 []. query: [seqs, heads, queries, width]; key: [seqs, heads or fewer, keys, width].
+
+    mask: bool (True: seen) or added, [seqs, 1 or heads, queries, keys]; anything else: a query sees the keys up to its own.
+    """
+    seqs, heads, length, width = query.shape
+    places = torch.linspace(0, length - 1, min(QUERIES, length), device=query.device).round().long()
+    grouped = query[:, :, places].float().reshape(seqs, key.shape[1], -1, len(places), width)
+    logits = (grouped @ key.float().unsqueeze(2).transpose(-1, -2)).reshape(seqs, heads, len(places), -1)
+    logits = logits * (width**-0.5 if scaling is None else scaling)
+    if torch.is_tensor(mask) and mask.ndim == 4:
+        rows = mask[:, :, places, : key.shape[2]]
+        logits = logits.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else logits + rows
+    else:
+        here = torch.arange(key.shape[2], device=query.device)
+        logits = logits.masked_fill(here > places.unsqueeze(1) + (key.shape[2] - length), -torch.inf)
+    return logits.amax()
+
+
+def _routers(stage: Stage) -> Iterator[tuple[int, nn.Module, int]]:
+    """(layer, module, which of its outputs are the logits) of the routers that the family says it has."""
+    recorder = (getattr(type(stage.causal), "_can_record_outputs", None) or {}).get("router_logits")
+    kind = getattr(recorder, "target_class", recorder)
+    for name, module in stage.causal.named_modules() if isinstance(kind, type) else ():
+        index = group_of(name)[0]
+        if type(module) is kind and index is not None:
+            yield index, module, getattr(recorder, "index", 0)

@@ -1,0 +1,130 @@
+"""Whether everything that should be equal is: the same bits on every rank that holds a copy.
+
+    across data ranks      every weight that the model computes with (ZeRO 3 keeps no copies)
+    across tensor ranks    what is not cut (norms, routers, biases of row-parallel layers): its fp32 master weights
+    across the pipeline    embeddings that the first and the last stage share
+
+BLOOM trained for weeks with norms that had drifted apart on its tensor ranks, because clipping left some of them out, and nobody
+looked. A copy's checksum is 64 bits, made where it lies; a check sends two numbers a parameter and waits once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from recipes.common.engine import zero_state
+from recipes.common.engine.trainer import Trainer
+
+_CHUNK = 1 << 20
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed number
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """One parameter whose copies differ."""
+
+    name: str  # Hugging Face name
+    across: str  # "data", "tensor" or "pipeline" ranks
+    ranks: tuple[int, ...]  # global ranks whose copy differs from what most of the group holds; all of them without a majority
+    group: tuple[int, ...]  # the global ranks that should agree
+    largest: float  # difference of an element over the group
+
+    def __str__(self) -> str:
+        odd, group = _list(self.ranks), _list(self.group)
+        return f"{self.name} differs across {self.across} ranks: rank {odd} of {group}, by up to {self.largest:.3g}"
+
+
+Copies = tuple[str, dist.ProcessGroup, dict[str, torch.Tensor]]  # (across, who should agree, name -> this rank's copy)
+
+
+def find_drift(trainer: Trainer) -> list[Drift]:
+    """Every parameter whose copies differ, on every rank. Collective."""
+    differing: list[tuple[str, dist.ProcessGroup, str, int, float]] = []
+    for across, group, tensors in _copies(trainer):
+        names = list(tensors)
+        sums = torch.stack([checksum(tensors[name]) for name in names])
+        # the largest of all and, as the largest of the complements, the smallest
+        extremes = torch.cat([sums, ~sums])
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+        high, low = extremes.chunk(2)
+        for index in torch.nonzero(high != ~low).flatten().tolist():
+            name = names[index]
+            differing.append((across, group, name, int(sums[index]), _largest_difference(tensors[name], group)))
+    count = torch.tensor([float(len(differing))], device=trainer.grid.device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(count)
+    return _agree(differing) if count.item() else []
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """int64 []: of the bits and their places, modulo 2^64, on the tensor's device. One element that differs always changes it."""
+    bits = tensor.detach().contiguous().flatten().view(_BITS[tensor.element_size()])
+    places = torch.arange(min(_CHUNK, bits.numel()), device=bits.device).mul_(_ODD).bitwise_or_(1)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for part in bits.split(_CHUNK):
+        total = total * _ODD + (part.long() * places[: part.numel()]).sum()
+    return total
+
+
+def _copies(trainer: Trainer) -> Iterator[Copies]:
+    """What this rank has copies of, with whom. Ranks of one group list the same names in the same order."""
+    grid, stage = trainer.grid, trainer.stage
+    weights = trainer.hf_shards()
+    partitioned = any(hasattr(parameter, "ds_tensor") for parameter in stage.parameters())
+    if grid.data_group is not None and not partitioned:
+        yield "data", grid.data_group, weights
+    if grid.tensor_group is not None:
+        # data ranks own different pieces; tensor ranks of one data rank own the same piece
+        pieces = {
+            fragment.name: flat[fragment.offset : fragment.offset + fragment.stop - fragment.start]
+            for flat, fragments in zero_state.locate(trainer)
+            for fragment in fragments
+            if fragment.name not in stage.split.cuts
+        }
+        if pieces:
+            yield "tensor", grid.tensor_group, {name: pieces[name].detach() for name in sorted(pieces)}
+    tied = f"{stage.stack.embedding}.weight"
+    if grid.tie_group is not None and stage.stack.tied and (grid.is_first_stage or grid.is_last_stage):
+        yield "pipeline", grid.tie_group, {tied: weights[tied]}
+
+
+def _largest_difference(tensor: torch.Tensor, group: dist.ProcessGroup) -> float:
+    values = tensor.detach().float()
+    high, low = values.clone(), values.clone()
+    dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
+    return float((high - low).abs().max())
+
+
+def _agree(differing: list[tuple[str, dist.ProcessGroup, str, int, float]]) -> list[Drift]:
+    """Put together what every rank holds of what differs."""
+    mine = [
+        (across, tuple(dist.get_process_group_ranks(group)), name, value, largest)
+        for across, group, name, value, largest in differing
+    ]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    sums: dict[tuple[str, tuple[int, ...], str], dict[int, int]] = defaultdict(dict)
+    largest_of = {}
+    for rank, items in enumerate(found):
+        for across, group, name, value, largest in items:
+            sums[across, group, name][rank] = value
+            largest_of[across, group, name] = largest
+    drifts = []
+    for key, by_rank in sums.items():
+        (value, most), *_ = Counter(by_rank.values()).most_common(1)
+        odd = [rank for rank, other in by_rank.items() if other != value] if 2 * most > len(by_rank) else list(by_rank)
+        across, group, name = key
+        drifts.append(Drift(name=name, across=across, ranks=tuple(odd), group=group, largest=largest_of[key]))
+    return drifts
+
+
+def _list(ranks: tuple[int, ...]) -> str:
+    return ", ".join(map(str, ranks))

@@ -1,0 +1,159 @@
+"""The moves of tensor parallelism as autograd functions (Megatron-LM, arXiv 1909.08053, figure 3; arXiv 2205.05198, figure 5).
+
+Each takes a tensor [..., width], or [micro_seqs, seq_len, width] where it moves the sequence, and the group; a group of None is
+one rank and every move is the identity. Plain tensors, not DTensors: ZeRO flattens parameters and could not hold them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from recipes.common.runtime.step_clock import CLOCK, size_of
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return all_reduce(grad, ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup, partial: bool) -> torch.Tensor:
+        ctx.group, ctx.partial = group, partial
+        return _all_gather_last(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        grad = all_reduce(grad, ctx.group) if ctx.partial else grad
+        return _own_part(grad, ctx.group), None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _own_part(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return _all_gather_last(grad, ctx.group), None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup, partial: bool) -> torch.Tensor:
+        ctx.group, ctx.partial = group, partial
+        return all_gather_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        part = _reduce_scatter_sequence if ctx.partial else _own_sequence
+        return part(grad, ctx.group), None, None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup, partial: bool) -> torch.Tensor:
+        ctx.group = group
+        return _reduce_scatter_sequence(x, group) if partial else _own_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return all_gather_sequence(grad, ctx.group), None, None
+
+
+def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+    """A reduced copy; `x` itself is left alone (autograd may still hold it)."""
+    if group is None:
+        return x
+    x = x.contiguous().clone()
+    with CLOCK.talk("all_reduce", size_of(x), group):
+        dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+def _all_gather_last(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    with CLOCK.talk("all_gather", size_of(x) * len(parts), group):
+        dist.all_gather(parts, x, group=group)
+    return torch.cat(parts, dim=-1)
+
+
+def _own_part(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return x.chunk(dist.get_world_size(group), dim=-1)[dist.get_rank(group)].contiguous()
+
+
+def copy_to(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Identity forward; the gradient is summed over the group (its ranks each saw a part of what follows)."""
+    return x if group is None else _Copy.apply(x, group)
+
+
+def reduce_from(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Sum forward; identity backward (what follows is the same on every rank)."""
+    return x if group is None else _Reduce.apply(x, group)
+
+
+def gather_from(x: torch.Tensor, group: dist.ProcessGroup | None, *, partial: bool = False) -> torch.Tensor:
+    """Concatenate the last dimension. `partial`: what follows differs by rank, so the gradient is summed before it is cut."""
+    return x if group is None else _Gather.apply(x, group, partial)
+
+
+def split_to(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """This rank's part of the last dimension; the gradient is gathered."""
+    return x if group is None else _Split.apply(x, group)
+
+
+def sum_gradient(parameter: torch.nn.Parameter, group: dist.ProcessGroup) -> None:
+    """For a replicated parameter of whose work each rank does a part. The hook runs on each backward's own gradient, before it
+    is accumulated: on the accumulated one it would count earlier micro batches again."""
+    parameter.register_hook(lambda grad: all_reduce(grad, group))
+
+
+def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup | None, *, partial: bool = False) -> torch.Tensor:
+    """Concatenate the sequence parts. `partial`: what follows differs by rank, so the gradient is summed as it is cut."""
+    return x if group is None else _GatherSequence.apply(x, group, partial)
+
+
+def scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup | None, *, partial: bool = False) -> torch.Tensor:
+    """This rank's part of the sequence; the gradient is gathered. `partial`: `x` is one rank's share of a sum."""
+    return x if group is None else _ScatterSequence.apply(x, group, partial)
+
+
+def all_gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[micro_seqs, part, width] of each rank, one after another along the sequence; no gradient."""
+    size = dist.get_world_size(group)
+    parts = x.new_empty(size * x.shape[0], *x.shape[1:])
+    with CLOCK.talk("all_gather_into_tensor", size_of(parts), group):
+        dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    return parts.view(size, *x.shape).transpose(0, 1).reshape(x.shape[0], -1, x.shape[2])
+
+
+def _reduce_scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    size = dist.get_world_size(group)
+    parts = x.reshape(x.shape[0], size, -1, x.shape[2]).transpose(0, 1).contiguous()
+    own = x.new_empty(parts.shape[1:])
+    with CLOCK.talk("reduce_scatter_tensor", size_of(parts), group):
+        dist.reduce_scatter_tensor(own, parts.view(-1, *own.shape[1:]), group=group)
+    return own
+
+
+def _own_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return x.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)].contiguous()

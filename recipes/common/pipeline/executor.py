@@ -1,0 +1,231 @@
+"""Runs a zero-bubble schedule (`schedules`) in DeepSpeed's pipeline engine: passes, and the messages between them.
+
+A backward pass gives the input's gradient and puts off the weights' (recipes.common.model.linears), which a later pass makes up.
+Everything is sent as soon as it is there and received ahead of the pass that needs it, beside the computation. What goes to later
+ranks and what goes to earlier ones are two groups: within one, two ranks' messages arrive in the order in which they were sent,
+the receiver asks for them in that order, and the sender waits for nothing until the step's end. So a schedule in which no pass
+needs a later one cannot deadlock, on NCCL's streams neither.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe import schedule as ds_schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from recipes.common.config.placement import chunk_count, chunks_of_rank, rank_of_chunk
+from recipes.common.parallel.grid import Grid
+from recipes.common.pipeline.schedules import FORWARD, INPUTS, Message, Pass, forward_passes, needs, plan_passes, sent_messages
+from recipes.common.pipeline.stage import Stage
+from recipes.common.runtime.step_clock import BACKWARD, CLOCK, DATA, PIPELINE, WEIGHTS, size_of
+from recipes.common.runtime.step_clock import FORWARD as FORWARD_TIME
+
+Batch = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]  # ids, labels (see Stage)
+
+AHEAD = 1  # passes ahead of which a message is asked for
+
+
+class RunPasses(ds_schedule.PipeInstruction):
+    """All passes of a step, and the end of all messages."""
+
+
+class OneStep(ds_schedule.PipeSchedule):
+    def num_pipe_buffers(self) -> int:
+        return 0  # DeepSpeed's own buffers stay unused
+
+    def steps(self) -> Iterator[list[ds_schedule.PipeInstruction]]:
+        yield [RunPasses(), ds_schedule.ReduceTiedGrads(), ds_schedule.ReduceGrads(), ds_schedule.OptimizerStep()]
+
+
+class Mailbox:
+    """This rank's messages of one round of passes."""
+
+    def __init__(self, grid: Grid, coming: dict[int, tuple[Message, ...]], like: torch.Tensor | None) -> None:
+        """coming: by sending stage, what it sends here, in its order. like: what a message looks like, None until it is known."""
+        self.like, self._grid = like, grid
+        self._coming = {stage: deque(messages) for stage, messages in coming.items()}  # those that are not asked for yet
+        self._sender = {message: stage for stage, messages in coming.items() for message in messages}
+        self._expected: dict[Message, tuple[torch.Tensor, dist.Work]] = {}
+        self._sent: list[tuple[torch.Tensor, dist.Work]] = []  # kept alive until it has left
+
+    def ask(self, message: Message) -> None:
+        """Receive `message`, and what its sender sends before it, beside the computation. Asking again does nothing."""
+        stage = self._sender[message]
+        group = self._grid.down_group if stage < self._grid.pipeline_rank else self._grid.up_group
+        while self.like is not None and message not in self._expected and message in self._coming[stage]:
+            tensor = torch.empty_like(self.like)
+            work = dist.irecv(tensor, self._grid.rank_of_stage(stage), group=group)
+            self._expected[self._coming[stage].popleft()] = tensor, work
+
+    def take(self, message: Message) -> torch.Tensor:
+        tensor, work = self._expected.pop(message)
+        with CLOCK.message("irecv", size_of(tensor), self._grid.rank_of_stage(self._sender[message])):
+            work.wait()
+        return tensor
+
+    def send(self, stage: int, tensor: torch.Tensor) -> None:
+        tensor = tensor.detach().contiguous()
+        target, downward = self._grid.rank_of_stage(stage), stage > self._grid.pipeline_rank
+        with CLOCK.message("isend", size_of(tensor), target):
+            work = dist.isend(tensor, target, group=self._grid.down_group if downward else self._grid.up_group)
+        self._sent = [(kept, under_way) for kept, under_way in self._sent if not under_way.is_completed()]
+        self._sent.append((tensor, work))
+
+    def settle(self) -> None:
+        """Everything sent has left, and nothing waits."""
+        with CLOCK.span(PIPELINE):
+            for _, work in self._sent:
+                work.wait()
+        self._sent.clear()
+        assert not any(self._coming.values()) and not self._expected, "the schedule left a message behind"
+
+
+class Runner:
+    """One rank's passes: training, as DeepSpeed's engine asks for a step, and evaluation."""
+
+    def __init__(self, engine: PipelineEngine, stage: Stage, grid: Grid) -> None:
+        schedule = stage.schedule
+        self._engine, self._stage, self._grid, self._schedule = engine, stage, grid, schedule
+        self._plan = cache(lambda count: self._own_part(plan_passes(schedule, grid.pipeline, count, stage.pass_costs)))
+        self._chunks = chunk_count(schedule, grid.pipeline)
+        self._own = chunks_of_rank(schedule, grid.pipeline, grid.pipeline_rank)
+        self._like: torch.Tensor | None = None
+        self._tells_shape = True
+        self._clear()
+        # on the instance, because `deepspeed.initialize` chooses the engine's class
+        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {RunPasses: lambda engine: self.train()}
+        engine._train_schedule = lambda: OneStep(engine.micro_batches, engine.num_stages, engine.stage_id)
+
+    def _clear(self) -> None:
+        # by (micro batch, chunk): what a forward pass was given and gave; by message: what one chunk here gives another
+        self._kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._handed: dict[Message, torch.Tensor] = {}
+        self._loaded: dict[int, Batch] = {}
+        self._next_load = 0
+
+    def train(self) -> None:
+        self._run(*self._plan(self._engine.micro_batches), self._engine.data_iterator)
+        assert not self._kept and not any(map(len, self._stage.weight_queues)), "the schedule left a gradient behind"
+
+    def evaluate(self, batches: Iterator[Batch], count: int) -> None:
+        """Forward passes alone, of `count` micro batches. The losses are where the stage adds them up."""
+        orders = [forward_passes(self._schedule, self._grid.pipeline, rank, count) for rank in range(self._grid.pipeline)]
+        self._stage.eval()
+        with torch.no_grad():
+            self._run(*self._own_part(orders), batches)
+        self._stage.train()
+
+    def _own_part(self, orders: list[list[Pass]]) -> tuple[list[Pass], dict[int, tuple[Message, ...]]]:
+        """Of the passes of all ranks: this rank's, and what each neighbour sends it."""
+        here, pipeline = self._grid.pipeline_rank, self._grid.pipeline
+        coming = {
+            stage: tuple(message for to, message in sent_messages(orders[stage], self._schedule, pipeline) if to == here)
+            for stage in (here - 1, here + 1)
+            if 0 <= stage < pipeline
+        }
+        return orders[here], coming
+
+    def _run(self, order: list[Pass], coming: dict[int, tuple[Message, ...]], batches: Iterator[Batch]) -> None:
+        self._clear()
+        self._batches = batches
+        mail = Mailbox(self._grid, coming, self._like)
+        run = {FORWARD: self._forward, INPUTS: self._input_gradients}
+        for index, step in enumerate(order):
+            self._learn_shape(step, mail)
+            for following in order[index : index + AHEAD + 1]:
+                if (message := self._message(following)) is not None:
+                    mail.ask(message)
+            if step.kind in run:
+                run[step.kind](step, mail)
+            else:
+                self._weight_gradients(step)
+        mail.settle()
+
+    def _message(self, step: Pass) -> Message | None:
+        """What `step` needs of another rank."""
+        before = needs(step, self._chunks)
+        if before is None or before.chunk in self._own:
+            return None
+        return Message(step.kind, step.micro_batch, step.chunk)
+
+    def _learn_shape(self, step: Pass, mail: Mailbox) -> None:
+        """Before the first activation comes, its sender says what it looks like: all others, and gradients, look like it."""
+        if mail.like is None and self._message(step) is not None:
+            mail.like = self._like = self._engine._recv_tensor_meta(self._grid.pipeline_rank - 1)
+
+    def _forward(self, step: Pass, mail: Mailbox) -> None:
+        _, i, chunk = step
+        with CLOCK.span(DATA):
+            ids, labels = self._load(i) if self._stage.is_first or self._stage.is_last else (None, None)
+        x = ids if chunk == 0 else self._receive(step, mail)
+        last = chunk == self._chunks - 1
+        with CLOCK.span(FORWARD_TIME):
+            out = self._stage(x, labels if last else None, self._own.index(chunk))
+        if torch.is_grad_enabled():
+            self._kept[i, chunk] = x, out
+        if last or not self._stage.is_last:
+            self._loaded.pop(i, None)
+        if not last:
+            if mail.like is None:
+                mail.like = self._like = torch.empty_like(out, memory_format=torch.contiguous_format)
+            self._give(Message(FORWARD, i, chunk + 1), out, mail)
+
+    def _input_gradients(self, step: Pass, mail: Mailbox) -> None:
+        _, i, chunk = step
+        # a tensor of its own for each micro batch: a residual stream's gradient, which the queue keeps, is the received one
+        gradient = None if chunk == self._chunks - 1 else self._receive(step, mail)
+        x, out = self._kept.pop((i, chunk))
+        self._stage.weight_queues[self._own.index(chunk)].begin()
+        with CLOCK.span(BACKWARD):
+            if gradient is None:
+                DeepSpeedEngine.backward(self._engine, out)  # PipelineEngine's own refuses
+            else:
+                _backward_through(self._engine, out, gradient)
+        if chunk:
+            self._give(Message(INPUTS, i, chunk - 1), x.grad, mail)
+
+    def _weight_gradients(self, step: Pass) -> None:
+        self._engine._running_engine_backward = True  # else DeepSpeed's hooks take it for a backward pass of the user's
+        try:
+            with CLOCK.span(WEIGHTS):
+                self._stage.weight_queues[self._own.index(step.chunk)].make_up()
+        finally:
+            self._engine._running_engine_backward = False
+
+    def _load(self, micro_batch: int) -> Batch:
+        while self._next_load <= micro_batch:
+            self._loaded[self._next_load] = next(self._batches)
+            self._next_load += 1
+        return self._loaded[micro_batch]
+
+    def _receive(self, step: Pass, mail: Mailbox) -> torch.Tensor:
+        message = Message(step.kind, step.micro_batch, step.chunk)
+        tensor = self._handed.pop(message) if message in self._handed else mail.take(message)
+        return tensor.requires_grad_(torch.is_grad_enabled()) if step.kind == FORWARD else tensor
+
+    def _give(self, message: Message, tensor: torch.Tensor, mail: Mailbox) -> None:
+        target = rank_of_chunk(self._schedule, self._grid.pipeline, message.chunk)
+        if target == self._grid.pipeline_rank:
+            self._handed[message] = tensor.detach()
+            return
+        if message == Message(FORWARD, 0, self._own[0] + 1) and self._tells_shape:
+            self._tells_shape = False
+            self._engine._send_tensor_meta(tensor, target)
+        mail.send(target, tensor)
+
+
+def _backward_through(engine: PipelineEngine, out: torch.Tensor, gradient: torch.Tensor) -> None:
+    """What the engine does on stages that have no loss."""
+    if engine.using_bf16_optimizer:
+        engine.optimizer.clear_lp_grads()
+    engine._running_engine_backward = True
+    try:
+        out.backward(gradient=gradient)
+    finally:
+        engine._running_engine_backward = False

@@ -1,0 +1,131 @@
+"""logs/attempts.jsonl: one line for each start of a run's ranks and one for each end, and how far the run had come."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from recipes.common.run_dir.heartbeat import Beat, read_beats
+from recipes.common.run_dir.metrics import METRICS, read_metrics
+
+FILE = "logs/attempts.jsonl"
+GONE = "supervisor_lost"  # the cause of an attempt whose end nobody wrote
+
+
+def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
+    """Every record, in order; a line that was cut is left out."""
+    path = run_dir / FILE
+    records = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            if line.endswith(b"\n"):
+                records.append(json.loads(line))
+    return records
+
+
+def sealed_step(run_dir: Path) -> int:
+    """Of the newest sealed checkpoint; 0 without one."""
+    return max((int(seal.parent.name.removeprefix("step_")) for seal in _seals(run_dir)), default=0)
+
+
+def sealed_time(run_dir: Path) -> float:
+    """Unix seconds at which the last checkpoint was sealed; 0 without one. A later one is progress: runs may go back in steps."""
+    return max((seal.stat().st_mtime for seal in _seals(run_dir)), default=0.0)
+
+
+def _seals(run_dir: Path) -> list[Path]:
+    # as recipes.common.checkpoint.files.sealed_checkpoints, which takes torch's seconds to import
+    return list((run_dir / "checkpoints").glob("step_*/manifest.json"))
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether the ranks of this job, in the first attempt or one after it, got as far as noting their start in the manifest.
+
+    From then on the checkpoints are the job's own; before, its flags have still to be obeyed as they were given.
+    """
+    firsts = [r["time"] for r in read_attempts(run_dir) if r["event"] == "start" and r["cause"] == "first"]
+    try:
+        starts = json.loads((run_dir / "manifest.json").read_text())["starts"]
+    except (OSError, ValueError):
+        return False
+    # the manifest's times are whole seconds
+    return bool(firsts) and any(datetime.fromisoformat(start["time"]).timestamp() >= int(firsts[-1]) for start in starts)
+
+
+def begin_attempt(run_dir: Path, world_size: int | None, hosts: Mapping[str, int], cause: str, resumed_step: int = 0) -> int:
+    """Record a start, and the end of one that was left open; gives the number, from 1.
+
+    cause: why it is made: "first", "asked", or the cause of the end before. resumed_step: 0 for a fresh start.
+    """
+    records = read_attempts(run_dir)
+    if records and records[-1]["event"] == "start":
+        end_attempt(
+            run_dir, records[-1]["attempt"], GONE, "no end was written: the supervisor or its machine went away", lost=True
+        )
+    number = max((record["attempt"] for record in records), default=0) + 1
+    _append(
+        run_dir,
+        {
+            "event": "start",
+            "attempt": number,
+            "time": time.time(),
+            "world_size": world_size,
+            "hosts": list(hosts),
+            "resumed_step": resumed_step,
+            "cause": cause,
+        },
+    )
+    return number
+
+
+def end_attempt(run_dir: Path, number: int, cause: str, detail: str, *, lost: bool = False) -> dict[str, Any]:
+    """Record an end, with what the attempt's time went to. lost: long ago; the last heartbeat stands for the end."""
+    start = next((r for r in read_attempts(run_dir) if r["event"] == "start" and r["attempt"] == number), None)
+    began = start["time"] if start else 0.0
+    beats = read_beats(run_dir, since=began)
+    newest = max((beat.time for beat in beats), default=began)
+    sealed = sealed_step(run_dir)
+    last_step, lost_seconds = _steps_after(run_dir, sealed)
+    record = {
+        "event": "end",
+        "attempt": number,
+        "time": newest if lost else time.time(),
+        "cause": cause,
+        "detail": detail,
+        "last_beat": newest,
+        "last_step": max(last_step, sealed),
+        "sealed_step": sealed,
+        "lost_steps": max(last_step - sealed, 0),
+        "lost_seconds": round(lost_seconds, 3),
+        "phase_seconds": dict(_of_rank_0(beats).phase_seconds) if beats else {},
+    }
+    _append(run_dir, record)
+    return record
+
+
+def _steps_after(run_dir: Path, sealed: int) -> tuple[int, float]:
+    """The last step in metrics.jsonl, and the seconds of the steps after `sealed`: they will be trained again."""
+    last, seconds = 0, 0.0
+    if (run_dir / METRICS).exists():
+        for record in read_metrics(run_dir):
+            last = record["step"]
+            if last > sealed:
+                seconds += record.get("seconds", 0.0)
+    return last, seconds
+
+
+def _of_rank_0(beats: list[Beat]) -> Beat:
+    return min(beats, key=lambda beat: beat.rank)
+
+
+def _append(run_dir: Path, record: dict[str, Any]) -> None:
+    path = run_dir / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    when = {"at": datetime.fromtimestamp(record["time"], UTC).isoformat(timespec="seconds")}
+    with contextlib.suppress(OSError), path.open("ab") as file:  # a full disk must not end the run
+        file.write(json.dumps(record | when).encode() + b"\n")

@@ -1,0 +1,91 @@
+"""One rank fails, and its own traceback is the last thing on the screen.
+
+The others fail too, an instant later, with a broken connection: that is noise. Each rank leaves its traceback in `logs/`; one
+that finds an earlier failure of this start there says a single line instead of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+_SETTLE_SECONDS = 1.0  # the first failure's file may be a moment late on a shared file system
+
+FAILED, NUMBERS = 1, 3  # exit codes
+
+
+class TrainingError(RuntimeError):
+    """The numbers say that going on is useless; the message says which, and from where to resume."""
+
+
+@contextmanager
+def guard_rank(out_dir: Path, rank: int, say: Callable[[str, str], None] = lambda word, detail: None) -> Iterator[None]:
+    """End the process on any exception: exit code 1 (3: a TrainingError), its traceback in out_dir/logs/rank_N.traceback.
+
+    say: gets a word for the kind of end and the error in a line (recipes.common.runtime.supervisor_link).
+
+    The process ends at once, without an orderly exit: that would wait for peers that are gone.
+    """
+    logs = out_dir / "logs"
+    started = time.time()
+    mine = logs / f"rank_{rank}.traceback"
+    mine.unlink(missing_ok=True)
+    try:
+        yield
+    except KeyboardInterrupt:
+        os._exit(130)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        text = traceback.format_exc()
+        lost_a_peer = _is_lost_peer(error)
+        if lost_a_peer:
+            time.sleep(_SETTLE_SECONDS)
+        first = _earlier_failure(logs, mine, started) if lost_a_peer else None
+        if first is None:
+            logs.mkdir(parents=True, exist_ok=True)
+            mine.write_text(text)
+            print(f"\nrank {rank} failed; its traceback:\n{text}", file=sys.stderr, flush=True)
+        else:
+            print(f"rank {rank} stopped: {first.stem} failed first", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        numbers = isinstance(error, TrainingError)
+        word = "training_error" if numbers else "peer_lost" if lost_a_peer else "failed"
+        say(word, f"{type(error).__name__}: {error}")
+        os._exit(NUMBERS if numbers else FAILED)
+
+
+def end_rank(say: Callable[[], None] = lambda: None) -> NoReturn:
+    """A finished rank leaves with code 0, when all have finished, and takes nothing apart. say: called between the two.
+
+    An orderly exit runs the destructors of torch's communication threads; now and then one aborts, and a finished run would
+    end with an error.
+    """
+    import torch.distributed as dist
+
+    dist.barrier()
+    say()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """torch.distributed reports a vanished peer as a plain RuntimeError raised in the backend (gloo) or as a DistError (NCCL)."""
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, RuntimeError) and any(Path(f.filename).parts[-2:-1] == ("distributed",) for f in frames)
+
+
+def _earlier_failure(logs: Path, mine: Path, started: float) -> Path | None:
+    others = [path for path in logs.glob("rank_*.traceback") if path != mine and path.stat().st_mtime >= started]
+    return min(others, key=lambda path: path.stat().st_mtime, default=None)

@@ -1,0 +1,235 @@
+"""Speed and memory of checkpoints, against plain writing and copying of the same bytes in the same run. Not a test.
+
+    python tests/bench/checkpoint.py [--layers 8] [--rounds 5] [--folder DIR] [--json]
+
+Two forked ranks hold a llama of 512 wide layers and 32000 words (58M parameters with 8 layers) under ZeRO-1; every write is
+synced to disk. Goals: save at least 70 % of plain writing, an asynchronous save's stall at most 15 % of a synchronous one, export
+at least 60 % of plain copying, and at most 3x the largest tensor of memory at any model size. Medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # run as a script from anywhere
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="disabled", HF_HUB_OFFLINE="1")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from transformers import LlamaConfig  # noqa: E402
+
+from recipes.common.checkpoint.position import Position  # noqa: E402
+from recipes.common.checkpoint.saver import Saver  # noqa: E402
+from recipes.common.engine import zero_state  # noqa: E402
+from recipes.common.engine.startup import start_distributed  # noqa: E402
+from recipes.common.engine.trainer import Trainer  # noqa: E402
+from recipes.common.parallel.grid import build_grid  # noqa: E402
+from recipes.common.pipeline.stage import build_stage  # noqa: E402
+from recipes.common.recipe import Layout  # noqa: E402
+from tests.support.tiny import ds_config, tiny_recipe  # noqa: E402
+from tools.common.forked_ranks import run_ranks  # noqa: E402
+
+RANKS = 2
+CHUNK = 1 << 20  # the fastest here: page caches take 16 MB at a time at a third of the speed
+# what an export of a checkpoint adds to the resident memory, and the largest tensor, in bytes; verified but for logits
+EXPORT = """
+import json, math, sys
+from pathlib import Path
+from recipes.common.checkpoint.reader import Reader
+from recipes.common.model.initial_weights import build_empty
+from tools.checkpoints import hf_check, to_hf
+from transformers import AutoConfig
+hf_check.LOGITS_LIMIT_BYTES = 0
+checkpoint, out, dtype = Path(sys.argv[1]).resolve(), Path(sys.argv[2]), sys.argv[3]
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+build_empty(AutoConfig.from_pretrained(checkpoint / "model"))  # transformers imports the family's code when first asked
+baseline = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+to_hf.export(checkpoint, out, dtype=dtype, shard_bytes=5 * 10**9)
+reader = Reader(checkpoint)
+largest = max(4 * math.prod(reader.shape(name)) for name in reader.tensors)
+print(json.dumps([status("VmHWM") - baseline, largest, baseline]))
+"""
+
+
+def config(layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    )
+
+
+def save_rank(layers: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """Save and plain write by turns. Seconds as rank 0 sees them, all ranks waited for."""
+    grid = build_grid(Layout(), start_distributed("cpu"), 1)
+    stage = build_stage(config(layers), grid, seq_len=16)
+    recipe = tiny_recipe(folder, model=config(layers), tokenizer=str(folder / "none"))
+    options = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
+    trainer = Trainer(stage, grid, recipe.optimizer, {**ds_config("zero1_fp32.json"), **options})
+    zero_state.create_states(trainer, ["exp_avg", "exp_avg_sq"], 1)
+    saver = Saver(folder / "run", trainer, recipe, None)
+    partition = zero_state.partitions(trainer)
+    blocks = [flat.numpy() for p in partition for flat in p.states.values()]
+    found: dict[str, list[float]] = {"stall": [], "save": [], "write": []}
+    for number in range(rounds + 1):  # the first save allocates its buffers
+        for what in ("save", "write") if number % 2 else ("write", "save"):  # a disk may slow down for whoever comes second
+            dist.barrier()
+            started = time.perf_counter()
+            if what == "save":
+                saver.save(Position(step=number + 1))
+                found["stall"].append(time.perf_counter() - started)
+                saver.finish()
+            else:
+                plain_write(folder / f"plain_{grid.rank}_{number}", blocks)
+            dist.barrier()
+            found[what].append(time.perf_counter() - started)
+        (folder / f"plain_{grid.rank}_{number}").unlink()
+        if grid.rank == 0 and number:  # else what was written fills the memory that caches files
+            shutil.rmtree(folder / "run" / "checkpoints" / f"step_{number:08d}")
+    return {
+        "bytes": sum(block.nbytes for block in blocks),
+        "first_stall": found["stall"][0],
+        **{k: v[1:] for k, v in found.items()},
+    }
+
+
+def plain_write(path: Path, blocks: list) -> None:
+    with path.open("wb", buffering=0) as file:
+        for block in blocks:
+            view = memoryview(block).cast("B")
+            for start in range(0, len(view), CHUNK):
+                file.write(view[start : start + CHUNK])
+        os.fsync(file.fileno())
+
+
+def bench_save(layers: int, rounds: int, folder: Path) -> dict[str, Any]:
+    ranks = run_ranks(save_rank, RANKS, layers, rounds, folder, timeout_seconds=1800)
+    size, first = sum(rank["bytes"] for rank in ranks), ranks[0]
+    save, write, stall = (statistics.median(first[key]) for key in ("save", "write", "stall"))
+    return {
+        "megabytes": round(size / 1e6),
+        "save_mb_s": round(size / 1e6 / save),
+        "plain_write_mb_s": round(size / 1e6 / write),
+        "save_share_of_plain_write": round(write / save, 3),
+        "stall_seconds": round(stall, 3),
+        "stall_share_of_synchronous": round(stall / save, 3),
+        "first_stall_seconds": round(first["first_stall"], 3),
+    }
+
+
+def export_rank(checkpoint: Path, rounds: int, folder: Path) -> dict[str, Any]:
+    """Export (alone, and with its verification) and plain copy of the exported files, by turns."""
+    from tools.checkpoints import to_hf
+
+    from tools.checkpoint import hf_check
+
+    hf_check.LOGITS_LIMIT_BYTES = 0  # logits are computed, not copied
+    seconds: dict[str, list[float]] = {"export": [], "verified": [], "copy": []}
+    for _ in range(rounds + 1):
+        for key in seconds:
+            out = folder / key
+            shutil.rmtree(out, ignore_errors=True)
+            if key == "copy":
+                started = time.perf_counter()
+                for path in sorted((folder / "export").glob("*.safetensors")):
+                    copy(path, out)
+            else:
+                started = time.perf_counter()
+                to_hf.export(checkpoint, out, dtype="float32", shard_bytes=5 * 10**9, verify=key == "verified")
+            seconds[key].append(time.perf_counter() - started)
+    size = sum(path.stat().st_size for path in (folder / "export").glob("*.safetensors"))
+    export, verified, plain = (statistics.median(values[1:]) for values in seconds.values())
+    return {
+        "megabytes": round(size / 1e6),
+        "export_mb_s": round(size / 1e6 / export),
+        "export_and_verify_mb_s": round(size / 1e6 / verified),
+        "plain_copy_mb_s": round(size / 1e6 / plain),
+        "export_share_of_plain_copy": round(plain / export, 3),
+        "export_and_verify_share_of_plain_copy": round(plain / verified, 3),
+    }
+
+
+def copy(path: Path, folder: Path) -> None:
+    """Read and write in the chunks that the export uses, and sync."""
+    folder.mkdir(exist_ok=True)
+    with path.open("rb", buffering=0) as source, (folder / path.name).open("wb", buffering=0) as target:
+        while chunk := source.read(CHUNK):
+            target.write(chunk)
+        os.fsync(target.fileno())
+
+
+def write_random(layers: int, folder: Path) -> Path:
+    """A checkpoint with weights only, in a process that has not run anything."""
+    return run_ranks(_write_random, 1, layers, folder)[0]
+
+
+def _write_random(layers: int, folder: Path) -> Path:
+    from recipes.common.model.initial_weights import build_empty
+    from tools.checkpoint.starting_checkpoint import collected, starting_state, whole_part, write_checkpoint
+
+    causal = build_empty(config(layers))
+    shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
+    parts = (whole_part(name, "master", torch.randn(shape).numpy()) for name, shape in shapes.items())
+    return write_checkpoint(folder, collected(parts), starting_state(tied=False), config(layers), None)
+
+
+def export_memory(checkpoint: Path, out: Path, dtype: str) -> dict[str, Any]:
+    command = [sys.executable, "-c", EXPORT, str(checkpoint), str(out), dtype]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    peak, largest, baseline = json.loads(done.stdout.splitlines()[-1])
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    return {
+        "exported_megabytes": round(size / 1e6),
+        "largest_tensor_megabytes": round(largest / 1e6, 1),
+        "peak_over_baseline_megabytes": round(peak / 1e6, 1),
+        "peak_in_largest_tensors": round(peak / largest, 2),
+        "baseline_megabytes": round(baseline / 1e6),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        result: dict[str, Any] = {"save": bench_save(args.layers, args.rounds, folder)}
+        newest = folder / "run" / "checkpoints" / "latest"
+        result["export"] = run_ranks(export_rank, 1, newest.resolve(), args.rounds, folder, timeout_seconds=1800)[0]
+        shutil.rmtree(folder / "run")
+        for times in (1, 4):
+            checkpoint = write_random(args.layers * times, folder / f"x{times}")
+            for dtype in ("float32", "bfloat16"):
+                out = folder / f"x{times}_{dtype}"
+                result[f"memory at {times}x, {dtype}"] = export_memory(checkpoint, out, dtype)
+                shutil.rmtree(out)
+    if args.json:
+        print(json.dumps(result))
+        return
+    for title, figures in result.items():
+        print(f"{title}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+
+
+if __name__ == "__main__":
+    main()

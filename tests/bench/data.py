@@ -1,0 +1,202 @@
+"""Speed and memory of the data engine, with its peers in the same run. Not a test: run it on a quiet machine.
+
+    python tests/bench/data.py [--megabytes 60] [--json]
+
+Preparation is the whole command (start, tokenizer check, every process); of the peers only the work is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # run as a script from anywhere
+
+import numpy as np  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+
+from recipes.common.data.shards import FORMAT, VERSION, open_split, read_manifest, split_shards  # noqa: E402
+
+PROCESSES = 2
+EOS = "<|endoftext|>"
+OPEN = """
+import json, resource, sys, time
+from pathlib import Path
+import numpy as np
+from recipes.common.data.shards import open_split
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+stream = open_split(Path(sys.argv[1]), "train", 4096)
+stream.read_sequences(7, np.array([123_456_789]))
+seconds = time.perf_counter() - start
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(json.dumps([seconds * 1e3, grown / 1024, stream.num_tokens]))
+"""
+
+
+def make_corpus(path: Path, megabytes: int) -> list[str]:
+    """Python sources cut into documents of about 3 kB, as JSON lines; repeated if there are not enough."""
+    texts, size = [], 0
+    while size < megabytes * 1_000_000:
+        before = size
+        for source in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+            try:
+                text = source.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+            for start in range(0, len(text), 3000):
+                texts.append(text[start : start + 3000])
+                size += len(texts[-1])
+            if size >= megabytes * 1_000_000:
+                break
+        assert size > before
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return texts
+
+
+def make_tokenizer(folder: Path, texts: list[str]) -> Tokenizer:
+    folder.mkdir()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=32_000, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return tokenizer
+
+
+def run_ours(corpus: Path, tokenizer: Path, out: Path, encoder: str) -> float:
+    command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), str(corpus), "--out", str(out)]
+    command += ["--tokenizer", str(tokenizer), "--workers", str(PROCESSES), "--encoder", encoder]
+    start = time.perf_counter()
+    subprocess.run([*command, "--validation-fraction", "0"], check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def run_datasets(corpus: Path, tokenizer: Path, out: Path) -> float:
+    """The peer of the issue: datasets.map over batches with the same fast tokenizer, then save_to_disk."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    fast = AutoTokenizer.from_pretrained(tokenizer)
+    rows = datasets.Dataset.from_json(str(corpus), cache_dir=str(out / "cache"))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    start = time.perf_counter()
+    rows.map(
+        lambda batch: {"ids": fast(batch["text"], add_special_tokens=False)["input_ids"]},
+        batched=True, num_proc=PROCESSES, remove_columns=["text"],
+    ).save_to_disk(out / "rows")  # fmt: skip
+    return time.perf_counter() - start
+
+
+def run_loop(texts: list[str], tokenizer: Tokenizer, out: Path) -> float:
+    """One document at a time, one process, as Megatron's preprocess_data does in each of its workers."""
+    start = time.perf_counter()
+    with open(out, "wb") as file:
+        for text in texts:
+            file.write(np.array([*tokenizer.encode(text, add_special_tokens=False).ids, 0], dtype="uint16").tobytes())
+    return time.perf_counter() - start
+
+
+def same_ids(out: Path, loop: Path) -> bool:
+    """Whether the shards, one after another, hold exactly what the loop wrote: every document, in order."""
+    shards = split_shards(read_manifest(out), "train")
+    return b"".join((out / shard.file).read_bytes() for shard in shards) == loop.read_bytes()
+
+
+def bench_preparation(folder: Path, megabytes: int) -> dict:
+    texts = make_corpus(folder / "corpus.jsonl", megabytes)
+    tokenizer = make_tokenizer(folder / "tokenizer", texts[: 20_000_000 // 3000])
+    found = {"documents": len(texts)}
+    tokenizer.encode_special_tokens = True
+    found["loop_seconds"] = run_loop(texts, tokenizer, folder / "loop.bin")
+    for encoder in ("tokenizers", "fastokens"):
+        try:
+            found[f"ours_{encoder}_seconds"] = run_ours(folder / "corpus.jsonl", folder / "tokenizer", folder / encoder, encoder)
+        except subprocess.CalledProcessError as error:
+            print(f"{encoder}: {error.stderr.decode().strip()}", file=sys.stderr)
+            continue
+        found[f"ours_{encoder}_equal"] = same_ids(folder / encoder, folder / "loop.bin")
+    found["datasets_seconds"] = run_datasets(folder / "corpus.jsonl", folder / "tokenizer", folder)
+    return found
+
+
+def write_sparse(folder: Path, tokens: int, shards: int) -> None:
+    """A prepared folder of zeros that take no disk."""
+    each = tokens // shards
+    entries = []
+    for number in range(shards):
+        with open(folder / f"train_{number:05d}.bin", "wb") as file:
+            file.truncate(each * 2)
+        entries.append({"file": f"train_{number:05d}.bin", "tokens": each, "documents": 1, "checksums": {}})
+    split = {"tokens": each * shards, "documents": shards, "shards": entries}
+    manifest = {"format": FORMAT, "version": VERSION, "dtype": "uint16", "splits": {"train": split}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def bench_reading(folder: Path) -> dict:
+    sparse = folder / "sparse"
+    sparse.mkdir()
+    write_sparse(sparse, 10**12, 4000)
+    opened = subprocess.run(
+        [sys.executable, "-c", OPEN, str(sparse)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    milliseconds, grown, tokens = json.loads(opened.stdout)
+    dense = folder / "dense"
+    dense.mkdir()
+    write_sparse(dense, 256 * 2**20, 8)
+    for path in dense.glob("*.bin"):
+        path.write_bytes(np.random.default_rng(0).integers(0, 2**16, 32 * 2**20, dtype=np.uint16).tobytes())
+    stream = open_split(dense, "train", 4096)
+    positions = [np.random.default_rng(n).integers(0, stream.num_positions, 64) for n in range(400)]
+    for batch in positions:
+        stream.read(batch)
+    start = time.process_time()
+    for batch in positions:
+        stream.read(batch)
+    seconds = time.process_time() - start
+    sequences = sum(len(batch) for batch in positions)
+    return {
+        "open_tokens": tokens,
+        "open_and_seek_ms": milliseconds,
+        "open_and_seek_mib": grown,
+        "read_stored_gb_per_second": sequences * 4097 * 2 / seconds / 1e9,
+        "read_int64_gb_per_second": sequences * 4097 * 8 / seconds / 1e9,
+        "read_tokens_per_second": sequences * 4097 / seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--megabytes", type=int, default=60, help="of text to prepare")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        found = bench_reading(Path(name)) | bench_preparation(Path(name), args.megabytes)
+    if args.json:
+        print(json.dumps(found))
+        return
+    for key, value in found.items():
+        rate = f"  {found['documents'] / value:,.0f} documents/s" if key.endswith("_seconds") else ""
+        print(f"{key:<28}{value:>20,.2f}{rate}" if isinstance(value, float) else f"{key:<28}{value:>20,}")
+
+
+if __name__ == "__main__":
+    main()

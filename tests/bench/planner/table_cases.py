@@ -1,0 +1,140 @@
+"""Rows of published tables in the terms of the two models: GPT's formulas, Megatron's and FSDP's ways of keeping things."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tests.bench.planner.tables import Row
+from tools.plan.activations import TRAFFIC_PER_SAVED
+from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes
+from tools.plan.time_model import Cases
+
+_BUCKET_ELEMENTS = 5e8  # DeepSpeed's default
+_GROUPS = 6  # Megatron-DeepSpeed: tensor, pipeline, data, model, embedding, world
+_FSDP_GROUPS = 2
+SCORE_BYTES = 30.0  # a score: written, masked, softmaxed, dropped out and read again, forward and backward, in 16 bits
+
+
+def time_cases(rows: Sequence[Row], *, by_table: bool = False) -> Cases:
+    """`by_table`: the rows of a table share one factor (software, GPU), instead of the rows of one shape of layer."""
+
+    def column(values: list[float]) -> np.ndarray:
+        return np.array(values, dtype=float)
+
+    def each(name: str) -> np.ndarray:
+        return column([getattr(row, name) for row in rows])
+
+    peak = column([row.device.peak(row.precision) for row in rows])
+    layer_params, tensor, pipeline, data = each("layer_params"), each("tensor"), each("pipeline"), each("data")
+    hidden, heads, seq_len, layers = each("hidden"), each("heads"), each("seq_len"), each("layers")
+    flash, sharded = each("flash") > 0, each("sharded") > 0
+    vocab_params = each("vocab") * hidden
+    params = (layers * layer_params / pipeline + vocab_params) / tensor
+    stages = [_stage_layers(row) for row in rows]
+    return Cases(
+        tokens=each("micro_seqs") * seq_len / each("sequence_share"),
+        hidden=hidden,
+        matrices=layer_params,
+        scores=2.0 * hidden * seq_len * np.where(flash, 0.5, 1.0),
+        misaligned=(hidden % heads + hidden // heads % 8 > 0) * 1.0,
+        traffic=TRAFFIC_PER_SAVED * hidden * (10.0 / np.where(each("sequence_parallel") > 0, tensor, 1.0) + 24.0 / tensor)
+        + np.where(flash, 0.0, heads * seq_len * SCORE_BYTES / tensor),
+        head=vocab_params,
+        passes=each("passes"),
+        tensor=tensor,
+        data=data * each("sequence_share"),
+        pipeline=pipeline,
+        micro_batches=each("micro_batches"),
+        layers=layers,
+        layers_dearest=column([max(of[:-1], default=0) for of in stages]),
+        layers_last=column([of[-1] for of in stages]),
+        params=params,
+        reduce_bytes=np.where(sharded, 2.0, 4.0),
+        gather_bytes=column([2.0 * _gathers(row) for row in rows]),
+        updated=np.where((each("overlapped") > 0) | (each("zero_stage") > 0), params / data, params),
+        overlapped=each("overlapped"),
+        bubble_share=1.0 / each("chunks"),
+        pipe_share=tensor,
+        peak=peak,
+        peak_half=column([row.device.peak("fp16") for row in rows]),
+        bandwidth=column([row.device.bandwidth for row in rows]),
+        link=column([row.device.link for row in rows]),
+        network=column([row.device.network for row in rows]),
+        node=column([row.device.node for row in rows]),
+        keys=[(row.table,) if by_table else (row.hidden, row.heads, row.seq_len, row.tensor, row.micro_seqs) for row in rows],
+    )
+
+
+def _gathers(row: Row) -> int:
+    """How often a micro batch gathers a layer's sharded weights. FSDP recomputes a layer while it has it for its backward pass;
+    ZeRO 3 lets go of it in between."""
+    if not row.sharded:
+        return 0
+    return 3 if row.zero_stage == 3 and row.recompute == "full" else 2
+
+
+def memory_case(row: Row) -> MemoryCase:
+    """Megatron's layers (arXiv 2205.05198: sbh(10 + 24/t) + 5as^2b/t bytes; 2sbh stored under full recomputation).
+
+    Selective recomputation drops the scores; with sequence parallelism all 34sbh are cut. torchtitan's keeps every second
+    matrix product: half.
+    """
+    weights, gradients, optimizer = _state_bytes(row)
+    tokens = row.micro_seqs * row.seq_len / row.sequence_share
+    boundary = 2.0 * tokens * row.hidden / (row.tensor if row.sequence_parallel else 1)
+    whole = tokens * row.hidden * (34.0 / row.tensor if row.sequence_parallel else 10.0 + 24.0 / row.tensor)
+    if row.recompute != "selective" and not row.flash:
+        whole += 5.0 * row.heads * row.seq_len * tokens / row.tensor
+    kept = {"full": boundary, "selective": whole / 2 if row.sharded else whole, "none": whole}[row.recompute]
+    stages = []
+    for index, count in enumerate(_stage_layers(row)):
+        in_flight = min(row.pipeline - index, row.micro_batches)
+        is_end = index in (0, row.pipeline - 1)
+        params = (count * row.layer_params + is_end * row.vocab * row.hidden) / row.tensor
+        logits = 10.0 * tokens * row.vocab / row.tensor if index == row.pipeline - 1 else 0.0
+        stages.append(
+            StageBytes(
+                weights=weights * params, gradients=gradients * params, optimizer=optimizer * params,
+                stored=count * in_flight * kept, working=whole, loss=logits, in_flight=in_flight,
+            )
+        )  # fmt: skip
+    return MemoryCase(stages=tuple(stages), libraries=_libraries(row, gradients), capacity=row.device.memory)
+
+
+def _libraries(row: Row, gradient_bytes: float) -> float:
+    if row.arithmetic:
+        return 0.0
+    if row.sharded:
+        return library_bytes(_FSDP_GROUPS, 0.0, 2.0)
+    return library_bytes(_GROUPS, _BUCKET_ELEMENTS, 4.0 if gradient_bytes > 2.0 else 2.0)
+
+
+def _state_bytes(row: Row) -> tuple[float, float, float]:
+    """Bytes a parameter of (weights, gradients, optimizer).
+
+    Megatron-DeepSpeed in bf16: 16-bit weights and gradients, an fp32 sum of gradients, 12 bytes of fp32 states over the data
+    ranks. In fp16 the fp32 gradients belong to the sharded part; without ZeRO a flat 16-bit copy of them comes on top. FSDP: fp32
+    all, sharded; under a pipeline weights and gradients stay whole between micro batches. Megatron alone: 18 bytes.
+    """
+    ranks = row.data * row.sequence_share
+    if row.sharded:
+        whole = row.pipeline > 1
+        return 4.0 / ranks + 2.0 * whole, 4.0 / ranks + 4.0 * whole, 8.0 / ranks
+    if row.table.endswith("bf16"):
+        return 2.0, 6.0, 12.0 / ranks
+    if row.zero_stage == 0 and not row.table.endswith("fp16"):
+        return 2.0, 4.0, 12.0
+    return (2.0, 2.0, 16.0 / ranks) if row.zero_stage else (2.0, 4.0, 16.0)
+
+
+def _stage_layers(row: Row) -> list[int]:
+    """Layers of each stage: even, the rest to the later ones; where embedding and head count as a layer, one less at the ends."""
+    blocks = row.layers + (2 if row.embedding_balanced else 0)
+    base, rest = divmod(blocks, row.pipeline)
+    counts = [base + (index >= row.pipeline - rest) for index in range(row.pipeline)]
+    if row.embedding_balanced:
+        counts[0] -= 1
+        counts[-1] -= 1
+    return counts

@@ -1,0 +1,272 @@
+"""Resumed equals uninterrupted: bitwise in the same layout, within rounding in any other; damage is found and passed over."""
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recipes.common.checkpoint.files import damage, out_dir_problems, sealed_checkpoints
+from recipes.common.checkpoint.position import Position
+from recipes.common.checkpoint.reader import Reader
+from recipes.common.checkpoint.saver import Saver
+from recipes.common.checks.recipe_checks import check_recipe
+from recipes.common.config.ds_config import merge_ds_config
+from recipes.common.recipe import Checkpoints, Evaluation, Layout, derive_sizes
+from recipes.common.run_dir.metrics import read_metrics
+from recipes.common.train import train
+from tests.support.tiny import tiny_config, tiny_recipe, write_shards
+from tools.common.forked_ranks import RankError, run_ranks
+
+HALF, WHOLE = 2, 4  # steps
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "tokens"
+    write_shards(folder)
+    return folder
+
+
+def run(recipe, world_size, out_dir, *, resume=False, resume_step=None, max_steps=None, skips=()):
+    """A whole run on forked ranks, as a launcher would start it."""
+    run_ranks(_rank, world_size, recipe, world_size, str(out_dir), resume, resume_step, max_steps, skips)
+    return {r["step"]: r for r in read_metrics(Path(out_dir) / "metrics.jsonl") if "loss" in r}
+
+
+def _rank(recipe, world_size, out_dir, resume, resume_step, max_steps, skips):
+    layout, config = check_recipe(recipe, world_size, here=True)
+    sizes = derive_sizes(recipe, layout, world_size)
+    config = merge_ds_config(config, recipe, sizes, sizes.accumulation)
+    starts = {"resume_run": resume, "resume_step": resume_step, "max_steps": max_steps, "skips": skips}
+    train(recipe, layout, sizes, config, Path(out_dir), **starts)
+
+
+def masters(out_dir, kind="master"):
+    reader = Reader(out_dir / "checkpoints" / "latest")
+    return {name: reader.whole(name, kind) for name in reader.names(kind)}
+
+
+def assert_same_state(a, b, bound):
+    for kind in ("master", "exp_avg", "exp_avg_sq"):
+        left, right = masters(a, kind), masters(b, kind)
+        assert left.keys() == right.keys()
+        for name in left:
+            worst = np.abs(left[name] - right[name]).max()
+            assert worst <= bound, f"{kind} of {name} differs by {worst:.1e}"
+
+
+@pytest.mark.parametrize("config", ["zero1_fp32.json", "zero1_bf16.json"])
+def test_same_layout_is_bitwise_with_dropout_on(data, tmp_path, config):
+    recipe = tiny_recipe(data, model=tiny_config("llama", attention_dropout=0.1), deepspeed=config, steps=WHOLE)
+    straight = run(recipe, 4, tmp_path / "straight")
+    run(recipe, 4, tmp_path / "parts", max_steps=HALF)
+    resumed = run(recipe, 4, tmp_path / "parts", resume=True)
+    for step in range(1, WHOLE + 1):
+        assert resumed[step]["loss"] == straight[step]["loss"], step
+        assert resumed[step]["grad_norm"] == straight[step]["grad_norm"], step
+    assert_same_state(tmp_path / "straight", tmp_path / "parts", 0.0)
+    state = Reader(tmp_path / "parts" / "checkpoints" / "latest").state
+    assert state["optimizer_steps"] == WHOLE
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(data, tmp_path):
+    """A crash before the next save must not bring back what was left behind."""
+    recipe = tiny_recipe(data, steps=WHOLE, evaluation=Evaluation(), checkpoints=Checkpoints(every_steps=1, keep_last=9))
+    straight = run(recipe, 2, tmp_path)
+    run(recipe, 2, tmp_path, resume=True, resume_step=2, max_steps=3)
+    kept = [folder.name for folder in sealed_checkpoints(tmp_path)]
+    assert kept == ["step_00000001", "step_00000002", "step_00000003"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints/abandoned").iterdir()) == ["step_00000003", "step_00000004"]
+    assert (tmp_path / "checkpoints/latest").resolve().name == "step_00000003"
+    again = run(recipe, 2, tmp_path, resume=True)
+    assert [again[step]["loss"] for step in again] == [straight[step]["loss"] for step in straight]
+
+
+def test_a_step_without_a_checkpoint_is_refused_with_those_that_have_one(tmp_path):
+    for step in (5, 10):
+        (tmp_path / f"checkpoints/step_{step:08d}").mkdir(parents=True)
+    assert out_dir_problems(tmp_path, True, 10) == []
+    assert out_dir_problems(tmp_path, True, 7) == [
+        f"--resume-step=7: --out-dir={tmp_path} holds checkpoints of the steps [5, 10]; give one of these"
+    ]
+
+
+def test_dropout_differs_between_steps_and_data_ranks(data, tmp_path):
+    """The bitwise test above would pass with dropout's zeros at the same places every step."""
+    with_dropout = tiny_recipe(data, model=tiny_config("llama", attention_dropout=0.5), steps=2)
+    without = tiny_recipe(data, steps=2)
+    assert run(with_dropout, 1, tmp_path / "a")[1]["loss"] != run(without, 1, tmp_path / "b")[1]["loss"]
+
+
+# (pipeline, tensor, data), ds_config
+LAYOUTS = {
+    "1,1,1": (Layout(), 1, "zero1_fp32.json"),
+    "2,1,1": (Layout(pipeline=2), 2, "zero1_fp32.json"),
+    "2,1,1 folded": (Layout(pipeline=2, schedule="zero_bubble_v"), 2, "zero1_fp32.json"),
+    "1,2,1": (Layout(tensor=2), 2, "zero1_fp32.json"),
+    "1,1,2": (Layout(), 2, "zero1_fp32.json"),
+    "2,2,1": (Layout(pipeline=2, tensor=2), 4, "zero1_fp32.json"),
+    "2,2,2": (Layout(pipeline=2, tensor=2), 8, "zero1_fp32.json"),
+    "3,1,1": (Layout(pipeline=3), 3, "zero1_fp32.json"),
+    "1,4,1": (Layout(tensor=4), 4, "zero1_fp32.json"),
+    "1,1,2 zero2": (Layout(), 2, "zero2_fp32.json"),
+    "1,2,1 zero2": (Layout(tensor=2), 2, "zero2_fp32.json"),
+    "1,1,2 zero3": (Layout(), 2, "zero3_fp32.json"),
+    "1,2,2 zero3": (Layout(tensor=2), 4, "zero3_fp32.json"),
+}
+
+
+def in_layout(recipe, name):
+    layout, world_size, config = LAYOUTS[name]
+    return replace(recipe, layouts={world_size: layout}, deepspeed=config), world_size
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def first_halves(request, data, tmp_path_factory):
+    """For every layout, a run stopped in the middle; and one that was not."""
+    folder = tmp_path_factory.mktemp("halves")
+    num_params = 140_224 - (131 * 64 if request.param else 0)
+    recipe = tiny_recipe(
+        data,
+        model=tiny_config("llama", tie_word_embeddings=request.param),
+        num_params=num_params,
+        evaluation=Evaluation(),
+        steps=WHOLE,
+    )
+    for name in LAYOUTS:
+        run(*in_layout(recipe, name), folder / name, max_steps=HALF)
+    straight = run(*in_layout(recipe, "1,1,1"), folder / "straight")
+    return recipe, folder, straight, 1 + 4 * request.param
+
+
+@pytest.mark.parametrize("saved_in", list(LAYOUTS))
+def test_every_layout_goes_on_in_another(first_halves, tmp_path, saved_in):
+    """Each layout is saved from and loaded into, in pairs (i, i + 1) untied and (i, i + 5) tied."""
+    recipe, folder, straight, shift = first_halves
+    names = list(LAYOUTS)
+    loaded_in = names[(names.index(saved_in) + shift) % len(names)]
+    shutil.copytree(folder / saved_in, tmp_path / "run", symlinks=True)
+    resumed = run(*in_layout(recipe, loaded_in), tmp_path / "run", resume=True)
+    for step in range(HALF + 1, WHOLE + 1):
+        assert resumed[step]["loss"] == pytest.approx(straight[step]["loss"], rel=1e-6), (saved_in, loaded_in, step)
+    assert_same_state(folder / "straight", tmp_path / "run", 1e-5)
+
+
+def test_bf16_goes_on_in_fp32_and_back(data, tmp_path):
+    recipe = tiny_recipe(data, evaluation=Evaluation(), steps=2 * WHOLE)
+    bf16 = replace(recipe, deepspeed="zero1_bf16.json")
+    run(bf16, 4, tmp_path / "run", max_steps=HALF)
+    run(recipe, 2, tmp_path / "run", resume=True, max_steps=WHOLE)
+    losses = run(bf16, 8, tmp_path / "run", resume=True)
+    straight = run(recipe, 1, tmp_path / "straight")
+    assert losses[2 * WHOLE]["loss"] == pytest.approx(straight[2 * WHOLE]["loss"], rel=2e-3)
+
+
+def test_every_flipped_byte_is_found(data, tmp_path):
+    run(tiny_recipe(data, evaluation=Evaluation(), steps=2), 4, tmp_path)
+    folder = sealed_checkpoints(tmp_path)[-1]
+    assert damage(folder) == []
+    rng = np.random.default_rng(0)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        whole = path.read_bytes()
+        for place in rng.integers(0, len(whole), 3):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << int(rng.integers(0, 8))
+            path.write_bytes(bytes(changed))
+            assert damage(folder), f"bit flip at byte {place} of {path.name} went unseen"
+            path.write_bytes(whole)
+    assert damage(folder) == []
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(data, tmp_path):
+    recipe = tiny_recipe(data, evaluation=Evaluation(), checkpoints=Checkpoints(every_steps=2))
+    straight = run(recipe, 4, tmp_path, max_steps=6)
+    newest = sealed_checkpoints(tmp_path)[-1] / "rank_00002.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-100] ^= 4
+    newest.write_bytes(bytes(content))
+    resumed = run(recipe, 4, tmp_path, resume=True)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["starts"][-1]["resumed_step"] == 4
+    assert [resumed[step]["loss"] for step in (5, 6)] == [straight[step]["loss"] for step in (5, 6)]
+
+
+def test_resume_with_nothing_intact_says_so(data, tmp_path):
+    with pytest.raises(RankError, match=r"holds 0 checkpoints and none is intact"):
+        run(tiny_recipe(data), 1, tmp_path, resume=True)
+
+
+def test_what_is_kept(data, tmp_path):
+    checkpoints = Checkpoints(every_steps=1, keep_last=2, keep_every_steps=3)
+    run(tiny_recipe(data, evaluation=Evaluation(), checkpoints=checkpoints), 2, tmp_path)
+    assert [int(folder.name[5:]) for folder in sealed_checkpoints(tmp_path)] == [3, 6, 7, 8]
+    assert os.readlink(tmp_path / "checkpoints" / "latest") == "step_00000008"
+
+
+def test_saves_by_the_clock_of_one_rank(data, tmp_path):
+    checkpoints = Checkpoints(every_minutes=1e-6, keep_last=9)  # every step: no two ranks' clocks agree on it
+    run(tiny_recipe(data, evaluation=Evaluation(), checkpoints=checkpoints, steps=3), 4, tmp_path)
+    assert [int(folder.name[5:]) for folder in sealed_checkpoints(tmp_path)] == [1, 2, 3]
+
+
+def test_a_save_that_fails_fails_alone(data, tmp_path):
+    """A rank whose disk is full: the save is reported and given up, the run goes on and the next save works."""
+    results = run_ranks(_fail_one_save, 2, tiny_recipe(data, evaluation=Evaluation()), str(tmp_path))
+    assert results == [("step_00000004", True)] * 2
+    assert [folder.name for folder in sealed_checkpoints(tmp_path)] == ["step_00000004"]
+    assert not list((tmp_path / "checkpoints").glob(".*saving"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_disk_that_is_full_ends_saves_and_not_the_run(data, tmp_path):
+    """A real one, of 4 MB: it holds two checkpoints of 1.7 MB and not a third."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        recipe = tiny_recipe(data, evaluation=Evaluation(), checkpoints=Checkpoints(every_steps=2, keep_last=9))
+        records = run(recipe, 2, disk / "run")
+        assert sorted(records) == list(range(1, 9))
+        steps = [int(folder.name[5:]) for folder in sealed_checkpoints(disk / "run")]
+        assert steps == [2, 4]
+        assert damage(disk / "run" / "checkpoints" / "latest") == []
+        assert not list((disk / "run" / "checkpoints").glob(".*saving"))
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def _fail_one_save(recipe, out_dir):
+    import recipes.common.checkpoint.saver as module
+    from recipes.common.engine.build_trainer import build
+
+    layout, config = check_recipe(recipe, 2, here=True)
+    sizes = derive_sizes(recipe, layout, 2)
+    _, trainer = build(recipe, layout, merge_ds_config(config, recipe, sizes, sizes.accumulation))
+    saver = Saver(Path(out_dir), trainer, recipe, None)
+    write = module.write_rank_file
+
+    def full(folder, rank, parts):
+        if rank == 1:
+            raise OSError(28, "No space left on device")
+        return write(folder, rank, parts)
+
+    module.write_rank_file = full
+    saver.save(Position(step=2))
+    saver.finish()
+    nothing = saver.last_saved is None
+    module.write_rank_file = write
+    saver.save(Position(step=4))
+    saver.finish()
+    return saver.last_saved.name, nothing
+
+
+def test_no_pickle_is_in_a_checkpoint(data, tmp_path):
+    run(tiny_recipe(data, evaluation=Evaluation(), steps=2), 1, tmp_path)
+    suffixes = {path.suffix for path in sealed_checkpoints(tmp_path)[0].rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".safetensors"}

@@ -1,0 +1,81 @@
+"""Whether a family can be cut is tried, not believed: good ones pass at any depth, others are refused by their name."""
+
+import pytest
+from transformers import AutoConfig, DeepseekV4Config, GlmMoeDsaConfig
+
+from recipes.common.checks.family_trials import cut_problems, masking_problems
+from recipes.common.recipe import Layout
+from tests.support.tiny import tiny_config
+from tools.common.forked_ranks import run_ranks
+
+REFUSED = {"glm_moe_dsa": GlmMoeDsaConfig(), "deepseek_v4": DeepseekV4Config()}
+
+
+@pytest.mark.parametrize("pipeline", [2, 4])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_families_that_can_be_cut(family, pipeline):
+    assert run_ranks(cut_problems, 1, tiny_config(family), Layout(pipeline=pipeline, tensor=2), "eager") == [[]]
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_whose_layers_share_more_than_hidden_states(family):
+    (problem,) = run_ranks(cut_problems, 1, REFUSED[family], Layout(pipeline=2), "eager")[0]
+    assert problem.startswith(f"model_type={family} cannot be cut into stages (")
+    assert problem.endswith("use pipeline=1 (ZeRO 1 to 3 and tensor parallelism remain)")
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_without_a_pipeline_nothing_is_cut(family):
+    assert run_ranks(cut_problems, 1, REFUSED[family], Layout(tensor=2), "eager") == [[]]
+
+
+@pytest.mark.parametrize("fault", ["a look at the layer before", "one parameter in two layers"])
+def test_a_cut_that_would_train_something_else_is_seen(fault):
+    """Faults planted in llama: the layers pass something on beside their hidden states, or share a weight."""
+    (problem,) = run_ranks(_with_fault, 1, fault)[0]
+    assert problem.startswith("model_type=llama cannot be cut into stages: its layers share more than hidden states")
+
+
+def _with_fault(fault):
+    from transformers.models.llama import modeling_llama
+
+    layer, model = modeling_llama.LlamaDecoderLayer, modeling_llama.LlamaModel
+    forward, init = layer.forward, model.__init__
+
+    def look_back(self, hidden_states, *args, **kwargs):
+        """Every layer adds what the one before it was given, read off that layer itself."""
+        index = self.self_attn.layer_idx
+        before = getattr(self.peers[0][index - 1], "given", None) if index else None
+        self.given = hidden_states
+        out = forward(self, hidden_states, *args, **kwargs)
+        return out if before is None else out + 0.1 * before
+
+    def build(self, config):
+        init(self, config)
+        for part in self.layers:
+            part.peers = (self.layers,)  # in a tuple, so that it is no submodule
+        if fault == "one parameter in two layers":
+            self.layers[3].mlp.up_proj = self.layers[0].mlp.up_proj
+
+    model.__init__ = build
+    if fault == "a look at the layer before":
+        layer.forward = look_back
+    return cut_problems(tiny_config("llama"), Layout(pipeline=2), "eager")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "gpt2"])
+def test_families_of_plain_attention_keep_documents_apart(family, attention):
+    assert run_ranks(_masking, 1, family, attention) == [[]]
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "falcon_mamba"])
+def test_families_that_carry_state_over_a_document_are_refused_by_name(family):
+    problems = run_ranks(_masking, 1, family, "eager")[0]
+    assert len(problems) == 1
+    assert family in problems[0]
+    assert problems[0].startswith("mask_documents=True: ")
+
+
+def _masking(family: str, attention: str) -> list[str]:
+    return masking_problems(AutoConfig.for_model(family), attention)

@@ -1,0 +1,540 @@
+"""Every mistake in a recipe, ds_config, data or flags is told before any process group: field, value, constraint, cure."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import DeepseekV4Config, GlmMoeDsaConfig, LlamaConfig, PreTrainedConfig
+
+from recipes.common.checks.model_checks import config_problems
+from recipes.common.checks.recipe_checks import check_recipe
+from recipes.common.config.ds_config import version_problems
+from recipes.common.recipe import SGD, WSD, AdamW, Batch, Checkpoints, Constant, Cosine, Evaluation, Layout, Monitor, RecipeError
+from tests.support.tiny import ROOT, ds_config, tiny_config, tiny_recipe, write_shards
+from tools.common.forked_ranks import run_ranks
+
+SIX_HEADS = tiny_config("llama", hidden_size=96, num_attention_heads=6)
+PIPELINE = {2: Layout(pipeline=2)}
+BATCH = Batch(seq_len=16, micro_seqs=1, global_seqs=4)
+
+# name -> (world size, fields of the recipe, what the one line says: regular expressions). "ds:" fields change the ds_config.
+ONE_MISTAKE = {
+    "misspelt model field": (
+        1,
+        {"model": LlamaConfig(**tiny_config("llama").to_diff_dict(), hiden_size=32)},
+        [r"^model\.hiden_size=32: LlamaConfig has no such field; remove it or spell it right$"],
+    ),
+    "num_params": (
+        1,
+        {"num_params": 140_225},
+        [r"^num_params=140_225 but the model has 140_224 parameters", "check the model's fields .* or correct num_params"],
+    ),
+    "no layout for the world": (
+        3,
+        {},
+        [r"^layouts has no entry for 3 GPUs, only for \[1, 2, 4, 8\]", r"add 3: Layout\(tensor=\.\.\., pipeline=\.\.\.\)"],
+    ),
+    "layout does not multiply": (
+        4,
+        {"layouts": {4: Layout(pipeline=3)}},
+        [r"^layouts\[4\]: tensor=1 x pipeline=3 = 3 does not divide 4 GPUs; change the layout or the number of GPUs$"],
+    ),
+    "heads not divided": (
+        3,
+        {"layouts": {3: Layout(tensor=3)}, "batch": replace(BATCH, global_seqs=3)},
+        [r"^layout tensor=3: num_attention_heads=4 is not a multiple of tensor=3; use a tensor size that fits, or tensor=1$"],
+    ),
+    "kv heads not divided": (
+        3,
+        {
+            "layouts": {3: Layout(tensor=3)},
+            "batch": replace(BATCH, global_seqs=3),
+            "model": SIX_HEADS,
+        },
+        [r"^layout tensor=3: .*k_proj has 2 key/value heads: tensor=3 must divide them or be a multiple of them"],
+    ),
+    "more stages than layers": (
+        5,
+        {"layouts": {5: Layout(pipeline=5)}},
+        [r"^layout pipeline=5 exceeds the model's 4 layers; use 4 stages at most$"],
+    ),
+    "too few layers for two runs a stage": (
+        3,
+        {"layouts": {3: Layout(pipeline=3, schedule="zero_bubble_v")}},
+        [r"^layout pipeline=3 with schedule='zero_bubble_v' needs two runs .* has 4 layers; use 2 stages at most, or .*$"],
+    ),
+    "layout of zero": (1, {"layouts": {1: Layout(tensor=0)}}, [r"^layouts\[1\]\.tensor=0 must be a whole number from 1$"]),
+    "no such schedule": (
+        2,
+        {"layouts": {2: Layout(pipeline=2, schedule="zb-h1")}},
+        [r"^layouts\[2\]\.schedule='zb-h1' must be one of '1f1b', 'zero_bubble', 'zero_bubble_v'$"],
+    ),
+    "cut of another pipeline": (
+        2,
+        {"layouts": {2: Layout(pipeline=2, cut=(2, 1, 1))}},
+        [r"^layouts\[2\]\.cut=\(2, 1, 1\) must have 2 whole numbers from 1, .* leave it out to have them balanced$"],
+    ),
+    "cut of another model": (
+        2,
+        {"layouts": {2: Layout(pipeline=2, cut=(3, 2))}},
+        [r"^layout cut=\(3, 2\) has 5 layers and the model 4; let it sum to 4$"],
+    ),
+    "products kept of nothing": (
+        1,
+        {"layouts": {1: Layout(keep_products=True)}},
+        [r"^layouts\[1\]\.keep_products=True with recompute_every=0: .* leave it out, or use recompute_every=1$"],
+    ),
+    "schedule without a pipeline": (
+        2,
+        {"layouts": {2: Layout(tensor=2, schedule="zero_bubble")}},
+        [r"^layouts\[2\]\.schedule='zero_bubble' with pipeline=1: .*leave schedule out, or use pipeline=2 or more$"],
+    ),
+    "sequence without tensor ranks": (
+        2,
+        {"layouts": {2: Layout(pipeline=2, sequence_parallel=True)}},
+        [r"^layouts\[2\]\.sequence_parallel=True with tensor=1: .*leave it out, or use tensor=2 or more$"],
+    ),
+    "sequence not divided": (
+        2,
+        {"layouts": {2: Layout(tensor=2, sequence_parallel=True)}, "batch": replace(BATCH, seq_len=15)},
+        [r"^layouts\[2\]\.sequence_parallel=True: seq_len=15 is not a multiple of tensor=2; change seq_len, or use"],
+    ),
+    "sequence of experts": (
+        2,
+        {
+            "layouts": {2: Layout(tensor=2, sequence_parallel=True)},
+            "model": tiny_config("mixtral"),
+            "num_params": 362_432,
+        },
+        [r"^sequence_parallel=True: model_type=mixtral: .*\['moe_tp_experts'\].*; use sequence_parallel=False$"],
+    ),
+    "late gradients in bf16": (
+        2,
+        {
+            "layouts": {2: Layout(pipeline=2, schedule="zero_bubble")},
+            "ds:base": "zero1_bf16.json",
+            "ds:bf16": {"enabled": True, "immediate_grad_update": False},
+        },
+        [r"bf16\.immediate_grad_update is not true, and .* 'zero_bubble': .*write true, or use schedule='1f1b' in the recipe$"],
+    ),
+    "batch not divided": (
+        2,
+        {"layouts": {2: Layout()}, "batch": replace(BATCH, global_seqs=5)},
+        [r"^batch\.global_seqs=5 is not a multiple of micro_seqs=1 x 2 data ranks = 2; use a multiple of 2"],
+    ),
+    "ramp that does not grow": (
+        1,
+        {"batch": replace(BATCH, ramp=((4, 8),))},
+        [r"^batch\.ramp\[0\]=\(4, 8\): a ramp grows: 8 sequences must be .* fewer than batch\.global_seqs=4"],
+    ),
+    "longer than the positions": (
+        1,
+        {"batch": replace(BATCH, seq_len=65)},
+        [r"^batch\.seq_len=65 is longer than model\.max_position_embeddings=64; lower seq_len or raise"],
+    ),
+    "router loss": (
+        1,
+        {"model": tiny_config("mixtral", output_router_logits=True), "num_params": 362_432},
+        [r"^model\.output_router_logits=True: .*; set it to False$"],
+    ),
+    "unknown attention": (1, {"attention": "sdpaa"}, [r"^model=LlamaConfig: .*\"sdpaa\"` is not supported.*eager"]),
+    "not a model": (1, {"model": "llama"}, [r"^model='llama' must be a transformers config"]),
+    "ZeRO 2 with a pipeline": (
+        2,
+        {"layouts": PIPELINE, "deepspeed": "zero2_fp32.json"},
+        [r"^ds_configs/zero2_fp32\.json: zero_optimization\.stage=2 with layout\.pipeline=2: .*write 1, or set pipeline=1"],
+    ),
+    "ZeRO 3 with a pipeline": (
+        2,
+        {"layouts": PIPELINE, "deepspeed": "zero3_bf16.json"},
+        [r"^ds_configs/zero3_bf16\.json: zero_optimization\.stage=3 with layout\.pipeline=2: .*write 1, or set pipeline=1"],
+    ),
+    "no ds_config of this name": (1, {"deepspeed": "zero1_bf15.json"}, [r"there is no .*zero1_bf15\.json.*did you mean.*bf16"]),
+    "bf16 accumulation": (
+        1,
+        {"ds:data_types": {"grad_accum_dtype": "bf16"}, "ds:base": "zero1_bf16.json"},
+        [r'data_types\.grad_accum_dtype="bf16": .*in low precision; write "fp32"$'],
+    ),
+    "unknown key": (
+        1,
+        {"ds:zero_optimisation": {}},
+        [r"unknown key 'zero_optimisation' \(did you mean 'zero_optimization'\?\); delete it or spell it right$"],
+    ),
+    "recipe's key in the ds_config": (1, {"ds:gradient_clipping": 1.0}, [r"gradient_clipping=1\.0 does not belong here"]),
+    "optimizer out of range": (
+        1,
+        {"optimizer": SGD(lr=1e-3, clip=-1.0)},
+        [r"^optimizer\.clip=-1\.0 must lie between 0\.0 and inf$"],
+    ),
+    "betas out of range": (
+        1,
+        {"optimizer": AdamW(lr=1e-3, betas=(0.9, 1.0))},
+        [r"^optimizer\.betas=\(0\.9, 1\.0\): both must lie"],
+    ),
+    "schedule longer than the run": (
+        1,
+        {"schedule": WSD(warmup_steps=5, cooldown_steps=5)},
+        [r"^schedule\.warmup_steps=5 \+ cooldown_steps=5 is more than the run: the run has 8 steps; shorten them"],
+    ),
+    "schedule without warm-up": (1, {"schedule": Cosine()}, [r"^schedule=Cosine\(\.\.\.\) has no warmup: set warmup_steps or"]),
+    "z-loss under zero": (1, {"z_loss": -1e-4}, [r"^z_loss=-0\.0001 must be 0 or more$"]),
+}
+
+# fields of wrong types: (fields, the line's beginning)
+MISTYPED = [
+    ({"steps": "8"}, "steps='8' must be a whole number"),
+    ({"steps": None}, "steps=None must be a whole number"),
+    ({"steps": 8.0}, "steps=8.0 must be a whole number"),
+    ({"steps": 0}, "steps=0 must be a whole number from 1"),
+    ({"num_params": None}, "num_params=None must be a whole number"),
+    ({"seed": "1"}, "seed='1' must be a whole number"),
+    ({"name": None}, "name=None must be a text"),
+    ({"tokenizer": None}, "tokenizer=None must be a text"),
+    ({"deepspeed": None}, "deepspeed=None must be a text"),
+    ({"deepspeed": {}}, "deepspeed={} must be a text"),
+    ({"attention": None}, "attention=None must be a text"),
+    ({"z_loss": "1e-4"}, "z_loss='1e-4' must be a number"),
+    ({"logits_chunk_tokens": True}, "logits_chunk_tokens=True must be a whole number"),
+    ({"layouts": None}, "layouts=None must be a dict of a whole number -> Layout(...)"),
+    ({"layouts": {1: 2}}, "layouts[1]=2 must be Layout(...)"),
+    ({"layouts": {1: Layout(tensor="2")}}, "layouts[1].tensor='2' must be a whole number"),
+    ({"batch": None}, "batch=None must be Batch(...)"),
+    ({"batch": replace(BATCH, seq_len="16")}, "batch.seq_len='16' must be a whole number"),
+    ({"batch": replace(BATCH, micro_seqs=None)}, "batch.micro_seqs=None must be a whole number"),
+    ({"batch": replace(BATCH, global_seqs="4")}, "batch.global_seqs='4' must be a whole number"),
+    ({"batch": replace(BATCH, ramp=(4, 2))}, "batch.ramp=(4, 2) must be a tuple"),
+    ({"optimizer": None}, "optimizer=None must be AdamW(...) or SGD(...)"),
+    ({"optimizer": AdamW(lr="1e-3")}, "optimizer.lr='1e-3' must be a number"),
+    ({"optimizer": AdamW(lr=1e-3, betas=None)}, "optimizer.betas=None must be a tuple"),
+    ({"optimizer": SGD(lr=1e-3, decay_embeddings=1)}, "optimizer.decay_embeddings=1 must be True or False"),
+    ({"schedule": None}, "schedule=None must be Constant(...) or Linear(...)"),
+    ({"schedule": Constant(warmup_steps="2")}, "schedule.warmup_steps='2' must be a whole number or None"),
+    ({"schedule": Cosine(warmup_steps=2, min_lr=None)}, "schedule.min_lr=None must be a number"),
+    ({"evaluation": None}, "evaluation=None must be Evaluation(...)"),
+    ({"evaluation": Evaluation(seqs="8")}, "evaluation.seqs='8' must be a whole number"),
+    ({"checkpoints": Checkpoints(every_minutes="30")}, "checkpoints.every_minutes='30' must be a number"),
+    ({"monitor": Monitor(every_steps=-1)}, "monitor.every_steps=-1 must be a whole number from 0"),
+    ({"monitor": Monitor(max_nonfinite_steps=0)}, "monitor.max_nonfinite_steps=0 must be a whole number from 1"),
+    ({"monitor": Monitor(on_drift="ignore")}, "monitor.on_drift='ignore' must be 'stop' or 'log'"),
+    ({"checkpoints": Checkpoints(every_minutes=-1.0)}, "checkpoints.every_minutes=-1.0 must be 0 or more"),
+]
+
+
+def _told(cases):
+    """On a forked rank: for each (recipe, world size, here) the problems, or the traceback of a check that crashed."""
+    told = []
+    for recipe, world_size, here in cases:
+        try:
+            check_recipe(recipe, world_size, here=here)
+            told.append([])
+        except RecipeError as error:
+            told.append(error.problems)
+        except Exception:
+            told.append(traceback.format_exc())
+    return told
+
+
+def told(*cases):
+    return run_ranks(_told, 1, cases)[0]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "tokens"
+    write_shards(folder)
+    return folder
+
+
+def _recipe(data, fields, folder):
+    plain = {name: value for name, value in fields.items() if not name.startswith("ds:")}
+    changes = {name[3:]: value for name, value in fields.items() if name.startswith("ds:")}
+    if changes:
+        path = folder / f"ds_{len(list(folder.iterdir()))}.json"
+        path.write_text(json.dumps(ds_config(changes.pop("base", "zero1_fp32.json")) | changes))
+        plain["deepspeed"] = str(path)
+    return tiny_recipe(data, **plain)
+
+
+@pytest.fixture(scope="module")
+def single(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ds_configs")
+    cases = [(_recipe(data, fields, folder), world_size, True) for world_size, fields, _ in ONE_MISTAKE.values()]
+    return dict(zip(ONE_MISTAKE, told(*cases), strict=True))
+
+
+def test_a_good_recipe_has_no_problems_at_any_of_its_layouts(data):
+    recipe = tiny_recipe(data)
+    assert told(*((recipe, world_size, True) for world_size in recipe.layouts)) == [[]] * len(recipe.layouts)
+
+
+@pytest.mark.parametrize("name", ONE_MISTAKE)
+def test_a_mistake_is_told_with_field_value_constraint_and_cure(single, name):
+    lines = single[name]
+    assert isinstance(lines, list), f"the check crashed:\n{lines}"
+    patterns = ONE_MISTAKE[name][2]
+    matching = [line for line in lines if all(re.search(pattern, line) for pattern in patterns)]
+    assert len(matching) == 1, lines
+    # a mistake may change the model's size, and nothing else is told beside it
+    others = [line for line in lines if line not in matching and not line.startswith("num_params=")]
+    assert others == []
+
+
+@pytest.fixture(scope="module")
+def mistyped(data):
+    return told(*((tiny_recipe(data, **fields), 1, True) for fields, _ in MISTYPED))
+
+
+@pytest.mark.parametrize("index", range(len(MISTYPED)), ids=[line.partition(" must")[0] for _, line in MISTYPED])
+def test_a_field_of_a_wrong_type_is_one_clear_line(mistyped, index):
+    lines = mistyped[index]
+    assert isinstance(lines, list), f"the check crashed:\n{lines}"
+    assert len(lines) == 1
+    assert lines[0].startswith(MISTYPED[index][1])
+
+
+def test_a_wrong_type_does_not_hide_other_mistakes(data):
+    fields = {"num_params": "many", "z_loss": None, "steps": 0, "attention": "sdpaa", "optimizer": AdamW(lr=-1.0)}
+    (lines,) = told((tiny_recipe(data, deepspeed="zero9.json", **fields), 1, True))
+    assert isinstance(lines, list), lines
+    for beginning in (
+        "num_params='many'",
+        "z_loss=None",
+        "steps=0",
+        "model=LlamaConfig",
+        "optimizer.lr=-1.0",
+        "deepspeed='zero9",
+    ):
+        assert sum(line.startswith(beginning) for line in lines) == 1, (beginning, lines)
+
+
+@pytest.mark.parametrize("config", [GlmMoeDsaConfig(), DeepseekV4Config()], ids=["glm_moe_dsa", "deepseek_v4"])
+def test_a_family_that_cannot_be_cut_is_refused_by_its_name(data, config):
+    count = run_ranks(_count, 1, config)[0]
+    recipe = tiny_recipe(data, model=config, num_params=count, layouts=PIPELINE, attention="eager")
+    (lines,) = told((recipe, 2, False))
+    assert len(lines) == 1
+    assert lines[0].startswith(f"model_type={config.model_type} cannot be cut into stages")
+    assert lines[0].endswith("use pipeline=1 (ZeRO 1 to 3 and tensor parallelism remain)")
+
+
+def _count(config):
+    from recipes.common.model.initial_weights import build_empty
+
+    return sum(p.numel() for p in build_empty(config, "eager").parameters())
+
+
+def test_every_field_of_a_family_is_known():
+    """Common names, renamed ones (n_embd) and those that every config has are no mistakes."""
+    for family in ("llama", "gpt2", "gemma2", "mixtral", "qwen3", "olmo2", "phi3", "deepseek_v3"):
+        assert config_problems(tiny_config(family)) == [], family
+    assert config_problems(LlamaConfig(use_cache=False, torch_dtype="float32", name_or_path="x")) == []
+    assert issubclass(LlamaConfig, PreTrainedConfig)
+
+
+def test_an_unknown_field_of_a_recipe_is_refused_by_python(data):
+    with pytest.raises(TypeError, match="stepz"):
+        tiny_recipe(data, stepz=3)
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "torch", "found"),
+    [
+        ("0.18.2", "2.13.0", [r"^deepspeed==0\.18\.2: needs deepspeed>=0\.19\.3; install requirements\.txt"]),
+        ("0.18.3", "2.13.0", [r"^deepspeed==0\.18\.3: .*scale pipeline gradients.*install deepspeed>=0\.19\.3"]),
+        ("0.19.2", "2.13.0+cpu", [r"^deepspeed==0\.19\.2: .*scale pipeline gradients"]),
+        ("0.19.3", "2.13.0", []),
+        ("0.19.8", "2.10.1", [r"^torch==2\.10\.1: needs torch>=2\.11"]),
+        ("0.19.1", "2.9.0", [r"^deepspeed==0\.19\.1", r"^torch==2\.9\.0"]),
+        ("0.20.0", "2.14.0.dev1", []),
+    ],
+)
+def test_versions_that_train_wrongly(deepspeed, torch, found):
+    lines = version_problems(deepspeed, torch)
+    assert len(lines) == len(found)
+    assert all(re.search(pattern, line) for pattern, line in zip(found, lines, strict=True))
+
+
+def _damage(folder, how):
+    shard = folder / "train_00000.bin"
+    if how == "no folder":
+        for path in folder.iterdir():
+            path.rename(folder.with_name(f"{folder.name}_{path.name}"))
+        folder.rmdir()
+    elif how == "no shard":
+        shard.unlink()
+    elif how == "truncated shard":
+        shard.write_bytes(shard.read_bytes()[:-2])
+    elif how == "truncated manifest":
+        (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:-20])
+    elif how == "no tokenizer":
+        (folder / "tokenizer" / "tokenizer.json").unlink()
+    elif how == "another tokenizer":
+        (folder / "tokenizer" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+
+
+@pytest.mark.parametrize(
+    ("how", "pattern"),
+    [
+        ("no folder", r"^data=.*manifest\.json.*"),
+        ("no shard", r"^data=.*: shard train_00000\.bin is missing; run tools\.prepare_data again$"),
+        (
+            "truncated shard",
+            r"^data=.*: shard train_00000\.bin has 79998 bytes, the manifest says 80000; run tools\.prepare_data",
+        ),
+        ("truncated manifest", r"^data=.*manifest\.json"),
+        ("no tokenizer", r"^tokenizer=.*: no readable tokenizer\.json .*; use .*/tokenizer"),
+        ("another tokenizer", r"^tokenizer=.* is not the one that made data=.*prepare the data again$"),
+    ],
+)
+def test_data_that_is_missing_or_damaged(tmp_path, how, pattern):
+    folder = tmp_path / "tokens"
+    write_shards(folder)
+    _damage(folder, how)
+    recipe = tiny_recipe(folder)
+    (here, elsewhere) = told((recipe, 1, True), (recipe, 1, False))
+    assert any(re.search(pattern, line) for line in here), here
+    assert elsewhere == []  # a dry run may be on another machine than the data
+
+
+def test_data_that_does_not_fit_the_recipe(data):
+    small = tiny_recipe(data, model=tiny_config("llama", vocab_size=130), num_params=140_096)
+    long = tiny_recipe(data, evaluation=Evaluation(every_steps=1, seqs=400))
+    too_small, too_long = told((small, 1, True), (long, 1, True))
+    assert len(too_small) == len(too_long) == 1
+    assert re.search(
+        r"^model\.vocab_size=130 is smaller than the 131 ids of the tokenizer.*; raise model\.vocab_size", too_small[0]
+    )
+    assert re.search(r"the validation split of .* has 5000 tokens, 6401 are needed for 400 sequences; lower", too_long[0])
+
+
+def test_fp16_where_the_device_has_none(data):
+    recipe = tiny_recipe(data, deepspeed="zero1_fp16.json")
+    here, supported, elsewhere = run_ranks(_without_fp16, 1, recipe)[0]
+    assert len(here) == 1
+    assert re.search(
+        r"^ds_configs/zero1_fp16\.json: fp16\.enabled=true, but DeepSpeed refuses .*; use a GPU, or zero1_bf16", here[0]
+    )
+    assert supported == elsewhere == []
+
+
+def _without_fp16(recipe):
+    from deepspeed.accelerator import get_accelerator
+
+    kind = type(get_accelerator())
+    kind.is_fp16_supported = lambda self: False
+    (without,) = _told([(recipe, 1, True)])
+    kind.is_fp16_supported = lambda self: True
+    return without, *_told([(recipe, 1, True), (recipe, 1, False)])
+
+
+SEVEN = {
+    "num_key_value_heads=2": "num_kv_heads=2",
+    "max_position_embeddings=512": "max_position_embeddings=64",
+    "2: Layout(pipeline=2)": "2: Layout(tensor=5)",
+    "global_seqs=32": "global_seqs=33",
+    "lr=4e-3": "lr='4e-3'",
+    "steps=300": "steps=None",
+    "zero1_fp32.json": "zero1_fp23.json",
+}
+
+
+def _copy_of_quickstart(folder: Path, changes: dict[str, str]) -> Path:
+    text = (ROOT / "recipes" / "quickstart.py").read_text()
+    text = text.replace("str(Path(__file__).resolve().parents[3])", repr(str(ROOT)))
+    for old, new in changes.items():
+        assert text.count(old) >= 1, old
+        text = text.replace(old, new, 1)
+    path = folder / "seven.py"
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_with_seven_mistakes_is_one_message_without_a_process_group(tmp_path):
+    """No launcher and no peer: a process group of two could not be made."""
+    path, variables = _copy_of_quickstart(tmp_path, SEVEN), os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
+    command = [sys.executable, str(path), "--out-dir", str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert lines[0] == "error: recipe 'quickstart' on 2 GPUs:"
+    assert all(line.startswith("  - ") for line in lines[1:]), result.stderr
+    for part in (
+        "model.num_kv_heads=2: LlamaConfig has no such field",
+        "num_params=2_361_024 but",
+        "model.max_position_embeddings=64",
+        "layouts[2]: tensor=5",
+        "optimizer.lr='4e-3'",
+        "steps=None",
+        "zero1_fp23.json",
+    ):
+        assert sum(part in line for line in lines[1:]) == 1, part
+    assert not (tmp_path / "run").exists()
+
+
+def _main(recipe, flags, world_size=1):
+    """(exit code, stdout, stderr) of `main(recipe)` with these flags, as rank 0 of `world_size` started by a launcher."""
+    return run_ranks(_call_main, 1, recipe, [str(flag) for flag in flags], world_size)[0]
+
+
+def _call_main(recipe, flags, world_size):
+    from recipes.common.train import main
+
+    os.environ["WORLD_SIZE"] = str(world_size)
+    sys.argv = ["recipe.py", *flags]
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(recipe)
+        except SystemExit as leaving:
+            code = leaving.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_a_fresh_start_over_checkpoints_and_a_resume_without_one(data, tmp_path):
+    recipe, out_dir = tiny_recipe(data), tmp_path / "run"
+    title = "error: recipe 'tiny' on 1 GPUs:\n  - "
+    nothing = f"--resume: --out-dir={out_dir} holds no checkpoint to go on from; correct --out-dir, or start without --resume\n"
+    assert _main(recipe, ["--out-dir", out_dir, "--resume"]) == (2, "", title + nothing)
+    for step in (3, 12):
+        (out_dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    over = (
+        f"--out-dir={out_dir} holds checkpoints of a run, the newest step_00000012; go on from it with --resume, or start afresh "
+        "in another --out-dir\n"
+    )
+    assert _main(recipe, ["--out-dir", out_dir]) == (2, "", title + over)
+    code, out, err = _main(recipe, ["--out-dir", out_dir, "--dry-run"])
+    assert (code, err) == (0, "")
+    assert out.startswith("tiny: 140,224 parameters")
+
+
+def test_one_rank_speaks_for_all(data, tmp_path):
+    """Flags and recipe are told in one error, and the other ranks leave with the same code in silence."""
+    recipe = tiny_recipe(data, steps=0)
+    results = run_ranks(_call_main, 2, recipe, ["--out-dir", str(tmp_path), "--resume"], 2)
+    assert [result[0] for result in results] == [2, 2]
+    assert [line[:8] for line in results[0][2].splitlines()[1:]] == ["  - --re", "  - step"]
+    assert results[1][1:] == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-steps", "0"], "--max-steps=0 must be at least 1"),
+        (["--world-size", "8"], "--world-size is for --dry-run"),
+        (["--lr", "1"], "unrecognized arguments: --lr 1"),
+    ],
+)
+def test_wrong_flags(data, flags, message):
+    code, out, err = _main(tiny_recipe(data), flags)
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]

@@ -1,0 +1,66 @@
+"""Our AdamW is torch's, to bits that do not depend on where in a flat partition an element lies."""
+
+import pytest
+import torch
+
+from recipes.common.engine.optimizers import WholeUnitsAdamW, build_optimizer
+from recipes.common.recipe import SGD, AdamW
+from tools.common.forked_ranks import run_ranks
+
+RATES = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+LENGTH, STEPS = 1000, 4
+
+
+def trained(pieces, kind, **fields):
+    """The weights and moments after some steps, when the elements lie in `pieces` of these lengths."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(LENGTH, generator=generator)
+    parts = [torch.nn.Parameter(part.clone()) for part in weights.split(pieces)]
+    optimizer = kind(parts, **RATES, **fields)
+    for _ in range(STEPS):
+        for part, gradient in zip(parts, torch.randn(LENGTH, generator=generator).split(pieces), strict=True):
+            part.grad = gradient.clone()
+        optimizer.step()
+    states = [optimizer.state[part] for part in parts]
+    assert all(state["step"].item() == STEPS for state in states)
+    return [torch.cat(parts).detach(), *(torch.cat([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))]
+
+
+def compare():
+    whole = trained([LENGTH], WholeUnitsAdamW, fused=True)
+    plain = trained([LENGTH], torch.optim.AdamW)
+    cuts = [trained(pieces, WholeUnitsAdamW, fused=True) for pieces in ([16, 984], [1, 999], [333, 3, 664], [7] * 142 + [6])]
+    drift = max(((a - b).abs() / b.abs().clamp(min=1e-3)).max().item() for a, b in zip(whole, plain, strict=True))
+    return drift, [all(a.equal(b) for a, b in zip(whole, cut, strict=True)) for cut in cuts]
+
+
+def test_elements_are_updated_alike_wherever_they_lie():
+    drift, equal = run_ranks(compare, 1)[0]
+    assert drift < 1e-5
+    assert equal == [True] * 4
+
+
+def kinds():
+    found = []
+    for each in (AdamW(lr=1e-3), SGD(lr=1e-3)):
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(3))], "weight_decay": 0.0}]
+        found.append(type(build_optimizer(groups, each, torch.device("cpu"), offload=False)).__name__)
+    return found
+
+
+def test_the_recipes_optimizer_is_built():
+    assert run_ranks(kinds, 1)[0] == ["WholeUnitsAdamW", "SGD"]
+
+
+def without_gradient():
+    frozen, moving = torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(5))
+    moving.grad = torch.ones(5)
+    optimizer = WholeUnitsAdamW([frozen, moving], **RATES, fused=True)
+    optimizer.step()
+    return frozen.tolist(), moving.tolist(), len(optimizer.state)
+
+
+def test_what_has_no_gradient_stays():
+    frozen, moving, states = run_ranks(without_gradient, 1)[0]
+    assert frozen == [1.0] * 5 and states == 1
+    assert moving == pytest.approx([1.0 - 3e-3 * 0.1 - 3e-3] * 5)

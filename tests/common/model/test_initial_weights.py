@@ -1,0 +1,148 @@
+"""Initial weights: equal in every layout, drawn from the family's own distribution, a function of seed and name alone."""
+
+import itertools
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GlmMoeDsaConfig
+
+from recipes.common.model.initial_weights import build_empty, name_seed
+from recipes.common.model.sharding import Cut
+from tests.common.pipeline.test_stage import config_of, stages_of
+from tools.common.forked_ranks import run_ranks
+
+FAMILIES = ["llama", "qwen3", "gemma2", "olmo2", "phi3", "mixtral", "gpt2", "deepseek_v3"]
+
+
+def weights_of(config, seed=3):
+    """The whole model's initial weights, on the CPU in fp32."""
+    from recipes.common.parallel.grid import one_process
+    from recipes.common.pipeline.stage import build_stage
+
+    stage = build_stage(config, one_process(), seq_len=16, attention="eager", seed=seed)
+    return dict(stage.hf_named_parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layout_starts_from_the_same_weights(family, tied):
+    assert run_ranks(_layouts_that_differ, 1, config_of(family, tie_word_embeddings=tied)) == [[]]
+
+
+def _layouts_that_differ(config):
+    whole, failed = weights_of(config), []
+    for pipeline, tensor in itertools.product((1, 2, 4), (1, 2, 4)):
+        for tensor_rank in range(tensor):
+            for stage in stages_of(config, pipeline, tensor, tensor_rank):
+                for name, shard in stage.hf_named_parameters():
+                    cut = stage.split.cuts.get(name) if tensor > 1 else None
+                    wanted = whole[name] if cut is None else cut.take(whole[name], tensor_rank, tensor)
+                    if not shard.equal(wanted):
+                        failed.append((pipeline, tensor, tensor_rank, name))
+    return failed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_distribution_is_the_familys_own(family):
+    """Mean and standard deviation of each parameter against what transformers draws, within 6 standard errors.
+
+    GPT-2 draws its c_proj narrower by the square root of twice its depth; norms are ones or zeros.
+    """
+    statistics = run_ranks(_statistics, 1, config_of(family))[0]
+    for name, (count, (mean, std, least), (their_mean, their_std, their_least)) in statistics.items():
+        if their_std == 0.0:  # constants
+            assert (mean, std, least) == (their_mean, 0.0, their_least), name
+            continue
+        assert std == pytest.approx(their_std, rel=6 / count**0.5), name
+        assert mean == pytest.approx(their_mean, abs=6 * 2**0.5 * their_std / count**0.5), name
+
+
+def _statistics(config):
+    torch.manual_seed(11)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    ours = weights_of(config)
+
+    def numbers(p):
+        p = p.detach().double()
+        return p.mean().item(), p.std(unbiased=False).item(), p.min().item()
+
+    return {name: (p.numel(), numbers(ours[name]), numbers(p)) for name, p in plain.named_parameters()}
+
+
+def test_gpt2_output_projections_are_narrower():
+    """The one above would hold if transformers forgot it as well."""
+    statistics = run_ranks(_statistics, 1, config_of("gpt2"))[0]
+    std = {name.rpartition(".h.0.")[2]: ours[1] for name, (_, ours, _) in statistics.items() if ".h.0." in name}
+    for name in ("attn.c_proj.weight", "mlp.c_proj.weight"):
+        assert std[name] == pytest.approx(0.02 / (2 * 4) ** 0.5, rel=0.06)
+    assert std["attn.c_attn.weight"] == pytest.approx(0.02, rel=0.06)
+
+
+def test_a_seed_is_the_weights():
+    same, other, shared = run_ranks(_seeds, 1)[0]
+    assert same == []  # differ between two draws with one seed
+    assert other == []  # drawn at random, but equal under another seed
+    assert shared == []  # two layers with the same weights
+
+
+def _seeds():
+    first, again, other = (weights_of(config_of("llama"), seed) for seed in (3, 3, 4))
+    drawn = [name for name, p in first.items() if p.std() > 0]
+    layers = [first[f"model.layers.{i}.self_attn.q_proj.weight"] for i in range(4)]
+    return (
+        [name for name in first if not first[name].equal(again[name])],
+        [name for name in drawn if first[name].equal(other[name])],
+        [pair for pair in itertools.combinations(range(4), 2) if layers[pair[0]].equal(layers[pair[1]])],
+    )
+
+
+def test_the_global_generator_is_left_alone():
+    assert run_ranks(_generator, 1) == [True]
+
+
+def _generator():
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    weights_of(config_of("llama"))
+    return torch.random.get_rng_state().equal(before)
+
+
+def test_name_seed_is_the_same_everywhere():
+    """Written down: another value would be another initialisation for every run there is."""
+    assert name_seed(1234, "model.layers.0.mlp") == 6_172_843_833_792_371_523
+    assert 0 <= name_seed(0, "") < 2**63
+
+
+def test_an_empty_model_takes_no_memory():
+    """A layer of this one holds 38 GB of experts: not even for a moment, nor untouched, may they be allocated."""
+    assert run_ranks(_empty, 1) == [True]
+
+
+def _empty():
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (4 << 30), resource.RLIM_INFINITY))
+    causal = build_empty(GlmMoeDsaConfig(), "eager")
+    return all(p.device.type == "meta" for p in causal.parameters())
+
+
+def test_buffers_hold_their_values():
+    """Rotary frequencies are computed by the constructor; on the meta device they would be lost."""
+    assert run_ranks(_buffers, 1) == [(True, True)]
+
+
+def _buffers():
+    config = config_of("llama")
+    ours = dict(build_empty(config, "eager").named_buffers())
+    theirs = dict(AutoModelForCausalLM.from_config(config).named_buffers())
+    return ours.keys() == theirs.keys(), all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_padding_is_zero():
+    assert run_ranks(_padding, 1) == [True]
+
+
+def _padding():
+    whole = weights_of(config_of("llama"))["lm_head.weight"]  # 131 rows: the last of 4 ranks has 32 of 33
+    return Cut(0).take(whole, 3, 4)[32:].eq(0).all().item()

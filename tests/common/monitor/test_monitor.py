@@ -1,0 +1,152 @@
+"""Whole runs with the monitor: on or off the weights are the same bits; what it says is in the run's files, resumes included."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from recipes.common import train as train_module
+from recipes.common.monitor.parameter_stats import STATS
+from recipes.common.recipe import AdamW, Checkpoints, Evaluation, Monitor
+from recipes.common.run_dir.metrics import read_metrics
+from recipes.common.run_dir.tensor_stats import read_stats
+from tests.common.checkpoint.test_resume import run
+from tests.support.tiny import tiny_recipe, write_shards
+from tools.common.forked_ranks import RankError
+
+STEPS = 6
+OFF = Monitor(every_steps=0, activations_every_steps=0, drift_every_steps=0)
+ON = Monitor(activations_every_steps=2, drift_every_steps=2)
+FIELDS = ("weight_norm", "update_norm", "update_ratio", "max_logit", "log_z", "loss_max", "loss_max_rank")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "data"
+    write_shards(folder)
+    return folder
+
+
+def recipe_on(folder, monitor, **fields):
+    values = {"steps": STEPS, "evaluation": Evaluation(), "checkpoints": Checkpoints(every_steps=3)}
+    return tiny_recipe(folder, monitor=monitor, **(values | fields))
+
+
+def saved(out_dir):
+    """Every byte of the last checkpoint's tensors."""
+    folder = (out_dir / "checkpoints" / "latest").resolve()
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize(("ranks", "config"), [(8, "zero1_bf16.json"), (1, "zero3_fp32.json")])
+def test_weights_and_optimizer_are_the_same_bits_with_the_monitor_on_and_off(folder, tmp_path, ranks, config):
+    watched = run(recipe_on(folder, ON, deepspeed=config), ranks, tmp_path / "on")
+    alone = run(recipe_on(folder, OFF, deepspeed=config), ranks, tmp_path / "off")
+    assert len(saved(tmp_path / "on")) > 0
+    assert saved(tmp_path / "on") == saved(tmp_path / "off")
+    assert [watched[step]["loss"] for step in watched] == [alone[step]["loss"] for step in alone]
+    assert not (tmp_path / "off" / "tensor_stats").exists()
+    for record in watched.values():
+        assert all(np.isfinite(record[field]) for field in FIELDS)
+    stats = read_stats(tmp_path / "on", 1, STEPS)
+    assert stats.steps.tolist() == [1, 2, 3, 4, 5, 6]
+    assert stats.activation_steps.tolist() == [2, 4, 6]
+    assert stats.layers == (0, 1, 2, 3)
+    assert set(stats.values) == set(STATS)
+    whole = np.sqrt((stats.values["grad_norm"].astype(float) ** 2).sum(axis=1))
+    assert whole == pytest.approx([record["grad_norm"] for record in watched.values()], rel=1e-5)
+    assert (stats.activations["activation_rms"] > 0).all()
+
+
+def test_a_resumed_run_writes_its_statistics_over_those_it_repeats(folder, tmp_path):
+    whole = tmp_path / "whole"
+    run(recipe_on(folder, ON), 2, whole)
+    again = tmp_path / "again"
+    run(recipe_on(folder, ON, checkpoints=Checkpoints(every_steps=3)), 2, again, max_steps=5)
+    latest = again / "checkpoints" / "latest"
+    latest.unlink()  # as if the run had died before its last save
+    latest.symlink_to("step_00000003")
+    shutil.rmtree(again / "checkpoints" / "step_00000005")
+    run(recipe_on(folder, ON), 2, again, resume=True)
+    wanted, got = read_stats(whole, 1, STEPS), read_stats(again, 1, STEPS)
+    assert got.steps.tolist() == wanted.steps.tolist()
+    for stat in STATS:
+        assert np.array_equal(got.values[stat], wanted.values[stat], equal_nan=True), stat
+    assert np.array_equal(got.activations["activation_rms"], wanted.activations["activation_rms"])
+
+
+def poisoned(monkeypatch, bad_calls):
+    """Layer 1's MLP gives a NaN on rank 1 in these calls of it; ranks are forked from here, and so see it."""
+    build = train_module.build
+
+    def build_with_fault(*args):
+        grid, trainer = build(*args)
+        calls = iter(range(10**6))
+
+        def fault(module, inputs, output):
+            return output * torch.nan if next(calls) in bad_calls else None
+
+        if grid.data_rank == 1:
+            trainer.stage.causal.model.layers[1].mlp.register_forward_hook(fault)
+        return grid, trainer
+
+    monkeypatch.setattr(train_module, "build", build_with_fault)
+
+
+def test_a_nan_is_skipped_counted_and_told(folder, tmp_path, monkeypatch, capfd):
+    """Two micro batches a step and rank: the second of step 3 goes wrong (call 5), and again when it is looked into (call 7)."""
+    poisoned(monkeypatch, {5, 7})
+    recipe = recipe_on(folder, ON, layouts={2: tiny_recipe(folder).layouts[1]})
+    records = run(recipe, 2, tmp_path)
+    assert [record.get("skipped_steps", 0) for record in records.values()] == [0, 0, 1, 1, 1, 1]
+    reason = records[3]["skip_reason"]
+    assert "NaN" in reason and "output of model.layers.1.mlp," in reason and "data rank 1" in reason
+    assert "micro batch 1 (sequences 3 to 3 of the step); in 1 of 4 micro batches" in reason
+    assert f"step 3 skipped: {reason}" in capfd.readouterr().err
+    assert ["skip_reason" in record for record in records.values()] == [step == 3 for step in records]
+    stats = read_stats(tmp_path, 1, STEPS)
+    assert stats.steps.tolist() == [1, 2, 3, 4, 5, 6]
+    counts = dict(zip(stats.names, stats.values["nonfinite"][2], strict=True))
+    assert counts["model.layers.1.mlp.down_proj.weight"] == 64 * 96
+    assert np.isnan(stats.values["weight_norm"][2]).all()
+    assert stats.values["nonfinite"][[0, 1, 3, 4, 5]].sum() == 0
+
+
+def test_as_many_in_a_row_as_the_recipe_says_end_the_run(folder, tmp_path, monkeypatch):
+    poisoned(monkeypatch, set(range(4, 1000)))
+    recipe = recipe_on(folder, Monitor(max_nonfinite_steps=2), layouts={2: tiny_recipe(folder).layouts[1]})
+    with pytest.raises(RankError, match=r"TrainingError: step 4: 2 steps in a row were not finite: NaN .* model.layers.1.mlp"):
+        run(recipe, 2, tmp_path)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def twenty_times(optimizer, args, options):
+    """What norms and biases are given to learn from."""
+    for group in optimizer.param_groups:
+        for flat in group["params"] if not group["weight_decay"] else ():
+            flat.grad.mul_(20)
+
+
+@pytest.mark.parametrize("choice", ["stop", "log"])
+def test_drift_stops_the_run_or_is_logged_as_the_recipe_says(folder, tmp_path, monkeypatch, capfd, choice):
+    build = train_module.build
+
+    def build_with_fault(*args):
+        grid, trainer = build(*args)
+        if grid.tensor_rank == 1:
+            trainer.optimizer.register_step_pre_hook(twenty_times)
+        return grid, trainer
+
+    monkeypatch.setattr(train_module, "build", build_with_fault)
+    monitor = Monitor(drift_every_steps=2, on_drift=choice)
+    recipe = recipe_on(folder, monitor, layouts={4: tiny_recipe(folder).layouts[4]}, optimizer=AdamW(lr=1e-3, clip=0.5))
+    told = "step 2: copies .*model.layers.0.input_layernorm.weight differs across tensor ranks"
+    if choice == "stop":
+        with pytest.raises(RankError, match=f"TrainingError: {told}"):
+            run(recipe, 4, tmp_path)
+        return
+    assert len(run(recipe, 4, tmp_path)) == STEPS
+    err = capfd.readouterr().err
+    assert "step 2: copies differ: model.layers.0.input_layernorm.weight differs across tensor ranks" in err
+    assert err.count("copies differ") == 1  # the same ones, at every check

@@ -1,0 +1,140 @@
+"""The loss on a cut vocabulary, chunk by chunk, against torch's cross-entropy over full logits: values and gradients."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from recipes.common.engine.startup import start_distributed
+from recipes.common.model.sharding import Cut
+from recipes.common.parallel.cross_entropy import IGNORED, vocabulary_loss
+from tools.common.forked_ranks import run_ranks
+
+SEQS, SEQ_LEN, WIDTH = 3, 7, 8
+CASES = list(itertools.product((1, 4, 21, 1000), (0.0, 1e-2), ("plain", "soft-cap", "bias")))  # chunk, z-loss, logits
+
+
+def _logits(kind, hidden, weight, bias):
+    logits = hidden @ weight.t() + (bias if kind == "bias" else 0.0)
+    return 5 * torch.tanh(logits / 5) if kind == "soft-cap" else logits
+
+
+def _compare(vocab, ignored):
+    """Largest differences from the oracle, for every case: {case: {what: difference}}."""
+    start_distributed("cpu")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group = dist.new_group(list(range(size))) if size > 1 else None
+    generator = torch.Generator().manual_seed(vocab)
+    hidden = torch.randn(SEQS, SEQ_LEN, WIDTH, generator=generator)
+    weight, bias = torch.randn(vocab, WIDTH, generator=generator), torch.randn(vocab, generator=generator)
+    targets = torch.randint(0, vocab, (SEQS, SEQ_LEN), generator=generator)
+    targets[0, :ignored] = IGNORED
+    cut = Cut(0)
+    return {case: _differences(case, hidden, weight, bias, targets, cut, rank, size, group) for case in CASES}
+
+
+def _differences(case, hidden, weight, bias, targets, cut, rank, size, group):
+    chunk_tokens, z_loss, kind = case
+    vocab = len(weight)
+    mine = [cut.take(whole, rank, size).requires_grad_() for whole in (weight, bias)]
+    received = hidden.clone().requires_grad_()
+    total, (cross_entropy, log_z_squared, log_z), largest = vocabulary_loss(
+        lambda x: _logits(kind, x, *mine),
+        received,
+        targets,
+        mine if kind == "bias" else mine[:1],
+        vocab_size=vocab,
+        first_row=rank * len(mine[0]),
+        group=group,
+        chunk_tokens=chunk_tokens,
+        z_loss=z_loss,
+    )
+    (total * 0.5).backward()
+    plain = [whole.clone().requires_grad_() for whole in (hidden, weight, bias)]
+    logits = _logits(kind, *plain).flatten(0, 1)
+    wanted = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    scored = targets.flatten() != IGNORED
+    squares = (logits.logsumexp(-1).square() * scored).sum()
+    ((wanted + z_loss * squares) * 0.5).backward()
+    pairs = {
+        "cross-entropy": (cross_entropy, wanted),
+        "log(Z)^2": (log_z_squared, squares),
+        "log(Z)": (log_z, (logits.logsumexp(-1) * scored).sum()),
+        "largest logit": (largest, logits[scored].max()),
+        "total": (total, wanted + z_loss * squares),
+        "gradient of hidden": (received.grad, plain[0].grad),
+        "gradient of the head": (mine[0].grad, cut.take(plain[1].grad, rank, size)),  # zero in the padding
+    }
+    if kind == "bias":
+        pairs["gradient of the bias"] = (mine[1].grad, cut.take(plain[2].grad, rank, size))
+    return {name: ((a - b).abs().max() / b.abs().max().clamp(min=1.0)).item() for name, (a, b) in pairs.items()}
+
+
+# over 3 ranks, 4 tokens are 2, 2 and none: a rank that holds padding only
+@pytest.mark.parametrize(("size", "vocab"), [(1, 131), (2, 131), (3, 131), (2, 130), (3, 4)])
+@pytest.mark.parametrize("ignored", [0, 5])
+def test_equals_cross_entropy_over_full_logits(size, vocab, ignored):
+    for rank, found in enumerate(run_ranks(_compare, size, vocab, ignored)):
+        for case, differences in found.items():
+            worst = max(differences, key=differences.get)
+            assert differences[worst] <= 2e-6, (rank, case, worst, differences[worst])
+
+
+def test_nothing_to_score():
+    """All targets ignored: zero, with a gradient of zeros rather than NaN."""
+    assert run_ranks(_ignored, 1) == [(0.0, 0.0, 0.0)]
+
+
+def _ignored():
+    hidden = torch.randn(1, 4, WIDTH, requires_grad=True)
+    weight = torch.randn(11, WIDTH, requires_grad=True)
+    total, *_ = _loss(hidden, weight, torch.full((1, 4), IGNORED))
+    total.backward()
+    return total.item(), hidden.grad.abs().max().item(), weight.grad.abs().max().item()
+
+
+def _loss(hidden, weight, targets, chunk_tokens=3):
+    options = {"vocab_size": len(weight), "first_row": 0, "group": None, "chunk_tokens": chunk_tokens, "z_loss": 1e-3}
+    return vocabulary_loss(lambda x: x @ weight.t(), hidden, targets, [weight], **options)
+
+
+def test_large_logits_neither_overflow_nor_vanish():
+    assert run_ranks(_large, 1) == [True]
+
+
+def _large():
+    hidden, targets = torch.eye(4).view(1, 4, 4) * 1e4, torch.tensor([[0, 1, 2, 0]])
+    _, (cross_entropy, *_), _ = _loss(hidden.requires_grad_(), torch.eye(4).requires_grad_(), targets)
+    return cross_entropy.item() == pytest.approx(1e4)  # three right with certainty, one wrong by 1e4
+
+
+def test_without_gradients_nothing_is_kept():
+    assert run_ranks(_evaluation, 1) == [(True, False)]
+
+
+def _evaluation():
+    hidden, weight = torch.randn(2, 3, WIDTH), torch.randn(11, WIDTH, requires_grad=True)
+    targets = torch.randint(0, 11, (2, 3))
+    _, (learning, *_), _ = _loss(hidden.clone().requires_grad_(), weight, targets)
+    with torch.no_grad():
+        total, (cross_entropy, *_), _ = _loss(hidden, weight, targets)
+    return cross_entropy.equal(learning), total.requires_grad
+
+
+def test_full_logits_never_exist():
+    """The largest logits that the head is asked for are those of one chunk."""
+    assert run_ranks(_widths, 1) == [[3, 3, 3, 3, 2]]
+
+
+def _widths():
+    weight, seen = torch.randn(11, WIDTH, requires_grad=True), []
+
+    def logits_of(x):
+        seen.append(x.shape[1])
+        return x @ weight.t()
+
+    options = {"vocab_size": 11, "first_row": 0, "group": None, "chunk_tokens": 3, "z_loss": 0.0}
+    vocabulary_loss(logits_of, torch.randn(2, 7, WIDTH), torch.zeros(2, 7, dtype=torch.long), [weight], **options)
+    return seen

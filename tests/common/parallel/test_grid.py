@@ -1,0 +1,96 @@
+"""Ranks lie where DeepSpeed's own topology puts them, and every process group holds the ranks that it names."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+from recipes.common.config.placement import coordinates
+from recipes.common.engine.startup import start_distributed
+from recipes.common.parallel.grid import Mpu, build_grid, one_process
+from recipes.common.recipe import Layout
+from tools.common.forked_ranks import run_ranks
+
+SHAPES = list(itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 4), (1, 2, 5, 8)))  # pipeline, tensor, data
+
+
+@pytest.mark.parametrize(("pipeline", "tensor", "data"), SHAPES)
+def test_coordinates_are_deepspeeds(pipeline, tensor, data):
+    topology = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
+    for rank in range(pipeline * tensor * data):
+        place, theirs = (
+            coordinates(rank, pipeline * tensor * data, Layout(pipeline=pipeline, tensor=tensor)),
+            topology.get_coord(rank),
+        )
+        assert (place.pipeline_rank, place.tensor_rank, place.data_rank) == (theirs.pipe, theirs.model, theirs.data)
+        assert (place.pipeline, place.tensor, place.data) == (pipeline, tensor, data)
+        assert place.is_first_stage == (theirs.pipe == 0)
+        assert place.is_last_stage == (theirs.pipe == pipeline - 1)
+
+
+def test_one_process_is_everything():
+    grid = one_process()
+    assert grid.is_first_stage and grid.is_last_stage
+    assert [value for name, value in vars(grid).items() if name.endswith("_group")] == [None] * 8
+
+
+@pytest.mark.parametrize(("pipeline", "tensor", "data"), [(2, 2, 2), (1, 4, 2), (3, 1, 2), (4, 2, 1), (1, 1, 2)])
+def test_groups_are_deepspeeds(pipeline, tensor, data):
+    topology = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
+    ranks = run_ranks(_groups, pipeline * tensor * data, Layout(pipeline=pipeline, tensor=tensor))
+    axes = {"tensor_group": "model", "data_group": "data", "pipeline_group": "pipe"}
+    for rank, groups in enumerate(ranks):
+        for name, axis in axes.items():
+            row = next((row for row in topology.get_axis_comm_lists(axis) if rank in row), [rank])
+            assert groups[name] == (row if len(row) > 1 else None), (rank, name)
+        replica = sorted(topology.filter_match(data=topology.get_coord(rank).data))
+        assert groups["model_group"] == (replica if len(replica) > 1 else None)
+        pipe = groups["pipeline_group"]
+        ends = [pipe[0], pipe[-1]] if pipe else []
+        assert groups["tie_group"] == (ends if rank in ends else None)
+        assert groups["kv_group"] is groups["down_group"] is groups["up_group"] is None
+
+
+def test_a_folded_pipeline_ends_where_it_begins():
+    """One rank has embedding and head; what goes to later ranks and what goes to earlier ones have groups of their own."""
+    layout = Layout(pipeline=3, schedule="zero_bubble_v")
+    for rank in range(3):
+        place = coordinates(rank, 3, layout)
+        assert (place.is_first_stage, place.is_last_stage) == (rank == 0, rank == 0)
+    for groups in run_ranks(_groups, 3, layout):
+        assert groups["tie_group"] is None
+        assert groups["pipeline_group"] == groups["down_group"] == groups["up_group"] == [0, 1, 2]
+
+
+def _groups(layout):
+    grid = build_grid(layout, start_distributed("cpu"))
+    dist.barrier()  # a rank that leaves while others still meet would take the meeting place with it
+    return {name: group and dist.get_process_group_ranks(group) for name, group in vars(grid).items() if name.endswith("_group")}
+
+
+def test_neighbours_share_a_key_value_head():
+    ranks = run_ranks(_kv_groups, 8)
+    assert ranks == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5], [6, 7], [6, 7]]
+
+
+def _kv_groups():
+    grid = build_grid(Layout(tensor=4), start_distributed("cpu"), kv_share=2)
+    dist.barrier()
+    return dist.get_process_group_ranks(grid.kv_group)
+
+
+def test_deepspeed_sees_the_same_groups_without_a_pipeline():
+    ranks = run_ranks(_mpu, 4)
+    assert ranks == [((rank % 2, 2), (rank // 2, 2), 1.0 + 4 * (rank // 2), 2.0 + 2 * (rank % 2)) for rank in range(4)]
+
+
+def _mpu():
+    """((tensor rank, size), (data rank, size), and the sums of ranks over both groups)."""
+    mpu = Mpu(build_grid(Layout(tensor=2), start_distributed("cpu")))
+    sums = [torch.tensor(float(dist.get_rank())) for _ in range(2)]
+    dist.all_reduce(sums[0], group=mpu.get_model_parallel_group())
+    dist.all_reduce(sums[1], group=mpu.get_data_parallel_group())
+    tensor = (mpu.get_tensor_model_parallel_rank(), mpu.get_model_parallel_world_size())
+    return tensor, (mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()), sums[0].item(), sums[1].item()

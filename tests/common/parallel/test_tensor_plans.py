@@ -1,0 +1,159 @@
+"""Plans: every entry that ships is about a real family, and what cannot be cut is refused by name, never cut wrongly."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from recipes.common.model import decoder as plans
+from recipes.common.model.decoder import PlanError, find_stack
+from recipes.common.model.initial_weights import build_empty
+from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.parallel.tensor_plans import tensor_plan
+from tests.support.tiny import tiny_config
+from tools.common.forked_ranks import run_ranks
+
+OURS = sorted({*plans.BUILT_IN_TENSOR, *plans.ADDED_TENSOR})
+NAMED = sorted({*OURS, *plans.REFUSED_TENSOR, *plans.BUILT_IN_DIVIDE, *plans.BUILT_IN_STACK, *plans.TUPLE_LAYERS})
+
+
+def config_of(family):
+    """Small, where the family's own widths allow it."""
+    try:
+        return tiny_config(family)
+    except Exception:  # a family whose widths depend on each other
+        return AutoConfig.for_model(family)
+
+
+def _plan(family, changes):
+    """(the plan or the refusal, names of modules and parameters). changes: {table of plans.py: entry of this family}."""
+    for table, entry in changes.items():
+        getattr(plans, table)[family] = entry
+    causal = build_empty(config_of(family), "eager")
+    names = {name for name, _ in causal.named_modules()} | {name for name, _ in causal.named_parameters()}
+    try:
+        return tensor_plan(causal, find_stack(causal)), names
+    except PlanError as error:
+        return str(error), names
+
+
+def plan_of(family, **changes):
+    return run_ranks(_plan, 1, family, changes)[0]
+
+
+@pytest.mark.parametrize("family", NAMED)
+def test_a_family_that_is_named_exists(family):
+    assert family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_every_entry_of_ours_matches(family):
+    plan, names = plan_of(family)
+    assert isinstance(plan, dict), plan
+    assert set(plan) <= names
+    for pattern, style in (plans.BUILT_IN_TENSOR.get(family) or plans.ADDED_TENSOR[family]).items():
+        rule = re.compile(r"\w+\." + re.escape(pattern).replace(r"\*", r"\d+"))
+        matched = [name for name in plan if rule.fullmatch(name)]
+        assert len(matched) == config_of(family).num_hidden_layers, pattern
+        assert {plan[name] for name in matched} == {style}
+
+
+@pytest.mark.parametrize("family", sorted(plans.BUILT_IN_TENSOR))
+def test_a_plan_of_ours_is_for_a_family_that_transformers_gives_none(family):
+    assert not getattr(type(AutoConfig.for_model(family)), "base_model_tp_plan", None)
+
+
+@pytest.mark.parametrize("family", sorted(plans.BUILT_IN_DIVIDE))
+def test_divided_attributes_exist(family):
+    assert run_ranks(_divided, 1, family) == [True]
+
+
+def _divided(family):
+    causal = build_empty(config_of(family), "eager")
+    found = plans.divided_attributes(causal, find_stack(causal))
+    modules = dict(causal.named_modules())
+    whole = all(isinstance(getattr(modules[name], attribute), int) for name, names in found.items() for attribute in names)
+    return whole and len(found) == causal.config.num_hidden_layers * len(plans.BUILT_IN_DIVIDE[family])
+
+
+@pytest.mark.parametrize("family", sorted(plans.REFUSED_TENSOR))
+def test_a_refused_family_says_why(family):
+    refusal, _ = plan_of(family)
+    assert refusal == f"model_type={family} cannot be cut by tensors: {plans.REFUSED_TENSOR[family]}"
+
+
+@pytest.mark.parametrize("family", ["gptj", "opt", "bloom"])
+def test_a_family_without_a_plan_is_refused_at_tensor_over_one(family):
+    alone, cut = run_ranks(_splits, 1, family)[0]
+    assert alone == "accepted"
+    assert cut == f"model_type={family} has no tensor plan, in transformers or in recipes/common/model/decoder.py"
+
+
+def _splits(family):
+    causal, told = build_empty(config_of(family), "eager"), []
+    for size in (1, 2):
+        try:
+            plan_split(causal, find_stack(causal), size)
+            told.append("accepted")
+        except PlanError as error:
+            told.append(str(error))
+    return told
+
+
+def test_an_unknown_style_is_refused():
+    refusal, _ = plan_of("gpt2", BUILT_IN_TENSOR={"h.*.mlp.c_fc": "colwise", "h.*.mlp.c_proj": "diagonal"})
+    assert refusal == "model_type=gpt2: its tensor plan uses styles ['diagonal'], which Trifold does not know"
+
+
+@pytest.mark.parametrize(("family", "table"), [("gpt2", "BUILT_IN_TENSOR"), ("llama", "ADDED_TENSOR")])
+def test_an_entry_of_ours_that_matches_nothing_is_refused(family, table):
+    layers = "h" if family == "gpt2" else "layers"
+    refusal, _ = plan_of(family, **{table: {f"{layers}.*.mlp.up_porj": "colwise"}})
+    assert refusal == f"model_type={family}: the plan entry '{layers}.*.mlp.up_porj' matches nothing in this model"
+
+
+STACKS = {
+    "llama": ("model.layers", ("model.embed_tokens",), ("model.norm",), "model.embed_tokens", "lm_head"),
+    "gpt2": ("transformer.h", ("transformer.wte", "transformer.wpe"), ("transformer.ln_f",), "transformer.wte", "lm_head"),
+    "gpt_neox": ("gpt_neox.layers", ("gpt_neox.embed_in",), ("gpt_neox.final_layer_norm",), "gpt_neox.embed_in", "lm_head"),
+    "bloom": (
+        "transformer.h",
+        ("transformer.word_embeddings", "transformer.word_embeddings_layernorm"),
+        ("transformer.ln_f",),
+        "transformer.word_embeddings",
+        "lm_head",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", STACKS)
+def test_where_the_parts_of_a_decoder_are(family):
+    stack = run_ranks(_stack, 1, family)[0]
+    found = (stack["layers"], stack["before"], stack["after"], stack["embedding"], stack["head"])
+    layers, before, after, embedding, head = STACKS[family]
+    # dropouts that a plan names beside the embedding may be there too
+    assert (found[0], found[2], found[3], found[4]) == (layers, after, embedding, head)
+    assert set(before) <= set(found[1])
+
+
+def _stack(family):
+    return vars(find_stack(build_empty(config_of(family), "eager")))
+
+
+def test_a_model_with_two_stacks_is_refused():
+    message = run_ranks(_two_stacks, 1)[0]
+    assert message == "model_type=llama: expected one list of 4 layers, found ['left', 'right']"
+
+
+def _two_stacks():
+    causal = build_empty(tiny_config("llama"), "eager")
+    base = causal.model
+    base.left, base.right = base.layers, nn.ModuleList([nn.Linear(2, 2, device=torch.device("meta")) for _ in range(4)])
+    del base.layers
+    try:
+        find_stack(causal)
+    except PlanError as error:
+        return str(error)

@@ -1,0 +1,164 @@
+"""The zero-bubble schedules train what 1F1B trains, to the last bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from recipes.common.model.linears import WeightQueue, postpone, take_over
+from recipes.common.recipe import SCHEDULES, AdamW, Batch, Evaluation, Layout
+from recipes.common.run_dir.metrics import read_metrics
+from tests.common.engine.test_fp16 import allow_fp16, fp16_config
+from tests.support.small_runs import train_run
+from tests.support.tiny import ds_config, tiny_config, tiny_recipe, write_shards
+from tools.common.forked_ranks import run_ranks
+from tools.common.parity import Trial, batches, build_trainer, train_in_layout
+
+ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)
+FILLED = ("zero_bubble", "zero_bubble_v")
+
+
+def trial_of(pipeline, tensor=1, data=1, *, family="llama", precision="fp32", recompute_every=0, tied=False, **fields):
+    config = fp16_config(initial_scale_power=12) if precision == "fp16" else ds_config(f"zero1_{precision}.json")
+    return Trial(
+        model=tiny_config(family, num_hidden_layers=8, tie_word_embeddings=tied),
+        layout=Layout(pipeline=pipeline, tensor=tensor, recompute_every=recompute_every),
+        world_size=pipeline * tensor * data,
+        optimizer=ADAMW,
+        deepspeed=config,
+        steps=2,
+        **{"global_seqs": 6 * data} | fields,
+    )
+
+
+def train(trial):
+    allow_fp16()
+    return train_in_layout(trial)
+
+
+def weights_of(ranks):
+    """(Hugging Face name, tensor rank) -> shard, of all stages."""
+    return {(name, rank["place"][0]): shard for rank in ranks for name, shard in rank["shards"].items()}
+
+
+def assert_same_bits(trial, schedules=FILLED):
+    """Losses, norms, skipped steps and every weight after training are 1F1B's, whichever rank holds them."""
+    plain = run_ranks(train, trial.world_size, trial)
+    wanted = weights_of(plain)
+    for schedule in schedules:
+        filled = run_ranks(train, trial.world_size, replace(trial, layout=replace(trial.layout, schedule=schedule)))
+        found = weights_of(filled)
+        assert found.keys() == wanted.keys()
+        assert [key for key, shard in wanted.items() if not shard.equal(found[key])] == []
+        for what in ("losses", "norms", "skipped"):
+            assert [rank[what] for rank in filled] == [rank[what] for rank in plain], (schedule, what)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("pipeline", [2, 3, 4])
+def test_same_bits_at_every_depth(pipeline, precision):
+    assert_same_bits(trial_of(pipeline, precision=precision))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_same_bits_with_tensor_and_data_ranks_ties_and_recomputation(precision):
+    assert_same_bits(trial_of(2, 2, 2, precision=precision, tied=True, recompute_every=1))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "mixtral", "phi3"])
+def test_same_bits_in_other_families(family):
+    """Transposed weights with biases, per-head norms whose gradients are summed over tensor ranks, experts, packed linears."""
+    assert_same_bits(trial_of(2, 2, family=family, global_seqs=4, recompute_every=3))
+
+
+def test_same_bits_with_fewer_micro_batches_than_stages():
+    assert_same_bits(trial_of(4, global_seqs=2, tied=True))
+
+
+def test_same_bits_in_fp16():
+    assert_same_bits(trial_of(3, precision="fp16"))
+
+
+def test_torchs_own_products_wait_too():
+    """The bench's side with torch's linears is the same schedule."""
+    assert_same_bits(trial_of(2, global_seqs=4, torch_linears=True))
+
+
+def gradients_of_a_linear_used_twice():
+    """A norm-like bias, a transposed weight, a frozen one, and a shared weight."""
+    torch.manual_seed(0)
+    first, second, frozen = nn.Linear(5, 5), Conv1D(5, 5), nn.Linear(5, 5)
+    frozen.weight.requires_grad_(False)
+    block = nn.ModuleList([first, second, frozen])
+    queue = WeightQueue()
+
+    def gradients():
+        x = torch.arange(30.0).view(2, 3, 5).requires_grad_()
+        queue.begin()
+        first(frozen(second(first(x)))).square().sum().backward()
+        waiting = [first.weight.grad is None, second.weight.grad is None]
+        queue.make_up()
+        grads = [x.grad, *(p.grad for p in block.parameters() if p.requires_grad)]
+        block.zero_grad()
+        return grads, waiting
+
+    take_over(block)
+    plain, _ = gradients()
+    postpone(block, queue)
+    late, waiting = gradients()
+    return waiting, len(queue), [a.equal(b) for a, b in zip(plain, late, strict=True)]
+
+
+def test_weight_gradients_wait_and_are_the_same():
+    waiting, left, equal = run_ranks(gradients_of_a_linear_used_twice, 1)[0]
+    assert (waiting, left, equal) == ([True, True], 0, [True] * 6)
+
+
+@pytest.mark.parametrize("schedule", FILLED)
+def test_a_run_with_a_ramp_evaluation_and_a_resume_is_the_same(tmp_path, schedule):
+    write_shards(tmp_path / "data", tokens=4_000)
+    batch = Batch(seq_len=16, micro_seqs=1, global_seqs=6, ramp=((4, 2), (8, 4)))
+    recipe = tiny_recipe(tmp_path / "data", steps=4, batch=batch, evaluation=Evaluation(every_steps=2, seqs=5))
+    layout = Layout(pipeline=2)
+    filled = replace(layout, schedule=schedule)
+    train_run(recipe, tmp_path / "plain", layout, 2, steps=4)
+    train_run(recipe, tmp_path / "filled", filled, 2, steps=2)
+    train_run(recipe, tmp_path / "filled", filled, 2, resume=True, steps=4)
+    plain, late = (list(read_metrics(tmp_path / name)) for name in ("plain", "filled"))
+    for key in ("loss", "grad_norm", "val_loss", "consumed_seqs"):
+        values = [[record.get(key) for record in records] for records in (plain, late)]
+        assert values[0] == values[1], key
+        assert any(values[0])
+
+
+def test_a_run_whose_documents_are_kept_apart_is_the_same():
+    """Each chunk of a rank asks for the positions of its own micro batch."""
+    assert_same_bits(trial_of(2, document_end=5, attention="sdpa", micro_seqs=2, global_seqs=8))
+
+
+def evaluate(trial):
+    trainer = build_trainer(trial)
+    batch = list(batches(trial)[0].split(trial.micro_seqs))
+    rows = torch.ones(trial.micro_seqs, dtype=torch.bool)
+    before = trainer.evaluate([(tokens, rows) for tokens in batch[:3]], 3 * trial.micro_seqs * trial.seq_len)
+    trainer.train_step(batch, 1e-2, trial.global_seqs * trial.seq_len)
+    return before, trainer.evaluate([(batch[0], rows)], trial.micro_seqs * trial.seq_len)
+
+
+@pytest.mark.parametrize("pipeline", [2, 3])
+def test_evaluation_before_and_after_a_step_is_1f1bs(pipeline):
+    found = [
+        run_ranks(evaluate, pipeline, replace(trial_of(pipeline), layout=Layout(pipeline=pipeline, schedule=schedule)))
+        for schedule in SCHEDULES
+    ]
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) == 1 and found[0][0][0] != found[0][0][1]
+
+
+def test_sequences_shared_by_tensor_ranks_with_a_fold():
+    """Placeholders of the other chunk hand on the shape of whole sequences."""
+    trial = trial_of(2, 2, global_seqs=4, recompute_every=3)
+    trial = replace(trial, layout=replace(trial.layout, sequence_parallel=True))
+    assert_same_bits(trial)

@@ -1,0 +1,99 @@
+"""The cut into stages: what layers cost, and no cut that makes the dearest rank cheaper."""
+
+import itertools
+import random
+
+import pytest
+
+from recipes.common.model.decoder import find_stack
+from recipes.common.model.flops import layer_costs
+from recipes.common.model.initial_weights import build_empty
+from recipes.common.pipeline.partition import balance_stages, cut_chunks, fold_stages, pass_costs
+from recipes.common.pipeline.schedules import Costs
+from tests.support.tiny import tiny_config
+from tools.common.forked_ranks import run_ranks
+
+
+def dearest(layers, head, stages):
+    burdens = [0.0] * (len(stages) - 1) + [head]
+    return max(sum(layers[i] for i in own) + burden for own, burden in zip(stages, burdens, strict=True))
+
+
+def test_no_cut_is_better():
+    rng = random.Random(0)
+    for _ in range(200):
+        count = rng.randint(1, 8)
+        layers, head = [rng.choice((1.0, 2.0, 5.0, rng.random())) for _ in range(count)], rng.choice((0.0, 1.0, 4.0, 30.0))
+        for pipeline in range(1, count + 1):
+            stages = balance_stages(layers, head, pipeline)
+            assert len(stages) == pipeline
+            assert all(len(own) > 0 for own in stages)  # a stage without a layer would have nothing to hand on
+            assert [i for own in stages for i in own] == list(range(count))
+            cuts = itertools.combinations(range(1, count), pipeline - 1)
+            every = ([range(a, b) for a, b in itertools.pairwise((0, *cut, count))] for cut in cuts)
+            assert dearest(layers, head, stages) == pytest.approx(min(dearest(layers, head, option) for option in every))
+
+
+@pytest.mark.parametrize(
+    ("layers", "head", "pipeline", "lengths"),
+    [(5, 0.0, 2, [3, 2]), (4, 0.0, 4, [1, 1, 1, 1]), (4, 100.0, 2, [3, 1]), (16, 2.0, 3, [6, 6, 4]), (1, 3.0, 1, [1])],
+)
+def test_of_equal_layers_the_last_stage_has_fewer(layers, head, pipeline, lengths):
+    assert [len(own) for own in balance_stages([1.0] * layers, head, pipeline)] == lengths
+
+
+def test_costs_count_matrices_attention_and_the_experts_that_a_token_visits():
+    dense, mixture = run_ranks(_costs, 1)[0]
+    attention = 2 * 4 * 16 * 32 / 2
+    projections = 64 * 64 * 2 + 64 * 32 * 2
+    assert dense == ([projections + 3 * 64 * 96 + attention] * 4, 64 * 131)
+    assert mixture == ([projections + 4 * 64 + 2 * 3 * 64 * 96 + attention] * 4, 64 * 131)  # router, 2 of 4 experts
+
+
+def _costs():
+    found = []
+    for family in ("llama", "mixtral"):
+        causal = build_empty(tiny_config(family), "eager")
+        found.append(layer_costs(causal, find_stack(causal), seq_len=32))
+    return found
+
+
+def dearest_fold(layers, head, chunks):
+    runs = [sum(layers[i] for i in chunk) for chunk in chunks]
+    runs[-1] += head
+    return max(first + last for first, last in zip(runs, runs[::-1], strict=True))
+
+
+def test_no_fold_is_better():
+    rng = random.Random(1)
+    for _ in range(150):
+        count = rng.randint(2, 9)
+        layers, head = [rng.choice((1.0, 2.0, rng.random() + 0.5)) for _ in range(count)], rng.choice((0.0, 1.0, 4.0, 30.0))
+        for pipeline in range(1, count // 2 + 1):
+            chunks = fold_stages(layers, head, pipeline)
+            assert len(chunks) == 2 * pipeline and all(len(own) > 0 for own in chunks)
+            assert [i for own in chunks for i in own] == list(range(count))
+            cuts = itertools.combinations(range(1, count), 2 * pipeline - 1)
+            every = ([range(a, b) for a, b in itertools.pairwise((0, *cut, count))] for cut in cuts)
+            best = min(dearest_fold(layers, head, option) for option in every)
+            assert dearest_fold(layers, head, chunks) == pytest.approx(best)
+
+
+@pytest.mark.parametrize(
+    ("layers", "head", "pipeline", "lengths"),
+    [(8, 0.0, 2, [2, 2, 2, 2]), (8, 2.0, 2, [2, 2, 3, 1]), (4, 9.0, 2, [1, 1, 1, 1]), (80, 0.0, 8, [5] * 16)],
+)
+def test_a_rank_of_a_fold_has_two_runs_as_equal_as_can_be(layers, head, pipeline, lengths):
+    assert [len(own) for own in fold_stages([1.0] * layers, head, pipeline)] == lengths
+
+
+def test_a_stated_cut_is_taken():
+    assert cut_chunks([1.0] * 4, 9.0, 2, "1f1b", (1, 3)) == [range(0, 1), range(1, 4)]
+    assert cut_chunks([1.0] * 4, 9.0, 2, "1f1b") == [range(0, 3), range(3, 4)]
+
+
+def test_a_pass_costs_what_it_computes():
+    """The head's gradients come with the loss; scores have no weights; what is recomputed runs again for the input's gradient."""
+    chunks = [range(0, 2), range(2, 3)]
+    found = pass_costs([10.0] * 3, 1.0, 5.0, chunks, recompute_every=2)
+    assert found == (Costs(20.0, 20.0 + 2.0 + 10.0, 18.0), Costs(10.0 + 15.0, 10.0 + 1.0 + 10.0, 9.0))

@@ -1,0 +1,87 @@
+"""Stages: nothing lost or doubled, Hugging Face names, and the whole's own numbers."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+from recipes.common.checks.tiny_model import shrink
+from recipes.common.config.placement import coordinates
+from recipes.common.parallel.grid import Grid, one_process
+from recipes.common.pipeline.stage import build_stage
+from recipes.common.recipe import Layout
+from tests.support.tiny import tiny_config
+from tools.common.forked_ranks import run_ranks
+
+FAMILIES = ["llama", "qwen3", "gemma2", "olmo2", "phi3", "mixtral", "gpt2", "deepseek_v3"]
+
+
+def config_of(family, **fields):
+    if family == "deepseek_v3":  # multi-head latent attention has widths of its own
+        return shrink(DeepseekV3Config(**fields), Layout())
+    return tiny_config(family, **fields)
+
+
+def stages_of(config, pipeline, tensor=1, tensor_rank=0):
+    """Every stage of one tensor rank, without process groups."""
+    for index in range(pipeline):
+        rank = index * tensor + tensor_rank
+        place = vars(coordinates(rank, pipeline * tensor, Layout(pipeline=pipeline, tensor=tensor)))
+        # torch's own products: what is shown is the cut
+        facts = {"seq_len": 16, "attention": "eager", "seed": 3, "torch_linears": True}
+        yield build_stage(config, Grid(**(vars(one_process()) | place)), **facts)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages_hold_hugging_face_names_once(family, tied):
+    """Parameters of all stages together are those of plain transformers; a tied weight is on the first and last stage."""
+    wanted, buffers, found, kept = run_ranks(_names, 1, config_of(family, tie_word_embeddings=tied), 3)[0]
+    names = [name for stage in found for name in stage]
+    doubled = {name for name in names if names.count(name) > 1}
+    assert set(names) == set(wanted)
+    assert all(stage == {name: wanted[name] for name in stage} for stage in found)  # shapes
+    assert len(doubled) == tied
+    assert all(name in found[0] and name in found[-1] and name not in found[1] for name in doubled)
+    assert all(stage for stage in found)
+    # constants that a state dict holds (a router's correction, ...) are saved from the stages that have them
+    assert {name for stage in kept for name in stage} == set(buffers)
+
+
+def _names(config, pipeline):
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config)
+    wanted = {name: tuple(p.shape) for name, p in plain.named_parameters()}
+    buffers = set(plain.state_dict()) & {name for name, _ in plain.named_buffers()}
+    found, kept = [], []
+    for stage in stages_of(config, pipeline):
+        found.append({name: tuple(p.shape) for name, p in stage.hf_named_parameters()})
+        kept.append([name for name, _ in stage.persistent_buffers()])
+        assert stage.whole_shapes == wanted
+    return wanted, sorted(buffers), found, kept
+
+
+def test_a_family_with_persistent_buffers_is_among_them():
+    _, buffers, _, kept = run_ranks(_names, 1, config_of("deepseek_v3"), 3)[0]
+    assert buffers
+    assert sum(map(len, kept)) == len(buffers)  # each on one stage
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages_one_after_another_are_plain_transformers(family):
+    """Logits of the last stage's own head against AutoModelForCausalLM with the same weights, bit for bit."""
+    assert run_ranks(_logits_differ_by, 1, config_of(family)) == [[0.0, 0.0, 0.0]]
+
+
+def _logits_differ_by(config):
+    ids = torch.arange(3, 27).view(2, 12)
+    differences = []
+    with torch.no_grad():
+        for pipeline in (1, 2, 4):
+            hidden, weights = ids, {}
+            plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+            for stage in stages_of(config, pipeline):
+                weights |= dict(stage.hf_named_parameters()) | dict(stage.persistent_buffers())
+                hidden = stage.eval()(hidden)
+            plain.load_state_dict(weights, strict=False)
+            differences.append((stage._logits(hidden) - plain(ids, use_cache=False).logits).abs().max().item())
+    return differences

@@ -1,0 +1,124 @@
+"""The run files say what was trained, are whole or absent, and keep what a resume replaces."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from recipes.common.recipe import WSD, AdamW, Batch, Layout, Recipe, derive_sizes
+from recipes.common.run_dir.manifest import git_state, recipe_to_dict, write_json, write_run_files
+
+
+def make_recipe() -> Recipe:
+    return Recipe(
+        name="tiny",
+        model=LlamaConfig(hidden_size=64, num_hidden_layers=2, dtype="bfloat16"),
+        num_params=1,
+        tokenizer="t",
+        data="d",
+        layouts={8: Layout(tensor=2, pipeline=2)},
+        batch=Batch(seq_len=16, micro_seqs=1, global_seqs=8, ramp=((16, 4),)),
+        optimizer=AdamW(lr=1e-3),
+        schedule=WSD(warmup_steps=2, cooldown_steps=2),
+        steps=10,
+        deepspeed="zero1_bf16.json",
+    )
+
+
+def start(folder: Path, recipe: Recipe, resumed_step: int | None = None) -> dict:
+    layout = Layout(tensor=2, pipeline=2)
+    sizes = derive_sizes(recipe, layout, 8)
+    return write_run_files(
+        folder,
+        recipe_to_dict(recipe),
+        {"zero_optimization": {"stage": 1}},
+        layout=layout,
+        sizes=sizes,
+        hosts=["b", "a", "b"],
+        resumed_step=resumed_step,
+    )
+
+
+def test_the_run_files(tmp_path: Path) -> None:
+    manifest = start(tmp_path / "new" / "run", make_recipe())
+    folder = tmp_path / "new" / "run"
+    assert sorted(path.name for path in folder.iterdir()) == ["deepspeed.json", "manifest.json", "recipe.json"]
+    assert json.loads((folder / "manifest.json").read_text()) == manifest
+    (first,) = manifest["starts"]
+    assert (first["world_size"], first["hosts"], first["layout"]["pipeline"]) == (8, ["a", "b"], 2)
+    assert first["resumed_step"] is None
+    assert first["versions"]["torch"]
+    assert first["command"][0] == sys.executable
+    assert set(first["git"]) == {"commit", "dirty"}
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert recipe["schedule"]["class"] == "WSD"
+    assert recipe["optimizer"] == {
+        "class": "AdamW",
+        "lr": 1e-3,
+        "betas": [0.9, 0.95],
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "decay_embeddings": True,
+        "clip": 1.0,
+    }
+    assert recipe["layouts"]["8"]["tensor"] == 2
+    assert recipe["batch"]["ramp"] == [[16, 4]]
+
+
+def test_the_model_can_be_read_back() -> None:
+    from transformers import CONFIG_MAPPING
+
+    recipe = make_recipe()
+    saved = json.loads(json.dumps(recipe_to_dict(recipe)))["model"]
+    assert saved.pop("class") == "LlamaConfig"
+    assert CONFIG_MAPPING[saved["model_type"]].from_dict(saved).to_dict() == recipe.model.to_dict()
+
+
+def test_a_resume_adds_to_the_manifest_and_keeps_what_it_replaces(tmp_path: Path) -> None:
+    recipe = make_recipe()
+    first = start(tmp_path, recipe)
+    start(tmp_path, recipe, resumed_step=4)
+    again = start(tmp_path, replace(recipe, steps=20), resumed_step=6)
+    assert again["run_id"] == first["run_id"]
+    assert [item["resumed_step"] for item in again["starts"]] == [None, 4, 6]
+    assert json.loads((tmp_path / "recipe.json").read_text())["steps"] == 20
+    assert json.loads((tmp_path / "recipe.before_step_00000007.json").read_text())["steps"] == 10
+    start(tmp_path, recipe, resumed_step=6)
+    assert json.loads((tmp_path / "recipe.before_step_00000007.2.json").read_text())["steps"] == 20
+    # another run in the same directory is another run
+    other = start(tmp_path, recipe)
+    assert other["run_id"] != first["run_id"]
+    assert json.loads((tmp_path / "manifest.before_step_00000001.json").read_text())["run_id"] == first["run_id"]
+
+
+def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_git_state_outside_a_checkout(tmp_path: Path) -> None:
+    assert git_state(tmp_path) == {"commit": None, "dirty": None}
+
+
+def test_git_state_of_a_checkout(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@x", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "f").write_text("1")
+    git("add", "f")
+    git("commit", "-q", "-m", "m")
+    assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "f").write_text("2")
+    assert git_state(tmp_path)["dirty"] is True

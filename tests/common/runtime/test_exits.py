@@ -1,0 +1,51 @@
+"""One rank fails: the job is over in seconds, and that rank's own traceback is the last one on the screen."""
+
+import time
+
+from recipes.common.runtime.exits import guard_rank
+from tests.support.launched import copy_repository, deepspeed, start
+from tools.common.forked_ranks import run_ranks
+
+SECONDS = 30  # from the failure to the launcher's end; measured: 3 s on an idle machine with 2 cores
+
+# rank 1 fails in its third step; rank 0 sees nothing but a peer that is gone
+FAULT = """
+import os  # noqa
+from recipes.common.data.batches import Prefetcher  # noqa
+
+def _fail(self, consumed, global_seqs, read=Prefetcher.next):
+    if os.environ["RANK"] == "1" and consumed >= 8:
+        raise LookupError("planted: this shard is unreadable")
+    return read(self, consumed, global_seqs)
+
+Prefetcher.next = _fail
+"""
+
+
+def test_a_rank_that_raises_takes_the_job_down(tmp_path):
+    copy_repository(tmp_path, extra=FAULT)
+    process = start(deepspeed(2, "recipes/quickstart.py", "--out-dir", tmp_path / "run"), tmp_path / "repository")
+    output, _ = process.communicate(timeout=120)
+    ended = time.time()
+    assert process.returncode != 0
+    saved = tmp_path / "run" / "logs" / "rank_1.traceback"
+    assert ended - saved.stat().st_mtime < SECONDS
+    last = output[output.rindex("Traceback (most recent call last)") :]
+    assert "LookupError: planted: this shard is unreadable" in last
+    assert saved.read_text() in output
+    assert "rank 1 failed; its traceback:" in output
+    assert "rank 0 stopped: rank_1 failed first" in output
+    assert [path.name for path in saved.parent.glob("*.traceback")] == [saved.name]
+
+
+def test_a_guarded_rank_leaves_its_traceback_and_nothing_from_an_earlier_start(tmp_path):
+    """The process ends at once with code 1, so the caller gets no answer from it."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank_0.traceback").write_text("of an earlier start")
+    assert run_ranks(_succeed, 1, tmp_path) == ["done"]
+    assert list((tmp_path / "logs").iterdir()) == []
+
+
+def _succeed(out_dir):
+    with guard_rank(out_dir, 0):
+        return "done"

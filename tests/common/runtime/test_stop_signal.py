@@ -1,0 +1,62 @@
+"""SIGTERM and SIGUSR1 in the middle of a run: every rank saves the same step and leaves cleanly, and --resume goes on bitwise."""
+
+import os
+import signal
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from recipes.common.checkpoint.files import sealed_checkpoints
+from recipes.common.recipe import Checkpoints, Evaluation
+from recipes.common.run_dir.metrics import read_metrics
+from tests.common.checkpoint.test_resume import assert_same_state, run
+from tests.support.tiny import tiny_recipe, write_shards
+
+WORLD, STEPS = 2, 40
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """(recipe, run directory of a run that nobody interrupted)"""
+    folder = tmp_path_factory.mktemp("signals")
+    write_shards(folder / "data")
+    recipe = tiny_recipe(folder / "data", steps=STEPS, evaluation=Evaluation(), checkpoints=Checkpoints())
+    run(recipe, WORLD, folder / "straight")
+    return recipe, folder / "straight"
+
+
+def records(out_dir: Path) -> dict[int, tuple[float, float]]:
+    return {record["step"]: (record["loss"], record["grad_norm"]) for record in read_metrics(out_dir)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_leaves_with_a_checkpoint_and_goes_on_bitwise(straight, tmp_path, number):
+    recipe, uninterrupted = straight
+    job = get_context("fork").Process(target=_job, args=(recipe, tmp_path, number))
+    job.start()
+    while job.is_alive() and not _has_begun(tmp_path):
+        job.join(0.01)
+    os.killpg(job.pid, number)
+    job.join()
+    assert job.exitcode == 0  # every rank came to the end of its run
+    (left,) = sealed_checkpoints(tmp_path)
+    step = int(left.name.removeprefix("step_"))
+    before = records(tmp_path)
+    assert 1 <= step == max(before) < STEPS
+    resumed = run(recipe, WORLD, tmp_path, resume=True)
+    assert records(tmp_path) == records(uninterrupted)
+    assert min(s for s in resumed if s not in before) == step + 1
+    assert_same_state(uninterrupted, tmp_path, 0.0)
+
+
+def _has_begun(out_dir: Path) -> bool:
+    path = out_dir / "metrics.jsonl"
+    return path.exists() and len(path.read_bytes().splitlines()) >= 2
+
+
+def _job(recipe, out_dir: Path, number: int) -> None:
+    """A launcher that lets its ranks finish: it is deaf to the signal that the whole group gets."""
+    os.setsid()
+    signal.signal(number, signal.SIG_IGN)
+    run(recipe, WORLD, out_dir)

@@ -1,0 +1,68 @@
+"""launch/hostfile.sh over two hosts with sshds and names of their own: trained as on one host, bitwise, also over a cut cable."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from recipes.common.recipe import ROOT
+from tests.common.checkpoint.test_resume import assert_same_state
+from tests.support.supervised import (
+    FORKED,
+    assert_all_end,
+    ends,
+    environment,
+    losses,
+    output,
+    processes_of,
+    recipe_copy,
+    supervise,
+    wait_for_step,
+)
+from tests.support.two_hosts import NAMES, missing, two_hosts
+
+WHY_NOT = missing()
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    with two_hosts() as there:
+        yield there
+
+
+def test_two_hosts_train_as_one_and_go_on_after_a_cut_cable(hosts, tmp_path):
+    recipe = recipe_copy(tmp_path, steps=STEPS, every=10)
+    run_dir = tmp_path / "two"
+    # three hosts are named and one is spare: the first, which nobody knows, is left out
+    options = ["--hostfile", hosts.hostfile(2, "nowhere", *NAMES), "--spares", 1, "--backoff-seconds", 1, "--no-preflight"]
+    command = hosts.command(0, "bash", ROOT / "launch/hostfile.sh", *options, recipe, "--out-dir", run_dir)
+    variables = environment() | hosts.environment() | {"VIRTUAL_ENV": sys.prefix}
+    variables["PATH"] = os.pathsep.join([str(hosts.folder / "bin"), environment()["PATH"]])
+    del variables["PYTHONPATH"]
+    with run_dir.with_suffix(".out").open("w") as file:
+        job = subprocess.Popen(command, cwd=recipe.parents[1], env=variables, stdout=file, stderr=file)
+
+    beats = wait_for_step(job, run_dir, 12)
+    assert [beat.host for beat in beats] == [NAMES[0], NAMES[0], NAMES[1], NAMES[1]]  # tensor inside a host, pipeline across
+    everyone = processes_of(run_dir)
+    began = time.time()
+    hosts.set_link(1, "down")
+    assert_all_end([process for process in everyone if "--local_rank" in " ".join(process.cmdline())])
+    hosts.set_link(1, "up")
+    wait_for_step(job, run_dir, 22, since=began)
+    assert job.wait(120) == 0, output(run_dir)
+    assert_all_end(everyone, 1)
+    assert "host nowhere does not answer: left out" in output(run_dir)
+    cut, *_, finished = ends(run_dir)
+    assert cut["cause"] == "host_lost", cut
+    assert "host beta with ranks [2, 3]" in cut["detail"]
+    assert finished["cause"] == "finished"
+
+    one = tmp_path / "one"
+    assert supervise(recipe, one, launcher=FORKED + " 4").wait(120) == 0, output(one)
+    assert losses(run_dir) == losses(one)
+    assert_same_state(one, run_dir, 0.0)

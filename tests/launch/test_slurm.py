@@ -1,0 +1,48 @@
+"""launch/slurm.sbatch on a Slurm cluster of two nodes: queued again by an operator and by the time limit's warning, bitwise."""
+
+import sys
+import time
+
+import pytest
+
+from recipes.common.recipe import ROOT
+from tests.common.checkpoint.test_resume import assert_same_state
+from tests.support.slurm_cluster import missing, slurm_cluster
+from tests.support.supervised import ends, environment, losses, output, wait_for_step, wait_until
+
+WHY_NOT = missing()
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with slurm_cluster() as there:
+        yield there
+
+
+def test_a_job_goes_on_when_it_is_queued_again(cluster, straight, tmp_path):
+    recipe, uninterrupted = straight
+    run_dir = tmp_path / "run"
+    words = [ROOT / "launch/slurm.sbatch", "--processes", 1, "--no-preflight", recipe, "--out-dir", run_dir]
+    job = cluster.call(
+        "sbatch", "--parsable", "--nodes=2", f"--output={run_dir.with_suffix('.out')}", *words,
+        env=environment() | {"VIRTUAL_ENV": sys.prefix},
+    )  # fmt: skip
+
+    wait_for_step(None, run_dir, 12)
+    began = time.time()
+    cluster.call("scontrol", "requeue", job)
+    wait_for_step(None, run_dir, 22, since=began)
+    began = time.time()
+    cluster.call("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@180 sends before the time limit
+    wait_until(lambda: "scontrol requeue" in output(run_dir), what=lambda: output(run_dir)[-3000:])
+    saved = max(losses(run_dir))
+    wait_until(lambda: cluster.state(job) == "COMPLETED", what=lambda: output(run_dir)[-3000:])
+    assert "saved step" in output(run_dir)
+    requeued, warned, finished = ends(run_dir)
+    assert requeued["sealed_step"] >= 10
+    assert (warned["cause"], warned["lost_steps"]) == ("left", 0)
+    assert 22 <= warned["sealed_step"] == saved
+    assert finished["cause"] == "finished"
+    assert losses(run_dir) == losses(uninterrupted)
+    assert_same_state(uninterrupted, run_dir, 0.0)

@@ -1,0 +1,86 @@
+"""Small trained runs for the tests of tools that read checkpoints, and a way to call a tool in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from recipes.common.config.ds_config import merge_ds_config
+from recipes.common.data.shards import tokenizer_hash
+from recipes.common.recipe import Layout, Recipe, derive_sizes
+from recipes.common.train import train
+from tests.support.tiny import VOCAB, ds_config, tiny_recipe, write_shards
+from tools.common.forked_ranks import run_ranks
+
+
+def write_data(folder: Path) -> Path:
+    """Token shards with a tokenizer that transformers loads: VOCAB words, w3 to w130 after three special ones."""
+    write_shards(folder)
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
+    content = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"},
+    }
+    tokenizer = folder / "tokenizer"
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content))
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tokenizer_hash"] = tokenizer_hash(tokenizer)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def small_recipe(data: Path, model: PreTrainedConfig, **fields: Any) -> Recipe:
+    return tiny_recipe(data, model=model, num_params=0, **fields)
+
+
+def train_run(recipe: Recipe, out_dir: Path, layout: Layout, world_size: int, *, resume: bool = False, steps: int = 2) -> Path:
+    """A whole run on forked ranks. Gives its newest checkpoint."""
+    run_ranks(_train, world_size, recipe, str(out_dir), layout, world_size, resume, steps)
+    return out_dir / "checkpoints" / "latest"
+
+
+def _train(recipe: Recipe, out_dir: str, layout: Layout, world_size: int, resume: bool, steps: int) -> None:
+    sizes = derive_sizes(recipe, layout, world_size)
+    config = merge_ds_config(ds_config(recipe.deepspeed), recipe, sizes, sizes.accumulation)
+    train(recipe, layout, sizes, config, Path(out_dir), resume_run=resume, max_steps=steps)
+
+
+@dataclass(frozen=True)
+class Called:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """What --json printed: one object, and nothing else."""
+        return json.loads(self.out)
+
+
+def call(tool: str, *arguments: object) -> Called:
+    """Run `python -m tools.TOOL ARGUMENTS` in a forked process."""
+    return Called(*run_ranks(_call, 1, tool, [str(argument) for argument in arguments])[0])
+
+
+def _call(tool: str, arguments: list[str]) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = importlib.import_module(f"tools.{tool}").main(arguments)
+        except SystemExit as leaving:  # argparse
+            code = leaving.code
+    return code, out.getvalue(), err.getvalue()

@@ -1,0 +1,98 @@
+"""Runs under tools/supervise, for tests that break them: start one, wait for a step, look who is alive, compare the ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from recipes.common.recipe import ROOT
+from recipes.common.run_dir.attempts import read_attempts
+from recipes.common.run_dir.heartbeat import Beat, read_beats
+from recipes.common.run_dir.metrics import read_metrics
+from tests.support.launched import copy_repository
+
+END_SECONDS = 15.0  # what is promised: from a rank's death to the last process's end, on every host
+FORKED = f"{sys.executable} -m tests.support.forked_launcher"
+STEPS = 40
+SETTINGS = """
+from dataclasses import replace  # noqa
+recipe = replace(recipe, steps={steps}, checkpoints=Checkpoints(every_steps={every}), evaluation=Evaluation())
+{extra}
+"""
+
+
+def recipe_copy(folder: Path, *, steps: int = STEPS, every: int = 10, extra: str = "") -> Path:
+    """A small recipe, `steps` long, that saves every `every` steps."""
+    return copy_repository(folder, extra=SETTINGS.format(steps=steps, every=every, extra=extra))
+
+
+def environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    return {**kept, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def supervise(
+    recipe: Path, run_dir: Path, *options: object, launcher: str = FORKED + " 2", flags: tuple = ()
+) -> subprocess.Popen:
+    """Start the supervisor; its output and its ranks' goes to RUN_DIR.out."""
+    words = ["--backoff-seconds", "0.1", "--no-preflight", *options, "--launcher", launcher, recipe, "--out-dir", run_dir, *flags]
+    command = [sys.executable, ROOT / "tools" / "supervise.py", *words]
+    with run_dir.with_suffix(".out").open("ab") as output:
+        return subprocess.Popen([str(word) for word in command], env=environment(), stdout=output, stderr=output)
+
+
+def output(run_dir: Path) -> str:
+    return run_dir.with_suffix(".out").read_text()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 90.0, what: object = "") -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds:.0f} s: {what() if callable(what) else what}"
+        time.sleep(0.02)
+
+
+def wait_for_step(job: subprocess.Popen | None, run_dir: Path, step: int, since: float = 0.0) -> list[Beat]:
+    """Until every rank of the newest attempt is at `step` or later, and alive. Gives their heartbeats."""
+
+    def there() -> bool:
+        assert job is None or job.poll() is None, output(run_dir)
+        beats = read_beats(run_dir, since)
+        return bool(beats) and all(beat.step >= step and psutil.pid_exists(beat.pid) for beat in beats)
+
+    wait_until(there, what=lambda: output(run_dir)[-3000:])
+    return read_beats(run_dir, since)
+
+
+def processes_of(run_dir: Path) -> list[psutil.Process]:
+    """Ranks, their guards and launchers: whoever names the run directory, and the guards beside such a one; no supervisor."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+            if str(run_dir) in words and str(ROOT / "tools" / "supervise.py") not in words:
+                found.append(process)
+                found += [child for child in process.children() if any(w.endswith("rank_guard.py") for w in child.cmdline())]
+        except psutil.Error:
+            continue
+    return found
+
+
+def assert_all_end(processes: list[psutil.Process], seconds: float = END_SECONDS) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    alive = [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not alive, f"still there after {seconds:.0f} s: {alive}"
+
+
+def ends(run_dir: Path) -> list[dict]:
+    return [record for record in read_attempts(run_dir) if record["event"] == "end"]
+
+
+def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
+    return {record["step"]: (record["loss"], record["grad_norm"]) for record in read_metrics(run_dir)}

@@ -1,0 +1,57 @@
+"""Converted equals trained: an exported folder gives the run's own validation loss in plain transformers, and generates."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from recipes.common.data.batches import validation_micro_batches
+from recipes.common.data.shards import open_split
+from recipes.common.model.initial_weights import build_empty
+from recipes.common.recipe import Evaluation, Layout
+from tests.common.checkpoint.test_resume import run
+from tests.support.tiny import tiny_config, tiny_recipe, write_shards
+from tests.test_parity import FAMILIES
+from tools.checkpoint.to_hf import export
+from tools.common.forked_ranks import run_ranks
+
+STEPS, SEQS = 2, 6
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_validation_loss_of_the_exported_model(family, tied, tmp_path):
+    write_shards(tmp_path / "data", tokens=4_000)
+    model = tiny_config(family, tie_word_embeddings=tied)
+    recipe = tiny_recipe(
+        tmp_path / "data",
+        model=model,
+        num_params=run_ranks(_count, 1, model)[0],
+        layouts={4: Layout(tensor=2, pipeline=2)},
+        steps=STEPS,
+        attention="eager",  # what every family has
+        evaluation=Evaluation(every_steps=STEPS, seqs=SEQS),
+    )
+    trained = run(recipe, 4, tmp_path / "run")[STEPS]["val_loss"]
+    loss, generated = run_ranks(_evaluate, 1, tmp_path)[0]
+    assert loss == pytest.approx(trained, rel=1e-6)
+    assert generated == (1, 8)
+
+
+def _count(model) -> int:
+    return sum(parameter.numel() for parameter in build_empty(model, "eager").parameters())
+
+
+def _evaluate(folder: Path) -> tuple[float, tuple[int, ...]]:
+    export(folder / "run" / "checkpoints" / "latest", folder / "hf", dtype="float32", shard_bytes=10**9, verify=False)
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", attn_implementation="eager").eval()
+    stream = open_split(folder / "data", "validation", 16)
+    total = 0.0
+    with torch.no_grad():
+        for tokens, _ in validation_micro_batches(stream, seqs=SEQS, micro_seqs=1, data_rank=0, data_size=1):
+            logits = model(input_ids=tokens[:, :-1]).logits
+            total += F.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1), reduction="sum").item()
+        generated = model.generate(tokens[:, :4], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    return total / (SEQS * 16), tuple(generated.shape)

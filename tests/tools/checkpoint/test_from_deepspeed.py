@@ -1,0 +1,244 @@
+"""What DeepSpeed saved itself becomes, bit for bit, the checkpoint that we would have saved at that moment."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from recipes.common.checkpoint.files import damage
+from recipes.common.checkpoint.position import Position
+from recipes.common.checkpoint.reader import Reader
+from recipes.common.checkpoint.saver import Saver
+from recipes.common.config.ds_config import merge_ds_config
+from recipes.common.data.batches import open_split, step_micro_batches
+from recipes.common.recipe import Evaluation, Layout, Recipe, derive_sizes
+from recipes.common.run_dir.metrics import read_metrics
+from tests.support.small_runs import call, small_recipe, train_run, write_data
+from tests.support.tiny import ds_config, tiny_config
+from tools.checkpoint import deepspeed_files
+from tools.common.console import UsageError
+from tools.common.forked_ranks import run_ranks
+
+# layout, world size, ds_config, family, fields
+CASES = {
+    "pipeline 2, tensor 2, data 2": (Layout(tensor=2, pipeline=2), 8, "zero1_fp32.json", "llama", {}),
+    "the same in bf16, tied": (Layout(tensor=2, pipeline=2), 8, "zero1_bf16.json", "llama", {"tie_word_embeddings": True}),
+    "pipeline 3": (Layout(pipeline=3), 3, "zero1_fp32.json", "llama", {}),
+    "tensor 4 over 2 key heads": (Layout(tensor=4), 4, "zero1_fp32.json", "llama", {}),
+    "packed q, k, v; ZeRO 2": (Layout(tensor=2), 4, "zero2_fp32.json", "gpt2", {"n_embd": 64, "n_layer": 4, "n_head": 4}),
+    "experts": (Layout(tensor=2), 2, "zero1_fp32.json", "mixtral", {}),
+    "ZeRO 3": (Layout(tensor=2), 4, "zero3_fp32.json", "llama", {}),
+    "ZeRO 3 in bf16, tied": (Layout(), 3, "zero3_bf16.json", "llama", {"tie_word_embeddings": True, "hidden_size": 60}),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "tokens")
+
+
+def _both(recipe: Recipe, out: Path, layout: Layout, world: int) -> None:
+    """Two steps, then DeepSpeed's checkpoint and ours of the same moment; then more steps in which ours is the oracle."""
+    from recipes.common.engine.build_trainer import build
+
+    sizes = derive_sizes(recipe, layout, world)
+    grid, trainer = build(recipe, layout, merge_ds_config(ds_config(recipe.deepspeed), recipe, sizes, sizes.accumulation))
+    stream, seqs = open_split(Path(recipe.data), "train", recipe.batch.seq_len), recipe.batch.global_seqs
+    place = {"micro_seqs": recipe.batch.micro_seqs, "data_rank": grid.data_rank, "data_size": grid.data}
+    for step in range(2):
+        batch = step_micro_batches(stream, seed=0, consumed=seqs * step, global_seqs=seqs, **place)
+        trainer.train_step(batch, 1e-3, seqs * recipe.batch.seq_len)
+    trainer.engine.save_checkpoint(str(out / "theirs"), tag="global_step2")
+    saver = Saver(out / "ours", trainer, recipe, None)
+    saver.save(Position(step=2, consumed_seqs=2 * seqs))
+    saver.finish()
+
+
+def saved(data: Path, out: Path, name: str) -> Recipe:
+    layout, world, config, family, fields = CASES[name]
+    recipe = small_recipe(data, tiny_config(family, **fields), deepspeed=config, evaluation=Evaluation())
+    if world == 3:
+        recipe = replace(recipe, batch=replace(recipe.batch, global_seqs=6))
+    run_ranks(_both, world, recipe, out, layout, world)
+    return recipe
+
+
+def assert_equal(ours: Path, converted: Path) -> None:
+    a, b = Reader(ours), Reader(converted)
+    assert damage(converted) == []
+    assert set(a.tensors) == set(b.tensors)
+    for name in a.tensors:
+        assert a.tensors[name]["kinds"].keys() == b.tensors[name]["kinds"].keys() and a.shape(name) == b.shape(name)
+        for kind in a.tensors[name]["kinds"]:
+            np.testing.assert_array_equal(a.whole(name, kind), b.whole(name, kind), err_msg=f"{kind} {name}")
+    for key in ("step", "consumed_seqs", "optimizer_steps", "skipped_steps", "tied", "loss_scaler"):
+        assert a.state[key] == b.state[key], key
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_equals_our_own_checkpoint_bit_for_bit(data, tmp_path, name):
+    saved(data, tmp_path, name)
+    ours = tmp_path / "ours" / "checkpoints" / "latest"
+    done = call("from_deepspeed", tmp_path / "theirs", tmp_path / "run", "--model", ours / "model", "--json")
+    assert done.code == 0, done.err
+    assert_equal(ours, tmp_path / "run" / "checkpoints" / "latest")
+    layout, world, *_ = CASES[name]
+    data_size = world // (layout.tensor * layout.pipeline)
+    assert (done.json["pipeline"], done.json["tensor"], done.json["data"]) == (layout.pipeline, layout.tensor, data_size)
+    assert (tmp_path / "run" / "checkpoints" / "latest" / "model" / "tokenizer.json").is_file()
+
+
+def test_training_goes_on_from_it_as_from_ours(data, tmp_path):
+    recipe = saved(data, tmp_path, "pipeline 2, tensor 2, data 2")
+    ours = tmp_path / "ours" / "checkpoints" / "latest"
+    assert call("from_deepspeed", tmp_path / "theirs" / "global_step2", tmp_path / "run", "--model", ours / "model").code == 0
+    losses = []
+    for out in (tmp_path / "ours", tmp_path / "run"):
+        train_run(recipe, out, Layout(tensor=2), 4, resume=True, steps=4)
+        losses.append([(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(out / "metrics.jsonl") if "loss" in r])
+    assert losses[0] == losses[1] and [step for step, *_ in losses[0]] == [3, 4]
+
+
+def _plain_hf(out: Path) -> dict[str, torch.Tensor]:
+    """A user of DeepSpeed who never heard of us: a Hugging Face model, ZeRO 1; also converted to a universal checkpoint."""
+    import deepspeed
+    from deepspeed.checkpoint import ds_to_universal
+
+    from recipes.common.engine.startup import start_distributed
+
+    start_distributed("cpu")
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"), dtype=torch.float32)
+    model.config.save_pretrained(out / "hf")
+    model.universal_checkpoint_info = {"universal_checkpoint_version": 0.4}
+    config = {**ds_config("zero1_fp32.json"), "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    ids = torch.arange(3, 19).unsqueeze(0)
+    for _ in range(2):
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+    engine.save_checkpoint(str(out / "plain"), tag="global_step2")
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        _to_universal(ds_to_universal, out / "plain" / "global_step2", out / "universal" / "global_step2_universal")
+        (out / "universal" / "latest_universal").write_text("global_step2_universal")
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _to_universal(module, source: Path, target: Path) -> None:
+    from argparse import Namespace
+
+    options = {"keep_temp_folder": False, "strict": True, "inject_missing_state": False}
+    workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+    module.main(Namespace(input_folder=str(source), output_folder=str(target), **options, **workers))
+
+
+def test_a_plain_hugging_face_model_and_its_universal_checkpoint(tmp_path):
+    expected = run_ranks(_plain_hf, 2, tmp_path)[0]
+    for kind in ("plain", "universal"):
+        done = call("from_deepspeed", tmp_path / kind, tmp_path / f"run_{kind}", "--model", tmp_path / "hf", "--json")
+        assert done.code == 0, done.err
+        reader = Reader(tmp_path / f"run_{kind}" / "checkpoints" / "latest")
+        assert set(reader.names("master")) == set(expected) and reader.state["optimizer_steps"] == 2
+        for name, tensor in expected.items():
+            np.testing.assert_array_equal(reader.whole(name, "master"), tensor.numpy())
+        assert reader.kinds() == {"master", "exp_avg", "exp_avg_sq"}
+    assert done.json["universal"]
+    both = [tmp_path / f"run_{kind}" / "checkpoints" / "latest" for kind in ("plain", "universal")]
+    assert_equal(*both)
+
+
+def test_padded_vocabularies_of_universal_checkpoints_lose_their_padding(tmp_path):
+    run_ranks(_plain_hf, 2, tmp_path)
+    folder = tmp_path / "universal" / "global_step2_universal" / "zero" / "lm_head.weight"
+    run_ranks(_pad, 1, folder)
+    assert call("from_deepspeed", tmp_path / "universal", tmp_path / "run", "--model", tmp_path / "hf").code == 0
+    assert call("from_deepspeed", tmp_path / "plain", tmp_path / "run2", "--model", tmp_path / "hf").code == 0
+    assert_equal(tmp_path / "run2" / "checkpoints" / "latest", tmp_path / "run" / "checkpoints" / "latest")
+
+
+def _pad(folder: Path) -> None:
+    for path in folder.glob("*.pt"):
+        content = torch.load(path, weights_only=True)
+        if path.stem != "step":
+            content["param"] = torch.cat([content["param"].detach(), torch.full((5, 64), 9.0)])
+            torch.save(content, path)
+
+
+class _Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def _save_evil(path: Path, ran: Path) -> None:
+    content = torch.load(path, weights_only=False)
+    torch.save(content | {"client_state": _Evil(ran)}, path)
+
+
+def _scaler(path: Path) -> dict:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    torch.save({"s": DynamicLossScaler(2.0**16, 2.0, 1000, 1.0, 2, False)}, path)
+    return dict(vars(deepspeed_files.load(path)["s"]))
+
+
+def test_nothing_of_a_pickle_runs(data, tmp_path):
+    saved(data, tmp_path, "pipeline 3")
+    source = tmp_path / "theirs" / "global_step2"
+    ours = tmp_path / "ours" / "checkpoints" / "latest"
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_02_optim_states.pt"):
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        shutil.copytree(source, tmp_path / "bad")
+        run_ranks(_save_evil, 1, tmp_path / "bad" / name, tmp_path / "ran")
+        done = call("from_deepspeed", tmp_path / "bad", tmp_path / "run", "--model", ours / "model")
+        assert done.code == 2 and name in done.err and "not loaded" in done.err and "mkdir" in done.err, done
+        assert not (tmp_path / "ran").exists() and not (tmp_path / "run").exists()
+    (tmp_path / "bad" / "mp_rank_00_model_states.pt").write_bytes(pickle.dumps(_Evil(tmp_path / "ran")))
+    assert call("from_deepspeed", tmp_path / "bad", tmp_path / "run", "--model", ours / "model").code == 2
+    assert not (tmp_path / "ran").exists()
+    values = run_ranks(_scaler, 1, tmp_path / "scaler.pt")[0]
+    assert values["cur_scale"] == 2.0**16 and values["dynamic"] is True
+
+
+def test_what_is_not_known_is_refused_with_what_was_found(data, tmp_path):
+    saved(data, tmp_path, "pipeline 3")
+    source, model = tmp_path / "theirs" / "global_step2", tmp_path / "ours" / "checkpoints" / "latest" / "model"
+
+    def refused(*arguments: object) -> str:
+        done = call("from_deepspeed", *arguments)
+        assert done.code == 2 and not done.out and not (tmp_path / "run").exists(), done
+        return done.err
+
+    assert "say with --model" in refused(source, tmp_path / "run")
+    assert "no such folder" in refused(tmp_path / "nothing", tmp_path / "run", "--model", model)
+    assert "there is config.json" in refused(model, tmp_path / "run", "--model", model)
+    shutil.copytree(source, tmp_path / "part")
+    (tmp_path / "part" / "zero_pp_rank_0_mp_rank_01_optim_states.pt").unlink()
+    assert "no file of data rank 0 of mp_rank 1" in refused(tmp_path / "part", tmp_path / "run", "--model", model)
+    other = tiny_config("llama", num_hidden_layers=5, intermediate_size=80)
+    other.save_pretrained(tmp_path / "other")
+    text = refused(source, tmp_path / "run", "--model", tmp_path / "other")
+    assert "missing: model.layers.4.mlp.up_proj.weight [80, 64]" in text and "... and" in text
+    assert "wrong shape: 0.causal.model.layers.0.mlp.gate_proj.weight is [96, 64], the config's model has [80, 64]" in text
+    tiny_config("gpt2", n_embd=64, n_layer=4, n_head=4).save_pretrained(tmp_path / "gpt2")
+    assert "unexpected: 0.causal.model.embed_tokens.weight [131, 64]" in refused(
+        source, tmp_path / "run", "--model", tmp_path / "gpt2"
+    )
+
+
+def test_a_file_cut_short_is_named(tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"PK\3\4 not really")
+    with pytest.raises(UsageError, match=r"x\.pt: not a file of tensors that is safe to load"):
+        deepspeed_files.load(tmp_path / "x.pt")

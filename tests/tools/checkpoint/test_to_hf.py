@@ -1,0 +1,245 @@
+"""What to-hf writes is what plain transformers would have saved, and nothing half-made or damaged gets a name."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from recipes.common.checkpoint.reader import Reader
+from recipes.common.recipe import ROOT, Evaluation, Layout
+from tests.support.small_runs import call, small_recipe, train_run, write_data
+from tests.support.tiny import VOCAB, tiny_config
+from tools.checkpoint import to_hf
+from tools.checkpoint.safetensors_io import FormatError, ShardsWriter, Tensor, read_header
+from tools.common.console import UsageError
+from tools.common.forked_ranks import run_ranks
+
+FAMILIES = {
+    "llama": ("llama", {}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "renamed head": ("gpt_neox", {}),
+    "experts": ("mixtral", {}),
+    "Conv1D": ("gpt2", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": None}),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "tokens")
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """One checkpoint a family, saved at tensor 2 x pipeline 2; made when first asked for."""
+    made = {}
+
+    def checkpoint(name: str) -> Path:
+        if name not in made:
+            family, fields = FAMILIES[name]
+            recipe = small_recipe(data, tiny_config(family, **fields), evaluation=Evaluation())
+            made[name] = train_run(recipe, tmp_path_factory.mktemp("run"), Layout(tensor=2, pipeline=2), 4)
+        return made[name]
+
+    return checkpoint
+
+
+def _saved_by_transformers(checkpoint: Path, folder: Path) -> dict[str, tuple[str, torch.Tensor]]:
+    """The oracle: a plain model with the checkpoint's weights, saved by transformers itself."""
+    from transformers import AutoConfig
+
+    reader = Reader(checkpoint)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint / "model"), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(reader.whole(name, "master")))
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_equals_what_transformers_saves(runs, tmp_path, name):
+    done = call("to_hf", runs(name), tmp_path / "hf", "--json")
+    assert done.code == 0, done.err
+    assert done.json["verified"] and any("bit for bit" in line for line in done.json["checks"])
+    expected = run_ranks(_saved_by_transformers, 1, runs(name), tmp_path / "oracle")[0]
+    found = run_ranks(load_file, 1, tmp_path / "hf" / "model.safetensors")[0]
+    assert found.keys() == expected.keys()
+    for key in expected:
+        np.testing.assert_array_equal(found[key].numpy(), expected[key].numpy(), err_msg=key)
+    config, oracle = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("hf", "oracle"))
+    assert config == oracle
+    assert (tmp_path / "hf" / "generation_config.json").is_file() and (tmp_path / "hf" / "tokenizer.json").is_file()
+    assert ("lm_head.weight" in found) == (name in ("llama", "experts", "Conv1D"))
+    embedding = next(tensor for key, tensor in found.items() if "embed" in key or "wte" in key)
+    assert embedding.shape[0] == VOCAB, "padding was exported"
+
+
+def _logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 19).unsqueeze(0)).logits
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_shards_and_dtypes(runs, tmp_path, dtype):
+    done = call("to_hf", runs("experts"), tmp_path / "hf", "--dtype", dtype, "--shard-size", "60KB", "--json")
+    assert done.code == 0, done.err
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
+    assert sorted(set(index["weight_map"].values())) == files and len(files) == done.json["files"] > 3
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    largest = max(path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors"))
+    assert largest < 66_000 and index["metadata"]["total_size"] == done.json["bytes"]
+    logits = run_ranks(_logits, 1, tmp_path / "hf")[0]
+    assert str(logits.dtype) == f"torch.{dtype}" and logits.isfinite().all()
+    assert any("rounding" in line for line in done.json["checks"])
+
+
+def test_optimizer_states_are_not_needed(runs, tmp_path):
+    """Only weights are read: a verified export works where every optimizer state is overwritten."""
+    import shutil
+
+    folder = tmp_path / "c"
+    shutil.copytree(runs("llama").resolve(), folder)
+    index = json.loads((folder / "index.json").read_text())
+    for entry in index["tensors"].values():
+        for kind, of_kind in entry["kinds"].items():
+            for file, offset, _, start, stop, _ in of_kind["parts"] if kind != "master" else ():
+                with (folder / file).open("r+b") as stream:
+                    stream.seek(offset)
+                    stream.write(b"\xff" * 4 * (stop - start))
+    assert call("to_hf", folder, tmp_path / "a").code == 0
+    assert call("to_hf", runs("llama"), tmp_path / "b").code == 0
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_runs_as_a_script_from_anywhere(runs, tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "to_hf.py"), str(runs("tied")), "out", "--no-verify"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("out: step 2, 38 tensors") and (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_damage_is_refused_by_name(runs, tmp_path):
+    import shutil
+
+    shutil.copytree(runs("llama").resolve(), tmp_path / "c")
+    victim = tmp_path / "c" / "rank_00001.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    done = call("to_hf", tmp_path / "c", tmp_path / "hf")
+    assert done.code == 1 and str(victim) in done.err and "checksum" in done.err and "Traceback" not in done.err
+    victim.write_bytes(content[:-4])
+    done = call("to_hf", tmp_path / "c", tmp_path / "hf", "--no-verify")
+    assert done.code == 1 and str(victim) in done.err
+    (tmp_path / "c" / "manifest.json").unlink()
+    done = call("to_hf", tmp_path / "c", tmp_path / "hf")
+    assert done.code == 1 and "not a finished checkpoint" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c"], "something half-made was left"
+
+
+def test_mistakes_are_one_message(runs, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    checkpoint = runs("llama")
+    cases = [
+        ([checkpoint, tmp_path / "full"], "exists already; delete it"),
+        ([checkpoint, checkpoint / "index.json"], "exists already; delete it"),
+        ([tmp_path / "nothing", tmp_path / "o"], "no such folder"),
+        ([checkpoint.parent.parent, tmp_path / "o"], "is a run directory; give one of its checkpoints"),
+        ([checkpoint, tmp_path / "o", "--shard-size", "5 bananas"], "--shard-size=5 bananas"),
+        ([checkpoint, tmp_path / "o", "--dtype", "int8"], "invalid choice: 'int8'"),
+    ]
+    for arguments, message in cases:
+        done = call("to_hf", *arguments)
+        assert done.code == 2 and message in done.err and not done.out, done
+    (tmp_path / "empty").mkdir()
+    assert call("to_hf", checkpoint, tmp_path / "empty", "--no-verify").code == 0
+
+
+def _export_wrongly(checkpoint: Path, out: Path, mistake: str) -> str:
+    """Verification must find what a wrong exporter writes."""
+    if mistake == "bytes":
+        write = ShardsWriter.write
+
+        def off_by_a_bit(self: ShardsWriter, name: str, block: np.ndarray) -> None:
+            write(self, name, block)
+            if "layers.1.mlp.up_proj" in name:
+                os.pwrite(self._file.fileno(), b"\1\2\3\4", os.fstat(self._file.fileno()).st_size - 64)
+
+        ShardsWriter.write = off_by_a_bit
+    else:
+        blocks = to_hf.row_blocks
+
+        def wrong_rows(reader: Reader, name: str, kind: str):
+            return ((b[::-1] if "layers.2.self_attn.q_proj" in name else b) for b in blocks(reader, name, kind))
+
+        to_hf.row_blocks = wrong_rows
+    try:
+        to_hf.export(checkpoint, out, dtype="float32", shard_bytes=10**9)
+    except to_hf.CheckError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"), [("bytes", "layers.1.mlp.up_proj"), ("rows", "logits of the exported model differ")]
+)
+def test_verification_finds_a_wrong_export(runs, tmp_path, mistake, message):
+    found = run_ranks(_export_wrongly, 1, runs("llama"), tmp_path / "hf", mistake)[0]
+    assert message in found and not (tmp_path / "hf").exists()
+
+
+def _casts() -> None:
+    values = np.array([1.0, 1.00390625, -3.1415927, 65504.0, 1e-8, 3.4e38, np.inf], dtype=np.float32)
+    bits = to_hf.cast(values, "w", "bfloat16")
+    assert torch.equal(torch.from_numpy(bits).view(torch.bfloat16), torch.from_numpy(values).to(torch.bfloat16))
+    half = to_hf.cast(np.array([65504.0, np.inf, np.nan], dtype=np.float32), "w", "float16")
+    assert half[0] == 65504 and np.isinf(half[1]) and np.isnan(half[2])
+    with pytest.raises(to_hf.CheckError, match="w has elements up to 7e"):
+        to_hf.cast(np.array([70000.0], dtype=np.float32), "w", "float16")
+
+
+def test_casts():
+    run_ranks(_casts, 1)
+
+
+def test_sizes():
+    assert [to_hf.parse_size(text) for text in ("5GB", "1.5 kb", "7", "3B")] == [5 * 10**9, 1500, 7, 3]
+    for text in ("0", "GB", "-1GB", "5K", "1PB"):
+        with pytest.raises(UsageError, match="--shard-size"):
+            to_hf.parse_size(text)
+
+
+def test_safetensors_cut_short_or_changed_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    shards = {path.name: [Tensor("a", "F32", (2, 3)), Tensor("b", "BOOL", (3,))]}
+    with ShardsWriter(tmp_path, shards) as writer:
+        for row in np.arange(6, dtype=np.float32).reshape(2, 3):
+            writer.write("a", row)
+        writer.write("b", np.array([True, False, True]))
+    whole = path.read_bytes()
+    assert read_header(path)["a"].shape == (2, 3)
+    for broken in (
+        whole[:-1],
+        whole[:20],
+        b"",
+        whole + b"x",
+        whole.replace(b"[2,3]", b"[2,4]"),
+        whole.replace(b'"F32"', b'"F33"'),
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(FormatError, match=path.name):
+            read_header(path)
+    with pytest.raises(AssertionError, match="not every tensor"), ShardsWriter(tmp_path, shards) as writer:
+        writer.write("a", np.zeros((2, 3), dtype=np.float32))

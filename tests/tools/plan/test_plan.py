@@ -1,0 +1,215 @@
+"""The planner as its user meets it: ranked layouts, a reason for every other one, and calibration from real runs."""
+
+import ast
+import json
+import math
+
+import pytest
+
+from recipes.common.config.ds_config import load_ds_config
+from recipes.common.recipe import ROOT, Layout
+from tests.support.small_runs import call
+from tools.common.devices import DEVICES, find_device
+from tools.common.forked_ranks import run_ranks
+from tools.common.recipe_io import load_recipe
+from tools.plan import memory_model, time_model
+from tools.plan.coefficients import SHIPPED, read_coefficients
+from tools.plan.evaluate import candidates, judge
+from tools.plan.model_cases import Candidate, read_model
+
+LLAMA = "recipes/llama_1b.py"
+SHELF = [p for p in sorted(ROOT.glob("recipes/*.py")) if p.stem not in ("__init__", "quickstart")]  # quickstart is for CPUs
+
+
+OPTIONS = ("tensor", "pipeline", "data", "micro_seqs", "recompute_every", "keep_products", "sequence_parallel", "schedule")
+
+
+def search(*flags):
+    return call("plan.__main__", "search", LLAMA, *flags, "--json")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return search("--gpus", 64, "--gpu-type", "H100").json
+
+
+def test_every_layout_is_ranked_or_turned_down(found):
+    ranked, rejected = found["ranked"], found["rejected"]
+    assert len(ranked) + len(rejected) == found["layouts"] > 300
+    for plan in ranked:
+        assert plan["tensor"] * plan["pipeline"] * plan["data"] == 64
+        assert 512 % (plan["data"] * plan["micro_seqs"]) == 0
+        assert sum(plan["parts"].values()) == pytest.approx(plan["seconds"])
+        assert plan["memory"]["low"] < plan["memory"]["peak"] < plan["memory"]["high"]
+        assert len(plan["memory"]["stages"]) == plan["pipeline"]
+    safe = [plan["safe"] for plan in ranked]
+    assert safe == sorted(safe, reverse=True)  # what may run out of memory comes last, however fast
+    seconds = [plan["seconds"] for plan in ranked if plan["safe"]]
+    assert seconds == sorted(seconds)
+    assert all(entry["why"] for entry in rejected)
+    assert {entry["why"] for entry in rejected if entry["pipeline"] == 32} == {
+        "layout pipeline=32 exceeds the model's 16 layers; use 16 stages at most",
+    }
+
+
+def test_speed_cost_and_length_agree(found):
+    plan = found["ranked"][0]
+    tokens = 48_000 * 512 * 4096
+    assert plan["tokens_per_second"] == pytest.approx(512 * 4096 / plan["seconds"])
+    assert plan["days"] == pytest.approx(tokens / plan["tokens_per_second"] / 86400)
+    assert plan["cost"] == pytest.approx(plan["days"] * 24 * 64 * find_device("H100").price)
+    flops = call("throughput.__main__", "flops", LLAMA, "--json").json["conventions"]["ours"]["flops_per_token"]
+    assert plan["mfu"] == pytest.approx(plan["tokens_per_second"] * flops / (64 * 989e12))
+
+
+def test_options_do_what_they_are_for(found):
+    """Sequence parallelism shares what lies between blocks; a zero bubble leaves a third of 1F1B's (arXiv 2401.10241),
+    folded half of that."""
+    plans = {tuple(plan[key] for key in OPTIONS): plan for plan in found["ranked"]}
+    cut = (2, 2, 16, 2, 0, False)
+    plain, shared = plans[*cut, False, "1f1b"], plans[*cut, True, "1f1b"]
+    stored = [plan["memory"]["stages"][0]["stored"] for plan in (plain, shared)]
+    assert 0.5 < stored[1] / stored[0] < 0.9
+    filled = plans[*cut, False, "zero_bubble"]
+    assert filled["parts"]["bubble"] == pytest.approx(plain["parts"]["bubble"] / 3)
+    assert filled["memory"] == plain["memory"]
+    kept, again = (plans[2, 2, 16, 2, 1, keep, False, "1f1b"] for keep in (True, False))
+    by_memory = [plan["memory"]["stages"][0]["stored"] for plan in (again, kept, plain)]
+    assert by_memory[0] < 0.6 * by_memory[1] < by_memory[1] < 0.9 * by_memory[2]
+    assert plain["seconds"] < kept["seconds"] < again["seconds"]
+    folded = plans[*cut, False, "zero_bubble_v"]
+    assert folded["parts"]["bubble"] == pytest.approx(plain["parts"]["bubble"] / 6, rel=0.1)  # its stages may be cut otherwise
+    assert folded["parts"]["pipeline"] > 1.5 * plain["parts"]["pipeline"]
+    assert {plan["schedule"] for plan in found["ranked"] if plan["pipeline"] == 1} == {"1f1b"}
+
+
+def test_what_does_not_fit_says_which_stage_and_why():
+    found = search("--gpus", 8, "--gpu-type", "V100-16")
+    assert "no bf16 matrix units" in found.err and found.code == 2
+    rejected = search("--gpus", 8, "--gpu-type", "A100-40").json["rejected"]
+    why = next(entry["why"] for entry in rejected if entry["why"].startswith("memory"))
+    assert "stage 0 needs" in why and "of 40 GiB" in why and "activations of" in why
+
+
+def _whys(fields, gpus, chosen):
+    recipe = load_recipe(LLAMA)
+    recipe.model.update(fields)
+    facts = read_model(recipe, load_ds_config(recipe.deepspeed))
+    _, rejected = judge(facts, chosen, find_device("H100"), read_coefficients(None), 1.0)
+    return [entry.why for entry in rejected]
+
+
+def test_reasons_are_those_that_training_would_give():
+    one = Candidate(layout=Layout(tensor=8), data=1, micro_seqs=1)
+    assert (
+        "num_attention_heads=12 is not a multiple of tensor=8"
+        in run_ranks(_whys, 1, {"num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 128}, 8, [one])[0][0]
+    )
+    assert (
+        "3 key/value heads"
+        in run_ranks(_whys, 1, {"num_attention_heads": 24, "num_key_value_heads": 3, "head_dim": 64}, 8, [one])[0][0]
+    )
+    odd = Candidate(layout=Layout(), data=3, micro_seqs=1)
+    assert "global_seqs=512 is not a multiple of micro_seqs=1 x 3 data ranks" in run_ranks(_whys, 1, {}, 3, [odd])[0][0]
+
+
+def _thousand():
+    import time
+
+    recipe = load_recipe(LLAMA)
+    recipe.model.update({"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+                         "head_dim": 128, "tie_word_embeddings": False})  # fmt: skip
+    facts = read_model(recipe, load_ds_config(recipe.deepspeed))
+    device = find_device("H100")
+    found = [candidate for gpus in (256, 512, 1024, 2048) for candidate in candidates(facts, gpus, device)]
+    started = time.process_time()
+    plans, rejected = judge(facts, found[:1000], device, read_coefficients(None), 1.0)
+    return time.process_time() - started, len(plans), len(rejected)
+
+
+def test_a_thousand_layouts_take_less_than_two_seconds():
+    seconds, plans, rejected = run_ranks(_thousand, 1)[0]
+    assert plans + rejected == 1000 and plans > 100
+    assert seconds < 2.0
+
+
+def test_explain_shows_where_memory_and_time_go():
+    called = call("plan.__main__", "explain", "tensor=2,pipeline=4,data=8", LLAMA, "--gpu-type", "H100")
+    assert called.code == 0
+    for word in ("in flight", "gradients", "margin", "bubble", "tensor all-reduce", "tokens/s", "days"):
+        assert word in called.out
+    refused = call("plan.__main__", "explain", "tensor=2,pipeline=32", LLAMA, "--gpu-type", "H100")
+    assert refused.code == 1 and "exceeds the model's 16 layers" in refused.out
+
+
+@pytest.fixture(scope="module")
+def shelf():
+    """{recipe: what the planner says of the layouts it states}, and the exit code."""
+    called = call("plan.__main__", "layouts", *SHELF, "--gpu-type", "H100", "--json")
+    return {entry["recipe"]: entry for entry in called.json["recipes"]}, called.code
+
+
+@pytest.mark.parametrize("path", SHELF, ids=lambda path: path.stem)
+def test_a_docstring_says_what_the_planner_says_now(shelf, path):
+    """Its sentence may be broken into lines. `python -m tools.plan layouts RECIPE --gpu-type H100` prints the new one."""
+    said = " ".join(ast.get_docstring(ast.parse(path.read_text())).split())
+    assert shelf[0][path.stem]["sentence"] in said
+    assert said.count("Planned (") == 1 and "Measured: not yet" in said
+
+
+def test_the_shelf_fits_its_gpus(shelf):
+    """Nine of ten times at least, on 80 GB."""
+    recipes, code = shelf
+    layouts = [layout for entry in recipes.values() for layout in entry["layouts"]]
+    assert code == 0 and len(layouts) == sum(len(load_recipe(str(path)).layouts) for path in SHELF)
+    for layout in layouts:
+        assert layout["memory"]["high"] < layout["memory"]["capacity"]
+
+
+def test_a_layout_that_may_not_fit_is_exit_1():
+    called = call("plan.__main__", "layouts", LLAMA, "--gpu-type", "A100-40")
+    assert called.code == 1
+    assert "8 GPUs cannot run it" in called.out and "stage 0 needs" in called.out
+
+
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        (["search", LLAMA, "--gpus", "8", "--gpu-type", "H1000"], "--gpu-type=H1000: not known; use one of V100-16"),
+        (["search", LLAMA, "--gpus", "0", "--gpu-type", "H100"], "--gpus=0"),
+        (["search", "none.py", "--gpus", "8", "--gpu-type", "H100"], "no such file"),
+        (["explain", "tensor=1", LLAMA, "--gpu-type", "H100", "--micro-seqs", "0"], "--micro-seqs=0"),
+        (["explain", "tensor=x", LLAMA, "--gpu-type", "H100"], "tensor=x"),
+        (["explain", "tensor=1", LLAMA, "--gpu-type", "H100", "--calibration", "README.md"], "plan calibrate"),
+        (["calibrate", LLAMA, "--gpu-type", "H100", "--out", "x.json", "--layers", "99"], "--layers=99"),
+    ],
+)
+def test_a_mistake_is_exit_2(flags, part):
+    called = call("plan.__main__", *flags)
+    assert called.code == 2 and part in called.err and "Traceback" not in called.err
+
+
+def test_the_shipped_terms_say_where_they_come_from():
+    content = json.loads(SHIPPED.read_text())
+    assert list(content["time"]) == list(time_model.TERMS) and list(content["memory"]) == list(memory_model.TERMS)
+    assert {"fitted on", "rows", "date", "command"} <= set(content["provenance"])
+    assert set(content["device_factor"]) <= {device.name for device in DEVICES}
+
+
+def test_calibration_moves_the_terms_to_this_machine(tmp_path):
+    """Two real runs; the calibrated terms give their times, the shipped ones for a guessed CPU do not."""
+    out = tmp_path / "cpu.json"
+    called = call("plan.__main__", "calibrate", "recipes/quickstart.py", "--gpu-type", "CPU", "--layers", 1, "--steps", 1,
+                  "--out", out, "--json")  # fmt: skip
+    assert called.code == 0, called.err
+    runs = called.json["runs"]
+
+    def off(kind):
+        return sum(abs(math.log(run[kind] / run["seconds"])) for run in runs)
+
+    assert len(runs) == 2 and off("after") < off("before")
+    used = call(
+        "plan.__main__", "explain", "tensor=1", "recipes/quickstart.py", "--gpu-type", "CPU", "--calibration", out, "--json"
+    )
+    assert used.code == 0 and used.json["ranked"][0]["seconds"] > 0
+    assert read_coefficients(out).provenance["calibrated on"] == "CPU"

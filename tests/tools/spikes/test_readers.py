@@ -1,0 +1,221 @@
+"""Logs of other programs, in the very lines they print, give the right numbers; what cannot be read says so in one line."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from tools.common.console import UsageError
+from tools.common.logs.reader import read_log, read_logs
+
+# Each sample is copied from the public issue or source named with it.
+MEGATRON = """\
+ [2024-04-06 02:59:36] iteration       43/     100 | consumed samples:         5504 | elapsed time per iteration (ms): 5444.9 | \
+throughput per GPU (TFLOP/s/GPU): 239.8 | learning rate: 8.600000E-06 | global batch size:   128 | lm loss: 1.825991E+00 | \
+load_balancing_loss: 1.019746E+00 | loss scale: 1.0 | grad norm: 1.426 | num zeros: 0.0 | number of skipped iterations:   0 | \
+number of nan iterations:   0 |
+ [2024-04-06 02:59:41] iteration       44/     100 | consumed samples:         5632 | elapsed time per iteration (ms): 5533.8 | \
+throughput per GPU (TFLOP/s/GPU): 236.0 | learning rate: 8.800000E-06 | global batch size:   128 | lm loss: 1.875063E+00 | \
+load_balancing_loss: 1.020033E+00 | loss scale: 1.0 | grad norm: 1.327 | num zeros: 0.0 | number of skipped iterations:   0 | \
+number of nan iterations:   0 |
+"""  # NVIDIA/Megatron-LM issue 756
+NEOX = """\
+[2023-07-25 21:03:17,269] [INFO] [timer.py:215:stop] epoch=0/micro_step=34/global_step=34, RunningAvgSamplesPerSec=7.8646, \
+CurrSamplesPerSec=8.00912418308922, MemAllocated=59.65GB, MaxMemAllocated=63.31GB
+ samples/sec: 7.799 | iteration       34/   10000 | elapsed time per iteration (ms): 4103.1 | learning rate: 2.111E-06 | \
+approx flops per GPU: 112.9TFLOPS | lm_loss: 1.118665E+01 | number of skipped iterations:   0 | number of nan iterations:   0 |
+time (ms) | forward: 659.86 | backward: 2164.69 | backward-backward: 2164.66 | optimizer: 1172.51 | batch generator: 0.83
+[2023-07-25 21:03:21,037] [INFO] [logging.py:96:log_dist] [Rank 0] step=35, skipped=0, lr=[2.1731931451279077e-06], \
+mom=[[0.9, 0.95]]
+"""  # deepspeedai/DeepSpeed issue 3742
+OLMO = """\
+2024-08-06 09:59:26.181 intern-studio-160750:0  olmo.train:908  INFO    [step=1/739328,epoch=0]
+    optim/total_grad_norm=231.7
+    train/CrossEntropyLoss=12.18
+    train/Perplexity=195,153
+    throughput/total_tokens=1,048,576
+    System/Peak GPU Memory (MB)=46,911
+2024-08-06 10:00:05.520 intern-studio-160750:0  olmo.train:908  INFO    [step=2/739328,epoch=0]
+    optim/total_grad_norm=0.0002
+    train/CrossEntropyLoss=1.7872662283480167e-06
+    train/Perplexity=1.000
+"""  # allenai/OLMo issue 692
+OLMO_CORE = """\
+2026-08-08 12:00:01 INFO [olmo_core.train.trainer:734] Training for 2,000 steps
+2026-08-08 12:01:00 INFO [olmo_core.train.callbacks.console_logger:68] [step=100/2000,epoch=0,eta=5h11m]
+    train/CE loss=6.2341
+    train/PPL=511.9
+    optim/LR (group 0)=4.0E-04
+    optim/total grad norm=0.8132
+2026-08-08 12:03:10 INFO [olmo_core.train.trainer:1003] Saving checkpoint for step 100 to 's3://b/k'...
+2026-08-08 12:03:44 INFO [olmo_core.train.callbacks.console_logger:68] [step=200/2000,epoch=0]
+"""  # allenai/OLMo-core, src/olmo_core/train/callbacks/console_logger.py
+TORCHTITAN = """\
+[titan] 2026-02-24 19:46:17,508 - root - INFO - step:  4  loss:  7.62585  grad_norm: 26.6250  memory: 66.91GiB(37.51%)  \
+tps: 10,050  tflops: 314.71  mfu: 13.99%
+[titan] 2026-02-24 19:46:17,508 - root - INFO - step:  4  loss:  7.62585  grad_norm: 26.6250  memory: 66.91GiB(37.51%)  \
+tps: 10,049  tflops: 314.68  mfu: 13.99%
+[titan] 2026-02-24 19:46:19,145 - root - INFO - \x1b[31mstep:  5  \x1b[32mloss:  7.07623  \x1b[38;2;180;60;0mgrad_norm: 46.5000  \
+\x1b[38;2;54;234;195mmemory: 66.91GiB(37.51%)  \x1b[34mtps: 10,007\x1b[39m
+"""  # pytorch/torchtitan pull request 2389; the colours of torchtitan/tools/utils.py
+LLMC = """\
+step   61/74 | loss 3.208939 (+nanz)| norm 1.4800 (+nanz)| lr 3.00e-04 | 44.57 ms | -100.0% bf16 MFU | 91886 tok/s
+step   62/74 | loss 3.464926 (+nanz)| norm 1.3662 (+nanz)| lr 3.00e-04 | 44.57 ms | -100.0% bf16 MFU | 91886 tok/s
+"""  # karpathy/llm.c issue 796
+LLMC_MAIN = "s:0 tel:10.986450\ns:0 trl:10.965596 lr:0.000001 norm:15.3721\ns:1 trl:10.814037 lr:0.000002 norm:15.2400\n"
+DEEPSPEED = """\
+steps: 190 loss: 5.6508 iter time (s): 0.940 samples/sec: 136.170
+[2023-01-01 00:00:01,000] [INFO] [fused_optimizer.py:370:_update_scale] Reducing dynamic loss scale from 65536 to 32768
+steps: 200 loss: 5.5508 lm loss: 5.5103 moe loss: 0.0405 iter time (s): 0.936 samples/sec: 136.706
+"""  # deepspeed/runtime/pipe/engine.py: train_batch
+MODDED = "step:0/1530 val_loss:10.8258 train_time:0ms step_avg:nanms\nstep:1/1530 train_loss:10.8258 train_time:31ms\n" + (
+    "step:2/1530 train_loss:10.0719 train_time:62ms step_avg:nanms\n"
+)
+NANOGPT = "iter 340: loss 5.4983, time 33785.52ms, mfu 0.96%\niter 350: loss 5.4702, time 33798.82ms, mfu 0.96%\n"
+
+TEXTS = {
+    "Megatron": (MEGATRON, [43, 44], {"loss": [1.825991, 1.875063], "grad_norm": [1.426, 1.327], "lr": [8.6e-6, 8.8e-6]}),
+    "Megatron's times": (MEGATRON, [43, 44], {"seconds": [5.4449, 5.5338], "loss_scale": [1.0, 1.0]}),
+    "GPT-NeoX": (NEOX, [34], {"loss": [11.18665], "lr": [2.111e-6], "seconds": [4.1031]}),
+    "OLMo ": (OLMO, [1, 2], {"loss": [12.18, 1.7872662283480167e-06], "grad_norm": [231.7, 0.0002]}),
+    "OLMo-core": (OLMO_CORE, [100], {"loss": [6.2341], "grad_norm": [0.8132], "lr": [4e-4]}),
+    "torchtitan": (TORCHTITAN, [4, 5], {"loss": [7.62585, 7.07623], "grad_norm": [26.625, 46.5]}),
+    "llm.c": (LLMC, [61, 62], {"loss": [3.208939, 3.464926], "grad_norm": [1.48, 1.3662], "seconds": [0.04457, 0.04457]}),
+    "llm.c main.log": (LLMC_MAIN, [0, 1], {"loss": [10.965596, 10.814037], "grad_norm": [15.3721, 15.24], "lr": [1e-6, 2e-6]}),
+    "DeepSpeed": (DEEPSPEED, [190, 200], {"loss": [5.6508, 5.5508], "seconds": [0.94, 0.936], "loss_scale": [np.nan, 32768]}),
+    "modded-nanogpt": (MODDED, [1, 2], {"loss": [10.8258, 10.0719]}),
+    "nanoGPT": (NANOGPT, [340, 350], {"loss": [5.4983, 5.4702], "seconds": [33.78552, 33.79882]}),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_log_gives_its_numbers(tmp_path, name):
+    text, steps, columns = TEXTS[name]
+    path = tmp_path / "train.log"
+    path.write_text("a line before\n" + text)
+    log = read_log(path)
+    assert log.steps.tolist() == steps
+    for column, values in columns.items():
+        np.testing.assert_allclose(log.columns[column], values, rtol=1e-12)
+    assert name.split(" ")[0].split("'")[0] in log.source
+
+
+def line(step, loss, norm="0.500"):
+    return (
+        f" iteration {step:8d}/  100000 | consumed samples: 1 | elapsed time per iteration (ms): 100.0 | "
+        f"learning rate: 1.0E-04 | lm loss: {loss} | loss scale: 1.0 | grad norm: {norm} | number of skipped iterations:   0 |\n"
+    )
+
+
+def test_a_restart_keeps_both_attempts_in_order_and_the_later_wins_in_the_end(tmp_path):
+    path = tmp_path / "train.log"
+    first = [line(step, f"{3 + step / 1000:.6E}") for step in range(1, 31)]
+    second = [line(step, f"{2 + step / 1000:.6E}") for step in range(21, 41)]
+    path.write_text("".join([*first, " > successfully loaded checkpoint from /ckpt at iteration 20\n", *second]))
+    log = read_log(path)
+    assert log.steps.tolist() == [*range(1, 31), *range(21, 41)] and log.resumes == (20,)
+    final = log.final()
+    assert final.steps.tolist() == [*range(1, 41)]
+    np.testing.assert_allclose(final.columns["loss"], [*(3 + np.arange(1, 21) / 1000), *(2 + np.arange(21, 41) / 1000)])
+
+
+def test_what_is_not_finite_is_told_from_what_is_missing(tmp_path):
+    path = tmp_path / "train.log"
+    skipped = line(3, "0").replace(" lm loss: 0 |", "")  # Megatron leaves out the loss of a skipped iteration
+    path.write_text(line(1, "2.5E+00") + line(2, "nan", "nan") + skipped + line(4, "2.5E+00"))
+    log = read_log(path)
+    assert log.steps.tolist() == [1, 2, 4]
+    assert np.isnan(log.columns["loss"]).tolist() == [False, True, False]
+    assert log.columns["grad_norm"].tolist() == [0.5, np.inf, 0.5]
+
+
+def test_a_step_printed_by_every_rank_counts_once(tmp_path):
+    path = tmp_path / "train.log"
+    path.write_text("".join(line(step, "2.5E+00") for step in (1, 1, 1, 2, 2, 2)))
+    assert read_log(path).steps.tolist() == [1, 2]
+
+
+TABLES = {
+    "plain": "step,loss\n1,3.5\n2,3.25\n",
+    "carriage returns": "step,loss\r\n1,3.5\r\n2,3.25\r\n",
+    "other names": "iteration,lm_loss,iteration_time\n1,3.5,\n2,3.25,0.5\n",
+    "further columns": "epoch,text,global_step,train/loss\n0,a,1,3.5\n0,b,2,3.25\n",
+    "a row that is being written": "step,loss,lr\n1,3.5,1\n2,3.25,1\n3,3\n",
+    "rows without a loss": "step,loss,val_loss\n1,3.5,\n1,,3.0\n2,3.25,\n",
+    "a step twice": "step,loss\n1,3.5\n2,9.0\n2,3.25\n",
+    "W&B": '"Step","fancy-run-7 - train/loss","fancy-run-7 - train/loss__MIN","fancy-run-7 - train/loss__MAX"\n'
+    '"1","3.5","3.5","3.5"\n"2","3.25","3.25","3.25"\n',
+    "JSON lines": '{"step": 1, "loss": 3.5}\n{"step": 2, "loss": 3.25}\n{"step": 3, "lo',
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_gives_its_numbers(tmp_path, name, packed):
+    path = tmp_path / ("log.csv.gz" if packed else "log.csv")
+    path.write_bytes(gzip.compress(TABLES[name].encode()) if packed else TABLES[name].encode())
+    log = read_log(path)
+    assert (log.steps.tolist(), log.columns["loss"].tolist()) == ([1, 2], [3.5, 3.25])
+
+
+def test_a_table_of_several_runs_is_read_as_several(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("file,step,loss\na,1,3.5\na,2,3.25\nb,1,4.5\n")
+    assert [(log.name, len(log.steps)) for log in read_logs(path)] == [(f"{path}:a", 2), (f"{path}:b", 1)]
+
+
+def test_a_run_directory_is_read_with_its_resumes(tmp_path):
+    records = [
+        {"step": 0, "val_loss": 9.0},
+        {"step": 1, "loss": 3.5, "lr": 0.1},
+        {"step": 2, "loss": "NaN", "grad_norm": "Infinity"},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "logs").mkdir()
+    attempts = [{"event": "start", "resumed_step": 0}, {"event": "end"}, {"event": "start", "resumed_step": 1}]
+    (tmp_path / "logs" / "attempts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in attempts))
+    log = read_log(tmp_path)
+    assert (log.steps.tolist(), log.resumes) == ([1, 2], (1,))
+    assert np.isnan(log.columns["loss"][1]) and np.isnan(log.columns["grad_norm"][0]) and np.isinf(log.columns["grad_norm"][1])
+
+
+def test_tensorboard_events_are_read_and_a_restart_keeps_the_later(tmp_path):
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(tmp_path))
+    for wall_time, (step, loss) in enumerate([(1, 3.5), (2, 9.0), (3, 9.0), (2, 3.25)]):
+        for tag, number in (("lm loss", loss), ("grad-norm", 0.5)):
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=number)])
+            writer.add_event(Event(wall_time=wall_time, step=step, summary=summary))
+    writer.close()
+    for path in (tmp_path, next(tmp_path.iterdir())):
+        log = read_log(path)
+        assert log.steps.tolist()[:2] == [1, 2]
+        assert log.columns["loss"].tolist()[:2] == [3.5, 3.25] and log.columns["grad_norm"][0] == 0.5
+
+
+WRONG = {
+    "no such file": (None, "no such file"),
+    "empty": ("", "is empty"),
+    "text": ("hello\nworld\n", "Known: "),
+    "no loss": ("step,perplexity\n1,2\n", "no loss among step, perplexity"),
+    "no rows": ("step,loss\n", "without a single step"),
+    "cut short": (gzip.compress(b"step,loss\n1,3.5\n" * 1000)[:-20], "cannot be read"),
+    "several W&B runs": ('"Step","a - train/loss","b - train/loss"\n1,2,3\n', "2 W&B runs"),
+    "no archive": (b"not packed", "cannot be read"),
+    "broken JSON": ('{"step": 1, "loss": 2}\n{"step"\n{"step": 2, "loss": 2}\n', "line 2"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_read_is_one_clear_message(tmp_path, name):
+    text, message = WRONG[name]
+    path = tmp_path / ("log.csv.gz" if isinstance(text, bytes) else "log.csv")
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError, match=message) as error:
+        read_logs(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,204 @@
+"""A run that is broken in every way ends like one that nobody touched: the same losses, the same weights, to the last bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from recipes.common.checkpoint.files import sealed_checkpoints
+from recipes.common.recipe import ROOT
+from recipes.common.run_dir.heartbeat import read_beats
+from tests.common.checkpoint.test_resume import assert_same_state
+from tests.support.supervised import (
+    FORKED,
+    STEPS,
+    assert_all_end,
+    ends,
+    losses,
+    output,
+    processes_of,
+    recipe_copy,
+    supervise,
+    wait_for_step,
+    wait_until,
+)
+
+RECIPE = "recipes/quickstart.py"
+
+
+def assert_same_run(straight: Path, run_dir: Path) -> None:
+    assert losses(run_dir) == losses(straight)
+    assert_same_state(straight, run_dir, 0.0)
+
+
+def test_a_killed_rank_a_killed_launcher_and_a_stopped_rank(straight, tmp_path):
+    recipe, uninterrupted = straight
+    run_dir = tmp_path / "run"
+    supervisor = supervise(recipe, run_dir, "--stall-floor-seconds", 2, "--stall-steps", 20)
+
+    beats = wait_for_step(supervisor, run_dir, 12)
+    everyone = processes_of(run_dir)
+    assert len(everyone) == 2 * 2 + 1  # ranks, guards, the launcher
+    os.kill(beats[1].pid, signal.SIGKILL)
+    assert_all_end(everyone)
+
+    beats = wait_for_step(supervisor, run_dir, 22, since=time.time())
+    everyone = processes_of(run_dir)
+    (launcher,) = psutil.Process(supervisor.pid).children()
+    launcher.kill()
+    assert_all_end(everyone)
+
+    beats = wait_for_step(supervisor, run_dir, 32, since=time.time())
+    everyone = processes_of(run_dir)
+    os.kill(beats[1].pid, signal.SIGSTOP)
+    assert supervisor.wait(120) == 0, output(run_dir)
+    assert_all_end(everyone)
+
+    killed, orphaned, hung, finished = ends(run_dir)
+    assert (killed["cause"], killed["sealed_step"]) == ("rank_lost", 10)
+    assert killed["detail"].startswith("rank 1 on ")
+    assert killed["lost_steps"] == killed["last_step"] - 10 >= 1
+    assert (orphaned["cause"], orphaned["sealed_step"]) == ("rank_lost", 20)
+    assert hung["cause"] == "hang"
+    assert "did not reach the collective: rank 1 on " in hung["detail"]
+    assert "its process is stopped (state T)" in hung["detail"]
+    assert "rank 0" not in hung["detail"]
+    stacks = run_dir / "logs" / "stacks" / "attempt_3"
+    assert (
+        "_sum_over_ranks" in (stacks / "rank_00000.txt").read_text()
+        or "torch/distributed" in (stacks / "rank_00000.txt").read_text()
+    )
+    assert finished["cause"] == "finished"
+    assert_same_run(uninterrupted, run_dir)
+
+
+def test_a_killed_supervisor_takes_all_down_and_one_asked_to_end_saves(straight, tmp_path):
+    recipe, uninterrupted = straight
+    run_dir = tmp_path / "run"
+    supervisor = supervise(recipe, run_dir)
+    wait_for_step(supervisor, run_dir, 12)
+    everyone = processes_of(run_dir)
+    supervisor.kill()
+    assert_all_end(everyone)
+    supervisor.wait()
+
+    since = time.time()
+    supervisor = supervise(recipe, run_dir, flags=("--resume",))
+    wait_for_step(supervisor, run_dir, 15, since)
+    everyone = processes_of(run_dir)
+    supervisor.send_signal(signal.SIGTERM)
+    assert supervisor.wait(30) == 75, output(run_dir)
+    assert_all_end(everyone, 1)
+    step = int(sealed_checkpoints(run_dir)[-1].name.removeprefix("step_"))
+    assert step == max(losses(run_dir)) and 15 <= step < STEPS
+    assert "left on SIGTERM" in output(run_dir)
+
+    assert supervise(recipe, run_dir, flags=("--resume",)).wait(120) == 0, output(run_dir)
+    assert [end["cause"] for end in ends(run_dir)] == ["supervisor_lost", "left", "finished"]
+    assert_same_run(uninterrupted, run_dir)
+
+
+def test_ranks_may_change_between_restarts(straight, tmp_path):
+    """4 ranks, 8, 2: each time the recipe's layout for that many, on the same batches. Rounding is all that differs."""
+    recipe, one_layout = straight
+    run_dir, hostfile = tmp_path / "run", tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=4\n")
+    launcher = FORKED + " {hostfile}"
+    supervisor = supervise(recipe, run_dir, "--hostfile", hostfile, launcher=launcher, flags=("--max-steps", 26))
+    since = 0.0
+    for step, slots in ((12, 8), (22, 2)):
+        beats = wait_for_step(supervisor, run_dir, step, since)
+        hostfile.write_text(f"localhost slots={slots}\n")
+        since = time.time()
+        os.kill(beats[0].pid, signal.SIGKILL)
+    assert supervisor.wait(120) == 0, output(run_dir)
+    starts = json.loads((run_dir / "manifest.json").read_text())["starts"]
+    layouts = [(s["world_size"], s["layout"]["tensor"], s["layout"]["pipeline"], s["sizes"]["data"]) for s in starts]
+    assert layouts == [(4, 2, 2, 1), (8, 2, 2, 2), (2, 1, 2, 1)]
+    assert [s["sizes"]["tokens_per_step"] for s in starts] == [starts[0]["sizes"]["tokens_per_step"]] * 3
+    expected, found = losses(one_layout), losses(run_dir)
+    assert set(found) == set(range(1, 27))
+    assert max(abs(found[step][0] - expected[step][0]) / expected[step][0] for step in found) < 1e-6
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
+def test_a_full_disk_costs_a_save_and_nothing_else(straight, tmp_path):
+    recipe, uninterrupted = straight
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", disk], check=True)
+    try:
+        (disk / "ballast").write_bytes(bytes(110 << 20))  # a checkpoint takes 20 MB
+        run_dir = disk / "run"
+        supervisor = supervise(recipe, run_dir)
+        wait_until(lambda: f"could not save {run_dir}/checkpoints/step_00000010" in output(run_dir), what=lambda: output(run_dir))
+        os.kill(read_beats(run_dir)[1].pid, signal.SIGKILL)  # and a rank is lost before there is any checkpoint
+        (disk / "ballast").unlink()
+        assert supervisor.wait(120) == 0, output(run_dir)
+        assert [end["cause"] for end in ends(run_dir)] == ["rank_lost", "finished"]
+        assert_same_run(uninterrupted, run_dir)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+NAN = """
+from recipes.common.engine.trainer import Trainer  # noqa
+_step = Trainer.train_step
+Trainer.train_step = lambda *a: replace(_step(*a), loss=float("nan"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "causes", "message"),
+    [
+        ("recipe = replace(recipe, steps=0)", 2, ["user_error"], "steps=0 must be a whole number from 1"),
+        (NAN, 3, ["training_error"], "ended: training_error: TrainingError: step 1: loss is nan"),
+    ],
+    ids=["a wrong recipe", "useless numbers"],
+)
+def test_what_a_restart_cannot_cure_is_not_restarted(tmp_path, extra, code, causes, message):
+    recipe, run_dir = recipe_copy(tmp_path, extra=extra), tmp_path / "run"
+    supervisor = supervise(recipe, run_dir, launcher=sys.executable)
+    assert supervisor.wait(120) == code, output(run_dir)
+    assert message in output(run_dir)
+    assert [end["cause"] for end in ends(run_dir)] == causes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["none.py"], "there is no recipe file none.py"),
+        (["--hostfile", "none", RECIPE], "--hostfile none: No such file or directory"),
+        (["--spares", "-1", RECIPE], "--spares=-1 must be 0 or more"),
+    ],
+)
+def test_wrong_words_are_refused(words, message):
+    command = [sys.executable, "tools/supervise/__main__.py", "--no-preflight", "--launcher", "false", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_program_that_never_works_is_given_up(tmp_path):
+    (tmp_path / "recipe.py").write_text("raise LookupError('planted')\n")
+    supervisor = supervise(tmp_path / "recipe.py", tmp_path / "run", "--restarts", 2, launcher=sys.executable)
+    assert supervisor.wait(60) == 1
+    assert [end["cause"] for end in ends(tmp_path / "run")] == ["launcher_failed"] * 3
+    assert "giving up after 2 restarts without a new checkpoint; the last is of step 0" in output(tmp_path / "run")
+
+
+def test_a_dry_run_starts_no_job(tmp_path):
+    (tmp_path / "recipe.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(7)\n")
+    words = [tmp_path / "recipe.py", "--dry-run", "--out-dir", tmp_path / "run"]
+    command = [sys.executable, ROOT / "tools/supervise/__main__.py", "--processes", 8, "--launcher", "false", *words]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 7
+    assert done.stdout == f"{[*map(str, words[1:]), '--world-size', '8']}\n"
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,145 @@
+"""The numerics gate passes what is right, and fails what is wrong in ways that training alone would not show."""
+
+import contextlib
+import io
+import json
+import sys
+
+import pytest
+
+from recipes.common.recipe import Layout, RecipeError
+from tests.support.tiny import ROOT
+from tools.common.forked_ranks import run_ranks
+from tools.verify import main, parse_layout
+
+QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
+SHORT = ["--steps", "2", "--seq-len", "16"]
+
+
+def call(*flags, fault=None):
+    """(exit code, stdout, stderr) of the tool; `fault` is planted before it forks its ranks."""
+    return run_ranks(_call, 1, [*flags, *SHORT], fault)[0]
+
+
+def _call(flags, fault):
+    if fault is not None:
+        fault()
+    sys.argv = ["verify", *map(str, flags)]
+    out, err = io.StringIO(), io.StringIO()
+    code = None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as leaving:
+            code = leaving.code
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tensor=2,pipeline=2",
+        "data=2",
+        "tensor=2,recompute_every=1",
+        "tensor=2,pipeline=2,schedule=zero_bubble_v,sequence_parallel=1,recompute_every=1,keep_products=1",
+    ],
+)
+def test_the_quickstart_passes(layout):
+    code, out, err = call(QUICKSTART, "--layout", layout, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["recipe"], found["layout"], found["passed"]) == ("quickstart", layout, True)
+    assert [row["what"] for row in found["rows"]] == ["loss", "gradient norm", "parameter", "gradient, fp32"]
+    assert all(0 <= row["difference"] <= row["bound"] for row in found["rows"])
+
+
+def no_all_reduce():
+    """A row's partial sums are not summed."""
+    import recipes.common.parallel.tensor_parallel as module
+
+    module.reduce_from = lambda x, group: x
+
+
+def no_gradient_sum():
+    """The gradient of a column's input is one rank's part only: forward is right."""
+    import recipes.common.parallel.tensor_parallel as module
+
+    module.copy_to = lambda x, group: x
+
+
+def doubled_loss():
+    """Gradients on the scale of 1/accumulation, as DeepSpeed 0.18.3 had: clipping and Adam hide it."""
+    import recipes.common.pipeline.stage as module
+
+    loss = module.Stage.loss
+    module.Stage.loss = lambda self, hidden, labels: loss(self, hidden, labels) * (0.5 if self.grid.pipeline > 1 else 1.0)
+
+
+def untied():
+    """The gradients of a tied weight are not summed over stages: its copies drift apart."""
+    import recipes.common.engine.trainer as module
+
+    module.PipelineStages.get_tied_weights_and_groups = lambda self: []
+
+
+@pytest.mark.parametrize("fault", [no_all_reduce, no_gradient_sum, doubled_loss, untied], ids=lambda fault: fault.__name__)
+def test_a_planted_bug_fails(fault):
+    code, out, err = call(QUICKSTART, "--layout", "tensor=2,pipeline=2", fault=fault)
+    assert code == 1
+    if fault is doubled_loss:
+        failed = [line.split()[0] for line in out.splitlines() if line.endswith("<-- FAILED")]
+        assert "gradient," in failed
+        assert "loss" not in failed  # the logged loss is right, and AdamW hides the scale: only the gate sees it
+    else:
+        assert "could not be trained: copies of model." in err and "on different ranks differ by" in err
+
+
+def test_the_table_names_where():
+    code, out, _ = call(QUICKSTART, "--layout", "tensor=2")
+    assert code == 0
+    title, head, *rows = out.splitlines()
+    assert title.startswith("quickstart: LlamaConfig at hidden size 64, tensor 2 x pipeline 1 x data 1, fp32, ZeRO 1, 2 steps")
+    assert "largest difference" in head and "allowed" in head
+    assert rows[0].split()[-2] == "step"
+    assert rows[-1].split()[-1].startswith("model.")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("tensor=two", "'tensor=two' is not tensor=N"),
+        ("tensr=2", "'tensr=2' is not tensor=N"),
+        ("tensor=2,tensor=2", "'tensor=2' is not tensor=N"),
+        ("tensor=0", "sizes start at 1"),
+        ("", "'' is not tensor=N"),
+        ("pipeline=2,cut=5-3", "'cut=5-3' is not tensor=N"),
+        ("tensor=2,sequence_parallel=yes", "'sequence_parallel=yes' is not tensor=N"),
+    ],
+)
+def test_a_bad_layout_is_refused(text, part):
+    with pytest.raises(RecipeError, match="--layout") as caught:
+        parse_layout(text)
+    assert part in str(caught.value)
+
+
+def test_a_layout_in_words_is_the_layout():
+    words = "pipeline=2,data=4,schedule=zero_bubble_v,recompute_every=1,keep_products=1,cut=1+2+3+2"
+    wanted = Layout(pipeline=2, schedule="zero_bubble_v", recompute_every=1, keep_products=True, cut=(1, 2, 3, 2))
+    assert parse_layout(words) == (wanted, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ([QUICKSTART, "--layout", "tensor=two"], "is not tensor=N"),
+        ([QUICKSTART, "--layout", "schedule=zero_bubble"], "--layout: schedule='zero_bubble' with pipeline=1"),
+        (["recipes/none.py"], "recipes/none.py: there is no such file"),
+        ([str(ROOT / "recipes/common/parallel/cross_entropy.py")], "defines no `recipe = Recipe(...)`"),
+    ],
+    ids=["layout", "layout's options", "no file", "no recipe"],
+)
+def test_a_mistake_of_the_user_is_exit_2_and_one_message(flags, part):
+    code, out, err = call(*flags)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and part in err
+    assert "Traceback" not in err

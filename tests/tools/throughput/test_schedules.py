@@ -1,0 +1,24 @@
+"""The bench of pipeline schedules measures each of them and says so in a table, or as one JSON object."""
+
+from recipes.common.recipe import SCHEDULES
+from tests.support.small_runs import call
+
+TINY = ("--hidden", 64, "--layers", 4, "--seq-len", 32, "--micro-seqs", 1, "--rounds", 2)
+
+
+def test_every_schedule_is_held_against_1f1b():
+    called = call("throughput.__main__", "schedules", *TINY, "--json")
+    assert called.code == 0, called.err
+    found = {row["schedule"]: row for row in called.json["schedules"]}
+    assert tuple(found) == SCHEDULES
+    assert found["1f1b"]["ratio"] == 1.0
+    for row in found.values():
+        assert len(row["busy_seconds"]) == 2
+        assert 0 < max(row["busy_seconds"]) <= row["step_seconds"]
+        assert 0 < row["bubble_share"] < 1
+
+
+def test_too_few_layers_are_told():
+    called = call("throughput.__main__", "schedules", "--layers", 3)
+    assert called.code == 2
+    assert "--layers=3: zero_bubble_v cuts them into 4 runs" in called.err

@@ -1,0 +1,237 @@
+"""A checkpoint that DeepSpeed wrote itself to one of ours, optimizer states included, to go on with in any layout.
+
+    python -m tools.checkpoint from-deepspeed CHECKPOINTS/global_step1000 runs/NAME --model HF_FOLDER
+    deepspeed recipes/NAME.py --out-dir runs/NAME --resume
+
+Known: `engine.save_checkpoint` of our stages (pipeline engine or not) and of a Hugging Face model given to DeepSpeed as it is,
+with ZeRO 1, 2 or 3; and universal checkpoints (ds_to_universal) of either. Not known, and refused with what was found: other
+parameter names (Megatron), no ZeRO, frozen parameters. HF_FOLDER holds the model's config.json, which DeepSpeed does not save.
+The files are pickles: only tensors and plain values are read, no code of theirs runs. One file's tensors are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from recipes.common.checkpoint.files import Part
+from recipes.common.model.decoder import PlanError, find_stack
+from recipes.common.model.initial_weights import build_empty
+from recipes.common.model.sharding import Cut
+from recipes.common.parallel.tensor_parallel import plan_split
+from tools.checkpoint import deepspeed_files as files
+from tools.checkpoint.from_hf import read_config
+from tools.checkpoint.hf_names import model_shapes, parameter_aliases
+from tools.checkpoint.starting_checkpoint import collected, refuse_used, starting_state, whole_part, write_checkpoint
+from tools.common.console import UsageError, exit_code, progress_bar, quiet_transformers
+
+Shape = tuple[int, ...]
+_OURS = re.compile(r"(?:\d+\.)?(?:causal\.|module\.)?")  # what stands before a Hugging Face name
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the config says the checkpoint must hold."""
+
+    shapes: dict[str, Shape]  # of every parameter, tied ones once
+    buffers: dict[str, torch.Tensor]
+    aliases: dict[str, str]  # a tied head -> the embedding
+    vocabulary: frozenset[str]  # embedding and head: their rows may have been padded
+    cuts: dict[str, Cut]
+
+    def name(self, theirs: str) -> str:
+        """DeepSpeed's name of a parameter (with stage and wrapper before it) to the Hugging Face name."""
+        return theirs[_OURS.match(theirs).end() :] if theirs not in self.shapes else theirs
+
+    def cut(self, name: str, tensor: int) -> Cut | None:
+        return self.cuts.get(name) if tensor > 1 else None
+
+    def local(self, name: str, tensor: int) -> Shape:
+        shape, cut = list(self.shapes[name]), self.cut(name, tensor)
+        if cut is not None:
+            shape[cut.dim] = cut.local_length(shape[cut.dim], tensor)
+        return tuple(shape)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.checkpoint from-deepspeed", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a folder global_stepN, or the one with `latest` in it")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the run directory to make")
+    parser.add_argument("--model", type=Path, help="a folder with the model's config.json (default: FOLDER)")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer folder to keep with it (default: the model's)")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    quiet_transformers()
+    return exit_code(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    summary = convert(args.folder, args.out, args.model or args.folder, args.tokenizer)
+    if args.json:
+        print(json.dumps(summary))
+        return 0
+    was = "universal" if summary["universal"] else "pipeline {pipeline} x tensor {tensor} x data {data}, ZeRO {zero_stage}"
+    print(f"{summary['checkpoint']}: {summary['tensors']} tensors, kinds {', '.join(summary['kinds'])}")
+    print(f"  from {was.format(**summary)}, step {summary['step']}, {summary['optimizer_steps']} optimizer steps")
+    print(f"  {summary['consumed_seqs']} sequences consumed; go on with: deepspeed RECIPE --out-dir {args.out} --resume")
+    return 0
+
+
+def convert(folder: Path, out: Path, model_folder: Path, tokenizer: Path | None = None) -> dict[str, Any]:
+    """Write OUT/checkpoints/step_N and `latest`. Raises UsageError with what was found."""
+    run = files.find_run(folder)
+    if not (model_folder / "config.json").is_file():
+        raise UsageError(f"{model_folder} has no config.json; say with --model which Hugging Face folder has the model's")
+    config = read_config(model_folder)
+    refuse_used(out)
+    causal = build_empty(config, attention="eager")
+    model = describe_model(causal, run.tensor)
+    check_names(run, model)
+    state = starting_state(tied=bool(model.aliases)) | {
+        "step": run.step,
+        "consumed_seqs": run.consumed_seqs,
+        "skipped_steps": run.skipped_steps,
+    }
+    with progress_bar("converting", _input_bytes(run)) as bar:
+        if run.universal:
+            rank_files = collected(universal_parts(run, model, state, bar))
+        else:
+            rank_files = zero_parts(run, model, state, bar)
+        checkpoint = write_checkpoint(out, rank_files, state, config, tokenizer or model_folder)
+    index = json.loads((checkpoint / "index.json").read_text(encoding="utf-8"))["tensors"]
+    kinds = sorted({kind for entry in index.values() for kind in entry["kinds"]})
+    described = {key: getattr(run, key) for key in ("universal", "pipeline", "tensor", "data", "zero_stage")}
+    counts = {key: state[key] for key in ("step", "consumed_seqs", "optimizer_steps")}
+    return {"checkpoint": str(checkpoint), "tensors": len(index), "kinds": kinds, **counts, **described}
+
+
+def describe_model(causal: PreTrainedModel, tensor: int) -> Model:
+    """Raises UsageError for a family that cannot be cut so: then nothing of ours wrote the checkpoint."""
+    shapes, buffers = model_shapes(causal)
+    try:
+        stack = find_stack(causal)
+        cuts = plan_split(causal, stack, tensor).cuts
+    except PlanError as error:
+        raise UsageError(f"the checkpoint was saved at tensor={tensor}, and {error}") from error
+    vocabulary = frozenset(f"{module}.{leaf}" for module in (stack.embedding, stack.head) for leaf in ("weight", "bias"))
+    return Model(shapes, buffers, parameter_aliases(causal), vocabulary, cuts)
+
+
+def check_names(run: files.Run, model: Model) -> None:
+    """Every parameter of the model must be there, in the shape that the checkpoint's layout gives it, and no other."""
+    problems, found = [], set()
+    ranks = [None] if run.universal else range(run.pipeline * run.tensor)
+    for rank in ranks:
+        if rank is None:
+            theirs = dict.fromkeys(files.universal_names(run))
+        else:
+            theirs = files.local_shapes(files.model_file(run, rank))
+        for long_name, shape in theirs.items():
+            name = model.name(long_name)
+            name = model.aliases.get(name, name)
+            if name not in model.shapes:
+                problems.append(f"unexpected: {long_name} {list(shape) if shape else ''}")
+            elif shape is not None and shape != model.local(name, run.tensor):
+                wanted = list(model.local(name, run.tensor))
+                problems.append(
+                    f"wrong shape: {long_name} is {list(shape)}, the config's model has {wanted} at tensor={run.tensor}"
+                )
+            found.add(name)
+    problems += [f"missing: {name} {list(shape)}" for name, shape in model.shapes.items() if name not in found]
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise UsageError(f"{run.folder} does not hold the model of this config:\n  {shown}")
+
+
+def zero_parts(run: files.Run, model: Model, state: dict[str, Any], bar: Any) -> Iterator[list[Part]]:
+    """The fragments of every optimizer file as parts of one rank file; fills in `state` on the way."""
+    for model_rank in range(run.pipeline * run.tensor):
+        tensor_rank = model_rank % run.tensor
+        shapes, before = files.local_shapes(files.model_file(run, model_rank)), {}
+        for data_rank in range(run.data):
+            rank = files.rank_state(run, data_rank, model_rank, shapes, before)
+            state["optimizer_steps"] = max(state["optimizer_steps"], rank.optimizer_steps)
+            if rank.loss_scaler.get("dynamic"):
+                state["loss_scaler"] = rank.loss_scaler
+            yield [part for piece in rank.pieces for part in piece_parts(piece, model, tensor_rank, run.tensor)]
+            bar.update(files.optimizer_file(run, data_rank, model_rank).stat().st_size)
+    yield buffer_parts(run, model)
+
+
+def piece_parts(piece: files.Piece, model: Model, tensor_rank: int, tensor: int) -> Iterator[Part]:
+    """One part a kind, without padding; nothing for what another rank holds too."""
+    name = model.name(piece.name)
+    if name in model.aliases:  # the last stage's copy of a tied weight
+        return
+    shape, cut = model.shapes[name], model.cut(name, tensor)
+    if cut is None and tensor_rank > 0:
+        return
+    stop = piece.start + piece.states["master"].numel()
+    if cut is not None and cut.dim == 0 and cut.packs == 1:  # rows that only fill up
+        rows = sum(count for _, _, count in cut.pieces(shape[0], tensor_rank, tensor))
+        stop = min(stop, rows * math.prod(shape[1:]))
+    if piece.start < stop:
+        place = (tensor_rank, tensor) if cut is not None else (0, 1)
+        for kind, values in piece.states.items():
+            data = values[: stop - piece.start].detach().float().numpy()
+            yield Part(name, kind, shape, cut, *place, piece.start, stop, data)
+
+
+def universal_parts(run: files.Run, model: Model, state: dict[str, Any], bar: Any) -> Iterator[Part]:
+    """A parameter at a time, whole, without the rows that fill up a vocabulary."""
+    for theirs in files.universal_names(run):
+        name = model.name(theirs)
+        if name in model.aliases:
+            continue
+        shape = model.shapes[name]
+        states, step = files.universal_states(run, theirs)
+        state["optimizer_steps"] = max(state["optimizer_steps"], step)
+        for kind, values in states.items():
+            whole = values[: shape[0]] if name in model.vocabulary else values
+            if tuple(whole.shape) != shape:
+                there = f"{run.folder / 'zero' / theirs}: {kind} is {list(values.shape)}"
+                raise UsageError(f"{there}, the config's model has {list(shape)}")
+            yield whole_part(name, kind, whole.detach().float().numpy())
+            bar.update(4 * values.numel())
+    yield from buffer_parts(run, model)
+
+
+def buffer_parts(run: files.Run, model: Model) -> list[Part]:
+    """Persistent buffers, which lie beside the weights in the precision of training."""
+    found: dict[str, torch.Tensor] = {}
+    for rank in range(run.pipeline * run.tensor) if model.buffers else ():
+        for theirs, tensor in files.module_tensors(run, rank):
+            found.setdefault(model.name(theirs), tensor)
+    parts = []
+    for name, buffer in model.buffers.items():
+        if name not in found or found[name].shape != buffer.shape:
+            raise UsageError(f"{run.folder}: the buffer {name} {list(buffer.shape)} is in no model file")
+        parts.append(whole_part(name, "buffer", found[name].to(buffer.dtype).numpy()))
+    return parts
+
+
+def _input_bytes(run: files.Run) -> int:
+    pattern = "zero/**/*.pt" if run.universal else "*_optim_states.pt"
+    return sum(path.stat().st_size for path in run.folder.glob(pattern))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

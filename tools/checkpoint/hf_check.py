@@ -1,0 +1,120 @@
+"""What tools.checkpoint to-hf verifies of an exported folder before it gets its name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from recipes.common.checkpoint.reader import Reader
+from tools.checkpoint.safetensors_io import checksum, read_header
+from tools.common.console import CheckError, human_bytes, progress_bar
+
+LOGITS_LIMIT_BYTES = 4_000_000_000  # fp32 weights; comparing logits takes that much memory, and a while
+SEQS, TOKENS = 2, 24
+
+
+def check_checksums(folder: Path, checksums: dict[str, str]) -> None:
+    """Read every tensor again from the files, by their own headers. Raises CheckError naming what differs."""
+    stored = {name: place for path in sorted(folder.glob("*.safetensors")) for name, place in read_header(path).items()}
+    if stored.keys() != checksums.keys():
+        raise CheckError(f"{folder} holds other tensors than were written: {sorted(stored.keys() ^ checksums.keys())[:5]}")
+    with progress_bar("verifying", sum(place.stop - place.start for place in stored.values())) as bar:
+        for name, place in stored.items():
+            if checksum(place) != checksums[name]:
+                raise CheckError(f"{place.path}: {name} is not what was read from the checkpoint")
+            bar.update(place.stop - place.start)
+
+
+def check_logits(reader: Reader, folder: Path, dtype: torch.dtype, *, always: bool) -> list[str]:
+    """Logits of `folder` as plain transformers loads it, computed in fp32, against those of a plain model whose weights are
+    set from the checkpoint by name and rounded to `dtype`. They must be equal bit for bit. Rounding changes logits itself: by
+    how much is reported, not judged. One model is in memory at a time. Raises CheckError.
+    """
+    elements = sum(math.prod(reader.shape(name)) for name in reader.names("master"))
+    if 4 * elements > LOGITS_LIMIT_BYTES and not always:
+        size, limit = human_bytes(4 * elements), human_bytes(LOGITS_LIMIT_BYTES)
+        return [f"logits not compared: {size} of fp32 weights is over {limit}; --verify-logits compares them anyway"]
+    config = AutoConfig.from_pretrained(reader.folder / "model", local_files_only=True)
+    ids = _random_ids(config)
+    exported = _exported_logits(folder, ids)
+    model = plain_model(config)
+    set_weights(model, reader, dtype)
+    reference = _logits(model, ids)
+    if not torch.equal(exported.nan_to_num(7.0), reference.nan_to_num(7.0)):
+        difference = (exported - reference).abs().max().item()
+        raise CheckError(f"logits of the exported model differ from the checkpoint's by up to {difference:.3g}")
+    if not reference.isfinite().all():
+        return ["logits equal the checkpoint's own, but they are not finite: the weights are of a run that diverged"]
+    lines = ["logits in plain transformers equal those of the checkpoint's weights bit for bit (computed in fp32)"]
+    if dtype != torch.float32:
+        set_weights(model, reader, torch.float32)
+        full = _logits(model, ids)
+        change = ((full - reference).square().mean().sqrt() / full.std()).item()
+        lines.append(f"rounding to {str(dtype).removeprefix('torch.')} changes logits by {change:.2%} of their spread")
+    return lines
+
+
+def check_tokenizer(folder: Path) -> list[str]:
+    """That AutoTokenizer loads what lies there, with no more ids than the model has rows. Raises CheckError."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        return ["no tokenizer in the checkpoint, so none in the export"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a tokenizer's own code raises
+        raise CheckError(f"AutoTokenizer does not load the exported tokenizer: {error}") from error
+    rows = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size", len(tokenizer))
+    if len(tokenizer) > rows:
+        raise CheckError(f"the tokenizer has {len(tokenizer)} ids, the model's vocabulary {rows}")
+    return [f"AutoTokenizer loads the tokenizer ({len(tokenizer)} ids)"]
+
+
+def plain_model(config: PreTrainedConfig) -> nn.Module:
+    """AutoModelForCausalLM in fp32 with undefined weights: every one must be set."""
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.tie_weights()
+    return model
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, reader: Reader, dtype: torch.dtype = torch.float32) -> None:
+    """By name, rounded to `dtype`. Raises CheckError when names or shapes do not fit one to one."""
+    wanted = dict(model.named_parameters())
+    persistent = set(model.state_dict())
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    stored = {"master": set(reader.names("master")), "buffer": set(reader.names("buffer"))}
+    for kind, tensors in (("master", wanted), ("buffer", buffers)):
+        if stored[kind] != tensors.keys():
+            names = sorted(stored[kind] ^ tensors.keys())
+            raise CheckError(f"the checkpoint's tensors are not this model's: {', '.join(names[:5])}")
+        for name, tensor in tensors.items():
+            value = torch.from_numpy(reader.whole(name, kind))
+            tensor.copy_(value.to(dtype) if kind == "master" else value)
+
+
+def _exported_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    wrong = {key: sorted(map(str, names)) for key, names in found.items() if names}
+    if wrong:
+        raise CheckError(f"plain transformers does not load the export cleanly: {wrong}")
+    return _logits(model.eval(), ids)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def _random_ids(config: PreTrainedConfig) -> torch.Tensor:
+    text = config.get_text_config()
+    tokens = min(TOKENS, getattr(text, "max_position_embeddings", None) or TOKENS)
+    return torch.from_numpy(np.random.default_rng(0).integers(0, text.vocab_size, (SEQS, tokens)))

@@ -1,0 +1,119 @@
+"""Writes a checkpoint that no run of ours saved: the part that from-hf and from-deepspeed share.
+
+Any layout can load it. Sealed, read again and published like any other.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedConfig
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else importing DeepSpeed looks for one, and warns on stdout
+from recipes.common.checkpoint.files import (
+    Part,
+    damage,
+    merge_index,
+    publish_folder,
+    seal,
+    sealed_checkpoints,
+    step_folder,
+    write_rank_file,
+)
+from recipes.common.checkpoint.reader import Reader
+from recipes.common.run_dir.manifest import write_json
+from tools.checkpoint.contents import gaps
+from tools.checkpoint.hf_folder import tokenizer_files
+from tools.common.console import CheckError, UsageError
+
+FILE_BYTES = 1 << 30  # a file is written when this much is collected
+
+
+def starting_state(*, tied: bool) -> dict[str, Any]:
+    """state.json of step 0; what a later step has besides is for the caller to replace."""
+    return {
+        "step": 0,
+        "consumed_seqs": 0,
+        "skipped_steps": 0,
+        "optimizer_steps": 0,
+        "loss_scaler": {},
+        "skips": [],
+        "seed": None,
+        "tied": tied,
+        "world_size": 1,
+    }
+
+
+def refuse_used(out: Path) -> None:
+    """Raises UsageError when `out` is a run already, or no folder at all."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give the folder of a new run")
+    there = sealed_checkpoints(out)
+    if there:
+        raise UsageError(f"{out} is a run with {len(there)} checkpoints already; give the folder of a new run")
+
+
+def whole_part(name: str, kind: str, tensor: np.ndarray) -> Part:
+    flat = np.ascontiguousarray(tensor).reshape(-1)
+    return Part(name, kind, tensor.shape, None, 0, 1, 0, flat.size, flat)
+
+
+def collected(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Parts by the gigabyte: what goes into one file together."""
+    batch: list[Part] = []
+    for part in parts:
+        batch.append(part)
+        if sum(p.data.nbytes for p in batch) >= FILE_BYTES:
+            yield batch
+            batch = []
+    yield batch
+
+
+def write_checkpoint(
+    out: Path, files: Iterable[list[Part]], state: dict[str, Any], config: PreTrainedConfig, tokenizer: Path | None
+) -> Path:
+    """Write, seal, read again and publish OUT/checkpoints/step_N. Gives its folder.
+
+    files: the parts of each rank file, one file in memory at a time; a (name, kind) comes once in a file. `state` is read
+    when they are at an end. Raises CheckError when the disk gives back something else, or elements of a tensor are missing.
+    """
+    folder = step_folder(out, state["step"])
+    hidden = folder.with_name(f".{folder.name}.saving")
+    shutil.rmtree(hidden, ignore_errors=True)  # of a conversion that was killed
+    hidden.mkdir(parents=True)
+    try:
+        reports = []
+        for parts in files:
+            if parts:
+                reports.append(write_rank_file(hidden, len(reports), parts))
+        write_json(hidden / "index.json", merge_index(reports))
+        write_json(hidden / "state.json", state | {"world_size": len(reports)})
+        _write_model_folder(hidden / "model", config, tokenizer)
+        seal(hidden, {report["file"]: report for report in reports})
+        wrong = damage(hidden) or gaps(Reader(hidden))
+        if wrong:
+            raise CheckError("what was written is not a whole checkpoint: " + "; ".join(wrong[:5]))
+        publish_folder(hidden, folder)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        _remove_if_empty(folder.parent, out)
+    return folder
+
+
+def _remove_if_empty(*folders: Path) -> None:
+    """Innermost first: a conversion that fails leaves nothing behind."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _write_model_folder(folder: Path, config: PreTrainedConfig, tokenizer: Path | None) -> None:
+    folder.mkdir()
+    config.save_pretrained(folder)
+    for path in tokenizer_files(tokenizer) if tokenizer else ():
+        shutil.copyfile(path, folder / path.name)

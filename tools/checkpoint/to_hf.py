@@ -1,0 +1,253 @@
+"""A checkpoint to a Hugging Face folder that plain transformers loads: safetensors, config, tokenizer.
+
+    python -m tools.checkpoint to-hf runs/llama_8b/checkpoints/latest OUT --dtype bfloat16
+
+Any checkpoint, saved in any layout, at any time; the run may go on. No GPU, no process group, and never the whole model in
+memory: tensors go from file to file in blocks. Tensors take the names under which transformers itself saves the family (one
+matrix an expert, for example); a tied head is not written; buffers keep their own dtype. Verified unless told otherwise: the
+checkpoint's files against its manifest, each exported tensor against what was read, and the logits of OUT in plain
+transformers against a plain model that was given the checkpoint's weights by name. OUT appears when all of it is there.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import argparse
+import functools
+import json
+import os
+import re
+import shutil
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from recipes.common.checkpoint.files import CheckpointError
+from recipes.common.checkpoint.reader import Reader
+from recipes.common.model.initial_weights import build_empty
+from recipes.common.run_dir.manifest import write_json
+from tools.checkpoint import hf_check
+from tools.checkpoint.contents import damaged_weights, missized_files, open_checkpoint, row_blocks
+from tools.checkpoint.hf_names import Group, natural, publish, published_groups
+from tools.checkpoint.safetensors_io import ShardsWriter, Tensor, split_into_shards, write_index
+from tools.common.console import CheckError, UsageError, exit_code, human_bytes, progress_bar, quiet_transformers
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.checkpoint to-hf", description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/latest, or one of its steps")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make; it must not exist, or be empty")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
+    parser.add_argument("--shard-size", default="5GB", help="the largest file (default: %(default)s)")
+    parser.add_argument("--no-verify", action="store_true", help="check file sizes only, and nothing of what was written")
+    limit = human_bytes(hf_check.LOGITS_LIMIT_BYTES)
+    parser.add_argument("--verify-logits", action="store_true", help=f"compare logits also over {limit} of fp32 weights")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    quiet_transformers()
+    return exit_code(lambda: _run(args), CheckpointError)
+
+
+def _run(args: argparse.Namespace) -> int:
+    summary = export(
+        args.checkpoint,
+        args.out,
+        dtype=args.dtype,
+        shard_bytes=parse_size(args.shard_size),
+        verify=not args.no_verify,
+        always_logits=args.verify_logits,
+    )
+    if args.json:
+        print(json.dumps(summary))
+        return 0
+    size, seconds = human_bytes(summary["bytes"]), summary["seconds"]
+    print(
+        f"{args.out}: step {summary['step']}, {summary['tensors']} tensors, {size} in {summary['files']} files, {seconds:.1f} s"
+    )
+    for line in summary["checks"]:
+        print(f"  {line}")
+    return 0
+
+
+def parse_size(text: str) -> int:
+    """Bytes from text such as 5GB, 500MB or a plain number (decimal units, as transformers counts them)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", text.strip().upper())
+    if not match or (match[2] and not match[2].endswith("B")) or not float(match[1]):
+        raise UsageError(f"--shard-size={text}: a size over 0 such as 5GB or 500MB")
+    return int(float(match[1]) * _UNITS["" if match[2] == "B" else match[2]])
+
+
+def export(
+    checkpoint: Path, out: Path, *, dtype: str, shard_bytes: int, verify: bool = True, always_logits: bool = False
+) -> dict[str, Any]:
+    """Write OUT and give a summary. Raises UsageError, CheckpointError, or CheckError (then OUT is not there)."""
+    started = time.perf_counter()
+    checkpoint = open_checkpoint(checkpoint)
+    _refuse_existing(out)
+    wrong = damaged_weights(checkpoint) if verify else missized_files(checkpoint)
+    if wrong:
+        raise CheckpointError("this checkpoint is damaged; export another one:\n  " + "\n  ".join(wrong))
+    reader = Reader(checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    hidden = out.with_name(f".{out.name}.unfinished")
+    if hidden.exists():  # of an export that was killed
+        shutil.rmtree(hidden)
+    hidden.mkdir()
+    try:
+        config = write_model_files(reader, hidden, dtype)
+        checksums, shards = write_weights(reader, config, hidden, dtype, shard_bytes)
+        checks = _verify(reader, hidden, checksums, dtype, always_logits=always_logits) if verify else []
+        os.replace(hidden, out)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    return {
+        "out": str(out),
+        "checkpoint": str(checkpoint),
+        "step": reader.state["step"],
+        "dtype": dtype,
+        "tensors": len(checksums),
+        "bytes": sum(tensor.nbytes for tensors in shards.values() for tensor in tensors),
+        "files": len(shards),
+        "verified": verify,
+        "checks": checks,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def _verify(reader: Reader, folder: Path, checksums: dict[str, str], dtype: str, *, always_logits: bool) -> list[str]:
+    """What was checked, a line each. Raises CheckError."""
+    hf_check.check_checksums(folder, checksums)
+    done = [f"{len(checksums)} tensors on disk are what was read from the checkpoint (xxh3_128)"]
+    done += hf_check.check_logits(reader, folder, getattr(torch, dtype), always=always_logits)
+    return done + hf_check.check_tokenizer(folder)
+
+
+def write_model_files(reader: Reader, out: Path, dtype: str) -> PreTrainedConfig:
+    """config.json, generation_config.json, the tokenizer's files, and trifold.json (where this comes from)."""
+    for path in sorted((reader.folder / "model").iterdir()):
+        shutil.copyfile(path, out / path.name)
+    config = AutoConfig.from_pretrained(reader.folder / "model", local_files_only=True)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.dtype = dtype
+    config.save_pretrained(out)
+    if not (out / "generation_config.json").exists():
+        GenerationConfig.from_model_config(config).save_pretrained(out)
+    write_json(out / "trifold.json", provenance(reader, dtype))
+    return config
+
+
+def provenance(reader: Reader, dtype: str) -> dict[str, Any]:
+    """What a later reader of the folder asks: which step of what, and how its validation loss was measured."""
+    content = {"checkpoint": reader.folder.name, "step": reader.state["step"], "dtype": dtype}
+    path = reader.folder / "recipe.json"
+    if path.is_file():
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+        content |= {
+            "recipe": recipe["name"],
+            "seq_len": recipe["batch"]["seq_len"],
+            "evaluation_seqs": recipe["evaluation"]["seqs"],
+            "consumed_tokens": reader.state["consumed_seqs"] * recipe["batch"]["seq_len"],
+        }
+    return content
+
+
+def write_weights(
+    reader: Reader, config: PreTrainedConfig, out: Path, dtype: str, shard_bytes: int
+) -> tuple[dict[str, str], dict[str, list[Tensor]]]:
+    """Stream every tensor into safetensors shards. Gives (checksum by published name, file -> tensors)."""
+    causal = build_empty(config, attention="eager")
+    kinds = tensor_kinds(reader)
+    dtypes = {name: DTYPES[dtype] if kind == "master" else _buffer_dtype(reader, name) for name, kind in kinds.items()}
+    order = sorted(kinds, key=lambda name: (_alignment(dtypes[name]), natural(name)))
+    groups = published_groups(causal, {name: reader.shape(name) for name in order})
+    tensors = [Tensor(name, dtypes[group.sources[0]], shape) for group in groups for name, shape in group.targets]
+    shards = split_into_shards(tensors, shard_bytes)
+    total = sum(tensor.nbytes for tensor in tensors)
+    with progress_bar("exporting", total) as bar, ShardsWriter(out, shards) as writer:
+        for group in groups:
+            read = functools.partial(read_blocks, reader, kinds=kinds, dtype=dtype)
+            for name, block in _same(group, read) if group.same else _converted(group, read, causal, reader):
+                writer.write(name, block)
+                bar.update(block.nbytes)
+    write_index(out, shards)
+    return writer.checksums, shards
+
+
+def tensor_kinds(reader: Reader) -> dict[str, str]:
+    """Every tensor of the model -> the kind it is stored as; optimizer states are left out."""
+    return {name: kind for kind in ("master", "buffer") for name in reader.names(kind)}
+
+
+def read_blocks(reader: Reader, name: str, *, kinds: dict[str, str], dtype: str) -> Any:
+    """Yield a tensor in blocks of rows, in its exported dtype (as raw bits where numpy has no such dtype)."""
+    for block in row_blocks(reader, name, kinds[name]):
+        yield cast(block, name, dtype) if kinds[name] == "master" else block
+
+
+def cast(block: np.ndarray, name: str, dtype: str) -> np.ndarray:
+    """fp32 to `dtype`, rounded to nearest even. Raises CheckError for a finite number that float16 does not hold."""
+    if dtype == "float32":
+        return block
+    if dtype == "bfloat16":
+        return torch.from_numpy(block).to(torch.bfloat16).view(torch.int16).numpy()
+    with np.errstate(over="ignore"):
+        half = block.astype(np.float16)
+    if np.isinf(half).any() and (np.isinf(half) & np.isfinite(block)).any():
+        raise CheckError(f"{name} has elements up to {np.abs(block).max():.3g}, float16 ends at 65504; use --dtype bfloat16")
+    return half
+
+
+def _same(group: Group, read: Any) -> Any:
+    published = group.targets[0][0]
+    return ((published, block) for block in read(group.sources[0]))
+
+
+def _converted(group: Group, read: Any, causal: Any, reader: Reader) -> Any:
+    """A group that transformers regroups on disk: it is in memory as a whole (one bank of experts)."""
+    whole = {}
+    for name in group.sources:
+        blocks = list(read(name))
+        data = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        blocks.clear()
+        whole[name] = torch.from_numpy(data.reshape(reader.shape(name)))
+    found = publish(causal, whole)
+    for name, shape in group.targets:
+        tensor = found[name]
+        assert tuple(tensor.shape) == shape, name
+        yield name, tensor.contiguous().numpy()
+
+
+def _buffer_dtype(reader: Reader, name: str) -> str:
+    return reader.tensors[name]["kinds"]["buffer"]["dtype"]
+
+
+def _alignment(dtype: str) -> int:
+    """Wider elements come first in a file, so that all of them are aligned."""
+    return {"I64": 0, "F32": 1, "BF16": 2, "F16": 2, "BOOL": 3}[dtype]
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"{out} exists already; delete it, or export to another folder")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Read the numbers of a training run from whatever it left: our run directory, other programs' logs, tables, event files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tools.common.console import UsageError
+from tools.common.logs.log import Log, open_text
+from tools.common.logs.table_logs import is_header, read_csv, read_folder, read_json_lines, read_tensorboard
+from tools.common.logs.text_logs import read_text
+
+
+def read_logs(path: Path) -> list[Log]:
+    """The runs in a run directory, log, table or event file: one, but for tables that name several.
+
+    UsageError where there is none, with what was looked for.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or run directory")
+    try:
+        return _read(path)
+    except (OSError, EOFError) as error:  # a packed file that was cut short, too
+        raise UsageError(f"{path} cannot be read: {error}") from None
+
+
+def _read(path: Path) -> list[Log]:
+    if path.is_dir():
+        return [read_folder(path)]
+    if "tfevents" in path.name:
+        return [read_tensorboard(path)]
+    with open_text(path) as file:
+        first = next((line for line in file if line.strip()), "")
+    if not first:
+        raise UsageError(f"{path} is empty")
+    if first.lstrip().startswith("{"):
+        return [read_json_lines(path)]
+    if is_header(first):
+        return read_csv(path)
+    return [read_text(path)]
+
+
+def read_log(path: Path) -> Log:
+    """The run in a file that holds one."""
+    logs = read_logs(path)
+    if len(logs) > 1:
+        raise UsageError(f"{path} holds {len(logs)} runs ({', '.join(log.name for log in logs[:3])} ...): one is needed")
+    return logs[0]

@@ -1,0 +1,206 @@
+"""Train a few steps in a layout and in one process with plain transformers, and compare. Used by tools.verify and the tests.
+
+The oracle shares nothing with the trained side but the initial weights and the batches: AutoModelForCausalLM as it is, torch's
+cross-entropy over full logits, torch's optimizer and torch's clipping.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from recipes.common.data.batches import document_positions
+from recipes.common.engine.startup import start_distributed
+from recipes.common.engine.trainer import Trainer
+from recipes.common.model.decoder import find_stack
+from recipes.common.model.initial_weights import build_empty
+from recipes.common.model.sharding import Cut
+from recipes.common.parallel.grid import build_grid, one_process
+from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.pipeline.stage import build_stage
+from recipes.common.recipe import SGD, AdamW, Layout, Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What both sides train: `steps` steps of `global_seqs` random sequences."""
+
+    model: PreTrainedConfig
+    layout: Layout
+    world_size: int
+    optimizer: Optimizer
+    deepspeed: dict[str, Any]  # the keys of a ds_config
+    steps: int = 3
+    seq_len: int = 16
+    micro_seqs: int = 1
+    global_seqs: int = 8
+    seed: int = 7
+    z_loss: float = 0.0
+    chunk_tokens: int = 7  # small and odd, so that every loss is summed over several chunks
+    attention: str = "eager"
+    document_end: int | None = None  # attention stays inside the documents that this id ends
+    device: str = "cpu"
+    torch_linears: bool = False  # see build_stage
+
+    @property
+    def data(self) -> int:
+        return self.world_size // (self.layout.tensor * self.layout.pipeline)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    losses: list[float]
+    grad_norms: list[float]
+    parameters: dict[str, torch.Tensor]  # whole tensors by Hugging Face name, after the last step
+    skipped: list[bool] = field(default_factory=list)
+
+
+def batches(trial: Trial) -> list[torch.Tensor]:
+    """One [global_seqs, seq_len + 1] tensor of ids a step."""
+    generator = torch.Generator().manual_seed(trial.seed)
+    shape = (trial.global_seqs, trial.seq_len + 1)
+    return [torch.randint(3, trial.model.vocab_size, shape, generator=generator) for _ in range(trial.steps)]
+
+
+def build_trainer(trial: Trial) -> Trainer:
+    """This rank's trainer of the layout, with the process group started."""
+    device = start_distributed(trial.device)
+    causal = build_empty(trial.model, trial.attention)
+    share = plan_split(causal, find_stack(causal), trial.layout.tensor).kv_share
+    grid = build_grid(trial.layout, device, share)
+    stage = build_stage(
+        trial.model,
+        grid,
+        trial.layout,
+        seq_len=trial.seq_len,
+        attention=trial.attention,
+        seed=trial.seed,
+        z_loss=trial.z_loss,
+        chunk_tokens=trial.chunk_tokens,
+        torch_linears=trial.torch_linears,
+    )
+    return Trainer(stage, grid, trial.optimizer, engine_config(trial), trial.document_end)
+
+
+def rank_batches(trial: Trial, trainer: Trainer) -> list[list[torch.Tensor]]:
+    """The micro batches of this rank, step by step."""
+    grid = trainer.grid
+    return [list(batch.split(trial.micro_seqs))[grid.data_rank :: grid.data] for batch in batches(trial)]
+
+
+def train_in_layout(trial: Trial) -> dict[str, Any]:
+    """On every rank of the layout: losses, norms, and this rank's shards with how they lie."""
+    trainer = build_trainer(trial)
+    grid, stage = trainer.grid, trainer.stage
+    losses, norms, skipped = [], [], []
+    for micro in rank_batches(trial, trainer):
+        result = trainer.train_step(micro, trial.optimizer.lr, trial.global_seqs * trial.seq_len)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+        skipped.append(result.skipped)
+    with deepspeed.zero.GatheredParameters(list(stage.parameters()), enabled=_stage(trial) == 3):
+        shards = {name: shard.float().cpu().clone() for name, shard in trainer.hf_shards().items()}
+    cuts = {name: (cut.dim, cut.packs) for name, cut in stage.split.cuts.items()}
+    keep = grid.data_rank == 0
+    place = (grid.tensor_rank, grid.tensor)
+    return {"losses": losses, "norms": norms, "skipped": skipped, "shards": shards if keep else {}, "cuts": cuts, "place": place}
+
+
+def train_plain(trial: Trial) -> Outcome:
+    """The oracle: one process, plain transformers, plain torch, on the CPU (or the trial's device) in fp32."""
+    model = initial_model(trial).to(trial.device).train()
+    optimizer = torch_optimizer(trial.optimizer, model)
+    losses, norms = [], []
+    for batch in batches(trial):
+        total = 0.0
+        for tokens in batch.to(trial.device).split(trial.micro_seqs):
+            places = {}
+            if trial.document_end is not None:
+                places["position_ids"] = document_positions(tokens[:, :-1], trial.document_end)
+            logits = model(input_ids=tokens[:, :-1], use_cache=False, **places).logits.float()
+            flat = logits.reshape(-1, logits.shape[-1])
+            cross_entropy = F.cross_entropy(flat, tokens[:, 1:].reshape(-1), reduction="sum")
+            z_term = trial.z_loss * flat.logsumexp(-1).square().sum()
+            ((cross_entropy + z_term) / batch[:, 1:].numel()).backward()
+            total += cross_entropy.item() / batch[:, 1:].numel()
+        # in fp64: torch's fp32 norm of a large tensor is off by 5e-6, more than what is to be shown
+        norms.append(sum(p.grad.double().square().sum().item() for p in model.parameters() if p.grad is not None) ** 0.5)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), trial.optimizer.clip or float("inf"))
+        losses.append(total)
+        optimizer.step()
+        optimizer.zero_grad()
+    return Outcome(losses, norms, {name: p.detach().cpu() for name, p in model.named_parameters()})
+
+
+def initial_model(trial: Trial) -> torch.nn.Module:
+    """Plain transformers with the initial weights that every layout starts from."""
+    stage = build_stage(trial.model, one_process(), seq_len=trial.seq_len, attention=trial.attention, seed=trial.seed)
+    model = AutoModelForCausalLM.from_config(trial.model, dtype=torch.float32, attn_implementation=trial.attention)
+    weights = dict(stage.hf_named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.pop(name))
+    assert not weights, f"parameters that plain transformers lacks: {sorted(weights)}"
+    return model
+
+
+def outcome(ranks: list[dict[str, Any]], shapes: dict[str, torch.Size]) -> Outcome:
+    """Put the ranks' shards together. Raises AssertionError where copies of one element differ between ranks."""
+    whole: dict[str, torch.Tensor] = {}
+    for rank in ranks:
+        tensor_rank, size = rank["place"]
+        for name, shard in rank["shards"].items():
+            full = whole.setdefault(name, torch.full(shapes[name], float("nan")))
+            _place(full, shard, rank["cuts"].get(name), tensor_rank, size, name)
+    first = ranks[0]
+    return Outcome(first["losses"], first["norms"], whole, first["skipped"])
+
+
+def _place(full: torch.Tensor, shard: torch.Tensor, cut: tuple[int, int] | None, rank: int, size: int, name: str) -> None:
+    if cut is None or size == 1:
+        pieces, dim = [(0, 0, full.shape[0])], 0
+    else:
+        dim = cut[0]
+        pieces = Cut(*cut).pieces(full.shape[dim], rank, size)
+    for here, there, count in pieces:
+        target, source = full.narrow(dim, there, count), shard.narrow(dim, here, count)
+        drift = (target - source).abs().nan_to_num(0.0).max().item()
+        assert drift < 1e-6, f"copies of {name} on different ranks differ by {drift:.1e}"
+        target.copy_(source)
+
+
+def gradient_trial(trial: Trial) -> Trial:
+    """One step of plain SGD at rate 1 without clipping: the change of the weights is the gradient (Adam would hide its scale)."""
+    return replace(trial, optimizer=SGD(lr=1.0), steps=1)
+
+
+def _stage(trial: Trial) -> int:
+    return trial.deepspeed["zero_optimization"]["stage"]
+
+
+def engine_config(trial: Trial) -> dict[str, Any]:
+    return {
+        **trial.deepspeed,
+        "train_micro_batch_size_per_gpu": trial.micro_seqs,
+        "gradient_accumulation_steps": trial.global_seqs // (trial.micro_seqs * trial.data),
+        "gradient_clipping": trial.optimizer.clip,
+        "steps_per_print": 10**9,
+    }
+
+
+def torch_optimizer(optimizer: Optimizer, model: torch.nn.Module, *, fused: bool = False) -> torch.optim.Optimizer:
+    kept_off = {id(p) for p in model.parameters() if p.ndim < 2}
+    if not optimizer.decay_embeddings:
+        kept_off |= {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in kept_off], "weight_decay": optimizer.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) in kept_off], "weight_decay": 0.0},
+    ]
+    if isinstance(optimizer, AdamW):
+        return torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=fused)
+    return torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum)

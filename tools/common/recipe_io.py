@@ -1,0 +1,98 @@
+"""Recipes as tools take them: by the path of their file, and layouts as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from recipes.common import recipe as recipe_module
+from recipes.common.recipe import Layout, Recipe, RecipeError
+from tools.common.console import UsageError
+
+
+def load_recipe(path: str) -> Recipe:
+    """The `recipe` of a recipe file, by path. Raises RecipeError when there is none."""
+    file = Path(path)
+    if not file.is_file():
+        raise RecipeError("recipe", [f"{path}: there is no such file; give the path of a recipe, like recipes/llama_1b.py"])
+    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    module.__package__ = "recipes"  # its imports start at the repository root, as when it runs
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file's own code or a config's validation raises
+        raise RecipeError("recipe", [f"{path} cannot be read: {type(error).__name__}: {error}"]) from error
+    recipe = getattr(module, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError("recipe", [f"{path} defines no `recipe = Recipe(...)`"])
+    return recipe
+
+
+_SWITCHES = ("keep_products", "sequence_parallel")
+_NUMBERS = ("tensor", "pipeline", "data", "recompute_every", *_SWITCHES)
+
+
+def parse_layout(text: str) -> tuple[Layout, int]:
+    """(layout, data ranks) of "tensor=2,pipeline=2,data=2,recompute_every=1,schedule=zero_bubble,cut=5+3"; others are 1."""
+    values: dict[str, Any] = {}
+    for item in text.split(","):
+        name, _, value = item.partition("=")
+        counts = value.split("+")
+        known = (
+            name == "schedule" or (name in _NUMBERS and value.isdigit()) or (name == "cut" and all(n.isdigit() for n in counts))
+        )
+        if not known or name in values:
+            raise RecipeError(
+                "--layout",
+                [
+                    f"--layout={text!r}: {item!r} is not tensor=N, pipeline=N, data=N, recompute_every=N, keep_products=0 or 1, "
+                    "sequence_parallel=0 or 1, or schedule=NAME, or cut=N+N+..."
+                ],
+            )
+        values[name] = value if name == "schedule" else tuple(map(int, counts)) if name == "cut" else int(value)
+    data = values.pop("data", 1)
+    layout = Layout(**values | {name: bool(values.get(name, 0)) for name in _SWITCHES})
+    if min(data, layout.tensor, layout.pipeline) < 1:
+        raise RecipeError("--layout", [f"--layout={text!r}: sizes start at 1"])
+    return layout, data
+
+
+def read_recipe(run: Path) -> Recipe:
+    """What `recipes.common.run_dir.manifest.recipe_to_dict` wrote. Fields that an older run did not know get their defaults.
+
+    Raises UsageError where there is none, or where this version cannot read it.
+    """
+    path = run / "recipe.json"
+    if not path.is_file():
+        raise UsageError(f"{run} is no run directory: it has no recipe.json")
+    try:
+        return _restore(json.loads(path.read_text(encoding="utf-8")), Recipe)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is not a recipe that this version reads: {error}") from error
+
+
+def _restore(value: Any, hint: Any) -> Any:
+    if isinstance(value, dict) and "class" in value:
+        if "model_type" in value:
+            return _config(value)
+        kind = getattr(recipe_module, value["class"])
+        hints = get_type_hints(kind, localns={"PreTrainedConfig": PreTrainedConfig})
+        known = {field.name for field in dataclasses.fields(kind)} & value.keys()
+        return kind(**{name: _restore(value[name], hints[name]) for name in known})
+    if isinstance(value, list):
+        inner = get_args(hint)
+        each = inner[0] if inner else Any
+        return tuple(_restore(item, each) for item in value)
+    if isinstance(value, dict) and get_origin(hint) is dict:
+        key, inner = get_args(hint)
+        return {key(name): _restore(item, inner) for name, item in value.items()}
+    return value
+
+
+def _config(value: dict[str, Any]) -> PreTrainedConfig:
+    return CONFIG_MAPPING[value["model_type"]].from_dict({name: item for name, item in value.items() if name != "class"})

@@ -1,0 +1,172 @@
+"""Which documents a sequence holds: from the order, through document bounds and origins, to file and offset."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from recipes.common.data.blend import Blend, BlendedStream, folders, open_blend
+from recipes.common.data.order import kept_index
+from recipes.common.data.shards import ORIGIN, TokenStream, open_split, read_manifest
+from recipes.common.recipe import from_root
+from tools.data.inputs import COMPRESSED_ENDINGS
+
+
+class LookupProblem(ValueError):  # noqa: N818, the built-in LookupError is taken
+    """What was asked for is not there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What decides the sequences of a run."""
+
+    data: dict[str, Path]  # folders as the recipe names them -> where they are
+    blend: Blend | None
+    seed: int
+    seq_len: int
+    skips: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    consumed: int  # sequences before it
+    seqs: int
+    micro_seqs: int
+    data_size: int
+
+
+def read_run(folder: Path) -> Run:
+    """A run directory, by its recipe.json."""
+    path = folder / "recipe.json"
+    if not path.is_file():
+        raise LookupProblem(f"{folder}: no recipe.json, so this is no run directory")
+    recipe = json.loads(path.read_text())
+    blend = None
+    if isinstance(recipe["data"], dict):
+        changes = tuple((int(after), weights) for after, weights in recipe["data"]["changes"])
+        blend = Blend(weights=recipe["data"]["weights"], changes=changes)
+    names = folders(blend) if blend else [recipe["data"]]
+    return Run(
+        data={name: from_root(name) for name in names},
+        blend=blend,
+        seed=recipe["seed"],
+        seq_len=recipe["batch"]["seq_len"],
+        skips=_skips(folder),
+    )
+
+
+def _skips(folder: Path) -> tuple[tuple[int, int], ...]:
+    """Of the newest start: a skip changes nothing before itself, so it holds for the steps of earlier starts too."""
+    path = folder / "manifest.json"
+    starts = json.loads(path.read_text())["starts"] if path.is_file() else []
+    return tuple((first, last) for first, last in starts[-1].get("skips", ())) if starts else ()
+
+
+def read_step(folder: Path, step: int) -> Step:
+    """What step `step` of a run read. Raises LookupProblem if the run has no such step."""
+    seq_len, micro_seqs = (json.loads((folder / "recipe.json").read_text())["batch"][k] for k in ("seq_len", "micro_seqs"))
+    last = 0
+    found = None
+    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            if "consumed_seqs" in record:
+                last = max(last, record["step"])
+                found = record if record["step"] == step else found
+    if found is None:
+        raise LookupProblem(f"--step {step}: metrics.jsonl of {folder} has steps 1 to {last}")
+    starts = json.loads((folder / "manifest.json").read_text())["starts"]
+    start = [entry for entry in starts if (entry["resumed_step"] or 0) < step][-1]
+    seqs = found["tokens"] // seq_len
+    return Step(consumed=found["consumed_seqs"] - seqs, seqs=seqs, micro_seqs=micro_seqs, data_size=start["sizes"]["data"])
+
+
+def open_run(run: Run) -> TokenStream | BlendedStream:
+    if run.blend is not None:
+        return open_blend(run.blend, run.data, run.seq_len)
+    return open_split(next(iter(run.data.values())), "train", run.seq_len)
+
+
+def describe(run: Run, consumed: np.ndarray) -> list[dict]:
+    """The consumed-th sequences of a run: index, data folder, position, and the documents in each."""
+    stream = open_run(run)
+    streams = stream.streams if isinstance(stream, BlendedStream) else [stream]
+    names = list(run.data)
+    index = kept_index(consumed, run.skips)
+    sources, positions = stream.locate(run.seed, index)
+    rows = []
+    for order, number, source, position in zip(
+        consumed.tolist(), index.tolist(), sources.tolist(), positions.tolist(), strict=True
+    ):
+        documents = documents_of(streams[source], position)
+        rows.append({"consumed": order, "sequence": number, "data": names[source], "position": position, "documents": documents})
+    for source, name in enumerate(names):
+        mine = [row for row in rows if row["data"] == name]
+        if mine:
+            _name_and_decode(streams[source].folder, mine)
+    return rows
+
+
+def documents_of(stream: TokenStream, position: int) -> list[dict]:
+    """The documents, or parts of them, in one sequence: `tokens` [start, stop) of the sequence, and where from."""
+    begin, end = position * stream.seq_len, position * stream.seq_len + stream.seq_len + 1
+    tokens = stream.read(np.array([position]))[0]
+    found = []
+    shard = int(np.searchsorted(stream.starts, begin, side="right")) - 1
+    while shard < len(stream.shards) and stream.starts[shard] < end:
+        path = stream.folder / stream.shards[shard].file
+        ends = np.memmap(path.with_suffix(".ends"), dtype="<u8", mode="r")
+        origins = np.memmap(path.with_suffix(".origins"), dtype=ORIGIN, mode="r")
+        offset = int(stream.starts[shard])
+        first = int(np.searchsorted(ends, max(begin - offset, 0), side="right"))
+        last = int(np.searchsorted(ends, min(end - offset, stream.shards[shard].tokens), side="left"))
+        bounds = [int(ends[first - 1]) if first else 0, *(int(e) for e in ends[first : last + 1])]
+        for number, (start, stop) in enumerate(pairwise(bounds), start=first):
+            inside = (max(start + offset, begin) - begin, min(stop + offset, end) - begin)
+            origin = origins[number]
+            found.append(
+                {
+                    "tokens": list(inside),
+                    "of": stop - start,
+                    "from": inside[0] + begin - start - offset,
+                    "file": int(origin["file"]),
+                    "source": int(origin["source"]),
+                    "offset": int(origin["offset"]),
+                    "ids": tokens[inside[0] : inside[1]].tolist(),
+                }
+            )
+        shard += 1
+    return found
+
+
+def _name_and_decode(folder: Path, rows: list[dict]) -> None:
+    """Replace file and source numbers by their names, and ids by text."""
+    sources = [source["name"] for source in read_manifest(folder)["sources"]]
+    documents = [document for row in rows for document in row["documents"]]
+    files = read_files(folder, {document["file"] for document in documents})
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    for document in documents:
+        file = files[document["file"]]
+        document["file"] = file["path"]
+        document["offset_in"] = offset_unit(file)
+        document["source"] = sources[document["source"]]
+        document["text"] = tokenizer.decode(document.pop("ids"), skip_special_tokens=False)
+
+
+def read_files(folder: Path, wanted: set[int]) -> dict[int, dict]:
+    """Lines of files.jsonl by number, without holding the others."""
+    with open(folder / "files.jsonl", encoding="utf-8") as file:
+        return {number: json.loads(line) for number, line in enumerate(file) if number in wanted}
+
+
+def offset_unit(file: dict) -> str:
+    if file["kind"] in ("parquet", "dataset"):
+        return "row"
+    if file["kind"] == "hub":
+        return "shard << 40 | row"
+    return "line" if file["path"].endswith(COMPRESSED_ENDINGS) else "byte"

@@ -1,0 +1,285 @@
+"""Text to token shards: read, split by document hash, encode on all cores, write what recipes.common.data.shards reads.
+
+    python -m tools.data prepare INPUT... --tokenizer T --out DIR
+    python -m tools.data prepare INPUT... --train-tokenizer 32000 --out DIR
+
+Stopped at any moment (kill -9 too), the same command goes on where it was and ends with the same bytes. Finished, it does
+nothing. The manifest is written last: without it nothing takes DIR for prepared data. Limit: one machine.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+
+from recipes.common.data.shards import FORMAT, VERSION, tokenizer_hash
+from tools.data.dedup import find_duplicates, hashes_path
+from tools.data.encoders import FAST, REFERENCE, choose_encoder, reference_tokenizer
+from tools.data.inputs import InputFile, list_files, plan_units
+from tools.data.shard_writer import SPLITS, Job, Work, files_listing, hash_unit, write_json, write_unit
+from tools.data.tokenizer import end_token, file_hash, find_tokenizer, make_tokenizer, sample_texts
+from tools.data.workers import do_all
+
+CHECK_BYTES = 2 << 20  # text on which a fast encoder must prove itself before the run
+
+
+SHARD_FILE = re.compile(r"(train|validation)_\d{5,}\.(bin|ends|origins)")
+INPUT_HELP = """text, JSON lines (.jsonl, .ndjson; all also .gz, .zst), Parquet, a folder of those, a dataset saved by
+`datasets`, or hub:NAME[:CONFIG[:SPLIT]] (streamed)"""
+
+
+class UsageError(ValueError):
+    """The user's mistake in the command or its folders."""
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.data prepare", description=__doc__.split("\n")[0])
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUT_HELP)
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--tokenizer", help="Hugging Face tokenizer folder or name, tokenizer.json or SentencePiece .model")
+    which.add_argument("--train-tokenizer", type=int, metavar="N", help="train a SentencePiece BPE of N pieces")
+    parser.add_argument("--validation-fraction", type=float, default=0.01, help="share of documents held out")
+    parser.add_argument("--suffix", action="append", default=[], help="only files with this ending, read as text")
+    parser.add_argument("--exclude", nargs="*", default=[], help="folder names to leave out at any depth")
+    parser.add_argument("--text-key", default="text", help="the JSON field or table column that holds the document")
+    parser.add_argument("--each-line", action="store_true", help="a line of a text file is a document, not the file")
+    parser.add_argument("--bad", choices=("fail", "skip"), default="fail", help="what to do with unreadable documents")
+    parser.add_argument("--dedup", action="store_true", help="keep only the first of documents with equal text")
+    parser.add_argument(
+        "--best-fit",
+        type=int,
+        default=0,
+        metavar="SEQ_LEN",
+        help="pack the train split into sequences of SEQ_LEN tokens so that few documents are cut",
+    )
+    parser.add_argument("--encoder", choices=("auto", FAST, REFERENCE), default="auto", help="all give the same ids")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        summary = prepare(args)
+    except (OSError, ValueError) as error:
+        print(f"prepare_data: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        print(summary_text(summary))
+    return 0
+
+
+def prepare(args: argparse.Namespace) -> dict:
+    """Do what the command says: the summary (see `summarise`). Every mistake is raised before anything is written."""
+    if not 0 <= args.validation_fraction < 1:
+        raise UsageError(f"--validation-fraction {args.validation_fraction}: must be in [0, 1)")
+    if args.best_fit < 0:
+        raise UsageError(f"--best-fit {args.best_fit}: must be a sequence length")
+    if args.workers < 1:
+        raise UsageError(f"--workers {args.workers}: must be at least 1")
+    files = list_files(args.inputs, args.suffix, args.exclude, args.text_key, args.each_line)
+    fingerprint = inputs_fingerprint(args, files)
+    finished = args.out / "manifest.json"
+    if finished.is_file():
+        manifest = json.loads(finished.read_text())
+        if manifest.get("inputs_hash") == fingerprint:
+            shutil.rmtree(args.out / "unfinished", ignore_errors=True)
+            return summarise(args.out, manifest, already=True)
+        raise UsageError(f"{args.out} holds data prepared from other inputs or options; choose another --out or delete it")
+    if args.out.exists() and not (args.out / "unfinished").is_dir() and any(args.out.iterdir()):
+        raise UsageError(f"--out {args.out} holds other things; choose a new folder")
+    (args.out / "unfinished").mkdir(parents=True, exist_ok=True)
+    with open(args.out / "unfinished" / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"another process is preparing {args.out}") from error
+        clear_leftovers(args.out, fingerprint)
+        manifest = run_units(args, files, fingerprint)
+    shutil.rmtree(args.out / "unfinished")
+    return summarise(args.out, manifest, already=False)
+
+
+def inputs_fingerprint(args: argparse.Namespace, files: list[InputFile]) -> str:
+    """What the output depends on: the options and each file's path, size and time."""
+    digest = hashlib.sha256()
+    tokenizer = args.tokenizer and file_hash(find_tokenizer(args.tokenizer))
+    options = [FORMAT, VERSION, tokenizer, args.train_tokenizer, args.validation_fraction, args.text_key, args.bad]
+    options += [args.dedup, args.best_fit]
+    digest.update(json.dumps(options).encode())
+    for file in files:
+        digest.update(json.dumps(asdict(file)).encode())
+    return "sha256:" + digest.hexdigest()
+
+
+def clear_leftovers(out: Path, fingerprint: str) -> None:
+    """Keep what an interrupted run of the same command finished; drop half-written files, or all if inputs changed."""
+    state = out / "unfinished" / "inputs.json"
+    if not state.is_file() or json.loads(state.read_text()) != fingerprint:
+        leftovers = [path for split in SPLITS for path in out.glob(f"{split}_*.*") if SHARD_FILE.fullmatch(path.name)]
+        if state.is_file():
+            print("the inputs or options changed since the last run: starting over", file=sys.stderr)
+        for path in [*leftovers, *(out / "unfinished").glob("*_*.*")]:
+            path.unlink()
+        for folder in (out / "tokenizer", out / "unfinished" / "drops"):
+            shutil.rmtree(folder, ignore_errors=True)
+        write_json(state, fingerprint)
+    for path in (out / "unfinished").glob("*.part"):
+        if path.is_file():
+            path.unlink()
+
+
+def run_units(args: argparse.Namespace, files: list[InputFile], fingerprint: str) -> dict:
+    """Write the tokenizer, every unit that is not there yet, and the manifest: the manifest."""
+    units = plan_units(files)
+    found = args.tokenizer and find_tokenizer(args.tokenizer)
+    folder = args.out / "tokenizer"
+    make_tokenizer(folder, found or None, args.train_tokenizer, files, units, args.text_key)
+    job, vocab_size = make_job(args, folder, sample_texts(files, units, args.text_key, CHECK_BYTES))
+    works = [
+        Work(number=number, pieces=unit, files={piece.file: files[piece.file] for piece in unit})
+        for number, unit in enumerate(units)
+    ]
+    if args.dedup and not (args.out / "unfinished" / "drops").is_dir():
+        do_all(hash_unit, job, left_to_do(works, args.out, hashes_path), args.workers, "find duplicates")
+        find_duplicates(args.out, len(units))
+    do_all(write_unit, job, left_to_do(works, args.out, unit_record), args.workers, "prepare")
+    records = [json.loads(unit_record(args.out, number).read_text()) for number in range(len(units))]
+    return write_manifest(args, files, records, job, vocab_size, fingerprint)
+
+
+def make_job(args: argparse.Namespace, folder: Path, sample: list[str]) -> tuple[Job, int]:
+    """The job, and the vocabulary size it writes ids of."""
+    tokenizer_file = str(folder / "tokenizer.json")
+    tokenizer = reference_tokenizer(tokenizer_file)
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    encoder, why = choose_encoder(args.encoder, tokenizer_file, sample)
+    print(f"encoder: {encoder}, {why}", file=sys.stderr)
+    job = Job(
+        out=str(args.out),
+        tokenizer_file=tokenizer_file,
+        eos_id=end_token(folder, tokenizer),
+        dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
+        text_key=args.text_key,
+        validation_fraction=args.validation_fraction,
+        skip_bad=args.bad == "skip",
+        encoder=encoder,
+        best_fit=args.best_fit,
+    )
+    return job, vocab_size
+
+
+def left_to_do(works: list[Work], out: Path, result: Callable[[Path, int], Path]) -> list[Work]:
+    todo = [work for work in works if not result(out, work.number).is_file()]
+    if len(todo) < len(works):
+        print(f"going on: {len(works) - len(todo)} of {len(works)} units are there", file=sys.stderr)
+    return todo
+
+
+def unit_record(out: Path, number: int) -> Path:
+    return out / "unfinished" / f"unit_{number:05d}.json"
+
+
+def write_manifest(
+    args: argparse.Namespace, files: list[InputFile], records: list[dict], job: Job, vocab_size: int, fingerprint: str
+) -> dict:
+    """Write `files.jsonl`, `skipped.jsonl` and, last, `manifest.json`: the manifest.
+
+    It holds no times: the same input gives the same bytes.
+    """
+    splits = {}
+    for split in SPLITS:
+        shards = [record["shards"][split] for record in records if record["shards"][split]]
+        splits[split] = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents")}
+        splits[split]["shards"] = shards
+    if not splits["train"]["tokens"]:
+        raise UsageError("the input holds no document for the train split")
+    sources = []
+    for number, name in enumerate(args.inputs):
+        counted = [record["sources"].get(str(number), [0, 0]) for record in records]
+        sources.append({"name": name, "documents": sum(x[0] for x in counted), "tokens": sum(x[1] for x in counted)})
+    skipped = [line for record in records for line in record["skipped"]]
+    counts = {key: sum(record["counts"][key] for record in records) for key in records[0]["counts"]}
+    (args.out / "files.jsonl").write_text(files_listing(files), encoding="utf-8")
+    (args.out / "skipped.jsonl").write_text("".join(json.dumps(line) + "\n" for line in skipped), encoding="utf-8")
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tokenizer": "tokenizer",
+        "tokenizer_hash": tokenizer_hash(args.out / "tokenizer"),
+        "vocab_size": vocab_size,
+        "eos_id": job.eos_id,
+        "dtype": job.dtype,
+        "validation_fraction": args.validation_fraction,
+        "sources": sources,
+        "counts": counts,
+        "packed_for": args.best_fit,
+        "inputs_hash": fingerprint,
+        "command": command(args),
+        "splits": splits,
+    }
+    write_json(args.out / "manifest.json", manifest)
+    return manifest
+
+
+def command(args: argparse.Namespace) -> list[str]:
+    """The arguments that decide what is written, as given: not --out, --workers or --json."""
+    words = [*args.inputs]
+    words += ["--tokenizer", args.tokenizer] if args.tokenizer else ["--train-tokenizer", str(args.train_tokenizer)]
+    words += ["--validation-fraction", str(args.validation_fraction), "--text-key", args.text_key, "--bad", args.bad]
+    words += [word for suffix in args.suffix for word in ("--suffix", suffix)]
+    words += ["--each-line"] if args.each_line else []
+    words += ["--dedup"] if args.dedup else []
+    words += ["--best-fit", str(args.best_fit)] if args.best_fit else []
+    return words + (["--exclude", *args.exclude] if args.exclude else [])
+
+
+def summarise(out: Path, manifest: dict, already: bool) -> dict:
+    return {
+        "out": str(out),
+        "already": already,
+        "vocab_size": manifest["vocab_size"],
+        "dtype": manifest["dtype"],
+        "splits": {
+            split: {"tokens": found["tokens"], "documents": found["documents"], "shards": len(found["shards"])}
+            for split, found in manifest["splits"].items()
+        },
+        "counts": manifest["counts"],
+    }
+
+
+def summary_text(summary: dict) -> str:
+    lines = [f"{summary['out']}: " + ("already prepared, nothing to do" if summary["already"] else "prepared")]
+    lines.append(f"{'split':<12}{'tokens':>16}{'documents':>12}{'shards':>8}")
+    for split, found in summary["splits"].items():
+        lines.append(f"{split:<12}{found['tokens']:>16,}{found['documents']:>12,}{found['shards']:>8}")
+    counts = summary["counts"]
+    lines.append(f"vocabulary {summary['vocab_size']} ({summary['dtype']}), {counts['text_bytes'] / 1e6:.1f} MB of text")
+    lines.append(
+        f"left out: {counts['empty']} empty documents, {counts['duplicates']} duplicates, "
+        f"{counts['bad']} unreadable (skipped.jsonl)"
+    )
+    if counts["padding_tokens"]:
+        lines.append(f"best-fit packing: {counts['padding_tokens']:,} tokens of padding")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

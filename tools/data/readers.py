@@ -1,0 +1,139 @@
+"""The documents in a piece of an input file, one at a time, with their place in it."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from tools.data.inputs import COMPRESSED_ENDINGS, InputFile, Piece, open_hub
+
+MAX_DOCUMENT_BYTES = 256 << 20  # a longer document would be longer than a shard
+ROWS = 1000  # read at once from a table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    text: str | None  # None: it cannot be read, for the reason in `problem`
+    offset: int  # bytes from the start of the file; line number (from 1) if compressed; row number in a table
+    problem: str = ""
+    bytes: int = 0  # of input it took; 0 where that is not known one by one
+
+
+def read_piece(file: InputFile, piece: Piece, text_key: str) -> Iterator[Document]:
+    """The documents of one piece, in order."""
+    if file.kind == "parquet":
+        yield from _parquet(file.path, piece, text_key)
+    elif file.kind == "dataset":
+        yield from _disk_dataset(file.path, piece, text_key)
+    elif file.kind == "hub":
+        yield from _hub_dataset(file, piece, text_key)
+    else:
+        with open_bytes(file.path) as stream:
+            if file.kind == "text":
+                yield _decoded(stream.read(MAX_DOCUMENT_BYTES + 1), 0)
+            else:
+                yield from _lines(stream, file, piece, text_key)
+
+
+def open_bytes(path: str) -> BinaryIO:
+    """The file's content, uncompressed by its ending."""
+    if path.endswith(".gz"):
+        return gzip.open(path, "rb")
+    if path.endswith(".zst"):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 20)
+    return open(path, "rb", buffering=1 << 20)
+
+
+def _decoded(raw: bytes, offset: int) -> Document:
+    if len(raw) > MAX_DOCUMENT_BYTES:
+        return Document(text=None, offset=offset, problem=f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB, the most of a shard")
+    try:
+        return Document(text=raw.decode("utf-8"), offset=offset, bytes=len(raw))
+    except UnicodeDecodeError as error:
+        return Document(text=None, offset=offset, problem=f"not UTF-8 at byte {error.start} of it")
+
+
+def _lines(stream: BinaryIO, file: InputFile, piece: Piece, text_key: str) -> Iterator[Document]:
+    """The lines that begin inside the piece. Blank lines are no documents."""
+    compressed = file.path.endswith(COMPRESSED_ENDINGS)
+    at = 0
+    if piece.start:
+        stream.seek(piece.start - 1)
+        at = piece.start - 1 + len(stream.readline())
+    number = 0
+    while compressed or at < piece.stop:
+        line = stream.readline(MAX_DOCUMENT_BYTES + 1)
+        if not line:
+            return
+        number += 1
+        offset, size = (number, 0) if compressed else (at, len(line))
+        at += len(line)
+        if len(line) > MAX_DOCUMENT_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(MAX_DOCUMENT_BYTES)
+                at += len(line)
+            yield _decoded(b" " * (MAX_DOCUMENT_BYTES + 1), offset)
+        elif file.kind == "lines" and line.strip():
+            yield _decoded(line.rstrip(b"\r\n"), offset)
+        elif line.strip():
+            yield _json_document(line, offset, text_key, size)
+
+
+def _json_document(line: bytes, offset: int, text_key: str, size: int) -> Document:
+    try:
+        record = json.loads(line)
+        if not isinstance(record, dict):
+            return Document(text=None, offset=offset, problem="broken JSON line: not an object")
+    except UnicodeDecodeError:
+        return Document(text=None, offset=offset, problem="not UTF-8")
+    except (ValueError, RecursionError) as error:
+        return Document(text=None, offset=offset, problem=f"broken JSON line: {error}")
+    if text_key not in record:
+        return Document(text=None, offset=offset, problem=f"no field {text_key!r}")
+    return _checked(record[text_key], offset, text_key, size)
+
+
+def _checked(text: object, offset: int, text_key: str, size: int = 0) -> Document:
+    if not isinstance(text, str):
+        return Document(text=None, offset=offset, problem=f"{text_key!r} is {type(text).__name__}, not a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate escape is valid JSON and no text
+        return Document(text=None, offset=offset, problem=f"{text_key!r} holds a lone surrogate")
+    return Document(text=text, offset=offset, bytes=size)
+
+
+def _parquet(path: str, piece: Piece, text_key: str) -> Iterator[Document]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+        groups = list(range(piece.start, piece.stop))
+        for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=[text_key]):
+            for text in batch.column(0).to_pylist():
+                yield _checked(text, row, text_key)
+                row += 1
+
+
+def _disk_dataset(path: str, piece: Piece, text_key: str) -> Iterator[Document]:
+    import datasets
+
+    rows = datasets.load_from_disk(path)
+    for start in range(piece.start, piece.stop, ROWS):
+        texts = rows[start : min(start + ROWS, piece.stop)][text_key]
+        for row, text in enumerate(texts, start=start):
+            yield _checked(text, row, text_key)
+
+
+def _hub_dataset(file: InputFile, piece: Piece, text_key: str) -> Iterator[Document]:
+    """Rows of one shard of a streamed dataset. Its offset counts from the start of the shard: shard << 40 | row."""
+    for shard in range(piece.start, piece.stop):
+        rows = open_hub(file.path).shard(num_shards=file.parts, index=shard)
+        for row, record in enumerate(rows):
+            yield _checked(record.get(text_key), shard << 40 | row, text_key)

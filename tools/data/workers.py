@@ -1,0 +1,74 @@
+"""Units of work of tools.data prepare, in this process or spread over several, with their progress added up."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+
+from tools.common.console import Progress
+from tools.data.shard_writer import Encoders, Job, Work
+
+POLL_SECONDS = 0.2
+Do = Callable[[Job, Work, Encoders, Callable[[int, int, int], None]], None]
+
+
+def do_all(do: Do, job: Job, todo: list[Work], workers: int, name: str) -> None:
+    """Do every unit of `todo`, several at once. The first error stops the rest and is raised."""
+    total = sum(piece.bytes for work in todo for piece in work.pieces)
+    with Progress(name, total_bytes=total) as progress:
+        if workers == 1 or len(todo) == 1:
+            encoders = Encoders(job)
+            for work in todo:
+                do(job, work, encoders, progress.add)
+        elif todo:
+            _do_in_processes(do, job, todo, min(workers, len(todo)), progress)
+
+
+def _do_in_processes(do: Do, job: Job, todo: list[Work], workers: int, progress: Progress) -> None:
+    """Spawned, not forked: this process may hold threads of the tokenizer. Each process encodes in one thread."""
+    context = multiprocessing.get_context("spawn")
+    counters = [context.Value("q", 0) for _ in range(3)]  # documents, text bytes, input bytes
+    threads = {name: os.environ.get(name) for name in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS")}
+    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")  # the children are started with these
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job, counters))
+    try:
+        pending = {pool.submit(_do_one, do, work) for work in todo}
+        while pending:
+            finished, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
+            for future in finished:
+                future.result()
+            progress.update(*(counter.value for counter in counters))
+    except BrokenProcessPool as error:
+        raise OSError("a worker process was killed (out of memory?); the same command goes on, try --workers") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        for name, value in threads.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+_worker: dict = {}  # what _start_worker gives this process; written once, before any work
+
+
+def _start_worker(job: Job, counters: list) -> None:
+    _worker.update(job=job, counters=counters, encoders=Encoders(job))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot stop its workers, and a restarted one must not meet them."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _report(*amounts: int) -> None:
+    for counter, amount in zip(_worker["counters"], amounts, strict=True):
+        with counter.get_lock():
+            counter.value += amount
+
+
+def _do_one(do: Do, work: Work) -> None:
+    do(_worker["job"], work, _worker["encoders"], _report)

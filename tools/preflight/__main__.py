@@ -1,0 +1,194 @@
+"""Look over every host and rank of a job before it trains: code, storage, data, devices, links. Under a minute at 64 ranks.
+
+    python -m tools.preflight recipes/quickstart.py --processes 8          # this machine, 8 ranks that it starts itself
+    deepspeed --hostfile HOSTS tools/preflight recipes/llama_8b.py --out-dir /ckpt/llama_8b
+    torchrun ... tools/preflight RECIPE --out-dir DIR                   # as a recipe is started; srun with RANK set as well
+
+Started as a recipe is, with the same words (flags of the run are taken and not looked at). Prints every rank, the slowest
+first, and all problems with their cures. Exit 0 good, 1 a host, rank or link is not, 2 the recipe or the flags are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from copy import deepcopy
+from importlib import import_module
+from pathlib import Path
+
+if not __package__:  # run as a script: import from the repository root, not from tools/
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from recipes.common.recipe import Layout, Recipe, RecipeError
+from recipes.common.runtime.network import choose_interface
+from tools.common.console import FAILED, MISTAKE, CheckError, UsageError
+from tools.common.forked_ranks import RankError, run_ranks
+from tools.common.recipe_io import load_recipe
+from tools.preflight.coordinator import dismiss, lead
+from tools.preflight.problems import Problem
+from tools.preflight.rank_checks import follow
+from tools.preflight.rendezvous import Meeting, announce, collect, enter, this_rank
+from tools.preflight.report import Verdict, as_text, write_verdict
+
+STEPS = 8  # that each end by --step-seconds
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.preflight", description=__doc__.split("\n")[0])
+    parser.add_argument("recipe", help="path of a recipe file")
+    parser.add_argument("--out-dir", help="the run directory: space, speed and sharing are looked at (default: the recipe's)")
+    parser.add_argument("--processes", type=int, help="start so many ranks on this machine, without a launcher")
+    parser.add_argument(
+        "--hosts", type=_hosts, default=[], metavar="A:8,B:8", help="names of the hosts, with ranks on each, in order"
+    )
+    parser.add_argument(
+        "--join-seconds", type=float, default=120.0, help="until a rank that did not come is missing (%(default)s)"
+    )
+    parser.add_argument("--step-seconds", type=float, default=60.0, help="until a step that does not end hangs (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--json-file", type=Path, metavar="PATH", help="write the verdict there too, with its bad hosts")
+    for flag in ("--skip", "--max-steps", "--local_rank", "--local-rank"):  # of a run, or from the launcher: the same words do
+        parser.add_argument(flag, action="append", help=argparse.SUPPRESS)
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
+    flags = parser.parse_args(argv)
+    for name in ("processes", "join_seconds", "step_seconds"):
+        value = getattr(flags, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name.replace('_', '-')}={value} must be over 0")
+    if flags.processes and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error(f"--processes={flags.processes}, but a launcher started this rank (WORLD_SIZE is set); use one of the two")
+    return flags
+
+
+def _hosts(text: str) -> list[tuple[str, int]]:
+    """[(host, ranks or 0 where it is not said), ...]"""
+    found = []
+    for item in text.split(","):
+        host, colon, count = item.partition(":")
+        if not host or (colon and not (count.isdigit() and int(count))):
+            raise argparse.ArgumentTypeError(f"{item!r} is not HOST or HOST:RANKS")
+        found.append((host, int(count or 0)))
+    if len({host for host, _ in found}) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} names a host twice")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = parse_args(argv)
+    if not flags.processes:
+        code, _ = run_rank(flags)
+    else:
+        import_module("recipes.common.train")  # what every recipe imports: before the fork, so that no rank pays for it
+        limit = flags.join_seconds + STEPS * flags.step_seconds
+        try:
+            code, text = run_ranks(run_rank, flags.processes, flags, timeout_seconds=limit)[0]
+        except RankError as error:
+            print(f"failed: {error}", file=sys.stderr)
+            return FAILED
+        _show(code, text)
+    return code
+
+
+def _show(code: int, text: str) -> None:
+    print(text, file=sys.stderr if code == MISTAKE else sys.stdout, flush=True)
+
+
+def run_rank(flags: argparse.Namespace) -> tuple[int, str]:
+    """This rank's part by the launcher's environment: (exit code, rank 0's text). A rank that was not forked prints it here."""
+    me, meeting = this_rank(os.environ), None
+    choose_interface()  # as training will
+    try:
+        meeting = enter(me, os.environ, join_seconds=flags.join_seconds, limit_seconds=flags.step_seconds)
+        if me.rank != 0:
+            return follow(meeting, me, flags.recipe, flags.join_seconds + STEPS * flags.step_seconds), ""
+        verdict = _verdict(meeting, flags)
+    except CheckError as error:
+        if me.rank != 0:
+            print(f"failed: {error}", file=sys.stderr)
+            return FAILED, ""
+        verdict = _no_verdict(flags, FAILED, Problem(check="joining", message=str(error), cure="then start again"))
+    if flags.json_file is not None:
+        try:
+            write_verdict(verdict, flags.json_file)
+        except OSError as error:
+            print(f"preflight: no verdict in {flags.json_file}: {error}", file=sys.stderr)
+    text = json.dumps(verdict.as_json()) if flags.json else as_text(verdict)
+    if verdict.exit_code == MISTAKE:
+        text = f"error: {verdict.problems[0].message}"
+    if not flags.processes:
+        _show(verdict.exit_code, text)  # before the others leave: a launcher ends all ranks with the first that fails
+    if meeting is not None:
+        dismiss(meeting, verdict.exit_code)
+    return verdict.exit_code, text
+
+
+def _verdict(meeting: Meeting, flags: argparse.Namespace) -> Verdict:
+    """Rank 0: of the flags and the recipe first, for they may be wrong on any host; then of all."""
+    try:
+        hosts = _all_counted(flags.hosts, meeting.world_size)
+        _writable(flags.json_file)
+        recipe, layout = _checked_recipe(flags.recipe, meeting.world_size)
+    except (RecipeError, UsageError) as error:
+        announce(meeting, "roster", {"leave": True})
+        if flags.processes:  # forked here, and on their way: without this rank's store they would wait for it
+            collect(meeting, "join", range(1, meeting.world_size), flags.join_seconds)
+        return _no_verdict(flags, MISTAKE, Problem(check="recipe", message=str(error), cure="correct it; no host is to blame"))
+    return lead(
+        meeting,
+        this_rank(os.environ),
+        recipe,
+        layout,
+        recipe_path=flags.recipe,
+        out_dir=flags.out_dir or f"runs/{recipe.name}",
+        given_hosts=hosts,
+        join_seconds=flags.join_seconds,
+    )
+
+
+def _no_verdict(flags: argparse.Namespace, code: int, problem: Problem) -> Verdict:
+    """What ends a preflight before a host is looked at."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return Verdict(recipe=Path(flags.recipe).stem, world_size=world_size, hosts=(), exit_code=code, problems=(problem,))
+
+
+def _writable(json_file: Path | None) -> None:
+    if json_file is not None:
+        try:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=json_file.parent).close()
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise UsageError(f"--json-file={json_file} cannot be written ({error}); name a file in a folder of yours") from error
+        except OSError:
+            return  # a full or a broken disk is for the checks to name
+
+
+def _all_counted(hosts: list[tuple[str, int]], world_size: int) -> list[tuple[str, int]]:
+    if hosts and not any(count for _, count in hosts) and world_size % len(hosts) == 0:
+        return [(host, world_size // len(hosts)) for host, _ in hosts]
+    if hosts and (sum(count for _, count in hosts) != world_size or not all(count for _, count in hosts)):
+        words = ",".join(f"{host}:{count}" if count else host for host, count in hosts)
+        raise UsageError(f"--hosts={words}: the ranks on them must add up to {world_size}; write HOST:RANKS,HOST:RANKS")
+    return hosts
+
+
+def _checked_recipe(path: str, world_size: int) -> tuple[Recipe, Layout]:
+    from recipes.common.checks.recipe_checks import check_recipe
+
+    recipe = load_recipe(path)
+    # of a copy: building the model fills in fields of its config
+    return recipe, check_recipe(deepcopy(recipe), world_size, here=False)[0]
+
+
+if __name__ == "__main__":
+    code = FAILED
+    with contextlib.suppress(BrokenPipeError):
+        code = main()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)  # a thread may hang in a file system or a collective: an orderly exit would wait for it

@@ -1,0 +1,179 @@
+"""Collectives in the groups that training uses: is the result right, and how many bytes a second pass?
+
+Bus bandwidth is that of nccl-tests (PERFORMANCE.md), with the size of the GROUP: what a link carries, whatever the group's
+size. All groups of a kind run at the same time, as they do in a step.
+
+    all_reduce   2 (n - 1) / n * bytes / seconds
+    all_gather     (n - 1) / n * bytes of the result / seconds
+    send_recv                    bytes / seconds
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from recipes.common.parallel.grid import build_grid
+from recipes.common.recipe import Layout
+from tools.preflight.compute import wait
+
+BYTES = {"cuda": 128 << 20, "cpu": 2 << 20}  # of a rank's buffer
+REPEATS = 5
+PERIOD = 1000  # of the values that are sent: sums of whole numbers under 2^24 are exact in fp32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One collective in one group, as one rank saw it."""
+
+    kind: str  # tensor, pipeline, data, hosts
+    operation: str  # all_reduce, all_gather, send_recv
+    ranks: tuple[int, ...]
+    seconds: float  # median
+    bus_bytes_per_second: float
+    wrong: str | None  # the first wrong element
+
+
+def join_group(store: dist.Store, rank: int, world_size: int, device: torch.device, seconds: float) -> None:
+    """The default process group. Its own timeout comes after ours, so that we are the ones to say who hangs."""
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=2 * seconds),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def collective_facts(layout: Layout, device: torch.device, leaders: list[int], begun: list[str]) -> list[dict[str, Any]]:
+    """Every collective of this rank's groups, measured; then the hosts' first ranks in a ring.
+
+    begun: the name of each is added before it starts, so that a caller who gives up on this knows where it hangs.
+    """
+    begun.append("making the groups")
+    grid = build_grid(layout, device)
+    values = torch.arange(BYTES[device.type] // 4, device=device, dtype=torch.int64) % PERIOD
+    found = []
+    for kind, group in (("tensor", grid.tensor_group), ("data", grid.data_group)):
+        if group is not None:
+            begun.append(f"{kind} all_reduce")
+            found.append(_all_reduce(kind, group, values))
+            begun.append(f"{kind} all_gather")
+            found.append(_all_gather(kind, group, values))
+        begun.append(f"the wait for all {kind} groups")
+        dist.barrier()  # kinds one after another: they share links
+    stages = dist.get_process_group_ranks(grid.pipeline_group) if grid.pipeline_group is not None else []
+    begun.append("pipeline send_recv")
+    found += _between_neighbours("pipeline", stages, grid.pipeline_group, values)
+    begun.append("send_recv between hosts")
+    if len(leaders) > 2:  # of two hosts the groups say as much
+        found += _between_neighbours("hosts", leaders, None, values, closed=True)
+    return [asdict(one) for one in found]
+
+
+def _payload(values: torch.Tensor, rank: int) -> torch.Tensor:
+    """What a rank sends: whole numbers that depend on the place and on the rank."""
+    return ((values + rank) % PERIOD).float()
+
+
+def _all_reduce(kind: str, group: dist.ProcessGroup, values: torch.Tensor) -> Measured:
+    ranks = dist.get_process_group_ranks(group)
+    own = _payload(values, dist.get_rank())
+    expected = torch.zeros_like(own)
+    for rank in ranks:
+        expected += _payload(values, rank)
+    buffer = own.clone()
+    dist.all_reduce(buffer, group=group)
+    wrong = first_wrong(buffer, expected)
+    seconds = _median(lambda: dist.all_reduce(buffer, group=group), group, own.device)
+    size = own.numel() * own.element_size()
+    return _measured(kind, "all_reduce", ranks, seconds, 2 * (len(ranks) - 1) / len(ranks) * size / seconds, wrong)
+
+
+def _all_gather(kind: str, group: dist.ProcessGroup, values: torch.Tensor) -> Measured:
+    ranks = dist.get_process_group_ranks(group)
+    part = values[: len(values) // len(ranks)]
+    own = _payload(part, dist.get_rank())
+    parts = [torch.empty_like(own) for _ in ranks]
+    dist.all_gather(parts, own, group=group)
+    wrong = None
+    for rank, got in zip(ranks, parts, strict=True):
+        if (fault := first_wrong(got, _payload(part, rank))) is not None:
+            wrong = f"of rank {rank}'s part, {fault}"
+            break
+    seconds = _median(lambda: dist.all_gather(parts, own, group=group), group, own.device)
+    total = own.numel() * own.element_size() * len(ranks)
+    return _measured(kind, "all_gather", ranks, seconds, (len(ranks) - 1) / len(ranks) * total / seconds, wrong)
+
+
+def pairs(count: int, *, closed: bool) -> list[tuple[int, int, int]]:
+    """Neighbours of a line or a ring of `count` places as (place, next place, turn): the pairs of a turn share no place."""
+    line = [(place, place + 1, place % 2) for place in range(count - 1)]
+    return [*line, (count - 1, 0, 1 if count % 2 == 0 else 2)] if closed else line
+
+
+def _between_neighbours(
+    kind: str, ranks: list[int], group: dist.ProcessGroup | None, values: torch.Tensor, *, closed: bool = False
+) -> list[Measured]:
+    """There and back between neighbours. Every rank of the world calls this, for the barriers; `ranks` may leave it out."""
+    me = dist.get_rank()
+    found = []
+    for turn in range(3 if closed else 2):
+        for one, other, when in pairs(len(ranks), closed=closed):
+            if when == turn and me in (ranks[one], ranks[other]):
+                found.append(_there_and_back(kind, ranks[one], ranks[other], group, values))
+        dist.barrier()
+    return found
+
+
+def _there_and_back(kind: str, one: int, other: int, group: dist.ProcessGroup | None, values: torch.Tensor) -> Measured:
+    first = dist.get_rank() == one
+    peer = other if first else one
+    own, got = _payload(values, dist.get_rank()), torch.empty(len(values), device=values.device)
+
+    def exchange() -> None:
+        if first:
+            dist.send(own, peer, group=group)
+            dist.recv(got, peer, group=group)
+        else:
+            dist.recv(got, peer, group=group)
+            dist.send(own, peer, group=group)
+
+    exchange()
+    wrong = first_wrong(got, _payload(values, peer))
+    seconds = _median(exchange, None, values.device) / 2
+    return _measured(kind, "send_recv", [one, other], seconds, own.numel() * own.element_size() / seconds, wrong)
+
+
+def _median(work: Callable[[], Any], group: dist.ProcessGroup | None, device: torch.device) -> float:
+    """Seconds of one call. group: whose ranks start together; None where the calls themselves keep them in step."""
+    taken = []
+    for _ in range(REPEATS):
+        if group is not None:
+            dist.barrier(group=group)
+        wait(device)
+        started = time.perf_counter()
+        work()
+        wait(device)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def first_wrong(got: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """The first element that differs, in words."""
+    if torch.equal(got, expected):
+        return None
+    at = int(torch.nonzero(got != expected)[0])
+    return f"element {at} is {got[at].item():g} instead of {expected[at].item():g}"
+
+
+def _measured(kind: str, operation: str, ranks: list[int], seconds: float, speed: float, wrong: str | None) -> Measured:
+    return Measured(kind=kind, operation=operation, ranks=tuple(ranks), seconds=seconds, bus_bytes_per_second=speed, wrong=wrong)

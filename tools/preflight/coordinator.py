@@ -1,0 +1,240 @@
+"""Rank 0's side of a preflight: meet the ranks, let every step happen, judge the facts, say so."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from recipes.common.recipe import Layout, Recipe
+from tools.common.console import SHOW_AFTER_SECONDS
+from tools.preflight.host_facts import recipe_hash
+from tools.preflight.judge_hosts import clock_problems, host_problems, storage_problems
+from tools.preflight.judge_ranks import collective_problems, device_problems, merge_groups, product_problems
+from tools.preflight.problems import Problem, majority, named, span, values_of
+from tools.preflight.rank_checks import measure, tell_device, tell_host, tell_storage
+from tools.preflight.rendezvous import Meeting, Rank, announce, bounded, clock_offsets, collect, host_names
+from tools.preflight.report import Verdict, judge, rank_rows
+from tools.preflight.storage import bytes_needed, open_folder, read_answers
+
+GRACE_SECONDS = 3.0  # after a step's limit, for its report to arrive
+
+
+@dataclass
+class Findings:
+    """What rank 0 has heard so far."""
+
+    hosts: list[str]  # by rank
+    leaders: list[int]  # the first rank of each host
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    silent: set[int] = field(default_factory=set)  # ranks that did not report a step
+    seconds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)  # by host
+    clocks: dict[str, dict[str, float]] = field(default_factory=dict)
+    storage: dict[str, dict[str, Any]] = field(default_factory=dict)
+    devices: dict[int, dict[str, Any]] = field(default_factory=dict)
+    products: dict[int, dict[str, Any]] = field(default_factory=dict)
+    collectives: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+@contextmanager
+def step(found: Findings, name: str) -> Iterator[None]:
+    started = time.monotonic()
+    if sum(found.seconds.values()) > SHOW_AFTER_SECONDS:
+        print(f"preflight: {name} ...", file=sys.stderr, flush=True)
+    yield
+    found.seconds[name] = time.monotonic() - started
+
+
+def lead(
+    meeting: Meeting,
+    me: Rank,
+    recipe: Recipe,
+    layout: Layout,
+    *,
+    recipe_path: str,
+    out_dir: str,
+    given_hosts: list[tuple[str, int]],
+    join_seconds: float,
+) -> Verdict:
+    """The verdict over all ranks. Every problem that can be found is in it."""
+    started = time.monotonic()
+    joined = _meet(meeting, join_seconds)
+    hosts = host_names(joined, meeting.world_size, given_hosts)
+    found = Findings(hosts=hosts, leaders=[hosts.index(host) for host in dict.fromkeys(hosts)])
+    found.seconds["joining"] = time.monotonic() - started
+    missing = [rank for rank in range(meeting.world_size) if rank not in joined]
+    if missing:
+        found.problems.append(_absence(meeting, missing, hosts, join_seconds))
+        announce(meeting, "roster", {"leave": True})
+    else:
+        roster = {"leaders": found.leaders}
+        announce(meeting, "roster", roster)
+        with step(found, "hosts"):
+            _hear_hosts(meeting, found, roster, layout, joined, recipe_path)
+        with step(found, "storage"):
+            _hear_storage(meeting, found, roster, recipe, out_dir)
+        with step(found, "devices"):
+            device_type = _hear_devices(meeting, found, me)
+        with step(found, "measuring"):
+            _hear_measurements(meeting, found, me, layout, device_type)
+    groups = merge_groups(found.collectives)
+    rows = rank_rows(hosts, layout, products=found.products, groups=groups, storage=found.storage, clocks=found.clocks)
+    return judge(
+        Verdict(
+            recipe=recipe.name,
+            world_size=meeting.world_size,
+            hosts=tuple(dict.fromkeys(hosts)),
+            exit_code=0,
+            problems=tuple(found.problems),
+            notes=tuple(found.notes),
+            layout=layout,
+            recipe_hash=recipe_hash(recipe),
+            rows=() if missing else rows,
+            groups=tuple(groups),
+            seconds=found.seconds,
+        )
+    )
+
+
+def _meet(meeting: Meeting, join_seconds: float) -> dict[int, Rank]:
+    started = time.monotonic()
+
+    def tell(left: list[int]) -> None:
+        waited = time.monotonic() - started
+        who = f"rank{'s' * (len(left) > 1)} {span(left)}"
+        print(f"preflight: waiting for {who} ({waited:.0f} of {join_seconds:.0f} s)", file=sys.stderr, flush=True)
+
+    told = collect(meeting, "join", range(meeting.world_size), join_seconds, tell)
+    return {rank: Rank(**words) for rank, words in told.items()}
+
+
+def _absence(meeting: Meeting, missing: list[int], hosts: list[str], join_seconds: float) -> Problem:
+    host, port = meeting.address
+    known = [hosts[rank] for rank in missing if not hosts[rank].startswith("(")]
+    return Problem(
+        check="joining",
+        hosts=tuple(dict.fromkeys(known)),
+        ranks=tuple(missing),
+        message=f"{named(missing, hosts)} did not reach MASTER_ADDR={host} MASTER_PORT={port} in {join_seconds:.0f} s",
+        cure="see that the host is up, that its ranks started (their output), and that it can connect to that address; "
+        "--join-seconds waits longer",
+    )
+
+
+def _hear_hosts(
+    meeting: Meeting, found: Findings, roster: dict[str, Any], layout: Layout, joined: dict[int, Rank], recipe_path: str
+) -> None:
+    tell_host(meeting, roster, recipe_path)
+    values = _hear(meeting, found, "host facts", found.leaders)
+    found.facts = {found.hosts[rank]: one | {"network": joined[rank].network} for rank, one in values.items()}
+    others = [rank for rank in found.leaders[1:] if rank in values]
+    announce(meeting, "clocks", others)
+    offsets = {0: {"offset": 0.0, "uncertainty": 0.0}} | clock_offsets(meeting, others)
+    found.clocks = {found.hosts[rank]: one for rank, one in offsets.items()}
+    ranks_of = {host: [rank for rank, name in enumerate(found.hosts) if name == host] for host in found.facts}
+    found.problems += host_problems(found.facts, layout, meeting.world_size, ranks_of) + clock_problems(found.clocks)
+    unsampled = [host for host, one in found.facts.items() if "data" in one and not one["data"]["sampled_shards"]]
+    if unsampled and not any(problem.check == "data" for problem in found.problems):
+        found.notes.append(f"no shard was compared on {', '.join(unsampled)}: the first was not read in time")
+
+
+def _hear_storage(meeting: Meeting, found: Findings, roster: dict[str, Any], recipe: Recipe, out_dir: str) -> None:
+    nonce = secrets.token_hex(8)
+    folder = Path(out_dir).expanduser().absolute()
+    opened = bounded(partial(open_folder, folder, nonce), f"making {folder}", meeting.limit_seconds)
+    # a relative folder is each host's own: it starts in the folder that the rank was started in
+    storage = {"out_dir": out_dir, "nonce": nonce if "value" in opened else ""}
+    announce(meeting, "storage word", storage)
+    if "error" in opened:
+        cure = "correct --out-dir, or its permissions and its mount"
+        message = f"host {found.hosts[0]} cannot make {folder}: {opened['error']}"
+        found.problems.append(Problem(check="storage", message=message, cure=cure))
+        return
+    tell_storage(meeting, roster, storage)
+    values = _hear(meeting, found, "storage", found.leaders)
+    found.storage = {found.hosts[rank]: one for rank, one in values.items()}
+    seeing = [found.leaders.index(rank) for rank, one in values.items() if one["sees_word"] and "write_error" not in one]
+    answers = bounded(partial(read_answers, folder, nonce, seeing), "reading the hosts' answers", meeting.limit_seconds)
+    answered = answers.get("value", {"unseen": [], "saved_bytes": 0})
+    unseen = [found.hosts[found.leaders[number]] for number in answered["unseen"]]
+    needed = bytes_needed(recipe.num_params, recipe.optimizer, recipe.checkpoints.keep_last, answered["saved_bytes"])
+    found.problems += storage_problems(found.storage, unseen, needed, str(folder))
+    if "error" in answers:
+        message = f"host {found.hosts[0]}: {answers['error']}"
+        found.problems.append(Problem(check="storage", message=message, cure="look at the mount of the output folder"))
+
+
+def _hear_devices(meeting: Meeting, found: Findings, me: Rank) -> str:
+    """Every rank's device; gives the type that most hosts would train on."""
+    types = {host: one["device"] for host, one in found.facts.items() if "device" in one}
+    device_type = majority(types) if types else "cpu"
+    announce(meeting, "device type", {"type": device_type})
+    tell_device(meeting, me, device_type)
+    found.devices = _hear(meeting, found, "devices", range(meeting.world_size))
+    if device_type == "cuda":
+        nvidia = {host: one["nvidia"] for host, one in found.facts.items()}
+        found.problems += device_problems(found.devices, nvidia, found.hosts)
+        for host, one in nvidia.items():
+            if one is None:
+                found.notes.append(
+                    f"nvidia-smi does not run on {host}: whether its GPUs are free and without errors is not known"
+                )
+                continue
+            if not one["health_read"]:
+                found.notes.append(f"nvidia-smi on {host} does not tell ECC errors and remapped rows")
+            if one["xid"] is None:
+                found.notes.append(f"the kernel's messages on {host} may not be read: Xid errors are not known")
+    return device_type
+
+
+def _hear_measurements(meeting: Meeting, found: Findings, me: Rank, layout: Layout, device_type: str) -> None:
+    ready = all("error" not in found.devices.get(rank, {"error": ""}) for rank in range(meeting.world_size))
+    plan = {
+        "measure": ready,
+        "device_type": device_type,
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "leaders": found.leaders,
+    }
+    announce(meeting, "plan", plan)
+    if not ready:
+        found.notes.append("matrix products and collectives were left out: not every rank answered with a device")
+        return
+    measure(meeting, me, plan)
+    everyone = range(meeting.world_size)
+    found.products = _hear(meeting, found, "compute", everyone)
+    found.problems += product_problems(found.products, found.hosts, device_type)
+    if meeting.world_size == 1:
+        return
+    connected = _hear(meeting, found, "process group", everyone)
+    if len(connected) == meeting.world_size:
+        found.collectives = _hear(meeting, found, "communication", everyone)
+    judged = device_type == "cuda"
+    found.problems += collective_problems(merge_groups(found.collectives), found.hosts, judge_speed=judged)
+    if not judged:
+        found.notes.append("on CPU the speed of groups is shown, not judged: it is that of the cores they wait for")
+
+
+def _hear(meeting: Meeting, found: Findings, name: str, ranks: list[int] | range) -> dict[int, Any]:
+    seconds = meeting.limit_seconds + GRACE_SECONDS
+    expected = [rank for rank in ranks if rank not in found.silent]  # one that hangs is told and waited for once
+    outcomes = collect(meeting, name, expected, seconds)
+    values, problems = values_of(name, outcomes, expected, found.hosts, seconds)
+    found.problems += problems
+    found.silent |= set(expected) - set(outcomes)
+    return values
+
+
+def dismiss(meeting: Meeting, code: int) -> None:
+    """Tell every rank to leave, and serve the store until they have."""
+    announce(meeting, "leave", code)
+    present = [rank for rank in range(1, meeting.world_size) if meeting.store.check([f"join/{rank}"])]
+    collect(meeting, "left", present, GRACE_SECONDS)

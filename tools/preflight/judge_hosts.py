@@ -1,0 +1,182 @@
+"""Facts of all hosts -> problems: code, packages, recipe, clocks, storage, data, limits. Pure: nothing is looked up here."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from recipes.common.data.shards import MAX_OPEN_SHARDS
+from recipes.common.recipe import Layout
+from tools.common.console import human_bytes
+from tools.preflight.problems import Problem, by_host, majority, odd_ones
+
+CLOCK_SECONDS = 1.0  # more, and a file on shared storage looks written before it was begun
+SLOW_WRITE = 0.2  # of the hosts' median: all write at once, and shared storage is not fair
+OWN_FILES = 256  # Python, libraries, logs, the store
+SHM_BYTES = 1 << 30  # NCCL's transport inside a host; its documentation starts containers with --shm-size=1g
+LOCKED_BYTES = 1 << 30  # InfiniBand pins what it sends; NCCL's documentation asks for no limit
+
+Facts = Mapping[str, Mapping[str, Any]]  # host -> what it said, rank 0's host first
+
+
+def host_problems(facts: Facts, layout: Layout, world_size: int, ranks_of: Mapping[str, Sequence[int]]) -> list[Problem]:
+    """Everything that differs between hosts, or is wrong on one. facts: `host_facts` of each."""
+    problems = code_problems(facts) + package_problems(facts) + recipe_problems(facts) + data_problems(facts)
+    problems += limit_problems(facts, layout, world_size, ranks_of) + network_problems(facts)
+    return problems
+
+
+def code_problems(facts: Facts) -> list[Problem]:
+    files = {host: tuple(sorted(one["code"]["files"].items())) for host, one in facts.items()}
+    commits = {host: one["code"]["commit"] for host, one in facts.items()}
+    usual, usual_commit = majority(files), majority(commits)
+    count = sum(value == usual for value in files.values())
+    cure = f"check out {usual_commit or 'the same code'} there and remove what is changed (`git status`), or share one checkout"
+    problems = []
+    for host, own in files.items():
+        if own != usual:
+            other = sorted(name for name, _ in set(own) ^ set(usual))
+            names = list(dict.fromkeys(other))
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            message = (
+                f"host {host} (commit {_short(commits[host])}) has other contents than {count} of {len(files)} hosts "
+                f"(commit {_short(usual_commit)}) in {', '.join(names[:3])}{more}"
+            )
+            problems.append(Problem(check="code", hosts=(host,), message=message, cure=cure))
+        elif commits[host] != usual_commit:
+            message = f"host {host} is at commit {_short(commits[host])}, the majority at {_short(usual_commit)}"
+            problems.append(Problem(check="code", hosts=(host,), message=message, cure=cure))
+    return problems
+
+
+def _short(commit: str | None) -> str:
+    return commit[:10] if commit else "unknown"
+
+
+def package_problems(facts: Facts) -> list[Problem]:
+    names = list(dict.fromkeys(name for one in facts.values() for name in one["versions"]))
+    problems = []
+    for name in names:
+        values = {host: one["versions"].get(name) for host, one in facts.items()}
+        cure = "use the Python of the majority there" if name == "python" else "run `pip install -r requirements.txt` there"
+        problems += odd_ones("packages", name, values, cure)
+    variables = list(dict.fromkeys(name for one in facts.values() for name in one["environment"]))
+    for name in variables:
+        values = {host: one["environment"].get(name) for host, one in facts.items()}
+        problems += odd_ones("environment", name, values, "export it alike on all hosts (launch/env.sh, .deepspeed_env)")
+    return problems
+
+
+def recipe_problems(facts: Facts) -> list[Problem]:
+    broken = {host: one["recipe_error"] for host, one in facts.items() if "recipe_error" in one}
+    problems = by_host("recipe", broken, list(facts), "repair what the recipe imports there: `pip install -r requirements.txt`")
+    hashes = {host: one["recipe_hash"][:19] for host, one in facts.items() if "recipe_hash" in one}
+    problems += odd_ones("recipe", "the resolved recipe", hashes, "copy the recipe of the other hosts there")
+    devices = {host: one["device"] for host, one in facts.items() if "device" in one}
+    return problems + odd_ones(
+        "devices", "the device", devices, "set DS_ACCELERATOR alike, and see that `nvidia-smi -L` lists GPUs there"
+    )
+
+
+def data_problems(facts: Facts) -> list[Problem]:
+    data = {host: one["data"] for host, one in facts.items() if "data" in one}
+    wrong = {host: "; ".join(one["problems"]) for host, one in data.items() if one["problems"]}
+    problems = by_host("data", wrong, list(facts), "mount or copy the data as on the other hosts")
+    for name in dict.fromkeys(name for one in data.values() for name in one["identity"]):
+        values = {host: one["identity"][name][:19] for host, one in data.items() if name in one["identity"]}
+        problems += odd_ones("data", f"in {name} the manifest", values, "copy the folder of the other hosts there")
+    damaged = {host: "; ".join(one["bad_shards"]) for host, one in data.items() if one["bad_shards"]}
+    return problems + by_host(
+        "data",
+        damaged,
+        list(facts),
+        "copy the shard again, or run tools.data prepare; `python -m tools.data check DIR` reads all",
+    )
+
+
+def limit_problems(facts: Facts, layout: Layout, world_size: int, ranks_of: Mapping[str, Sequence[int]]) -> list[Problem]:
+    """Open files for sockets and shards; shared and locked memory where NCCL uses them."""
+    replica = layout.tensor * layout.pipeline
+    connections = 2 * (world_size + world_size // replica + replica + layout.tensor + layout.pipeline)
+    files: dict[str, str] = {}
+    shared: dict[str, str] = {}
+    locked: dict[str, str] = {}
+    for host, one in facts.items():
+        has, folders = one["limits"], len(one.get("data", {}).get("identity", {})) or 1
+        needed = OWN_FILES + connections + folders * MAX_OPEN_SHARDS
+        if has["open_files"] < needed:
+            files[host] = f"{has['open_files']} open files are allowed, {world_size} ranks need {needed}"
+        if one.get("device") != "cuda":
+            continue
+        if len(ranks_of[host]) > 1 and has["shm_free_bytes"] is not None and has["shm_free_bytes"] < SHM_BYTES:
+            shared[host] = f"{human_bytes(has['shm_free_bytes'])} free in /dev/shm, NCCL wants {human_bytes(SHM_BYTES)}"
+        if has["infiniband"] and 0 <= has["locked_bytes"] < LOCKED_BYTES:
+            locked[host] = f"only {human_bytes(has['locked_bytes'])} of memory may be locked, InfiniBand needs more"
+    hosts = list(facts)
+    return (
+        by_host("limits", files, hosts, "raise it: `ulimit -n 65536` before the launch, or nofile in /etc/security/limits.conf")
+        + by_host("limits", shared, hosts, "start the container with --shm-size=1g or more, or remove old files in /dev/shm")
+        + by_host("limits", locked, hosts, "start the container with --ulimit memlock=-1, or set memlock in limits.conf")
+    )
+
+
+def network_problems(facts: Facts) -> list[Problem]:
+    """gloo binds to what a host's name resolves to; between machines loopback reaches nobody."""
+    if len({one["network"] for one in facts.values()}) == 1:
+        return []
+    looped = {
+        host: f"its name resolves to {one['address']} and GLOO_SOCKET_IFNAME is not set"
+        for host, one in facts.items()
+        if one.get("device") != "cuda" and not one["gloo_interface"] and (one["address"] or "127.").startswith("127.")
+    }
+    return by_host("network", looped, list(facts), "export GLOO_SOCKET_IFNAME=INTERFACE (`ip -br address`; launch/env.sh)")
+
+
+def clock_problems(offsets: Mapping[str, Mapping[str, float]]) -> list[Problem]:
+    """offsets: host -> seconds ahead of rank 0's host, and the uncertainty. The middle of all clocks is taken for right."""
+    ahead = sorted(one["offset"] for one in offsets.values())
+    half = len(ahead) // 2
+    right = min(ahead[half - 1 : half + 1] if len(ahead) % 2 == 0 else ahead[half : half + 1], key=abs) if ahead else 0.0
+    problems = []
+    for host, one in offsets.items():
+        off = one["offset"] - right
+        if abs(off) - one["uncertainty"] > CLOCK_SECONDS:
+            direction = "ahead of" if off > 0 else "behind"
+            message = f"the clock of host {host} is {abs(off):.1f} s {direction} the others', {CLOCK_SECONDS:.0f} s is allowed"
+            cure = "start its time service: `chronyc makestep` or `timedatectl set-ntp true`"
+            problems.append(Problem(check="clock", hosts=(host,), message=message, cure=cure))
+    return problems
+
+
+def storage_problems(facts: Facts, unseen: Sequence[str], needed_bytes: int, folder: str) -> list[Problem]:
+    """facts: `storage_facts` of each host. unseen: hosts whose answer rank 0 could not read. needed_bytes: free, for this run."""
+    hosts = list(facts)
+    blind = [host for host, one in facts.items() if not one["sees_word"] or host in unseen]
+    apart = dict.fromkeys(blind, f"its {folder} is not rank 0's: a file written on one is not seen on the other")
+    problems = by_host(
+        "shared storage", apart, hosts, "mount the shared file system there, or give an --out-dir that all hosts share"
+    )
+    full = {
+        host: f"cannot write in {folder}: {one['write_error']}"
+        for host, one in facts.items()
+        if one.get("write_error") is not None
+    }
+    problems += by_host("storage", full, hosts, "make room, or give another --out-dir")
+    tight = {
+        host: f"{human_bytes(one['free_bytes'])} free at {folder}, the checkpoints that the recipe keeps and one being written "
+        f"need {human_bytes(needed_bytes)}"
+        for host, one in facts.items()
+        if host not in full and host not in blind and one["free_bytes"] is not None and one["free_bytes"] < needed_bytes
+    }
+    problems += by_host("storage", tight, hosts, "make room, lower checkpoints.keep_last, or give another --out-dir")
+    speeds = {host: one["write_bytes_per_second"] for host, one in facts.items() if one["write_bytes_per_second"]}
+    usual = statistics.median(speeds.values()) if speeds else 0.0
+    slow = {
+        host: f"writes {human_bytes(speed)}/s to {folder}, the median of {len(speeds)} hosts is {human_bytes(usual)}/s"
+        for host, speed in speeds.items()
+        if speed < SLOW_WRITE * usual
+    }
+    return problems + by_host(
+        "storage speed", slow, hosts, "look at its network link to the storage, and at who else writes there"
+    )

@@ -1,0 +1,161 @@
+"""The verdict: one object for programs, one table for people, slowest ranks first."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from recipes.common.config.placement import coordinates
+from recipes.common.recipe import Layout
+from recipes.common.run_dir.manifest import write_json
+from tools.common.console import FAILED, GOOD, human_bytes, table
+from tools.preflight.judge_ranks import Group, usual_speed
+from tools.preflight.problems import Problem
+
+ROWS = 24  # of the table, at most; --json has all
+KINDS = ("tensor", "pipeline", "data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One rank. Speeds are None where they were not measured; `share` is its worst, relative to the median of its kind."""
+
+    rank: int
+    host: str
+    place: str
+    share: float | None
+    flops_per_second: float | None
+    bus_bytes_per_second: dict[str, float | None] = field(default_factory=dict)  # by kind, of its groups' all_reduce or send_recv
+    write_bytes_per_second: float | None = None
+    clock_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    recipe: str
+    world_size: int
+    hosts: tuple[str, ...]  # in order of their ranks
+    exit_code: int
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()  # what was not judged, and why
+    layout: Layout | None = None
+    recipe_hash: str | None = None
+    rows: tuple[Row, ...] = ()
+    groups: tuple[Group, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)  # by step
+
+    @property
+    def bad_hosts(self) -> list[str]:
+        return list(dict.fromkeys(host for problem in self.problems for host in problem.hosts))
+
+    def as_json(self) -> dict[str, Any]:
+        content = {"passed": self.exit_code == GOOD, "exit_code": self.exit_code, "bad_hosts": self.bad_hosts}
+        return content | {name: value for name, value in asdict(self).items() if name not in content}
+
+
+def judge(found: Verdict) -> Verdict:
+    """With the exit code that follows from the problems."""
+    return replace(found, exit_code=FAILED if found.problems else GOOD)
+
+
+def write_verdict(verdict: Verdict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, json.loads(json.dumps(verdict.as_json())))
+
+
+def rank_rows(
+    hosts: Sequence[str],
+    layout: Layout,
+    *,
+    products: Mapping[int, Mapping[str, Any]],
+    groups: Sequence[Group],
+    storage: Mapping[str, Mapping[str, Any]],
+    clocks: Mapping[str, Mapping[str, float]],
+) -> tuple[Row, ...]:
+    """One row a rank, the slowest first."""
+    flops = {rank: one["flops_per_second"] for rank, one in products.items()}
+    usual_flops = _median(list(flops.values()))
+    writes = {host: one["write_bytes_per_second"] for host, one in storage.items() if one.get("write_bytes_per_second")}
+    usual_write = _median(list(writes.values()))
+    usual = {(one.kind, one.operation, one.ranks): usual_speed(one, groups) for one in groups}
+    rows = []
+    for rank, host in enumerate(hosts):
+        place = coordinates(rank, len(hosts), layout)
+        own = [one for one in groups if rank in one.ranks]
+        shares = [one.bus_bytes_per_second / u for one in own if (u := usual[one.kind, one.operation, one.ranks])]
+        shares += [flops[rank] / usual_flops] if rank in flops and usual_flops else []
+        shares += [writes[host] / usual_write] if host in writes and usual_write else []
+        speeds = {}
+        for kind in KINDS:
+            passing = [one.bus_bytes_per_second for one in own if one.kind == kind and one.operation != "all_gather"]
+            speeds[kind] = min(passing, default=None)
+        rows.append(
+            Row(
+                rank=rank,
+                host=host,
+                place=f"t{place.tensor_rank} p{place.pipeline_rank} d{place.data_rank}",
+                share=min(shares, default=None),
+                flops_per_second=flops.get(rank),
+                bus_bytes_per_second=speeds,
+                write_bytes_per_second=writes.get(host),
+                clock_seconds=clocks[host]["offset"] if host in clocks else None,
+            )
+        )
+    return tuple(sorted(rows, key=lambda row: -1.0 if row.share is None else row.share))
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def as_text(verdict: Verdict) -> str:
+    """The table, the notes and the problems with their cures."""
+    layout = verdict.layout
+    cut = ""
+    if layout is not None:
+        data = verdict.world_size // (layout.tensor * layout.pipeline)
+        cut = f", tensor {layout.tensor} x pipeline {layout.pipeline} x data {data}"
+    ranks, hosts = verdict.world_size, len(verdict.hosts)
+    where = f" on {hosts} host{'s' * (hosts != 1)}" if hosts else ""
+    lines = [f"{verdict.recipe}: {ranks} rank{'s' * (ranks != 1)}{where}{cut}"]
+    if verdict.rows:
+        shown = verdict.rows[:ROWS]
+        kinds = [kind for kind in KINDS if any(row.bus_bytes_per_second.get(kind) for row in verdict.rows)]
+        header = ["rank", "host", "place", "of median", "product", *kinds, "write", "clock"]
+        lines.append(table([_cells(row, kinds) for row in shown], header))
+        if len(verdict.rows) > len(shown):
+            lines.append(f"... and {len(verdict.rows) - len(shown)} faster ranks (--json has all)")
+    lines += [f"note: {note}" for note in verdict.notes]
+    if verdict.seconds:
+        steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in verdict.seconds.items())
+        lines.append(f"{sum(verdict.seconds.values()):.1f} s: {steps}")
+    if not verdict.problems:
+        return "\n".join([*lines, "passed"])
+    count = len(verdict.problems)
+    lines.append(f"FAILED, {count} problem{'s' * (count > 1)}:")
+    lines += [f"  - {problem}" for problem in verdict.problems]
+    if verdict.bad_hosts:
+        lines.append(f"bad hosts: {', '.join(verdict.bad_hosts)}")
+    return "\n".join(lines)
+
+
+def _cells(row: Row, kinds: Sequence[str]) -> list[object]:
+    flops, clock = row.flops_per_second, row.clock_seconds
+    return [
+        row.rank,
+        row.host,
+        row.place,
+        "-" if row.share is None else f"{row.share:.0%}",
+        "-" if flops is None else f"{flops / 1e12:.1f} TFLOP/s" if flops > 1e12 else f"{flops / 1e9:.1f} GFLOP/s",
+        *(_speed(row.bus_bytes_per_second.get(kind)) for kind in kinds),
+        _speed(row.write_bytes_per_second),
+        "-" if clock is None else f"{1000 * clock:+.1f} ms",
+    ]
+
+
+def _speed(value: float | None) -> str:
+    return "-" if value is None else f"{human_bytes(value)}/s"

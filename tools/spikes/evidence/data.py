@@ -1,0 +1,310 @@
+"""Evidence in what the steps read: their documents, the shards' bytes, the place in the order, the batch's size."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from recipes.common.data.order import kept_index
+from recipes.common.data.shards import TokenStream, read_manifest
+from tools.data.lookup import open_run
+from tools.spikes.batch import checkpoint_before, document_end, sequence_losses
+from tools.spikes.batch_stats import read_tokens
+from tools.spikes.evidence.case import LOOK_BACK, STANDS_OUT, Case, expected, robust_z
+from tools.spikes.evidence.causes import BAD_DOCUMENT, BIT_FLIP, CORRUPT_SHARD, LOST_MICRO_BATCH, NOTHING, RAMP_EDGE, SAMPLER
+from tools.spikes.evidence.findings import Evidence, Finding, Unanswered
+
+JUMP_SHARE = 0.03  # of the loss
+ODD, VERY_ODD = 8.0, 12.0  # robust z of a sequence's tokens against ordinary sequences
+HASH_BYTES = 4 << 30  # shards of one event are hashed up to this size
+MODEL_BYTES = 8 << 30  # fp32 weights up to which the batch is scored with the checkpoint before
+MANY_STEPS = 16  # before a step, to say what its loss should be
+AFTER_RESUME = 64  # steps in which a resume can still be the cause
+
+
+def documents(case: Case) -> Iterator[Evidence]:
+    """Do the tokens of the step stand out from those of other steps?"""
+    try:
+        found = {step: case.odd_sequences(step) for step in case.near_onset()}
+        places = {step: case.place(step) for step in found}
+    except (OSError, ValueError) as error:
+        yield Unanswered(BAD_DOCUMENT, "what the step read", f"make the data readable here ({error})")
+        return
+    odd = {step: {o.place for o in oddities if o.z > ODD} for step, oddities in found.items()}
+    worst = max(found, key=lambda step: found[step][0].z)
+    top = found[worst][0]
+    if not any(odd.values()):
+        yield Finding(BAD_DOCUMENT, -4.0, f"no sequence of the steps stands out (largest z {top.z:.1f})")
+        yield Finding(CORRUPT_SHARD, -1.0, "no sequence of the steps stands out by its tokens")
+        return
+    count = sum(map(len, odd.values()))
+    here = places[worst].consumed + top.place
+    text = f"{count} sequences stand out; sequence {here} of step {worst}: {top.what} (z {top.z:.0f})"
+    few = count <= max(2, 0.25 * sum(place.seqs for place in places.values()))
+    # among hundreds of sequences one is a little odd; where nothing else happened it takes a very odd one, or two
+    strong = case.moved or top.z > VERY_ODD or len(odd[worst]) > 1
+    yield Finding(BAD_DOCUMENT, (4.0 if few else 2.0) if strong else 1.0, text)
+    yield Finding(CORRUPT_SHARD, 1.0 if few else 2.0, text)
+
+
+def losses_under_the_checkpoint(case: Case) -> Iterator[Evidence]:
+    """Is the batch hard for the model as it was before? Then it is the batch; else the model changed."""
+    checkpoint = checkpoint_before(case.folder, case.onset)
+    if checkpoint is None:
+        yield Unanswered(BAD_DOCUMENT, "whether the batch is hard for the model of before", "save a checkpoint before")
+        return
+    if 4 * case.recipe.num_params > MODEL_BYTES:
+        command = f"python -m tools.spikes batch {case.folder} {case.onset}"
+        yield Unanswered(BAD_DOCUMENT, "whether the batch is hard for the model of before", command)
+        return
+    try:
+        here = case.place(case.onset)
+        mine = read_tokens(case.run, here.consumed + np.arange(here.seqs))
+        others = read_tokens(case.run, here.consumed + here.seqs + np.arange(2 * here.seqs))
+        losses = np.array(sequence_losses(checkpoint, np.concatenate([mine, others]), document_end(case.folder, case.run)))
+    except (OSError, ValueError) as error:
+        yield Unanswered(BAD_DOCUMENT, "whether the batch is hard for the model of before", f"make the data readable ({error})")
+        return
+    mine_losses, other_losses = losses[: here.seqs], losses[here.seqs :]
+    spread = float(np.std(other_losses))
+    usual = float(np.mean(other_losses))
+    worst = float(np.max(mine_losses) - usual) / max(spread, 1e-3)
+    excess = float(np.mean(mine_losses)) - usual
+    predicted, noise = expected(case.steps, case.columns["loss"], _index(case, case.onset))
+    jump = case.at("loss", case.onset) - predicted
+    # a jump is beyond the curve's noise, what the mean of a batch scatters by chance, and what a detector would call one
+    high = jump > max(4 * noise, 4 * spread / math.sqrt(here.seqs), JUMP_SHARE * predicted)
+    text = f"under {checkpoint.name} the batch of step {case.onset} is {excess:+.3f} nats from other batches, its worst sequence "
+    text += f"{worst:.1f} spreads over them; logged {jump:+.3f} from the steps before"
+    if jump < -max(4 * noise, JUMP_SHARE * predicted):
+        easy = excess < jump / 2
+        yield Finding(LOST_MICRO_BATCH, -4.0 if easy else 1.0, text + (": an easy batch" if easy else ": no easy batch"))
+    if high and excess < jump / 3:
+        yield Finding(BAD_DOCUMENT, -3.0, text)
+        yield Finding(NOTHING, -2.0, f"{text}: the model, not the batch")
+        yield from _passing_fault(case, jump)
+    elif worst > 5 and (excess > jump / 3 or not high):
+        yield Finding(BAD_DOCUMENT, 2.0, text)
+    else:
+        yield Finding(BAD_DOCUMENT, -0.5, text)
+
+
+def _passing_fault(case: Case, jump: float) -> Iterator[Evidence]:
+    """An ordinary batch that was hard for one step, and weights that were none the worse: what was computed was wrong."""
+    index = _index(case, case.onset)
+    if index + 1 >= len(case.steps) or not all(_is_back(case, name, index) for name in case.moved):
+        yield Finding(BIT_FLIP, 0.5, "an ordinary batch became hard: something changed the weights or the computation")
+        return
+    yield Finding(BIT_FLIP, 1.5, "an ordinary batch was hard for one step, and the next was as ever: a passing fault")
+    ranks = case.layout["data"]
+    if ranks > 1 and "loss_max" in case.columns:
+        predicted, _ = expected(case.steps, case.columns["loss_max"], index)
+        share = (case.at("loss_max", case.onset) - predicted) / (jump * ranks)
+        if share > 0.7:
+            yield Finding(BIT_FLIP, 2.5, f"all of it on data rank {case.at('loss_max_rank', case.onset):.0f}")
+
+
+def shard_bytes(case: Case) -> Iterator[Evidence]:
+    """The checksums of the shards that the steps near the event read, against the manifest of the preparation."""
+    try:
+        touched = sorted(_shards_of(case))
+        size = sum(path.stat().st_size for path, _ in touched)
+        if size > HASH_BYTES:
+            folders = " ".join(sorted({str(path.parent) for path, _ in touched}))
+            yield Unanswered(CORRUPT_SHARD, "whether the shards are what was prepared", f"python -m tools.data check {folders}")
+            return
+        wrong = [path for path, checksum in touched if _sha256(path) != checksum]
+    except (OSError, ValueError, KeyError) as error:
+        yield Unanswered(CORRUPT_SHARD, "whether the shards are what was prepared", f"make the data readable here ({error})")
+        return
+    if wrong:
+        yield Finding(CORRUPT_SHARD, 8.0, f"{', '.join(map(str, wrong[:3]))}: not the bytes that were prepared (checksum)")
+        yield Finding(BAD_DOCUMENT, -4.0, "a shard that was read is not what was prepared: no document of it can be blamed")
+    else:
+        text = f"the {len(touched)} shards that were read are what was prepared (checksums)"
+        yield Finding(CORRUPT_SHARD, -6.0, text)
+
+
+def place_in_the_order(case: Case) -> Iterator[Evidence]:
+    """After a resume: does the count of sequences go on, and does the loss repeat that of earlier steps?"""
+    resumes = [int(s["resumed_step"]) for s in case.starts if s["resumed_step"]]
+    near = [r for r in resumes if r < case.step + 2 and case.onset - r <= AFTER_RESUME]
+    if not near:
+        yield Finding(SAMPLER, -9.0, "no resume shortly before")
+        return
+    resumed, records = near[-1], case.all_steps
+    before, after = records.get(resumed), records.get(resumed + 1)
+    if before is None or after is None:
+        yield Unanswered(SAMPLER, "whether the order went on at the resume", "metrics.jsonl lacks the steps around it")
+        return
+    here = int(after["consumed_seqs"]) - int(after["tokens"]) // case.recipe.batch.seq_len
+    if here != before["consumed_seqs"]:
+        text = f"step {resumed} ended at sequence {before['consumed_seqs']}, step {resumed + 1} after the resume began at {here}"
+        yield Finding(SAMPLER, 9.0, text)
+        return
+    yield Finding(SAMPLER, -0.5, f"the count of sequences goes on over the resume after step {resumed}")
+    yield from _echo(case, resumed)
+
+
+def _echo(case: Case, resumed: int) -> Iterator[Evidence]:
+    """Batches differ in how hard they are: where the same ones come again, the loss wiggles as it did before."""
+    records = case.all_steps
+    later = [s for s in range(resumed + 1, resumed + AFTER_RESUME + 1) if s in records]
+    earlier = [s for s in range(1, resumed + 1) if s in records]
+    if len(later) < 12 or len(earlier) < 16:
+        yield Unanswered(SAMPLER, "whether the same batches came again", "a dozen steps after the resume, and before it")
+        return
+    wiggle_later, wiggle_earlier = _wiggles(records, later), _wiggles(records, earlier)
+    length = min(len(wiggle_later), len(wiggle_earlier) - 4)
+    scores = []
+    for shift in range(len(wiggle_earlier) - length + 1):
+        window = wiggle_earlier[shift : shift + length]
+        scores.append((float(np.corrcoef(window, wiggle_later[:length])[0, 1]), earlier[shift]))
+    best, first = max(scores)
+    # correlations of unrelated wiggles scatter by 1 / sqrt(length); over many shifts the largest of them by about 3 of that
+    limit = 3.5 / math.sqrt(length)
+    text = f"the loss of the {length} steps after the resume follows that of step {first} on (correlation {best:.2f})"
+    if best > max(limit, 0.5):
+        yield Finding(SAMPLER, 7.0, f"{text}: the same batches again")
+    else:
+        yield Finding(SAMPLER, -3.0, f"the loss after the resume repeats no earlier stretch (best correlation {best:.2f})")
+
+
+def _wiggles(records: dict, steps: list[int]) -> np.ndarray:
+    """The loss without its trend: each step against the mean of its neighbours."""
+    losses = np.array([float(records[s]["loss"]) for s in steps])
+    kernel = np.array([0.25, 0.25, 0.0, 0.25, 0.25])
+    padded = np.pad(losses, 2, mode="reflect")
+    return np.clip(losses - np.convolve(padded, kernel, mode="valid"), -1, 1)
+
+
+def micro_batches(case: Case) -> Iterator[Evidence]:
+    """A micro batch that adds nothing takes its share of the mean away: exactly k in n of the loss is missing."""
+    near = case.near_onset()
+    if len({case.at("tokens", int(s)) for s in case.steps if min(near) - LOOK_BACK <= s <= max(near)}) > 1:
+        yield Finding(LOST_MICRO_BATCH, -1.0, "the batch changed its size here, so no share of the loss can be told")
+        return
+    if not any(_index(case, s) >= MANY_STEPS for s in near):
+        yield Unanswered(LOST_MICRO_BATCH, "whether a share of the loss is missing", f"{MANY_STEPS} steps before the event")
+        return
+    known = [s for s in near if _index(case, s) >= MANY_STEPS]
+    candidates = [m for s in known for n in (1, 6) if (m := _missing(case, s, n)).is_whole]  # once, or from there on
+    if not candidates:
+        yield Finding(LOST_MICRO_BATCH, -4.0, "the loss did not fall by the share of a whole number of micro batches")
+        return
+    found = max(candidates, key=lambda m: m.z)
+    text = f"the loss from step {found.step} on ({found.length} steps) is {found.share:.3f} of what the steps before say: "
+    text += f"{found.count:.2f} of {found.of} micro batches are missing"
+    yield Finding(LOST_MICRO_BATCH, (5.0 if found.z > 5.5 else 3.0) - (round(found.count) > 1), text)
+    if case.layout["data"] > 1 and "loss_max" in case.columns:
+        z = robust_z(case.steps, case.columns["loss_max"], _index(case, found.step))
+        text = f"the worst data rank's own loss was {z:+.1f} spreads from its curve at step {found.step}"
+        yield Finding(LOST_MICRO_BATCH, 2.0 if z > -3 else -2.0, text + (": it is missing on another rank" if z > -3 else ""))
+
+
+@dataclass(frozen=True)
+class _Missing:
+    step: int
+    length: int  # steps from there on, averaged
+    share: float  # of the loss that was expected
+    of: int  # micro batches of a step, over all ranks
+    count: float  # of them, that would explain the share
+    error: float  # of count
+
+    first_z: float  # of the first step alone: what is lost is lost from there on
+
+    @property
+    def z(self) -> float:
+        return self.count / self.error
+
+    @property
+    def is_whole(self) -> bool:
+        near = abs(self.count - round(self.count)) < max(2.5 * self.error, 0.25)
+        return near and 1 <= round(self.count) < self.of and self.z > 4.5 and self.first_z > 2
+
+
+def _missing(case: Case, step: int, length: int) -> _Missing:
+    losses, index = case.columns["loss"], _index(case, step)
+    predicted, noise = expected(case.steps, losses, index)
+    stretch = losses[index : index + length]
+    # a curve that falls goes on falling: by the steps just before
+    slope = float(np.median(losses[index - 6 : index]) - np.median(losses[index - 12 : index - 6])) / 6
+    predicted += slope * (len(stretch) - 1) / 2
+    count = round(case.at("tokens", step) / case.recipe.batch.seq_len / case.recipe.batch.micro_seqs)
+    share, first_z = float(np.mean(stretch)) / predicted, (predicted - stretch[0]) / noise
+    error = noise / predicted * count / math.sqrt(len(stretch))
+    return _Missing(step, len(stretch), share, count, (1 - share) * count, error, first_z)
+
+
+def batch_size(case: Case) -> Iterator[Evidence]:
+    """The edge of a batch ramp."""
+    if not case.recipe.batch.ramp:
+        yield Finding(RAMP_EDGE, -9.0, "the recipe has no batch ramp")
+        return
+    near = [int(s) for s in case.steps if case.onset - 4 <= s <= max(case.step, case.onset + 1)]
+    sizes = [case.at("tokens", s) for s in near]
+    edges = [s for s, a, b in zip(near[1:], sizes[:-1], sizes[1:], strict=True) if a != b]
+    if edges:
+        seqs = [round(case.at("tokens", s) / case.recipe.batch.seq_len) for s in (edges[0] - 1, edges[0])]
+        late = case.onset - edges[0]
+        text = f"the batch went from {seqs[0]} to {seqs[1]} sequences at step {edges[0]}"
+        yield Finding(RAMP_EDGE, 5.0 if -1 <= late <= 1 else 3.0, text)
+    else:
+        yield Finding(RAMP_EDGE, -6.0, "the batch had one size around the event")
+
+
+def one_step_only(case: Case) -> Iterator[Evidence]:
+    """How far the step is off the curve at all."""
+    if not case.moved:
+        yield Finding(
+            NOTHING, 1.5, f"neither loss nor gradient norm is {STANDS_OUT:.0f} spreads off the curve near step {case.step}"
+        )
+        return
+    words = ", ".join(f"{name} (z {z:.0f})" for name, z in case.moved.items())
+    index = _index(case, case.onset)
+    follows = index + 1 < len(case.steps)
+    back = follows and all(_is_back(case, name, index) for name in case.moved)
+    far = max(abs(z) for z in case.moved.values())
+    weight = -min((far - STANDS_OUT) / 3, 3.0) - (not back)  # curves have corners and batches tails: a little off is common
+    yield Finding(NOTHING, weight, f"{words} off the curve at step {case.onset}" + (", back at the next" if back else ""))
+
+
+def _index(case: Case, step: int) -> int:
+    return int(np.flatnonzero(case.steps == step)[0])
+
+
+def _is_back(case: Case, name: str, index: int) -> bool:
+    values = case.columns[name]
+    predicted, noise = expected(case.steps, values, index)
+    return bool(abs(values[index + 1] - predicted) < 4 * noise)
+
+
+def _shards_of(case: Case) -> set[tuple[Path, str]]:
+    """(file, checksum in the manifest) of every shard that a step near the event read."""
+    stream = open_run(case.run)
+    streams: list[TokenStream] = stream.streams if hasattr(stream, "streams") else [stream]
+    touched = set()
+    for step in case.near_onset():
+        place = case.place(step)
+        index = kept_index(place.consumed + np.arange(place.seqs), case.run.skips)
+        for source, position in zip(*(a.tolist() for a in stream.locate(case.run.seed, index)), strict=True):
+            of = streams[source]
+            ends = (position * of.seq_len, position * of.seq_len + of.seq_len)
+            for shard in {int(np.searchsorted(of.starts, end, side="right")) - 1 for end in ends}:
+                touched.add((source, shard))
+    found = set()
+    for source, shard in touched:
+        of = streams[source]
+        entry = read_manifest(of.folder)["splits"][of.split]["shards"][shard]
+        found.add((of.folder / entry["file"], entry["checksums"][entry["file"]]))
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()

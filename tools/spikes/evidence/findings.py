@@ -1,0 +1,26 @@
+"""What one piece of evidence says: for or against a cause, how strongly, in words a person can check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Evidence about one cause."""
+
+    cause: str  # a name in tools.spikes.evidence.causes.CAUSES
+    weight: float  # log odds, nats: over 0 for it, under 0 against
+    text: str
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A question about one cause that the run directory cannot answer."""
+
+    cause: str
+    text: str
+    cure: str  # what would have to be logged, or which command answers it
+
+
+Evidence = Finding | Unanswered

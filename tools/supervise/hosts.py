@@ -1,0 +1,145 @@
+"""Which hosts an attempt runs on: a hostfile, spares, hosts left out, and the layouts that the recipe has."""
+
+from __future__ import annotations
+
+import ast
+import shlex
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes.common.runtime.network import address_towards
+from tools.common.console import UsageError
+
+_PROBE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class RecipeFacts:
+    """What starting needs of a recipe, read off its source: a recipe is plain data, and importing one takes seconds."""
+
+    name: str | None
+    layouts: tuple[int, ...] | None  # numbers of ranks; None where the source does not spell them out
+
+
+def read_recipe(path: Path) -> RecipeFacts:
+    """The `name` and the keys of `layouts` in the file's Recipe(...). Raises UsageError for a file that is not Python."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UsageError(f"{path} is no recipe: {error}") from None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Recipe":
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            return RecipeFacts(_text(given.get("name")), _whole_keys(given.get("layouts")))
+    return RecipeFacts(None, None)
+
+
+def _text(node: ast.expr | None) -> str | None:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def _whole_keys(node: ast.expr | None) -> tuple[int, ...] | None:
+    if not isinstance(node, ast.Dict):
+        return None
+    keys = [key.value for key in node.keys if isinstance(key, ast.Constant) and isinstance(key.value, int)]
+    return tuple(keys) if len(keys) == len(node.keys) else None
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Host -> ranks, in order. DeepSpeed's format: lines of `HOST slots=N`; # begins a comment."""
+    hosts: dict[str, int] = {}
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UsageError(f"--hostfile {path}: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
+        if not slots.isdigit() or int(slots) < 1 or words[0] in hosts:
+            raise UsageError(f"--hostfile {path}, line {number}: {line.strip()!r} must be `HOST slots=N`, each host once")
+        hosts[words[0]] = int(slots)
+    if not hosts:
+        raise UsageError(f"--hostfile {path} names no host; write lines of `HOST slots=N`")
+    return hosts
+
+
+def write_hostfile(path: Path, hosts: Mapping[str, int]) -> None:
+    path.write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
+
+
+def choose_hosts(
+    hosts: Mapping[str, int], bad: Sequence[str], layouts: Sequence[int] | None, spares: int, min_hosts: int | None
+) -> dict[str, int]:
+    """The first good hosts whose ranks the recipe has a layout for, as many as there may be; {} when there are too few.
+
+    spares: hosts over what the run needs, that stay idle until another is bad. min_hosts: go on with fewer than that never
+    (None: all but the spares are needed).
+    """
+    wanted = len(hosts) - spares
+    good = [host for host in hosts if host not in bad]
+    for count in range(min(wanted, len(good)), (wanted if min_hosts is None else min_hosts) - 1, -1):
+        chosen = {host: hosts[host] for host in good[:count]}
+        if chosen and (layouts is None or sum(chosen.values()) in layouts):
+            return chosen
+    return {}
+
+
+def probe_hosts(hosts: Sequence[str], command: str) -> list[str]:
+    """Those where `command`, with {host} replaced, does not end well in 20 s. All are asked at once."""
+    probes = {
+        host: subprocess.Popen(
+            [word.replace("{host}", host) for word in shlex.split(command)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for host in hosts
+    }
+    bad = []
+    for host, probe in probes.items():
+        try:
+            if probe.wait(_PROBE_SECONDS) != 0:
+                bad.append(host)
+        except subprocess.TimeoutExpired:
+            probe.kill()
+            probe.wait()
+            bad.append(host)
+    return bad
+
+
+def is_here(host: str) -> bool:
+    """Whether `host` is this machine."""
+    if host in ("localhost", "127.0.0.1", "::1", socket.gethostname()):
+        return True
+    try:
+        own = address_towards(host)
+        return own in {place[4][0] for place in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+
+
+def own_address(hosts: Sequence[str]) -> str:
+    """This machine's address as `hosts` reach it; loopback when there are no others."""
+    for host in hosts:
+        if not is_here(host):
+            try:
+                return address_towards(host)
+            except OSError:
+                continue
+    return "127.0.0.1"
+
+
+def master_address(hosts: Sequence[str]) -> str:
+    """Where rank 0 is, for all: a name that resolves to loopback on its own host would not do."""
+    first = hosts[0] if hosts else "localhost"
+    if is_here(first):
+        return own_address(hosts)
+    try:
+        return str(socket.getaddrinfo(first, None)[0][4][0])
+    except OSError as error:
+        raise UsageError(f"host {first}: its name does not resolve ({error}); correct the hostfile or the name service") from None

@@ -1,0 +1,85 @@
+"""What an attempt is started with: the launcher's words and the environment; and preflight, started with the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from recipes.common.recipe import ROOT
+from recipes.common.runtime.network import free_port
+from recipes.common.runtime.supervisor_link import SUPERVISOR
+from tools.supervise.hosts import is_here, master_address, write_hostfile
+
+EXPORTS = "TRIFOLD_EXPORTS"  # names of variables that go to other hosts; launch/env.sh lists them
+
+
+def fill_words(words: str, folder: Path, hosts: Mapping[str, int], master: str | None) -> list[str]:
+    """The launcher's words with {hostfile}, {hosts}, {nodes}, {master}, {port} and {force_multi} replaced.
+
+    Each attempt has a port of its own, unless MASTER_PORT is set: the last one's may still be in its closing wait.
+    """
+    hostfile = folder / "hostfile"
+    write_hostfile(hostfile, hosts)
+    alone = len(hosts) == 1 and is_here(next(iter(hosts)))
+    values = {
+        "{hostfile}": str(hostfile),
+        "{hosts}": ",".join(hosts),
+        "{nodes}": str(len(hosts)),
+        "{master}": master or master_address(list(hosts)),
+        "{port}": os.environ.get("MASTER_PORT") or str(free_port()),
+        "{force_multi}": "" if alone else "--force_multi",  # DeepSpeed takes a single host for this one
+    }
+    filled = []
+    for word in shlex.split(words):
+        for name, value in values.items():
+            word = word.replace(name, value)
+        filled += [word] if word else []
+    return filled
+
+
+def write_exports(path: Path, environment: Mapping[str, str]) -> str:
+    """DeepSpeed's environment file for the other hosts: what launch/env.sh names, then the user's own .deepspeed_env."""
+    names = [SUPERVISOR, *environment.get(EXPORTS, "").split()]
+    lines = [f"{name}={environment[name]}\n" for name in names if "\n" not in environment.get(name, "\n")]
+    for own in (Path.home() / ".deepspeed_env", Path(".deepspeed_env")):
+        if own.is_file():
+            lines += [f"{line}\n" for line in own.read_text().splitlines() if "=" in line]
+    path.write_text("".join(lines))
+    return str(path)
+
+
+def run_preflight(
+    command: list[str],
+    environment: Mapping[str, str],
+    recipe: str,
+    run_dir: Path,
+    hosts: Mapping[str, int],
+    asked: Callable[[], int],
+) -> tuple[int, list[str]]:
+    """Start tools/preflight by the launcher's words, on every host. Gives (its exit code, the hosts that it blames)."""
+    verdict = run_dir / "logs" / "preflight.json"  # rank 0 writes it, and may be on another host
+    verdict.unlink(missing_ok=True)
+    words = [str(ROOT / "tools" / "preflight" / "__main__.py"), recipe, "--out-dir", str(run_dir), "--json-file", str(verdict)]
+    if hosts:
+        words += ["--hosts", ",".join(f"{host}:{slots}" for host, slots in hosts.items())]
+    job = subprocess.Popen([*command, *words], env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while job.poll() is None and not asked():
+            try:
+                job.wait(0.2)
+            except subprocess.TimeoutExpired:
+                continue
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGTERM)
+            job.wait()
+    try:
+        found = json.loads(verdict.read_text())
+    except (OSError, ValueError):
+        return job.returncode, []  # a launcher's code says less: it may be that of another rank, or of a signal
+    return found["exit_code"], found["bad_hosts"]
