@@ -84,7 +84,7 @@ fi
 export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 [[ "$DS_ACCELERATOR" != cpu ]] || unset CUDA_VISIBLE_DEVICES # the launcher would take it for a list of CPU slots
 
-if [[ ! -f "$data/manifest.json" ]]; then
+if [[ ! -f "$data/dataset.json" ]]; then
     sources='the standard library'
     [[ -n "$print" ]] || sources="$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
     run plain python -m tools.data prepare "$sources" --suffix .py --exclude site-packages dist-packages test tests \

@@ -43,7 +43,7 @@ recipe = Recipe(
     data="/data/gpt_neox_20b/tokens",
     layouts={
         32: Layout(tensor=4, pipeline=2, sequence_parallel=True),
-        96: Layout(tensor=2, pipeline=4, recompute_every=1),  # the paper's own, on 40GB GPUs
+        96: Layout(tensor=2, pipeline=4, recompute="full"),  # the paper's own, on 40GB GPUs
         256: Layout(tensor=4, pipeline=4, sequence_parallel=True),
     },
     batch=Batch(seq_len=2048, micro_seqs=4, global_seqs=1536),  # 3.1M tokens a step

@@ -43,9 +43,9 @@ recipe = Recipe(
     tokenizer="/data/llama_405b/tokenizer",
     data="/data/llama_405b/tokens",
     layouts={
-        1024: Layout(tensor=8, pipeline=16, recompute_every=1, sequence_parallel=True),
-        4096: Layout(tensor=8, pipeline=16, recompute_every=1, sequence_parallel=True),
-        8192: Layout(tensor=8, pipeline=16, recompute_every=1, sequence_parallel=True),
+        1024: Layout(tensor=8, pipeline=16, recompute="full", sequence_parallel=True),
+        4096: Layout(tensor=8, pipeline=16, recompute="full", sequence_parallel=True),
+        8192: Layout(tensor=8, pipeline=16, recompute="full", sequence_parallel=True),
     },
     batch=Batch(
         seq_len=8192,

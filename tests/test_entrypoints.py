@@ -61,7 +61,7 @@ def test_every_way_to_start_gives_the_same_losses(recipe_file, wanted, tmp_path,
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert losses(tmp_path / "run") == wanted
-    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["starts"][0]["sizes"]["pipeline"] == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][0]["sizes"]["pipeline"] == 2
     assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == f"step_{STEPS:08d}"
 
 

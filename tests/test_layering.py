@@ -3,19 +3,35 @@
 import ast
 import importlib.util
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMON = sorted(ROOT.glob("recipes/common/*.py"))
+COMMON = sorted(ROOT.glob("recipes/common/**/*.py"))
 RECIPES = sorted(ROOT.glob("recipes/*.py"))
 TOOLS = sorted(path for path in ROOT.glob("tools/**/*.py"))
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
 SOURCE = [*COMMON, *RECIPES, *TOOLS]
 OURS = ("recipes", "tools", "tests")
 
-LONGEST_MODULE, LONGEST_FUNCTION, LONGEST_LOOP = 350, 60, 80
+# the stair of recipes/common, from the ground up: a module imports from its own wing and from lower floors
+FLOORS = (
+    ("recipe",),
+    ("config", "data"),
+    ("runtime",),
+    ("model", "run_dir"),
+    ("parallel",),
+    ("pipeline",),
+    ("engine", "checks"),
+    ("monitor", "checkpoint"),
+    ("anomalies",),
+    ("train",),
+)
+FLOOR_OF = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
+
+LONGEST_MODULE, LONGEST_FUNCTION, LONGEST_LOOP = 350, 60, 50
 LOOP = ("recipes/common/train.py", "train")
 
 
@@ -47,6 +63,34 @@ def is_under(name: str, package: str) -> bool:
 def test_common_imports_no_recipe_and_no_tool(path):
     ours = [name for name in imports(path) if is_under(name, OURS[0]) or is_under(name, OURS[1]) or is_under(name, OURS[2])]
     assert all(is_under(name, "recipes.common") for name in ours)
+
+
+def wing_of(name: str) -> str:
+    """Return the wing, or the file at the top, of a dotted name under recipes.common."""
+    return name.split(".")[2]
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in COMMON if path.parent.name != "common" or path.stem != "__init__"], ids=name_of
+)
+def test_a_wing_imports_only_from_wings_below_it(path):
+    own = wing_of(dotted(path))
+    others = {wing_of(name) for name in imports(path) if is_under(name, "recipes.common")} - {own}
+    assert {wing: FLOOR_OF[wing] for wing in others if FLOOR_OF[wing] >= FLOOR_OF[own]} == {}
+
+
+def test_no_imports_go_in_a_circle():
+    """Between modules of recipes/common, whatever the wing."""
+    modules = {dotted(path) for path in COMMON}
+    graph = {}
+    for path in COMMON:
+        taken = imports(path)
+        graph[dotted(path)] = {m for name in taken for m in (name, name.rpartition(".")[0]) if m in modules} - {dotted(path)}
+    assert list(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from recipes.common.recipe import SCHEDULES, SGD, AdamW, Layout
+from recipes.common.recipe import PIPELINE_SCHEDULES, SGD, AdamW, Layout
 from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
 from tools.common.parity import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain
@@ -14,7 +14,7 @@ PLAIN_SGD = SGD(lr=1.0)
 LOSS_BOUND, TENSOR_BOUND = 1e-6, 1e-5
 
 CUBE = [(pp, tp, dp) for pp in (1, 2) for tp in (1, 2) for dp in (1, 2)]
-OPTIONS = ("recompute_every", "keep_products", "sequence_parallel", "schedule", "cut")
+OPTIONS = ("recompute", "recompute_every", "sequence_parallel", "pipeline_schedule", "layers_per_stage")
 FAMILIES = ["llama", "qwen3", "gemma2", "olmo2", "phi3", "mixtral", "gpt2"]
 
 
@@ -99,25 +99,25 @@ def test_zero_3_with_tied_embeddings():
 
 RECOMPUTED = {
     "nothing": {},
-    "every layer": {"recompute_every": 1},
-    "all but products": {"recompute_every": 3, "keep_products": True},
+    "every layer": {"recompute": "full"},
+    "all but products": {"recompute": "selective", "recompute_every": 3},
 }
 
 
 @pytest.mark.parametrize(("schedule", "cut"), [("1f1b", (3, 1)), ("zero_bubble_v", (1, 1, 3, 1))])
 def test_a_stated_cut_changes_nothing(schedule, cut):
     config = tiny_config("llama", num_hidden_layers=sum(cut))
-    assert_equal(trial_of(config, 2, 1, 1, schedule=schedule, cut=cut))
+    assert_equal(trial_of(config, 2, 1, 1, pipeline_schedule=schedule, layers_per_stage=cut))
 
 
 @pytest.mark.parametrize(
     ("recomputed", "schedule", "sequence_parallel"),
-    [(again, schedule, (i + j) % 2 == 1) for i, again in enumerate(RECOMPUTED) for j, schedule in enumerate(SCHEDULES)],
+    [(again, schedule, (i + j) % 2 == 1) for i, again in enumerate(RECOMPUTED) for j, schedule in enumerate(PIPELINE_SCHEDULES)],
 )
 def test_options_of_a_layout_change_nothing(recomputed, schedule, sequence_parallel):
     """Every option beside every other one: each schedule and each recomputation with the sequence shared and not."""
     config = tiny_config("llama", tie_word_embeddings=True)
-    options = RECOMPUTED[recomputed] | {"sequence_parallel": sequence_parallel, "schedule": schedule}
+    options = RECOMPUTED[recomputed] | {"sequence_parallel": sequence_parallel, "pipeline_schedule": schedule}
     assert_equal(trial_of(config, 2, 2, 1, **options))
 
 

@@ -90,7 +90,7 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
     problems = version_problems(_installed("deepspeed"), torch.__version__) + config_problems(recipe.model)
     problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout) + optimizer_problems(recipe.optimizer)
     problems += option_problems(layout, seq_len, "--layout: ") + depth_problems(layout, recipe.model.num_hidden_layers)
-    layout = replace(layout, cut=())  # the tiny model has another number of layers
+    layout = replace(layout, layers_per_stage=())  # the tiny model has another number of layers
     try:
         model = without_dropout(shrink(recipe.model, layout))
     except (PlanError, ValueError, TypeError, AttributeError) as error:

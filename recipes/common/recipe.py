@@ -25,7 +25,8 @@ class RecipeError(ValueError):
         super().__init__(f"{title}:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
-SCHEDULES = ("1f1b", "zero_bubble", "zero_bubble_v")  # recipes.common.pipeline.schedules
+RECOMPUTE = ("none", "selective", "full")  # recipes.common.model.recompute
+PIPELINE_SCHEDULES = ("1f1b", "zero_bubble", "zero_bubble_v")  # recipes.common.pipeline.schedules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +35,18 @@ class Layout:
 
     tensor: int = 1  # ranks that share each layer's matrices (innermost: keep it inside a node)
     pipeline: int = 1  # stages, each a run of consecutive layers
-    recompute_every: int = 0  # activation checkpointing: 0 none, 1 every layer ("full"), k every k-th layer
-    keep_products: bool = False  # what is recomputed keeps its matrix products and attention: elementwise work alone is repeated
+    # activation checkpointing: "none"; "selective", a layer keeps its matrix products and attention and repeats the rest; "full"
+    recompute: str = "none"
+    recompute_every: int = 1  # recompute every k-th layer: 0, k, 2k, ...
     sequence_parallel: bool = False  # between attention and MLP, each tensor rank holds its part of the sequence alone
-    # of the pipeline: "1f1b"; "zero_bubble", weight gradients fill the bubble; "zero_bubble_v", each rank has two runs of layers
-    schedule: str = "1f1b"
-    # layers of each stage, or of each run where a stage has two, in the model's order; (): balanced by what they cost
-    cut: tuple[int, ...] = ()
+    # "1f1b"; "zero_bubble", weight gradients fill the bubble; "zero_bubble_v", each stage has two chunks of layers
+    pipeline_schedule: str = "1f1b"
+    # layers of each stage, or of each chunk where a stage has two, in the model's order; (): balanced by cost
+    layers_per_stage: tuple[int, ...] = ()
+
+    def recomputed_layers(self, depth: int) -> range:
+        """Return the indices of the recomputed ones among `depth` layers."""
+        return range(0, depth if self.recompute != "none" else 0, self.recompute_every)
 
 
 @dataclass(frozen=True, kw_only=True)

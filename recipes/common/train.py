@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from recipes.common.anomalies.recovery import Responder
+from recipes.common.anomalies.recovery import Recovery
 from recipes.common.anomalies.rewinds import Rewind, read_history, skips_ahead
 from recipes.common.checkpoint.files import out_dir_problems
-from recipes.common.checkpoint.position import Position
+from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.resume import resume
 from recipes.common.checkpoint.saver import Saver
 from recipes.common.checks.dry_run import describe_run
@@ -29,15 +29,15 @@ from recipes.common.data.shards import data_identity
 from recipes.common.engine.build_trainer import build
 from recipes.common.engine.trainer import TOO_HIGH, StepResult, Trainer
 from recipes.common.model.initial_weights import name_seed
-from recipes.common.monitor.monitor import Observer
-from recipes.common.monitor.phases import Pulse
+from recipes.common.monitor.monitor import RunMonitor
+from recipes.common.monitor.phases import Phases
 from recipes.common.parallel.grid import Grid
 from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes, from_root
 from recipes.common.run_dir.manifest import recipe_to_dict, write_run_files
 from recipes.common.run_dir.metrics import RunLog
 from recipes.common.runtime.exits import end_rank, guard_rank
 from recipes.common.runtime.stop_signal import LeaveRequest
-from recipes.common.runtime.supervisor_link import Lifeline
+from recipes.common.runtime.supervisor_link import SupervisorLink
 
 SKIPS_IN_A_ROW = 32  # steps that overflow and do not apply: fp16's scale has then fallen from its start to 1
 
@@ -50,7 +50,7 @@ def main(recipe: Recipe) -> None:
     flags = parse_flags(recipe.name)
     world_size = flags.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    lifeline = Lifeline(rank)
+    link = SupervisorLink(rank)
     out_dir = Path(flags.out_dir).expanduser().resolve()
     found = [] if flags.dry_run else out_dir_problems(out_dir, flags.resume, flags.resume_step)
     try:
@@ -58,7 +58,7 @@ def main(recipe: Recipe) -> None:
     except RecipeError as error:
         if rank == 0:  # every rank finds the same
             print(f"error: {error}", file=sys.stderr)
-        lifeline.say("user_error")
+        link.report_exit("user_error")
         sys.exit(2)
     sizes = derive_sizes(recipe, layout, world_size)
     ds_config = merge_ds_config(ds_config, recipe, sizes, sizes.accumulation)
@@ -69,9 +69,9 @@ def main(recipe: Recipe) -> None:
         return
     run = {"resume_run": flags.resume, "resume_step": flags.resume_step, "max_steps": flags.max_steps, "skips": flags.skip}
     run |= {"trace_steps": flags.trace_steps}
-    with guard_rank(out_dir, rank, lifeline.say):
+    with guard_rank(out_dir, rank, link.report_exit):
         finished = train(recipe, layout, sizes, ds_config, out_dir, **run)
-        end_rank(lambda: lifeline.say("finished" if finished else "left"))
+        end_rank(lambda: link.report_exit("finished" if finished else "left"))
 
 
 def train(
@@ -88,18 +88,18 @@ def train(
     trace_steps: range = range(0),
 ) -> bool:
     """Gives whether the last step was reached: False after a request to leave."""
-    pulse = Pulse(out_dir, int(os.environ.get("RANK", "0")), trace_steps)
+    phases = Phases(out_dir, int(os.environ.get("RANK", "0")), trace_steps)
     grid, trainer = build(recipe, layout, ds_config)
-    position, history = _first_position(out_dir, trainer, resume_step, skips) if resume_run else (Position().leave_out(skips), ())
+    position, history = _first_position(out_dir, trainer, resume_step, skips) if resume_run else (RunPosition().skip(skips), ())
     resumed_step = position.step if resume_run else None
     if grid.rank == 0:
         _write_files(recipe, layout, sizes, ds_config, out_dir, resumed_step, position.skips)
     log = _open_log(recipe, grid, out_dir, resumed_step)
     saver = Saver(out_dir, trainer, recipe, log)
-    observer = Observer(trainer, recipe, out_dir, resumed_step=resumed_step, log=log)
-    responder = Responder(recipe, out_dir, trainer, saver, observer, log)
-    responder.start(position, history, resumed=resume_run)
-    pulse.start(trainer)
+    monitor = RunMonitor(trainer, recipe, out_dir, resumed_step=resumed_step, log=log)
+    recovery = Recovery(recipe, out_dir, trainer, saver, monitor, log)
+    recovery.start(position, history, resumed=resume_run)
+    phases.start(trainer)
     leave = LeaveRequest()
     batches = open_reader(recipe, grid, position.skips)
     last_step, skips_in_a_row = min(recipe.steps, max_steps or recipe.steps), 0
@@ -108,7 +108,7 @@ def train(
         log.write({"step": 0} | before)
     while position.step < last_step:
         step = position.step + 1
-        pulse.beat(step, "data")
+        phases.enter(step, "data")
         started = time.perf_counter()
         seqs = global_seqs_at(recipe.batch, position.consumed_seqs)
         trainer.set_global_seqs(seqs)
@@ -116,38 +116,38 @@ def train(
         torch.manual_seed(name_seed(recipe.seed, f"step {step}, data {grid.data_rank}, stage {grid.pipeline_rank}"))
         micro_batches = batches.next(position.consumed_seqs, seqs)
         tokens = seqs * recipe.batch.seq_len
-        lr = learning_rate_at(recipe, step, (position.consumed_seqs + seqs) * recipe.batch.seq_len) * responder.lr_factor(step)
+        lr = learning_rate_at(recipe, step, (position.consumed_seqs + seqs) * recipe.batch.seq_len) * recovery.lr_factor(step)
         votes = (leave.wanted(), grid.rank == 0 and saver.due_by_time())
-        pulse.beat(step, "step")
-        observer.before_step(step)
-        result = trainer.train_step(micro_batches, lr, tokens, votes, responder.norm_ceiling())
-        pulse.beat(step, "log")
+        phases.enter(step, "step")
+        monitor.before_step(step)
+        result = trainer.train_step(micro_batches, lr, tokens, votes, recovery.norm_ceiling())
+        phases.enter(step, "log")
         leaving, time_to_save = result.votes
         position = position.after_step(seqs, skipped=result.skipped)
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
         record = _record(recipe, position, result, lr, tokens, time.perf_counter() - started, batches.wait_seconds)
-        with responder.box_at_end(position):
-            record |= observer.after_step(step, result, micro_batches, tokens)
+        with recovery.box_at_end(position):
+            record |= monitor.after_step(step, result, micro_batches, tokens)
         if _due(step, recipe.evaluation.every_steps, last_step):
-            pulse.beat(step, "evaluate")
+            phases.enter(step, "evaluate")
             record |= _evaluate(recipe, trainer)
-        record |= responder.look(record)
+        record |= recovery.observe(record)
         if log is not None:
             log.write(record | saver.report())
-        back = responder.respond(position, _hopeless(step, result, skips_in_a_row, recipe, observer), skipped=result.skipped)
+        back = recovery.decide(position, _hopeless(step, result, skips_in_a_row, recipe, monitor), skipped=result.skipped)
         if back is not None:
             position, skips_in_a_row = back, 0
             batches.close()
             batches = open_reader(recipe, grid, position.skips)
             continue
         if leaving or time_to_save or step == last_step or saver.due(step):
-            pulse.beat(step, "save")
+            phases.enter(step, "save")
             saver.save(position)
         if leaving:
             break
-    pulse.beat(position.step, "end")
+    phases.enter(position.step, "end")
     saver.finish()
-    observer.close()
+    monitor.close()
     batches.close()
     if log is not None:
         if position.step < last_step:
@@ -179,16 +179,16 @@ def _write_files(
 
 def _first_position(
     out_dir: Path, trainer: Trainer, resume_step: int | None, skips: tuple[tuple[int, int], ...]
-) -> tuple[Position, tuple[Rewind, ...]]:
+) -> tuple[RunPosition, tuple[Rewind, ...]]:
     """Where a resumed run goes on, the sequences that its rewinds left out left out again; and those rewinds."""
     history = read_history(out_dir)
     position = resume(out_dir, trainer, last_step=resume_step)
-    return position.leave_out((*skips, *skips_ahead(history, position.consumed_seqs, position.skips))), history
+    return position.skip((*skips, *skips_ahead(history, position.consumed_seqs, position.skips))), history
 
 
 def _note_changed_data(out_dir: Path, log: RunLog) -> None:
     """Folders that were prepared again since the start before: the order stays, but what it orders is something else."""
-    starts = json.loads((out_dir / "manifest.json").read_text())["starts"]
+    starts = json.loads((out_dir / "run.json").read_text())["starts"]
     before = starts[-2]["data"] if len(starts) > 1 else {}
     for name, identity in starts[-1]["data"].items():
         if before.get(name, identity) != identity:
@@ -234,7 +234,7 @@ def _evaluate(recipe: Recipe, trainer: Trainer) -> dict[str, float]:
 
 
 def _record(
-    recipe: Recipe, position: Position, result: StepResult, lr: float, tokens: int, seconds: float, wait_seconds: float
+    recipe: Recipe, position: RunPosition, result: StepResult, lr: float, tokens: int, seconds: float, wait_seconds: float
 ) -> dict[str, Any]:
     record = {
         "step": position.step,
@@ -257,10 +257,10 @@ def _record(
     return record
 
 
-def _hopeless(step: int, result: StepResult, skips_in_a_row: int, recipe: Recipe, observer: Observer) -> tuple[int, str] | None:
+def _hopeless(step: int, result: StepResult, skips_in_a_row: int, recipe: Recipe, monitor: RunMonitor) -> tuple[int, str] | None:
     """Since which step going on is useless, and why. Equal on every rank, because the numbers are."""
-    if observer.nonfinite is not None and skips_in_a_row >= recipe.monitor.max_nonfinite_steps:
-        return step - skips_in_a_row + 1, f"{skips_in_a_row} steps in a row were not finite: {observer.nonfinite}"
+    if monitor.nonfinite is not None and skips_in_a_row >= recipe.monitor.max_nonfinite_steps:
+        return step - skips_in_a_row + 1, f"{skips_in_a_row} steps in a row were not finite: {monitor.nonfinite}"
     if not result.skipped and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         return step, f"loss is {result.loss} and the gradient norm {result.grad_norm}"
     if skips_in_a_row >= SKIPS_IN_A_ROW:
@@ -271,7 +271,7 @@ def _hopeless(step: int, result: StepResult, skips_in_a_row: int, recipe: Recipe
 def _open_log(recipe: Recipe, grid: Grid, out_dir: Path, resumed_step: int | None) -> RunLog | None:
     if grid.rank != 0:
         return None
-    manifest = json.loads((out_dir / "manifest.json").read_text())
+    manifest = json.loads((out_dir / "run.json").read_text())
     config = json.loads((out_dir / "recipe.json").read_text())
     log = RunLog(
         out_dir,

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
-from recipes.common.checkpoint.position import Position  # noqa: E402
+from recipes.common.checkpoint.position import RunPosition  # noqa: E402
 from recipes.common.checkpoint.saver import Saver  # noqa: E402
 from recipes.common.engine import zero_state  # noqa: E402
 from recipes.common.engine.startup import start_distributed  # noqa: E402
@@ -94,7 +94,7 @@ def save_rank(layers: int, rounds: int, folder: Path) -> dict[str, Any]:
             dist.barrier()
             started = time.perf_counter()
             if what == "save":
-                saver.save(Position(step=number + 1))
+                saver.save(RunPosition(step=number + 1))
                 found["stall"].append(time.perf_counter() - started)
                 saver.finish()
             else:

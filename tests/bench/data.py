@@ -77,7 +77,7 @@ def make_tokenizer(folder: Path, texts: list[str]) -> Tokenizer:
 
 
 def run_ours(corpus: Path, tokenizer: Path, out: Path, encoder: str) -> float:
-    command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), str(corpus), "--out", str(out)]
+    command = [sys.executable, str(ROOT / "tools" / "data"), "prepare", str(corpus), "--out", str(out)]
     command += ["--tokenizer", str(tokenizer), "--workers", str(PROCESSES), "--encoder", encoder]
     start = time.perf_counter()
     subprocess.run([*command, "--validation-fraction", "0"], check=True, capture_output=True)
@@ -144,7 +144,7 @@ def write_sparse(folder: Path, tokens: int, shards: int) -> None:
         entries.append({"file": f"train_{number:05d}.bin", "tokens": each, "documents": 1, "checksums": {}})
     split = {"tokens": each * shards, "documents": shards, "shards": entries}
     manifest = {"format": FORMAT, "version": VERSION, "dtype": "uint16", "splits": {"train": split}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "dataset.json").write_text(json.dumps(manifest))
 
 
 def bench_reading(folder: Path) -> dict:

@@ -66,7 +66,7 @@ def main() -> int:
 
 def prepare_bad_document(folder: Path) -> Path:
     """60,000 random words of the quickstart's own vocabulary, as text, through tools.data prepare."""
-    if (folder / "tokens" / "manifest.json").is_file():
+    if (folder / "tokens" / "dataset.json").is_file():
         return folder / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(GOOD / "tokenizer" / "tokenizer.json"))

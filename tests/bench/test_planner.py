@@ -17,7 +17,7 @@ from tests.support.small_runs import call
 from tools.plan.fitting import fit_map, held_out
 from tools.plan.time_model import FIRST_PRINCIPLES, PRIOR, TERMS, fit_time, step_parts, step_seconds
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "planner"
 PUBLISHED, VTRAIN = HERE / "published_sample.csv", HERE / "vtrain_sample.csv"
 
 

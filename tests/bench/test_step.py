@@ -2,8 +2,8 @@
 
 import pytest
 
-from recipes.common.recipe import SCHEDULES
-from tests.bench.step import HUGGING_FACE, PLAIN, TORCH, Row, disagreement
+from recipes.common.recipe import PIPELINE_SCHEDULES
+from tests.bench.step.__main__ import HUGGING_FACE, PLAIN, TORCH, Row, disagreement
 from tests.support.small_runs import call
 
 RECIPE = """
@@ -33,8 +33,8 @@ def test_all_sides_train_the_same(tmp_path, layout):
     assert called.code == 0, called.err
     rows = {row["side"]: row for row in called.json["rows"]}
     alone = layout == "tensor=1"
-    ours = {"Trifold"} if alone else {f"Trifold, {schedule}" for schedule in SCHEDULES}
-    ours.add(f"Trifold{'' if alone else f', {SCHEDULES[-1]}'}, torch's linears")
+    ours = {"Trifold"} if alone else {f"Trifold, {schedule}" for schedule in PIPELINE_SCHEDULES}
+    ours.add(f"Trifold{'' if alone else f', {PIPELINE_SCHEDULES[-1]}'}, torch's linears")
     assert set(rows) == ours | ({PLAIN, HUGGING_FACE} if alone else {TORCH})
     assert called.json["loss_difference"] <= 1e-5
     for side, row in rows.items():
@@ -62,7 +62,7 @@ def disagreement_of(*losses):
     [
         (("--layout", "tensor=2"), "pipeline=2 or more"),
         (("--layout", "pipeline=2", "--micro-batches", 1), "--micro-batches=2 or more"),
-        (("--layout", "pipeline=2,schedule=zero_bubble"), "compared by themselves"),
+        (("--layout", "pipeline=2,pipeline_schedule=zero_bubble"), "compared by themselves"),
         (("--layout", "pipeline=5", "--micro-batches", 5), "exceeds the model's 4 layers; use 4 stages at most"),
         (("--micro-seqs", 0), "--micro-seqs=0: must be 1 or more"),
     ],

@@ -68,11 +68,11 @@ def test_skipped_sequences_are_left_out_and_remembered(folders, tmp_path):
     skipped = run(recipe, 2, tmp_path / "run", resume=True, max_steps=4, skips=((8, 12),))
     # step 3 would have read sequences 8 to 11: it reads step 4's
     assert skipped[3]["loss"] != straight[3]["loss"]
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
     assert manifest["starts"][-1]["skips"] == [[8, 12]]
     later = run(recipe, 4, tmp_path / "run", resume=True)
     assert later[5]["consumed_seqs"] == 20
-    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["starts"][-1]["skips"] == [[8, 12]]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][-1]["skips"] == [[8, 12]]
 
 
 def test_data_that_changed_between_starts_is_noted(tmp_path, capfd):
@@ -81,7 +81,7 @@ def test_data_that_changed_between_starts_is_noted(tmp_path, capfd):
     run(recipe, 1, tmp_path / "run", max_steps=2)
     run(recipe, 1, tmp_path / "run", resume=True, max_steps=4)
     assert "prepared again" not in capfd.readouterr().err
-    manifest = tmp_path / "data" / "manifest.json"
+    manifest = tmp_path / "data" / "dataset.json"
     manifest.write_text(manifest.read_text().replace('"documents": 1', '"documents": 2', 1))
     run(recipe, 1, tmp_path / "run", resume=True)
     assert f"data={tmp_path / 'data'} was prepared again" in capfd.readouterr().err
@@ -125,7 +125,7 @@ def test_data_show_names_the_documents_of_a_step(tmp_path):
     data = tmp_path / "data"
     prepare = [sys.executable, "-m", "tools.data", "prepare", str(text), "--train-tokenizer", "300", "--out", str(data)]
     subprocess.run([*prepare, "--validation-fraction", "0.4"], cwd=ROOT, check=True, capture_output=True)
-    vocab = json.loads((data / "manifest.json").read_text())["vocab_size"]
+    vocab = json.loads((data / "dataset.json").read_text())["vocab_size"]
     model = tiny_config("llama", vocab_size=vocab)
     num_params = 140_224 + 2 * 64 * (vocab - 131)
     recipe = tiny_recipe(data, model=model, num_params=num_params, steps=2, evaluation=Evaluation())

@@ -140,7 +140,7 @@ def test_two_pods_train_as_one_machine_does(straight, tmp_path):
         assert pod.wait(120) == 0, (tmp_path / f"pod_{index}.out").read_text()[-3000:]
     assert losses(tmp_path / "run") == losses(uninterrupted)
     assert_same_state(uninterrupted, tmp_path / "run", 0.0)
-    starts = json.loads((tmp_path / "run" / "manifest.json").read_text())["starts"]
+    starts = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
     assert [start["resumed_step"] for start in starts] == [None, 20]
 
 

@@ -74,7 +74,7 @@ def test_quickstart_prints_its_commands_from_any_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "a b").exists()
 
 
-SUPERVISE = ["python", str(ROOT / "tools" / "supervise.py")]
+SUPERVISE = ["python", str(ROOT / "tools" / "supervise" / "__main__.py")]
 POD = {"POD_JOB": "job", "POD_NODES": "2", "POD_SLOTS": "4"}
 
 

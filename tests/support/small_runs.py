@@ -37,9 +37,9 @@ def write_data(folder: Path) -> Path:
     (tokenizer / "tokenizer.json").write_text(json.dumps(content))
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     (tokenizer / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "dataset.json").read_text())
     manifest["tokenizer_hash"] = tokenizer_hash(tokenizer)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "dataset.json").write_text(json.dumps(manifest))
     return folder
 
 
@@ -80,7 +80,8 @@ def _call(tool: str, arguments: list[str]) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = importlib.import_module(f"tools.{tool}").main(arguments)
+            package = importlib.util.find_spec(f"tools.{tool}").submodule_search_locations is not None
+            code = importlib.import_module(f"tools.{tool}" + ".__main__" * package).main(arguments)
         except SystemExit as leaving:  # argparse
             code = leaving.code
     return code, out.getvalue(), err.getvalue()

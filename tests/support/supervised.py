@@ -42,7 +42,7 @@ def supervise(
 ) -> subprocess.Popen:
     """Start the supervisor; its output and its ranks' goes to RUN_DIR.out."""
     words = ["--backoff-seconds", "0.1", "--no-preflight", *options, "--launcher", launcher, recipe, "--out-dir", run_dir, *flags]
-    command = [sys.executable, ROOT / "tools" / "supervise.py", *words]
+    command = [sys.executable, ROOT / "tools" / "supervise" / "__main__.py", *words]
     with run_dir.with_suffix(".out").open("ab") as output:
         return subprocess.Popen([str(word) for word in command], env=environment(), stdout=output, stderr=output)
 
@@ -76,7 +76,7 @@ def processes_of(run_dir: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         try:
             words = process.cmdline()
-            if str(run_dir) in words and str(ROOT / "tools" / "supervise.py") not in words:
+            if str(run_dir) in words and str(ROOT / "tools" / "supervise" / "__main__.py") not in words:
                 found.append(process)
                 found += [child for child in process.children() if any(w.endswith("rank_guard.py") for w in child.cmdline())]
         except psutil.Error:

@@ -69,7 +69,7 @@ def write_shards(folder: Path, *, tokens: int = 40_000, seed: int = 0) -> None:
         "tokenizer_hash": tokenizer_hash(folder / "tokenizer"),
         "splits": splits,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "dataset.json").write_text(json.dumps(manifest))
 
 
 def tiny_recipe(folder: Path, **fields: object) -> Recipe:

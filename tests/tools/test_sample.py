@@ -23,7 +23,7 @@ def run(data, tmp_path_factory):
     """A run of 4 steps at tensor 2 x pipeline 2 x data 2, and its export."""
     folder = tmp_path_factory.mktemp("run")
     checkpoint = train_run(small_recipe(data, tiny_config("llama")), folder, Layout(tensor=2, pipeline=2), 8, steps=4)
-    assert call("to_hf", checkpoint, folder / "hf").code == 0
+    assert call("checkpoint", "to-hf", checkpoint, folder / "hf").code == 0
     return folder
 
 
@@ -69,7 +69,7 @@ def test_mistakes_are_one_message(run, data, tmp_path):
     shutil.copytree(run / "hf", tmp_path / "hf")
     cases = [
         ([tmp_path, "--data", data], "no config.json"),
-        ([run / "hf", "--data", tmp_path], "manifest.json: the preparation does not exist"),
+        ([run / "hf", "--data", tmp_path], "dataset.json: the preparation does not exist"),
         ([run / "hf", "--data", data, "--seqs", 10**6], "the validation split of"),
         ([run / "hf", "--data", data, "--seq-len", -3], "--seq-len=-3"),
         ([run / "hf", "--data", data, "--tokens", -1], "not negative"),

@@ -40,8 +40,8 @@ def _call(flags, fault):
     [
         "tensor=2,pipeline=2",
         "data=2",
-        "tensor=2,recompute_every=1",
-        "tensor=2,pipeline=2,schedule=zero_bubble_v,sequence_parallel=1,recompute_every=1,keep_products=1",
+        "tensor=2,recompute=full",
+        "tensor=2,pipeline=2,pipeline_schedule=zero_bubble_v,sequence_parallel=1,recompute=selective",
     ],
 )
 def test_the_quickstart_passes(layout):
@@ -112,7 +112,7 @@ def test_the_table_names_where():
         ("tensor=2,tensor=2", "'tensor=2' is not tensor=N"),
         ("tensor=0", "sizes start at 1"),
         ("", "'' is not tensor=N"),
-        ("pipeline=2,cut=5-3", "'cut=5-3' is not tensor=N"),
+        ("pipeline=2,layers_per_stage=5-3", "'layers_per_stage=5-3' is not tensor=N"),
         ("tensor=2,sequence_parallel=yes", "'sequence_parallel=yes' is not tensor=N"),
     ],
 )
@@ -123,8 +123,8 @@ def test_a_bad_layout_is_refused(text, part):
 
 
 def test_a_layout_in_words_is_the_layout():
-    words = "pipeline=2,data=4,schedule=zero_bubble_v,recompute_every=1,keep_products=1,cut=1+2+3+2"
-    wanted = Layout(pipeline=2, schedule="zero_bubble_v", recompute_every=1, keep_products=True, cut=(1, 2, 3, 2))
+    words = "pipeline=2,data=4,pipeline_schedule=zero_bubble_v,recompute=selective,layers_per_stage=1+2+3+2"
+    wanted = Layout(pipeline=2, pipeline_schedule="zero_bubble_v", recompute="selective", layers_per_stage=(1, 2, 3, 2))
     assert parse_layout(words) == (wanted, 4)
 
 
@@ -132,7 +132,7 @@ def test_a_layout_in_words_is_the_layout():
     ("flags", "part"),
     [
         ([QUICKSTART, "--layout", "tensor=two"], "is not tensor=N"),
-        ([QUICKSTART, "--layout", "schedule=zero_bubble"], "--layout: schedule='zero_bubble' with pipeline=1"),
+        ([QUICKSTART, "--layout", "pipeline_schedule=zero_bubble"], "--layout: pipeline_schedule='zero_bubble' with pipeline=1"),
         (["recipes/none.py"], "recipes/none.py: there is no such file"),
         ([str(ROOT / "recipes/common/parallel/cross_entropy.py")], "defines no `recipe = Recipe(...)`"),
     ],

@@ -69,6 +69,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] and words[0] in ("to-hf", "from-hf", "from-deepspeed"):
+        import importlib
+
+        return importlib.import_module("tools.checkpoint." + words[0].replace("-", "_")).main(words[1:])
     args = parse_args(argv)
     return exit_code(lambda: VERBS[args.verb](args), CheckpointError)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from recipes.common.checkpoint.files import damage, read_seal
 from recipes.common.checkpoint.reader import Reader
-from recipes.common.model.sharding import Cut
+from recipes.common.model.sharding import ShardSpec
 from tools.common.console import UsageError, progress_bar
 
 BLOCK_BYTES = 1 << 22
@@ -197,7 +197,7 @@ def gaps(reader: Reader) -> list[str]:
     """Elements that the index says are nowhere or twice, a line for each tensor and kind."""
     found = []
     for name, entry in reader.tensors.items():
-        cut = None if entry["cut"] is None else Cut(*entry["cut"])
+        cut = None if entry["cut"] is None else ShardSpec(*entry["cut"])
         for kind, of_kind in entry["kinds"].items():
             for rank in range(entry["tensor"] if cut else 1):
                 runs = [(start, stop) for _, _, where, start, stop, _ in of_kind["parts"] if where == rank]
@@ -214,7 +214,7 @@ def gaps(reader: Reader) -> list[str]:
     return found
 
 
-def _stored_elements(shape: tuple[int, ...], cut: Cut | None, rank: int, size: int) -> int:
+def _stored_elements(shape: tuple[int, ...], cut: ShardSpec | None, rank: int, size: int) -> int:
     """Of a tensor rank's flattened shard, without the padding at its end."""
     if cut is None:
         return math.prod(shape)

@@ -31,8 +31,8 @@ from transformers import PreTrainedModel
 from recipes.common.checkpoint.files import Part
 from recipes.common.model.decoder import PlanError, find_stack
 from recipes.common.model.initial_weights import build_empty
-from recipes.common.model.sharding import Cut
-from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.model.sharding import ShardSpec
+from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from tools.checkpoint import deepspeed_files as files
 from tools.checkpoint.from_hf import read_config
 from tools.checkpoint.hf_names import model_shapes, parameter_aliases
@@ -51,13 +51,13 @@ class Model:
     buffers: dict[str, torch.Tensor]
     aliases: dict[str, str]  # a tied head -> the embedding
     vocabulary: frozenset[str]  # embedding and head: their rows may have been padded
-    cuts: dict[str, Cut]
+    cuts: dict[str, ShardSpec]
 
     def name(self, theirs: str) -> str:
         """DeepSpeed's name of a parameter (with stage and wrapper before it) to the Hugging Face name."""
         return theirs[_OURS.match(theirs).end() :] if theirs not in self.shapes else theirs
 
-    def cut(self, name: str, tensor: int) -> Cut | None:
+    def cut(self, name: str, tensor: int) -> ShardSpec | None:
         return self.cuts.get(name) if tensor > 1 else None
 
     def local(self, name: str, tensor: int) -> Shape:
@@ -128,7 +128,7 @@ def describe_model(causal: PreTrainedModel, tensor: int) -> Model:
     shapes, buffers = model_shapes(causal)
     try:
         stack = find_stack(causal)
-        cuts = plan_split(causal, stack, tensor).cuts
+        cuts = plan_tensor_parallel(causal, stack, tensor).cuts
     except PlanError as error:
         raise UsageError(f"the checkpoint was saved at tensor={tensor}, and {error}") from error
     vocabulary = frozenset(f"{module}.{leaf}" for module in (stack.embedding, stack.head) for leaf in ("weight", "bias"))

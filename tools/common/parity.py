@@ -19,9 +19,9 @@ from recipes.common.engine.startup import start_distributed
 from recipes.common.engine.trainer import Trainer
 from recipes.common.model.decoder import find_stack
 from recipes.common.model.initial_weights import build_empty
-from recipes.common.model.sharding import Cut
+from recipes.common.model.sharding import ShardSpec
 from recipes.common.parallel.grid import build_grid, one_process
-from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from recipes.common.pipeline.stage import build_stage
 from recipes.common.recipe import SGD, AdamW, Layout, Optimizer
 
@@ -71,7 +71,7 @@ def build_trainer(trial: Trial) -> Trainer:
     """This rank's trainer of the layout, with the process group started."""
     device = start_distributed(trial.device)
     causal = build_empty(trial.model, trial.attention)
-    share = plan_split(causal, find_stack(causal), trial.layout.tensor).kv_share
+    share = plan_tensor_parallel(causal, find_stack(causal), trial.layout.tensor).kv_share
     grid = build_grid(trial.layout, device, share)
     stage = build_stage(
         trial.model,
@@ -166,7 +166,7 @@ def _place(full: torch.Tensor, shard: torch.Tensor, cut: tuple[int, int] | None,
         pieces, dim = [(0, 0, full.shape[0])], 0
     else:
         dim = cut[0]
-        pieces = Cut(*cut).pieces(full.shape[dim], rank, size)
+        pieces = ShardSpec(*cut).pieces(full.shape[dim], rank, size)
     for here, there, count in pieces:
         target, source = full.narrow(dim, there, count), shard.narrow(dim, here, count)
         drift = (target - source).abs().nan_to_num(0.0).max().item()

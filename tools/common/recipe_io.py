@@ -33,31 +33,31 @@ def load_recipe(path: str) -> Recipe:
     return recipe
 
 
-_SWITCHES = ("keep_products", "sequence_parallel")
-_NUMBERS = ("tensor", "pipeline", "data", "recompute_every", *_SWITCHES)
+_NUMBERS = ("tensor", "pipeline", "data", "recompute_every", "sequence_parallel")
+_WORDS = ("recompute", "pipeline_schedule")
 
 
 def parse_layout(text: str) -> tuple[Layout, int]:
-    """(layout, data ranks) of "tensor=2,pipeline=2,data=2,recompute_every=1,schedule=zero_bubble,cut=5+3"; others are 1."""
+    """Return (layout, data ranks) of "tensor=2,data=2,recompute=full,pipeline_schedule=zero_bubble,layers_per_stage=5+3".
+
+    Sizes that are left out are 1. Raises RecipeError on an unknown name or a value of another form.
+    """
     values: dict[str, Any] = {}
     for item in text.split(","):
         name, _, value = item.partition("=")
         counts = value.split("+")
-        known = (
-            name == "schedule" or (name in _NUMBERS and value.isdigit()) or (name == "cut" and all(n.isdigit() for n in counts))
-        )
-        if not known or name in values:
-            raise RecipeError(
-                "--layout",
-                [
-                    f"--layout={text!r}: {item!r} is not tensor=N, pipeline=N, data=N, recompute_every=N, keep_products=0 or 1, "
-                    "sequence_parallel=0 or 1, or schedule=NAME, or cut=N+N+..."
-                ],
-            )
-        values[name] = value if name == "schedule" else tuple(map(int, counts)) if name == "cut" else int(value)
+        if name in values or not (
+            (name in _WORDS and value)
+            or (name in _NUMBERS and value.isdigit())
+            or (name == "layers_per_stage" and all(count.isdigit() for count in counts))
+        ):
+            known = "tensor=N, pipeline=N, data=N, sequence_parallel=0 or 1, recompute=NAME, recompute_every=N, "
+            known += "pipeline_schedule=NAME or layers_per_stage=N+N+..."
+            raise RecipeError("--layout", [f"--layout={text!r}: {item!r} is not {known}, each at most once"])
+        values[name] = value if name in _WORDS else int(value) if name in _NUMBERS else tuple(map(int, counts))
     data = values.pop("data", 1)
-    layout = Layout(**values | {name: bool(values.get(name, 0)) for name in _SWITCHES})
-    if min(data, layout.tensor, layout.pipeline) < 1:
+    layout = Layout(**values | {"sequence_parallel": bool(values.get("sequence_parallel", 0))})
+    if min(data, layout.tensor, layout.pipeline, layout.recompute_every) < 1:
         raise RecipeError("--layout", [f"--layout={text!r}: sizes start at 1"])
     return layout, data
 

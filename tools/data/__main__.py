@@ -49,6 +49,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["prepare"]:
+        from tools.data import prepare
+
+        return prepare.main(words[1:])
     args = parse_args(argv)
     try:
         return {"show": run_show, "check": run_check, "stats": run_stats}[args.verb](args)

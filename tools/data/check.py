@@ -37,7 +37,7 @@ def check(folder: Path) -> list[str]:
     for split, entry in manifest["splits"].items():
         for key in ("tokens", "documents"):
             if entry[key] != sum(shard[key] for shard in entry["shards"]):
-                problems.append(f"manifest.json: {key} of {split} are not the sum of its shards'")
+                problems.append(f"dataset.json: {key} of {split} are not the sum of its shards'")
     return problems
 
 

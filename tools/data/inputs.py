@@ -173,7 +173,7 @@ def _check_columns(name: str, columns: list[str], text_key: str) -> None:
 
 
 def plan_units(files: list[InputFile]) -> list[list[Piece]]:
-    """Cut the files into units of work of about equal size, each a list of pieces in order."""
+    """Split the files into units of work of about equal size, each a list of pieces in order."""
     unit_bytes = min(max(sum(file.bytes for file in files) // UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
     units: list[list[Piece]] = [[]]
     filled = 0

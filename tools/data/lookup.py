@@ -62,7 +62,7 @@ def read_run(folder: Path) -> Run:
 
 def _skips(folder: Path) -> tuple[tuple[int, int], ...]:
     """Of the newest start: a skip changes nothing before itself, so it holds for the steps of earlier starts too."""
-    path = folder / "manifest.json"
+    path = folder / "dataset.json"
     starts = json.loads(path.read_text())["starts"] if path.is_file() else []
     return tuple((first, last) for first, last in starts[-1].get("skips", ())) if starts else ()
 
@@ -80,7 +80,7 @@ def read_step(folder: Path, step: int) -> Step:
                 found = record if record["step"] == step else found
     if found is None:
         raise LookupProblem(f"--step {step}: metrics.jsonl of {folder} has steps 1 to {last}")
-    starts = json.loads((folder / "manifest.json").read_text())["starts"]
+    starts = json.loads((folder / "run.json").read_text())["starts"]
     start = [entry for entry in starts if (entry["resumed_step"] or 0) < step][-1]
     seqs = found["tokens"] // seq_len
     return Step(consumed=found["consumed_seqs"] - seqs, seqs=seqs, micro_seqs=micro_seqs, data_size=start["sizes"]["data"])

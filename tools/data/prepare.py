@@ -96,7 +96,7 @@ def prepare(args: argparse.Namespace) -> dict:
         raise UsageError(f"--workers {args.workers}: must be at least 1")
     files = list_files(args.inputs, args.suffix, args.exclude, args.text_key, args.each_line)
     fingerprint = inputs_fingerprint(args, files)
-    finished = args.out / "manifest.json"
+    finished = args.out / "dataset.json"
     if finished.is_file():
         manifest = json.loads(finished.read_text())
         if manifest.get("inputs_hash") == fingerprint:
@@ -200,7 +200,7 @@ def unit_record(out: Path, number: int) -> Path:
 def write_manifest(
     args: argparse.Namespace, files: list[InputFile], records: list[dict], job: Job, vocab_size: int, fingerprint: str
 ) -> dict:
-    """Write `files.jsonl`, `skipped.jsonl` and, last, `manifest.json`: the manifest.
+    """Write `files.jsonl`, `skipped.jsonl` and, last, `dataset.json`: the manifest.
 
     It holds no times: the same input gives the same bytes.
     """
@@ -235,7 +235,7 @@ def write_manifest(
         "command": command(args),
         "splits": splits,
     }
-    write_json(args.out / "manifest.json", manifest)
+    write_json(args.out / "dataset.json", manifest)
     return manifest
 
 

@@ -23,7 +23,7 @@ LINES_PER_SENTENCE = 16  # newlines stay inside a sentence, so pieces may hold t
 
 
 def sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Cut documents into runs of lines: the trainer wants pieces far smaller than a document."""
+    """Split documents into runs of lines: the trainer wants pieces far smaller than a document."""
     for text in texts:
         lines = text.splitlines(keepends=True)
         for start in range(0, len(lines), LINES_PER_SENTENCE):
@@ -91,7 +91,7 @@ def to_hugging_face(model: bytes) -> Tokenizer:
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     if not any(SPACE in piece.lstrip(SPACE) for piece in scores):
         # No piece has a space after another character, so no merge crosses this cut: it only makes the cache work.
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}*[^{SPACE}]+|{SPACE}+"), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.TensorPlan(Regex(f"{SPACE}*[^{SPACE}]+|{SPACE}+"), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     added = [piece for piece in proto.pieces if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)]
     tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=piece.type != USER_DEFINED) for piece in added])

@@ -4,7 +4,6 @@ python -m tools.plan search recipes/llama_1b.py --gpus 64 --gpu-type H100
 python -m tools.plan explain tensor=2,pipeline=4,data=8 recipes/llama_1b.py --gpu-type H100
 python -m tools.plan layouts recipes/llama_1b.py --gpu-type H100                      # those that the recipe states
 python -m tools.plan calibrate recipes/llama_1b.py --gpu-type H100 --out h100.json    # two short runs on this machine
-python -m tools.plan validate published_runs.csv vtrain_multi.csv                     # every row from the others
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ if not __package__:
 import argparse
 
 from recipes.common.recipe import RecipeError
-from tests.bench.planner import fit, validate
 from tools.common.console import UsageError, exit_code
 from tools.common.devices import DEVICES
 from tools.plan import calibrate, layouts, search
@@ -51,9 +49,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     ranked.add_argument("--gpus", type=int, required=True, metavar="N")
     ranked.add_argument("--top", type=int, default=10, help="layouts to print (default: %(default)s; --json has all)")
     one = verb("explain", "where memory and time of one layout go")
-    one.add_argument(
-        "layout", metavar="LAYOUT", help="tensor=2,pipeline=4,data=8,recompute_every=1; what is left out is 1 (or none)"
-    )
+    one.add_argument("layout", metavar="LAYOUT", help="tensor=2,pipeline=4,data=8,recompute=full; sizes left out are 1")
     recipe(one)
     one.add_argument("--micro-seqs", type=int, help="sequences in a micro batch (default: the recipe's)")
     own = verb("layouts", "the layouts that recipes state; exit 1 when one may not fit")
@@ -66,11 +62,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     short.add_argument("--layers", type=int, help="run only the first layers of the model (default: all)")
     short.add_argument("--steps", type=int, default=5, help="timed steps of each run (default: %(default)s)")
     short.add_argument("--out", type=Path, required=True, metavar="FILE")
-    fitted = verb("fit", "write the terms' values from published tables")
-    fitted.add_argument("csv", type=Path, nargs="+", metavar="CSV")
-    fitted.add_argument("--out", type=Path, required=True, metavar="FILE")
-    check = verb("validate", "predict every row of published tables from the others, and print the errors by table")
-    check.add_argument("csv", type=Path, nargs="+", metavar="CSV", help="columns of published_runs.csv, or of vTrain's tables")
     return parser.parse_args(argv)
 
 
@@ -91,8 +82,6 @@ VERBS = {
     "explain": search.explain,
     "layouts": layouts.run,
     "calibrate": calibrate.run,
-    "fit": fit.run,
-    "validate": validate.run,
 }
 
 if __name__ == "__main__":

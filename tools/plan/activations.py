@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from recipes.common.model.decoder import TUPLE_LAYERS, find_stack
 from recipes.common.model.recompute import product_ops
-from recipes.common.pipeline.stage import Absent
+from recipes.common.pipeline.stage import Placeholder
 
 TRAFFIC_PER_SAVED = 6.0  # a saved byte is written and read about three times, forward and backward
 
@@ -57,7 +57,7 @@ def _measure(
         kinds = list(range(len(layers))) if every_layer else [_kind(layer) for layer in layers]
         for index, layer in enumerate(layers):
             if kinds.index(kinds[index]) < index:
-                layers[index] = Absent(layer, as_tuple=config.model_type in TUPLE_LAYERS)
+                layers[index] = Placeholder(layer, as_tuple=config.model_type in TUPLE_LAYERS)
         saved, products = _saved_by_layer(causal, layers, {kinds.index(kind) for kind in kinds}, stack.base, seq_len)
         own = {parameter.untyped_storage()._cdata for parameter in causal.parameters()}
         width = config.get_text_config().hidden_size

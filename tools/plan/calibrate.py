@@ -23,7 +23,7 @@ from recipes.common.config.ds_config import load_ds_config
 from recipes.common.engine.startup import start_distributed
 from recipes.common.engine.trainer import Trainer
 from recipes.common.parallel.grid import build_grid
-from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from recipes.common.pipeline.stage import build_stage
 from recipes.common.recipe import Batch, Recipe
 from tools.common.console import GOOD, UsageError, quiet_transformers, table
@@ -99,7 +99,7 @@ def measure(recipe: Recipe, candidate: Candidate, kind: str, steps: int) -> dict
     """On a rank: median seconds of a step, and bytes the driver shows at the peak (0 on CPUs)."""
     device = start_distributed(kind)
     facts = read_model(recipe, load_ds_config(recipe.deepspeed))
-    share = plan_split(facts.causal, facts.stack, candidate.layout.tensor).kv_share
+    share = plan_tensor_parallel(facts.causal, facts.stack, candidate.layout.tensor).kv_share
     grid = build_grid(candidate.layout, device, share)
     batch = recipe.batch
     stage = build_stage(

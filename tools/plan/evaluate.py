@@ -12,7 +12,7 @@ from recipes.common.checks.model_checks import depth_problems, group_problems
 from recipes.common.checks.recipe_checks import layout_problems, option_problems
 from recipes.common.config.ds_config import ds_config_path, ds_config_problems, precision
 from recipes.common.config.lr_schedules import tokens_of_run
-from recipes.common.recipe import SCHEDULES, Layout
+from recipes.common.recipe import PIPELINE_SCHEDULES, RECOMPUTE, Layout
 from tools.common.devices import GIB, Device
 from tools.plan.coefficients import Coefficients
 from tools.plan.memory_model import MemoryCase, interval, stage_totals
@@ -56,10 +56,12 @@ def candidates(facts: ModelFacts, gpus: int, device: Device) -> list[Candidate]:
             most = max(facts.recipe.batch.global_seqs // data, 1)
             sizes = {2**power for power in range(most.bit_length())} | {facts.recipe.batch.micro_seqs}
             layouts = [
-                Layout(tensor=tensor, pipeline=pipeline, sequence_parallel=shared, schedule=schedule, **recompute)
-                for recompute in ({}, {"recompute_every": 1, "keep_products": True}, {"recompute_every": 1})
+                Layout(
+                    tensor=tensor, pipeline=pipeline, sequence_parallel=shared, pipeline_schedule=schedule, recompute=recompute
+                )
+                for recompute in RECOMPUTE
                 for shared in (False, True)[: 1 + (tensor > 1)]
-                for schedule in SCHEDULES[: None if pipeline > 1 else 1]
+                for schedule in PIPELINE_SCHEDULES[: None if pipeline > 1 else 1]
             ]
             for micro_seqs in sorted(size for size in sizes if size <= most):
                 found += [Candidate(layout=layout, data=data, micro_seqs=micro_seqs) for layout in layouts]
@@ -145,7 +147,7 @@ def _plan(
 
 def _cut_of(layout: Layout) -> Layout:
     """What of a layout decides where the model is cut."""
-    return Layout(pipeline=layout.pipeline, schedule=layout.schedule, cut=layout.cut)
+    return Layout(pipeline=layout.pipeline, pipeline_schedule=layout.pipeline_schedule, layers_per_stage=layout.layers_per_stage)
 
 
 def pipeline_problems(facts: ModelFacts, cuts: set[Layout]) -> dict[Layout, str]:

@@ -15,7 +15,7 @@ from recipes.common.config.placement import FOLDED, ONE_PASS, chunk_count, rank_
 from recipes.common.model.decoder import PlanError, Stack, find_stack
 from recipes.common.model.flops import ModelWork, layer_costs, model_work, training_flops
 from recipes.common.model.initial_weights import build_empty
-from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from recipes.common.pipeline.partition import cut_chunks, runs_by_rank
 from recipes.common.recipe import AdamW, Layout, Recipe
 from tools.common.console import UsageError
@@ -63,10 +63,10 @@ class ModelFacts:
 
     def own_layers(self, layout: Layout) -> list[list[int]]:
         """Of every stage, in the cut that training would choose."""
-        pipeline, schedule = layout.pipeline, layout.schedule
-        if (key := (pipeline, schedule, layout.cut)) not in self.stages:
+        pipeline, schedule = layout.pipeline, layout.pipeline_schedule
+        if (key := (pipeline, schedule, layout.layers_per_stage)) not in self.stages:
             costs, head = layer_costs(self.causal, self.stack, self.recipe.batch.seq_len)
-            chunks = cut_chunks(costs, head, pipeline, schedule, layout.cut)
+            chunks = cut_chunks(costs, head, pipeline, schedule, layout.layers_per_stage)
             self.stages[key] = [[index for run in runs for index in run] for runs in runs_by_rank(chunks, pipeline)]
         return self.stages[key]
 
@@ -74,7 +74,7 @@ class ModelFacts:
         """ "embedding", "head", "norm" or a layer's index as text -> parameters on one tensor rank; or why it cannot be cut."""
         if tensor not in self.splits:
             try:
-                cuts = plan_split(self.causal, self.stack, tensor).cuts
+                cuts = plan_tensor_parallel(self.causal, self.stack, tensor).cuts
             except PlanError as error:
                 self.splits[tensor] = str(error)
             else:
@@ -127,16 +127,17 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
     shared = layout.tensor if layout.sequence_parallel else 1  # ranks that share what lies between blocks
     boundary = float(width) * candidate.micro_seqs * recipe.batch.seq_len * facts.work.hidden / shared
     layer_bytes = [candidate.micro_seqs * (layer.whole / shared + layer.cut / layout.tensor) for layer in facts.activations]
+    recomputed = layout.recomputed_layers(len(facts.activations))
     stages = []
     for index, own in enumerate(facts.own_layers(layout)):
         last = index == _head_stage(layout)
         # a folded schedule fills every rank as 1F1B fills the first
-        in_flight = min(layout.pipeline - (0 if layout.schedule == FOLDED else index), micro_batches)
+        in_flight = min(layout.pipeline - (0 if layout.pipeline_schedule == FOLDED else index), micro_batches)
         params = sum(counts[str(i)] for i in own) + (counts["embedding"] if index == 0 else 0.0)
         params += (counts["norm"] + (counts["head"] if not (facts.stack.tied and index == 0) else 0.0)) if last else 0.0
         layers = [layer_bytes[i] for i in own]
-        again = [bool(layout.recompute_every) and i % layout.recompute_every == 0 for i in own]
-        held = [boundary + (_product_bytes(facts, candidate, width, i) if layout.keep_products else 0.0) for i in own]
+        again = [i in recomputed for i in own]
+        held = [boundary + (_product_bytes(facts, candidate, width, i) if layout.recompute == "selective" else 0.0) for i in own]
         kept = sum(less if repeat else size for size, less, repeat in zip(layers, held, again, strict=True))
         stages.append(
             StageBytes(
@@ -193,7 +194,7 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
     params = column(lambda c: _largest_stage(facts, c.layout))
     shared = column(lambda c: c.layout.tensor if c.layout.sequence_parallel else 1.0)
     repeated = column(lambda c: _repeated(c.layout))
-    products_repeated = column(lambda c: 0.0 if c.layout.keep_products else _repeated(c.layout))
+    products_repeated = column(lambda c: 0.0 if c.layout.recompute == "selective" else _repeated(c.layout))
     # elementwise work that is repeated beside products that are not: the model counts both by `passes`
     more_traffic = (3.0 + repeated) / (3.0 + products_repeated)
     return Cases(
@@ -218,7 +219,8 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
         updated=params / data if zero else params,
         overlapped=constant(zero == 3),
         bubble_share=column(_bubble_share),
-        pipe_share=shared / column(lambda c: 2.0 if c.layout.schedule == FOLDED else 1.0),  # a fold sends everything twice
+        pipe_share=shared
+        / column(lambda c: 2.0 if c.layout.pipeline_schedule == FOLDED else 1.0),  # a fold sends everything twice
         peak=constant(device.peak(precision(facts.ds_config))),
         peak_half=constant(device.peak(precision(facts.ds_config))),
         bandwidth=constant(device.bandwidth),
@@ -232,19 +234,19 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
 def _bubble_share(candidate: Candidate) -> float:
     """ZB-H1 (arXiv 2401.10241): of (p - 1)(F + B + W) it leaves (p - 1)(F + B - W); each is as long as a forward pass, and
     full recomputation adds one. Folded, a stage's pass is two, and half as much is left (`recipes.common.pipeline.schedules`)."""
-    if candidate.layout.schedule == ONE_PASS:
+    if candidate.layout.pipeline_schedule == ONE_PASS:
         return 1.0
-    passes = 3.0 + (0.0 if candidate.layout.keep_products else _repeated(candidate.layout))
-    return (passes - 2.0) / passes / (2.0 if candidate.layout.schedule == FOLDED else 1.0)
+    passes = 3.0 + (0.0 if candidate.layout.recompute == "selective" else _repeated(candidate.layout))
+    return (passes - 2.0) / passes / (2.0 if candidate.layout.pipeline_schedule == FOLDED else 1.0)
 
 
 def _repeated(layout: Layout) -> float:
     """The share of layers that is recomputed."""
-    return 1.0 / layout.recompute_every if layout.recompute_every else 0.0
+    return 1.0 / layout.recompute_every if layout.recompute != "none" else 0.0
 
 
 def _head_stage(layout: Layout) -> int:
-    return rank_of_chunk(layout.schedule, layout.pipeline, chunk_count(layout.schedule, layout.pipeline) - 1)
+    return rank_of_chunk(layout.pipeline_schedule, layout.pipeline, chunk_count(layout.pipeline_schedule, layout.pipeline) - 1)
 
 
 def _largest_stage(facts: ModelFacts, layout: Layout) -> float:

@@ -12,7 +12,7 @@ from recipes.common.checks.model_checks import config_problems
 from recipes.common.checks.recipe_checks import range_problems
 from recipes.common.config.ds_config import load_ds_config
 from recipes.common.config.field_types import type_problems
-from recipes.common.recipe import SCHEDULES, Layout, RecipeError
+from recipes.common.recipe import PIPELINE_SCHEDULES, Layout, RecipeError
 from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table
 from tools.common.devices import GIB, Device, find_device
 from tools.common.recipe_io import load_recipe, parse_layout
@@ -86,10 +86,10 @@ def read(path: str, flags: argparse.Namespace) -> tuple[ModelFacts, Device, Coef
 
 def options_of(layout: Layout) -> str:
     """What is set beside the sizes, as a recipe would say it."""
-    said = [f"recompute_every={layout.recompute_every}"] if layout.recompute_every else []
-    said += ["keep_products"] if layout.keep_products else []
+    said = [f"recompute={layout.recompute}"] if layout.recompute != "none" else []
+    said += [f"recompute_every={layout.recompute_every}"] if layout.recompute_every > 1 else []
     said += ["sequence_parallel"] if layout.sequence_parallel else []
-    return " ".join(said + ([layout.schedule] if layout.schedule != SCHEDULES[0] else []))
+    return " ".join(said + ([layout.pipeline_schedule] if layout.pipeline_schedule != PIPELINE_SCHEDULES[0] else []))
 
 
 def name_of(candidate: Candidate) -> str:

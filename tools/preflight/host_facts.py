@@ -131,7 +131,7 @@ def data_facts(recipe: Recipe, host: tuple[int, int], seconds: float) -> dict[st
         validation_seqs=recipe.evaluation.seqs,
     )
     names = folders(recipe.data) if isinstance(recipe.data, Blend) else [recipe.data]
-    whole = {name: from_root(name) for name in names if (from_root(name) / "manifest.json").is_file()}
+    whole = {name: from_root(name) for name in names if (from_root(name) / "dataset.json").is_file()}
     sampled, bad = sample_shards(list(whole.values()), host, seconds) if not problems else (0, [])
     return {
         "problems": problems,

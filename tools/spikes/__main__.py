@@ -7,7 +7,6 @@
     python -m tools.spikes replay runs/llama_8b 12340     # the same batch again, another batch, in fp32
     python -m tools.spikes plan-rewind runs/llama_8b 12340
     python -m tools.spikes report runs/llama_8b           # one HTML file, works offline
-    python -m tools.spikes bench DIR                      # scores the detectors on logs with known events
 
 A RUN is a run directory, an EVENT the step that `scan` prints as its onset. Nothing here needs a GPU but `replay`.
 """
@@ -66,10 +65,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     report = verb("report", "one HTML file that works offline")
     report.add_argument("run", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, help="the file to write (default: RUN/spikes.html)")
-
-    bench = verb("bench", "score the detectors on a folder of logs with known events; exit 1 when a goal is missed")
-    bench.add_argument("folder", type=Path, metavar="DIR", help="logs and labels.csv")
-    bench.add_argument("--only", metavar="PART", help="detection, speed, causes or monitor (default: all)")
     return parser.parse_args(argv)
 
 

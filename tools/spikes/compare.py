@@ -23,7 +23,7 @@ from tools.common.logs.reader import read_log
 
 SHOWN = 12  # steps and differing fields
 ABSENT = "(absent)"
-FILES = ("recipe.json", "deepspeed.json", "manifest.json")
+FILES = ("recipe.json", "deepspeed.json", "run.json")
 # of a manifest: what is different in any two starts and says nothing about the numbers
 OF_EVERY_START = ("run_id", "time", "command", "working_directory", "resumed_step", "hosts", "history")
 # of the recipe: what decides which sequences a step reads
@@ -102,7 +102,7 @@ def _differences(a: Path, b: Path) -> Iterator[dict[str, Any]]:
         contents = [_json(folder / name) for folder in (a, b)]
         if None in contents:
             continue
-        if name == "manifest.json":
+        if name == "run.json":
             contents = [content["starts"][-1] for content in contents]
         flat = [dict(_flatten(content, "")) for content in contents]
         for path in sorted(flat[0].keys() | flat[1].keys()):

@@ -97,7 +97,7 @@ def _sequences(
 
 def _command(folder: Path, step: int, skip: tuple[int, int]) -> str:
     """What started the run, going on from the checkpoint without the sequences."""
-    words = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["starts"][-1]["command"]
+    words = json.loads((folder / "run.json").read_text(encoding="utf-8"))["starts"][-1]["command"]
     recipe = next((word for word in words[1:] if word.endswith(".py") and Path(word).parent.name == "recipes"), "RECIPE")
     return f"bash launch/local.sh {recipe} --out-dir {folder} --resume-step {step} --skip {skip[0]}:{skip[1]}"
 

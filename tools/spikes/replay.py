@@ -29,7 +29,7 @@ from recipes.common.engine.trainer import Trainer
 from recipes.common.model.decoder import find_stack
 from recipes.common.model.initial_weights import build_empty, name_seed
 from recipes.common.parallel.grid import build_grid
-from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from recipes.common.pipeline.stage import build_stage
 from recipes.common.recipe import Layout, Recipe, RecipeError, derive_sizes, from_root
 from recipes.common.run_dir.metrics import read_metrics
@@ -116,7 +116,7 @@ def make_plan(folder: Path, step: int, layout: str | None) -> tuple[Plan, bool]:
         raise UsageError(
             f"{folder}: metrics.jsonl has no step {missing[0]}, which lies between {checkpoint.name} and step {step}"
         )
-    starts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["starts"]
+    starts = json.loads((folder / "run.json").read_text(encoding="utf-8"))["starts"]
     start = [entry for entry in starts if (entry["resumed_step"] or 0) < step][-1]
     own, own_world = Layout(**start["layout"] | {"cut": tuple(start["layout"].get("cut", ()))}), start["world_size"]
     chosen, world = _layout(layout, own, own_world, recipe)
@@ -136,7 +136,7 @@ def make_plan(folder: Path, step: int, layout: str | None) -> tuple[Plan, bool]:
 
 def _layout(words: str | None, own: Layout, own_world: int, recipe: Recipe) -> tuple[Layout, int]:
     if words is None:
-        alone = Layout(recompute_every=own.recompute_every, keep_products=own.keep_products)
+        alone = Layout(recompute=own.recompute, recompute_every=own.recompute_every)
         return (own, own_world) if own_world <= RANKS_AT_MOST else (alone, 1)
     try:
         layout, data = parse_layout(words)
@@ -208,7 +208,7 @@ def build_trainer(plan: Plan) -> Trainer:
     recipe = plan.recipe
     device = start_distributed(plan.device)
     causal = build_empty(recipe.model, recipe.attention)
-    grid = build_grid(plan.layout, device, plan_split(causal, find_stack(causal), plan.layout.tensor).kv_share)
+    grid = build_grid(plan.layout, device, plan_tensor_parallel(causal, find_stack(causal), plan.layout.tensor).kv_share)
     stage = build_stage(
         recipe.model,
         grid,

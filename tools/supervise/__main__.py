@@ -32,7 +32,7 @@ from tools.supervise.endings import EXIT_CODES, HOST_LOST, LEFT, PREFLIGHT, USER
 from tools.supervise.hang_detector import Limits
 from tools.supervise.hosts import RecipeFacts, choose_hosts, own_address, probe_hosts, read_hostfile, read_recipe
 from tools.supervise.launcher import fill_words, run_preflight, write_exports
-from tools.supervise.rank_links import Lease
+from tools.supervise.rank_links import RankLinks
 
 ONCE = ("--dry-run", "--help", "-h")  # flags of a recipe that start no run
 
@@ -130,9 +130,9 @@ class Start:
 def _attempt(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, cause: str, asked: Asked) -> Ending:
     """One start of the ranks on the hosts that are good, recorded in logs/attempts.jsonl."""
     with tempfile.TemporaryDirectory(prefix="trifold-") as folder:
-        lease: Lease | None = None
+        lease: RankLinks | None = None
         try:
-            lease = Lease(flags.token, flags.lease_port)
+            lease = RankLinks(flags.token, flags.lease_port)
             start = _find_start(flags, facts, run_dir, Path(folder), lease, cause, asked)
             if isinstance(start, Ending):
                 return start
@@ -152,7 +152,7 @@ def _attempt(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, cause
 
 
 def _find_start(
-    flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, folder: Path, lease: Lease, cause: str, asked: Asked
+    flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, folder: Path, lease: RankLinks, cause: str, asked: Asked
 ) -> Start | Ending:
     """Hosts that answer and pass preflight, and the words to start on them; an ending where there are too few."""
     hosts = read_hostfile(Path(flags.hostfile)) if flags.hostfile else {}

@@ -17,7 +17,7 @@ import psutil
 from recipes.common.run_dir.heartbeat import read_beats
 from tools.supervise.endings import HANG, LAUNCHER, LEFT, RANK_LOST, Ending, is_restarted, judge
 from tools.supervise.hang_detector import Limits, StepTimes, last_in_line, name_culprits, patience_seconds
-from tools.supervise.rank_links import Event, Lease
+from tools.supervise.rank_links import RankEvent, RankLinks
 
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 4.0  # after the first failure: for the other ranks' tracebacks. Then all are killed
@@ -33,7 +33,7 @@ def say(text: str) -> None:
 class Watch:
     """What is known of the attempt so far."""
 
-    events: list[Event] = field(default_factory=list)
+    events: list[RankEvent] = field(default_factory=list)
     hosts: dict[str, set[int]] = field(default_factory=dict)  # host -> its ranks, also those that ended
     stacks: dict[int, str] = field(default_factory=dict)
     states: dict[int, str] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Watch:
     moved: float = field(default_factory=time.monotonic)  # when they changed last, by this one's
     looked: float = 0.0  # monotonic: when they were read last
 
-    def take(self, events: Sequence[Event]) -> None:
+    def take(self, events: Sequence[RankEvent]) -> None:
         for event in events:
             self.events.append(event)
             self.hosts.setdefault(event.host, set()).add(event.rank)
@@ -59,7 +59,7 @@ class Watch:
 def run_attempt(
     command: Sequence[str],
     environment: Mapping[str, str],
-    lease: Lease,
+    lease: RankLinks,
     run_dir: Path,
     stacks_dir: Path,
     limits: Limits,
@@ -112,13 +112,13 @@ def run_attempt(
     return ending
 
 
-def _all_train(lease: Lease, run_dir: Path, began: float) -> bool:
+def _all_train(lease: RankLinks, run_dir: Path, began: float) -> bool:
     """Whether every rank has come to its loop: before, it has nothing to save, and a request to leave would just kill it."""
     at_work = {beat.rank for beat in read_beats(run_dir, since=began) if beat.step > 0}
     return bool(at_work) and at_work >= set(lease.ranks())
 
 
-def _end_all(launcher: subprocess.Popen[bytes], lease: Lease, watch: Watch) -> None:
+def _end_all(launcher: subprocess.Popen[bytes], lease: RankLinks, watch: Watch) -> None:
     """Leave no process: ranks by their guards, on every host; the launcher and what it started here by its group."""
     lease.tell("die")
     end = time.monotonic() + LAUNCHER_SECONDS
@@ -136,7 +136,9 @@ def _end_all(launcher: subprocess.Popen[bytes], lease: Lease, watch: Watch) -> N
     launcher.wait()
 
 
-def _look_for_hang(lease: Lease, watch: Watch, run_dir: Path, stacks_dir: Path, limits: Limits, began: float) -> Ending | None:
+def _look_for_hang(
+    lease: RankLinks, watch: Watch, run_dir: Path, stacks_dir: Path, limits: Limits, began: float
+) -> Ending | None:
     """The ending by a hang, when the slowest rank made no progress for too long; its stacks are then in stacks_dir."""
     now = time.monotonic()
     if now - watch.looked < 1.0 + len(lease.ranks()) / 200:  # a file a rank, on a file system that others use

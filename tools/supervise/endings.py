@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tools.supervise.rank_links import Event
+from tools.supervise.rank_links import RankEvent
 
 FINISHED, LEFT, USER_ERROR, NUMBERS = "finished", "left", "user_error", "training_error"
 RANK_LOST, HOST_LOST, HANG, FAILED, LAUNCHER = "rank_lost", "host_lost", "hang", "rank_failed", "launcher_failed"
@@ -41,7 +41,7 @@ def is_restarted(cause: str) -> bool:
     return cause in _RESTARTED
 
 
-def judge(events: Sequence[Event], code: int | None, ranks_by_host: dict[str, set[int]]) -> Ending:
+def judge(events: Sequence[RankEvent], code: int | None, ranks_by_host: dict[str, set[int]]) -> Ending:
     """The ending that a launcher's exit code and the ranks' last words, in the order they came, tell.
 
     The first that fails is the cause; what others say after it is the consequence. code: None when it had to be killed.
@@ -69,7 +69,7 @@ def judge(events: Sequence[Event], code: int | None, ranks_by_host: dict[str, se
     return Ending(LAUNCHER, f"the launcher ended with code {code} before any rank did; its output is above")
 
 
-def _lost(gone: Sequence[Event], ranks_by_host: dict[str, set[int]]) -> Ending:
+def _lost(gone: Sequence[RankEvent], ranks_by_host: dict[str, set[int]]) -> Ending:
     """One rank, or a whole host: all its ranks at about the same time, while there are others."""
     first = gone[0]
     together = {event.rank for event in gone if event.host == first.host and event.time - first.time < 2.0}

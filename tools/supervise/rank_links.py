@@ -22,7 +22,7 @@ _ANSWER_SECONDS = 1.0  # between the supervisor's own words
 
 
 @dataclass(frozen=True)
-class Event:
+class RankEvent:
     """What a rank's line told. kind: "hello", "end", "lost" (no last words), "silent", "stacks", "state"."""
 
     kind: str
@@ -46,7 +46,7 @@ class _Line:
     ended: list[str] = field(default_factory=list)
 
 
-class Lease:
+class RankLinks:
     """Listens for the ranks' guards, which know this machine's address, `port` and `token` from TRIFOLD_SUPERVISOR."""
 
     def __init__(self, token: str | None = None, port: int = 0) -> None:
@@ -71,7 +71,7 @@ class Lease:
             with contextlib.suppress(OSError):  # the next poll finds it closed
                 line.link.sendall(f"{word}\n".encode())
 
-    def poll(self, seconds: float) -> list[Event]:
+    def poll(self, seconds: float) -> list[RankEvent]:
         """Wait up to `seconds` for news."""
         events = []
         for key, _ in self._watch.select(seconds):
@@ -90,7 +90,7 @@ class Lease:
         for line in [line for line in self._lines.values() if now - line.heard > SILENCE_SECONDS]:
             if line.rank is not None:
                 detail = f"no word in {SILENCE_SECONDS:.0f} s"
-                events.append(Event("silent", line.rank, line.host, detail=detail, time=time.time()))
+                events.append(RankEvent("silent", line.rank, line.host, detail=detail, time=time.time()))
             self._drop(line)
         return events
 
@@ -110,14 +110,14 @@ class Lease:
         self._lines[link] = _Line(link, time.monotonic())
         self._watch.register(link, selectors.EVENT_READ)
 
-    def _read(self, line: _Line) -> list[Event]:
+    def _read(self, line: _Line) -> list[RankEvent]:
         try:
             read = line.link.recv(1 << 16)
         except OSError:
             read = b""
         if not read:
             self._drop(line)
-            return [] if line.rank is None else [Event("lost", line.rank, line.host, time=time.time())]
+            return [] if line.rank is None else [RankEvent("lost", line.rank, line.host, time=time.time())]
         line.heard = time.monotonic()
         *texts, line.text = (line.text + read).split(b"\n")
         events = []
@@ -130,25 +130,25 @@ class Lease:
                 break
         return events
 
-    def _understand(self, line: _Line, message: dict[str, Any]) -> list[Event]:
+    def _understand(self, line: _Line, message: dict[str, Any]) -> list[RankEvent]:
         now = time.time()
         if "hello" in message:
             if message["hello"] != self.token:
                 raise ValueError("a rank of another job")
             line.rank, line.host, line.pid = message["rank"], message["host"], message["pid"]
-            return [Event("hello", line.rank, line.host, time=now)]
+            return [RankEvent("hello", line.rank, line.host, time=now)]
         if line.rank is None:
             raise ValueError("no hello")
         if "end" in message:
             self._drop(line)
             word, _, detail = message["end"].partition("\n")
             kind = "end" if word else "lost"
-            return [Event(kind, line.rank, line.host, word, detail.strip(), now)]
+            return [RankEvent(kind, line.rank, line.host, word, detail.strip(), now)]
         events = []
         if "state" in message:
-            events.append(Event("state", line.rank, line.host, message["state"], time=now))
+            events.append(RankEvent("state", line.rank, line.host, message["state"], time=now))
         if message.get("stacks"):
-            events.append(Event("stacks", line.rank, line.host, detail=message["stacks"], time=now))
+            events.append(RankEvent("stacks", line.rank, line.host, detail=message["stacks"], time=now))
         return events
 
     def _drop(self, line: _Line) -> None:

@@ -7,7 +7,6 @@ python -m tools.throughput run recipes/quickstart.py --layout pipeline=2       #
 python -m tools.throughput report RUN                     # each rank's parts, communication, bubble, stages, slow ranks
 python -m tools.throughput diff RUN_A RUN_B               # which parts made the difference
 python -m tools.throughput schedules                      # pipeline schedules against 1F1B: step time and bubble, measured here
-python -m tools.throughput bench                          # our step against plain PyTorch's and torch's parallel ones
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ if not __package__:
 import argparse
 
 from recipes.common.recipe import RecipeError
-from tests.bench import step as bench
 from tools.common.console import UsageError, exit_code
 from tools.throughput import diff, flops, goodput, measure, report
 from tools.throughput import schedules as bench_schedules
@@ -36,7 +34,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     report.add_flags(verbs)
     diff.add_flags(verbs)
     bench_schedules.add_flags(verbs)
-    bench.add_flags(verbs)
     return parser.parse_args(argv)
 
 
@@ -59,7 +56,6 @@ VERBS = {
     "run": measure.run,
     "report": report.run,
     "diff": diff.run,
-    "bench": bench.run,
 }
 
 if __name__ == "__main__":

@@ -148,6 +148,6 @@ def find_balance(timings: Timings, recipe: Recipe) -> Balance | None:
         cut=cut,
         better_cut=better,
         better_stage_ms=predicted,
-        better_field=f"cut={tuple(len(chunk) for chunk in chunks)}",
+        better_field=f"layers_per_stage={tuple(len(chunk) for chunk in chunks)}",
         saved_share=saved * timings.micro_batches / timings.step_ms(),
     )

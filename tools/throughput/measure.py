@@ -20,7 +20,7 @@ from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.config.ds_config import load_ds_config, merge_ds_config
 from recipes.common.config.lr_schedules import learning_rate_at
 from recipes.common.engine.build_trainer import build
-from recipes.common.monitor.phases import Pulse
+from recipes.common.monitor.phases import Phases
 from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes
 from recipes.common.run_dir.manifest import recipe_to_dict, write_run_files
 from recipes.common.train import open_reader
@@ -92,30 +92,30 @@ def train_steps(recipe: Recipe, out_dir: str, steps: int, trace_steps: range, ra
     layout: Layout = recipe.layouts[world]
     sizes = derive_sizes(recipe, layout, world)
     ds_config = merged_config(recipe, sizes)
-    pulse = Pulse(out, rank, trace_steps)
+    phases = Phases(out, rank, trace_steps)
     grid, trainer = build(recipe, layout, ds_config)
     if rank == 0:
         write_run_files(out, recipe_to_dict(recipe), ds_config, layout=layout, sizes=sizes)
-    pulse.start(trainer)
+    phases.start(trainer)
     reader = None if random_tokens else open_reader(recipe, grid, ())
     generator = torch.Generator().manual_seed(recipe.seed + grid.data_rank)
     shape = (recipe.batch.micro_seqs, recipe.batch.seq_len + 1)
     vocab, seqs, loss = recipe.model.get_text_config().vocab_size, recipe.batch.global_seqs, float("nan")
     for step in range(1, steps + 1):
-        pulse.beat(step, "data")
+        phases.enter(step, "data")
         if reader is None:
             micro_batches = [torch.randint(vocab, shape, generator=generator) for _ in range(sizes.accumulation)]
         else:
             micro_batches = reader.next((step - 1) * seqs, seqs)
         lr = learning_rate_at(recipe, step, step * sizes.tokens_per_step)
-        pulse.beat(step, "step")
+        phases.enter(step, "step")
         with count_step(trainer) if step == 1 else nullcontext({}) as inside:
             loss = trainer.train_step(micro_batches, lr, sizes.tokens_per_step).loss
-        pulse.tell_memory(inside)
-        pulse.beat(step, "log")
+        phases.tell_memory(inside)
+        phases.enter(step, "log")
         if rank == 0 and sys.stderr.isatty():
             print(f"\rstep {step} of {steps}", end="\n" if step == steps else "", file=sys.stderr)
-    pulse.beat(steps, "end")
+    phases.enter(steps, "end")
     if reader is not None:
         reader.close()
     return loss

@@ -25,7 +25,7 @@ from recipes.common.engine.startup import start_distributed
 from recipes.common.engine.trainer import Trainer
 from recipes.common.parallel.grid import build_grid
 from recipes.common.pipeline.stage import build_stage
-from recipes.common.recipe import SCHEDULES, AdamW, Layout
+from recipes.common.recipe import PIPELINE_SCHEDULES, AdamW, Layout
 from tools.common.console import GOOD, UsageError, table
 from tools.common.forked_ranks import run_ranks
 
@@ -70,7 +70,7 @@ class Shape:
         )
 
 
-def measure_schedules(shape: Shape, schedules: tuple[str, ...] = SCHEDULES) -> list[Measured]:
+def measure_schedules(shape: Shape, schedules: tuple[str, ...] = PIPELINE_SCHEDULES) -> list[Measured]:
     """Train by each of `schedules` (the first is what the others are held against) in turns on `shape.pipeline` ranks."""
     ranks = run_ranks(_rank, shape.pipeline, shape, schedules, timeout_seconds=1800.0)
     steps = {name: [max(times) for times in zip(*(rank[name]["seconds"] for rank in ranks), strict=True)] for name in schedules}
@@ -115,7 +115,7 @@ def _rank(shape: Shape, schedules: tuple[str, ...]) -> dict[str, dict[str, list[
 
 def _trainer(shape: Shape, schedule: str) -> Trainer:
     device = start_distributed("cpu")
-    layout = Layout(pipeline=shape.pipeline, schedule=schedule)
+    layout = Layout(pipeline=shape.pipeline, pipeline_schedule=schedule)
     grid = build_grid(layout, device)
     stage = build_stage(shape.model(), grid, layout, seq_len=shape.seq_len)
     config = load_ds_config("zero1_fp32.json") | {
@@ -136,7 +136,7 @@ def add_flags(verbs: Any) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     shape = Shape(**{name: getattr(flags, name) for name in asdict(Shape())})
-    chunks = {schedule: chunk_count(schedule, shape.pipeline) for schedule in SCHEDULES}
+    chunks = {schedule: chunk_count(schedule, shape.pipeline) for schedule in PIPELINE_SCHEDULES}
     most = max(chunks, key=chunks.get)
     if shape.layers < chunks[most]:
         raise UsageError(f"--layers={shape.layers}: {most} cuts them into {chunks[most]} runs; give as many or more")

@@ -12,14 +12,14 @@ import numpy as np
 from recipes.common.config.placement import coordinates
 from recipes.common.recipe import Layout
 from recipes.common.run_dir.timing_files import FOLDER, RankTiming, read_timing
-from recipes.common.runtime.step_clock import COMPUTE, COOL_DOWN, PARTS, PIPELINE, TENSOR, WARM_UP, Talk
+from recipes.common.runtime.step_clock import COMPUTE, COOL_DOWN, PARTS, PIPELINE, TENSOR, WARM_UP, CommKey
 from tools.common.console import UsageError
 
 WARM_STEPS = 2  # of a start, left out of the report
 BUBBLE = "bubble"
 LEAST_BYTES = 1024  # of a message whose time is not latency alone
 MESSAGES = ("pipeline_warm_up", "pipeline_steady", "pipeline_cool_down")
-# ring algorithms: bytes that pass each link, as a share of those that Talk counts (nccl-tests, PERFORMANCE.md), n in the group
+# ring algorithms: bytes that pass each link, as a share of those that CommKey counts (nccl-tests, PERFORMANCE.md), n in the group
 BUS_FACTORS = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "all_gather": lambda n: (n - 1) / n,
@@ -48,7 +48,7 @@ class Rank:
     steps: np.ndarray  # [rows]
     parts: np.ndarray  # [rows, parts] ms a step
     transfer_ms: float  # a step, of messages between stages, had nobody waited
-    talks: list[tuple[Talk, int, float, float]]  # how many, us in all, least us
+    talks: list[tuple[CommKey, int, float, float]]  # how many, us in all, least us
     talk_steps: int
     memory: dict[str, int]
 
@@ -165,7 +165,7 @@ def _with_workspace(memory: dict[str, int]) -> dict[str, int]:
     return memory | {"workspace": max(memory["step_peak_allocated"] - counted, 0)}
 
 
-def _link(rank: int, talk: Talk) -> tuple:
+def _link(rank: int, talk: CommKey) -> tuple:
     """What shares a time of transfer: a size over a link, in both directions, or a collective of a size."""
     ends = tuple(sorted((rank, talk.peer))) if talk.peer >= 0 else ()
     return talk.group, talk.op, talk.bytes, talk.ranks, ends

@@ -1,10 +1,10 @@
-"""What goes wrong in training, seen in its numbers: one code path for a run that goes on and for a log on disk.
+"""Finds what goes wrong in training by its numbers, with one code path for a live run and for a log on disk.
 
-`Watch.push` takes one step, `Watch.feed` a stretch of steps; `scan` feeds a whole log. The events do not depend on how the
+`AnomalyDetector.push` takes one step, `feed` a stretch of steps; `scan` feeds a whole log. The events do not depend on how the
 steps are cut into stretches. Numbers have the names of metrics.jsonl: loss (nats), grad_norm (before clipping), loss_scale,
-seconds (of the step). Only loss is needed. The kinds of event are in training_events.py, the rules in spike_tracker.py
-(spikes), slow_curve.py (rises, plateaus) and side_signals.py (step time, loss scale, resumes). Windows count logged points,
-not steps: a log of every fifth step is judged like one of every step.
+seconds (of the step). Only loss is needed. The kinds of event are in events.py; the rules in loss_spikes.py, slow_trends.py
+(rises, plateaus), step_time.py, loss_scale.py and resume_level.py. Windows count logged points, not steps: a log of every fifth
+step is judged like one of every step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from recipes.common.anomalies.robust_window import ENOUGH, OPEN_Z, SIZE, RobustW
 from recipes.common.anomalies.slow_trends import SlowCurve
 from recipes.common.anomalies.step_time import StepTime
 
-__all__ = ["KINDS", "Event", "Watch", "first_moving", "scan"]
+__all__ = ["KINDS", "AnomalyDetector", "Event", "first_moving", "scan"]
 
 BEGINNING_STEPS = 100  # a log whose first step is later shows a run that is under way: it is judged at once
 GAP_STEPS = 1024  # times the usual distance of logged steps: what came before tells nothing
@@ -31,7 +31,7 @@ FIRST_MOVING_POINTS = 32  # before the onset of an event
 COLUMNS = ("loss", "grad_norm", "loss_scale", "seconds")
 
 
-class Watch:
+class AnomalyDetector:
     """The detectors' state: some 100 kB, whatever the number of steps."""
 
     def __init__(self) -> None:
@@ -195,12 +195,12 @@ class Watch:
 
 
 def scan(steps: np.ndarray, columns: Mapping[str, np.ndarray], resumes: Sequence[int] = ()) -> list[Event]:
-    """Every event of a log, once, in order of onset. steps [n] in the order written; columns as for `Watch.feed`.
+    """Every event of a log, once, in order of onset. steps [n] in the order written; columns as for `AnomalyDetector.feed`.
 
     A step number that goes back is a resume from a checkpoint: what was seen before it stays an event of the log. resumes:
     steps of checkpoints that the run went on from though its log shows no step back.
     """
-    watch, updates, start = Watch(), [], 0
+    watch, updates, start = AnomalyDetector(), [], 0
     for resume in sorted(resumes):
         end = int(np.argmax(steps > resume)) if (steps > resume).any() else len(steps)
         if start <= end < len(steps):

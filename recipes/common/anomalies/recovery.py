@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from recipes.common.anomalies.detector import Event, Watch
+from recipes.common.anomalies.detector import AnomalyDetector, Event
 from recipes.common.anomalies.rewinds import (
     Rewind,
     append_history,
@@ -33,14 +33,14 @@ from recipes.common.anomalies.rewinds import (
     tries_at,
 )
 from recipes.common.checkpoint.files import step_folder
-from recipes.common.checkpoint.position import Position
+from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.resume import resume
 from recipes.common.checkpoint.saver import Saver
 from recipes.common.config.lr_schedules import seqs_after
 from recipes.common.data.batches import open_train
 from recipes.common.data.order import kept_index
 from recipes.common.engine.trainer import Trainer
-from recipes.common.monitor.monitor import Observer
+from recipes.common.monitor.monitor import RunMonitor
 from recipes.common.recipe import Reaction, Recipe, from_root
 from recipes.common.run_dir.black_box import BlackBox
 from recipes.common.run_dir.metrics import METRICS, NON_FINITE, RunLog, plain
@@ -56,24 +56,24 @@ CURED_BY_REWIND = ("fast_recovery", "slow_recovery", "diverged", "precision")
 Seen = Iterable[tuple[int, dict[str, float]]]  # (step, what the detectors look at)
 
 
-class Responder:
+class Recovery:
     """Watches one run and reacts. Every rank has an equal one; rank 0's also leaves black boxes and the history."""
 
     def __init__(
-        self, recipe: Recipe, out_dir: Path, trainer: Trainer, saver: Saver, observer: Observer, log: RunLog | None
+        self, recipe: Recipe, out_dir: Path, trainer: Trainer, saver: Saver, monitor: RunMonitor, log: RunLog | None
     ) -> None:
         self.history: tuple[Rewind, ...] = ()
         self._recipe, self._out_dir = recipe, out_dir
-        self._trainer, self._saver, self._observer, self._log = trainer, saver, observer, log
+        self._trainer, self._saver, self._observer, self._log = trainer, saver, monitor, log
         self._box = None if log is None else BlackBox(out_dir, self._locate, log.note)
         self._skips: tuple[tuple[int, int], ...] = ()
         self._seen: deque[tuple[int, dict[str, float]]] = deque(maxlen=MEMORY_STEPS)
         self._news: list[Event] = []
         self._skipped_in_a_row = 0
         self._open: dict[int, Event] = {}  # by onset: events that go on
-        self._watch, self._clock = Watch(), Watch()
+        self._watch, self._clock = AnomalyDetector(), AnomalyDetector()
 
-    def start(self, position: Position, history: tuple[Rewind, ...], *, resumed: bool) -> None:
+    def start(self, position: RunPosition, history: tuple[Rewind, ...], *, resumed: bool) -> None:
         """At a start of the process. Collective: rank 0 reads what the detectors had seen before, for all."""
         self.history, self._skips = history, position.skips
         if resumed:
@@ -92,7 +92,7 @@ class Responder:
             return math.inf
         return self._watch.norm_limit()
 
-    def look(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def observe(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """After every step: show it to the detectors. Gives what they and the history have to say in the step's record."""
         step = int(record["step"])
         values = watched(record)
@@ -113,7 +113,7 @@ class Responder:
             self._box.remember({**record, **fields})
         return fields
 
-    def respond(self, position: Position, hopeless: tuple[int, str] | None, *, skipped: bool) -> Position | None:
+    def decide(self, position: RunPosition, hopeless: tuple[int, str] | None, *, skipped: bool) -> RunPosition | None:
         """What to do after this step. None: go on; a position: the run is there again. Collective.
 
         hopeless: since which step going on is useless, if it is, and why. skipped: the step did not change the weights, so
@@ -141,7 +141,7 @@ class Responder:
         return None
 
     @contextmanager
-    def box_at_end(self, position: Position) -> Iterator[None]:
+    def box_at_end(self, position: RunPosition) -> Iterator[None]:
         """Leave a black box where something else ends the run (copies of a parameter that differ, say)."""
         try:
             yield
@@ -152,7 +152,7 @@ class Responder:
             _wait_for_all()
             raise
 
-    def _plan(self, event: Event, position: Position, tries: int) -> Rewind | None:
+    def _plan(self, event: Event, position: RunPosition, tries: int) -> Rewind | None:
         """The next try; None where no checkpoint is from before the event."""
         self._saver.finish()  # the newest may still be on its way to the disk
         suspects = suspect_steps(event, position.step, tries)
@@ -173,11 +173,11 @@ class Responder:
             lr_until_step=to_step[0] + reaction.lr_steps,
         )
 
-    def _go_back(self, plan: Rewind) -> Position:
+    def _go_back(self, plan: Rewind) -> RunPosition:
         loaded = resume(self._out_dir, self._trainer, last_step=plan.to_step)
         # one that was damaged is passed over: the run may be further back than planned
         plan = replace(plan, to_step=loaded.step, lr_until_step=loaded.step + self._recipe.reaction.lr_steps)
-        position = replace(loaded, skips=self._skips).leave_out((plan.skipped,))
+        position = replace(loaded, skips=self._skips).skip((plan.skipped,))
         self._saver.last_saved = step_folder(self._out_dir, position.step)
         self.history, self._skips = (*self.history, plan), position.skips
         while self._seen and self._seen[-1][0] > position.step:
@@ -192,13 +192,13 @@ class Responder:
 
     def _watch_from(self, step: int) -> None:
         """Detectors as they were after `step`, told that a process went on from its checkpoint."""
-        self._watch, self._news, self._open = Watch(), [], {}
+        self._watch, self._news, self._open = AnomalyDetector(), [], {}
         for seen, values in self._seen:
             self._watch.push(seen, values)
         self._watch.resumed(step)
 
     def _leave_boxes(
-        self, position: Position, cause: Event | None, plan: Rewind | None, hopeless: tuple[int, str] | None
+        self, position: RunPosition, cause: Event | None, plan: Rewind | None, hopeless: tuple[int, str] | None
     ) -> None:
         if self._box is None:
             return

@@ -1,6 +1,6 @@
 """Rewinds: what going back to a checkpoint means for the sequences and the rate after it, and the history that remembers them.
 
-Every rewind is an entry in manifest.json's `history`, which later starts read: they keep the skips and the lowered rate, and a
+Every rewind is an entry in run.json's `history`, which later starts read: they keep the skips and the lowered rate, and a
 crash before the next save forgets nothing.
 """
 
@@ -37,7 +37,7 @@ class Rewind:
 
 def read_history(out_dir: Path) -> tuple[Rewind, ...]:
     """The rewinds of a run so far, in order."""
-    path = out_dir / "manifest.json"
+    path = out_dir / "run.json"
     entries = json.loads(path.read_text()).get("history", []) if path.is_file() else []
     names = Rewind.__dataclass_fields__
     return tuple(Rewind(**{k: tuple(v) if k == "skipped" else v for k, v in e.items() if k in names}) for e in entries)
@@ -45,11 +45,11 @@ def read_history(out_dir: Path) -> tuple[Rewind, ...]:
 
 def append_history(out_dir: Path, rewind: Rewind, skips: Skips) -> None:
     """Rank 0. The start that is running reads `skips` from now on: tools look there for what a step read."""
-    manifest = json.loads((out_dir / "manifest.json").read_text())
+    manifest = json.loads((out_dir / "run.json").read_text())
     entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "action": "rewind", **asdict(rewind)}
     manifest["history"] = [*manifest.get("history", []), entry]
     manifest["starts"][-1]["skips"] = [list(skip) for skip in skips]
-    write_json(out_dir / "manifest.json", manifest)
+    write_json(out_dir / "run.json", manifest)
 
 
 def skips_ahead(history: tuple[Rewind, ...], consumed_seqs: int, skips: Skips) -> Skips:

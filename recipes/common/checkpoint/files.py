@@ -5,9 +5,9 @@
         index.json                   every tensor: its whole shape, and where each part of it lies in the files
         state.json                   step, consumed sequences, optimizer step, loss scaler, ...
         model/                       config.json and the tokenizer: all that an export needs
-        manifest.json                the seal: size and checksum of every file above, written last
+        checksums.json                the seal: size and checksum of every file above, written last
 
-A fragment is a run of elements of one parameter's local shard; `Cut` says how that shard lies in the whole tensor, so that
+A fragment is a run of elements of one parameter's local shard; `ShardSpec` says how that shard lies in the whole tensor, so that
 any rows of any tensor can be read by any later layout (`checkpoint_reader`), and a whole model never has to be in memory.
 Padding is never written. Plain safetensors rather than torch.distributed.checkpoint: its metadata is a pickle, and its
 planner gathers every rank's plan on one rank.
@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from recipes.common.model.sharding import Cut
+from recipes.common.model.sharding import ShardSpec
 from recipes.common.run_dir.manifest import write_json
 
 FORMAT = "trifold-checkpoint"
 VERSION = 1
-SEAL = "manifest.json"
+SEAL = "checksums.json"
 _CHUNK_BYTES = 1 << 20  # stays in the processor's cache between hashing and reading or writing: twice as fast as 16 MB
 DTYPES = {"F32": np.float32, "I64": np.int64, "BOOL": np.bool_}
 _NAMES = {np.dtype(value): key for key, value in DTYPES.items()}
@@ -48,7 +48,7 @@ class Part:
     name: str
     kind: str
     shape: tuple[int, ...]  # of the whole tensor
-    cut: Cut | None
+    cut: ShardSpec | None
     tensor_rank: int
     tensor: int  # tensor-parallel size
     start: int

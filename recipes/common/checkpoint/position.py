@@ -11,7 +11,7 @@ from recipes.common.data.order import kept_index, merge_skips
 
 
 @dataclass(frozen=True, kw_only=True)
-class Position:
+class RunPosition:
     """Where a run is: all that the loop itself remembers."""
 
     step: int = 0
@@ -19,7 +19,7 @@ class Position:
     skipped_steps: int = 0
     skips: tuple[tuple[int, int], ...] = ()  # ranges of sequences that are left out (recipes.common.data.order.kept_index)
 
-    def after_step(self, seqs: int, *, skipped: bool) -> Position:
+    def after_step(self, seqs: int, *, skipped: bool) -> RunPosition:
         return replace(
             self,
             step=self.step + 1,
@@ -27,7 +27,7 @@ class Position:
             skipped_steps=self.skipped_steps + bool(skipped),
         )
 
-    def leave_out(self, more: tuple[tuple[int, int], ...]) -> Position:
+    def skip(self, more: tuple[tuple[int, int], ...]) -> RunPosition:
         """With more ranges of sequences to skip; those skipped already may be told again, as a restart does.
 
         Raises CheckpointError for one that begins in what was read already.

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from recipes.common.checkpoint.files import DTYPES, CheckpointError, read_seal
-from recipes.common.model.sharding import Cut
+from recipes.common.model.sharding import ShardSpec
 
 _CHUNK_BYTES = 1 << 20  # stays in the processor's cache between reading and hashing
 
@@ -75,7 +75,7 @@ class Reader:
         if entry["cut"] is None:
             self._local(name, kind, 0, first, out)
             return out
-        cut = Cut(*entry["cut"])
+        cut = ShardSpec(*entry["cut"])
         for rank in range(size):
             pieces = cut.pieces(shape[cut.dim], rank, size)
             if cut.dim == 0:
@@ -119,7 +119,7 @@ class Reader:
         if filled != flat.size:
             raise CheckpointError(f"{self.folder}: {flat.size - filled} elements of {kind} {name} are in no file")
 
-    def shard(self, name: str, kind: str, cut: Cut | None, rank: int, size: int, start: int, stop: int) -> np.ndarray:
+    def shard(self, name: str, kind: str, cut: ShardSpec | None, rank: int, size: int, start: int, stop: int) -> np.ndarray:
         """Elements [start, stop) of the flattened shard that (cut, rank, size) has of the tensor; zero where padded."""
         shape = self.shape(name)
         local = list(shape)

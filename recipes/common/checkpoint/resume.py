@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 
 from recipes.common.checkpoint.files import CheckpointError, abandon_later, checkpoint_step, damage, sealed_checkpoints
-from recipes.common.checkpoint.position import Position
+from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
 
 
-def resume(out_dir: Path, trainer: Trainer, *, last_step: int | None = None) -> Position:
+def resume(out_dir: Path, trainer: Trainer, *, last_step: int | None = None) -> RunPosition:
     """Load the newest checkpoint whose every byte is as written, in this layout. Collective.
 
     Damaged ones are named on stderr and passed over. last_step: none later than this, and later ones are set aside.
@@ -29,7 +29,9 @@ def resume(out_dir: Path, trainer: Trainer, *, last_step: int | None = None) -> 
         if last_step is not None:
             abandon_later(out_dir, state["step"])
     skips = tuple((start, stop) for start, stop in state["skips"])
-    return Position(step=state["step"], consumed_seqs=state["consumed_seqs"], skipped_steps=state["skipped_steps"], skips=skips)
+    return RunPosition(
+        step=state["step"], consumed_seqs=state["consumed_seqs"], skipped_steps=state["skipped_steps"], skips=skips
+    )
 
 
 def _newest_intact(out_dir: Path, trainer: Trainer, last_step: int | None) -> Path:

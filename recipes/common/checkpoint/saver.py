@@ -30,7 +30,7 @@ from recipes.common.checkpoint.files import (
     write_model_folder,
     write_rank_file,
 )
-from recipes.common.checkpoint.position import Position
+from recipes.common.checkpoint.position import RunPosition
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
 from recipes.common.recipe import Recipe, from_root
@@ -67,7 +67,7 @@ class Saver:
         minutes = self._recipe.checkpoints.every_minutes
         return minutes > 0 and time.monotonic() - self._last_time > 60 * minutes
 
-    def save(self, position: Position) -> None:
+    def save(self, position: RunPosition) -> None:
         started = time.perf_counter()
         self.finish()
         folder = step_folder(self._out_dir, position.step)

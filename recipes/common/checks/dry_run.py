@@ -19,8 +19,7 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
     causal = build_empty(recipe.model, recipe.attention)
     stack = find_stack(causal)
     costs, head = layer_costs(causal, stack, recipe.batch.seq_len)
-    recompute = {0: "none", 1: "every layer"}.get(layout.recompute_every, f"every {layout.recompute_every}th layer")
-    recompute += " but its products" if layout.keep_products else ""
+    recompute = layout.recompute + (f" every {layout.recompute_every} layers" if layout.recompute_every > 1 else "")
     lines = [
         f"{recipe.name}: {recipe.num_params:,} parameters ({type(causal).__name__}), {'tied' if stack.tied else 'untied'} head",
         f"layout      {sizes.world} GPUs = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}, "
@@ -34,7 +33,7 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
         f"trouble     {_reaction(recipe.reaction)}",
         "stage  layers        share of the cost",
     ]
-    cut = cut_chunks(costs, head, layout.pipeline, layout.schedule, layout.cut)
+    cut = cut_chunks(costs, head, layout.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
     total = sum(costs) + head
     for index, runs in enumerate(runs_by_rank(cut, layout.pipeline)):
         has_head = runs[-1] is cut[-1]
@@ -46,9 +45,9 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
 
 def _options(layout: Layout, layers: nn.Module) -> str:
     text = ", sequence parallel" if layout.sequence_parallel else ""
-    if layout.schedule != ONE_PASS:
+    if layout.pipeline_schedule != ONE_PASS:
         share = 100 * postponable_share(layers)
-        text += f", schedule {layout.schedule} (weight gradients of {share:.0f} % of the layers' parameters fill the bubble)"
+        text += f", {layout.pipeline_schedule} (weight gradients of {share:.0f} % of the layers' parameters fill the bubble)"
     return text
 
 

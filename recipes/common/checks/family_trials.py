@@ -18,7 +18,7 @@ from recipes.common.config.placement import chunk_count
 from recipes.common.model.decoder import PlanError, find_stack
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.parallel.grid import Grid, one_process
-from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from recipes.common.pipeline.stage import Stage, build_stage
 from recipes.common.recipe import Layout
 
@@ -33,7 +33,7 @@ def cut_problems(config: PreTrainedConfig, layout: Layout, attention: str) -> li
         return []
     advice = "use pipeline=1 (ZeRO 1 to 3 and tensor parallelism remain)"
     try:
-        count = chunk_count(layout.schedule, layout.pipeline)
+        count = chunk_count(layout.pipeline_schedule, layout.pipeline)
         tiny = shrink(config, Layout(pipeline=count))
         ids = torch.arange(_SEQS * _SEQ_LEN).view(_SEQS, _SEQ_LEN) % (tiny.vocab_size - 3) + 3
         whole = _run(tiny, attention, 1, ids)
@@ -89,7 +89,7 @@ def sequence_problems(config: PreTrainedConfig, layout: Layout, attention: str) 
         tiny = shrink(config, Layout(tensor=layout.tensor))
         stage = build_stage(tiny, one_process(), seq_len=_SEQ_LEN, attention=attention).eval()
         empty = build_empty(tiny, attention)
-        blocks = plan_split(empty, find_stack(empty), layout.tensor, sequence_parallel=True).blocks
+        blocks = plan_tensor_parallel(empty, find_stack(empty), layout.tensor, sequence_parallel=True).blocks
         difference = _halves_differ(stage, blocks)
     except PlanError as error:
         return [f"sequence_parallel=True: {error}; {advice}"]

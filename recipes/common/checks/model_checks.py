@@ -13,7 +13,7 @@ from recipes.common.data.batches import masking_problem
 from recipes.common.model.decoder import PlanError, Stack, find_stack
 from recipes.common.model.flops import layer_costs
 from recipes.common.model.initial_weights import build_empty
-from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from recipes.common.pipeline.partition import cut_chunks, runs_by_rank
 from recipes.common.recipe import Layout, Recipe
 
@@ -49,7 +49,7 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
     problems += too_deep
     if not too_deep and _is_whole(layout.tensor, 1) and _is_whole(layout.pipeline, 1):
         try:
-            plan_split(causal, stack, layout.tensor)
+            plan_tensor_parallel(causal, stack, layout.tensor)
         except PlanError as error:
             problems.append(f"layout tensor={layout.tensor}: {error}; use a tensor size that fits, or tensor=1")
         else:
@@ -64,13 +64,16 @@ def depth_problems(layout: Layout, depth: int) -> list[str]:
     """Whether the model has a layer for every run of layers, and as many as the layout says."""
     if layout.pipeline > depth:
         return [f"layout pipeline={layout.pipeline} exceeds the model's {depth} layers; use {depth} stages at most"]
-    if chunk_count(layout.schedule, layout.pipeline) > depth:
+    if chunk_count(layout.pipeline_schedule, layout.pipeline) > depth:
         return [
-            f"layout pipeline={layout.pipeline} with schedule={layout.schedule!r} needs two runs of layers a stage, and the "
-            f"model has {depth} layers; use {depth // 2} stages at most, or schedule='zero_bubble'"
+            f"layout pipeline={layout.pipeline} with pipeline_schedule={layout.pipeline_schedule!r} needs two chunks of layers "
+            f"a stage, and the model has {depth} layers; use {depth // 2} stages at most, or pipeline_schedule='zero_bubble'"
         ]
-    if layout.cut and sum(layout.cut) != depth:
-        return [f"layout cut={layout.cut} has {sum(layout.cut)} layers and the model {depth}; let it sum to {depth}"]
+    if layout.layers_per_stage and sum(layout.layers_per_stage) != depth:
+        return [
+            f"layout layers_per_stage={layout.layers_per_stage} has {sum(layout.layers_per_stage)} layers and the "
+            f"model {depth}; let it sum to {depth}"
+        ]
     return []
 
 
@@ -78,7 +81,9 @@ def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) ->
     """Every stage must hold both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
     layers = causal.get_submodule(stack.layers)
     kinds = {p.ndim < 2 for p in causal.parameters()}
-    cut = cut_chunks(*layer_costs(causal, stack, recipe.batch.seq_len), layout.pipeline, layout.schedule, layout.cut)
+    cut = cut_chunks(
+        *layer_costs(causal, stack, recipe.batch.seq_len), layout.pipeline, layout.pipeline_schedule, layout.layers_per_stage
+    )
     for runs in runs_by_rank(cut, layout.pipeline):
         own = [index for run in runs for index in run]
         if {p.ndim < 2 for index in own for p in layers[index].parameters()} != kinds:

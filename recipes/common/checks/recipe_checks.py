@@ -23,7 +23,19 @@ from recipes.common.config.field_types import _is_whole, type_problems
 from recipes.common.config.lr_schedules import ramp_problems, schedule_problems
 from recipes.common.config.placement import chunk_count
 from recipes.common.data.batches import masking_problem, recipe_data_problems
-from recipes.common.recipe import SCHEDULES, SGD, AdamW, Checkpoints, Layout, Optimizer, Reaction, Recipe, RecipeError, from_root
+from recipes.common.recipe import (
+    PIPELINE_SCHEDULES,
+    RECOMPUTE,
+    SGD,
+    AdamW,
+    Checkpoints,
+    Layout,
+    Optimizer,
+    Reaction,
+    Recipe,
+    RecipeError,
+    from_root,
+)
 
 REACTIONS = ("log", "skip", "rewind")
 
@@ -84,8 +96,8 @@ def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str
     for name in ("tensor", "pipeline"):
         if not _is_whole(getattr(layout, name), 1):
             problems.append(f"layouts[{world_size}].{name}={getattr(layout, name)!r} must be a whole number from 1")
-    if not _is_whole(layout.recompute_every, 0):
-        problems.append(f"layouts[{world_size}].recompute_every={layout.recompute_every!r} must be 0, 1 or more layers")
+    if not _is_whole(layout.recompute_every, 1):
+        problems.append(f"layouts[{world_size}].recompute_every={layout.recompute_every!r} must be a whole number from 1")
     if not problems:
         problems += option_problems(layout, recipe.batch.seq_len, f"layouts[{world_size}].")
     if problems or not _is_whole(recipe.batch.micro_seqs, 1):
@@ -109,22 +121,30 @@ def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str
 def option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]:
     """Whether the layout's schedule exists and has a pipeline, and its sequences have tensor ranks to be shared by."""
     problems = []
-    if layout.schedule not in SCHEDULES:
-        problems.append(f"{prefix}schedule={layout.schedule!r} must be one of {', '.join(map(repr, SCHEDULES))}")
-    elif layout.schedule != SCHEDULES[0] and layout.pipeline == 1:
+    if layout.pipeline_schedule not in PIPELINE_SCHEDULES:
         problems.append(
-            f"{prefix}schedule={layout.schedule!r} with pipeline=1: there is no pipeline to schedule; leave schedule out, or use "
-            "pipeline=2 or more"
+            f"{prefix}pipeline_schedule={layout.pipeline_schedule!r} must be one of {', '.join(map(repr, PIPELINE_SCHEDULES))}"
         )
-    runs = chunk_count(layout.schedule, layout.pipeline)
-    if layout.cut and not (len(layout.cut) == runs and all(_is_whole(count, 1) for count in layout.cut)):
+    elif layout.pipeline_schedule != PIPELINE_SCHEDULES[0] and layout.pipeline == 1:
         problems.append(
-            f"{prefix}cut={layout.cut} must have {runs} whole numbers from 1, the layers of each run in the model's order "
-            f"(pipeline={layout.pipeline}, schedule={layout.schedule!r}); leave it out to have them balanced"
+            f"{prefix}pipeline_schedule={layout.pipeline_schedule!r} with pipeline=1: there is no pipeline to schedule; "
+            "leave it out, or use pipeline=2 or more"
         )
-    if layout.keep_products and not layout.recompute_every:
+    chunks = chunk_count(layout.pipeline_schedule, layout.pipeline)
+    if layout.layers_per_stage and not (
+        len(layout.layers_per_stage) == chunks and all(_is_whole(count, 1) for count in layout.layers_per_stage)
+    ):
         problems.append(
-            f"{prefix}keep_products=True with recompute_every=0: nothing is recomputed; leave it out, or use recompute_every=1"
+            f"{prefix}layers_per_stage={layout.layers_per_stage} must have {chunks} whole numbers from 1, the layers of "
+            f"each chunk in the model's order (pipeline={layout.pipeline}, pipeline_schedule={layout.pipeline_schedule!r}); "
+            "leave it out to have them balanced"
+        )
+    if layout.recompute not in RECOMPUTE:
+        problems.append(f"{prefix}recompute={layout.recompute!r} must be one of {', '.join(map(repr, RECOMPUTE))}")
+    elif layout.recompute == "none" and layout.recompute_every != 1:
+        problems.append(
+            f"{prefix}recompute_every={layout.recompute_every} with recompute='none': nothing is recomputed; leave it out, "
+            "or use recompute='selective' or 'full'"
         )
     if layout.sequence_parallel and layout.tensor == 1:
         problems.append(

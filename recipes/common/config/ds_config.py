@@ -197,10 +197,14 @@ def _pipeline_problems(config: dict[str, Any], layout: Layout) -> Iterator[str]:
         if value is True or (value is None and layout.pipeline > 1):
             found = "=true" if value else " is missing, and DeepSpeed's default is true"
             yield f"pipeline.{key}{found}: {reason}; write false"
-    if layout.schedule != ONE_PASS and precision(config) == "bf16" and _at(config, "bf16.immediate_grad_update") is not True:
+    if (
+        layout.pipeline_schedule != ONE_PASS
+        and precision(config) == "bf16"
+        and _at(config, "bf16.immediate_grad_update") is not True
+    ):
         yield (
-            f"bf16.immediate_grad_update is not true, and the layout's schedule is {layout.schedule!r}: weight gradients that "
-            "are computed later would not be added up in fp32; write true, or use schedule='1f1b' in the recipe"
+            f"bf16.immediate_grad_update is not true, and pipeline_schedule={layout.pipeline_schedule!r}: weight gradients that "
+            "are computed later would not be added up in fp32; write true, or use pipeline_schedule='1f1b' in the recipe"
         )
 
 

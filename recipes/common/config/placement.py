@@ -45,7 +45,7 @@ def coordinates(rank: int, world_size: int, layout: Layout) -> Coordinates:
         tensor_rank=rank % tensor,
         pipeline_rank=rank // (tensor * data),
         data_rank=rank // tensor % data,
-        folded=layout.schedule == FOLDED,
+        folded=layout.pipeline_schedule == FOLDED,
     )
 
 

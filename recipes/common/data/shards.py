@@ -1,6 +1,6 @@
 """The token shards that `tools.data prepare` writes, read as packed sequences. Needs numpy only.
 
-On disk (folder DIR): `manifest.json`, written last, and for every shard `<split>_<number>.bin` (token ids, uint16 or
+On disk (folder DIR): `dataset.json`, written last, and for every shard `<split>_<number>.bin` (token ids, uint16 or
 uint32 little-endian, documents one after another, each closed by the end token), `.ends` (uint64: where each document
 ends, in tokens from the start of the shard) and `.origins` (file, source, offset of each document). A split is the
 concatenation of its shards; position p is its tokens [p * S, p * S + S], S + 1 of them: labels are the shift by one.
@@ -106,7 +106,7 @@ class TokenStream:
 
 def read_manifest(folder: Path) -> dict:
     """The manifest of a finished preparation. Raises FileNotFoundError or ValueError with the cure."""
-    path = folder / "manifest.json"
+    path = folder / "dataset.json"
     if not path.is_file():
         state = "was not finished" if (folder / "unfinished").is_dir() else "does not exist"
         raise FileNotFoundError(f"{path}: the preparation {state}; {CURE}")
@@ -122,7 +122,7 @@ def read_manifest(folder: Path) -> dict:
 
 def data_identity(folder: Path) -> str:
     """What a run should record of its data: equal as long as no shard, tokenizer or count changed."""
-    return "sha256:" + hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    return "sha256:" + hashlib.sha256((folder / "dataset.json").read_bytes()).hexdigest()
 
 
 def split_shards(manifest: dict, split: str) -> list[Shard]:

@@ -11,7 +11,7 @@ from recipes.common.engine.trainer import Trainer
 from recipes.common.model.decoder import find_stack
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.parallel.grid import Grid, build_grid
-from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from recipes.common.pipeline.stage import build_stage
 from recipes.common.recipe import Layout, Recipe, from_root
 
@@ -22,7 +22,7 @@ def build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[Gr
 
     device = start_distributed(get_accelerator().device_name())
     causal = build_empty(recipe.model, recipe.attention)
-    share = plan_split(causal, find_stack(causal), layout.tensor).kv_share
+    share = plan_tensor_parallel(causal, find_stack(causal), layout.tensor).kv_share
     grid = build_grid(layout, device, share)
     stage = build_stage(
         recipe.model,

@@ -15,7 +15,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule
 
 from recipes.common.parallel.grid import Grid
-from recipes.common.runtime.step_clock import BACKWARD, CLOCK, DATA, FORWARD, OPTIMIZER, Span, size_of
+from recipes.common.runtime.step_clock import BACKWARD, CLOCK, DATA, FORWARD, OPTIMIZER, Span, num_bytes
 
 _PARTS = {
     schedule.LoadMicroBatch: DATA,
@@ -73,11 +73,11 @@ class TimedBackend:
         return found
 
     def send(self, tensor: torch.Tensor, dst: int, **options: Any) -> Any:
-        with CLOCK.message("send", size_of(tensor), dst):
+        with CLOCK.message("send", num_bytes(tensor), dst):
             return self._backend.send(tensor=tensor, dst=dst, **options)
 
     def recv(self, tensor: torch.Tensor, src: int | None = None, **options: Any) -> Any:
-        with CLOCK.message("recv", size_of(tensor), -1 if src is None else src):
+        with CLOCK.message("recv", num_bytes(tensor), -1 if src is None else src):
             return self._backend.recv(tensor=tensor, src=src, **options)
 
 
@@ -101,14 +101,14 @@ def _timed_collective(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
 
     def timed(*arguments: Any, **named: Any) -> Any:
         moved = named[argument] if argument in named else arguments[place]
-        count = size_of(moved) if isinstance(moved, torch.Tensor) else sum(size_of(each) for each in moved)
+        count = num_bytes(moved) if isinstance(moved, torch.Tensor) else sum(num_bytes(each) for each in moved)
         by_place = group_place is not None and len(arguments) > group_place
         group = arguments[group_place] if by_place else named.get("group")
         last = arguments[group_place + 1] if by_place and len(arguments) > group_place + 1 else False
         if last or named.get("async_op"):
             work = run(*arguments, **named)
-            return work if work is None else TimedWork(work, CLOCK.talk(f"{name}, awaited", count, group))
-        with CLOCK.talk(name, count, group):
+            return work if work is None else TimedWork(work, CLOCK.collective(f"{name}, awaited", count, group))
+        with CLOCK.collective(name, count, group):
             return run(*arguments, **named)
 
     return timed

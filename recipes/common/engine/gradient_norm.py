@@ -21,7 +21,7 @@ from deepspeed.runtime.utils import is_invalid_grad_norm, is_model_parallel_para
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from recipes.common.parallel.grid import Grid
-from recipes.common.runtime.step_clock import CLOCK, size_of
+from recipes.common.runtime.step_clock import CLOCK, num_bytes
 
 INVALID = -1.0  # DeepSpeed's word for a norm that is not a number
 
@@ -62,7 +62,7 @@ def _norm(gradients: list[torch.Tensor], group: dist.ProcessGroup | None, grid: 
         norms = torch._foreach_norm([gradient.detach() for gradient in gradients], 2, torch.float64)
         square += torch.stack(norms).square().sum()
     if group is not None and dist.get_world_size(group) > 1:
-        with CLOCK.talk("all_reduce", size_of(square), group):
+        with CLOCK.collective("all_reduce", num_bytes(square), group):
             dist.all_reduce(square, group=group)
     return square.sqrt().float()
 

@@ -27,11 +27,11 @@ from recipes.common.engine.optimizers import build_optimizer
 from recipes.common.engine.startup import _import_muon_uncompiled, quiet_deepspeed
 from recipes.common.parallel.cross_entropy import IGNORED
 from recipes.common.parallel.grid import Grid, Mpu
-from recipes.common.pipeline.executor import Runner
+from recipes.common.pipeline.executor import PipelineExecutor
 from recipes.common.pipeline.stage import Stage
 from recipes.common.pipeline.tied_embeddings import TiedHead, gradient_of
 from recipes.common.recipe import Optimizer
-from recipes.common.runtime.step_clock import BACKWARD, CLOCK, FORWARD, OPTIMIZER, size_of
+from recipes.common.runtime.step_clock import BACKWARD, CLOCK, FORWARD, OPTIMIZER, num_bytes
 
 Labels = tuple[torch.Tensor, torch.Tensor]
 
@@ -135,7 +135,7 @@ class Trainer:
             self.engine._aggregate_total_loss = lambda: torch.zeros(())
             if grid.folded and stage.stack.tied and stage.is_first:
                 module.tied_head = TiedHead(stage)
-        self._runner = Runner(self.engine, stage, grid) if stage.weight_queues else None
+        self._runner = PipelineExecutor(self.engine, stage, grid) if stage.weight_grad_stores else None
         use_exact_norm(self.engine.optimizer, grid)
         time_engine(self.engine, grid)
         self.accumulation = ds_config["gradient_accumulation_steps"]
@@ -272,7 +272,7 @@ class Trainer:
         parts = [losses, by_rank.flatten(), losses.new_tensor(votes), observed]
         sums = torch.cat(parts)
         if dist.get_world_size() > 1:
-            with CLOCK.talk("all_reduce", size_of(sums), None):
+            with CLOCK.collective("all_reduce", num_bytes(sums), None):
                 dist.all_reduce(sums)
         CLOCK.settle()  # while a GPU still works on what the next line waits for
         losses, by_rank, counts, observed = np.split(sums.cpu().numpy(), np.cumsum([part.numel() for part in parts[:-1]]))

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from recipes.common.model.sharding import Cut
+from recipes.common.model.sharding import ShardSpec
 
 _SMALL = 4096  # elements: constants that a constructor computes (an activation's slope) are this small
 _LARGE = 1 << 20  # elements: weights, which must not be allocated for even a moment (one layer's experts may fill a machine)
@@ -69,7 +69,7 @@ def build_empty(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrained
 
 
 def draw_weights(
-    causal: PreTrainedModel, root: nn.Module, prefix: str, *, seed: int, cuts: dict[str, Cut], rank: int, size: int
+    causal: PreTrainedModel, root: nn.Module, prefix: str, *, seed: int, cuts: dict[str, ShardSpec], rank: int, size: int
 ) -> None:
     """Give every module at or under `root` (whose name in the whole model is `prefix`) its initial weights.
 

@@ -27,7 +27,7 @@ def plain_linears(module: nn.Module) -> list[Linear]:
     return [inner for inner in module.modules() if type(inner) in (nn.Linear, Conv1D)]
 
 
-def take_over(module: nn.Module, *, by_torch: bool = False) -> None:
+def route_products(module: nn.Module, *, by_torch: bool = False) -> None:
     """Let the plain linears in `module` compute by `linear`. Before the tensor-parallel substitution, which wraps forwards.
 
     by_torch: with torch's own products, on CPUs too.
@@ -36,14 +36,14 @@ def take_over(module: nn.Module, *, by_torch: bool = False) -> None:
         inner.forward, inner.by_torch = partial(linear, inner), by_torch
 
 
-def postpone(module: nn.Module, queue: WeightQueue) -> None:
+def defer_weight_gradients(module: nn.Module, queue: WeightGradStore) -> None:
     """Let the weight gradients of the plain linears in `module`, which are taken over, go through `queue`."""
     for inner in plain_linears(module):
         inner.weight_queue = queue
 
 
 def postponable_share(module: nn.Module) -> float:
-    """How much of `module`'s parameters `postpone` reaches: what it cannot reach fills no bubble."""
+    """How much of `module`'s parameters `defer_weight_gradients` reaches: what it cannot reach fills no bubble."""
     return sum(inner.weight.numel() for inner in plain_linears(module)) / sum(p.numel() for p in module.parameters())
 
 
@@ -106,7 +106,7 @@ class _Postponed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: torch.Tensor, bias: nn.Parameter | None, module: Linear, queue: WeightQueue, onednn: bool
+        ctx, x: torch.Tensor, bias: nn.Parameter | None, module: Linear, queue: WeightGradStore, onednn: bool
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.module, ctx.queue, ctx.product = module, queue, product if onednn else torch.mm
@@ -117,7 +117,7 @@ class _Postponed(torch.autograd.Function):
         x, module = ctx.saved_tensors[0], ctx.module
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         factors = (rows.t(), grads) if isinstance(module, Conv1D) else (grads.t(), rows)
-        ctx.queue.put_off(module.weight, *factors, ctx.product)
+        ctx.queue.put(module.weight, *factors, ctx.product)
         grad_bias = grads.sum(0) if ctx.needs_input_grad[1] else None
         return ctx.product(grads, _matrix(module)).view(x.shape), grad_bias, None, None, None
 
@@ -125,7 +125,7 @@ class _Postponed(torch.autograd.Function):
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class WeightQueue:
+class WeightGradStore:
     """The weight gradients that wait, each as its two factors, by micro batch in the order of the backward passes."""
 
     def __init__(self) -> None:
@@ -139,12 +139,12 @@ class WeightQueue:
         """The backward pass of the next micro batch follows."""
         self._waiting.append({})
 
-    def put_off(self, weight: nn.Parameter, left: torch.Tensor, right: torch.Tensor, product: Product) -> None:
+    def put(self, weight: nn.Parameter, left: torch.Tensor, right: torch.Tensor, product: Product) -> None:
         """The gradient of `weight` is product(left, right)."""
         assert self._waiting, "a backward pass that no schedule began: its weight gradients would be lost"
         self._waiting[-1].setdefault(weight, []).append((left, right, product))
 
-    def make_up(self) -> None:
+    def compute_oldest(self) -> None:
         """Compute and accumulate the weight gradients of the micro batch that has waited longest.
 
         Each goes to its weight through autograd, so that hooks run (tensor ranks sum, DeepSpeed adds up in fp32), and is let

@@ -8,7 +8,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardSpec:
     """A parameter cut along `dim`. `packs` equal blocks lie one after another (gate and up, or q, k and v) and each is cut.
 
     A block that the tensor size does not divide is padded at its end; only vocabularies and gathered outputs may need it.
@@ -39,12 +39,12 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Split:
+class TensorPlan:
     """A model's whole tensor-parallel plan for one tensor size, by names from the ForCausalLM's root."""
 
     size: int
     styles: dict[str, str]  # module -> style
-    cuts: dict[str, Cut]  # parameter -> cut; a parameter that is not here is replicated
+    cuts: dict[str, ShardSpec]  # parameter -> cut; a parameter that is not here is replicated
     divided: dict[str, tuple[str, ...]]
     kv_shared: frozenset[str]  # key and value projections cut below a head
     kv_share: int  # tensor ranks that share one key/value head (1: none)

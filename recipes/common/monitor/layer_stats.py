@@ -28,7 +28,7 @@ QUERIES = 32  # positions of each sequence whose attention logits are made again
 _EAGER = "eager_attention_forward"  # transformers' name, in each family's module
 
 
-class LayerProbe:
+class LayerStats:
     """Sums over the micro batches of one step, of this rank's layers. `begin`, run the step, `end`, then take the sums."""
 
     def __init__(self, stage: Stage) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from recipes.common.engine.trainer import NONFINITE, StepResult, Trainer
 from recipes.common.monitor.nonfinite import NonFinite, find_nonfinite
-from recipes.common.monitor.parameter_stats import STATS, Probe
+from recipes.common.monitor.parameter_stats import STATS, ParameterStats
 from recipes.common.monitor.replica_drift import find_drift
 from recipes.common.recipe import Recipe
 from recipes.common.run_dir.metrics import RunLog
@@ -19,7 +19,7 @@ from recipes.common.run_dir.tensor_stats import ACTIVATIONS, PARAMETERS, StatsWr
 from recipes.common.runtime.exits import TrainingError
 
 
-class Observer:
+class RunMonitor:
     """One run's monitor. Every rank has one, and all see the same numbers; rank 0's also writes `tensor_stats/`."""
 
     def __init__(
@@ -31,7 +31,7 @@ class Observer:
         self._trainer, self._monitor, self._out_dir = trainer, recipe.monitor, out_dir
         self._note: Callable[[str], None] | None = None if log is None else log.note
         self._refused = False
-        self._probe = Probe(trainer, recipe.optimizer.clip)
+        self._probe = ParameterStats(trainer, recipe.optimizer.clip)
         self._writers: dict[str, StatsWriter] = {}
         self.rewind(resumed_step)
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import StepResult, Trainer
-from recipes.common.monitor.layer_stats import LayerProbe
+from recipes.common.monitor.layer_stats import LayerStats
 from recipes.common.monitor.optimizer_sums import SUMS, Pieces, add_sums, cut_pieces
 
 STATS = ("grad_norm", "weight_norm", "update_norm", "update_ratio", "adam_rms", "tiny_v_share", "zero_share", "nonfinite")
@@ -39,13 +39,13 @@ class Seen:
     activations: dict[str, np.ndarray] | None  # by layer, on steps that look at them
 
 
-class Probe:
+class ParameterStats:
     """Sits on a trainer's optimizer. `begin` before a step that is to be watched; `read` the step's result."""
 
     def __init__(self, trainer: Trainer, clip: float) -> None:
         """clip: the norm that gradients are clipped to; 0: never."""
         self.names = tuple(trainer.stage.whole_shapes)
-        self.layers = LayerProbe(trainer.stage)
+        self.layers = LayerStats(trainer.stage)
         self._trainer, self._clip = trainer, clip
         self._rows = {name: row for row, name in enumerate(self.names)}
         self._pieces: dict[int, Pieces] = {}  # by the id of a partition's flat tensor

@@ -16,7 +16,7 @@ _WITHOUT_SPANS = ("evaluate", "save")
 MEMORY_STEP = 2  # of a start: the optimizer's states exist
 
 
-class Pulse:
+class Phases:
     """`beat` at every phase of the loop (recipes.common.run_dir.heartbeat.PHASES); `start` once the trainer is there."""
 
     def __init__(self, out_dir: Path, rank: int, trace_steps: range = range(0)) -> None:
@@ -46,7 +46,7 @@ class Pulse:
         )
         CLOCK.start(grid, grid.device)
 
-    def beat(self, step: int, phase: str) -> None:
+    def enter(self, step: int, phase: str) -> None:
         """`phase` of `step` begins now."""
         self._heartbeat.beat(step, phase)
         if self._writer is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from recipes.common.runtime.step_clock import CLOCK, size_of
+from recipes.common.runtime.step_clock import CLOCK, num_bytes
 
 
 class _Copy(torch.autograd.Function):
@@ -84,7 +84,7 @@ def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.Reduce
     if group is None:
         return x
     x = x.contiguous().clone()
-    with CLOCK.talk("all_reduce", size_of(x), group):
+    with CLOCK.collective("all_reduce", num_bytes(x), group):
         dist.all_reduce(x, op=op, group=group)
     return x
 
@@ -92,7 +92,7 @@ def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.Reduce
 def _all_gather_last(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    with CLOCK.talk("all_gather", size_of(x) * len(parts), group):
+    with CLOCK.collective("all_gather", num_bytes(x) * len(parts), group):
         dist.all_gather(parts, x, group=group)
     return torch.cat(parts, dim=-1)
 
@@ -141,7 +141,7 @@ def all_gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tens
     """[micro_seqs, part, width] of each rank, one after another along the sequence; no gradient."""
     size = dist.get_world_size(group)
     parts = x.new_empty(size * x.shape[0], *x.shape[1:])
-    with CLOCK.talk("all_gather_into_tensor", size_of(parts), group):
+    with CLOCK.collective("all_gather_into_tensor", num_bytes(parts), group):
         dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
     return parts.view(size, *x.shape).transpose(0, 1).reshape(x.shape[0], -1, x.shape[2])
 
@@ -150,7 +150,7 @@ def _reduce_scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch
     size = dist.get_world_size(group)
     parts = x.reshape(x.shape[0], size, -1, x.shape[2]).transpose(0, 1).contiguous()
     own = x.new_empty(parts.shape[1:])
-    with CLOCK.talk("reduce_scatter_tensor", size_of(parts), group):
+    with CLOCK.collective("reduce_scatter_tensor", num_bytes(parts), group):
         dist.reduce_scatter_tensor(own, parts.view(-1, *own.shape[1:]), group=group)
     return own
 

@@ -66,8 +66,8 @@ def build_grid(layout: Layout, device: torch.device, kv_share: int = 1) -> Grid:
         pipeline_group=_group_of(place.rank, by_pipeline),
         tie_group=_group_of(place.rank, by_tie),
         kv_group=_group_of(place.rank, by_tensor.reshape(-1, kv_share)),
-        down_group=_group_of(place.rank, by_pipeline) if layout.schedule != ONE_PASS else None,
-        up_group=_group_of(place.rank, by_pipeline) if layout.schedule != ONE_PASS else None,
+        down_group=_group_of(place.rank, by_pipeline) if layout.pipeline_schedule != ONE_PASS else None,
+        up_group=_group_of(place.rank, by_pipeline) if layout.pipeline_schedule != ONE_PASS else None,
     )
 
 

@@ -32,7 +32,7 @@ from recipes.common.parallel.collectives import (
 from recipes.common.parallel.grid import Grid
 
 if TYPE_CHECKING:
-    from recipes.common.model.sharding import Split
+    from recipes.common.model.sharding import TensorPlan
 
 Forward = Callable[..., torch.Tensor]
 
@@ -94,11 +94,11 @@ SEQUENCE_STYLES: dict[str, Callable[[nn.Module, Forward, Grid], Forward]] = {
 def shard_sequence(
     causal: nn.Module,
     stack: Stack,
-    split: Split,
+    split: TensorPlan,
     chunks: tuple[range, ...],
     stand_ins: dict[str, nn.Module],
     grid: Grid,
-    recompute_every: int,
+    recomputed: range,
 ) -> None:
     """Let this stage's layers, and the final norm, run on this rank's part of the sequence.
 
@@ -107,10 +107,9 @@ def shard_sequence(
     layers = causal.get_submodule(stack.layers)
     own = [index for chunk in chunks for index in chunk]
     for index in own:
-        recomputed = recompute_every and index % recompute_every == 0  # it keeps the layer's input alone: nothing is saved here
         for name, module in layers[index].named_modules(prefix=f"{stack.layers}.{index}"):
             if name in split.blocks:
-                _gather_input(module, grid.tensor_group, keep_part=not recomputed)
+                _gather_input(module, grid.tensor_group, keep_part=index not in recomputed)
     if grid.is_first_stage:
         layers[own[0]].register_forward_pre_hook(partial(_scatter_input, grid.tensor_group), with_kwargs=True)
     for chunk in chunks:

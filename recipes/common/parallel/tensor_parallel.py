@@ -1,7 +1,7 @@
 """The tensor-parallel substitution: each entry of a plan swaps a linear, an embedding or an expert bank for its split form.
 
 A module keeps its class, its place and its parameter names; its parameters become this rank's shards and its forward talks to
-the other tensor ranks. `Cut` says how a parameter's shard lies in the whole tensor: it is all that initialisation and
+the other tensor ranks. `ShardSpec` says how a parameter's shard lies in the whole tensor: it is all that initialisation and
 checkpoints need to know.
 """
 
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recipes.common.model.decoder import PlanError, Stack
 from recipes.common.model.linears import linear
-from recipes.common.model.sharding import Cut, Split
+from recipes.common.model.sharding import ShardSpec, TensorPlan
 from recipes.common.parallel.collectives import copy_to, gather_from, reduce_from, split_to, sum_gradient
 from recipes.common.parallel.grid import Grid
 from recipes.common.parallel.sequence_parallel import SEQUENCE_STYLES, find_blocks
@@ -29,16 +29,16 @@ _QUERY_NAMES = frozenset({"q_proj", "qkv_proj", "query_key_value", "c_attn", "q_
 _KEY_VALUE_NAMES = frozenset({"k_proj", "v_proj"})
 
 
-def plan_split(causal: PreTrainedModel, stack: Stack, size: int, *, sequence_parallel: bool = False) -> Split:
+def plan_tensor_parallel(causal: PreTrainedModel, stack: Stack, size: int, *, sequence_parallel: bool = False) -> TensorPlan:
     """How to cut `causal` (on the meta device) over `size` tensor ranks.
 
     Raises PlanError for a family without a plan, for one that sequence parallelism does not know, and for shapes that `size`
     does not divide.
     """
-    cuts = {f"{stack.embedding}.weight": Cut(0)}
-    cuts.update({f"{stack.head}.{name}": Cut(0) for name, _ in causal.get_submodule(stack.head).named_parameters()})
+    cuts = {f"{stack.embedding}.weight": ShardSpec(0)}
+    cuts.update({f"{stack.head}.{name}": ShardSpec(0) for name, _ in causal.get_submodule(stack.head).named_parameters()})
     if size == 1:
-        return Split(1, {}, {}, {}, frozenset(), 1)
+        return TensorPlan(1, {}, {}, {}, frozenset(), 1)
     plan = tensor_plan(causal, stack)
     embedding = causal.get_submodule(stack.embedding)
     if not isinstance(embedding, nn.Embedding) or len(list(embedding.parameters())) > 1:
@@ -62,7 +62,7 @@ def plan_split(causal: PreTrainedModel, stack: Stack, size: int, *, sequence_par
         raise PlanError(f"layers differ in key/value heads: tensor={size} would share them {sorted(shares)} ways at once")
     _check_lengths(causal, cuts, styles, stack, size)
     blocks = find_blocks(plan, causal.config.model_type) if sequence_parallel else frozenset()
-    return Split(size, styles, cuts, divided_attributes(causal, stack), frozenset(shared), max(shares, default=1), blocks)
+    return TensorPlan(size, styles, cuts, divided_attributes(causal, stack), frozenset(shared), max(shares, default=1), blocks)
 
 
 def _kv_share(attention: nn.Module, projection: nn.Module, name: str, size: int) -> int:
@@ -74,35 +74,35 @@ def _kv_share(attention: nn.Module, projection: nn.Module, name: str, size: int)
     return size // heads
 
 
-def _module_cuts(style: str, module: nn.Module, name: str) -> dict[str, Cut]:
+def _module_cuts(style: str, module: nn.Module, name: str) -> dict[str, ShardSpec]:
     """Cuts of a module's own parameters under a style."""
     if style in ("moe_tp_experts", "replicated_with_grad_allreduce", "mla_kv_a_proj", "all_reduce", "local_params"):
         return {}
     if style == "embedding_rowwise":
-        return {"weight": Cut(0)}
+        return {"weight": ShardSpec(0)}
     if not isinstance(module, nn.Linear | Conv1D):
         raise PlanError(f"{name} is a {type(module).__name__}: the style {style!r} is known for linear layers only")
     out_dim, in_dim = (1, 0) if isinstance(module, Conv1D) else (0, 1)
     if style in ("rowwise", "rowwise_split_input", "rowwise_rep"):
-        return {"weight": Cut(in_dim)}
+        return {"weight": ShardSpec(in_dim)}
     packs = {"packed_colwise": 2, "packed3_colwise": 3}.get(style, 1)
-    cuts = {"weight": Cut(out_dim, packs)}
+    cuts = {"weight": ShardSpec(out_dim, packs)}
     if module.bias is not None:
-        cuts["bias"] = Cut(0, packs)
+        cuts["bias"] = ShardSpec(0, packs)
     return cuts
 
 
-def _parameter_cut(style: str, parameter: nn.Parameter, name: str) -> Cut:
+def _parameter_cut(style: str, parameter: nn.Parameter, name: str) -> ShardSpec:
     """The cut of a bare parameter named by a plan: an expert bank [experts, out, in], or one value a head."""
     if parameter.ndim == 1 and style == "colwise":
-        return Cut(0)
+        return ShardSpec(0)
     dims = {"colwise": -2, "packed_colwise": -2, "rowwise": -1, "packed_rowwise": -1}
     if parameter.ndim < 2 or style not in dims:
         raise PlanError(f"{name} has shape {tuple(parameter.shape)}: the style {style!r} is not known for it")
-    return Cut(parameter.ndim + dims[style], 2 if style.startswith("packed") else 1)
+    return ShardSpec(parameter.ndim + dims[style], 2 if style.startswith("packed") else 1)
 
 
-def _check_lengths(causal: nn.Module, cuts: dict[str, Cut], styles: dict[str, str], stack: Stack, size: int) -> None:
+def _check_lengths(causal: nn.Module, cuts: dict[str, ShardSpec], styles: dict[str, str], stack: Stack, size: int) -> None:
     shapes = {name: parameter.shape for name, parameter in causal.named_parameters(remove_duplicate=False)}
     for name, cut in cuts.items():
         owner = name.rpartition(".")[0]
@@ -112,7 +112,7 @@ def _check_lengths(causal: nn.Module, cuts: dict[str, Cut], styles: dict[str, st
             raise PlanError(f"{name} has length {length} in its cut dimension: not a multiple of tensor={size}")
 
 
-def split_forwards(causal: PreTrainedModel, split: Split, stack: Stack, grid: Grid) -> None:
+def apply_tensor_parallel(causal: PreTrainedModel, split: TensorPlan, stack: Stack, grid: Grid) -> None:
     """Make every module that this stage holds talk as its style says. Its parameters are this rank's shards already."""
     if split.size == 1:
         return

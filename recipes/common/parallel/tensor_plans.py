@@ -57,7 +57,7 @@ def tensor_plan(causal: PreTrainedModel, stack: Stack) -> dict[str, str]:
     ours = BUILT_IN_TENSOR.get(family) or ADDED_TENSOR.get(family, {})
     patterns = BUILT_IN_TENSOR.get(family) or getattr(type(causal.config), "base_model_tp_plan", None)
     if not patterns:
-        raise PlanError(f"model_type={family} has no tensor plan, in transformers or in recipes/common/model/decoder.py")
+        raise PlanError(f"model_type={family} has no tensor plan, in transformers or in recipes/common/parallel/tensor_plans.py")
     patterns = patterns | ours
     unknown = sorted(set(patterns.values()) - STYLES)
     if unknown:

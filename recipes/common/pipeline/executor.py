@@ -23,7 +23,7 @@ from recipes.common.config.placement import chunk_count, chunks_of_rank, rank_of
 from recipes.common.parallel.grid import Grid
 from recipes.common.pipeline.schedules import FORWARD, INPUTS, Message, Pass, forward_passes, needs, plan_passes, sent_messages
 from recipes.common.pipeline.stage import Stage
-from recipes.common.runtime.step_clock import BACKWARD, CLOCK, DATA, PIPELINE, WEIGHTS, size_of
+from recipes.common.runtime.step_clock import BACKWARD, CLOCK, DATA, PIPELINE, WEIGHTS, num_bytes
 from recipes.common.runtime.step_clock import FORWARD as FORWARD_TIME
 
 Batch = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]  # ids, labels (see Stage)
@@ -65,14 +65,14 @@ class Mailbox:
 
     def take(self, message: Message) -> torch.Tensor:
         tensor, work = self._expected.pop(message)
-        with CLOCK.message("irecv", size_of(tensor), self._grid.rank_of_stage(self._sender[message])):
+        with CLOCK.message("irecv", num_bytes(tensor), self._grid.rank_of_stage(self._sender[message])):
             work.wait()
         return tensor
 
     def send(self, stage: int, tensor: torch.Tensor) -> None:
         tensor = tensor.detach().contiguous()
         target, downward = self._grid.rank_of_stage(stage), stage > self._grid.pipeline_rank
-        with CLOCK.message("isend", size_of(tensor), target):
+        with CLOCK.message("isend", num_bytes(tensor), target):
             work = dist.isend(tensor, target, group=self._grid.down_group if downward else self._grid.up_group)
         self._sent = [(kept, under_way) for kept, under_way in self._sent if not under_way.is_completed()]
         self._sent.append((tensor, work))
@@ -86,7 +86,7 @@ class Mailbox:
         assert not any(self._coming.values()) and not self._expected, "the schedule left a message behind"
 
 
-class Runner:
+class PipelineExecutor:
     """One rank's passes: training, as DeepSpeed's engine asks for a step, and evaluation."""
 
     def __init__(self, engine: PipelineEngine, stage: Stage, grid: Grid) -> None:
@@ -111,7 +111,7 @@ class Runner:
 
     def train(self) -> None:
         self._run(*self._plan(self._engine.micro_batches), self._engine.data_iterator)
-        assert not self._kept and not any(map(len, self._stage.weight_queues)), "the schedule left a gradient behind"
+        assert not self._kept and not any(map(len, self._stage.weight_grad_stores)), "the schedule left a gradient behind"
 
     def evaluate(self, batches: Iterator[Batch], count: int) -> None:
         """Forward passes alone, of `count` micro batches. The losses are where the stage adds them up."""
@@ -181,7 +181,7 @@ class Runner:
         # a tensor of its own for each micro batch: a residual stream's gradient, which the queue keeps, is the received one
         gradient = None if chunk == self._chunks - 1 else self._receive(step, mail)
         x, out = self._kept.pop((i, chunk))
-        self._stage.weight_queues[self._own.index(chunk)].begin()
+        self._stage.weight_grad_stores[self._own.index(chunk)].begin()
         with CLOCK.span(BACKWARD):
             if gradient is None:
                 DeepSpeedEngine.backward(self._engine, out)  # PipelineEngine's own refuses
@@ -194,7 +194,7 @@ class Runner:
         self._engine._running_engine_backward = True  # else DeepSpeed's hooks take it for a backward pass of the user's
         try:
             with CLOCK.span(WEIGHTS):
-                self._stage.weight_queues[self._own.index(step.chunk)].make_up()
+                self._stage.weight_grad_stores[self._own.index(step.chunk)].compute_oldest()
         finally:
             self._engine._running_engine_backward = False
 

@@ -22,13 +22,13 @@ from recipes.common.config.placement import ONE_PASS
 from recipes.common.model.decoder import TUPLE_LAYERS, Stack, find_stack
 from recipes.common.model.flops import attention_cost, layer_costs
 from recipes.common.model.initial_weights import build_empty, draw_weights
-from recipes.common.model.linears import WeightQueue, postpone, take_over
+from recipes.common.model.linears import WeightGradStore, defer_weight_gradients, route_products
 from recipes.common.model.recompute import recompute
-from recipes.common.model.sharding import Split
+from recipes.common.model.sharding import TensorPlan
 from recipes.common.parallel.cross_entropy import vocabulary_loss
 from recipes.common.parallel.grid import Grid
 from recipes.common.parallel.sequence_parallel import shard_sequence
-from recipes.common.parallel.tensor_parallel import plan_split, split_forwards
+from recipes.common.parallel.tensor_parallel import apply_tensor_parallel, plan_tensor_parallel
 from recipes.common.pipeline.partition import cut_chunks, pass_costs, runs_by_rank
 from recipes.common.pipeline.schedules import Costs
 from recipes.common.recipe import Layout
@@ -36,7 +36,7 @@ from recipes.common.recipe import Layout
 NO_OPTIONS = Layout()
 
 
-class Absent(nn.Module):
+class Placeholder(nn.Module):
     """A layer or norm of another stage: hands on what it is given. Plain attributes (layer_idx, attention_type) remain."""
 
     def __init__(self, original: nn.Module, *, as_tuple: bool = False) -> None:
@@ -50,7 +50,7 @@ class Absent(nn.Module):
         return (hidden_states, None) if self.as_tuple else hidden_states
 
 
-class AbsentEmbedding(nn.Module):
+class PlaceholderEmbedding(nn.Module):
     """An embedding of the first stage, seen from a later one: zeros that the received activation will replace."""
 
     def __init__(self, width: int) -> None:
@@ -107,7 +107,7 @@ class Stage(nn.Module):
         self,
         causal: PreTrainedModel,
         stack: Stack,
-        split: Split,
+        split: TensorPlan,
         grid: Grid,
         chunks: tuple[range, ...],
         *,
@@ -116,14 +116,14 @@ class Stage(nn.Module):
         chunk_tokens: int,
         schedule: str = ONE_PASS,
         pass_costs: tuple[Costs, ...] = (),
-        weight_queues: tuple[WeightQueue, ...] = (),
+        weight_grad_stores: tuple[WeightGradStore, ...] = (),
         stand_ins: dict[str, nn.Module] | None = None,
     ) -> None:
         """chunks: the layers of each, by index, in the model's order.
 
         whole_shapes: of every parameter of the whole model, by Hugging Face name.
         pass_costs: of every chunk of the model, this rank's or not.
-        weight_queues: where each chunk's linears put off their weight gradients to, for a schedule that makes them up.
+        weight_grad_stores: where each chunk's linears put off their weight gradients to, for a schedule that makes them up.
         stand_ins: by name, what stands where a layer or norm of this rank is while another chunk than its own runs.
         """
         super().__init__()
@@ -132,7 +132,7 @@ class Stage(nn.Module):
         self.is_first, self.is_last = grid.is_first_stage, grid.is_last_stage
         self.grid, self.z_loss, self.chunk_tokens = grid, z_loss, chunk_tokens
         self.vocab_size = causal.config.get_text_config().vocab_size
-        self.whole_shapes, self.weight_queues = whole_shapes, weight_queues
+        self.whole_shapes, self.weight_grad_stores = whole_shapes, weight_grad_stores
         self.schedule, self.pass_costs = schedule, pass_costs
         self._places = [_Place(self, name, module) for name, module in (stand_ins or {}).items()]
         self.place_documents([])
@@ -149,7 +149,7 @@ class Stage(nn.Module):
                 layers[chunk[-1]].register_forward_hook(self._capture)
 
     def place_documents(self, positions: Iterable[torch.Tensor]) -> None:
-        """Position ids [micro_seqs, seq_len] of the micro batches to come, in order; none: positions count from 0."""
+        """RunPosition ids [micro_seqs, seq_len] of the micro batches to come, in order; none: positions count from 0."""
         positions = list(positions)
         self._positions = [deque(positions) for _ in self.chunks]
 
@@ -181,7 +181,7 @@ class Stage(nn.Module):
             else:
                 self._received = x
                 for module in base.modules():
-                    if isinstance(module, AbsentEmbedding):
+                    if isinstance(module, PlaceholderEmbedding):
                         module.dtype = x.dtype
                 # only its shape and type count; what is handed on need not look like an embedding, nor hold the whole sequence
                 seq_len = x.shape[1] * (self.split.size if self.split.blocks else 1)
@@ -265,11 +265,12 @@ def build_stage(
     """
     causal = build_empty(config, attention)
     stack = find_stack(causal)
-    split = plan_split(causal, stack, grid.tensor, sequence_parallel=layout.sequence_parallel)
+    split = plan_tensor_parallel(causal, stack, grid.tensor, sequence_parallel=layout.sequence_parallel)
     shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
+    recomputed = layout.recomputed_layers(len(causal.get_submodule(stack.layers)))
     costs, head_cost = layer_costs(causal, stack, seq_len)
-    cut = cut_chunks(costs, head_cost, grid.pipeline, layout.schedule, layout.cut)
-    by_pass = pass_costs(costs, attention_cost(causal, seq_len), head_cost, cut, layout.recompute_every)
+    cut = cut_chunks(costs, head_cost, grid.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
+    by_pass = pass_costs(costs, attention_cost(causal, seq_len), head_cost, cut, recomputed)
     chunks = runs_by_rank(cut, grid.pipeline)[grid.pipeline_rank]
     weights = {"seed": seed, "cuts": split.cuts, "rank": grid.tensor_rank, "size": grid.tensor}
     embedding = causal.get_submodule(stack.embedding)
@@ -280,19 +281,24 @@ def build_stage(
             draw_weights(causal, embedding, stack.embedding, **weights)
         causal.get_submodule(stack.head).weight = embedding.weight
     layers = causal.get_submodule(stack.layers)
-    queues = tuple(WeightQueue() for _ in chunks) if layout.schedule != ONE_PASS else ()
+    queues = tuple(WeightGradStore() for _ in chunks) if layout.pipeline_schedule != ONE_PASS else ()
     if queues or not torch_linears:
-        take_over(causal, by_torch=torch_linears)
+        route_products(causal, by_torch=torch_linears)
     for chunk, queue in zip(chunks, queues, strict=False):
         for index in chunk:
-            postpone(layers[index], queue)
-    split_forwards(causal, split, stack, grid)
+            defer_weight_gradients(layers[index], queue)
+    apply_tensor_parallel(causal, split, stack, grid)
     if split.blocks:
-        shard_sequence(causal, stack, split, chunks, stand_ins, grid, layout.recompute_every)
+        shard_sequence(causal, stack, split, chunks, stand_ins, grid, recomputed)
     for index in (index for chunk in chunks for index in chunk):
-        if layout.recompute_every and index % layout.recompute_every == 0:
-            recompute(layers[index], keep_products=layout.keep_products)
-    of_schedule = {"schedule": layout.schedule, "pass_costs": by_pass, "weight_queues": queues, "stand_ins": stand_ins}
+        if index in recomputed:
+            recompute(layers[index], keep_products=layout.recompute == "selective")
+    of_schedule = {
+        "schedule": layout.pipeline_schedule,
+        "pass_costs": by_pass,
+        "weight_grad_stores": queues,
+        "stand_ins": stand_ins,
+    }
     of_loss = {"z_loss": z_loss, "chunk_tokens": chunk_tokens}
     return Stage(causal, stack, split, grid, chunks, whole_shapes=shapes, **of_loss, **of_schedule)
 
@@ -320,6 +326,6 @@ def _take_out(
 def _absent(causal: PreTrainedModel, stack: Stack, name: str) -> nn.Module:
     module = causal.get_submodule(name)
     if name in stack.before and isinstance(module, nn.Embedding):
-        return AbsentEmbedding(getattr(module, "embedding_dim", causal.config.get_text_config().hidden_size))
+        return PlaceholderEmbedding(getattr(module, "embedding_dim", causal.config.get_text_config().hidden_size))
     of_layers = name.rpartition(".")[0] == stack.layers
-    return Absent(module, as_tuple=of_layers and causal.config.model_type in TUPLE_LAYERS)
+    return Placeholder(module, as_tuple=of_layers and causal.config.model_type in TUPLE_LAYERS)

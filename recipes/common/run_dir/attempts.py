@@ -40,7 +40,7 @@ def sealed_time(run_dir: Path) -> float:
 
 def _seals(run_dir: Path) -> list[Path]:
     # as recipes.common.checkpoint.files.sealed_checkpoints, which takes torch's seconds to import
-    return list((run_dir / "checkpoints").glob("step_*/manifest.json"))
+    return list((run_dir / "checkpoints").glob("step_*/checksums.json"))
 
 
 def has_begun(run_dir: Path) -> bool:
@@ -50,7 +50,7 @@ def has_begun(run_dir: Path) -> bool:
     """
     firsts = [r["time"] for r in read_attempts(run_dir) if r["event"] == "start" and r["cause"] == "first"]
     try:
-        starts = json.loads((run_dir / "manifest.json").read_text())["starts"]
+        starts = json.loads((run_dir / "run.json").read_text())["starts"]
     except (OSError, ValueError):
         return False
     # the manifest's times are whole seconds

@@ -1,4 +1,4 @@
-"""The files that say what a run is: `recipe.json`, `deepspeed.json`, `manifest.json`. Written before step 1, rank 0.
+"""The files that say what a run is: `recipe.json`, `deepspeed.json`, `run.json`. Written before step 1, rank 0.
 
 All are resolved: nothing else has to be read to know what was trained, how, and with which versions. Each is written
 to a temporary file and renamed, so a reader sees the old file or the new one. A resume keeps what it replaces
@@ -55,7 +55,7 @@ def write_run_files(
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, content in (("recipe.json", recipe), ("deepspeed.json", deepspeed)):
         _replace(out_dir / name, content, resumed_step)
-    path = out_dir / "manifest.json"
+    path = out_dir / "run.json"
     manifest = _read(path) if resumed_step is not None else None
     if manifest is None:
         if path.exists():  # another run's, in a directory used before
@@ -88,7 +88,7 @@ def _start(layout: Layout, sizes: Sizes, hosts: Sequence[str], resumed_step: int
         "command": [sys.executable, *sys.argv],
         "working_directory": os.getcwd(),
         "world_size": sizes.world,
-        "layout": dataclasses.asdict(layout) | {"cut": list(layout.cut)},  # as JSON gives it back
+        "layout": dataclasses.asdict(layout) | {"layers_per_stage": list(layout.layers_per_stage)},  # as JSON gives it back
         "sizes": dataclasses.asdict(sizes),
         "hosts": sorted(set(hosts or [socket.gethostname()])),
         "device": _device(),

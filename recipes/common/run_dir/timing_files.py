@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.common.runtime.step_clock import PARTS, Span, StepTimes, Talk
+from recipes.common.runtime.step_clock import PARTS, CommKey, Span, StepTimes
 
 FOLDER = "timing"
 THIN_AFTER, THIN_STEPS = 1000, 10
@@ -35,7 +35,7 @@ class TimingWriter:
         self._lines: list[str] = []
         self._written = time.monotonic()
         self._rows, self._row, self._row_steps = 0, [0.0] * len(PARTS), 0
-        self._talks: dict[Talk, list[int]] = {}
+        self._talks: dict[CommKey, list[int]] = {}
         self._talk_steps, self._next_talks = 0, FIRST_TALKS
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file = (self._folder / f"rank_{rank:05d}.jsonl").open("ab", buffering=0)
@@ -124,7 +124,7 @@ class RankTiming:
 
     start: dict[str, Any]
     rows: list[list[int]] = field(default_factory=list)  # [step, steps, micro_batches, us by part]
-    talks: list[tuple[Talk, int, float, float]] = field(default_factory=list)  # how many, us in all, least us
+    talks: list[tuple[CommKey, int, float, float]] = field(default_factory=list)  # how many, us in all, least us
     talk_steps: int = 0
     memory: dict[str, int] = field(default_factory=dict)
 
@@ -151,7 +151,7 @@ def read_trace(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
     for path in sorted((run_dir / FOLDER).glob("trace_*.jsonl")):
         steps = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         for step in steps:
-            step["spans"] = [(part, talk and Talk(*talk), began, length) for part, talk, began, length in step["spans"]]
+            step["spans"] = [(part, talk and CommKey(*talk), began, length) for part, talk, began, length in step["spans"]]
         newest = {step["step"]: step for step in steps}  # a step that was run again is there twice
         traces[int(path.stem.rpartition("_")[2])] = [newest[step] for step in sorted(newest)]
     return traces
@@ -178,5 +178,5 @@ def _read_rank(path: Path) -> RankTiming | None:
     if found is not None:
         for piece in talks[1:] if len(talks) > 1 else talks:
             found.talk_steps += piece["steps"]
-            found.talks += [(Talk(*row[:5]), *row[5:]) for row in piece["talks"]]
+            found.talks += [(CommKey(*row[:5]), *row[5:]) for row in piece["talks"]]
     return found

@@ -38,7 +38,7 @@ COMPUTE = (FORWARD, BACKWARD, RECOMPUTE, WEIGHTS, OPTIMIZER)  # a rank's own wor
 Stamp = Any  # ns, or a CUDA event
 
 
-class Talk(NamedTuple):
+class CommKey(NamedTuple):
     """One kind of communication."""
 
     group: str  # the axes along which its ranks differ: "tensor", "data", "pipeline", "tensor x data", ...
@@ -53,7 +53,7 @@ class Span:
 
     __slots__ = ("_clock", "part", "talk")
 
-    def __init__(self, clock: Clock, part: str, talk: Talk | None) -> None:
+    def __init__(self, clock: Clock, part: str, talk: CommKey | None) -> None:
         self._clock, self.part, self.talk = clock, part, talk
 
     def __enter__(self) -> None:
@@ -74,7 +74,7 @@ class StepTimes:
     began: int  # Unix
     micro_batches: int
     parts: dict[str, int]  # by PARTS; they add up to the step
-    talks: dict[Talk, list[int]]  # how many, all of their time, the shortest
+    talks: dict[CommKey, list[int]]  # how many, all of their time, the shortest
     marks: list[tuple[Span | str | None, int]]  # since the step began; empty unless asked for
 
 
@@ -82,7 +82,7 @@ class Clock:
     """See the module. `start`, then for each step `begin_step`, `phase` as often as wanted, `end_step`; `taken` gives results."""
 
     def __init__(self) -> None:
-        self._spans: dict[tuple[str, Talk | None], Span] = {}
+        self._spans: dict[tuple[str, CommKey | None], Span] = {}
         self._groups: dict[Any, tuple[str, str, int]] = {}
         self._place: Coordinates | None = None
         self._stream: Any = None  # on GPUs, the one that computes
@@ -149,19 +149,19 @@ class Clock:
     def span(self, part: str) -> Span:
         return self._span(part, None)
 
-    def talk(self, op: str, count: int, group: dist.ProcessGroup | None) -> Span:
-        """Around a collective over `group` (None: all ranks) of `count` bytes, as Talk counts them."""
+    def collective(self, op: str, count: int, group: dist.ProcessGroup | None) -> Span:
+        """Around a collective over `group` (None: all ranks) of `count` bytes, as CommKey counts them."""
         if not self._running:
             return self._span(OTHER, None)
         known = self._groups.get(group)
         if known is None:
             known = self._groups[group] = self._describe(dist.get_process_group_ranks(group))
         part, name, ranks = known
-        return self._span(part, Talk(name, op, count, ranks, -1))
+        return self._span(part, CommKey(name, op, count, ranks, -1))
 
     def message(self, op: str, count: int, peer: int) -> Span:
         """Around sending `count` bytes to the rank `peer`, receiving them from it, or waiting for either."""
-        return self._span(PIPELINE, Talk("pipeline", op, count, 2, peer))
+        return self._span(PIPELINE, CommKey("pipeline", op, count, 2, peer))
 
     def mark(self, what: Span | str | None) -> None:
         if not self._running:
@@ -173,7 +173,7 @@ class Clock:
             event.record(self._stream)
             self._marks.append((what, event))
 
-    def _span(self, part: str, talk: Talk | None) -> Span:
+    def _span(self, part: str, talk: CommKey | None) -> Span:
         span = self._spans.get((part, talk))
         if span is None:
             span = self._spans[part, talk] = Span(self, part, talk)
@@ -204,7 +204,7 @@ class Clock:
 CLOCK = Clock()
 
 
-def account(marks: list[tuple[Span | str | None, int]], *, pipelined: bool) -> tuple[dict[str, int], dict[Talk, list[int]]]:
+def account(marks: list[tuple[Span | str | None, int]], *, pipelined: bool) -> tuple[dict[str, int], dict[CommKey, list[int]]]:
     """(ns by part, talks) of one step's marks: each moment goes to the innermost open span, or to the loop's phase.
 
     Recomputing is what runs again inside a backward pass. pipelined: tell waiting before the first forward pass and after the
@@ -215,7 +215,7 @@ def account(marks: list[tuple[Span | str | None, int]], *, pipelined: bool) -> t
         whats = enumerate(what for what, _ in marks)
         last_backward = max((i for i, what in whats if type(what) is Span and what.part in (BACKWARD, WEIGHTS)), default=0)
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
-    talks: dict[Talk, list[int]] = defaultdict(lambda: [0, 0, 1 << 62])
+    talks: dict[CommKey, list[int]] = defaultdict(lambda: [0, 0, 1 << 62])
     stack, begun, forwards, before = [OTHER], [], 0, marks[0][1]
     for index, (what, stamp) in enumerate(marks):
         parts[stack[-1]] += stamp - before
@@ -240,5 +240,5 @@ def account(marks: list[tuple[Span | str | None, int]], *, pipelined: bool) -> t
     return parts, dict(talks)
 
 
-def size_of(tensor: torch.Tensor) -> int:
+def num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()

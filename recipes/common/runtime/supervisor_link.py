@@ -20,7 +20,7 @@ SUPERVISOR = "TRIFOLD_SUPERVISOR"  # HOST:PORT:TOKEN
 _PR_SET_PDEATHSIG = 1
 
 
-class Lifeline:
+class SupervisorLink:
     """Held by a rank for its whole life. `say` leaves the last words by which the supervisor tells ends apart.
 
     Words: "finished", "left", "user_error", "training_error", "failed", "peer_lost"; without any, the rank was killed.
@@ -43,7 +43,7 @@ class Lifeline:
         os.close(words)
         os.close(stacks)
 
-    def say(self, word: str, detail: str = "") -> None:
+    def report_exit(self, word: str, detail: str = "") -> None:
         if self._words is not None:
             with contextlib.suppress(OSError):
                 os.write(self._words, f"{word}\n{detail[:2000]}\n".encode())

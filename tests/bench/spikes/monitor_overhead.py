@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig
 
 from recipes.common.engine.trainer import Trainer
-from recipes.common.monitor.monitor import Observer
+from recipes.common.monitor.monitor import RunMonitor
 from recipes.common.monitor.replica_drift import find_drift
 from recipes.common.recipe import ROOT, AdamW, Layout, Monitor
 from tests.bench.spikes.scores import Score
@@ -100,19 +100,19 @@ def _measure(trial: Trial, pairs: int) -> dict[str, dict[str, float]]:
     log = SimpleNamespace(note=print) if trainer.grid.rank == 0 else None
     timed: dict[str, list[Clocks]] = {"step": [], "every": [], "activations": [], "drift": []}
     with tempfile.TemporaryDirectory() as folder:
-        observer = Observer(trainer, recipe, Path(folder), log=log)
+        monitor = RunMonitor(trainer, recipe, Path(folder), log=log)
         for pair in range(-WARM_UP, pairs):
             with_layers = pair % 4 == 0  # rarer, as in training, but often enough for a median
             step = Monitor().activations_every_steps * (pair + WARM_UP + 1) + (not with_layers)
             seconds = {}
             for watched in (False, True) if pair % 2 else (True, False):  # neither profits from the other's caches
-                seconds[watched] = _timed(_step, trainer, trial, observer if watched else None, step)
+                seconds[watched] = _timed(_step, trainer, trial, monitor if watched else None, step)
             if pair >= 0:
                 timed["step"].append(seconds[False])
                 added = tuple(a - b for a, b in zip(seconds[True], seconds[False], strict=True))
                 timed["activations" if with_layers else "every"].append(added)
         timed["drift"] = [_timed(find_drift, trainer) for _ in range(5)]
-        observer.close()
+        monitor.close()
     clocks = {}
     for index, clock in enumerate(("wall", "computed")):
         middle = {name: statistics.median(pair[index] for pair in values) for name, values in timed.items()}
@@ -126,18 +126,18 @@ def _timed(work: Callable[..., object], *args: Any) -> Clocks:
     return time.perf_counter() - wall, time.process_time() - computed
 
 
-def _step(trainer: Trainer, trial: Trial, observer: Observer | None, step: int) -> None:
+def _step(trainer: Trainer, trial: Trial, monitor: RunMonitor | None, step: int) -> None:
     """One training step on random tokens, waiting for the device included."""
     generator = torch.Generator().manual_seed(step)
     count = trial.global_seqs // (trial.micro_seqs * trainer.grid.data)
     shape = (trial.micro_seqs, trial.seq_len + 1)
     micro = [torch.randint(3, trial.model.vocab_size, shape, generator=generator) for _ in range(count)]
     scored = trial.global_seqs * trial.seq_len
-    if observer is None:
+    if monitor is None:
         probe, trainer.probe = trainer.probe, None
         trainer.train_step(micro, trial.optimizer.lr, scored)
         trainer.probe = probe
         return
-    observer.before_step(step)
+    monitor.before_step(step)
     result = trainer.train_step(micro, trial.optimizer.lr, scored)
-    observer.after_step(step, result, micro, scored)
+    monitor.after_step(step, result, micro, scored)

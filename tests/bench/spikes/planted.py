@@ -107,7 +107,7 @@ def recipe_of(planted: Planted, data: Path) -> Recipe:
 
 
 def _bad_sequences(planted: Planted) -> dict[int, np.ndarray]:
-    """Position -> ids: the bad document's sequences are among those that step `at` reads."""
+    """RunPosition -> ids: the bad document's sequences are among those that step `at` reads."""
     if planted.fault not in ("noise", "repeat", "rare"):
         return {}
     rng = np.random.default_rng(planted.seed)

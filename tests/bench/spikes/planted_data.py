@@ -47,7 +47,7 @@ def write_language(
         "sources": [{"name": "language"}],
         "splits": splits,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "dataset.json").write_text(json.dumps(manifest))
     return folder
 
 

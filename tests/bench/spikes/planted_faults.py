@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from recipes.common import train
-from recipes.common.checkpoint.position import Position
+from recipes.common.checkpoint.position import RunPosition
 from recipes.common.data.order import mix
 from recipes.common.engine import trainer as engine
 from recipes.common.engine import zero_state
@@ -135,7 +135,7 @@ def resumed_without_sampler(reset_to: int, *, logged: bool) -> None:
     if logged:
         resume = train.resume
 
-        def forgetful(*args: Any, **kwargs: Any) -> Position:
+        def forgetful(*args: Any, **kwargs: Any) -> RunPosition:
             return dataclasses.replace(resume(*args, **kwargs), consumed_seqs=reset_to)
 
         train.resume = forgetful

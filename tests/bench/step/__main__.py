@@ -28,7 +28,7 @@ from recipes.common.checks.model_checks import depth_problems
 from recipes.common.config.ds_config import load_ds_config, precision
 from recipes.common.config.placement import chunk_count
 from recipes.common.model.flops import OURS
-from recipes.common.recipe import SCHEDULES, AdamW, Layout, Recipe
+from recipes.common.recipe import PIPELINE_SCHEDULES, AdamW, Layout, Recipe
 from tests.bench.step.sides import Step, ours, plain, transformers_deepspeed
 from tests.bench.step.torch_baseline import torch_parallel
 from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table
@@ -124,7 +124,7 @@ def _rank(case: Case, rounds: int) -> dict[str, dict[str, list[float]]]:
     for addition, trial in ({"": case.trial} | own).items():
         for schedule in case.schedules if not addition else case.schedules[-1:]:
             name = "Trifold" if case.trial.world_size == 1 else f"Trifold, {schedule}"
-            steps[name + addition] = ours(replace(trial, layout=replace(trial.layout, schedule=schedule)))
+            steps[name + addition] = ours(replace(trial, layout=replace(trial.layout, pipeline_schedule=schedule)))
     found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "busy": [], "losses": []} for name in steps}
     for round_ in range(WARM_STEPS + rounds):
         for name in list(steps) if round_ % 2 else list(steps)[::-1]:
@@ -238,12 +238,12 @@ def _case(text: str, trial: Trial) -> Case:
     depth = trial.model.num_hidden_layers
     if problems := depth_problems(layout, depth):
         raise UsageError(f"--layout={text}: {problems[0]}")
-    fitting = tuple(schedule for schedule in SCHEDULES if chunk_count(schedule, layout.pipeline) <= depth)
+    fitting = tuple(schedule for schedule in PIPELINE_SCHEDULES if chunk_count(schedule, layout.pipeline) <= depth)
     alone = (PLAIN, HUGGING_FACE) if trial.device == "cpu" else (HUGGING_FACE,)  # memory of a GPU: two sides, not three
     return Case(
         layout=text if world_size > 1 else "1 rank",
         trial=replace(trial, layout=layout, world_size=world_size, global_seqs=trial.global_seqs * data),
-        schedules=fitting if layout.pipeline > 1 else SCHEDULES[:1],
+        schedules=fitting if layout.pipeline > 1 else PIPELINE_SCHEDULES[:1],
         baselines=(TORCH,) if world_size > 1 else alone,
         goal=GOALS[TORCH] if world_size > 1 else GOALS[alone[0]],
     )

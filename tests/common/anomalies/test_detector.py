@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from recipes.common.anomalies.detector import KINDS, Watch, first_moving, scan
+from recipes.common.anomalies.detector import KINDS, AnomalyDetector, first_moving, scan
 from tests.support.synthetic_logs import NOISE, POINTS, bump, curve, healthy_loss, healthy_norm, steps_of
 
 STEPS = steps_of()
@@ -50,7 +50,7 @@ def test_blooms_spike_is_seen_at_its_gradient_norm_four_steps_before_the_peak(hi
 
 
 def test_live_it_is_worth_an_alarm_before_the_peak():
-    watch, told = Watch(), []
+    watch, told = AnomalyDetector(), []
     for step in range(31014, 31214):
         watch.push(step, {"loss": 2.2 + 0.01 * np.sin(step), "grad_norm": 0.2 + 0.02 * np.cos(step)})
     for step, loss, norm in BLOOM:
@@ -78,7 +78,7 @@ def eventful_log():
 @pytest.mark.parametrize("points", [1, 7, 1000])
 def test_events_do_not_depend_on_how_the_log_is_cut(points):
     steps, columns = eventful_log()
-    whole, cut = Watch(), Watch()
+    whole, cut = AnomalyDetector(), AnomalyDetector()
     expected = [*whole.feed(steps, columns), *whole.finish()]
     found = []
     for start in range(0, len(steps), points):
@@ -94,7 +94,7 @@ def test_events_do_not_depend_on_how_the_log_is_cut(points):
 
 def test_memory_is_bounded():
     sizes = []
-    watch = Watch()
+    watch = AnomalyDetector()
     for part in range(3):
         steps = part * 150_000 + np.arange(150_000)
         watch.feed(steps, {"loss": curve(steps) + NOISE * np.random.default_rng(part).standard_normal(len(steps))})
@@ -286,7 +286,7 @@ def test_a_run_that_does_not_learn_is_on_a_plateau():
 
 
 def test_a_step_without_a_loss_is_left_out():
-    watch = Watch()
+    watch = AnomalyDetector()
     assert watch.push(1, {"val_loss": 3.0}) == []
     assert watch.push(2, {"loss": 3.0, "grad_norm": None}) == []
 

@@ -43,7 +43,7 @@ class HalfANat:
 def simple_detectors(request, monkeypatch):
     """The detectors have tests of their own; ranks are forked, so they see this too."""
     if "real_detectors" not in request.fixturenames:
-        monkeypatch.setattr(reaction, "Watch", HalfANat)
+        monkeypatch.setattr(reaction, "AnomalyDetector", HalfANat)
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_a_rewind_is_in_the_metrics_the_history_and_a_black_box(data, tmp_path):
     assert records[5]["rewound_from_step"] == BAD_STEP
     undone = list(read_metrics(tmp_path / "metrics.after_step_00000004.jsonl"))
     assert [(r["step"], r.get("event")) for r in undone] == [(5, None), (6, "diverged")]
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "run.json").read_text())
     entry = manifest["history"][0]
     assert (entry["from_step"], entry["to_step"], entry["skipped"], entry["kind"]) == (6, 4, [16, 24], "diverged")
     assert manifest["starts"][-1]["skips"] == [[16, 24]]  # where the tools look for what a step read
@@ -184,7 +184,7 @@ class HighestNormSoFar(HalfANat):
     ],
 )
 def test_a_step_over_the_ceiling_changes_no_weight(data, tmp_path, monkeypatch, layout, config):
-    monkeypatch.setattr(reaction, "Watch", HighestNormSoFar)
+    monkeypatch.setattr(reaction, "AnomalyDetector", HighestNormSoFar)
     recipe = recipe_on(
         data,
         steps=4,
@@ -209,7 +209,7 @@ def test_tries_are_bounded_and_the_error_names_them(data, tmp_path, monkeypatch)
         def push(self, step, values):
             return [Event(step, step, None, 1.0, "diverged", True, "loss", 0)] if step >= BAD_STEP else []
 
-    monkeypatch.setattr(reaction, "Watch", Always)
+    monkeypatch.setattr(reaction, "AnomalyDetector", Always)
     recipe = recipe_on(data, reaction=Reaction(action="rewind", max_rewinds=2, lr_factor=0.5, lr_steps=2))
     words = (
         r"TrainingError: step 6: diverged from step 6; tried: diverged from step 6: from step 6 back to 4, sequences 16:24 left "

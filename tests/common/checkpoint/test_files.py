@@ -13,13 +13,13 @@ import pytest
 
 from recipes.common.checkpoint.files import CheckpointError, Part, damage, merge_index, seal, write_rank_file
 from recipes.common.checkpoint.reader import Reader
-from recipes.common.model.sharding import Cut
+from recipes.common.model.sharding import ShardSpec
 
 STATE = {"step": 3, "consumed_seqs": 12, "skipped_steps": 0, "optimizer_steps": 3, "loss_scaler": {}, "tied": False}
 
 
-def take(whole: np.ndarray, cut: Cut | None, rank: int, size: int) -> np.ndarray:
-    """A tensor rank's shard, padded with zeros: what Cut.take gives, in numpy."""
+def take(whole: np.ndarray, cut: ShardSpec | None, rank: int, size: int) -> np.ndarray:
+    """A tensor rank's shard, padded with zeros: what ShardSpec.take gives, in numpy."""
     if cut is None:
         return whole
     shape = list(whole.shape)
@@ -32,7 +32,7 @@ def take(whole: np.ndarray, cut: Cut | None, rank: int, size: int) -> np.ndarray
     return shard
 
 
-def unpadded(whole: np.ndarray, cut: Cut | None, rank: int, size: int) -> int:
+def unpadded(whole: np.ndarray, cut: ShardSpec | None, rank: int, size: int) -> int:
     """Elements of a flattened shard before the padding at its end."""
     if cut is None or cut.dim:
         return take(whole, cut, rank, size).size
@@ -40,13 +40,13 @@ def unpadded(whole: np.ndarray, cut: Cut | None, rank: int, size: int) -> int:
     return rows * math.prod(whole.shape[1:])
 
 
-def random_cut(rng: np.random.Generator, shape: tuple[int, ...], size: int) -> Cut | None:
+def random_cut(rng: np.random.Generator, shape: tuple[int, ...], size: int) -> ShardSpec | None:
     """A cut that a plan may ask for: only whole rows of one pack may need padding."""
-    options: list[Cut | None] = [None]
+    options: list[ShardSpec | None] = [None]
     if shape:
-        options.append(Cut(0))
+        options.append(ShardSpec(0))
     for dim, length in enumerate(shape):
-        options += [Cut(dim, packs) for packs in (1, 2, 3) if length % (packs * size) == 0]
+        options += [ShardSpec(dim, packs) for packs in (1, 2, 3) if length % (packs * size) == 0]
     return options[rng.integers(len(options))]
 
 
@@ -118,8 +118,8 @@ def test_one_flipped_bit_in_the_seal_cannot_hide_a_file(tmp_path: Path) -> None:
     for rank in range(2):
         write_rank_file(folder, rank, [])
     seal(folder, {})
-    text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text.replace("rank_00000", "rank_00001"))
+    text = (folder / "checksums.json").read_text()
+    (folder / "checksums.json").write_text(text.replace("rank_00000", "rank_00001"))
     assert "a name comes twice" in damage(folder)[0]
 
 
@@ -128,10 +128,10 @@ def test_every_byte_of_a_small_file_and_some_of_each_large_one_is_guarded(tmp_pa
     folder = tmp_path / "c"
     write(folder, random_tensors(rng), rng)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert {"manifest.json", "index.json", "state.json", "model/config.json", "rank_00000.safetensors"} <= set(names)
+    assert {"checksums.json", "index.json", "state.json", "model/config.json", "rank_00000.safetensors"} <= set(names)
     for name in names:
         content = (folder / name).read_bytes()
-        every = name == "manifest.json" or len(content) < 100
+        every = name == "checksums.json" or len(content) < 100
         for place in range(len(content)) if every else [0, len(content) - 1, *rng.integers(0, len(content), 20).tolist()]:
             flipped = bytearray(content)
             flipped[place] ^= 1 << int(rng.integers(8))
@@ -157,8 +157,8 @@ def test_ranks_that_share_the_reading_find_the_same(tmp_path: Path) -> None:
 def test_what_was_never_sealed_is_not_read(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     write(tmp_path / "c", random_tensors(rng), rng)
-    seal_text = (tmp_path / "c" / "manifest.json").read_text()
-    (tmp_path / "c" / "manifest.json").unlink()
+    seal_text = (tmp_path / "c" / "checksums.json").read_text()
+    (tmp_path / "c" / "checksums.json").unlink()
     with pytest.raises(CheckpointError, match=r"no manifest\.json, so it is not a finished checkpoint"):
         Reader(tmp_path / "c")
     for text, message in (
@@ -166,7 +166,7 @@ def test_what_was_never_sealed_is_not_read(tmp_path: Path) -> None:
         ("[]", "not a trifold"),
         (seal_text.replace('"version": 1', '"version": 2'), "not a"),
     ):
-        (tmp_path / "c" / "manifest.json").write_text(text)
+        (tmp_path / "c" / "checksums.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):
             Reader(tmp_path / "c")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from recipes.common.checkpoint.files import damage, out_dir_problems, sealed_checkpoints
-from recipes.common.checkpoint.position import Position
+from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.checkpoint.saver import Saver
 from recipes.common.checks.recipe_checks import check_recipe
@@ -107,7 +107,7 @@ def test_dropout_differs_between_steps_and_data_ranks(data, tmp_path):
 LAYOUTS = {
     "1,1,1": (Layout(), 1, "zero1_fp32.json"),
     "2,1,1": (Layout(pipeline=2), 2, "zero1_fp32.json"),
-    "2,1,1 folded": (Layout(pipeline=2, schedule="zero_bubble_v"), 2, "zero1_fp32.json"),
+    "2,1,1 folded": (Layout(pipeline=2, pipeline_schedule="zero_bubble_v"), 2, "zero1_fp32.json"),
     "1,2,1": (Layout(tensor=2), 2, "zero1_fp32.json"),
     "1,1,2": (Layout(), 2, "zero1_fp32.json"),
     "2,2,1": (Layout(pipeline=2, tensor=2), 4, "zero1_fp32.json"),
@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(data, tmp_path):
     content[-100] ^= 4
     newest.write_bytes(bytes(content))
     resumed = run(recipe, 4, tmp_path, resume=True)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "run.json").read_text())
     assert manifest["starts"][-1]["resumed_step"] == 4
     assert [resumed[step]["loss"] for step in (5, 6)] == [straight[step]["loss"] for step in (5, 6)]
 
@@ -257,11 +257,11 @@ def _fail_one_save(recipe, out_dir):
         return write(folder, rank, parts)
 
     module.write_rank_file = full
-    saver.save(Position(step=2))
+    saver.save(RunPosition(step=2))
     saver.finish()
     nothing = saver.last_saved is None
     module.write_rank_file = write
-    saver.save(Position(step=4))
+    saver.save(RunPosition(step=4))
     saver.finish()
     return saver.last_saved.name, nothing
 

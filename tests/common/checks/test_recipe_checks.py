@@ -68,34 +68,34 @@ ONE_MISTAKE = {
     ),
     "too few layers for two runs a stage": (
         3,
-        {"layouts": {3: Layout(pipeline=3, schedule="zero_bubble_v")}},
-        [r"^layout pipeline=3 with schedule='zero_bubble_v' needs two runs .* has 4 layers; use 2 stages at most, or .*$"],
+        {"layouts": {3: Layout(pipeline=3, pipeline_schedule="zero_bubble_v")}},
+        [r"^layout pipeline=3 with pipeline_schedule='zero_bubble_v' needs two chunks .* has 4 layers; use 2 stages"],
     ),
     "layout of zero": (1, {"layouts": {1: Layout(tensor=0)}}, [r"^layouts\[1\]\.tensor=0 must be a whole number from 1$"]),
     "no such schedule": (
         2,
-        {"layouts": {2: Layout(pipeline=2, schedule="zb-h1")}},
-        [r"^layouts\[2\]\.schedule='zb-h1' must be one of '1f1b', 'zero_bubble', 'zero_bubble_v'$"],
+        {"layouts": {2: Layout(pipeline=2, pipeline_schedule="zb-h1")}},
+        [r"^layouts\[2\]\.pipeline_schedule='zb-h1' must be one of '1f1b', 'zero_bubble', 'zero_bubble_v'$"],
     ),
     "cut of another pipeline": (
         2,
-        {"layouts": {2: Layout(pipeline=2, cut=(2, 1, 1))}},
-        [r"^layouts\[2\]\.cut=\(2, 1, 1\) must have 2 whole numbers from 1, .* leave it out to have them balanced$"],
+        {"layouts": {2: Layout(pipeline=2, layers_per_stage=(2, 1, 1))}},
+        [r"^layouts\[2\]\.layers_per_stage=\(2, 1, 1\) must have 2 whole numbers from 1, .* leave it out to have them balanced$"],
     ),
     "cut of another model": (
         2,
-        {"layouts": {2: Layout(pipeline=2, cut=(3, 2))}},
-        [r"^layout cut=\(3, 2\) has 5 layers and the model 4; let it sum to 4$"],
+        {"layouts": {2: Layout(pipeline=2, layers_per_stage=(3, 2))}},
+        [r"^layout layers_per_stage=\(3, 2\) has 5 layers and the model 4; let it sum to 4$"],
     ),
     "products kept of nothing": (
         1,
-        {"layouts": {1: Layout(keep_products=True)}},
-        [r"^layouts\[1\]\.keep_products=True with recompute_every=0: .* leave it out, or use recompute_every=1$"],
+        {"layouts": {1: Layout(recompute_every=2)}},
+        [r"^layouts\[1\]\.recompute_every=2 with recompute='none': .* leave it out, or use recompute='selective' or 'full'$"],
     ),
     "schedule without a pipeline": (
         2,
-        {"layouts": {2: Layout(tensor=2, schedule="zero_bubble")}},
-        [r"^layouts\[2\]\.schedule='zero_bubble' with pipeline=1: .*leave schedule out, or use pipeline=2 or more$"],
+        {"layouts": {2: Layout(tensor=2, pipeline_schedule="zero_bubble")}},
+        [r"^layouts\[2\]\.pipeline_schedule='zero_bubble' with pipeline=1: .*leave it out, or use pipeline=2 or more$"],
     ),
     "sequence without tensor ranks": (
         2,
@@ -119,11 +119,11 @@ ONE_MISTAKE = {
     "late gradients in bf16": (
         2,
         {
-            "layouts": {2: Layout(pipeline=2, schedule="zero_bubble")},
+            "layouts": {2: Layout(pipeline=2, pipeline_schedule="zero_bubble")},
             "ds:base": "zero1_bf16.json",
             "ds:bf16": {"enabled": True, "immediate_grad_update": False},
         },
-        [r"bf16\.immediate_grad_update is not true, and .* 'zero_bubble': .*write true, or use schedule='1f1b' in the recipe$"],
+        [r"bf16\.immediate_grad_update is not true, and pipeline_schedule='zero_bubble': .*use pipeline_schedule='1f1b' in"],
     ),
     "batch not divided": (
         2,
@@ -373,7 +373,7 @@ def _damage(folder, how):
     elif how == "truncated shard":
         shard.write_bytes(shard.read_bytes()[:-2])
     elif how == "truncated manifest":
-        (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:-20])
+        (folder / "dataset.json").write_text((folder / "dataset.json").read_text()[:-20])
     elif how == "no tokenizer":
         (folder / "tokenizer" / "tokenizer.json").unlink()
     elif how == "another tokenizer":

@@ -105,7 +105,7 @@ BAD = {
     "gradient_clipping=1.0 does not belong here; delete it: it is optimizer.clip": {"gradient_clipping": 1.0},
     "it is optimizer=AdamW(...)": {"optimizer": {"type": "AdamW"}},
     "it is schedule=Cosine(...)": {"scheduler": {"type": "WarmupLR"}},
-    "activation_checkpointing={} does not belong here; delete it: it is recompute_every": {"activation_checkpointing": {}},
+    "activation_checkpointing={} does not belong here; delete it: it is recompute of": {"activation_checkpointing": {}},
     "pipeline.activation_checkpoint_interval=1 does not belong here": {"pipeline.activation_checkpoint_interval": 1},
     "pipeline.stages=2 does not belong here": {"pipeline.stages": 2},
     "tensor_parallel": {"tensor_parallel": {"autotp_size": 2}},

@@ -57,7 +57,7 @@ def write_data(folder, *, train=(1000, 7, 20, 2000, 333), validation=(500, 200),
         "dtype": dtype,
         "splits": splits,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "dataset.json").write_text(json.dumps(manifest))
     return oracle
 
 
@@ -213,9 +213,9 @@ def test_missing_and_unfinished_preparations(tmp_path):
     assert "does not exist" in problems(tmp_path)[0]
     (tmp_path / "unfinished").mkdir()
     assert "was not finished" in problems(tmp_path)[0]
-    (tmp_path / "manifest.json").write_text("[]")
+    (tmp_path / "dataset.json").write_text("[]")
     assert "is not a manifest" in problems(tmp_path)[0]
-    (tmp_path / "manifest.json").write_text('{"format": "trifold-tokens", "version": 99}')
+    (tmp_path / "dataset.json").write_text('{"format": "trifold-tokens", "version": 99}')
     assert "version reads" in problems(tmp_path)[0]
 
 

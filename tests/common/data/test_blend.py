@@ -5,7 +5,6 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from test_data import SEQ_LEN, write_data
 
 from recipes.common.data.batches import (
     TokenStream,
@@ -17,6 +16,7 @@ from recipes.common.data.batches import (
 )
 from recipes.common.data.blend import Blend, blend_problems, fair_pattern, open_blend, shares
 from recipes.common.data.order import kept_index, merge_skips, sequence_position
+from tests.common.data.test_batches import SEQ_LEN, write_data
 
 WEIGHTS = {"web": 0.7, "code": 0.25, "math": 0.05}
 SIZES = {"web": (4000, 300), "code": (1500,), "math": (700, 5)}

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GlmMoeDsaConfig
 
 from recipes.common.model.initial_weights import build_empty, name_seed
-from recipes.common.model.sharding import Cut
+from recipes.common.model.sharding import ShardSpec
 from tests.common.pipeline.test_stage import config_of, stages_of
 from tools.common.forked_ranks import run_ranks
 
@@ -145,4 +145,4 @@ def test_padding_is_zero():
 
 def _padding():
     whole = weights_of(config_of("llama"))["lm_head.weight"]  # 131 rows: the last of 4 ranks has 32 of 33
-    return Cut(0).take(whole, 3, 4)[32:].eq(0).all().item()
+    return ShardSpec(0).take(whole, 3, 4)[32:].eq(0).all().item()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from recipes.common.model.linears import linear, plain_linears, product, take_over
+from recipes.common.model.linears import linear, plain_linears, product, route_products
 from tools.common.forked_ranks import run_ranks
 
 KINDS = {
@@ -19,7 +19,7 @@ def gradients(kind, dtype, taken):
     torch.manual_seed(0)
     module = KINDS[kind]().to(dtype)
     if taken:
-        take_over(module)
+        route_products(module)
     x = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True)
     module(x).square().sum().backward()
     return [module(x), x.grad, *(p.grad for p in module.parameters())]
@@ -39,9 +39,9 @@ def test_values_and_gradients_are_torchs(kind, dtype):
 
 def edge_cases():
     module = nn.Linear(8, 6)
-    take_over(module)
+    route_products(module)
     frozen = nn.Linear(8, 6).requires_grad_(False)
-    take_over(frozen)
+    route_products(frozen)
     x = torch.randn(4, 8, requires_grad=True)
     frozen(x).sum().backward()
     left, right = torch.randn(5, 7).t(), torch.randn(9, 5).t()  # strided

@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from recipes.common.engine.trainer import NONFINITE
 from recipes.common.monitor.nonfinite import ACTIVATION, GRADIENT, LOSS, UNREPEATED, WEIGHT, find_nonfinite
-from recipes.common.monitor.parameter_stats import Probe
+from recipes.common.monitor.parameter_stats import ParameterStats
 from recipes.common.recipe import AdamW, Layout
 from tests.common.engine.test_fp16 import allow_fp16, fp16_config
 from tests.support.tiny import VOCAB, ds_config, tiny_config
@@ -23,7 +23,7 @@ ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)
 
 
 def trial_of(pipeline, tensor, data, config="zero1_fp32.json", **fields):
-    cut = {name: fields.pop(name) for name in ("recompute_every", "schedule") if name in fields}
+    cut = {name: fields.pop(name) for name in ("recompute", "pipeline_schedule") if name in fields}
     layout = Layout(pipeline=pipeline, tensor=tensor, **cut)
     trial = Trial(
         model=tiny_config("llama"),
@@ -78,7 +78,7 @@ def run_planted(trial, where, data_rank):
     if "fp16" in trial.deepspeed:
         allow_fp16()
     trainer = build_trainer(trial)
-    probe = Probe(trainer, trial.optimizer.clip)
+    probe = ParameterStats(trainer, trial.optimizer.clip)
     plant = Plant(trainer, trial, once=where == "once")
     grid, stage = trainer.grid, trainer.stage
     victim = stage.causal.model.layers[2].mlp.up_proj if 2 in stage.own else None
@@ -119,7 +119,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("pipeline", "tensor", "data", "config"), LAYOUTS)
 def test_the_first_activation_is_named_and_the_step_is_as_if_it_had_not_been(pipeline, tensor, data, config):
-    trial = trial_of(pipeline, tensor, data, config, recompute_every=1)
+    trial = trial_of(pipeline, tensor, data, config, recompute="full")
     ranks = run_ranks(run_planted, trial.world_size, trial, "output", 1)
     for steps in ranks:
         assert [reason for reason, *_ in steps] == [None, NONFINITE, None]
@@ -175,7 +175,7 @@ def test_what_was_first(pipeline, where, kind, name, value):
 
 
 def test_weight_gradients_that_a_schedule_puts_off_are_seen_too():
-    trial = trial_of(2, 1, 2, schedule="zero_bubble")
+    trial = trial_of(2, 1, 2, pipeline_schedule="zero_bubble")
     for steps in run_ranks(run_planted, trial.world_size, trial, "gradient", 1):
         found = steps[1][1]
         assert (found.kind, found.name) == (GRADIENT, "model.layers.2.mlp.up_proj.weight")

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from recipes.common.engine import zero_state
 from recipes.common.monitor.layer_stats import largest_logit
-from recipes.common.monitor.parameter_stats import STATS, Probe
+from recipes.common.monitor.parameter_stats import STATS, ParameterStats
 from recipes.common.recipe import SGD, AdamW, Layout
 from tests.common.engine.test_fp16 import allow_fp16, fp16_config
 from tests.support.tiny import ds_config, tiny_config
@@ -24,7 +24,7 @@ LAYERS = ("activation_rms", "max_attention_logit", "router_load_max")
 
 
 def trial_of(config, pipeline, tensor, data, **fields) -> Trial:
-    cut = {name: fields.pop(name) for name in ("recompute_every", "schedule", "sequence_parallel") if name in fields}
+    cut = {name: fields.pop(name) for name in ("recompute", "pipeline_schedule", "sequence_parallel") if name in fields}
     layout = Layout(pipeline=pipeline, tensor=tensor, **cut)
     defaults = {"optimizer": ADAMW, "deepspeed": ds_config("zero1_fp32.json"), "steps": 2, "micro_seqs": 2}
     return Trial(model=config, layout=layout, world_size=pipeline * tensor * data, **(defaults | fields))
@@ -33,7 +33,7 @@ def trial_of(config, pipeline, tensor, data, **fields) -> Trial:
 def watch_in_layout(trial: Trial) -> list[dict]:
     """Each step: the statistics by parameter, by layer, and those of the whole model."""
     trainer = build_trainer(trial)
-    probe = Probe(trainer, trial.optimizer.clip)
+    probe = ParameterStats(trainer, trial.optimizer.clip)
     steps = []
     for micro in rank_batches(trial, trainer):
         probe.begin(parameters=True, layers=True)
@@ -146,7 +146,9 @@ def test_every_layout(pipeline, tensor, data):
     assert_equal(trial_of(tiny_config("llama"), pipeline, tensor, data))
 
 
-@pytest.mark.parametrize("option", [{"sequence_parallel": True}, {"schedule": "zero_bubble"}, {"schedule": "zero_bubble_v"}])
+@pytest.mark.parametrize(
+    "option", [{"sequence_parallel": True}, {"pipeline_schedule": "zero_bubble"}, {"pipeline_schedule": "zero_bubble_v"}]
+)
 def test_other_ways_to_run_a_layout(option):
     assert_equal(trial_of(tiny_config("llama"), 2, 2, 1, **option))
 
@@ -172,7 +174,7 @@ def test_tied_embeddings(pipeline, tensor, data):
 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_zero_stages(zero):
-    assert_equal(trial_of(tiny_config("llama"), 1, 2, 2, deepspeed=ds_config(f"zero{zero}_fp32.json"), recompute_every=1))
+    assert_equal(trial_of(tiny_config("llama"), 1, 2, 2, deepspeed=ds_config(f"zero{zero}_fp32.json"), recompute="full"))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -191,7 +193,7 @@ def watch_and_snapshot(trial: Trial) -> dict:
     if "fp16" in trial.deepspeed:
         allow_fp16()
     trainer = build_trainer(trial)
-    probe = Probe(trainer, trial.optimizer.clip)
+    probe = ParameterStats(trainer, trial.optimizer.clip)
     for micro in rank_batches(trial, trainer):
         before = owned(trainer)
         probe.begin(parameters=True, layers=False)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from recipes.common.engine.startup import start_distributed
-from recipes.common.model.sharding import Cut
+from recipes.common.model.sharding import ShardSpec
 from recipes.common.parallel.cross_entropy import IGNORED, vocabulary_loss
 from tools.common.forked_ranks import run_ranks
 
@@ -31,7 +31,7 @@ def _compare(vocab, ignored):
     weight, bias = torch.randn(vocab, WIDTH, generator=generator), torch.randn(vocab, generator=generator)
     targets = torch.randint(0, vocab, (SEQS, SEQ_LEN), generator=generator)
     targets[0, :ignored] = IGNORED
-    cut = Cut(0)
+    cut = ShardSpec(0)
     return {case: _differences(case, hidden, weight, bias, targets, cut, rank, size, group) for case in CASES}
 
 

@@ -55,7 +55,7 @@ def test_groups_are_deepspeeds(pipeline, tensor, data):
 
 def test_a_folded_pipeline_ends_where_it_begins():
     """One rank has embedding and head; what goes to later ranks and what goes to earlier ones have groups of their own."""
-    layout = Layout(pipeline=3, schedule="zero_bubble_v")
+    layout = Layout(pipeline=3, pipeline_schedule="zero_bubble_v")
     for rank in range(3):
         place = coordinates(rank, 3, layout)
         assert (place.is_first_stage, place.is_last_stage) == (rank == 0, rank == 0)

@@ -24,7 +24,7 @@ SHARED = Layout(tensor=2, sequence_parallel=True)
 
 def shared_trial(config, pipeline, tensor, data, *, schedule="1f1b", **fields):
     trial = trial_of(config, pipeline, tensor, data, **fields)
-    return replace(trial, layout=replace(trial.layout, sequence_parallel=True, schedule=schedule))
+    return replace(trial, layout=replace(trial.layout, sequence_parallel=True, pipeline_schedule=schedule))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2", "gpt2", "phi3"])
@@ -34,7 +34,7 @@ def test_gradients_of_every_family(family):
 
 def test_adamw_with_data_ranks_ties_recomputation_and_a_zero_bubble():
     config = tiny_config("llama", tie_word_embeddings=True)
-    assert_equal(shared_trial(config, 2, 2, 2, recompute_every=3, schedule="zero_bubble"))
+    assert_equal(shared_trial(config, 2, 2, 2, recompute="full", recompute_every=3, schedule="zero_bubble"))
 
 
 def test_fewer_key_value_heads_than_tensor_ranks():

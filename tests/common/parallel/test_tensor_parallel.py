@@ -12,9 +12,9 @@ from torch import nn
 from recipes.common.engine.startup import start_distributed
 from recipes.common.model.decoder import PlanError, find_stack
 from recipes.common.model.initial_weights import build_empty
-from recipes.common.model.sharding import Cut
+from recipes.common.model.sharding import ShardSpec
 from recipes.common.parallel.grid import build_grid
-from recipes.common.parallel.tensor_parallel import plan_split, split_embedding
+from recipes.common.parallel.tensor_parallel import plan_tensor_parallel, split_embedding
 from recipes.common.recipe import Layout
 from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks
@@ -27,7 +27,7 @@ SIZES = (1, 2, 3, 4, 8)
 @pytest.mark.parametrize(("length", "packs"), LENGTHS)
 @pytest.mark.parametrize("size", SIZES)
 def test_pieces_cover_every_element_once(length, packs, size):
-    cut, seen = Cut(0, packs), []
+    cut, seen = ShardSpec(0, packs), []
     for rank in range(size):
         pieces = cut.pieces(length, rank, size)
         local = [place for here, _, count in pieces for place in range(here, here + count)]
@@ -47,7 +47,7 @@ def _round_trips():
     for (length, packs), size, dim in itertools.product(LENGTHS, SIZES, (0, 1, 2)):
         shape = [2, 3, 4]
         shape[dim] = length
-        whole, cut = torch.randn(shape), Cut(dim, packs)
+        whole, cut = torch.randn(shape), ShardSpec(dim, packs)
         shards, back = [cut.take(whole, rank, size) for rank in range(size)], torch.full(shape, float("nan"))
         for rank, shard in enumerate(shards):
             kept = torch.zeros_like(shard)
@@ -67,28 +67,28 @@ def _round_trips():
 
 CUTS = {
     "llama": {
-        "model.embed_tokens.weight": Cut(0),
-        "lm_head.weight": Cut(0),
-        "model.layers.3.self_attn.q_proj.weight": Cut(0),
-        "model.layers.3.self_attn.k_proj.weight": Cut(0),
-        "model.layers.3.self_attn.o_proj.weight": Cut(1),
-        "model.layers.3.mlp.down_proj.weight": Cut(1),
+        "model.embed_tokens.weight": ShardSpec(0),
+        "lm_head.weight": ShardSpec(0),
+        "model.layers.3.self_attn.q_proj.weight": ShardSpec(0),
+        "model.layers.3.self_attn.k_proj.weight": ShardSpec(0),
+        "model.layers.3.self_attn.o_proj.weight": ShardSpec(1),
+        "model.layers.3.mlp.down_proj.weight": ShardSpec(1),
         "model.layers.3.input_layernorm.weight": None,
         "model.norm.weight": None,
     },
     "gpt2": {  # Conv1D is [in, out]; c_attn holds q, k and v one after another
-        "transformer.wte.weight": Cut(0),
+        "transformer.wte.weight": ShardSpec(0),
         "transformer.wpe.weight": None,
-        "transformer.h.0.attn.c_attn.weight": Cut(1, 3),
-        "transformer.h.0.attn.c_attn.bias": Cut(0, 3),
-        "transformer.h.0.attn.c_proj.weight": Cut(0),
+        "transformer.h.0.attn.c_attn.weight": ShardSpec(1, 3),
+        "transformer.h.0.attn.c_attn.bias": ShardSpec(0, 3),
+        "transformer.h.0.attn.c_proj.weight": ShardSpec(0),
         "transformer.h.0.attn.c_proj.bias": None,
-        "transformer.h.0.mlp.c_fc.bias": Cut(0),
+        "transformer.h.0.mlp.c_fc.bias": ShardSpec(0),
     },
-    "phi3": {"model.layers.0.mlp.gate_up_proj.weight": Cut(0), "model.layers.0.self_attn.o_proj.weight": Cut(1)},
+    "phi3": {"model.layers.0.mlp.gate_up_proj.weight": ShardSpec(0), "model.layers.0.self_attn.o_proj.weight": ShardSpec(1)},
     "mixtral": {  # expert banks are [experts, out, in]; gate and up lie one after another
-        "model.layers.0.mlp.experts.gate_up_proj": Cut(1, 2),
-        "model.layers.0.mlp.experts.down_proj": Cut(2),
+        "model.layers.0.mlp.experts.gate_up_proj": ShardSpec(1, 2),
+        "model.layers.0.mlp.experts.down_proj": ShardSpec(2),
         "model.layers.0.mlp.gate.weight": None,
     },
 }
@@ -106,7 +106,7 @@ def test_what_a_plan_cuts(family):
 
 def _cuts(config, size):
     causal = build_empty(config, "eager")
-    return plan_split(causal, find_stack(causal), size).cuts, [name for name, _ in causal.named_parameters()]
+    return plan_tensor_parallel(causal, find_stack(causal), size).cuts, [name for name, _ in causal.named_parameters()]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_ranks_that_share_a_key_value_head(kv_heads, size, share):
 
 def _kv_share(config, size):
     causal = build_empty(config, "eager")
-    return plan_split(causal, find_stack(causal), size).kv_share
+    return plan_tensor_parallel(causal, find_stack(causal), size).kv_share
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -167,9 +167,9 @@ def _embedding(padding):
     ids[0, :2] = torch.tensor([0, 130])
     scale, plain = torch.randn(4, 9, 8), weight.clone().requires_grad_()
     module = nn.Embedding(131, 8, padding_idx=padding)
-    module.weight = nn.Parameter(Cut(0).take(weight, rank, size))
+    module.weight = nn.Parameter(ShardSpec(0).take(weight, rank, size))
     split_embedding(module, grid)
     found, wanted = module(ids), F.embedding(ids, plain, padding_idx=padding)
     (found * scale).sum().backward()
     (wanted * scale).sum().backward()
-    return [found.equal(wanted), module.weight.grad.allclose(Cut(0).take(plain.grad, rank, size))]
+    return [found.equal(wanted), module.weight.grad.allclose(ShardSpec(0).take(plain.grad, rank, size))]

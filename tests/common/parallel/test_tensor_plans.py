@@ -8,16 +8,19 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from recipes.common.model import decoder as plans
+from recipes.common.model import decoder
 from recipes.common.model.decoder import PlanError, find_stack
 from recipes.common.model.initial_weights import build_empty
-from recipes.common.parallel.tensor_parallel import plan_split
+from recipes.common.parallel import tensor_plans
+from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from recipes.common.parallel.tensor_plans import tensor_plan
 from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks
 
-OURS = sorted({*plans.BUILT_IN_TENSOR, *plans.ADDED_TENSOR})
-NAMED = sorted({*OURS, *plans.REFUSED_TENSOR, *plans.BUILT_IN_DIVIDE, *plans.BUILT_IN_STACK, *plans.TUPLE_LAYERS})
+OURS = sorted({*tensor_plans.BUILT_IN_TENSOR, *tensor_plans.ADDED_TENSOR})
+NAMED = sorted(
+    {*OURS, *tensor_plans.REFUSED_TENSOR, *tensor_plans.BUILT_IN_DIVIDE, *decoder.BUILT_IN_STACK, *decoder.TUPLE_LAYERS}
+)
 
 
 def config_of(family):
@@ -29,9 +32,9 @@ def config_of(family):
 
 
 def _plan(family, changes):
-    """(the plan or the refusal, names of modules and parameters). changes: {table of plans.py: entry of this family}."""
+    """(the plan or the refusal, names of modules and parameters). changes: {table of tensor_plans.py: entry of this family}."""
     for table, entry in changes.items():
-        getattr(plans, table)[family] = entry
+        getattr(tensor_plans, table)[family] = entry
     causal = build_empty(config_of(family), "eager")
     names = {name for name, _ in causal.named_modules()} | {name for name, _ in causal.named_parameters()}
     try:
@@ -54,49 +57,49 @@ def test_every_entry_of_ours_matches(family):
     plan, names = plan_of(family)
     assert isinstance(plan, dict), plan
     assert set(plan) <= names
-    for pattern, style in (plans.BUILT_IN_TENSOR.get(family) or plans.ADDED_TENSOR[family]).items():
+    for pattern, style in (tensor_plans.BUILT_IN_TENSOR.get(family) or tensor_plans.ADDED_TENSOR[family]).items():
         rule = re.compile(r"\w+\." + re.escape(pattern).replace(r"\*", r"\d+"))
         matched = [name for name in plan if rule.fullmatch(name)]
         assert len(matched) == config_of(family).num_hidden_layers, pattern
         assert {plan[name] for name in matched} == {style}
 
 
-@pytest.mark.parametrize("family", sorted(plans.BUILT_IN_TENSOR))
+@pytest.mark.parametrize("family", sorted(tensor_plans.BUILT_IN_TENSOR))
 def test_a_plan_of_ours_is_for_a_family_that_transformers_gives_none(family):
     assert not getattr(type(AutoConfig.for_model(family)), "base_model_tp_plan", None)
 
 
-@pytest.mark.parametrize("family", sorted(plans.BUILT_IN_DIVIDE))
+@pytest.mark.parametrize("family", sorted(tensor_plans.BUILT_IN_DIVIDE))
 def test_divided_attributes_exist(family):
     assert run_ranks(_divided, 1, family) == [True]
 
 
 def _divided(family):
     causal = build_empty(config_of(family), "eager")
-    found = plans.divided_attributes(causal, find_stack(causal))
+    found = tensor_plans.divided_attributes(causal, find_stack(causal))
     modules = dict(causal.named_modules())
     whole = all(isinstance(getattr(modules[name], attribute), int) for name, names in found.items() for attribute in names)
-    return whole and len(found) == causal.config.num_hidden_layers * len(plans.BUILT_IN_DIVIDE[family])
+    return whole and len(found) == causal.config.num_hidden_layers * len(tensor_plans.BUILT_IN_DIVIDE[family])
 
 
-@pytest.mark.parametrize("family", sorted(plans.REFUSED_TENSOR))
+@pytest.mark.parametrize("family", sorted(tensor_plans.REFUSED_TENSOR))
 def test_a_refused_family_says_why(family):
     refusal, _ = plan_of(family)
-    assert refusal == f"model_type={family} cannot be cut by tensors: {plans.REFUSED_TENSOR[family]}"
+    assert refusal == f"model_type={family} cannot be cut by tensors: {tensor_plans.REFUSED_TENSOR[family]}"
 
 
 @pytest.mark.parametrize("family", ["gptj", "opt", "bloom"])
 def test_a_family_without_a_plan_is_refused_at_tensor_over_one(family):
     alone, cut = run_ranks(_splits, 1, family)[0]
     assert alone == "accepted"
-    assert cut == f"model_type={family} has no tensor plan, in transformers or in recipes/common/model/decoder.py"
+    assert cut == f"model_type={family} has no tensor plan, in transformers or in recipes/common/parallel/tensor_plans.py"
 
 
 def _splits(family):
     causal, told = build_empty(config_of(family), "eager"), []
     for size in (1, 2):
         try:
-            plan_split(causal, find_stack(causal), size)
+            plan_tensor_parallel(causal, find_stack(causal), size)
             told.append("accepted")
         except PlanError as error:
             told.append(str(error))

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from recipes.common.model.linears import WeightQueue, postpone, take_over
-from recipes.common.recipe import SCHEDULES, AdamW, Batch, Evaluation, Layout
+from recipes.common.model.linears import WeightGradStore, defer_weight_gradients, route_products
+from recipes.common.recipe import PIPELINE_SCHEDULES, AdamW, Batch, Evaluation, Layout
 from recipes.common.run_dir.metrics import read_metrics
 from tests.common.engine.test_fp16 import allow_fp16, fp16_config
 from tests.support.small_runs import train_run
@@ -20,11 +20,11 @@ ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)
 FILLED = ("zero_bubble", "zero_bubble_v")
 
 
-def trial_of(pipeline, tensor=1, data=1, *, family="llama", precision="fp32", recompute_every=0, tied=False, **fields):
+def trial_of(pipeline, tensor=1, data=1, *, family="llama", precision="fp32", recompute="none", tied=False, **fields):
     config = fp16_config(initial_scale_power=12) if precision == "fp16" else ds_config(f"zero1_{precision}.json")
     return Trial(
         model=tiny_config(family, num_hidden_layers=8, tie_word_embeddings=tied),
-        layout=Layout(pipeline=pipeline, tensor=tensor, recompute_every=recompute_every),
+        layout=Layout(pipeline=pipeline, tensor=tensor, recompute=recompute),
         world_size=pipeline * tensor * data,
         optimizer=ADAMW,
         deepspeed=config,
@@ -48,7 +48,7 @@ def assert_same_bits(trial, schedules=FILLED):
     plain = run_ranks(train, trial.world_size, trial)
     wanted = weights_of(plain)
     for schedule in schedules:
-        filled = run_ranks(train, trial.world_size, replace(trial, layout=replace(trial.layout, schedule=schedule)))
+        filled = run_ranks(train, trial.world_size, replace(trial, layout=replace(trial.layout, pipeline_schedule=schedule)))
         found = weights_of(filled)
         assert found.keys() == wanted.keys()
         assert [key for key, shard in wanted.items() if not shard.equal(found[key])] == []
@@ -64,13 +64,13 @@ def test_same_bits_at_every_depth(pipeline, precision):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_same_bits_with_tensor_and_data_ranks_ties_and_recomputation(precision):
-    assert_same_bits(trial_of(2, 2, 2, precision=precision, tied=True, recompute_every=1))
+    assert_same_bits(trial_of(2, 2, 2, precision=precision, tied=True, recompute="full"))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "mixtral", "phi3"])
 def test_same_bits_in_other_families(family):
     """Transposed weights with biases, per-head norms whose gradients are summed over tensor ranks, experts, packed linears."""
-    assert_same_bits(trial_of(2, 2, family=family, global_seqs=4, recompute_every=3))
+    assert_same_bits(trial_of(2, 2, family=family, global_seqs=4, recompute="selective"))
 
 
 def test_same_bits_with_fewer_micro_batches_than_stages():
@@ -92,21 +92,21 @@ def gradients_of_a_linear_used_twice():
     first, second, frozen = nn.Linear(5, 5), Conv1D(5, 5), nn.Linear(5, 5)
     frozen.weight.requires_grad_(False)
     block = nn.ModuleList([first, second, frozen])
-    queue = WeightQueue()
+    queue = WeightGradStore()
 
     def gradients():
         x = torch.arange(30.0).view(2, 3, 5).requires_grad_()
         queue.begin()
         first(frozen(second(first(x)))).square().sum().backward()
         waiting = [first.weight.grad is None, second.weight.grad is None]
-        queue.make_up()
+        queue.compute_oldest()
         grads = [x.grad, *(p.grad for p in block.parameters() if p.requires_grad)]
         block.zero_grad()
         return grads, waiting
 
-    take_over(block)
+    route_products(block)
     plain, _ = gradients()
-    postpone(block, queue)
+    defer_weight_gradients(block, queue)
     late, waiting = gradients()
     return waiting, len(queue), [a.equal(b) for a, b in zip(plain, late, strict=True)]
 
@@ -122,7 +122,7 @@ def test_a_run_with_a_ramp_evaluation_and_a_resume_is_the_same(tmp_path, schedul
     batch = Batch(seq_len=16, micro_seqs=1, global_seqs=6, ramp=((4, 2), (8, 4)))
     recipe = tiny_recipe(tmp_path / "data", steps=4, batch=batch, evaluation=Evaluation(every_steps=2, seqs=5))
     layout = Layout(pipeline=2)
-    filled = replace(layout, schedule=schedule)
+    filled = replace(layout, pipeline_schedule=schedule)
     train_run(recipe, tmp_path / "plain", layout, 2, steps=4)
     train_run(recipe, tmp_path / "filled", filled, 2, steps=2)
     train_run(recipe, tmp_path / "filled", filled, 2, resume=True, steps=4)
@@ -150,8 +150,8 @@ def evaluate(trial):
 @pytest.mark.parametrize("pipeline", [2, 3])
 def test_evaluation_before_and_after_a_step_is_1f1bs(pipeline):
     found = [
-        run_ranks(evaluate, pipeline, replace(trial_of(pipeline), layout=Layout(pipeline=pipeline, schedule=schedule)))
-        for schedule in SCHEDULES
+        run_ranks(evaluate, pipeline, replace(trial_of(pipeline), layout=Layout(pipeline=pipeline, pipeline_schedule=schedule)))
+        for schedule in PIPELINE_SCHEDULES
     ]
     assert found[0] == found[1] == found[2]
     assert len(set(found[0])) == 1 and found[0][0][0] != found[0][0][1]
@@ -159,6 +159,6 @@ def test_evaluation_before_and_after_a_step_is_1f1bs(pipeline):
 
 def test_sequences_shared_by_tensor_ranks_with_a_fold():
     """Placeholders of the other chunk hand on the shape of whole sequences."""
-    trial = trial_of(2, 2, global_seqs=4, recompute_every=3)
+    trial = trial_of(2, 2, global_seqs=4, recompute="selective")
     trial = replace(trial, layout=replace(trial.layout, sequence_parallel=True))
     assert_same_bits(trial)

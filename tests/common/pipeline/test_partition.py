@@ -95,5 +95,5 @@ def test_a_stated_cut_is_taken():
 def test_a_pass_costs_what_it_computes():
     """The head's gradients come with the loss; scores have no weights; what is recomputed runs again for the input's gradient."""
     chunks = [range(0, 2), range(2, 3)]
-    found = pass_costs([10.0] * 3, 1.0, 5.0, chunks, recompute_every=2)
+    found = pass_costs([10.0] * 3, 1.0, 5.0, chunks, recomputed=range(0, 3, 2))
     assert found == (Costs(20.0, 20.0 + 2.0 + 10.0, 18.0), Costs(10.0 + 15.0, 10.0 + 1.0 + 10.0, 9.0))

@@ -18,11 +18,11 @@ from recipes.common.pipeline.schedules import (
     plan_passes,
     sent_messages,
 )
-from recipes.common.recipe import SCHEDULES
+from recipes.common.recipe import PIPELINE_SCHEDULES
 
-ONE_PASS, ZERO_BUBBLE, FOLDED = SCHEDULES
+ONE_PASS, ZERO_BUBBLE, FOLDED = PIPELINE_SCHEDULES
 DEPTHS = [(2, 1), (2, 4), (3, 2), (3, 6), (4, 3), (4, 4), (4, 9), (8, 16)]  # stages, micro batches
-EACH = [(schedule, *depth) for schedule in SCHEDULES for depth in DEPTHS]
+EACH = [(schedule, *depth) for schedule in PIPELINE_SCHEDULES for depth in DEPTHS]
 UNEVEN = (1.0, 1.25, 0.75)
 
 

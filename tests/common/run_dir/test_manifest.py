@@ -48,8 +48,8 @@ def start(folder: Path, recipe: Recipe, resumed_step: int | None = None) -> dict
 def test_the_run_files(tmp_path: Path) -> None:
     manifest = start(tmp_path / "new" / "run", make_recipe())
     folder = tmp_path / "new" / "run"
-    assert sorted(path.name for path in folder.iterdir()) == ["deepspeed.json", "manifest.json", "recipe.json"]
-    assert json.loads((folder / "manifest.json").read_text()) == manifest
+    assert sorted(path.name for path in folder.iterdir()) == ["deepspeed.json", "run.json", "recipe.json"]
+    assert json.loads((folder / "run.json").read_text()) == manifest
     (first,) = manifest["starts"]
     assert (first["world_size"], first["hosts"], first["layout"]["pipeline"]) == (8, ["a", "b"], 2)
     assert first["resumed_step"] is None

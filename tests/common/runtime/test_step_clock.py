@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recipes.common.config.placement import coordinates
-from recipes.common.monitor.phases import Pulse
+from recipes.common.monitor.phases import Phases
 from recipes.common.recipe import AdamW, Layout
 from recipes.common.run_dir.timing_files import FIRST_TALKS, THIN_AFTER, THIN_STEPS, TimingWriter, read_timing, read_trace
 from recipes.common.runtime.step_clock import (
@@ -25,8 +25,8 @@ from recipes.common.runtime.step_clock import (
     WARM_UP,
     WEIGHTS,
     Clock,
+    CommKey,
     StepTimes,
-    Talk,
     account,
 )
 from tests.support.tiny import ds_config, tiny_config
@@ -49,7 +49,7 @@ def test_each_moment_goes_to_the_innermost_span():
     assert parts == dict.fromkeys(PARTS, 0) | {
         DATA: 5, WARM_UP: 4, FORWARD: 7, TENSOR: 2, PIPELINE: 3, BACKWARD: 4, RECOMPUTE: 4, COOL_DOWN: 5, HOST: 8, OTHER: 8,
     }  # fmt: skip
-    assert talks == {Talk("pipeline", "recv", 100, 2, 1): [3, 12, 3]}
+    assert talks == {CommKey("pipeline", "recv", 100, 2, 1): [3, 12, 3]}
 
 
 class FakeEvent:
@@ -105,7 +105,7 @@ def test_an_exception_closes_its_spans():
 def test_long_runs_write_a_row_for_ten_steps_and_a_cut_line_is_not_read(tmp_path):
     writer = TimingWriter(tmp_path, 0, {"world": 1})
     steps = THIN_AFTER + 5 * THIN_STEPS
-    talk = Talk("data", "all_reduce", 8, 2, -1)
+    talk = CommKey("data", "all_reduce", 8, 2, -1)
     for step in range(1, steps + 1):
         parts = dict.fromkeys(PARTS, 0) | {FORWARD: 2000, BACKWARD: 1000 * step}
         writer.step(StepTimes(step, 0, 4, parts, {talk: [3, 3000, 500 + step]}, []))
@@ -137,8 +137,8 @@ def test_a_later_start_is_the_one_that_is_read(tmp_path):
 
 
 LAYOUTS = {
-    "tensor": (Layout(tensor=2, recompute_every=1), 2),
-    "zero bubble": (Layout(pipeline=2, schedule="zero_bubble"), 2),
+    "tensor": (Layout(tensor=2, recompute="full"), 2),
+    "zero bubble": (Layout(pipeline=2, pipeline_schedule="zero_bubble"), 2),
     "pipeline x tensor": (Layout(tensor=2, pipeline=2), 4),
     "data": (Layout(), 2),
 }
@@ -170,22 +170,22 @@ def _twice(layout, world, out):
         seq_len=SEQ,
         global_seqs=MICRO * world // (layout.tensor * layout.pipeline),
     )
-    weights, seconds, pulse = [], [], None
+    weights, seconds, phases = [], [], None
     for timed in (False, True):
         trainer = build_trainer(trial)
         if timed:
-            pulse = Pulse(Path(out), dist.get_rank(), range(3, 4))
-            pulse.start(trainer)
+            phases = Phases(Path(out), dist.get_rank(), range(3, 4))
+            phases.start(trainer)
         for step, micro_batches in enumerate(rank_batches(trial, trainer), start=1):
             if timed:
-                pulse.beat(step, "data")
-                pulse.beat(step, "step")
+                phases.enter(step, "data")
+                phases.enter(step, "step")
             began = time.perf_counter()
             trainer.train_step(micro_batches, 1e-3, trial.global_seqs * SEQ)
             seconds.append(time.perf_counter() - began)
         weights.append({name: shard.clone() for name, shard in trainer.hf_shards().items()})
-    pulse.beat(STEPS, "log")
-    pulse.beat(STEPS, "end")
+    phases.enter(STEPS, "log")
+    phases.enter(STEPS, "end")
     same = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     return same, seconds[STEPS:]
 

@@ -48,7 +48,7 @@ def test_ls(run, tmp_path):
     (tmp_path / "checkpoints" / ".step_00000006.saving").mkdir()
     (tmp_path / "checkpoints" / "step_00000002" / "rank_00000.safetensors").write_bytes(b"")
     shutil.copytree(run / "checkpoints" / "latest", tmp_path / "checkpoints" / "step_00000003")
-    (tmp_path / "checkpoints" / "step_00000003" / "manifest.json").unlink()
+    (tmp_path / "checkpoints" / "step_00000003" / "checksums.json").unlink()
     done = call("checkpoint", "ls", tmp_path, "--json")
     assert done.code == 0, done.err
     found = {entry["name"]: (entry["state"], entry["latest"], entry["step"]) for entry in done.json["checkpoints"]}

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from recipes.common.checkpoint.files import damage
-from recipes.common.checkpoint.position import Position
+from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.checkpoint.saver import Saver
 from recipes.common.config.ds_config import merge_ds_config
@@ -58,7 +58,7 @@ def _both(recipe: Recipe, out: Path, layout: Layout, world: int) -> None:
         trainer.train_step(batch, 1e-3, seqs * recipe.batch.seq_len)
     trainer.engine.save_checkpoint(str(out / "theirs"), tag="global_step2")
     saver = Saver(out / "ours", trainer, recipe, None)
-    saver.save(Position(step=2, consumed_seqs=2 * seqs))
+    saver.save(RunPosition(step=2, consumed_seqs=2 * seqs))
     saver.finish()
 
 
@@ -87,7 +87,7 @@ def assert_equal(ours: Path, converted: Path) -> None:
 def test_equals_our_own_checkpoint_bit_for_bit(data, tmp_path, name):
     saved(data, tmp_path, name)
     ours = tmp_path / "ours" / "checkpoints" / "latest"
-    done = call("from_deepspeed", tmp_path / "theirs", tmp_path / "run", "--model", ours / "model", "--json")
+    done = call("checkpoint", "from-deepspeed", tmp_path / "theirs", tmp_path / "run", "--model", ours / "model", "--json")
     assert done.code == 0, done.err
     assert_equal(ours, tmp_path / "run" / "checkpoints" / "latest")
     layout, world, *_ = CASES[name]
@@ -99,7 +99,12 @@ def test_equals_our_own_checkpoint_bit_for_bit(data, tmp_path, name):
 def test_training_goes_on_from_it_as_from_ours(data, tmp_path):
     recipe = saved(data, tmp_path, "pipeline 2, tensor 2, data 2")
     ours = tmp_path / "ours" / "checkpoints" / "latest"
-    assert call("from_deepspeed", tmp_path / "theirs" / "global_step2", tmp_path / "run", "--model", ours / "model").code == 0
+    assert (
+        call(
+            "checkpoint", "from-deepspeed", tmp_path / "theirs" / "global_step2", tmp_path / "run", "--model", ours / "model"
+        ).code
+        == 0
+    )
     losses = []
     for out in (tmp_path / "ours", tmp_path / "run"):
         train_run(recipe, out, Layout(tensor=2), 4, resume=True, steps=4)
@@ -145,7 +150,9 @@ def _to_universal(module, source: Path, target: Path) -> None:
 def test_a_plain_hugging_face_model_and_its_universal_checkpoint(tmp_path):
     expected = run_ranks(_plain_hf, 2, tmp_path)[0]
     for kind in ("plain", "universal"):
-        done = call("from_deepspeed", tmp_path / kind, tmp_path / f"run_{kind}", "--model", tmp_path / "hf", "--json")
+        done = call(
+            "checkpoint", "from-deepspeed", tmp_path / kind, tmp_path / f"run_{kind}", "--model", tmp_path / "hf", "--json"
+        )
         assert done.code == 0, done.err
         reader = Reader(tmp_path / f"run_{kind}" / "checkpoints" / "latest")
         assert set(reader.names("master")) == set(expected) and reader.state["optimizer_steps"] == 2
@@ -161,8 +168,8 @@ def test_padded_vocabularies_of_universal_checkpoints_lose_their_padding(tmp_pat
     run_ranks(_plain_hf, 2, tmp_path)
     folder = tmp_path / "universal" / "global_step2_universal" / "zero" / "lm_head.weight"
     run_ranks(_pad, 1, folder)
-    assert call("from_deepspeed", tmp_path / "universal", tmp_path / "run", "--model", tmp_path / "hf").code == 0
-    assert call("from_deepspeed", tmp_path / "plain", tmp_path / "run2", "--model", tmp_path / "hf").code == 0
+    assert call("checkpoint", "from-deepspeed", tmp_path / "universal", tmp_path / "run", "--model", tmp_path / "hf").code == 0
+    assert call("checkpoint", "from-deepspeed", tmp_path / "plain", tmp_path / "run2", "--model", tmp_path / "hf").code == 0
     assert_equal(tmp_path / "run2" / "checkpoints" / "latest", tmp_path / "run" / "checkpoints" / "latest")
 
 
@@ -202,11 +209,11 @@ def test_nothing_of_a_pickle_runs(data, tmp_path):
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
         shutil.copytree(source, tmp_path / "bad")
         run_ranks(_save_evil, 1, tmp_path / "bad" / name, tmp_path / "ran")
-        done = call("from_deepspeed", tmp_path / "bad", tmp_path / "run", "--model", ours / "model")
+        done = call("checkpoint", "from-deepspeed", tmp_path / "bad", tmp_path / "run", "--model", ours / "model")
         assert done.code == 2 and name in done.err and "not loaded" in done.err and "mkdir" in done.err, done
         assert not (tmp_path / "ran").exists() and not (tmp_path / "run").exists()
     (tmp_path / "bad" / "mp_rank_00_model_states.pt").write_bytes(pickle.dumps(_Evil(tmp_path / "ran")))
-    assert call("from_deepspeed", tmp_path / "bad", tmp_path / "run", "--model", ours / "model").code == 2
+    assert call("checkpoint", "from-deepspeed", tmp_path / "bad", tmp_path / "run", "--model", ours / "model").code == 2
     assert not (tmp_path / "ran").exists()
     values = run_ranks(_scaler, 1, tmp_path / "scaler.pt")[0]
     assert values["cur_scale"] == 2.0**16 and values["dynamic"] is True
@@ -217,7 +224,7 @@ def test_what_is_not_known_is_refused_with_what_was_found(data, tmp_path):
     source, model = tmp_path / "theirs" / "global_step2", tmp_path / "ours" / "checkpoints" / "latest" / "model"
 
     def refused(*arguments: object) -> str:
-        done = call("from_deepspeed", *arguments)
+        done = call("checkpoint", "from-deepspeed", *arguments)
         assert done.code == 2 and not done.out and not (tmp_path / "run").exists(), done
         return done.err
 

@@ -81,7 +81,7 @@ def check(checkpoint: Path, expected: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_every_kind_of_folder(tmp_path, name):
     expected = make(name, tmp_path / "hf", max_shard_size="40KB" if name != "llama" else "5GB")
-    done = call("from_hf", tmp_path / "hf", tmp_path / "run", "--json")
+    done = call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run", "--json")
     assert done.code == 0, done.err
     checkpoint = tmp_path / "run" / "checkpoints" / "latest"
     check(checkpoint, expected)
@@ -90,7 +90,7 @@ def test_every_kind_of_folder(tmp_path, name):
     assert done.json["num_params"] == sum(
         np.prod(Reader(checkpoint).shape(n), dtype=int) for n in Reader(checkpoint).names("master")
     )
-    back = call("to_hf", checkpoint, tmp_path / "back", "--json")
+    back = call("checkpoint", "to-hf", checkpoint, tmp_path / "back", "--json")
     assert back.code == 0, back.err
     whole = {k: v for path in (tmp_path / "hf").glob("*.safetensors") for k, v in run_ranks(load_file, 1, path)[0].items()}
     found = run_ranks(load_file, 1, tmp_path / "back" / "model.safetensors")[0]
@@ -131,7 +131,7 @@ def _rewrite(source: Path, target: Path, how: str) -> None:
 def test_other_programs_folders(tmp_path, how):
     expected = make("tied", tmp_path / "hf")
     run_ranks(_rewrite, 1, tmp_path / "hf", tmp_path / "other", how)
-    done = call("from_hf", tmp_path / "other", tmp_path / "run", "--json")
+    done = call("checkpoint", "from-hf", tmp_path / "other", tmp_path / "run", "--json")
     assert done.code == 0, done.err
     check(tmp_path / "run" / "checkpoints" / "step_00000000", expected)
     assert len(done.json["dropped"]) == (3 if how == "head stored too" else 0)
@@ -147,13 +147,13 @@ def _names_of_the_model(folder: Path) -> None:
 
 def test_banks_of_experts_may_be_stored_as_the_model_holds_them(tmp_path):
     run_ranks(_names_of_the_model, 1, tmp_path / "hf")
-    assert call("from_hf", tmp_path / "hf", tmp_path / "run").code == 0
+    assert call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run").code == 0
     check(tmp_path / "run" / "checkpoints" / "latest", run_ranks(load_file, 1, tmp_path / "hf" / "model.safetensors")[0])
 
 
 def test_bfloat16_becomes_fp32(tmp_path):
     expected = make("llama", tmp_path / "hf", dtype=torch.bfloat16)
-    assert call("from_hf", tmp_path / "hf", tmp_path / "run").code == 0
+    assert call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run").code == 0
     check(tmp_path / "run" / "checkpoints" / "latest", expected)
 
 
@@ -169,7 +169,7 @@ def _spoil(folder: Path) -> None:
 def test_all_that_does_not_fit_is_said_at_once(tmp_path):
     make("llama", tmp_path / "hf")
     run_ranks(_spoil, 1, tmp_path / "hf")
-    done = call("from_hf", tmp_path / "hf", tmp_path / "run")
+    done = call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run")
     assert done.code == 2 and "LlamaForCausalLM" in done.err
     for line in (
         "missing: model.layers.1.mlp.up_proj.weight [96, 64]",
@@ -192,7 +192,7 @@ def _another_head(folder: Path) -> None:
 def test_a_tied_head_that_differs_is_an_error(tmp_path):
     make("tied", tmp_path / "hf")
     run_ranks(_another_head, 1, tmp_path / "hf")
-    done = call("from_hf", tmp_path / "hf", tmp_path / "run")
+    done = call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run")
     assert done.code == 2 and "tied: lm_head.weight differs from model.embed_tokens.weight" in done.err
 
 
@@ -208,24 +208,24 @@ def test_a_pickle_that_runs_code_does_not(tmp_path):
     make("llama", tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
     (tmp_path / "hf" / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": _Evil(str(tmp_path / "ran"))}))
-    done = call("from_hf", tmp_path / "hf", tmp_path / "run")
+    done = call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run")
     assert done.code == 2 and "not a file of plain tensors" in done.err and not (tmp_path / "ran").exists()
 
 
 def test_mistakes_are_one_message(tmp_path):
     make("llama", tmp_path / "hf")
-    assert "it has no config.json" in call("from_hf", tmp_path, tmp_path / "run").err
-    done = call("from_hf", tmp_path / "hf", tmp_path / "run", "--tokenizer", tmp_path)
+    assert "it has no config.json" in call("checkpoint", "from-hf", tmp_path, tmp_path / "run").err
+    done = call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run", "--tokenizer", tmp_path)
     assert done.code == 2 and "no tokenizer files there" in done.err
-    assert call("from_hf", tmp_path / "hf", tmp_path / "run").code == 0
-    done = call("from_hf", tmp_path / "hf", tmp_path / "run")
+    assert call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run").code == 0
+    done = call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run")
     assert done.code == 2 and "is a run with 1 checkpoints already" in done.err
     whole = (tmp_path / "hf" / "model.safetensors").read_bytes()
     (tmp_path / "hf" / "model.safetensors").write_bytes(whole[:-9])
-    done = call("from_hf", tmp_path / "hf", tmp_path / "run2")
+    done = call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run2")
     assert done.code == 2 and "its header describes" in done.err
     (tmp_path / "hf" / "model.safetensors").unlink()
-    assert "no model.safetensors" in call("from_hf", tmp_path / "hf", tmp_path / "run2").err
+    assert "no model.safetensors" in call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run2").err
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_mistakes_are_one_message(tmp_path):
 def test_training_goes_on_from_it(data, tmp_path, name, layout, world):
     """The first loss of the run is the folder's own in plain transformers, in a layout that nothing was saved in."""
     make(name, tmp_path / "hf")
-    assert call("from_hf", tmp_path / "hf", tmp_path / "run", "--tokenizer", data / "tokenizer").code == 0
+    assert call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run", "--tokenizer", data / "tokenizer").code == 0
     family, fields = FAMILIES[name]
     recipe = small_recipe(data, tiny_config(family, **fields))
     checkpoint = train_run(recipe, tmp_path / "run", layout, world, resume=True, steps=2)

@@ -67,7 +67,7 @@ def _saved_by_transformers(checkpoint: Path, folder: Path) -> dict[str, tuple[st
 
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_equals_what_transformers_saves(runs, tmp_path, name):
-    done = call("to_hf", runs(name), tmp_path / "hf", "--json")
+    done = call("checkpoint", "to-hf", runs(name), tmp_path / "hf", "--json")
     assert done.code == 0, done.err
     assert done.json["verified"] and any("bit for bit" in line for line in done.json["checks"])
     expected = run_ranks(_saved_by_transformers, 1, runs(name), tmp_path / "oracle")[0]
@@ -91,7 +91,7 @@ def _logits(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_shards_and_dtypes(runs, tmp_path, dtype):
-    done = call("to_hf", runs("experts"), tmp_path / "hf", "--dtype", dtype, "--shard-size", "60KB", "--json")
+    done = call("checkpoint", "to-hf", runs("experts"), tmp_path / "hf", "--dtype", dtype, "--shard-size", "60KB", "--json")
     assert done.code == 0, done.err
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
@@ -117,13 +117,13 @@ def test_optimizer_states_are_not_needed(runs, tmp_path):
                 with (folder / file).open("r+b") as stream:
                     stream.seek(offset)
                     stream.write(b"\xff" * 4 * (stop - start))
-    assert call("to_hf", folder, tmp_path / "a").code == 0
-    assert call("to_hf", runs("llama"), tmp_path / "b").code == 0
+    assert call("checkpoint", "to-hf", folder, tmp_path / "a").code == 0
+    assert call("checkpoint", "to-hf", runs("llama"), tmp_path / "b").code == 0
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
 def test_runs_as_a_script_from_anywhere(runs, tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "to_hf.py"), str(runs("tied")), "out", "--no-verify"]
+    command = [sys.executable, str(ROOT / "tools" / "checkpoint"), "to-hf", str(runs("tied")), "out", "--no-verify"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("out: step 2, 38 tensors") and (tmp_path / "out" / "model.safetensors").is_file()
@@ -137,13 +137,13 @@ def test_damage_is_refused_by_name(runs, tmp_path):
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    done = call("to_hf", tmp_path / "c", tmp_path / "hf")
+    done = call("checkpoint", "to-hf", tmp_path / "c", tmp_path / "hf")
     assert done.code == 1 and str(victim) in done.err and "checksum" in done.err and "Traceback" not in done.err
     victim.write_bytes(content[:-4])
-    done = call("to_hf", tmp_path / "c", tmp_path / "hf", "--no-verify")
+    done = call("checkpoint", "to-hf", tmp_path / "c", tmp_path / "hf", "--no-verify")
     assert done.code == 1 and str(victim) in done.err
-    (tmp_path / "c" / "manifest.json").unlink()
-    done = call("to_hf", tmp_path / "c", tmp_path / "hf")
+    (tmp_path / "c" / "checksums.json").unlink()
+    done = call("checkpoint", "to-hf", tmp_path / "c", tmp_path / "hf")
     assert done.code == 1 and "not a finished checkpoint" in done.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c"], "something half-made was left"
 
@@ -161,10 +161,10 @@ def test_mistakes_are_one_message(runs, tmp_path):
         ([checkpoint, tmp_path / "o", "--dtype", "int8"], "invalid choice: 'int8'"),
     ]
     for arguments, message in cases:
-        done = call("to_hf", *arguments)
+        done = call("checkpoint", "to-hf", *arguments)
         assert done.code == 2 and message in done.err and not done.out, done
     (tmp_path / "empty").mkdir()
-    assert call("to_hf", checkpoint, tmp_path / "empty", "--no-verify").code == 0
+    assert call("checkpoint", "to-hf", checkpoint, tmp_path / "empty", "--no-verify").code == 0
 
 
 def _export_wrongly(checkpoint: Path, out: Path, mistake: str) -> str:

@@ -10,7 +10,7 @@ import sentencepiece
 from recipes.common.data.batches import open_split, step_micro_batches
 from recipes.common.data.order import sequence_position
 from recipes.common.data.shards import read_manifest
-from tools.data import main
+from tools.data.__main__ import main
 from tools.data.prepare import main as prepare
 
 SEQ_LEN = 64
@@ -45,7 +45,7 @@ def run_folder(prepared, tmp_path):
     recipe = {"data": str(prepared[0]), "seed": 77, "batch": {"seq_len": SEQ_LEN, "micro_seqs": 2}}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     starts = [{"resumed_step": None, "sizes": {"data": 1}}, {"resumed_step": 2, "sizes": {"data": 2}}]
-    (tmp_path / "manifest.json").write_text(json.dumps({"starts": starts}))
+    (tmp_path / "run.json").write_text(json.dumps({"starts": starts}))
     with open(tmp_path / "metrics.jsonl", "w") as file:
         file.write(json.dumps({"step": 0, "val_loss": 1.0}) + "\n")
         for step in (1, 2, 3):
@@ -133,7 +133,7 @@ def test_check_names_what_is_broken(prepared, tmp_path, capsys):
     (folder / shard["file"]).unlink()
     assert main(["check", str(folder)]) == 1
     assert "no bytes, the manifest says" in capsys.readouterr().out
-    (folder / "manifest.json").unlink()
+    (folder / "dataset.json").unlink()
     assert main(["check", str(folder)]) == 2
 
 

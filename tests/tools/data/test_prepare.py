@@ -170,7 +170,7 @@ def test_bad_documents_are_named_and_fatal_or_skipped(prepared, tmp_path, capsys
     arguments = [str(path), "--tokenizer", str(prepared[0] / "tokenizer"), "--out", str(tmp_path / "data")]
     assert main([*arguments, "--validation-fraction", "0"]) == 2
     assert f"{path}, {problem}" in capsys.readouterr().err
-    assert not (tmp_path / "data" / "manifest.json").exists()
+    assert not (tmp_path / "data" / "dataset.json").exists()
     assert main([*arguments, "--validation-fraction", "0", "--bad", "skip", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["counts"] == {"documents": 2, "empty": 1, "bad": 1, "duplicates": 0, "text_bytes": 5, "padding_tokens": 0}
@@ -190,7 +190,7 @@ def test_a_folder_with_other_things_is_left_alone(prepared, tmp_path, capsys):
 
 def test_mistakes_are_one_message_and_no_traceback(tmp_path):
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "missing", "--train-tokenizer", "400", "--out", "x"],
+        [sys.executable, str(ROOT / "tools" / "data"), "prepare", "missing", "--train-tokenizer", "400", "--out", "x"],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 2
@@ -316,7 +316,7 @@ def test_a_fast_encoder_that_differs_is_not_used(prepared, tmp_path, monkeypatch
     monkeypatch.setattr(shard_writer, "load_encoder", wrong)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "ri"}\n{"text": "tata"}\n')
-    monkeypatch.setattr("tools.data prepare.choose_encoder", lambda *_: ("fastokens", "sampled"))
+    monkeypatch.setattr("tools.data.prepare.choose_encoder", lambda *_: ("fastokens", "sampled"))
     arguments = [str(path), "--tokenizer", str(prepared[0] / "tokenizer"), "--out", str(tmp_path / "data")]
     assert main([*arguments, "--workers", "1", "--validation-fraction", "0"]) == 2
     assert f"{path}, offset 0: fastokens and tokenizers give other ids" in capsys.readouterr().err
@@ -340,4 +340,4 @@ def test_a_full_disk_is_one_message(prepared, corpus, tmp_path, monkeypatch, cap
     arguments = [str(corpus[0]), "--tokenizer", str(prepared[0] / "tokenizer"), "--out", str(tmp_path / "data")]
     assert main([*arguments, "--workers", "1"]) == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert not (tmp_path / "data" / "manifest.json").exists()
+    assert not (tmp_path / "data" / "dataset.json").exists()

@@ -23,7 +23,7 @@ def random_text(rng):
 
 def run(arguments, timeout):
     """Whether the command ended by itself within `timeout` seconds; it alone, not its workers, is killed if not."""
-    command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), *arguments]
+    command = [sys.executable, str(ROOT / "tools" / "data"), "prepare", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         process.wait(timeout)
@@ -53,7 +53,7 @@ def test_kill_9_at_20_random_moments_ends_with_the_same_bytes(tmp_path):
     killed = 0
     for _ in range(60):
         killed += not run([*arguments, str(1 + killed % 2)], timeout=seconds * rng.uniform(0.1, 0.9))
-        if (out / "manifest.json").exists():
+        if (out / "dataset.json").exists():
             assert {name: raw for name, raw in folder_bytes(out).items() if "unfinished" not in name.parts} == whole
             shutil.rmtree(out)
         if killed == 20:

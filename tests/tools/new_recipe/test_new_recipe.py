@@ -10,9 +10,9 @@ import pytest
 import transformers.models.llama.modeling_llama  # noqa: F401  imported once, before processes are forked
 
 import recipes.common.train  # noqa: F401
+import tools.new_recipe.__main__  # noqa: F401
 from recipes.common.recipe import ROOT
 from tests.support.small_runs import call
-from tools import new_recipe  # noqa: F401
 from tools.common.forked_ranks import run_ranks
 from tools.common.recipe_io import load_recipe
 from tools.new_recipe.recipe_text import stated_fields

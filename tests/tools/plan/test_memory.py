@@ -91,7 +91,13 @@ def _counts(layout, tied):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     "layout",
-    [Layout(), Layout(pipeline=2), Layout(tensor=2), Layout(tensor=2, pipeline=4), Layout(pipeline=2, schedule="zero_bubble_v")],
+    [
+        Layout(),
+        Layout(pipeline=2),
+        Layout(tensor=2),
+        Layout(tensor=2, pipeline=4),
+        Layout(pipeline=2, pipeline_schedule="zero_bubble_v"),
+    ],
 )
 def test_stages_have_the_parameters_that_training_gives_them(layout, tied):
     built, planned = run_ranks(_counts, 1, layout, tied)[0]
@@ -111,9 +117,9 @@ def _stages():
     facts = read_model(tiny_recipe(Path("unread")), ds_config("zero1_bf16.json"))
     device = find_device("A100-80")
     few = Candidate(layout=Layout(pipeline=4), data=1, micro_seqs=2)
-    again = Candidate(layout=Layout(pipeline=4, recompute_every=1), data=1, micro_seqs=2)
+    again = Candidate(layout=Layout(pipeline=4, recompute="full"), data=1, micro_seqs=2)
     many = Candidate(layout=Layout(pipeline=4), data=1, micro_seqs=1)
-    folded = Candidate(layout=Layout(pipeline=2, schedule="zero_bubble_v"), data=1, micro_seqs=1)
+    folded = Candidate(layout=Layout(pipeline=2, pipeline_schedule="zero_bubble_v"), data=1, micro_seqs=1)
     return [memory_case(facts, candidate, device) for candidate in (many, few, again, folded)]
 
 

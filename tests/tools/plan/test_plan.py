@@ -21,7 +21,7 @@ LLAMA = "recipes/llama_1b.py"
 SHELF = [p for p in sorted(ROOT.glob("recipes/*.py")) if p.stem not in ("__init__", "quickstart")]  # quickstart is for CPUs
 
 
-OPTIONS = ("tensor", "pipeline", "data", "micro_seqs", "recompute_every", "keep_products", "sequence_parallel", "schedule")
+OPTIONS = ("tensor", "pipeline", "data", "micro_seqs", "recompute", "recompute_every", "sequence_parallel", "pipeline_schedule")
 
 
 def search(*flags):

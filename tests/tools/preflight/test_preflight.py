@@ -15,23 +15,9 @@ from recipes.common.recipe import Layout
 from tests.support.launched import copy_repository, start, torchrun
 from tests.support.small_runs import call
 from tests.support.tiny import ROOT
-from tools import preflight
 from tools.common.forked_ranks import run_ranks
-from tools.preflight import (
-    communication,
-    compute,
-    host_facts,
-    storage,
-)
-from tools.preflight import (
-    coordinator as leading,
-)
-from tools.preflight import (
-    rank_checks as part,
-)
-from tools.preflight import (
-    rendezvous as meeting,
-)
+from tools.preflight import __main__ as preflight
+from tools.preflight import communication, compute, coordinator, host_facts, rank_checks, rendezvous, storage
 
 HOSTS = "a:1,b:1,c:1,d:1"
 RECIPE = str(ROOT / "recipes" / "quickstart.py")
@@ -84,7 +70,7 @@ def other_package():
 
 
 def clock_ahead():
-    meeting.time = SimpleNamespace(time=lambda: time.time() + 90, monotonic=time.monotonic, sleep=time.sleep)
+    rendezvous.time = SimpleNamespace(time=lambda: time.time() + 90, monotonic=time.monotonic, sleep=time.sleep)
 
 
 def full_disk():
@@ -119,7 +105,7 @@ def wrong_sums():
 
 def other_products():
     facts = compute.product_facts
-    part.product_facts = lambda device: facts(device) | {"result": 1}
+    rank_checks.product_facts = lambda device: facts(device) | {"result": 1}
 
 
 def other_environment():
@@ -235,7 +221,7 @@ def test_a_rank_that_ends_on_the_way_is_named(recipe, tmp_path):
         preflight.follow = lambda *_: 1
 
     def impatient():
-        leading.GRACE_SECONDS = 1.0
+        coordinator.GRACE_SECONDS = 1.0
 
     code, found = look({0: impatient, 3: leave}, recipe, "--out-dir", tmp_path, "--hosts", HOSTS, "--step-seconds", "4")
     assert (code, found["bad_hosts"]) == (1, ["d"])
@@ -274,7 +260,7 @@ def test_it_starts_ranks_itself_and_prints_a_table(recipe, tmp_path):
 
 
 def test_a_launcher_starts_it_like_a_recipe_from_any_folder(recipe, tmp_path):
-    words = torchrun(2, ROOT / "tools" / "preflight.py", recipe, "--out-dir", tmp_path / "out", "--resume", "--json")
+    words = torchrun(2, ROOT / "tools" / "preflight" / "__main__.py", recipe, "--out-dir", tmp_path / "out", "--resume", "--json")
     process = start(words, tmp_path)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
@@ -302,7 +288,9 @@ def test_a_mistake_of_the_user_is_exit_2_and_one_message(words, part, tmp_path):
 
 @pytest.mark.gpu
 def test_a_gpu_is_looked_over(recipe, tmp_path):
-    process = start(["env", "DS_ACCELERATOR=cuda", *torchrun(1, ROOT / "tools" / "preflight.py", recipe, "--json")], tmp_path)
+    process = start(
+        ["env", "DS_ACCELERATOR=cuda", *torchrun(1, ROOT / "tools" / "preflight" / "__main__.py", recipe, "--json")], tmp_path
+    )
     out, _ = process.communicate(timeout=120)
     found = json.loads(out.splitlines()[-1])
     assert found["rows"][0]["flops_per_second"] > 1e12, out

@@ -51,7 +51,7 @@ def run(tmp_path_factory):
         lr_factor=1.0,
         lr_until_step=450,
     )
-    (folder / "manifest.json").write_text(json.dumps({"starts": [start], "history": [vars(rewind)]}))
+    (folder / "run.json").write_text(json.dumps({"starts": [start], "history": [vars(rewind)]}))
     write_stats(folder, rng)
     return folder
 

@@ -69,12 +69,12 @@ def test_a_replay_is_bitwise_what_was_logged_and_changes_no_file(run_dir):
 
 
 def test_a_layout_that_the_model_is_too_small_for_is_told_in_one_line(run_dir):
-    told = spikes("replay", run_dir, 32, "--layout", "pipeline=2,schedule=zero_bubble_v")
+    told = spikes("replay", run_dir, 32, "--layout", "pipeline=2,pipeline_schedule=zero_bubble_v")
     assert told.code == 2 and "Traceback" not in told.err
-    assert "the model has 2 layers; use 1 stages at most, or schedule='zero_bubble'" in told.err
+    assert "the model has 2 layers; use 1 stages at most, or pipeline_schedule='zero_bubble'" in told.err
 
 
-@pytest.mark.parametrize("layout", ["tensor=2", "pipeline=2,schedule=zero_bubble", "tensor=2,sequence_parallel=1"])
+@pytest.mark.parametrize("layout", ["tensor=2", "pipeline=2,pipeline_schedule=zero_bubble", "tensor=2,sequence_parallel=1"])
 def test_a_replay_in_another_layout_agrees_to_rounding(run_dir, layout):
     found = spikes("replay", run_dir, 32, "--layout", layout, "--json").json
     assert found["reproducible"] and found["ranks"] == 2

@@ -19,18 +19,18 @@ from recipes.common.runtime import rank_guard
 from recipes.common.runtime.network import choose_interface, free_port, interface_towards
 from recipes.common.runtime.supervisor_link import SUPERVISOR
 from tools.common.console import UsageError
-from tools.supervise import flags_of_attempt
+from tools.supervise.__main__ import flags_of_attempt
 from tools.supervise.endings import Restarts, is_restarted, judge
 from tools.supervise.hang_detector import Limits, StepTimes, innermost_frames, is_waiting, name_culprits, patience_seconds
 from tools.supervise.hosts import RecipeFacts, choose_hosts, read_hostfile, read_recipe
 from tools.supervise.launcher import fill_words, write_exports
-from tools.supervise.rank_links import Event, Lease
+from tools.supervise.rank_links import RankEvent, RankLinks
 
 HOSTS = {"a": {0, 1}, "b": {2, 3}}
 
 
-def event(kind: str, rank: int, word: str = "", detail: str = "", at: float = 0.0) -> Event:
-    return Event(kind, rank, "ab"[rank // 2], word, detail, at)
+def event(kind: str, rank: int, word: str = "", detail: str = "", at: float = 0.0) -> RankEvent:
+    return RankEvent(kind, rank, "ab"[rank // 2], word, detail, at)
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,8 @@ def test_heartbeats_are_read_back_and_old_ones_left_out(tmp_path, monkeypatch):
 RANK = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from recipes.common.runtime.supervisor_link import Lifeline
-line = Lifeline(3)
+from recipes.common.runtime.supervisor_link import SupervisorLink
+line = SupervisorLink(3)
 {work}
 """
 
@@ -227,7 +227,7 @@ def start_rank(address: str, work: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", program], env={**os.environ, SUPERVISOR: address})
 
 
-def collect(lease: Lease, kind: str, seconds: float = 20.0) -> Event:
+def collect(lease: RankLinks, kind: str, seconds: float = 20.0) -> RankEvent:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for found in lease.poll(0.1):
@@ -237,9 +237,9 @@ def collect(lease: Lease, kind: str, seconds: float = 20.0) -> Event:
 
 
 def test_a_rank_tells_how_it_ends_shows_its_stacks_and_dies_with_its_supervisor():
-    lease = Lease()
+    lease = RankLinks()
     address = f"127.0.0.1:{lease.port}:{lease.token}"
-    ended = start_rank(address, "line.say('training_error', 'loss is nan'); os._exit(3)")
+    ended = start_rank(address, "line.report_exit('training_error', 'loss is nan'); os._exit(3)")
     found = collect(lease, "end")
     assert (found.rank, found.word, found.detail) == (3, "training_error", "loss is nan")
     assert ended.wait() == 3
@@ -252,7 +252,7 @@ def test_a_rank_tells_how_it_ends_shows_its_stacks_and_dies_with_its_supervisor(
     lease.close()
     assert stuck.wait(timeout=5) == -9
 
-    stranger = Lease(token="another")
+    stranger = RankLinks(token="another")
     rejected = start_rank(f"127.0.0.1:{stranger.port}:{lease.token}", "time.sleep(1000)")
     while rejected.poll() is None:
         assert stranger.poll(0.1) == []
@@ -279,16 +279,16 @@ def test_a_restart_goes_on_from_the_jobs_own_checkpoints(tmp_path):
     assert flags_of_attempt(given, tmp_path, "first") == given
     begin_attempt(tmp_path, 2, {"a": 2}, "first")
     (tmp_path / "checkpoints" / "step_00000200").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "step_00000200" / "manifest.json").touch()
+    (tmp_path / "checkpoints" / "step_00000200" / "checksums.json").touch()
     manifest = {"starts": [{"time": "2020-01-01T00:00:00+00:00"}]}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "run.json").write_text(json.dumps(manifest))
     # the ranks died before they set the later checkpoint aside: --resume alone would go on from it
     assert flags_of_attempt(given, tmp_path, "rank_lost") == given
     manifest["starts"].append({"time": datetime.now(UTC).isoformat(timespec="seconds")})
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "run.json").write_text(json.dumps(manifest))
     assert flags_of_attempt(given, tmp_path, "rank_lost") == ["--out-dir", "x", "--skip", "3:5", "--resume"]
     assert flags_of_attempt(["--resume"], tmp_path, "asked") == ["--resume"]
-    (tmp_path / "checkpoints" / "step_00000200" / "manifest.json").unlink()
+    (tmp_path / "checkpoints" / "step_00000200" / "checksums.json").unlink()
     assert flags_of_attempt(["--resume"], tmp_path, "hang") == []
     assert (sealed_step(tmp_path), sealed_time(tmp_path)) == (0, 0.0)
 

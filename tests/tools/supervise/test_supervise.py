@@ -118,7 +118,7 @@ def test_ranks_may_change_between_restarts(straight, tmp_path):
         since = time.time()
         os.kill(beats[0].pid, signal.SIGKILL)
     assert supervisor.wait(120) == 0, output(run_dir)
-    starts = json.loads((run_dir / "manifest.json").read_text())["starts"]
+    starts = json.loads((run_dir / "run.json").read_text())["starts"]
     layouts = [(s["world_size"], s["layout"]["tensor"], s["layout"]["pipeline"], s["sizes"]["data"]) for s in starts]
     assert layouts == [(4, 2, 2, 1), (8, 2, 2, 2), (2, 1, 2, 1)]
     assert [s["sizes"]["tokens_per_step"] for s in starts] == [starts[0]["sizes"]["tokens_per_step"]] * 3

@@ -1,6 +1,6 @@
 """The bench of pipeline schedules measures each of them and says so in a table, or as one JSON object."""
 
-from recipes.common.recipe import SCHEDULES
+from recipes.common.recipe import PIPELINE_SCHEDULES
 from tests.support.small_runs import call
 
 TINY = ("--hidden", 64, "--layers", 4, "--seq-len", 32, "--micro-seqs", 1, "--rounds", 2)
@@ -10,7 +10,7 @@ def test_every_schedule_is_held_against_1f1b():
     called = call("throughput.__main__", "schedules", *TINY, "--json")
     assert called.code == 0, called.err
     found = {row["schedule"]: row for row in called.json["schedules"]}
-    assert tuple(found) == SCHEDULES
+    assert tuple(found) == PIPELINE_SCHEDULES
     assert found["1f1b"]["ratio"] == 1.0
     for row in found.values():
         assert len(row["busy_seconds"]) == 2

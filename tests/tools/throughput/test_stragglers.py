@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from recipes.common.monitor.phases import Pulse
+from recipes.common.monitor.phases import Phases
 from recipes.common.pipeline.stage import Stage
 from recipes.common.recipe import AdamW, Layout
 from recipes.common.runtime.step_clock import COMPUTE, PARTS
@@ -175,10 +175,10 @@ def _train_with_a_slow_rank(out: str) -> None:
             return forward(*arguments)
 
         Stage.forward = slow
-    pulse = Pulse(Path(out), dist.get_rank())
-    pulse.start(trainer)
+    phases = Phases(Path(out), dist.get_rank())
+    phases.start(trainer)
     for step, micro_batches in enumerate(rank_batches(trial, trainer), start=1):
-        pulse.beat(step, "data")
-        pulse.beat(step, "step")
+        phases.enter(step, "data")
+        phases.enter(step, "step")
         trainer.train_step(micro_batches, 1e-3, trial.global_seqs * trial.seq_len)
-    pulse.beat(STEPS, "end")
+    phases.enter(STEPS, "end")

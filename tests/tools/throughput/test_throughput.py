@@ -5,7 +5,7 @@ import json
 import pytest
 
 from recipes.common.run_dir.timing_files import TimingWriter
-from recipes.common.runtime.step_clock import BACKWARD, FORWARD, OPTIMIZER, PARTS, StepTimes, Talk
+from recipes.common.runtime.step_clock import BACKWARD, FORWARD, OPTIMIZER, PARTS, CommKey, StepTimes
 from tests.support.browser import CHROMIUM, browser
 from tests.support.small_runs import call
 from tests.support.tiny import ROOT
@@ -34,7 +34,7 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("throughput")
     (folder / "small.py").write_text(RECIPE)
     files = ("--out", folder / "run", "--trace", folder / "trace.json", "--html", folder / "page.html")
-    options = ("--layout", "pipeline=2,recompute_every=1", "--steps", 4, "--micro-batches", 5, "--random-tokens", "--json")
+    options = ("--layout", "pipeline=2,recompute=full", "--steps", 4, "--micro-batches", 5, "--random-tokens", "--json")
     called = call("throughput.__main__", "run", folder / "small.py", *options, *files)
     assert called.code == 0, called.err
     return folder, called.json
@@ -117,7 +117,7 @@ def test_report_and_diff_read_the_run_again(ran):
 def write_run(folder, parts_by_rank, *, pipeline=1, steps=20):
     """Timing files of a made-up run: ms by part and rank."""
     folder.mkdir()
-    talks = {Talk("data", "all_reduce", 6_000_000, 4, -1): [2, 8_000_000, 3_000_000]}
+    talks = {CommKey("data", "all_reduce", 6_000_000, 4, -1): [2, 8_000_000, 3_000_000]}
     for rank, parts in enumerate(parts_by_rank):
         start = {"world": len(parts_by_rank), "pipeline": pipeline, "data": len(parts_by_rank) // pipeline, "tensor": 1}
         writer = TimingWriter(folder, rank, start | {"schedule": "1f1b", "layers": [0, 4], "host": "made_up", "device": "cpu"})

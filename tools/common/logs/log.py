@@ -65,7 +65,7 @@ class Log:
     name: str  # the file, and the run in it where there are several
     source: str  # what wrote it, in words
     steps: np.ndarray  # [n] int64; a step logged twice in a row is here once, with the later numbers
-    columns: dict[str, np.ndarray]  # of COLUMNS, those that the log has: [n]. As `detectors.Watch.feed` takes them
+    columns: dict[str, np.ndarray]  # of COLUMNS, those that the log has: [n]. As `AnomalyDetector.feed` takes them
     resumes: tuple[int, ...] = ()  # steps of checkpoints that the log says it went on from
 
     def final(self) -> Log:

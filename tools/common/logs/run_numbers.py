@@ -61,7 +61,7 @@ def _read_run(run: Path) -> Numbers:
 
 def _resumes(run: Path) -> tuple[int, ...]:
     """Steps of the checkpoints that the run went on from: by a person, or by itself."""
-    path = run / "manifest.json"
+    path = run / "run.json"
     starts = json.loads(path.read_text())["starts"] if path.is_file() else []
     by_hand = {start["resumed_step"] for start in starts if start.get("resumed_step")}
     return tuple(sorted(by_hand | {rewind.to_step for rewind in read_history(run)}))

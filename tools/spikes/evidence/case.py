@@ -85,7 +85,7 @@ def read_case(folder: Path, event: str) -> Case:
     recipe = read_recipe(folder)
     try:
         records = [r for r in read_metrics(folder) if "loss" in r]
-        starts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["starts"]
+        starts = json.loads((folder / "run.json").read_text(encoding="utf-8"))["starts"]
         deepspeed = json.loads((folder / "deepspeed.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder}: {error}") from error

@@ -92,7 +92,7 @@ def describe_source(source: Path) -> str:
     if not is_run(source):
         return str(source)
     recipe = json.loads((source / "recipe.json").read_text())
-    start = json.loads((source / "manifest.json").read_text())["starts"][-1]
+    start = json.loads((source / "run.json").read_text())["starts"][-1]
     sizes, batch = start["sizes"], recipe["batch"]
     return (
         f"{recipe['name']}: {recipe['model']['class'].removesuffix('Config')}, {recipe['num_params']:,} parameters · tensor "

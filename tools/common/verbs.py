@@ -1,0 +1,37 @@
+"""Runs a tool that is made of verbs: `python -m tools.NAME VERB ...`, one module a verb."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tools.common.console import exit_code
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of a tool. Its module has `add_flags(parser)` and `run(args)`, which returns the exit code."""
+
+    module: str
+    help: str
+
+
+def run_tool(name: str, description: str, verbs: Mapping[str, Verb], argv: Sequence[str] | None) -> int:
+    """Parse `argv` (None: the command line) and run the verb it names; every verb takes --json.
+
+    A verb's module is imported only when it is called: `spikes scan` needs no torch, `spikes replay` does.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog=f"python -m tools.{name}", description=description)
+    parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    added = {verb: parsers.add_parser(verb, help=each.help, description=each.help) for verb, each in verbs.items()}
+    called = next((word for word in words if not word.startswith("-")), None)
+    if called in verbs:
+        module = importlib.import_module(verbs[called].module)
+        module.add_flags(added[called])
+        added[called].add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else there")
+    args = parser.parse_args(words)
+    return exit_code(lambda: module.run(args))
