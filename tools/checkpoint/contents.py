@@ -221,5 +221,5 @@ def _stored_elements(shape: tuple[int, ...], cut: ShardSpec | None, rank: int, s
     local = list(shape)
     local[cut.dim] = cut.local_length(shape[cut.dim], size)
     if cut.dim == 0 and cut.packs == 1:
-        local[0] = sum(count for _, _, count in cut.pieces(shape[0], rank, size))
+        local[0] = sum(count for _, _, count in cut.ranges(shape[0], rank, size))
     return math.prod(local)

@@ -128,7 +128,7 @@ def describe_model(causal: PreTrainedModel, tensor: int) -> Model:
     shapes, buffers = model_shapes(causal)
     try:
         stack = find_stack(causal)
-        cuts = plan_tensor_parallel(causal, stack, tensor).cuts
+        cuts = plan_tensor_parallel(causal, stack, tensor).shards
     except PlanError as error:
         raise UsageError(f"the checkpoint was saved at tensor={tensor}, and {error}") from error
     vocabulary = frozenset(f"{module}.{leaf}" for module in (stack.embedding, stack.head) for leaf in ("weight", "bias"))
@@ -186,7 +186,7 @@ def piece_parts(piece: files.Piece, model: Model, tensor_rank: int, tensor: int)
         return
     stop = piece.start + piece.states["master"].numel()
     if cut is not None and cut.dim == 0 and cut.packs == 1:  # rows that only fill up
-        rows = sum(count for _, _, count in cut.pieces(shape[0], tensor_rank, tensor))
+        rows = sum(count for _, _, count in cut.ranges(shape[0], tensor_rank, tensor))
         stop = min(stop, rows * math.prod(shape[1:]))
     if piece.start < stop:
         place = (tensor_rank, tensor) if cut is not None else (0, 1)

@@ -71,7 +71,7 @@ def build_trainer(trial: Trial) -> Trainer:
     """This rank's trainer of the layout, with the process group started."""
     device = start_distributed(trial.device)
     causal = build_empty(trial.model, trial.attention)
-    share = plan_tensor_parallel(causal, find_stack(causal), trial.layout.tensor).kv_share
+    share = plan_tensor_parallel(causal, find_stack(causal), trial.layout.tensor).ranks_per_kv_head
     grid = build_grid(trial.layout, device, share)
     stage = build_stage(
         trial.model,
@@ -105,7 +105,7 @@ def train_in_layout(trial: Trial) -> dict[str, Any]:
         skipped.append(result.skipped)
     with deepspeed.zero.GatheredParameters(list(stage.parameters()), enabled=_stage(trial) == 3):
         shards = {name: shard.float().cpu().clone() for name, shard in trainer.hf_shards().items()}
-    cuts = {name: (cut.dim, cut.packs) for name, cut in stage.split.cuts.items()}
+    cuts = {name: (cut.dim, cut.packs) for name, cut in stage.tensor_plan.shards.items()}
     keep = grid.data_rank == 0
     place = (grid.tensor_rank, grid.tensor)
     return {"losses": losses, "norms": norms, "skipped": skipped, "shards": shards if keep else {}, "cuts": cuts, "place": place}
@@ -166,7 +166,7 @@ def _place(full: torch.Tensor, shard: torch.Tensor, cut: tuple[int, int] | None,
         pieces, dim = [(0, 0, full.shape[0])], 0
     else:
         dim = cut[0]
-        pieces = ShardSpec(*cut).pieces(full.shape[dim], rank, size)
+        pieces = ShardSpec(*cut).ranges(full.shape[dim], rank, size)
     for here, there, count in pieces:
         target, source = full.narrow(dim, there, count), shard.narrow(dim, here, count)
         drift = (target - source).abs().nan_to_num(0.0).max().item()

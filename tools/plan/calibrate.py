@@ -99,7 +99,7 @@ def measure(recipe: Recipe, candidate: Candidate, kind: str, steps: int) -> dict
     """On a rank: median seconds of a step, and bytes the driver shows at the peak (0 on CPUs)."""
     device = start_distributed(kind)
     facts = read_model(recipe, load_ds_config(recipe.deepspeed))
-    share = plan_tensor_parallel(facts.causal, facts.stack, candidate.layout.tensor).kv_share
+    share = plan_tensor_parallel(facts.causal, facts.stack, candidate.layout.tensor).ranks_per_kv_head
     grid = build_grid(candidate.layout, device, share)
     batch = recipe.batch
     stage = build_stage(

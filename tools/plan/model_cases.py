@@ -74,7 +74,7 @@ class ModelFacts:
         """ "embedding", "head", "norm" or a layer's index as text -> parameters on one tensor rank; or why it cannot be cut."""
         if tensor not in self.splits:
             try:
-                cuts = plan_tensor_parallel(self.causal, self.stack, tensor).cuts
+                cuts = plan_tensor_parallel(self.causal, self.stack, tensor).shards
             except PlanError as error:
                 self.splits[tensor] = str(error)
             else:

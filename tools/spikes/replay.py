@@ -208,7 +208,7 @@ def build_trainer(plan: Plan) -> Trainer:
     recipe = plan.recipe
     device = start_distributed(plan.device)
     causal = build_empty(recipe.model, recipe.attention)
-    grid = build_grid(plan.layout, device, plan_tensor_parallel(causal, find_stack(causal), plan.layout.tensor).kv_share)
+    grid = build_grid(plan.layout, device, plan_tensor_parallel(causal, find_stack(causal), plan.layout.tensor).ranks_per_kv_head)
     stage = build_stage(
         recipe.model,
         grid,

@@ -77,7 +77,7 @@ class Reader:
             return out
         cut = ShardSpec(*entry["cut"])
         for rank in range(size):
-            pieces = cut.pieces(shape[cut.dim], rank, size)
+            pieces = cut.ranges(shape[cut.dim], rank, size)
             if cut.dim == 0:
                 for here, there, count in pieces:
                     begin, end = max(there, first), min(there + count, last)
@@ -131,13 +131,13 @@ class Reader:
         if cut is None or size == 1:
             out[:] = self.rows(name, kind, first, last)
         elif cut.dim == 0:
-            for here, there, count in cut.pieces(shape[0], rank, size):
+            for here, there, count in cut.ranges(shape[0], rank, size):
                 begin, end = max(here, first), min(here + count, last)
                 if begin < end:
                     out[begin - first : end - first] = self.rows(name, kind, there + begin - here, there + end - here)
         else:
             rows = self.rows(name, kind, first, last)
-            for here, there, count in cut.pieces(shape[cut.dim], rank, size):
+            for here, there, count in cut.ranges(shape[cut.dim], rank, size):
                 into = (slice(None),) * cut.dim + (slice(here, here + count),)
                 source = (slice(None),) * cut.dim + (slice(there, there + count),)
                 out[into] = rows[source]

@@ -65,7 +65,7 @@ def load_state(reader: Reader, trainer: Trainer) -> None:
         for partition in zero_state.partitions(trainer):
             for f in partition.fragments:
                 for kind, flat in partition.states.items():
-                    cut = stage.split.cuts.get(f.name)
+                    cut = stage.tensor_plan.shards.get(f.name)
                     data = reader.shard(f.name, kind, cut, grid.tensor_rank, grid.tensor, f.start, f.stop)
                     flat[f.offset : f.offset + f.stop - f.start].copy_(torch.from_numpy(data))
         for name, buffer in stage.persistent_buffers():

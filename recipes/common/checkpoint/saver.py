@@ -127,7 +127,7 @@ class Saver:
         for index, partition in enumerate(zero_state.partitions(self._trainer)):
             host = {kind: self._to_host((index, kind), flat) for kind, flat in partition.states.items()}
             for f in partition.fragments:
-                cut = stage.split.cuts.get(f.name) if grid.tensor > 1 else None
+                cut = stage.tensor_plan.shards.get(f.name) if grid.tensor > 1 else None
                 stop = min(f.stop, _unpadded(shapes[f.name], cut, grid.tensor_rank, grid.tensor))
                 if f.name == tied_copy or (cut is None and grid.tensor_rank > 0) or f.start >= stop:
                     continue
@@ -231,5 +231,5 @@ def _unpadded(shape: tuple[int, ...], cut: Any, rank: int, size: int) -> int:
     """Elements of a flattened shard that are not padding at its end."""
     if cut is None or cut.dim != 0 or cut.packs != 1:
         return 1 << 62
-    count = sum(count for _, _, count in cut.pieces(shape[0], rank, size))
+    count = sum(count for _, _, count in cut.ranges(shape[0], rank, size))
     return count * int(np.prod(shape[1:], dtype=np.int64))

@@ -22,7 +22,7 @@ def build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> tuple[Gr
 
     device = start_distributed(get_accelerator().device_name())
     causal = build_empty(recipe.model, recipe.attention)
-    share = plan_tensor_parallel(causal, find_stack(causal), layout.tensor).kv_share
+    share = plan_tensor_parallel(causal, find_stack(causal), layout.tensor).ranks_per_kv_head
     grid = build_grid(layout, device, share)
     stage = build_stage(
         recipe.model,

@@ -1,7 +1,7 @@
-"""Initial weights, equal in every layout: drawn module by module from a generator keyed by the module's name.
+"""Draws initial weights, equal in every layout, module by module from a generator keyed by the module's name.
 
 The family's own `_init_weights` draws them, on the whole tensors of one module at a time, on the CPU; then the shard is taken.
-So the first step of a run does not depend on how it is cut, and no rank ever holds more than one whole module.
+So the first step of a run does not depend on its layout, and no rank ever holds more than one whole module.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class _LargeOnMeta(TorchFunctionMode):
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Constructors run for real, so buffers hold their values, but parameters take no memory.
+    """Put parameters on the meta device as they are registered; constructors run for real, so buffers hold their values.
 
-    torch.device("meta") would lose the buffers. A small parameter's first value is kept beside it: some families set
+    torch.device("meta") would lose the buffers. A small parameter keeps its first value as `constructed`: some families set
     constants in the constructor that `_init_weights` does not know.
     """
     register = nn.Module.register_parameter
@@ -58,7 +58,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def build_empty(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
-    """The family's ForCausalLM in fp32 with its parameters on the meta device (no memory, no weights)."""
+    """Build the family's ForCausalLM in fp32 with its parameters on the meta device (no memory, no weights)."""
     with _parameters_on_meta(), _LargeOnMeta(), no_init_weights():
         causal = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         causal.tie_weights()
@@ -69,7 +69,7 @@ def build_empty(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrained
 
 
 def draw_weights(
-    causal: PreTrainedModel, root: nn.Module, prefix: str, *, seed: int, cuts: dict[str, ShardSpec], rank: int, size: int
+    causal: PreTrainedModel, root: nn.Module, prefix: str, *, seed: int, shards: dict[str, ShardSpec], rank: int, size: int
 ) -> None:
     """Give every module at or under `root` (whose name in the whole model is `prefix`) its initial weights.
 
@@ -85,16 +85,16 @@ def draw_weights(
             _finish(name, submodules, constants)
         for child_name, child in submodules:
             for leaf, parameter in list(child.named_parameters(recurse=False)):
-                cut = cuts.get(f"{child_name}.{leaf}")
-                data = parameter.data if cut is None else cut.take(parameter.data, rank, size)
+                shard = shards.get(f"{child_name}.{leaf}")
+                data = parameter.data if shard is None else shard.take(parameter.data, rank, size)
                 child._parameters[leaf] = nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
 def _units(causal: PreTrainedModel, root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, list]]:
-    """The smallest subtrees that `_init_weights` treats as one, with their modules, children first as in transformers.
+    """Yield the smallest subtrees that `_init_weights` treats as one: (name, root, modules), children first as in transformers.
 
     A module with parameters is one; so is a container that re-draws its children's (GPT-2 scales its output projections
-    from the attention block). Run on the meta device that costs nothing and shows in the parameters' version counters.
+    from the attention block). A trial on the meta device costs nothing and shows in the parameters' version counters.
     """
     if any(True for _ in root.children()) and not _own(root):
         before = [p._version for p in root.parameters()]
@@ -123,7 +123,7 @@ def _materialise(module: nn.Module, submodules: list) -> dict[tuple[str, str], t
 
 
 def _finish(unit: str, submodules: list, constants: dict[tuple[str, str], torch.Tensor | None]) -> None:
-    """What `_init_weights` left alone takes its constructor's value; a parameter with neither is named."""
+    """Give what `_init_weights` left alone its constructor's value. Raises ValueError for a parameter with neither."""
     for name, child in submodules:
         for leaf, parameter in child.named_parameters(recurse=False):
             if not parameter.isnan().any():
@@ -135,5 +135,5 @@ def _finish(unit: str, submodules: list, constants: dict[tuple[str, str], torch.
 
 
 def name_seed(seed: int, name: str) -> int:
-    """A 63-bit seed from the recipe's seed and a name; the same on every machine and Python."""
+    """Return a 63-bit seed from the recipe's seed and a name; the same on every machine and Python."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little") >> 1

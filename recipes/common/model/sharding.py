@@ -1,4 +1,4 @@
-"""How each parameter lies over the tensor ranks."""
+"""Says how each parameter is sharded over the tensor ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """A parameter cut along `dim`. `packs` equal blocks lie one after another (gate and up, or q, k and v) and each is cut.
+    """A parameter sharded along `dim`. `packs` equal blocks lie one after another (gate and up, or q, k and v), each sharded.
 
     A block that the tensor size does not divide is padded at its end; only vocabularies and gathered outputs may need it.
     """
@@ -18,10 +18,11 @@ class ShardSpec:
     packs: int = 1
 
     def local_length(self, length: int, size: int) -> int:
+        """Return the length of one rank's shard along `dim`, padding included, for a global length."""
         return self.packs * -(-(length // self.packs) // size)
 
-    def pieces(self, length: int, rank: int, size: int) -> list[tuple[int, int, int]]:
-        """(local start, global start, how many) along `dim`, for a global length. Padding belongs to no piece."""
+    def ranges(self, length: int, rank: int, size: int) -> list[tuple[int, int, int]]:
+        """Return (local start, global start, count) of a rank's elements along `dim`, for a global length; no padding."""
         block = length // self.packs
         part = -(-block // size)
         start = min(rank * part, block)
@@ -29,23 +30,23 @@ class ShardSpec:
         return [(pack * part, pack * block + start, count) for pack in range(self.packs)] if count else []
 
     def take(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-        """This rank's shard of the whole tensor, zero where padded."""
+        """Return a rank's shard of the whole tensor, zero where padded."""
         shape = list(full.shape)
         shape[self.dim] = self.local_length(full.shape[self.dim], size)
         local = full.new_zeros(shape)
-        for here, there, count in self.pieces(full.shape[self.dim], rank, size):
-            local.narrow(self.dim, here, count).copy_(full.narrow(self.dim, there, count))
+        for local_start, global_start, count in self.ranges(full.shape[self.dim], rank, size):
+            local.narrow(self.dim, local_start, count).copy_(full.narrow(self.dim, global_start, count))
         return local
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorPlan:
     """A model's whole tensor-parallel plan for one tensor size, by names from the ForCausalLM's root."""
 
     size: int
     styles: dict[str, str]  # module -> style
-    cuts: dict[str, ShardSpec]  # parameter -> cut; a parameter that is not here is replicated
-    divided: dict[str, tuple[str, ...]]
-    kv_shared: frozenset[str]  # key and value projections cut below a head
-    kv_share: int  # tensor ranks that share one key/value head (1: none)
+    shards: dict[str, ShardSpec]  # parameter -> how it is sharded; a parameter that is not here is replicated
+    divided: dict[str, tuple[str, ...]]  # module -> attributes that count the local shard, divided by the tensor size
+    split_heads: frozenset[str]  # key and value projections whose shards are parts of one head (fewer heads than ranks)
+    ranks_per_kv_head: int  # neighbouring tensor ranks that share one key/value head; 1: each rank has whole heads
     blocks: frozenset[str] = frozenset()  # with sequence parallelism, the modules that see whole sequences

@@ -84,7 +84,7 @@ def find_nonfinite(trainer: Trainer, micro_batches: list[torch.Tensor], scored_t
     place = (grid.pipeline_rank, grid.data_rank, grid.tensor_rank)
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (place, search.findings, dict(search.gradients)))
-    return _first(found, len(micro_batches), trainer.micro_seqs, grid.data, set(trainer.stage.split.cuts))
+    return _first(found, len(micro_batches), trainer.micro_seqs, grid.data, set(trainer.stage.tensor_plan.shards))
 
 
 class _Search:

@@ -96,7 +96,7 @@ class ParameterStats:
     def _pieces_of(self, flat: torch.Tensor) -> Pieces:
         if not self._pieces:
             stage, grid = self._trainer.stage, self._trainer.grid
-            copies = set() if grid.tensor_rank == 0 else set(self.names) - set(stage.split.cuts)
+            copies = set() if grid.tensor_rank == 0 else set(self.names) - set(stage.tensor_plan.shards)
             if stage.stack.tied and not grid.is_first_stage:
                 copies.add(f"{stage.stack.embedding}.weight")
             for tensor, fragments in zero_state.locate(self._trainer):
@@ -128,7 +128,7 @@ class ParameterStats:
 
 def _sizes(trainer: Trainer, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """(elements, padding elements that the shards hold beside them) of every parameter of the whole model: [parameters] each."""
-    cuts, tensor = trainer.stage.split.cuts, trainer.grid.tensor
+    cuts, tensor = trainer.stage.tensor_plan.shards, trainer.grid.tensor
     sizes, padding = [], []
     for name in names:
         shape = trainer.stage.whole_shapes[name]

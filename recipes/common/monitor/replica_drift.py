@@ -86,7 +86,7 @@ def _copies(trainer: Trainer) -> Iterator[Copies]:
             fragment.name: flat[fragment.offset : fragment.offset + fragment.stop - fragment.start]
             for flat, fragments in zero_state.locate(trainer)
             for fragment in fragments
-            if fragment.name not in stage.split.cuts
+            if fragment.name not in stage.tensor_plan.shards
         }
         if pieces:
             yield "tensor", grid.tensor_group, {name: pieces[name].detach() for name in sorted(pieces)}

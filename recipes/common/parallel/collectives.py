@@ -1,7 +1,7 @@
-"""The moves of tensor parallelism as autograd functions (Megatron-LM, arXiv 1909.08053, figure 3; arXiv 2205.05198, figure 5).
+"""Wraps the collectives of tensor parallelism as autograd functions (arXiv 1909.08053, figure 3; arXiv 2205.05198, figure 5).
 
-Each takes a tensor [..., width], or [micro_seqs, seq_len, width] where it moves the sequence, and the group; a group of None is
-one rank and every move is the identity. Plain tensors, not DTensors: ZeRO flattens parameters and could not hold them.
+Each takes a tensor [..., width], or [micro_seqs, seq_len, width] for the sequence's, and the group; a group of None is one rank,
+and every function is then the identity. Plain tensors, not DTensors: ZeRO flattens parameters and could not hold them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class _ScatterSequence(torch.autograd.Function):
 
 
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
-    """A reduced copy; `x` itself is left alone (autograd may still hold it)."""
+    """Return a reduced copy; `x` itself is left alone (autograd may still hold it)."""
     if group is None:
         return x
     x = x.contiguous().clone()
@@ -102,43 +102,46 @@ def _own_part(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def copy_to(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Identity forward; the gradient is summed over the group (its ranks each saw a part of what follows)."""
+    """Return `x`; its gradient is summed over the group, of which each rank computes a part of what follows."""
     return x if group is None else _Copy.apply(x, group)
 
 
 def reduce_from(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Sum forward; identity backward (what follows is the same on every rank)."""
+    """Sum over the group; the gradient passes unchanged, since what follows is the same on every rank."""
     return x if group is None else _Reduce.apply(x, group)
 
 
 def gather_from(x: torch.Tensor, group: dist.ProcessGroup | None, *, partial: bool = False) -> torch.Tensor:
-    """Concatenate the last dimension. `partial`: what follows differs by rank, so the gradient is summed before it is cut."""
+    """Concatenate the last dimension. `partial`: what follows differs by rank, so its sum is the gradient."""
     return x if group is None else _Gather.apply(x, group, partial)
 
 
 def split_to(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """This rank's part of the last dimension; the gradient is gathered."""
+    """Take this rank's part of the last dimension; the gradient is gathered."""
     return x if group is None else _Split.apply(x, group)
 
 
 def sum_gradient(parameter: torch.nn.Parameter, group: dist.ProcessGroup) -> None:
-    """For a replicated parameter of whose work each rank does a part. The hook runs on each backward's own gradient, before it
-    is accumulated: on the accumulated one it would count earlier micro batches again."""
+    """Sum a replicated parameter's gradient over ranks that each compute a part of it.
+
+    The hook runs on each backward pass's own gradient, before it is accumulated: on the accumulated one it would count earlier
+    micro batches again.
+    """
     parameter.register_hook(lambda grad: all_reduce(grad, group))
 
 
 def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup | None, *, partial: bool = False) -> torch.Tensor:
-    """Concatenate the sequence parts. `partial`: what follows differs by rank, so the gradient is summed as it is cut."""
+    """Concatenate the parts of the sequence. `partial`: what follows differs by rank, so the gradient is reduce-scattered."""
     return x if group is None else _GatherSequence.apply(x, group, partial)
 
 
 def scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup | None, *, partial: bool = False) -> torch.Tensor:
-    """This rank's part of the sequence; the gradient is gathered. `partial`: `x` is one rank's share of a sum."""
+    """Take this rank's part of the sequence; the gradient is gathered. `partial`: `x` is one rank's term of a sum."""
     return x if group is None else _ScatterSequence.apply(x, group, partial)
 
 
 def all_gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[micro_seqs, part, width] of each rank, one after another along the sequence; no gradient."""
+    """Concatenate [micro_seqs, part, width] of all ranks along the sequence; no gradient."""
     size = dist.get_world_size(group)
     parts = x.new_empty(size * x.shape[0], *x.shape[1:])
     with CLOCK.collective("all_gather_into_tensor", num_bytes(parts), group):

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy on a vocabulary cut over the tensor ranks, computed a chunk of tokens at a time.
+"""Computes next-token cross-entropy on a vocabulary sharded over the tensor ranks, a chunk of tokens at a time.
 
 Full logits never exist: a chunk's logits [tokens, vocabulary / tensor] live only while its loss and its gradient are computed,
 both in the forward pass (the idea of Liger's fused linear cross-entropy, arXiv 2410.10989). The family's own code turns
@@ -31,7 +31,7 @@ def vocabulary_loss(
     chunk_tokens: int,
     z_loss: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss to differentiate [], sums [3] of cross-entropy, log(Z)^2 and log(Z), largest logit []) over the scored tokens; fp32.
+    """Return (loss [], sums [3] of cross-entropy, log(Z)^2 and log(Z), largest logit []) over the scored tokens; fp32.
 
     logits_of: hidden [1, tokens, width] -> this rank's logits [1, tokens, rows]; uses the parameters in `head`.
     hidden: [micro_seqs, seq_len, width]; targets: [micro_seqs, seq_len], IGNORED where not scored.
@@ -95,9 +95,9 @@ def _score(
     group: dist.ProcessGroup | None,
     z_loss: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(sums, largest logit, gradient of cross-entropy + z_loss * log(Z)^2) of logits [tokens, rows], as above.
+    """Return (sums, largest logit, gradient of cross-entropy + z_loss * log(Z)^2) of logits [tokens, rows], as above.
 
-    No gradient when `z_loss` is None.
+    The gradient is None when `z_loss` is.
     """
     scored = targets != IGNORED
     logits = logits.float().clone()

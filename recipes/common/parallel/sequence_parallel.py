@@ -1,100 +1,50 @@
-"""Megatron's sequence parallelism (arXiv 2205.05198, section 4.2.2) in unmodified Hugging Face layers.
+"""Adds Megatron's sequence parallelism (arXiv 2205.05198, section 4.2.2) to unmodified Hugging Face layers.
 
-Between the blocks that tensor parallelism cuts (attention, MLP) each tensor rank holds and computes its part of the sequence
-alone: norms, residual sums, dropout, and what is handed to the next stage. A block's input is gathered and its output
-reduce-scattered, which together move as much as the all-reduce they replace. Inside a block all is as without: rotary
-embeddings and masks are made by the base model for whole sequences. Parameters used outside the blocks see part of the tokens,
-so their gradients are summed over the tensor ranks.
+Between the blocks that tensor parallelism shards (attention, MLP) each tensor rank holds and computes its part of the sequence
+alone: norms, residual sums, dropout, and what is sent to the next stage. A block's input is gathered and its output
+reduce-scattered, which together move as much as the all-reduce they replace. Inside a block nothing changes: the base model makes
+rotary embeddings and masks for whole sequences. Parameters used outside the blocks see part of the tokens, so their gradients
+are summed over the tensor ranks.
 
-What a block's linears keep of its input for the backward pass is this rank's part; it is gathered a second time there.
+Of a block's input, its linears keep this rank's part for the backward pass, where it is gathered a second time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from recipes.common.model.decoder import PlanError, Stack
-from recipes.common.model.linears import linear
-from recipes.common.parallel.collectives import (
-    all_gather_sequence,
-    gather_from,
-    gather_sequence,
-    scatter_sequence,
-    split_to,
-    sum_gradient,
-)
+from recipes.common.model.sharding import TensorPlan
+from recipes.common.parallel.collectives import all_gather_sequence, gather_sequence, scatter_sequence, sum_gradient
 from recipes.common.parallel.grid import Grid
-
-if TYPE_CHECKING:
-    from recipes.common.model.sharding import TensorPlan
-
-Forward = Callable[..., torch.Tensor]
-
-_ROWS = frozenset({"rowwise", "rowwise_split_input", "rowwise_rep"})
-_COLUMNS = frozenset({"colwise", "packed_colwise", "packed3_colwise", "colwise_gather_output", "colwise_rep"})
-_INSIDE = frozenset({"replicated_with_grad_allreduce"})
+from recipes.common.parallel.tensor_styles import COLUMN, ROW, STYLES
 
 
 def find_blocks(styles: dict[str, str], family: str) -> frozenset[str]:
-    """Names of the modules whose input is gathered: those that hold a row-cut linear. `styles`: the tensor plan.
+    """Return the names of the modules whose input is gathered: those that hold a row-parallel linear.
 
-    Raises PlanError for a family that cuts more than plain pairs of column and row.
+    styles: the tensor-parallel plan. Raises PlanError for a family that shards more than pairs of column and row.
     """
-    unknown = sorted(set(styles.values()) - _ROWS - _COLUMNS - _INSIDE)
+    unknown = sorted({style for style in styles.values() if STYLES[style].in_block is None})
     if unknown:
-        raise PlanError(f"model_type={family}: its tensor plan uses {unknown}, which sequence_parallel does not know")
-    blocks = frozenset(name.rpartition(".")[0] for name, style in styles.items() if style in _ROWS)
-    outside = sorted(n for n, s in styles.items() if s in _COLUMNS and n.rpartition(".")[0] not in blocks)
+        raise PlanError(f"model_type={family}: its tensor-parallel plan has {unknown}, which sequence_parallel does not support")
+    blocks = frozenset(name.rpartition(".")[0] for name, style in styles.items() if STYLES[style].in_block == ROW)
+    outside = sorted(n for n, s in styles.items() if STYLES[s].in_block == COLUMN and n.rpartition(".")[0] not in blocks)
     if outside:
-        raise PlanError(f"model_type={family}: {outside[0]} has no row-cut linear beside it, as sequence_parallel needs")
+        raise PlanError(f"model_type={family}: {outside[0]} has no row-parallel linear beside it, which sequence_parallel needs")
     return blocks
-
-
-def _column(module: nn.Module, forward: Forward, grid: Grid) -> Forward:
-    return forward
-
-
-def _column_gather(module: nn.Module, forward: Forward, grid: Grid) -> Forward:
-    width = module.out_features  # of the whole: what lies beyond is padding
-    return lambda x: gather_from(forward(x), grid.tensor_group)[..., :width]
-
-
-def _row(module: nn.Module, forward: Forward, grid: Grid) -> Forward:
-    def run(x: torch.Tensor) -> torch.Tensor:
-        y = scatter_sequence(linear(module, x, with_bias=False), grid.tensor_group, partial=True)
-        return y if module.bias is None else y + module.bias
-
-    return run
-
-
-def _row_split(module: nn.Module, forward: Forward, grid: Grid) -> Forward:
-    row = _row(module, forward, grid)
-    return lambda x: row(split_to(x, grid.tensor_group))
-
-
-# The sum over ranks of what a column's gradient and a row's output are moves to the bounds of the block.
-SEQUENCE_STYLES: dict[str, Callable[[nn.Module, Forward, Grid], Forward]] = {
-    "colwise": _column,
-    "packed_colwise": _column,
-    "packed3_colwise": _column,
-    "colwise_gather_output": _column_gather,
-    "colwise_rep": _column_gather,
-    "rowwise": _row,
-    "rowwise_split_input": _row_split,
-    "rowwise_rep": _row_split,
-}
 
 
 def shard_sequence(
     causal: nn.Module,
     stack: Stack,
-    split: TensorPlan,
+    plan: TensorPlan,
     chunks: tuple[range, ...],
     stand_ins: dict[str, nn.Module],
     grid: Grid,
@@ -102,13 +52,13 @@ def shard_sequence(
 ) -> None:
     """Let this stage's layers, and the final norm, run on this rank's part of the sequence.
 
-    chunks, stand_ins: as in Stage. After the tensor-parallel substitution and before recomputation is put around the layers.
+    chunks, stand_ins: as in Stage. Call it after `apply_tensor_parallel` and before `recompute` wraps the layers.
     """
     layers = causal.get_submodule(stack.layers)
     own = [index for chunk in chunks for index in chunk]
     for index in own:
         for name, module in layers[index].named_modules(prefix=f"{stack.layers}.{index}"):
-            if name in split.blocks:
+            if name in plan.blocks:
                 _gather_input(module, grid.tensor_group, keep_part=index not in recomputed)
     if grid.is_first_stage:
         layers[own[0]].register_forward_pre_hook(partial(_scatter_input, grid.tensor_group), with_kwargs=True)
@@ -120,11 +70,12 @@ def shard_sequence(
             following = stand_ins.get(f"{stack.layers}.{chunk[-1] + 1}", layers[chunk[-1] + 1])
             following.register_forward_pre_hook(partial(_whole_shape, grid.tensor), with_kwargs=True)
     outside = [f"{stack.layers}.{index}." for index in own] + [f"{name}." for name in stack.after]
-    inside = [f"{name}." for name in split.blocks]
+    inside = [f"{name}." for name in plan.blocks]
     for name, parameter in causal.named_parameters():
-        of_block = any(name.startswith(prefix) for prefix in inside)
-        row_bias = split.styles.get(name.removesuffix(".bias")) in _ROWS
-        if any(name.startswith(prefix) for prefix in outside) and (row_bias or not of_block):
+        in_block = any(name.startswith(prefix) for prefix in inside)
+        owner = name.removesuffix(".bias")
+        row_bias = owner in plan.styles and STYLES[plan.styles[owner]].in_block == ROW
+        if any(name.startswith(prefix) for prefix in outside) and (row_bias or not in_block):
             sum_gradient(parameter, grid.tensor_group)
 
 
@@ -133,7 +84,7 @@ def _scatter_input(group: dist.ProcessGroup, module: nn.Module, args: tuple, kwa
 
 
 def _whole_shape(size: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    """Past this stage's layers nothing counts but the shape, which some families state anew: a whole sequence's."""
+    """Give what follows this chunk hidden states of a whole sequence's shape: some families read the shape, nobody the values."""
     seqs, length, width = _hidden(args, kwargs).shape
     return _with_hidden(args, kwargs, _hidden(args, kwargs).new_zeros(()).expand(seqs, length * size, width))
 
@@ -147,7 +98,7 @@ def _with_hidden(args: tuple, kwargs: dict[str, Any], hidden: torch.Tensor) -> t
 
 
 def _gather_output(group: dist.ProcessGroup, module: nn.Module, args: tuple, output: Any) -> Any:
-    """What follows, the head and the loss, is the same on every rank of the group."""
+    """Gather for the head and the loss, which are the same on every rank of the group."""
     if isinstance(output, tuple):
         return gather_sequence(output[0], group), *output[1:]
     return gather_sequence(output, group)
@@ -169,8 +120,14 @@ def _gather_input(block: nn.Module, group: dist.ProcessGroup, *, keep_part: bool
 
 
 def _keep_part(whole: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> tuple[Callable, Callable]:
-    """(pack, unpack) for autograd: where `whole` is to be saved, its shape is; it is gathered again once, at the first use."""
-    address, numel = whole.untyped_storage().data_ptr(), whole.numel()  # not `whole` itself: it is to be freed
+    """Return autograd's (pack, unpack): they save the shape of `whole` in place of `whole`, and gather it again from `part`.
+
+    Invariant: while the block's forward pass runs, `whole` is alive in its caller, so no other tensor has its storage; a
+    contiguous tensor of as many elements at that address is `whole` itself or a view of it with the same elements in the same
+    order (a projection saves [tokens, width]). The address is kept, not the tensor, so that it can be freed after the forward
+    pass; by then autograd packs nothing more. `whole` is gathered at its first use in the backward pass and dropped at its last.
+    """
+    address, numel = whole.untyped_storage().data_ptr(), whole.numel()
     gathered: list[torch.Tensor] = []
     uses = 0
 

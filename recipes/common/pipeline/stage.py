@@ -107,7 +107,7 @@ class Stage(nn.Module):
         self,
         causal: PreTrainedModel,
         stack: Stack,
-        split: TensorPlan,
+        tensor_plan: TensorPlan,
         grid: Grid,
         chunks: tuple[range, ...],
         *,
@@ -127,7 +127,7 @@ class Stage(nn.Module):
         stand_ins: by name, what stands where a layer or norm of this rank is while another chunk than its own runs.
         """
         super().__init__()
-        self.causal, self.stack, self.split, self.chunks = causal, stack, split, chunks
+        self.causal, self.stack, self.tensor_plan, self.chunks = causal, stack, tensor_plan, chunks
         self.own = tuple(index for chunk in chunks for index in chunk)
         self.is_first, self.is_last = grid.is_first_stage, grid.is_last_stage
         self.grid, self.z_loss, self.chunk_tokens = grid, z_loss, chunk_tokens
@@ -184,7 +184,7 @@ class Stage(nn.Module):
                     if isinstance(module, PlaceholderEmbedding):
                         module.dtype = x.dtype
                 # only its shape and type count; what is handed on need not look like an embedding, nor hold the whole sequence
-                seq_len = x.shape[1] * (self.split.size if self.split.blocks else 1)
+                seq_len = x.shape[1] * (self.tensor_plan.size if self.tensor_plan.blocks else 1)
                 embedded = x.new_zeros(x.shape[0], seq_len, self.causal.config.get_text_config().hidden_size)
                 out = base(inputs_embeds=embedded, use_cache=False, **positions)
         finally:
@@ -265,14 +265,14 @@ def build_stage(
     """
     causal = build_empty(config, attention)
     stack = find_stack(causal)
-    split = plan_tensor_parallel(causal, stack, grid.tensor, sequence_parallel=layout.sequence_parallel)
+    tensor_plan = plan_tensor_parallel(causal, stack, grid.tensor, sequence_parallel=layout.sequence_parallel)
     shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
     recomputed = layout.recomputed_layers(len(causal.get_submodule(stack.layers)))
     costs, head_cost = layer_costs(causal, stack, seq_len)
     cut = cut_chunks(costs, head_cost, grid.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
     by_pass = pass_costs(costs, attention_cost(causal, seq_len), head_cost, cut, recomputed)
     chunks = runs_by_rank(cut, grid.pipeline)[grid.pipeline_rank]
-    weights = {"seed": seed, "cuts": split.cuts, "rank": grid.tensor_rank, "size": grid.tensor}
+    weights = {"seed": seed, "shards": tensor_plan.shards, "rank": grid.tensor_rank, "size": grid.tensor}
     embedding = causal.get_submodule(stack.embedding)
     stand_ins = _take_out(causal, stack, chunks, first=grid.is_first_stage, last=grid.is_last_stage)
     draw_weights(causal, causal, "", **weights)
@@ -287,9 +287,9 @@ def build_stage(
     for chunk, queue in zip(chunks, queues, strict=False):
         for index in chunk:
             defer_weight_gradients(layers[index], queue)
-    apply_tensor_parallel(causal, split, stack, grid)
-    if split.blocks:
-        shard_sequence(causal, stack, split, chunks, stand_ins, grid, recomputed)
+    apply_tensor_parallel(causal, tensor_plan, stack, grid)
+    if tensor_plan.blocks:
+        shard_sequence(causal, stack, tensor_plan, chunks, stand_ins, grid, recomputed)
     for index in (index for chunk in chunks for index in chunk):
         if index in recomputed:
             recompute(layers[index], keep_products=layout.recompute == "selective")
@@ -300,7 +300,7 @@ def build_stage(
         "stand_ins": stand_ins,
     }
     of_loss = {"z_loss": z_loss, "chunk_tokens": chunk_tokens}
-    return Stage(causal, stack, split, grid, chunks, whole_shapes=shapes, **of_loss, **of_schedule)
+    return Stage(causal, stack, tensor_plan, grid, chunks, whole_shapes=shapes, **of_loss, **of_schedule)
 
 
 def _take_out(

@@ -25,7 +25,7 @@ def take(whole: np.ndarray, cut: ShardSpec | None, rank: int, size: int) -> np.n
     shape = list(whole.shape)
     shape[cut.dim] = cut.local_length(whole.shape[cut.dim], size)
     shard = np.zeros(shape, dtype=whole.dtype)
-    for here, there, count in cut.pieces(whole.shape[cut.dim], rank, size):
+    for here, there, count in cut.ranges(whole.shape[cut.dim], rank, size):
         into = (slice(None),) * cut.dim + (slice(here, here + count),)
         source = (slice(None),) * cut.dim + (slice(there, there + count),)
         shard[into] = whole[source]
@@ -36,7 +36,7 @@ def unpadded(whole: np.ndarray, cut: ShardSpec | None, rank: int, size: int) -> 
     """Elements of a flattened shard before the padding at its end."""
     if cut is None or cut.dim:
         return take(whole, cut, rank, size).size
-    rows = sum(count for _, _, count in cut.pieces(whole.shape[0], rank, size))
+    rows = sum(count for _, _, count in cut.ranges(whole.shape[0], rank, size))
     return rows * math.prod(whole.shape[1:])
 
 

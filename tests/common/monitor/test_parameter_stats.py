@@ -201,7 +201,7 @@ def watch_and_snapshot(trial: Trial) -> dict:
         seen = probe.read(result)
     squares = {name: ((after - before[name]).square().sum().item(), after.square().sum().item())
                for name, after in owned(trainer).items()}  # fmt: skip
-    cuts = trainer.stage.split.cuts
+    cuts = trainer.stage.tensor_plan.shards
     squares = {name: pair for name, pair in squares.items() if trainer.grid.tensor_rank == 0 or name in cuts}
     return {"names": probe.names, "values": seen.values, "grad_norm": result.grad_norm, "squares": squares}
 

@@ -76,7 +76,7 @@ def test_neighbours_share_a_key_value_head():
 
 
 def _kv_groups():
-    grid = build_grid(Layout(tensor=4), start_distributed("cpu"), kv_share=2)
+    grid = build_grid(Layout(tensor=4), start_distributed("cpu"), ranks_per_kv_head=2)
     dist.barrier()
     return dist.get_process_group_ranks(grid.kv_group)
 

@@ -1,4 +1,4 @@
-"""Plans: every entry that ships is about a real family, and what cannot be cut is refused by name, never cut wrongly."""
+"""Every plan that ships is for a real family, and a model that cannot be sharded is refused by name, never sharded wrongly."""
 
 import re
 
@@ -85,30 +85,30 @@ def _divided(family):
 @pytest.mark.parametrize("family", sorted(tensor_plans.REFUSED_TENSOR))
 def test_a_refused_family_says_why(family):
     refusal, _ = plan_of(family)
-    assert refusal == f"model_type={family} cannot be cut by tensors: {tensor_plans.REFUSED_TENSOR[family]}"
+    assert refusal == f"model_type={family} cannot be tensor-parallel: {tensor_plans.REFUSED_TENSOR[family]}"
 
 
 @pytest.mark.parametrize("family", ["gptj", "opt", "bloom"])
 def test_a_family_without_a_plan_is_refused_at_tensor_over_one(family):
-    alone, cut = run_ranks(_splits, 1, family)[0]
+    alone, sharded = run_ranks(_plans, 1, family)[0]
     assert alone == "accepted"
-    assert cut == f"model_type={family} has no tensor plan, in transformers or in recipes/common/parallel/tensor_plans.py"
+    assert sharded == f"model_type={family} has no plan in transformers, nor in recipes/common/parallel/tensor_plans.py"
 
 
-def _splits(family):
-    causal, told = build_empty(config_of(family), "eager"), []
+def _plans(family):
+    causal, answers = build_empty(config_of(family), "eager"), []
     for size in (1, 2):
         try:
             plan_tensor_parallel(causal, find_stack(causal), size)
-            told.append("accepted")
+            answers.append("accepted")
         except PlanError as error:
-            told.append(str(error))
-    return told
+            answers.append(str(error))
+    return answers
 
 
 def test_an_unknown_style_is_refused():
     refusal, _ = plan_of("gpt2", BUILT_IN_TENSOR={"h.*.mlp.c_fc": "colwise", "h.*.mlp.c_proj": "diagonal"})
-    assert refusal == "model_type=gpt2: its tensor plan uses styles ['diagonal'], which Trifold does not know"
+    assert refusal == "model_type=gpt2: its plan has the styles ['diagonal'], which are not in parallel/tensor_styles.py"
 
 
 @pytest.mark.parametrize(("family", "table"), [("gpt2", "BUILT_IN_TENSOR"), ("llama", "ADDED_TENSOR")])

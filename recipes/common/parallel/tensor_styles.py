@@ -1,0 +1,196 @@
+"""Defines the tensor-parallel styles: how each shards, how it communicates, and what it does under sequence parallelism.
+
+STYLES is the one table: a new style is an entry there, and the functions it names. `tensor_plans` says which module of a family
+has which style. A module keeps its class and its parameter names; its parameters become this rank's shards, and its forward
+communicates with the other tensor ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from recipes.common.model.decoder import PlanError
+from recipes.common.model.linears import linear
+from recipes.common.model.sharding import ShardSpec
+from recipes.common.parallel.collectives import copy_to, gather_from, reduce_from, scatter_sequence, split_to, sum_gradient
+from recipes.common.parallel.grid import Grid
+
+# A style's place in a block (attention, MLP). Under sequence parallelism a block gathers its input and its rows scatter the sum.
+COLUMN = "column"  # reads the whole input on every rank, so the input's gradient is a partial sum on each
+ROW = "row"  # gives a partial sum on every rank; its parent is a block
+INSIDE = "inside"  # works inside a block, as without sequence parallelism
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """The facts about a run that a style's `connect` may need."""
+
+    grid: Grid
+    config: PreTrainedConfig
+    sequence_parallel: bool
+
+
+def _keep_whole(module: nn.Module, label: str) -> dict[str, ShardSpec]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorStyle:
+    """What the tensor ranks do with a module, or a parameter that a plan names by itself, of one style."""
+
+    # How it shards: (module, its name and style for messages) -> a ShardSpec for each sharded parameter of its own, and
+    # (parameter, label) -> its ShardSpec. None: the style is not defined for modules, or not for parameters
+    shard_module: Callable[[nn.Module, str], dict[str, ShardSpec]] | None = _keep_whole
+    shard_parameter: Callable[[nn.Parameter, str], ShardSpec] | None = None
+    may_pad: bool = False  # the tensor size need not divide what is sharded
+    # How it communicates: changes the forward of a module that holds its shards, or hooks its gradients. None: not by itself
+    connect: Callable[[nn.Module, Setting], None] | None = None
+    # COLUMN, ROW or INSIDE. None: not supported under sequence parallelism
+    in_block: str | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether it shards any parameter; else it only communicates."""
+        return self.shard_module is not _keep_whole
+
+    @property
+    def output_stays_sharded(self) -> bool:
+        """Whether what follows reads this rank's outputs alone, so that heads must not be split between ranks."""
+        return self.in_block == COLUMN and self.connect is None
+
+
+def _shard_linear(module: nn.Module, label: str, *, inputs: bool = False, packs: int = 1) -> dict[str, ShardSpec]:
+    """Shard a linear by its outputs, the bias with them, or by its `inputs`, the bias whole."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise PlanError(f"{label} is a {type(module).__name__}, not a linear layer")
+    out_dim, in_dim = (1, 0) if isinstance(module, Conv1D) else (0, 1)
+    if inputs:
+        return {"weight": ShardSpec(in_dim)}
+    bias = {} if module.bias is None else {"bias": ShardSpec(0, packs)}
+    return {"weight": ShardSpec(out_dim, packs)} | bias
+
+
+def _shard_rows(module: nn.Module, label: str) -> dict[str, ShardSpec]:
+    return {"weight": ShardSpec(0)}
+
+
+def _shard_bank(parameter: nn.Parameter, label: str, *, dim: int, packs: int = 1) -> ShardSpec:
+    """Shard a bank of matrices [experts, out, in] along `dim`, -2 or -1."""
+    if parameter.ndim < 2:
+        raise PlanError(f"{label} has shape {tuple(parameter.shape)}, not that of a bank of matrices")
+    return ShardSpec(parameter.ndim + dim, packs)
+
+
+def _shard_outputs(parameter: nn.Parameter, label: str) -> ShardSpec:
+    """Shard a bank of matrices by its outputs, or a vector that has one value a head."""
+    return ShardSpec(0) if parameter.ndim == 1 else _shard_bank(parameter, label, dim=-2)
+
+
+def _gather_output(module: nn.Module, setting: Setting) -> None:
+    forward, width, group = module.forward, module.out_features, setting.grid.tensor_group
+    module.forward = lambda x: gather_from(forward(x), group)[..., :width]  # beyond the whole width lies padding
+
+
+def _sum_output(module: nn.Module, setting: Setting, *, split_input: bool = False) -> None:
+    """Sum over the ranks; under sequence parallelism each rank takes its part of the sequence of the sum."""
+    group = setting.grid.tensor_group
+    sum_over_ranks = partial(scatter_sequence, partial=True) if setting.sequence_parallel else reduce_from
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = sum_over_ranks(linear(module, split_to(x, group) if split_input else x, with_bias=False), group)
+        return y if module.bias is None else y + module.bias  # once, not once a rank
+
+    module.forward = run
+
+
+def shard_embedding(module: nn.Embedding, grid: Grid) -> None:
+    """Look up the rows of this rank, zero elsewhere, and sum over the tensor ranks. A subclass's own scaling is kept."""
+    rows = module.weight.shape[0]
+    first = grid.tensor_rank * rows
+    if module.padding_idx is not None:
+        local = module.padding_idx - first
+        module.padding_idx = local if 0 <= local < rows else None
+    look_up = module.forward
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        absent = (ids < first) | (ids >= first + rows)
+        found = look_up((ids - first).masked_fill(absent, 0))
+        return reduce_from(found.masked_fill(absent.unsqueeze(-1), 0.0), grid.tensor_group)
+
+    module.forward = forward
+
+
+def _connect_embedding(module: nn.Module, setting: Setting) -> None:
+    shard_embedding(module, setting.grid)
+
+
+def _connect_experts(module: nn.Module, setting: Setting) -> None:
+    forward, group = module.forward, setting.grid.tensor_group
+
+    def run(hidden: torch.Tensor, *routing: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        # routing weights are floats that multiply every rank's shard of the experts; expert indices are integers
+        routing = tuple(copy_to(r, group) if r.is_floating_point() else r for r in routing)
+        named = {k: copy_to(r, group) if r.is_floating_point() else r for k, r in named.items()}
+        return reduce_from(forward(copy_to(hidden, group), *routing, **named), group)
+
+    module.forward = run
+
+
+def _all_reduce_output(module: nn.Module, setting: Setting) -> None:
+    forward, group = module.forward, setting.grid.tensor_group
+    module.forward = lambda *args, **kwargs: reduce_from(forward(*args, **kwargs), group)
+
+
+def _connect_latent_key(module: nn.Module, setting: Setting) -> None:
+    """Sum the gradient of DeepSeek's rotary key, the end of the latent: each rank's heads use it past the sharded projections."""
+    forward, rope, group = module.forward, setting.config.qk_rope_head_dim, setting.grid.tensor_group
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = forward(x)
+        return torch.cat([y[..., :-rope], copy_to(y[..., -rope:], group)], dim=-1)
+
+    module.forward = run
+
+
+def _sum_gradients(module: nn.Module, setting: Setting) -> None:
+    for parameter in module.parameters(recurse=False):
+        sum_gradient(parameter, setting.grid.tensor_group)
+
+
+_GATHERED_COLUMN = TensorStyle(shard_module=_shard_linear, may_pad=True, connect=_gather_output, in_block=COLUMN)
+_SPLITTING_ROW = TensorStyle(
+    shard_module=partial(_shard_linear, inputs=True), connect=partial(_sum_output, split_input=True), in_block=ROW
+)
+
+# transformers' names (its `distributed/tensor_parallel.py`), and packed3_colwise, which is ours
+STYLES: dict[str, TensorStyle] = {
+    "colwise": TensorStyle(shard_module=_shard_linear, shard_parameter=_shard_outputs, in_block=COLUMN),
+    "packed_colwise": TensorStyle(
+        shard_module=partial(_shard_linear, packs=2), shard_parameter=partial(_shard_bank, dim=-2, packs=2), in_block=COLUMN
+    ),
+    "packed3_colwise": TensorStyle(shard_module=partial(_shard_linear, packs=3), in_block=COLUMN),
+    "colwise_gather_output": _GATHERED_COLUMN,
+    "colwise_rep": _GATHERED_COLUMN,
+    "rowwise": TensorStyle(
+        shard_module=partial(_shard_linear, inputs=True),
+        shard_parameter=partial(_shard_bank, dim=-1),
+        connect=_sum_output,
+        in_block=ROW,
+    ),
+    "packed_rowwise": TensorStyle(shard_module=None, shard_parameter=partial(_shard_bank, dim=-1, packs=2)),
+    "rowwise_split_input": _SPLITTING_ROW,
+    "rowwise_rep": _SPLITTING_ROW,
+    "embedding_rowwise": TensorStyle(shard_module=_shard_rows, may_pad=True, connect=_connect_embedding),
+    "moe_tp_experts": TensorStyle(connect=_connect_experts),
+    "all_reduce": TensorStyle(connect=_all_reduce_output),
+    "mla_kv_a_proj": TensorStyle(connect=_connect_latent_key),
+    "replicated_with_grad_allreduce": TensorStyle(connect=_sum_gradients, in_block=INSIDE),
+    "local_params": TensorStyle(),  # parameters named beside it are sharded; nothing is exchanged
+}

@@ -1,0 +1,78 @@
+"""Styles: what is sharded computes what the whole does, and a style that is not defined for a module says so."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from recipes.common.engine.startup import start_distributed
+from recipes.common.model.decoder import PlanError, find_stack
+from recipes.common.model.initial_weights import build_empty
+from recipes.common.model.sharding import ShardSpec
+from recipes.common.parallel.grid import build_grid
+from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
+from recipes.common.parallel.tensor_plans import BUILT_IN_TENSOR
+from recipes.common.parallel.tensor_styles import shard_embedding
+from recipes.common.recipe import Layout
+from tests.support.tiny import tiny_config
+from tools.common.forked_ranks import run_ranks
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("padding", [None, 0, 130])
+def test_a_sharded_embedding_looks_up_what_the_whole_does(size, padding):
+    assert run_ranks(_embedding, size, padding) == [[True, True]] * size
+
+
+def _embedding(padding):
+    """[values equal, gradient equal]; a padding id has no gradient, wherever its row lies."""
+    start_distributed("cpu")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    grid = build_grid(Layout(tensor=size), torch.device("cpu"))
+    torch.manual_seed(0)
+    weight, ids = torch.randn(131, 8), torch.randint(0, 131, (4, 9))
+    ids[0, :2] = torch.tensor([0, 130])
+    scale, plain = torch.randn(4, 9, 8), weight.clone().requires_grad_()
+    module = nn.Embedding(131, 8, padding_idx=padding)
+    module.weight = nn.Parameter(ShardSpec(0).take(weight, rank, size))
+    shard_embedding(module, grid)
+    found, wanted = module(ids), F.embedding(ids, plain, padding_idx=padding)
+    (found * scale).sum().backward()
+    (wanted * scale).sum().backward()
+    return [found.equal(wanted), module.weight.grad.allclose(ShardSpec(0).take(plain.grad, rank, size))]
+
+
+@pytest.mark.parametrize(
+    ("name", "style", "message"),
+    [
+        (
+            "h.*.mlp.c_fc",
+            "packed_rowwise",
+            "the style 'packed_rowwise' is not defined for modules, and transformer.h.0.mlp.c_fc is one",
+        ),
+        (
+            "h.*.ln_1.weight",
+            "rowwise_rep",
+            "'rowwise_rep' is not defined for single parameters, and transformer.h.0.ln_1",
+        ),
+        (
+            "h.*.ln_1.weight",
+            "rowwise",
+            "ln_1.weight (style 'rowwise') has shape (64,), not that of a bank of matrices",
+        ),
+        ("h.*.ln_1", "colwise", "transformer.h.0.ln_1 (style 'colwise') is a LayerNorm, not a linear layer"),
+    ],
+)
+def test_a_style_on_what_it_is_not_defined_for_is_refused(name, style, message):
+    assert message in run_ranks(_refusal, 1, name, style)[0]
+
+
+def _refusal(name, style):
+    BUILT_IN_TENSOR["gpt2"] = {name: style}
+    causal = build_empty(tiny_config("gpt2"), "eager")
+    try:
+        plan_tensor_parallel(causal, find_stack(causal), 2)
+    except PlanError as error:
+        return str(error)
+    return "accepted"
