@@ -1,7 +1,7 @@
-"""Every command that a README shows: its files are there, its tool takes its flags as they stand, and the quick ones run.
+"""Tries every command that a README shows: its files exist, its tool accepts its flags as written, and the quick ones run.
 
-The commands of one README run in their order in one folder that looks like the repository, so that `cp` makes what the next line
-starts. launch/README.md is held by tests/launch/test_launch.py.
+The commands of one README run in order in one folder that looks like the repository, so that `cp` creates what the next line
+starts. tests/launch/test_launch.py does the same for launch/README.md. Links and pictures of every page are checked too.
 """
 
 import argparse
@@ -27,15 +27,31 @@ from recipes.common.recipe import ROOT
 from tools.common.forked_ranks import run_ranks
 from tools.common.recipe_io import load_recipe
 
-READMES = ("README.md", "recipes/README.md", "recipes/TRAINING.md", "ds_configs/README.md", "tools/README.md")
+READMES = (
+    "README.md",
+    "recipes/README.md",
+    "recipes/common/README.md",
+    "recipes/TRAINING.md",
+    "recipes/COMPARISON.md",
+    "ds_configs/README.md",
+    "tools/README.md",
+    "tools/plan/README.md",
+    "tools/throughput/README.md",
+    "tools/spikes/README.md",
+    "tests/README.md",
+)
+AWAITED = {page for page in READMES if not (ROOT / page).is_file()}
+READMES = tuple(page for page in READMES if page not in AWAITED)
+PAGES = (*READMES, "launch/README.md")
+README_WORDS = 1_200
 FOLDERS = ("recipes", "launch", "tools", "tests", "ds_configs")
-# what takes seconds and needs no prepared data: run as it stands, and it must end well
+# verbs that take seconds and need no prepared data: run as written, and they must succeed
 QUICK = {"tools.new_recipe": "", "tools.plan": "search explain layouts", "tools.throughput": "flops", "tools.curves": "",
          "tools.checkpoint": "advise"}  # fmt: skip
 
 
 def blocks(readme):
-    """The command lines of the bash blocks; a backslash joins two lines."""
+    """Yield the command lines of the bash blocks; a backslash joins two lines."""
     text = (ROOT / readme).read_text()
     for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S):
         for line in block.replace("\\\n", " ").splitlines():
@@ -45,10 +61,10 @@ def blocks(readme):
 
 
 def inline(readme):
-    """`python ...` in the text: a tool with its flags, or a program that measures."""
+    """Yield each `python ...` of the text: a tool with its flags, or a bench."""
     text = re.sub(r"```.*?```", "", (ROOT / readme).read_text(), flags=re.S)
     for command in re.findall(r"`(python [^`]+)`", text):
-        if not re.search(r"\bNAME\b|\bx\.py$", command):  # one that stands for many
+        if not re.search(r"\bNAME\b|\bx\.py$", command):  # a placeholder for many commands
             yield command
 
 
@@ -58,7 +74,7 @@ INLINE = [(readme, command) for readme in READMES for command in inline(readme)]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """{(readme, command): what is wrong with it, "" if nothing}."""
+    """Return {(readme, command): what is wrong with it, or ""}."""
     wrong = {}
     for readme in READMES:
         folder = tmp_path_factory.mktemp("readme")
@@ -69,7 +85,7 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("readme", "command"), BLOCKS)
-def test_a_command_is_understood(found, readme, command):
+def test_a_command_of_a_block_is_accepted(found, readme, command):
     assert found[readme, command] == ""
 
 
@@ -80,12 +96,12 @@ def _follow(folder, commands):
 
 
 def lay_out(folder, commands):
-    """The repository's own files, a hostfile, and the runs that `tools.curves` is asked to draw."""
+    """Link the repository's files, and make a hostfile and the runs that `tools.curves` draws."""
     for name in FOLDERS:
         (folder / name).mkdir()
         for path in (ROOT / name).iterdir():
             if path.is_dir() and not any(path.glob("*.py")):
-                (folder / name / path.name).mkdir()  # of pictures, which commands draw anew
+                (folder / name / path.name).mkdir()  # pictures, which commands draw again
             else:
                 (folder / name / path.name).symlink_to(path)
     (folder / "hosts").write_text("a slots=8\n")
@@ -101,7 +117,7 @@ def lay_out(folder, commands):
 
 
 def problem_of(words, command):
-    """Why a command would not do what the text says; "" where it would."""
+    """Return why a command would not do what the text says, or ""."""
     missing = [w for w in words if w.partition("/")[0] in FOLDERS and not Path(w).exists() and w not in made_by(words)]
     if missing:
         return f"there is no {', '.join(missing)}"
@@ -110,11 +126,11 @@ def problem_of(words, command):
     if words[0] in ("cp", "sed"):
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
         same = words[0] == "sed" and not done.returncode and Path(words[-1]).read_bytes() == Path(words[-3]).read_bytes()
-        return done.stderr or ("it changes nothing" if same else "")
+        return done.stderr or ("changes nothing" if same else "")
     if words[0] == "bash":
         printing = words if "--print" in words else [*words[:2], "--print", *words[2:]]
         done = subprocess.run(printing, capture_output=True, text=True)
-        return done.stderr or "it said no" if done.returncode else ""
+        return done.stderr or f"exit {done.returncode}" if done.returncode else ""
     if words[:2] == ["python", "-m"]:
         quick = words[2] in QUICK and (not QUICK[words[2]] or words[3] in QUICK[words[2]].split())
         return (run if quick else parse)(tool(words[2]), words[3:])
@@ -125,7 +141,7 @@ def problem_of(words, command):
 
 
 def made_by(words):
-    """Files that the command itself writes: of `cp A B`, `sed ... > B` and `--out B`."""
+    """Return the files that the command itself writes: B in `cp A B`, `sed ... > B` and `--out B`."""
     made = {words[-1]} if words[0] in ("cp", "sed") else set()
     return made | {after for word, after in pairwise(words) if word == "--out"}
 
@@ -136,7 +152,7 @@ def tool(name):
 
 
 def parse(start, words):
-    """The program's own parser takes the words, no flag shortened; it goes no further."""
+    """Run the program up to the end of its own argument parser, with abbreviated flags turned off."""
     own = argparse.ArgumentParser.parse_args
 
     class Parsed(BaseException):
@@ -151,7 +167,7 @@ def parse(start, words):
         patch.object(argparse.ArgumentParser, "_get_option_tuples", lambda self, text: []),
     ):
         try:
-            return run(start, words) or "it did not read its words"
+            return run(start, words) or "the program did not parse its arguments"
         except Parsed:
             return ""
 
@@ -168,7 +184,7 @@ def run(start, words):
 
 
 @pytest.mark.parametrize(("readme", "command"), INLINE)
-def test_a_command_in_the_text_is_understood(readme, command):
+def test_a_command_in_the_text_is_accepted(readme, command):
     words = command.split()
     if words[1] == "-m":
         assert run_ranks(_parse_tool, 1, words[2], words[3:]) == [""]
@@ -177,40 +193,40 @@ def test_a_command_in_the_text_is_understood(readme, command):
 
 
 def _parse_tool(name, words):
-    # a tool's name alone is a mention of it
-    return parse(tool(name), words) if words else ("" if callable(tool(name)) else "it has no main")
+    # without arguments the text only mentions the tool
+    return parse(tool(name), words) if words else ("" if callable(tool(name)) else "no main()")
 
 
 def test_a_wrong_command_is_noticed(tmp_path):
-    """What this file says of commands that would fail."""
-    told = {
+    """Check that this file reports commands that would fail."""
+    expected = {
         "python -m tools.plan search recipes/llama_1b.py --gpu 64 --gpu-type H100": "--gpus",
         "python -m tools.plan search recipes/none.py --gpus 64 --gpu-type H100": "there is no recipes/none.py",
         "python -m tools.checkpoint lst RUN": "invalid choice",
         "python recipes/quickstart.py --out-dirs runs/x": "--out-dirs",
         "python recipes/llama_1b.py --dry-run --world-size 63": "63",
         "bash launch/local.sh --procs 8 recipes/quickstart.py": "--procs",
-        "sed 's/lr=5e-3/lr=1e-3/' recipes/quickstart.py > recipes/new.py": "it changes nothing",
+        "sed 's/lr=5e-3/lr=1e-3/' recipes/quickstart.py > recipes/new.py": "changes nothing",
         "rm -rf runs": "does not know",
     }
-    for problem, part in zip(run_ranks(_follow, 1, str(tmp_path), list(told))[0], told.values(), strict=True):
+    for problem, part in zip(run_ranks(_follow, 1, str(tmp_path), list(expected))[0], expected.values(), strict=True):
         assert part in problem
 
 
 def variants():
-    """{run of TRAINING.md: the words of `sed` that make its recipe}."""
+    """Return {run of TRAINING.md: the arguments of `sed` that make its recipe}."""
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \| [\d.]", (ROOT / "recipes/TRAINING.md").read_text(), flags=re.M))
     edits = {run: re.findall(r"`(s/[^`]+)`", cell) for run, cell in rows.items()}
     return {run: edits.get((re.findall(r"^as `(\w+)`", rows[run]) or [""])[0], []) + own for run, own in edits.items()}
 
 
 def test_the_variants_of_training_are_recipes(tmp_path):
-    """Each edit of its table changes what its name says, and the recipe is sound."""
+    """Check that each edit of its table changes the recipe, is needed, and leaves a valid one."""
     made = variants()
     assert next(iter(made)) == "base" and made.pop("base") == [] and len(made) > 10
     for run, edits in made.items():
         assert edits, run
-        for place in range(len(edits)):  # none is for nothing
+        for place in range(len(edits)):  # each edit is needed
             shorter = "; ".join(edits[:place] + edits[place + 1 :])
             assert edit(shorter, tmp_path / "shorter.py") != edit("; ".join(edits), tmp_path / f"{run}.py")
     files = [ROOT / "recipes/quickstart.py", *(tmp_path / f"{run}.py" for run in made)]
@@ -239,6 +255,29 @@ def _read(paths):
     return found
 
 
+def slug(heading):
+    """Return the anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_relative_links_of_a_page_exist(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if "://" in link or (ROOT / page).parent.joinpath(path).resolve().relative_to(ROOT).as_posix() in AWAITED:
+            continue
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), f"{page}: {link}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), flags=re.M)
+            assert anchor in map(slug, headings), f"{page}: {link}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= README_WORDS
+
+
 def test_every_tool_has_a_line_and_an_example():
     text = (ROOT / "tools" / "README.md").read_text()
     names = {path.stem for path in ROOT.glob("tools/*.py")} | {path.parent.name for path in ROOT.glob("tools/*/__main__.py")}
@@ -249,8 +288,8 @@ def test_every_tool_has_a_line_and_an_example():
         )
 
 
-def test_the_pictures_are_there_and_small():
-    for readme in (*READMES, "launch/README.md"):
+def test_the_pictures_exist_and_are_small():
+    for readme in PAGES:
         folder = (ROOT / readme).parent
         for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)|<img src=\"([^\"]+)\"", (ROOT / readme).read_text()):
             picture = folder / (path[0] or path[1])
