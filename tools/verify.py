@@ -38,6 +38,7 @@ from recipes.common.config.ds_config import (
 )
 from recipes.common.model.decoder import PlanError
 from recipes.common.recipe import AdamW, Layout, Recipe, RecipeError
+from tools.common.console import FAILED, GOOD, CheckError, exit_code
 from tools.common.forked_ranks import RankError, run_ranks
 from tools.common.parity import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain
 from tools.common.recipe_io import load_recipe, parse_layout
@@ -51,7 +52,9 @@ LOW_ROUNDING = 2 * 2.0**-9
 
 
 @dataclass(frozen=True)
-class Row:
+class WorstDifference:
+    """The largest difference in one quantity, and what is allowed."""
+
     what: str
     where: str  # the parameter or the step of the largest difference
     difference: float
@@ -62,26 +65,25 @@ class Row:
         return self.difference <= self.bound  # False for NaN
 
 
-def main() -> None:
-    flags = _parse_flags()
-    try:
-        recipe = load_recipe(flags.recipe)
-        layout, data = parse_layout(flags.layout)
-        trial = make_trial(recipe, layout, data, steps=flags.steps, seq_len=flags.seq_len, device=flags.device)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(argv: list[str] | None = None) -> int:
+    flags = _parse_flags(argv)
+    return exit_code(lambda: _run(flags))
+
+
+def _run(flags: argparse.Namespace) -> int:
+    recipe = load_recipe(flags.recipe)
+    layout, data = parse_layout(flags.layout)
+    trial = make_trial(recipe, layout, data, steps=flags.steps, seq_len=flags.seq_len, device=flags.device)
     try:
         rows = verify(trial)
     except (RankError, AssertionError) as error:
-        print(f"error: the layout could not be trained: {error}", file=sys.stderr)
-        sys.exit(1)
+        raise CheckError(f"the layout could not be trained: {error}") from error
     passed = all(row.passed for row in rows)
     if flags.json:
         print(json.dumps({"recipe": recipe.name, "layout": flags.layout, "passed": passed, "rows": [asdict(r) for r in rows]}))
     else:
         print(_table(recipe, trial, rows))
-    sys.exit(0 if passed else 1)
+    return GOOD if passed else FAILED
 
 
 def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len: int, device: str) -> Trial:
@@ -128,7 +130,7 @@ _DROPOUTS = frozenset(
 )  # fmt: skip
 
 
-def verify(trial: Trial) -> list[Row]:
+def verify(trial: Trial) -> list[WorstDifference]:
     """Train all sides (in forked ranks) and compare."""
     trained, plain = _both(trial)
     low = precision(trial.deepspeed) != "fp32"
@@ -157,22 +159,22 @@ def _both(trial: Trial) -> tuple[Outcome, Outcome]:
     return outcome(run_ranks(train_in_layout, trial.world_size, trial), shapes), plain
 
 
-def _worst_step(what: str, ours: list[float], plain: list[float], bound: float) -> Row:
+def _worst_step(what: str, ours: list[float], plain: list[float], bound: float) -> WorstDifference:
     relative = [abs(a - b) / max(abs(b), 1e-30) for a, b in zip(ours, plain, strict=True)]
     worst = max(range(len(relative)), key=lambda i: relative[i] if relative[i] == relative[i] else float("inf"))
-    return Row(what, f"step {worst + 1}", relative[worst], bound)
+    return WorstDifference(what, f"step {worst + 1}", relative[worst], bound)
 
 
 def _worst_tensor(
     what: str, ours: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], bound: float, rounding: float = 0.0
-) -> Row:
+) -> WorstDifference:
     """rounding: the part of an element by which it may differ beside the bound."""
     missing = sorted(set(ours) ^ set(plain))
     if missing:
-        return Row(what, f"{missing[0]} is on one side only", float("nan"), bound)
+        return WorstDifference(what, f"{missing[0]} is on one side only", float("nan"), bound)
     worst = {name: ((ours[name] - plain[name]).abs() - rounding * plain[name].abs()).max().clamp_min(0).item() for name in plain}
     name = max(worst, key=lambda n: worst[n] if worst[n] == worst[n] else float("inf"))
-    return Row(what, name, worst[name], bound)
+    return WorstDifference(what, name, worst[name], bound)
 
 
 def _installed(package: str) -> str:
@@ -181,7 +183,7 @@ def _installed(package: str) -> str:
     return version(package)
 
 
-def _table(recipe: Recipe, trial: Trial, rows: list[Row]) -> str:
+def _table(recipe: Recipe, trial: Trial, rows: list[WorstDifference]) -> str:
     lines = [
         f"{recipe.name}: {type(trial.model).__name__} at hidden size {trial.model.hidden_size}, tensor {trial.layout.tensor} x "
         f"pipeline {trial.layout.pipeline} x data {trial.data}, {precision(trial.deepspeed)}, "
@@ -194,16 +196,18 @@ def _table(recipe: Recipe, trial: Trial, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def _parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", help="path of a recipe file")
     parser.add_argument("--layout", default="tensor=2,pipeline=2,data=2", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--seq-len", type=int, default=32)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda needs one GPU a rank")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

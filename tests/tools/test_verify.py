@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import sys
 
 import pytest
 
@@ -24,12 +23,10 @@ def call(*flags, fault=None):
 def _call(flags, fault):
     if fault is not None:
         fault()
-    sys.argv = ["verify", *map(str, flags)]
     out, err = io.StringIO(), io.StringIO()
-    code = None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            main()
+            code = main([*map(str, flags)])
         except SystemExit as leaving:
             code = leaving.code
     return code, out.getvalue(), err.getvalue()

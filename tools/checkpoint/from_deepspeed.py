@@ -11,18 +11,13 @@ The files are pickles: only tensors and plain values are read, no code of theirs
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-
 import argparse
 import json
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +32,7 @@ from tools.checkpoint import deepspeed_files as files
 from tools.checkpoint.from_hf import read_config
 from tools.checkpoint.hf_names import model_shapes, parameter_aliases
 from tools.checkpoint.starting_checkpoint import collected, refuse_used, starting_state, whole_part, write_checkpoint
-from tools.common.console import UsageError, exit_code, progress_bar, quiet_transformers
+from tools.common.console import GOOD, UsageError, progress_bar, quiet_transformers
 
 Shape = tuple[int, ...]
 _OURS = re.compile(r"(?:\d+\.)?(?:causal\.|module\.)?")  # what stands before a Hugging Face name
@@ -67,32 +62,24 @@ class Model:
         return tuple(shape)
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.checkpoint from-deepspeed", description=__doc__.split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a folder global_stepN, or the one with `latest` in it")
     parser.add_argument("out", type=Path, metavar="OUT", help="the run directory to make")
     parser.add_argument("--model", type=Path, help="a folder with the model's config.json (default: FOLDER)")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer folder to keep with it (default: the model's)")
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
-    return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def run(args: argparse.Namespace) -> int:
     quiet_transformers()
-    return exit_code(lambda: _run(args))
-
-
-def _run(args: argparse.Namespace) -> int:
     summary = convert(args.folder, args.out, args.model or args.folder, args.tokenizer)
     if args.json:
         print(json.dumps(summary))
-        return 0
+        return GOOD
     was = "universal" if summary["universal"] else "pipeline {pipeline} x tensor {tensor} x data {data}, ZeRO {zero_stage}"
     print(f"{summary['checkpoint']}: {summary['tensors']} tensors, kinds {', '.join(summary['kinds'])}")
     print(f"  from {was.format(**summary)}, step {summary['step']}, {summary['optimizer_steps']} optimizer steps")
-    print(f"  {summary['consumed_seqs']} sequences consumed; go on with: deepspeed RECIPE --out-dir {args.out} --resume")
-    return 0
+    print(f"  {summary['consumed_seqs']} sequences consumed; continue with: deepspeed RECIPE --out-dir {args.out} --resume")
+    return GOOD
 
 
 def convert(folder: Path, out: Path, model_folder: Path, tokenizer: Path | None = None) -> dict[str, Any]:
@@ -231,7 +218,3 @@ def buffer_parts(run: files.Run, model: Model) -> list[Part]:
 def _input_bytes(run: files.Run) -> int:
     pattern = "zero/**/*.pt" if run.universal else "*_optim_states.pt"
     return sum(path.stat().st_size for path in run.folder.glob(pattern))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

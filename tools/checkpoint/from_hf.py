@@ -11,18 +11,13 @@ joins on loading (banks of experts) are in memory one at a time.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-
 import argparse
 import json
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +28,7 @@ from recipes.common.model.initial_weights import build_empty
 from tools.checkpoint.hf_folder import Source, open_folder, tokenizer_files
 from tools.checkpoint.hf_names import Adopter, Group, model_shapes, parameter_aliases
 from tools.checkpoint.starting_checkpoint import collected, refuse_used, starting_state, whole_part, write_checkpoint
-from tools.common.console import UsageError, exit_code, human_bytes, progress_bar, quiet_transformers
+from tools.common.console import GOOD, UsageError, human_bytes, progress_bar, quiet_transformers
 
 COMPARE_ROWS_BYTES = 1 << 25
 _OLD_ROTARY = "rotary_emb.inv_freq"  # old files hold it; transformers computes it
@@ -49,32 +44,24 @@ class Import:
     dropped: list[str]  # names on disk that say nothing new
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.checkpoint from-hf", description=__doc__.split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a Hugging Face model folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="the run directory to make")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer folder to keep with it (default: FOLDER's own)")
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
-    return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def run(args: argparse.Namespace) -> int:
     quiet_transformers()
-    return exit_code(lambda: _run(args))
-
-
-def _run(args: argparse.Namespace) -> int:
     summary = import_folder(args.folder, args.out, args.tokenizer)
     if args.json:
         print(json.dumps(summary))
-        return 0
+        return GOOD
     print(f"{summary['checkpoint']}: {summary['tensors']} tensors, {human_bytes(summary['bytes'])} of fp32 weights")
     if summary["dropped"]:
-        print(f"  left out, because it says nothing new: {', '.join(summary['dropped'][:5])}")
+        print(f"  left out as redundant: {', '.join(summary['dropped'][:5])}")
     print(f"  in the recipe: num_params={summary['num_params']:_}, and `model` a config equal to {args.folder / 'config.json'}")
-    print(f"  go on with: deepspeed RECIPE --out-dir {args.out} --resume")
-    return 0
+    print(f"  continue with: deepspeed RECIPE --out-dir {args.out} --resume")
+    return GOOD
 
 
 def import_folder(folder: Path, out: Path, tokenizer: Path | None = None) -> dict[str, Any]:
@@ -191,7 +178,3 @@ def _is_ignored(causal: PreTrainedModel, name: str) -> bool:
     """What transformers itself passes over in silence when it loads this family."""
     patterns = {*(causal._keys_to_ignore_on_load_unexpected or ()), re.escape(_OLD_ROTARY)}
     return any(re.search(pattern, name) for pattern in patterns)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,12 +11,6 @@ transformers against a plain model that was given the checkpoint's weights by na
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-
 import argparse
 import functools
 import json
@@ -24,6 +18,7 @@ import os
 import re
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,14 +34,13 @@ from tools.checkpoint import hf_check
 from tools.checkpoint.contents import damaged_weights, missized_files, open_checkpoint, row_blocks
 from tools.checkpoint.hf_names import Group, natural, publish, published_groups
 from tools.checkpoint.safetensors_io import ShardsWriter, Tensor, split_into_shards, write_index
-from tools.common.console import CheckError, UsageError, exit_code, human_bytes, progress_bar, quiet_transformers
+from tools.common.console import GOOD, CheckError, UsageError, human_bytes, progress_bar, quiet_transformers
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.checkpoint to-hf", description=__doc__.split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/latest, or one of its steps")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make; it must not exist, or be empty")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
@@ -54,17 +48,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-verify", action="store_true", help="check file sizes only, and nothing of what was written")
     limit = human_bytes(hf_check.LOGITS_LIMIT_BYTES)
     parser.add_argument("--verify-logits", action="store_true", help=f"compare logits also over {limit} of fp32 weights")
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
-    return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def run(args: argparse.Namespace) -> int:
     quiet_transformers()
-    return exit_code(lambda: _run(args), CheckpointError)
-
-
-def _run(args: argparse.Namespace) -> int:
     summary = export(
         args.checkpoint,
         args.out,
@@ -75,14 +62,14 @@ def _run(args: argparse.Namespace) -> int:
     )
     if args.json:
         print(json.dumps(summary))
-        return 0
+        return GOOD
     size, seconds = human_bytes(summary["bytes"]), summary["seconds"]
     print(
         f"{args.out}: step {summary['step']}, {summary['tensors']} tensors, {size} in {summary['files']} files, {seconds:.1f} s"
     )
     for line in summary["checks"]:
         print(f"  {line}")
-    return 0
+    return GOOD
 
 
 def parse_size(text: str) -> int:
@@ -247,7 +234,3 @@ def _refuse_existing(out: Path) -> None:
         return
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists already; delete it, or export to another folder")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

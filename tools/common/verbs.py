@@ -20,18 +20,21 @@ class Verb:
 
 
 def run_tool(name: str, description: str, verbs: Mapping[str, Verb], argv: Sequence[str] | None) -> int:
-    """Parse `argv` (None: the command line) and run the verb it names; every verb takes --json.
+    """Parse `argv` (None: the command line), run the verb it names, and return the exit code. Every verb takes --json.
 
-    A verb's module is imported only when it is called: `spikes scan` needs no torch, `spikes replay` does.
+    A verb's module is imported only when it is called: `spikes scan` needs no torch, `spikes replay` does. Its docstring is
+    the description in its own --help.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog=f"python -m tools.{name}", description=description)
-    parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    added = {verb: parsers.add_parser(verb, help=each.help, description=each.help) for verb, each in verbs.items()}
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=f"python -m tools.{name}", description=description, formatter_class=as_written)
+    parsers = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
+    added = {verb: parsers.add_parser(verb, help=each.help, formatter_class=as_written) for verb, each in verbs.items()}
     called = next((word for word in words if not word.startswith("-")), None)
     if called in verbs:
         module = importlib.import_module(verbs[called].module)
         module.add_flags(added[called])
-        added[called].add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else there")
+        added[called].add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
+        added[called].description = module.__doc__
     args = parser.parse_args(words)
     return exit_code(lambda: module.run(args))

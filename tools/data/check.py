@@ -1,25 +1,42 @@
-"""Whether a prepared folder is whole, and what is in it: the work of `tools.data check` and `tools.data stats`."""
+"""Checks that a prepared folder is intact: checksums, document bounds, token ids, tokenizer; exit 1 if it is not."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from recipes.common.data.shards import ORIGIN, Shard, read_manifest, split_shards, tokenizer_hash
-from tools.common.console import Progress
+from tools.common.console import FAILED, GOOD, as_usage_error, progress_bar
 
-CHUNK = 1 << 24  # tokens looked at together
-MAX_HASHED = 1 << 24  # documents compared with each other; of more, a sample chosen by content
-HISTOGRAM_BINS = 40  # powers of two
+CHUNK_TOKENS = 1 << 24  # read at once
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder written by tools.data prepare")
+
+
+@as_usage_error(OSError, ValueError)
+def run(args: argparse.Namespace) -> int:
+    problems = check(args.folder)
+    manifest = read_manifest(args.folder)
+    tokens = sum(split["tokens"] for split in manifest["splits"].values())
+    if args.json:
+        print(json.dumps({"folder": str(args.folder), "tokens": tokens, "problems": problems}))
+    elif problems:
+        print(f"{args.folder}: {len(problems)} problems\n" + "\n".join(f"  {problem}" for problem in problems))
+    else:
+        print(f"{args.folder}: intact, {tokens:,} tokens: checksums, bounds, ids and tokenizer agree with the manifest")
+    return FAILED if problems else GOOD
 
 
 def check(folder: Path) -> list[str]:
-    """Everything wrong in a prepared folder, one line each, by file."""
+    """List everything wrong in a prepared folder, by file. Raises OSError or ValueError when it has no usable dataset.json."""
     manifest = read_manifest(folder)
     problems = []
     if tokenizer_hash(folder / "tokenizer") != manifest["tokenizer_hash"]:
@@ -28,12 +45,11 @@ def check(folder: Path) -> list[str]:
         num_files = sum(1 for _ in file)
     shards = [shard for split in manifest["splits"] for shard in split_shards(manifest, split)]
     total = sum(shard.tokens for shard in shards) * np.dtype(manifest["dtype"]).itemsize
-    with Progress("check", total_bytes=total) as progress, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with progress_bar("checking", total) as bar, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         # hashing releases the interpreter, so threads use all cores
         for shard, found in zip(shards, pool.map(lambda s: check_shard(folder, s, manifest, num_files), shards), strict=True):
             problems += found
-            size = shard.tokens * np.dtype(manifest["dtype"]).itemsize
-            progress.add(shard.documents, size, size)
+            bar.update(shard.tokens * np.dtype(manifest["dtype"]).itemsize)
     for split, entry in manifest["splits"].items():
         for key in ("tokens", "documents"):
             if entry[key] != sum(shard[key] for shard in entry["shards"]):
@@ -59,7 +75,7 @@ def check_shard(folder: Path, shard: Shard, manifest: dict, num_files: int) -> l
         problems.append(f"{shard.file}: document bounds do not rise to {shard.tokens}")
         return problems
     tokens = np.memmap(folder / shard.file, dtype=dtype, mode="r")
-    largest = max(int(tokens[at : at + CHUNK].max()) for at in range(0, shard.tokens, CHUNK))
+    largest = max(int(tokens[at : at + CHUNK_TOKENS].max()) for at in range(0, shard.tokens, CHUNK_TOKENS))
     if largest >= manifest["vocab_size"]:
         problems.append(f"{shard.file}: holds id {largest}, the vocabulary has {manifest['vocab_size']}")
     open_ended = np.count_nonzero(tokens[ends - 1] != manifest["eos_id"])
@@ -69,74 +85,3 @@ def check_shard(folder: Path, shard: Shard, manifest: dict, num_files: int) -> l
     if origins["file"].max() >= num_files or origins["source"].max() >= len(manifest["sources"]):
         problems.append(f"{shard.file}: a document comes from a file or source that is not listed")
     return problems
-
-
-def stats(folder: Path) -> dict:
-    """Lengths, sources and repeats of the train split."""
-    manifest = read_manifest(folder)
-    documents = manifest["splits"]["train"]["documents"]
-    keep_one_in = max(-(-documents // MAX_HASHED), 1)
-    histogram = np.zeros(HISTOGRAM_BINS, dtype=np.int64)
-    hashes, repeated_tokens_at = [], []
-    shortest, longest = np.inf, 0
-    with Progress("stats", total_bytes=manifest["splits"]["train"]["tokens"]) as progress:
-        for lengths, tokens in _documents(folder, manifest):
-            histogram += np.bincount(np.log2(lengths).astype(int), minlength=HISTOGRAM_BINS)
-            shortest, longest = min(shortest, lengths.min()), max(longest, lengths.max())
-            values = content_hashes(tokens, lengths)
-            kept = values % np.uint64(keep_one_in) == 0
-            hashes.append(values[kept])
-            repeated_tokens_at.append(lengths[kept])
-            progress.add(len(lengths), int(lengths.sum()), int(lengths.sum()))
-    values, lengths = np.concatenate(hashes), np.concatenate(repeated_tokens_at)
-    _, first = np.unique(values, return_index=True)
-    again = np.ones(len(values), dtype=bool)
-    again[first] = False
-    return {
-        "documents": documents,
-        "tokens": manifest["splits"]["train"]["tokens"],
-        "mean_length": manifest["splits"]["train"]["tokens"] / documents,
-        "shortest": int(shortest),
-        "longest": int(longest),
-        "lengths": {str(1 << bin): int(count) for bin, count in enumerate(histogram) if count},
-        "sources": manifest["sources"],
-        "compared_documents": len(values),
-        "repeated_documents": float(again.mean()),
-        "repeated_tokens": float(lengths[again].sum() / lengths.sum()),
-    }
-
-
-def _documents(folder: Path, manifest: dict) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(lengths, tokens) of every train shard."""
-    for shard in split_shards(manifest, "train"):
-        ends = np.fromfile((folder / shard.file).with_suffix(".ends"), dtype="<u8").astype(np.int64)
-        tokens = np.memmap(folder / shard.file, dtype=np.dtype(manifest["dtype"]).newbyteorder("<"), mode="r")
-        yield np.diff(ends, prepend=0), tokens
-
-
-def content_hashes(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """64 bits of each document's content: uint64 [documents]."""
-    ends = np.cumsum(lengths).tolist()
-    digests = b"".join(
-        hashlib.blake2b(tokens[end - length : end].tobytes(), digest_size=8).digest()
-        for length, end in zip(lengths.tolist(), ends, strict=True)
-    )
-    return np.frombuffer(digests, dtype="<u8")
-
-
-def lengths_picture(found: dict) -> str:
-    """The histogram of document lengths as SVG."""
-    bars = list(found["lengths"].items())
-    most = max(count for _, count in bars)
-    width, height, left, base = 60 * len(bars) + 80, 320, 60, 270
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="11">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="20" font-size="14">{found["documents"]:,} documents by length in tokens</text>',
-    ]
-    for number, (length, count) in enumerate(bars):
-        x, tall = left + 60 * number, 220 * count / most
-        parts.append(f'<rect x="{x}" y="{base - tall:.1f}" width="50" height="{tall:.1f}" fill="#4477aa"/>')
-        parts.append(f'<text x="{x + 25}" y="{base - tall - 4:.1f}" text-anchor="middle">{count:,}</text>')
-        parts.append(f'<text x="{x + 25}" y="{base + 16}" text-anchor="middle">{int(length):,}+</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"

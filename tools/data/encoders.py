@@ -11,13 +11,11 @@ from collections.abc import Callable
 import numpy as np
 from tokenizers import Tokenizer
 
+from tools.common.console import UsageError
+
 REFERENCE, FAST = "tokenizers", "fastokens"
 Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]  # texts -> (ids uint32 [tokens], offsets int64 [texts + 1])
 TRICKY = ["", " ", "\r\n\t ", "\0", "</s><|endoftext|><s>", "é漢字🙂\u200d", "  \u00a0x", "a" * 1000, " " * 1000, "1234567890"]
-
-
-class EncoderError(ValueError):
-    """Two encoders of one tokenizer differ, or one that was asked for cannot be had."""
 
 
 def reference_tokenizer(tokenizer_file: str) -> Tokenizer:
@@ -71,7 +69,7 @@ def first_difference(encode: Encode, reference: Encode, texts: list[str]) -> int
 def choose_encoder(choice: str, tokenizer_file: str, sample: list[str]) -> tuple[str, str]:
     """(encoder, why): the fast one if it is there and gives the reference's ids for `sample`.
 
-    `choice` is "auto" or a name; a name that cannot be used is an EncoderError, never another encoder.
+    `choice` is "auto" or a name; a name that cannot be used is a UsageError, never another encoder.
     """
     if choice == REFERENCE:
         return REFERENCE, "asked for"
@@ -87,5 +85,5 @@ def choose_encoder(choice: str, tokenizer_file: str, sample: list[str]) -> tuple
     if reason is None:
         return FAST, f"equal to {REFERENCE} on {len(texts)} sampled documents"
     if choice == FAST:
-        raise EncoderError(f"--encoder {FAST}: {reason}")
+        raise UsageError(f"--encoder {FAST}: {reason}")
     return REFERENCE, reason

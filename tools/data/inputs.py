@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tools.common.console import UsageError
+
 if TYPE_CHECKING:
     import datasets  # slow to import: only where it is needed
 
@@ -37,17 +39,13 @@ class InputFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class InputRange:
     """Parts [start, stop) of one file: bytes of plain lines, the parts above of what has any; otherwise all of it."""
 
     file: int
     start: int
     stop: int
     bytes: int  # of input, for the progress
-
-
-class InputError(ValueError):
-    """The user's mistake in an input."""
 
 
 def uncompressed(name: str) -> str:
@@ -57,21 +55,21 @@ def uncompressed(name: str) -> str:
 
 
 def list_files(inputs: list[str], suffixes: list[str], excluded: list[str], text_key: str, each_line: bool) -> list[InputFile]:
-    """Every file to read, in a fixed order. Raises InputError naming each input that is missing, unknown or empty."""
+    """Every file to read, in a fixed order. Raises UsageError naming each input that is missing, unknown or empty."""
     found: list[InputFile] = []
     problems = []
     for source, name in enumerate(inputs):
         before = len(found)
         try:
             found += _files_of(name, source, suffixes, excluded, text_key, each_line)
-        except InputError as error:
+        except UsageError as error:
             problems.append(str(error))
             continue
         if len(found) == before:
             wanted = " ".join(suffixes or (*TEXT_ENDINGS, *JSON_ENDINGS, ".parquet"))
             problems.append(f"{name}: no file ending in {wanted} in it; choose with --suffix")
     if problems:
-        raise InputError("\n  ".join(problems))
+        raise UsageError("\n  ".join(problems))
     return found
 
 
@@ -83,9 +81,9 @@ def _files_of(
         return
     root = Path(name)
     if not root.exists():
-        raise InputError(f"{name}: no such file or folder (a dataset of the Hugging Face hub is written {HUB}NAME)")
+        raise UsageError(f"{name}: no such file or folder (a dataset of the Hugging Face hub is written {HUB}NAME)")
     if (root / "dataset_dict.json").is_file():
-        raise InputError(f"{name}: holds several splits; give the folder of one, such as {root / 'train'}")
+        raise UsageError(f"{name}: holds several splits; give the folder of one, such as {root / 'train'}")
     if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
         yield _disk_dataset(root, source, text_key)
         return
@@ -125,9 +123,9 @@ def _row_groups(path: Path, text_key: str) -> int:
             columns = file.schema_arrow.names
             groups = file.num_row_groups
     except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path}: not a Parquet file ({error})") from error
+        raise UsageError(f"{path}: not a Parquet file ({error})") from error
     if text_key not in columns:
-        raise InputError(f"{path}: no column {text_key!r} among {columns}; choose with --text-key")
+        raise UsageError(f"{path}: no column {text_key!r} among {columns}; choose with --text-key")
     return groups
 
 
@@ -164,18 +162,18 @@ def open_hub(name: str) -> datasets.IterableDataset:
     try:
         return datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
     except Exception as error:  # the library raises many kinds; each is the user's to solve
-        raise InputError(f"{name}: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{name}: {type(error).__name__}: {error}") from error
 
 
 def _check_columns(name: str, columns: list[str], text_key: str) -> None:
     if text_key not in columns:
-        raise InputError(f"{name}: no column {text_key!r} among {columns}; choose with --text-key")
+        raise UsageError(f"{name}: no column {text_key!r} among {columns}; choose with --text-key")
 
 
-def plan_units(files: list[InputFile]) -> list[list[Piece]]:
+def plan_units(files: list[InputFile]) -> list[list[InputRange]]:
     """Split the files into units of work of about equal size, each a list of pieces in order."""
     unit_bytes = min(max(sum(file.bytes for file in files) // UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
-    units: list[list[Piece]] = [[]]
+    units: list[list[InputRange]] = [[]]
     filled = 0
     for number, file in enumerate(files):
         for piece in _cut(number, file, unit_bytes):
@@ -187,7 +185,7 @@ def plan_units(files: list[InputFile]) -> list[list[Piece]]:
     return units
 
 
-def _cut(number: int, file: InputFile, unit_bytes: int) -> Iterator[Piece]:
+def _cut(number: int, file: InputFile, unit_bytes: int) -> Iterator[InputRange]:
     """The pieces of one file. Of what is compressed, or one document, there is one."""
     if file.kind == "hub":
         step, end = 1, file.parts
@@ -200,4 +198,4 @@ def _cut(number: int, file: InputFile, unit_bytes: int) -> Iterator[Piece]:
     for start in range(0, max(end, 1), step):  # an empty file is a piece too: it is counted as an empty document
         stop = min(start + step, end)
         size = file.bytes * stop // max(end, 1) - file.bytes * start // max(end, 1)
-        yield Piece(file=number, start=start, stop=stop, bytes=size)
+        yield InputRange(file=number, start=start, stop=stop, bytes=size)

@@ -1,4 +1,4 @@
-"""Which documents a sequence holds: from the order, through document bounds and origins, to file and offset."""
+"""Finds the documents in a sequence: from the order, through document bounds and origins, to file and offset."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ from recipes.common.data.blend import Blend, BlendedStream, folders, open_blend
 from recipes.common.data.order import kept_index
 from recipes.common.data.shards import ORIGIN, TokenStream, open_split, read_manifest
 from recipes.common.recipe import from_root
+from tools.common.console import UsageError
 from tools.data.inputs import COMPRESSED_ENDINGS
 
 
-class LookupProblem(ValueError):  # noqa: N818, the built-in LookupError is taken
-    """What was asked for is not there."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """What decides the sequences of a run."""
+class DataOrder:
+    """The data folders of a run and the order in which their sequences are read."""
 
     data: dict[str, Path]  # folders as the recipe names them -> where they are
     blend: Blend | None
@@ -33,25 +30,27 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class StepRead:
+    """The sequences that one step read."""
+
     consumed: int  # sequences before it
     seqs: int
     micro_seqs: int
     data_size: int
 
 
-def read_run(folder: Path) -> Run:
-    """A run directory, by its recipe.json."""
+def read_run(folder: Path) -> DataOrder:
+    """Read the data order of a run directory. Raises UsageError when it has no recipe.json."""
     path = folder / "recipe.json"
     if not path.is_file():
-        raise LookupProblem(f"{folder}: no recipe.json, so this is no run directory")
+        raise UsageError(f"{folder}: no recipe.json, so this is no run directory")
     recipe = json.loads(path.read_text())
     blend = None
     if isinstance(recipe["data"], dict):
         changes = tuple((int(after), weights) for after, weights in recipe["data"]["changes"])
         blend = Blend(weights=recipe["data"]["weights"], changes=changes)
     names = folders(blend) if blend else [recipe["data"]]
-    return Run(
+    return DataOrder(
         data={name: from_root(name) for name in names},
         blend=blend,
         seed=recipe["seed"],
@@ -61,14 +60,14 @@ def read_run(folder: Path) -> Run:
 
 
 def _skips(folder: Path) -> tuple[tuple[int, int], ...]:
-    """Of the newest start: a skip changes nothing before itself, so it holds for the steps of earlier starts too."""
-    path = folder / "dataset.json"
+    """Return the skips of the newest start: a skip changes nothing before itself, so it holds for earlier starts too."""
+    path = folder / "run.json"
     starts = json.loads(path.read_text())["starts"] if path.is_file() else []
     return tuple((first, last) for first, last in starts[-1].get("skips", ())) if starts else ()
 
 
-def read_step(folder: Path, step: int) -> Step:
-    """What step `step` of a run read. Raises LookupProblem if the run has no such step."""
+def read_step(folder: Path, step: int) -> StepRead:
+    """Return what step `step` of a run read. Raises UsageError if the run has no such step."""
     seq_len, micro_seqs = (json.loads((folder / "recipe.json").read_text())["batch"][k] for k in ("seq_len", "micro_seqs"))
     last = 0
     found = None
@@ -79,21 +78,21 @@ def read_step(folder: Path, step: int) -> Step:
                 last = max(last, record["step"])
                 found = record if record["step"] == step else found
     if found is None:
-        raise LookupProblem(f"--step {step}: metrics.jsonl of {folder} has steps 1 to {last}")
+        raise UsageError(f"--step {step}: metrics.jsonl of {folder} has steps 1 to {last}")
     starts = json.loads((folder / "run.json").read_text())["starts"]
     start = [entry for entry in starts if (entry["resumed_step"] or 0) < step][-1]
     seqs = found["tokens"] // seq_len
-    return Step(consumed=found["consumed_seqs"] - seqs, seqs=seqs, micro_seqs=micro_seqs, data_size=start["sizes"]["data"])
+    return StepRead(consumed=found["consumed_seqs"] - seqs, seqs=seqs, micro_seqs=micro_seqs, data_size=start["sizes"]["data"])
 
 
-def open_run(run: Run) -> TokenStream | BlendedStream:
+def open_run(run: DataOrder) -> TokenStream | BlendedStream:
     if run.blend is not None:
         return open_blend(run.blend, run.data, run.seq_len)
     return open_split(next(iter(run.data.values())), "train", run.seq_len)
 
 
-def describe(run: Run, consumed: np.ndarray) -> list[dict]:
-    """The consumed-th sequences of a run: index, data folder, position, and the documents in each."""
+def describe(run: DataOrder, consumed: np.ndarray) -> list[dict]:
+    """Describe the consumed-th sequences of a run: index, data folder, position, and the documents in each."""
     stream = open_run(run)
     streams = stream.streams if isinstance(stream, BlendedStream) else [stream]
     names = list(run.data)
@@ -113,7 +112,7 @@ def describe(run: Run, consumed: np.ndarray) -> list[dict]:
 
 
 def documents_of(stream: TokenStream, position: int) -> list[dict]:
-    """The documents, or parts of them, in one sequence: `tokens` [start, stop) of the sequence, and where from."""
+    """List the documents, or parts of them, in one sequence: `tokens` [start, stop) of the sequence, and where from."""
     begin, end = position * stream.seq_len, position * stream.seq_len + stream.seq_len + 1
     tokens = stream.read(np.array([position]))[0]
     found = []
@@ -159,7 +158,7 @@ def _name_and_decode(folder: Path, rows: list[dict]) -> None:
 
 
 def read_files(folder: Path, wanted: set[int]) -> dict[int, dict]:
-    """Lines of files.jsonl by number, without holding the others."""
+    """Read lines of files.jsonl by number, without holding the others."""
     with open(folder / "files.jsonl", encoding="utf-8") as file:
         return {number: json.loads(line) for number, line in enumerate(file) if number in wanted}
 

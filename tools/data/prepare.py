@@ -9,12 +9,6 @@ nothing. The manifest is written last: without it nothing takes DIR for prepared
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-
 import argparse
 import fcntl
 import hashlib
@@ -22,14 +16,18 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 from recipes.common.data.shards import FORMAT, VERSION, tokenizer_hash
+from recipes.common.run_dir.manifest import write_json
+from tools.common.console import GOOD, UsageError, as_usage_error
 from tools.data.dedup import find_duplicates, hashes_path
 from tools.data.encoders import FAST, REFERENCE, choose_encoder, reference_tokenizer
 from tools.data.inputs import InputFile, list_files, plan_units
-from tools.data.shard_writer import SPLITS, Job, Work, files_listing, hash_unit, write_json, write_unit
+from tools.data.shard_writer import SPLITS, Job, Work, files_listing, hash_unit, write_unit
 from tools.data.tokenizer import end_token, file_hash, find_tokenizer, make_tokenizer, sample_texts
 from tools.data.workers import do_all
 
@@ -41,49 +39,45 @@ INPUT_HELP = """text, JSON lines (.jsonl, .ndjson; all also .gz, .zst), Parquet,
 `datasets`, or hub:NAME[:CONFIG[:SPLIT]] (streamed)"""
 
 
-class UsageError(ValueError):
-    """The user's mistake in the command or its folders."""
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.data prepare", description=__doc__.split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUT_HELP)
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", help="Hugging Face tokenizer folder or name, tokenizer.json or SentencePiece .model")
     which.add_argument("--train-tokenizer", type=int, metavar="N", help="train a SentencePiece BPE of N pieces")
-    parser.add_argument("--validation-fraction", type=float, default=0.01, help="share of documents held out")
-    parser.add_argument("--suffix", action="append", default=[], help="only files with this ending, read as text")
-    parser.add_argument("--exclude", nargs="*", default=[], help="folder names to leave out at any depth")
-    parser.add_argument("--text-key", default="text", help="the JSON field or table column that holds the document")
-    parser.add_argument("--each-line", action="store_true", help="a line of a text file is a document, not the file")
-    parser.add_argument("--bad", choices=("fail", "skip"), default="fail", help="what to do with unreadable documents")
+    parser.add_argument(
+        "--validation-fraction", type=float, default=0.01, metavar="F", help="share of documents held out (default: %(default)s)"
+    )
+    parser.add_argument("--suffix", action="append", default=[], help="only files with this ending, read as text; repeatable")
+    parser.add_argument("--exclude", nargs="*", default=[], metavar="NAME", help="folder names to leave out at any depth")
+    parser.add_argument(
+        "--text-key", default="text", help="the JSON field or table column with the document (default: %(default)s)"
+    )
+    parser.add_argument("--each-line", action="store_true", help="take each line of a text file, not the file, as a document")
+    parser.add_argument(
+        "--bad", choices=("fail", "skip"), default="fail", help="what to do with unreadable documents (default: %(default)s)"
+    )
     parser.add_argument("--dedup", action="store_true", help="keep only the first of documents with equal text")
     parser.add_argument(
         "--best-fit",
         type=int,
         default=0,
         metavar="SEQ_LEN",
-        help="pack the train split into sequences of SEQ_LEN tokens so that few documents are cut",
+        help="pack the train split into sequences of SEQ_LEN tokens so that few documents are split",
     )
-    parser.add_argument("--encoder", choices=("auto", FAST, REFERENCE), default="auto", help="all give the same ids")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--encoder", choices=("auto", FAST, REFERENCE), default="auto", help="all give the same ids (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: one a core)"
+    )
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    try:
-        summary = prepare(args)
-    except (OSError, ValueError) as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        print(json.dumps(summary))
-    else:
-        print(summary_text(summary))
-    return 0
+@as_usage_error(OSError, ValueError)
+def run(args: argparse.Namespace) -> int:
+    summary = prepare(args)
+    print(json.dumps(summary) if args.json else summary_text(summary))
+    return GOOD
 
 
 def prepare(args: argparse.Namespace) -> dict:
@@ -158,9 +152,9 @@ def run_units(args: argparse.Namespace, files: list[InputFile], fingerprint: str
         for number, unit in enumerate(units)
     ]
     if args.dedup and not (args.out / "unfinished" / "drops").is_dir():
-        do_all(hash_unit, job, left_to_do(works, args.out, hashes_path), args.workers, "find duplicates")
+        do_all(hash_unit, job, left_to_do(works, args.out, hashes_path), args.workers, "finding duplicates")
         find_duplicates(args.out, len(units))
-    do_all(write_unit, job, left_to_do(works, args.out, unit_record), args.workers, "prepare")
+    do_all(write_unit, job, left_to_do(works, args.out, unit_record), args.workers, "encoding")
     records = [json.loads(unit_record(args.out, number).read_text()) for number in range(len(units))]
     return write_manifest(args, files, records, job, vocab_size, fingerprint)
 
@@ -279,7 +273,3 @@ def summary_text(summary: dict) -> str:
     if counts["padding_tokens"]:
         lines.append(f"best-fit packing: {counts['padding_tokens']:,} tokens of padding")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

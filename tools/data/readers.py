@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from tools.data.inputs import COMPRESSED_ENDINGS, InputFile, Piece, open_hub
+from tools.data.inputs import COMPRESSED_ENDINGS, InputFile, InputRange, open_hub
 
 MAX_DOCUMENT_BYTES = 256 << 20  # a longer document would be longer than a shard
 ROWS = 1000  # read at once from a table
@@ -23,7 +23,7 @@ class Document:
     bytes: int = 0  # of input it took; 0 where that is not known one by one
 
 
-def read_piece(file: InputFile, piece: Piece, text_key: str) -> Iterator[Document]:
+def read_piece(file: InputFile, piece: InputRange, text_key: str) -> Iterator[Document]:
     """The documents of one piece, in order."""
     if file.kind == "parquet":
         yield from _parquet(file.path, piece, text_key)
@@ -59,7 +59,7 @@ def _decoded(raw: bytes, offset: int) -> Document:
         return Document(text=None, offset=offset, problem=f"not UTF-8 at byte {error.start} of it")
 
 
-def _lines(stream: BinaryIO, file: InputFile, piece: Piece, text_key: str) -> Iterator[Document]:
+def _lines(stream: BinaryIO, file: InputFile, piece: InputRange, text_key: str) -> Iterator[Document]:
     """The lines that begin inside the piece. Blank lines are no documents."""
     compressed = file.path.endswith(COMPRESSED_ENDINGS)
     at = 0
@@ -109,7 +109,7 @@ def _checked(text: object, offset: int, text_key: str, size: int = 0) -> Documen
     return Document(text=text, offset=offset, bytes=size)
 
 
-def _parquet(path: str, piece: Piece, text_key: str) -> Iterator[Document]:
+def _parquet(path: str, piece: InputRange, text_key: str) -> Iterator[Document]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
@@ -121,7 +121,7 @@ def _parquet(path: str, piece: Piece, text_key: str) -> Iterator[Document]:
                 row += 1
 
 
-def _disk_dataset(path: str, piece: Piece, text_key: str) -> Iterator[Document]:
+def _disk_dataset(path: str, piece: InputRange, text_key: str) -> Iterator[Document]:
     import datasets
 
     rows = datasets.load_from_disk(path)
@@ -131,7 +131,7 @@ def _disk_dataset(path: str, piece: Piece, text_key: str) -> Iterator[Document]:
             yield _checked(text, row, text_key)
 
 
-def _hub_dataset(file: InputFile, piece: Piece, text_key: str) -> Iterator[Document]:
+def _hub_dataset(file: InputFile, piece: InputRange, text_key: str) -> Iterator[Document]:
     """Rows of one shard of a streamed dataset. Its offset counts from the start of the shard: shard << 40 | row."""
     for shard in range(piece.start, piece.stop):
         rows = open_hub(file.path).shard(num_shards=file.parts, index=shard)

@@ -91,7 +91,7 @@ def to_hugging_face(model: bytes) -> Tokenizer:
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     if not any(SPACE in piece.lstrip(SPACE) for piece in scores):
         # No piece has a space after another character, so no merge crosses this cut: it only makes the cache work.
-        tokenizer.pre_tokenizer = pre_tokenizers.TensorPlan(Regex(f"{SPACE}*[^{SPACE}]+|{SPACE}+"), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}*[^{SPACE}]+|{SPACE}+"), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     added = [piece for piece in proto.pieces if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)]
     tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=piece.type != USER_DEFINED) for piece in added])

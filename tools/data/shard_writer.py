@@ -13,9 +13,11 @@ from typing import Protocol
 import numpy as np
 
 from recipes.common.data.shards import ORIGIN
+from recipes.common.run_dir.manifest import write_json
+from tools.common.console import UsageError
 from tools.data.dedup import document_hash, read_drops, write_hashes
-from tools.data.encoders import REFERENCE, Encode, EncoderError, first_difference, load_encoder
-from tools.data.inputs import InputFile, Piece
+from tools.data.encoders import REFERENCE, Encode, first_difference, load_encoder
+from tools.data.inputs import InputFile, InputRange
 from tools.data.packing import pack
 from tools.data.readers import Document, read_piece
 
@@ -37,10 +39,6 @@ class Job:
     skip_bad: bool
     encoder: str
     best_fit: int  # sequence length that the train split is packed for; 0: documents one after another
-
-
-class BadDocumentError(ValueError):
-    """A document that cannot be read, and the user did not choose to skip those."""
 
 
 class ShardFile:
@@ -114,7 +112,7 @@ class Work:
     """One unit: its number, its pieces, and the files they are cut from, by number."""
 
     number: int
-    pieces: list[Piece]
+    pieces: list[InputRange]
     files: Mapping[int, InputFile]
 
 
@@ -141,7 +139,7 @@ def hash_unit(job: Job, work: Work, encoders: Encoders, report: Progressed) -> N
 def write_unit(job: Job, work: Work, encoders: Encoders, report: Progressed) -> None:
     """Write the shards of one unit and, last, its record `unfinished/unit_<number>.json`.
 
-    Raises BadDocumentError, EncoderError, or OSError (a full disk).
+    Raises UsageError, or OSError (a full disk).
     """
     folder = Path(job.out)
     shards = {split: ShardFile(folder, split, work.number, job.dtype) for split in SPLITS}
@@ -181,7 +179,7 @@ def _documents(job: Job, work: Work, counts: dict[str, int], skipped: list[dict]
             if document.text is None:
                 if not job.skip_bad:
                     where = f"{file.path}, offset {document.offset}: {document.problem}"
-                    raise BadDocumentError(f"{where}. Pass --bad skip to leave such documents out")
+                    raise UsageError(f"{where}. Pass --bad skip to leave such documents out")
                 counts["bad"] += 1
                 skipped.append({"file": piece.file, "offset": document.offset, "problem": document.problem})
             elif not document.text:
@@ -214,7 +212,7 @@ def _spot_check(job: Job, work: Work, batch: list[tuple], encoders: Encoders) ->
     """Check one document, at another place of the batch in each unit."""
     file, document, _ = batch[work.number % len(batch)]
     if first_difference(encoders.encode, encoders.reference, [document.text]) is not None:
-        raise EncoderError(
+        raise UsageError(
             f"{work.files[file].path}, offset {document.offset}: {job.encoder} and {REFERENCE} give other ids; "
             f"run again with --encoder {REFERENCE}"
         )
@@ -240,17 +238,6 @@ def _write_batch(job: Job, work: Work, batch: list, encode: Encode, shards: dict
             take(tokens, lengths, origins)
         elif rows.any():
             take(tokens[np.repeat(rows, lengths)], lengths[rows], origins[rows])
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write by rename, after the bytes are on disk: readers see the whole file or none."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def files_listing(files: list[InputFile]) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from tools.data.inputs import InputFile, Piece
+from tools.common.console import UsageError
+from tools.data.inputs import InputFile, InputRange
 from tools.data.readers import read_piece
 from tools.data.sentencepiece_bpe import train_bpe, write_folder
 
@@ -22,10 +23,6 @@ SAMPLE_BYTES = 16 << 20  # text that a tokenizer is trained on
 SAMPLE_SEED = 20
 CHECKED_DOCUMENTS = 200  # encoded both ways when a SentencePiece model becomes a tokenizer.json
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "chat_template.jinja")
-
-
-class TokenizerError(ValueError):
-    """The tokenizer cannot be used, with the cure."""
 
 
 def find_tokenizer(name: str) -> Path:
@@ -45,10 +42,10 @@ def find_tokenizer(name: str) -> Path:
         try:
             folder = huggingface_hub.snapshot_download(name, allow_patterns=list(COPIED))
         except Exception as error:  # offline, unknown, gated: the library raises many kinds
-            raise TokenizerError(f"--tokenizer {name}: no such path, and the hub says: {error}") from error
+            raise UsageError(f"--tokenizer {name}: no such path, and the hub says: {error}") from error
         if (Path(folder) / "tokenizer.json").is_file():
             return Path(folder) / "tokenizer.json"
-    raise TokenizerError(f"--tokenizer {name}: neither a folder with tokenizer.json or tokenizer.model, nor such a file")
+    raise UsageError(f"--tokenizer {name}: neither a folder with tokenizer.json or tokenizer.model, nor such a file")
 
 
 def file_hash(path: Path) -> str:
@@ -57,11 +54,11 @@ def file_hash(path: Path) -> str:
 
 
 def make_tokenizer(
-    folder: Path, found: Path | None, vocab_size: int, files: list[InputFile], units: list[list[Piece]], text_key: str
+    folder: Path, found: Path | None, vocab_size: int, files: list[InputFile], units: list[list[InputRange]], text_key: str
 ) -> None:
     """Write `folder` as a Hugging Face tokenizer: a copy of `found`, or trained on a sample if that is None.
 
-    An interrupted call leaves no folder. Raises TokenizerError or ValueError.
+    An interrupted call leaves no folder. Raises UsageError or ValueError.
     """
     if (folder / "tokenizer.json").is_file():
         return
@@ -71,7 +68,7 @@ def make_tokenizer(
     if found is None:
         sample = sample_texts(files, units, text_key, SAMPLE_BYTES)
         if not sample:
-            raise TokenizerError("--train-tokenizer: the input holds no text")
+            raise UsageError("--train-tokenizer: the input holds no text")
         size = sum(len(text) for text in sample) / 1e6
         print(f"training a tokenizer of {vocab_size} pieces on {size:.1f} MB of text", file=sys.stderr, flush=True)
         model = train_bpe(sample, vocab_size, threads=len(os.sched_getaffinity(0)))
@@ -85,7 +82,7 @@ def make_tokenizer(
     os.rename(part, folder)
 
 
-def sample_texts(files: list[InputFile], units: list[list[Piece]], text_key: str, limit_bytes: int) -> list[str]:
+def sample_texts(files: list[InputFile], units: list[list[InputRange]], text_key: str, limit_bytes: int) -> list[str]:
     """Readable documents of about `limit_bytes` in all, from every source and all over it; the same ones every time."""
     by_source: dict[int, list[int]] = {}
     for number, unit in enumerate(units):
@@ -107,7 +104,7 @@ def sample_texts(files: list[InputFile], units: list[list[Piece]], text_key: str
     return texts
 
 
-def _texts_of(files: list, unit: list[Piece], text_key: str, limit_bytes: int) -> Iterator[tuple[str, int]]:
+def _texts_of(files: list, unit: list[InputRange], text_key: str, limit_bytes: int) -> Iterator[tuple[str, int]]:
     total = 0
     for piece in unit:
         for document in read_piece(files[piece.file], piece, text_key):
@@ -119,13 +116,13 @@ def _texts_of(files: list, unit: list[Piece], text_key: str, limit_bytes: int) -
 
 
 def end_token(folder: Path, tokenizer: Tokenizer) -> int:
-    """The id that closes each document: `eos_token` of tokenizer_config.json. Raises TokenizerError without one."""
+    """The id that closes each document: `eos_token` of tokenizer_config.json. Raises UsageError without one."""
     config = folder / "tokenizer_config.json"
     token = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
     token = token["content"] if isinstance(token, dict) else token
     found = tokenizer.token_to_id(token) if token else None
     if found is None:
-        raise TokenizerError(
+        raise UsageError(
             f"the tokenizer names no end token: set eos_token in tokenizer_config.json beside its tokenizer.json "
             f"(eos_token={token!r} is not one of its tokens)"
         )

@@ -1,4 +1,4 @@
-"""Units of work of tools.data prepare, in this process or spread over several, with their progress added up."""
+"""Runs units of work of tools.data prepare, in this process or in several, with a progress bar over all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
-from tools.common.console import Progress
+from tqdm import tqdm
+
+from tools.common.console import progress_bar
 from tools.data.shard_writer import Encoders, Job, Work
 
 POLL_SECONDS = 0.2
@@ -18,18 +20,28 @@ Do = Callable[[Job, Work, Encoders, Callable[[int, int, int], None]], None]
 
 def do_all(do: Do, job: Job, todo: list[Work], workers: int, name: str) -> None:
     """Do every unit of `todo`, several at once. The first error stops the rest and is raised."""
-    total = sum(piece.bytes for work in todo for piece in work.pieces)
-    with Progress(name, total_bytes=total) as progress:
+    with progress_bar(name, sum(piece.bytes for work in todo for piece in work.pieces)) as bar:
         if workers == 1 or len(todo) == 1:
-            encoders = Encoders(job)
+            encoders, done = Encoders(job), [0, 0, 0]
+
+            def report(*amounts: int) -> None:
+                done[:] = (total + amount for total, amount in zip(done, amounts, strict=True))
+                _show(bar, *done)
+
             for work in todo:
-                do(job, work, encoders, progress.add)
+                do(job, work, encoders, report)
         elif todo:
-            _do_in_processes(do, job, todo, min(workers, len(todo)), progress)
+            _do_in_processes(do, job, todo, min(workers, len(todo)), bar)
 
 
-def _do_in_processes(do: Do, job: Job, todo: list[Work], workers: int, progress: Progress) -> None:
-    """Spawned, not forked: this process may hold threads of the tokenizer. Each process encodes in one thread."""
+def _show(bar: tqdm, documents: int, text_bytes: int, input_bytes: int) -> None:
+    """Move the bar to these totals."""
+    bar.set_postfix_str(f"{documents} documents, {text_bytes / 1e6:.1f} MB of text", refresh=False)
+    bar.update(input_bytes - bar.n)
+
+
+def _do_in_processes(do: Do, job: Job, todo: list[Work], workers: int, bar: tqdm) -> None:
+    """Spawn, not fork, the processes: this one may hold threads of the tokenizer. Each encodes in one thread."""
     context = multiprocessing.get_context("spawn")
     counters = [context.Value("q", 0) for _ in range(3)]  # documents, text bytes, input bytes
     threads = {name: os.environ.get(name) for name in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS")}
@@ -41,9 +53,9 @@ def _do_in_processes(do: Do, job: Job, todo: list[Work], workers: int, progress:
             finished, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
             for future in finished:
                 future.result()
-            progress.update(*(counter.value for counter in counters))
+            _show(bar, *(counter.value for counter in counters))
     except BrokenProcessPool as error:
-        raise OSError("a worker process was killed (out of memory?); the same command goes on, try --workers") from error
+        raise OSError("a worker process was killed (out of memory?); the same command continues; try fewer --workers") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         for name, value in threads.items():
@@ -59,7 +71,7 @@ def _start_worker(job: Job, counters: list) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot stop its workers, and a restarted one must not meet them."""
+    """End this process with its parent: a killed parent cannot stop its workers, and a restarted one must not meet them."""
     multiprocessing.parent_process().join()
     os._exit(1)
 

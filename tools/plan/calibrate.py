@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,15 @@ from tools.plan.model_cases import Candidate, ModelFacts, memory_case, read_mode
 
 WARM_UP_STEPS = 2
 MACHINE_WIDTH = 0.5  # a machine's terms lie this close (standard deviation of the logarithm) to the shipped ones
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file")
+    parser.add_argument("--gpu-type", required=True, help="what this machine has (CPU where there is no GPU)")
+    parser.add_argument("--layout", default="tensor=1", help="as for `explain`; as many ranks as that are run (default: one)")
+    parser.add_argument("--layers", type=int, help="run only the first layers of the model (default: all)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each run (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, for --calibration")
 
 
 def run(flags: argparse.Namespace) -> int:

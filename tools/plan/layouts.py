@@ -13,7 +13,7 @@ from tools.common.devices import GIB, Device
 from tools.plan.coefficients import Coefficients
 from tools.plan.evaluate import Plan, judge
 from tools.plan.model_cases import Candidate, ModelFacts
-from tools.plan.search import options_of, plan_json, read
+from tools.plan.search import add_model_flags, options_of, plan_json, read
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Planned:
     layout: Layout
     plan: Plan | None
     why: str = ""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="recipe files")
+    add_model_flags(parser)
 
 
 def run(flags: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`search RECIPE --gpus N --gpu-type T`: every layout ranked, or why not. `explain LAYOUT RECIPE`: one of them."""
+"""`search RECIPE --gpus N --gpu-type T`: every layout ranked, or why not."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 from recipes.common.checks.model_checks import config_problems
@@ -14,12 +15,13 @@ from recipes.common.config.ds_config import load_ds_config
 from recipes.common.config.field_types import type_problems
 from recipes.common.recipe import PIPELINE_SCHEDULES, Layout, RecipeError
 from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table
-from tools.common.devices import GIB, Device, find_device
-from tools.common.recipe_io import load_recipe, parse_layout
+from tools.common.devices import DEVICES, GIB, Device, find_device
+from tools.common.recipe_io import load_recipe
 from tools.plan.coefficients import Coefficients, first_principles, read_coefficients
 from tools.plan.evaluate import Plan, Rejected, candidates, judge
 from tools.plan.model_cases import Candidate, ModelFacts, read_model
 
+RECIPE_HELP = "a recipe file; its batch, schedule and ds_config count, its layouts do not"
 PART_NAMES = {
     "matrices": "matrix products", "attention": "attention", "elementwise": "memory traffic", "host": "kernel launches",
     "head": "head and loss", "tensor": "tensor all-reduce", "pipeline": "between stages", "bubble": "bubble",
@@ -27,7 +29,23 @@ PART_NAMES = {
 }  # fmt: skip
 
 
-def search(flags: argparse.Namespace) -> int:
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the run")
+    parser.add_argument("--top", type=int, default=10, help="layouts to print (default: %(default)s; --json has all)")
+    add_model_flags(parser)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `read` reads."""
+    parser.add_argument("--gpu-type", required=True, help=f"one of {', '.join(device.name for device in DEVICES)}")
+    parser.add_argument("--price-per-hour", type=float, metavar="DOLLARS", help="a GPU hour (default: a round figure)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--calibration", type=Path, metavar="FILE", help="what `calibrate` wrote (default: the shipped fit)")
+    source.add_argument("--first-principles", action="store_true", help="no fit at all: data sheets and formulas")
+
+
+def run(flags: argparse.Namespace) -> int:
     facts, device, coefficients, price = read(flags.recipe, flags)
     if flags.gpus < 1:
         raise UsageError(f"--gpus={flags.gpus}: must be 1 or more")
@@ -44,28 +62,6 @@ def search(flags: argparse.Namespace) -> int:
     else:
         print(_search_text(facts, device, flags.top, plans, rejected, coefficients))
         print(f"{len(found)} layouts in {seconds:.2f} s")
-    return GOOD if plans else FAILED
-
-
-def explain(flags: argparse.Namespace) -> int:
-    facts, device, coefficients, price = read(flags.recipe, flags)
-    layout, data = parse_layout(flags.layout)
-    micro_seqs = facts.recipe.batch.micro_seqs if flags.micro_seqs is None else flags.micro_seqs
-    if micro_seqs < 1:
-        raise UsageError(f"--micro-seqs={micro_seqs}: must be 1 or more")
-    candidate = Candidate(layout=layout, data=data, micro_seqs=micro_seqs)
-    plans, rejected = judge(facts, [candidate], device, coefficients, price)
-    if flags.json:
-        verdict = {
-            "ranked": [plan_json(plan) for plan in plans],
-            "rejected": [candidate_json(candidate) | {"why": r.why} for r in rejected],
-        }
-        print(json.dumps({"recipe": facts.recipe.name, "gpu_type": device.name} | verdict))
-    elif rejected:
-        print(f"{name_of(candidate)} on {candidate.gpus} {device.name}: cannot run\n  {rejected[0].why}")
-    else:
-        print(f"{facts.recipe.name}, {name_of(candidate)} on {candidate.gpus} {device.name}\n{plan_text(plans[0])}")
-        print(_source(coefficients))
     return GOOD if plans else FAILED
 
 
@@ -133,7 +129,7 @@ def _search_text(
         lines += ["", f"the first: {name_of(plans[0].candidate)}", plan_text(plans[0]), ""]
     else:
         lines.append(f"{facts.recipe.name}: no layout fits")
-    lines += [_why_nots(rejected), _source(coefficients)]
+    lines += [_why_nots(rejected), source_text(coefficients)]
     return "\n".join(lines)
 
 
@@ -203,6 +199,6 @@ def _why_nots(rejected: list[Rejected]) -> str:
     return "\n".join(lines)
 
 
-def _source(coefficients: Coefficients) -> str:
+def source_text(coefficients: Coefficients) -> str:
     facts = ", ".join(f"{key} {value}" for key, value in coefficients.provenance.items() if key != "command")
     return f"terms {facts}; nine of ten step times within {coefficients.time_spread:.0%}"

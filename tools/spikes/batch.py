@@ -24,12 +24,18 @@ from recipes.common.data.shards import read_manifest
 from tools.checkpoint.hf_check import plain_model, set_weights
 from tools.common.console import GOOD, UsageError, progress_bar, quiet_transformers, table
 from tools.common.recipe_io import read_recipe
-from tools.data.lookup import LookupProblem, Run, describe, read_run, read_step
+from tools.data.lookup import DataOrder, describe, read_run, read_step
 from tools.spikes.batch_stats import Oddity, most_repeated, oddities, ordinary_sequences, sequence_stats, step_tokens
 
 TEXT_SHOWN = 200  # characters of a document
 STANDS_OUT = 6.0  # robust z of a sequence's tokens that is worth a word
 NOTHING_BEFORE = "there is no checkpoint before this step, so no loss per sequence"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    parser.add_argument("step", type=int, metavar="STEP", help="counts from 1, as in metrics.jsonl")
+    parser.add_argument("--top", type=int, default=8, help="sequences to print, the worst (default: %(default)s; --json has all)")
 
 
 def run(flags: argparse.Namespace) -> int:
@@ -48,7 +54,7 @@ def examine(folder: Path, step: int) -> dict[str, Any]:
         run, place = read_run(folder), read_step(folder, step)
         tokens = step_tokens(run, place)
         rows = describe(run, place.consumed + np.arange(place.seqs))
-    except (LookupProblem, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
     checkpoint = checkpoint_before(folder, step)
     losses = None if checkpoint is None else sequence_losses(checkpoint, tokens, document_end(folder, run))
@@ -90,7 +96,7 @@ def checkpoint_before(folder: Path, step: int) -> Path | None:
     return before[-1] if before else None
 
 
-def document_end(folder: Path, run: Run) -> int | None:
+def document_end(folder: Path, run: DataOrder) -> int | None:
     """The id that ends a document, where the run keeps attention inside documents."""
     return read_manifest(next(iter(run.data.values())))["eos_id"] if read_recipe(folder).mask_documents else None
 
@@ -121,7 +127,7 @@ def _document(found: dict[str, Any]) -> dict[str, Any]:
     return {key: found[key] for key in ("source", "file", "offset", "offset_in", "tokens", "of", "from")} | {"text": shown}
 
 
-def _most_repeated(run: Run, tokens: np.ndarray) -> dict[str, Any] | None:
+def _most_repeated(run: DataOrder, tokens: np.ndarray) -> dict[str, Any] | None:
     """The n-gram that comes most often within one sequence of the step."""
     best = max(((*most_repeated(row), place) for place, row in enumerate(tokens)), key=lambda item: item[1])
     gram, times, place = best

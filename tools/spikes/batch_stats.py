@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from recipes.common.data.order import kept_index
-from tools.data.lookup import Run, Step, open_run
+from tools.data.lookup import DataOrder, StepRead, open_run
 
 NGRAM = 8  # long enough that ordinary text seldom says the same twice within a sequence
 USUAL_SEQS, REFERENCE_SEQS = 256, 64  # what "usual" is measured on, and other sequences to hold against it
@@ -48,16 +48,16 @@ class Usual:
         return sum(pair not in self.pairs for pair in pairs) / max(len(pairs), 1)
 
 
-def read_tokens(run: Run, consumed: np.ndarray) -> np.ndarray:
+def read_tokens(run: DataOrder, consumed: np.ndarray) -> np.ndarray:
     """The consumed-th sequences of a run: int64 [k, seq_len + 1]."""
     return open_run(run).read_sequences(run.seed, kept_index(consumed, run.skips))
 
 
-def step_tokens(run: Run, step: Step) -> np.ndarray:
+def step_tokens(run: DataOrder, step: StepRead) -> np.ndarray:
     return read_tokens(run, step.consumed + np.arange(step.seqs))
 
 
-def ordinary_sequences(run: Run, step: Step) -> tuple[Usual, np.ndarray]:
+def ordinary_sequences(run: DataOrder, step: StepRead) -> tuple[Usual, np.ndarray]:
     """What is usual in this data, and other ordinary sequences int64 [k, seq_len + 1] to hold the step's against.
 
     From the sequences read before the step, the nearest first, and from those after it where there are too few.

@@ -30,6 +30,10 @@ OF_EVERY_START = ("run_id", "time", "command", "working_directory", "resumed_ste
 DATA_ORDER = ("data", "seed", "batch")
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs=2, metavar="RUN", help="a run directory or a log")
+
+
 def run(flags: argparse.Namespace) -> int:
     found = compare_runs(*flags.runs)
     print(json.dumps(found) if flags.json else _report(found))

@@ -53,6 +53,11 @@ class Verdict:
     unanswered: tuple[Unanswered, ...]
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    parser.add_argument("event", metavar="EVENT", help="a step, or a black box of RUN/events")
+
+
 def run(flags: argparse.Namespace) -> int:
     quiet_transformers()
     case, verdicts = explain(flags.run, flags.event)

@@ -27,6 +27,13 @@ from tools.spikes.evidence.case import LOOK_AHEAD, LOOK_BACK, event_step
 COLUMNS = ("loss", "grad_norm", "loss_scale", "seconds")
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    parser.add_argument("event", metavar="EVENT", help="a step, or a black box of RUN/events")
+    parser.add_argument("--margin-steps", type=int, help="leave out this many steps before the onset too (default: 1)")
+    parser.add_argument("--skip-steps", type=int, help="leave out this many steps in all (default: up to the peak)")
+
+
 def run(flags: argparse.Namespace) -> int:
     plan = plan_rewind(flags.run, flags.event, margin_steps=flags.margin_steps, skip_steps=flags.skip_steps)
     print(json.dumps(plan) if flags.json else _report(plan))

@@ -70,6 +70,14 @@ class Replayed:
     bitwise_comparable: bool
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    parser.add_argument("step", type=int, metavar="STEP", help="counts from 1, as in metrics.jsonl")
+    parser.add_argument("--other-batch", action="store_true", help="also: another batch at that step")
+    parser.add_argument("--fp32", action="store_true", help="also: all steps since the checkpoint in fp32")
+    parser.add_argument("--layout", metavar="tensor=2,data=2", help="default: the run's own, or one process if it had over 8")
+
+
 def run(flags: argparse.Namespace) -> int:
     found = replay_step(flags.run, flags.step, other_batch=flags.other_batch, fp32=flags.fp32, layout=flags.layout)
     if flags.json:

@@ -42,6 +42,11 @@ DOTS = {"val_loss": {"dots": True, "hollow": True, "size": 3.5}, "loss_max_rank"
 UNDONE = ("loss", "grad_norm", "update_ratio")  # drawn for steps that were left behind, too
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory or a log")
+    parser.add_argument("--out", type=Path, help="the file to write (default: RUN/spikes.html)")
+
+
 def run(flags: argparse.Namespace) -> int:
     path = report(flags.run, flags.out)
     print(json.dumps({"report": str(path), "bytes": path.stat().st_size}) if flags.json else f"{path}")

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -14,10 +13,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from recipes.common.anomalies.detector import Event, scan
-from tools.common.console import GOOD, LINE_SECONDS, SHOW_AFTER_SECONDS, UsageError, table
+from tools.common.console import GOOD, UsageError, progress_bar, table
 from tools.common.logs.reader import read_logs
 
 SINGLES_SHOWN = 10  # of one-batch outliers: a noisy log has hundreds
@@ -34,6 +31,10 @@ class Scanned:
     last_step: int
     signals: tuple[str, ...]
     events: tuple[Event, ...]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="a run directory, a log, a CSV or TensorBoard events")
 
 
 def run(flags: argparse.Namespace) -> int:
@@ -53,26 +54,18 @@ def scan_files(paths: Sequence[Path]) -> Iterator[Scanned]:
         raise UsageError(f"no such file or run directory: {', '.join(absent)}")
     workers = min(len(paths), len(os.sched_getaffinity(0)))
     if workers == 1:
-        yield from map(scan_file, _shown(paths, len(paths)))
+        yield from _shown(map(scan_file, paths), len(paths))
         return
     # spawned: a fork of a process that has run threads may hang
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from _shown(pool.map(scan_file, paths), len(paths))
 
 
-def _shown(items: Iterable[Any], total: int) -> Iterable[Any]:
-    """A bar on stderr for work over two seconds."""
-    often = LINE_SECONDS[not sys.stderr.isatty()]
-    return tqdm(
-        items,
-        desc="scanning",
-        total=total,
-        unit="file",
-        delay=SHOW_AFTER_SECONDS,
-        mininterval=often,
-        leave=False,
-        file=sys.stderr,
-    )
+def _shown(items: Iterable[Any], total: int) -> Iterator[Any]:
+    with progress_bar("scanning", total, "file") as bar:
+        for item in items:
+            bar.update()
+            yield item
 
 
 def scan_file(path: Path) -> Scanned:

@@ -14,12 +14,9 @@ from tools.throughput.timings import Timings, communication, read_timings
 MOST_TALKS = 10
 
 
-def add_flags(verbs: argparse._SubParsersAction) -> None:
-    text = "which parts made the difference between two runs"
-    verb = verbs.add_parser("diff", help=text, description=text)
-    verb.add_argument("first", metavar="RUN_A", type=Path, help="a run directory")
-    verb.add_argument("second", metavar="RUN_B", type=Path, help="another")
-    verb.add_argument("--json", action="store_true", help="one JSON object on stdout")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", metavar="RUN_A", type=Path, help="a run directory")
+    parser.add_argument("second", metavar="RUN_B", type=Path, help="another")
 
 
 def run(flags: argparse.Namespace) -> int:

@@ -60,13 +60,10 @@ PUBLISHED = (
 )  # fmt: skip
 
 
-def add_flags(verbs: argparse._SubParsersAction) -> None:
-    text = "FLOPs a token by every convention in use"
-    verb = verbs.add_parser("flops", help=text, description=text)
-    verb.add_argument("recipe", metavar="RECIPE", nargs="?", help="a recipe file")
-    verb.add_argument("--seq-len", type=int, help="tokens a sequence (default: the recipe's)")
-    verb.add_argument("--published", action="store_true", help="nine published figures by the same formulas; exit 1 past 0.5 %%")
-    verb.add_argument("--json", action="store_true", help="print one JSON object")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a recipe file")
+    parser.add_argument("--seq-len", type=int, help="tokens a sequence (default: the recipe's)")
+    parser.add_argument("--published", action="store_true", help="nine published figures by these formulas; exit 1 past 0.5 %%")
 
 
 def run(flags: argparse.Namespace) -> int:

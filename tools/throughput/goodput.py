@@ -108,10 +108,8 @@ def _unended(start: Mapping[str, Any], beats: Sequence[Beat], now: float) -> dic
     }
 
 
-def add_flags(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("goodput", help="how much of a run's time trained, and what took the rest")
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def run(flags: argparse.Namespace) -> int:

@@ -34,17 +34,19 @@ from tools.throughput.timings import WARM_STEPS
 TRACED_STEPS = 2
 
 
-def add_flags(verbs: argparse._SubParsersAction) -> None:
-    text = "timed steps of a recipe on this machine, and where their time went"
-    verb = verbs.add_parser("run", help=text, description=text)
-    verb.add_argument("recipe", metavar="RECIPE", help="a recipe file")
-    verb.add_argument("--layout", default="data=1", help="tensor=2,pipeline=2,data=2,... (default: %(default)s)")
-    verb.add_argument("--steps", type=int, default=20, help=f"timed, after {WARM_STEPS} to warm up (default: %(default)s)")
-    verb.add_argument("--micro-batches", type=int, metavar="N", help="micro batches a step and data rank (default: the recipe's)")
-    verb.add_argument("--random-tokens", action="store_true", help="random tokens instead of the recipe's data")
-    verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda needs one GPU a rank (default: %(default)s)")
-    verb.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/throughput_RECIPE)")
-    report.add_output_flags(verb)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file")
+    parser.add_argument("--layout", default="data=1", help="tensor=2,pipeline=2,data=2,... (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help=f"timed, after {WARM_STEPS} to warm up (default: %(default)s)")
+    parser.add_argument(
+        "--micro-batches", type=int, metavar="N", help="micro batches a step and data rank (default: the recipe's)"
+    )
+    parser.add_argument("--random-tokens", action="store_true", help="random tokens instead of the recipe's data")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda needs one GPU a rank (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/throughput_RECIPE)")
+    report.add_output_flags(parser)
 
 
 def run(flags: argparse.Namespace) -> int:

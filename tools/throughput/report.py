@@ -23,17 +23,16 @@ MOST_STRAGGLERS = 5
 NAMES = {"weight_gradients": "weight gradients", "data_parallel": "data parallel", "all_ranks": "all ranks"}
 
 
-def add_flags(verbs: argparse._SubParsersAction) -> None:
-    text = "where the time of a step went, by rank"
-    verb = verbs.add_parser("report", help=text, description=text)
-    verb.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory, of a run that goes on or has ended")
-    add_output_flags(verb)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory, of a run that goes on or has ended")
+    add_output_flags(parser)
 
 
-def add_output_flags(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--trace", type=Path, metavar="FILE", help="write the traced steps for ui.perfetto.dev or chrome://tracing")
-    verb.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page that needs nothing else")
-    verb.add_argument("--json", action="store_true", help="one JSON object on stdout")
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write the traced steps for ui.perfetto.dev or chrome://tracing"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page that needs nothing else")
 
 
 def run(flags: argparse.Namespace) -> int:

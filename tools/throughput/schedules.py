@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -127,11 +126,9 @@ def _trainer(shape: Shape, schedule: str) -> Trainer:
     return Trainer(stage, grid, AdamW(lr=1e-4), config)
 
 
-def add_flags(verbs: Any) -> None:
-    parser = verbs.add_parser("schedules", help="step time and bubble of each pipeline schedule", description=__doc__)
+def add_flags(parser: argparse.ArgumentParser) -> None:
     for name, value in asdict(Shape()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
 
 
 def run(flags: argparse.Namespace) -> int:

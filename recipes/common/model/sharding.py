@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # checkpoint files, and with them every tool, are read without torch
+    import torch
 
 
 @dataclass(frozen=True)

@@ -92,20 +92,20 @@ def test_conventions_differ_by_what_their_names_say():
 
 
 def test_published_figures_reproduce():
-    called = call("throughput.__main__", "flops", "--published", "--json")
+    called = call("throughput", "flops", "--published", "--json")
     assert called.code == 0
     assert len(called.json["figures"]) == 9
     assert all(abs(figure["difference"]) <= 0.005 for figure in called.json["figures"])
 
 
 def test_the_verb_names_the_convention_it_uses():
-    called = call("throughput.__main__", "flops", "recipes/llama_1b.py", "--seq-len", 8192, "--json")
+    called = call("throughput", "flops", "recipes/llama_1b.py", "--seq-len", 8192, "--json")
     found = called.json
     assert found["used"] == "ours" and found["params"] == 1_235_814_400
     layer = 2048 * (2048 + 2 * 512 + 2048 + 3 * 8192)  # q, k and v, o, gated MLP
     by_hand = 6 * (16 * (layer + 2048 * 8192) + 2048 * 128_256)  # causal half: 2 x 2048 a key, 4096 keys
     assert found["conventions"]["ours"]["flops_per_token"] == by_hand
-    text = call("throughput.__main__", "flops", "recipes/llama_1b.py").out
+    text = call("throughput", "flops", "recipes/llama_1b.py").out
     assert "ours (used)" in text and "Megatron-LM" in text
 
 
@@ -118,5 +118,5 @@ def test_the_verb_names_the_convention_it_uses():
     ],
 )
 def test_a_mistake_is_exit_2(flags, part):
-    called = call("throughput.__main__", *flags)
+    called = call("throughput", *flags)
     assert called.code == 2 and part in called.err and "Traceback" not in called.err

@@ -15,8 +15,8 @@ from recipes.common.checkpoint.reader import Reader
 from recipes.common.recipe import Checkpoints, Evaluation, Layout
 from tests.support.small_runs import call, small_recipe, train_run, write_data
 from tests.support.tiny import tiny_config
+from tools.checkpoint.advise import RunTimes, advise, daly, measured, young
 from tools.checkpoint.contents import gaps
-from tools.checkpoint.save_interval import advise, daly, measured, young
 
 HOUR = 3600.0
 
@@ -188,7 +188,7 @@ def test_advise(run, tmp_path):
         {"step": 2, "seconds": 4.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 3, "sec')
-    assert measured(tmp_path) == (type(measured(tmp_path)))(30.0, 1.5, 3.0)
+    assert measured(tmp_path) == RunTimes(30.0, 1.5, 3.0)
     done = call("checkpoint", "advise", tmp_path, "--mtbf-hours", 12, "--json")
     assert (done.json["save_seconds"], done.json["stall_seconds"], done.json["step_seconds"]) == (30.0, 1.5, 3.0)
 
@@ -204,7 +204,7 @@ def test_mistakes_are_one_message(run, tmp_path):
         (["advise", tmp_path, "--mtbf-hours", 3], "has recorded no save; give --save-seconds"),
         (["advise", "--mtbf-hours", -3, "--save-seconds", 3], "--mtbf-hours=-3.0: must be over 0"),
         (["advise", run / "checkpoints", "--mtbf-hours", 3], "it has no metrics.jsonl"),
-        ([], "required: verb"),
+        ([], "required: VERB"),
     ]
     for arguments, message in cases:
         done = call("checkpoint", *arguments)

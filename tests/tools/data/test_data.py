@@ -11,7 +11,6 @@ from recipes.common.data.batches import open_split, step_micro_batches
 from recipes.common.data.order import sequence_position
 from recipes.common.data.shards import read_manifest
 from tools.data.__main__ import main
-from tools.data.prepare import main as prepare
 
 SEQ_LEN = 64
 
@@ -35,7 +34,7 @@ def prepared(tmp_path_factory):
         path.write_text(text)
         documents[str(path), 0] = text
     arguments = [str(folder / "lines.jsonl"), str(folder / "texts"), "--train-tokenizer", "300", "--workers", "1"]
-    assert prepare([*arguments, "--out", str(folder / "out")]) == 0
+    assert main(["prepare", *arguments, "--out", str(folder / "out")]) == 0
     return folder / "out", documents
 
 
@@ -113,7 +112,7 @@ def test_show_for_people_and_its_mistakes(prepared, run_folder, capsys):
 
 def test_check_names_what_is_broken(prepared, tmp_path, capsys):
     assert main(["check", str(prepared[0])]) == 0
-    assert "whole" in capsys.readouterr().out
+    assert "intact" in capsys.readouterr().out
     folder = tmp_path / "broken"
     shutil.copytree(prepared[0], folder)
     shard = next(iter(read_manifest(folder)["splits"]["train"]["shards"]))

@@ -12,8 +12,9 @@ import pytest
 import sentencepiece
 
 from recipes.common.data.shards import ORIGIN, data_problems, read_manifest, split_shards
+from tools.common.console import UsageError
+from tools.data import __main__ as data
 from tools.data import encoders, shard_writer
-from tools.data.prepare import main
 from tools.data.shard_writer import is_validation
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,6 +41,10 @@ WORDS = [
     "|",
 ]
 SYLLABLES = ["ta", "ri", "fol", "dem", "os", "kra", "ne", "ul"]
+
+
+def main(arguments):
+    return data.main(["prepare", *arguments])
 
 
 def random_text(rng, words=400):
@@ -194,9 +199,7 @@ def test_mistakes_are_one_message_and_no_traceback(tmp_path):
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 2
-    assert result.stderr == (
-        "prepare_data: missing: no such file or folder (a dataset of the Hugging Face hub is written hub:NAME)\n"
-    )
+    assert result.stderr == ("error: missing: no such file or folder (a dataset of the Hugging Face hub is written hub:NAME)\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -310,7 +313,7 @@ def test_a_fast_encoder_that_differs_is_not_used(prepared, tmp_path, monkeypatch
     monkeypatch.setattr(encoders, "load_encoder", wrong)
     name, why = encoders.choose_encoder("auto", file, ["x", "a ri b"])
     assert name == "tokenizers" and why == "fastokens gives other ids for 'a ri b'"
-    with pytest.raises(encoders.EncoderError, match="--encoder fastokens: fastokens gives other ids"):
+    with pytest.raises(UsageError, match="--encoder fastokens: fastokens gives other ids"):
         encoders.choose_encoder("fastokens", file, ["x", "a ri b"])
     # it was equal on the sample, and differs later: the spot check stops the run
     monkeypatch.setattr(shard_writer, "load_encoder", wrong)

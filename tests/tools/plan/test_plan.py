@@ -25,7 +25,7 @@ OPTIONS = ("tensor", "pipeline", "data", "micro_seqs", "recompute", "recompute_e
 
 
 def search(*flags):
-    return call("plan.__main__", "search", LLAMA, *flags, "--json")
+    return call("plan", "search", LLAMA, *flags, "--json")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_speed_cost_and_length_agree(found):
     assert plan["tokens_per_second"] == pytest.approx(512 * 4096 / plan["seconds"])
     assert plan["days"] == pytest.approx(tokens / plan["tokens_per_second"] / 86400)
     assert plan["cost"] == pytest.approx(plan["days"] * 24 * 64 * find_device("H100").price)
-    flops = call("throughput.__main__", "flops", LLAMA, "--json").json["conventions"]["ours"]["flops_per_token"]
+    flops = call("throughput", "flops", LLAMA, "--json").json["conventions"]["ours"]["flops_per_token"]
     assert plan["mfu"] == pytest.approx(plan["tokens_per_second"] * flops / (64 * 989e12))
 
 
@@ -134,18 +134,18 @@ def test_a_thousand_layouts_take_less_than_two_seconds():
 
 
 def test_explain_shows_where_memory_and_time_go():
-    called = call("plan.__main__", "explain", "tensor=2,pipeline=4,data=8", LLAMA, "--gpu-type", "H100")
+    called = call("plan", "explain", "tensor=2,pipeline=4,data=8", LLAMA, "--gpu-type", "H100")
     assert called.code == 0
     for word in ("in flight", "gradients", "margin", "bubble", "tensor all-reduce", "tokens/s", "days"):
         assert word in called.out
-    refused = call("plan.__main__", "explain", "tensor=2,pipeline=32", LLAMA, "--gpu-type", "H100")
+    refused = call("plan", "explain", "tensor=2,pipeline=32", LLAMA, "--gpu-type", "H100")
     assert refused.code == 1 and "exceeds the model's 16 layers" in refused.out
 
 
 @pytest.fixture(scope="module")
 def shelf():
     """{recipe: what the planner says of the layouts it states}, and the exit code."""
-    called = call("plan.__main__", "layouts", *SHELF, "--gpu-type", "H100", "--json")
+    called = call("plan", "layouts", *SHELF, "--gpu-type", "H100", "--json")
     return {entry["recipe"]: entry for entry in called.json["recipes"]}, called.code
 
 
@@ -167,7 +167,7 @@ def test_the_shelf_fits_its_gpus(shelf):
 
 
 def test_a_layout_that_may_not_fit_is_exit_1():
-    called = call("plan.__main__", "layouts", LLAMA, "--gpu-type", "A100-40")
+    called = call("plan", "layouts", LLAMA, "--gpu-type", "A100-40")
     assert called.code == 1
     assert "8 GPUs cannot run it" in called.out and "stage 0 needs" in called.out
 
@@ -185,7 +185,7 @@ def test_a_layout_that_may_not_fit_is_exit_1():
     ],
 )
 def test_a_mistake_is_exit_2(flags, part):
-    called = call("plan.__main__", *flags)
+    called = call("plan", *flags)
     assert called.code == 2 and part in called.err and "Traceback" not in called.err
 
 
@@ -199,7 +199,7 @@ def test_the_shipped_terms_say_where_they_come_from():
 def test_calibration_moves_the_terms_to_this_machine(tmp_path):
     """Two real runs; the calibrated terms give their times, the shipped ones for a guessed CPU do not."""
     out = tmp_path / "cpu.json"
-    called = call("plan.__main__", "calibrate", "recipes/quickstart.py", "--gpu-type", "CPU", "--layers", 1, "--steps", 1,
+    called = call("plan", "calibrate", "recipes/quickstart.py", "--gpu-type", "CPU", "--layers", 1, "--steps", 1,
                   "--out", out, "--json")  # fmt: skip
     assert called.code == 0, called.err
     runs = called.json["runs"]
@@ -208,8 +208,6 @@ def test_calibration_moves_the_terms_to_this_machine(tmp_path):
         return sum(abs(math.log(run[kind] / run["seconds"])) for run in runs)
 
     assert len(runs) == 2 and off("after") < off("before")
-    used = call(
-        "plan.__main__", "explain", "tensor=1", "recipes/quickstart.py", "--gpu-type", "CPU", "--calibration", out, "--json"
-    )
+    used = call("plan", "explain", "tensor=1", "recipes/quickstart.py", "--gpu-type", "CPU", "--calibration", out, "--json")
     assert used.code == 0 and used.json["ranked"][0]["seconds"] > 0
     assert read_coefficients(out).provenance["calibrated on"] == "CPU"

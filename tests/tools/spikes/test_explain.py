@@ -45,11 +45,11 @@ def test_every_cause_is_planted_and_the_held_out_runs_are_others():
 def test_without_tensor_statistics_it_says_what_to_log(run_of, tmp_path):
     planted = next(p for p in trimmed() if p.fault == "schedule")
     run_dir = shutil.copytree(run_of(planted), tmp_path / "run", ignore=shutil.ignore_patterns("tensor_stats"))
-    found = call("spikes.__main__", "explain", run_dir, planted.event_step, "--json").json
+    found = call("spikes", "explain", run_dir, planted.event_step, "--json").json
     assert found["causes"][0]["cause"] == planted.cause
     asked = {cause["cause"]: [u["cure"] for u in cause["cannot_be_answered"]] for cause in found["causes"]}
     assert any("Recipe.monitor" in cure for cure in asked["stale second moment"])
-    text = call("spikes.__main__", "explain", run_dir, planted.event_step)
+    text = call("spikes", "explain", run_dir, planted.event_step)
     assert text.code == 0 and f"1. {planted.cause}" in text.out and "cannot be answered" in text.out
 
 

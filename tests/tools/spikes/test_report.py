@@ -75,7 +75,7 @@ def write_stats(folder, rng):
 
 @pytest.fixture(scope="module")
 def page(run):
-    made = call("spikes.__main__", "report", run, "--json")
+    made = call("spikes", "report", run, "--json")
     assert made.code == 0, made.err
     assert made.json["report"] == str(run / "spikes.html")
     return run / "spikes.html"
@@ -159,7 +159,7 @@ def test_no_peak_is_lost_when_points_are_too_many():
 def test_another_programs_log_with_a_restart(tmp_path):
     rows = ["step,loss", *(f"{step},{3 + 0.001 * step}" for step in [*range(1, 60), *range(50, 80)])]
     (tmp_path / "log.csv").write_text("\n".join(rows))
-    assert call("spikes.__main__", "report", tmp_path / "log.csv", "--out", tmp_path / "page.html").code == 0
+    assert call("spikes", "report", tmp_path / "log.csv", "--out", tmp_path / "page.html").code == 0
     loss, undone = facts_of(tmp_path / "page.html")["panels"][0]["series"]
     assert (loss["x"]["start"], loss["x"]["length"]) == (1, 79)
     assert (undone["x"]["start"], undone["x"]["length"]) == (50, 10)
@@ -167,6 +167,6 @@ def test_another_programs_log_with_a_restart(tmp_path):
 
 def test_mistakes_are_told(tmp_path):
     for words, told in (([tmp_path / "none"], "no such"), ([tmp_path], "no run directory")):
-        made = call("spikes.__main__", "report", *words)
+        made = call("spikes", "report", *words)
         assert made.code == 2
         assert told in made.err

@@ -23,7 +23,7 @@ def run_dir(tmp_path_factory):
 
 
 def spikes(*arguments):
-    return call("spikes.__main__", *arguments)
+    return call("spikes", *arguments)
 
 
 def content(folder):

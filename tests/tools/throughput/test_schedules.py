@@ -7,7 +7,7 @@ TINY = ("--hidden", 64, "--layers", 4, "--seq-len", 32, "--micro-seqs", 1, "--ro
 
 
 def test_every_schedule_is_held_against_1f1b():
-    called = call("throughput.__main__", "schedules", *TINY, "--json")
+    called = call("throughput", "schedules", *TINY, "--json")
     assert called.code == 0, called.err
     found = {row["schedule"]: row for row in called.json["schedules"]}
     assert tuple(found) == PIPELINE_SCHEDULES
@@ -19,6 +19,6 @@ def test_every_schedule_is_held_against_1f1b():
 
 
 def test_too_few_layers_are_told():
-    called = call("throughput.__main__", "schedules", "--layers", 3)
+    called = call("throughput", "schedules", "--layers", 3)
     assert called.code == 2
     assert "--layers=3: zero_bubble_v cuts them into 4 runs" in called.err

@@ -35,7 +35,7 @@ def ran(tmp_path_factory):
     (folder / "small.py").write_text(RECIPE)
     files = ("--out", folder / "run", "--trace", folder / "trace.json", "--html", folder / "page.html")
     options = ("--layout", "pipeline=2,recompute=full", "--steps", 4, "--micro-batches", 5, "--random-tokens", "--json")
-    called = call("throughput.__main__", "run", folder / "small.py", *options, *files)
+    called = call("throughput", "run", folder / "small.py", *options, *files)
     assert called.code == 0, called.err
     return folder, called.json
 
@@ -107,10 +107,10 @@ def test_the_page_shows_a_bar_for_every_rank(ran):
 
 
 def test_report_and_diff_read_the_run_again(ran):
-    report = call("throughput.__main__", "report", ran[0] / "run")
+    report = call("throughput", "report", ran[0] / "run")
     assert report.code == 0, report.err
     assert "by formula 16.7 %" in report.out and "rank 1" in report.out
-    same = call("throughput.__main__", "diff", ran[0] / "run", ran[0] / "run", "--json").json
+    same = call("throughput", "diff", ran[0] / "run", ran[0] / "run", "--json").json
     assert all(row["change_ms"] == 0 for row in same["parts"] + same["communication"])
 
 
@@ -131,14 +131,14 @@ def write_run(folder, parts_by_rank, *, pipeline=1, steps=20):
 def test_diff_names_the_part_that_changed(tmp_path):
     first = write_run(tmp_path / "a", [{FORWARD: 10, BACKWARD: 20}, {FORWARD: 10, BACKWARD: 20}])
     second = write_run(tmp_path / "b", [{FORWARD: 10, BACKWARD: 26}, {FORWARD: 9, BACKWARD: 26}])
-    found = call("throughput.__main__", "diff", first, second, "--json").json
+    found = call("throughput", "diff", first, second, "--json").json
     assert [(row["part"], row["change_ms"]) for row in found["parts"][:2]] == [("backward", 6.0), ("forward", -0.5)]
     assert found["b"]["step_ms"] - found["a"]["step_ms"] == pytest.approx(sum(row["change_ms"] for row in found["parts"]))
 
 
 def test_bus_bandwidth_is_by_the_groups_size(tmp_path):
     run = write_run(tmp_path / "a", [{FORWARD: 10}] * 4)
-    (row,) = call("throughput.__main__", "report", run, "--json").json["communication"]
+    (row,) = call("throughput", "report", run, "--json").json["communication"]
     # 6 MB in 4 ms: 1.5 GB/s; a ring of 4 passes 2 x 3/4 of it over each link
     assert row["algorithm_gb_s"] == pytest.approx(1.5) and row["bus_gb_s"] == pytest.approx(2.25)
     assert row["best_bus_gb_s"] == pytest.approx(3.0) and row["calls_per_step"] == 2
@@ -147,7 +147,7 @@ def test_bus_bandwidth_is_by_the_groups_size(tmp_path):
 def test_a_slow_rank_is_named_with_what_it_costs(tmp_path):
     usual = {FORWARD: 30, BACKWARD: 60, OPTIMIZER: 10}
     run = write_run(tmp_path / "a", [usual, usual, usual | {BACKWARD: 63}, usual])
-    slowest = call("throughput.__main__", "report", run, "--json").json["stragglers"][0]
+    slowest = call("throughput", "report", run, "--json").json["stragglers"][0]
     assert (slowest["rank"], slowest["called"]) == (2, True)
     assert slowest["slower"] == pytest.approx(0.03) and slowest["gain_ms"] == pytest.approx(3.0)
 
@@ -194,6 +194,6 @@ def test_a_users_mistake_is_told_in_one_line(tmp_path, words, told):
     lost = write_run(tmp_path / "lost", [{FORWARD: 1}] * 2)
     (lost / "timing/rank_00001.jsonl").unlink()
     recipe = ROOT / "recipes/quickstart.py"
-    called = call("throughput.__main__", *(word.format(tmp_path, recipe) for word in words))
+    called = call("throughput", *(word.format(tmp_path, recipe) for word in words))
     assert called.code == 2
     assert told in called.err and "Traceback" not in called.err

@@ -17,7 +17,7 @@ from recipes.common.run_dir.metrics import read_metrics
 from recipes.common.run_dir.tensor_stats import Stats, read_stats
 from tools.common.console import UsageError
 from tools.common.recipe_io import read_recipe
-from tools.data.lookup import Run, Step, read_run, read_step
+from tools.data.lookup import DataOrder, StepRead, read_run, read_step
 from tools.spikes.batch_stats import Oddity, oddities, ordinary_sequences, sequence_stats, step_tokens
 
 BEFORE, AFTER = 256, 64  # steps around the event that are looked at
@@ -43,7 +43,7 @@ class Case:
     stats: Stats | None
 
     @cached_property
-    def run(self) -> Run:
+    def run(self) -> DataOrder:
         return read_run(self.folder)
 
     @cached_property
@@ -76,7 +76,7 @@ class Case:
         ordinary, reference = ordinary_sequences(self.run, place)
         return oddities(sequence_stats(step_tokens(self.run, place), ordinary), sequence_stats(reference, ordinary))
 
-    def place(self, step: int) -> Step:
+    def place(self, step: int) -> StepRead:
         return read_step(self.folder, step)
 
 
