@@ -1,4 +1,4 @@
-"""The order in which sequences are read: a pure function of (seed, index). No index file, no state but one integer.
+"""Computes the order in which sequences are read: a pure function of (seed, index). No index file, no state but one integer.
 
 A Feistel network permutes 2**b >= n positions; walking its cycle until it lands under n gives a permutation of [0, n)
 (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Every epoch has its own key. The arithmetic is frozen:
@@ -7,7 +7,7 @@ changing one constant changes what every resumed run reads, so a test holds gold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,14 +18,14 @@ MASK_64 = (1 << 64) - 1
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer: uint64 [...] -> uint64 [...], a bijection that spreads every bit."""
+    """Apply splitmix64's finalizer: uint64 [...] -> uint64 [...], a bijection that spreads every bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def round_keys(seed: int, epoch: int) -> np.ndarray:
-    """uint64 [ROUNDS], the keys of one epoch's permutation."""
+    """Return the keys of one epoch's permutation: uint64 [ROUNDS]."""
     start = mix(np.array([seed & MASK_64], dtype=np.uint64))
     start = mix(start ^ np.array([(epoch + 1) * GOLDEN & MASK_64], dtype=np.uint64))
     steps = np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(GOLDEN)
@@ -33,17 +33,12 @@ def round_keys(seed: int, epoch: int) -> np.ndarray:
 
 
 def permute(index: np.ndarray, n: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of [0, n) under (seed, epoch): int64 [k] -> int64 [k]."""
-    return _walk(index, n, round_keys(seed, epoch), _forward)
-
-
-def unpermute(position: np.ndarray, n: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Its inverse: the index at which a position comes up in this epoch. int64 [k] -> int64 [k]."""
-    return _walk(position, n, round_keys(seed, epoch), _backward)
+    """Permute [0, n) under (seed, epoch): int64 [k] -> int64 [k]."""
+    return _walk(index, n, round_keys(seed, epoch))
 
 
 def sequence_position(seed: int, index: np.ndarray | int, num_positions: int) -> np.ndarray:
-    """Positions of the sequences `index` (counted from the start of the run): int64 [k] -> int64 [k].
+    """Return the positions of the sequences `index` (counted from the start of the run): int64 [k] -> int64 [k].
 
     Every position comes once in each epoch of `num_positions` sequences, in another order in each.
     Raises ValueError for an empty set or a negative index.
@@ -63,10 +58,10 @@ def sequence_position(seed: int, index: np.ndarray | int, num_positions: int) ->
 
 
 def kept_index(consumed: np.ndarray, skips: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Index of the n-th sequence that is not skipped: int64 [k] -> int64 [k].
+    """Return the index of the n-th sequence that is not skipped: int64 [k] -> int64 [k].
 
     `skips` are ranges [start, stop) of indices, in any order. A skip changes nothing before its start, so a run that
-    goes back to a checkpoint before a range and leaves it out agrees with what it read until there.
+    resumes from a checkpoint before a range and skips it reads what it read before, up to there.
     """
     consumed = np.atleast_1d(np.asarray(consumed, dtype=np.int64))
     merged = merge_skips(skips)
@@ -76,7 +71,7 @@ def kept_index(consumed: np.ndarray, skips: Sequence[tuple[int, int]]) -> np.nda
 
 
 def merge_skips(skips: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """The same ranges sorted, disjoint and not touching. Raises ValueError for a range that is none."""
+    """Return the same ranges sorted, disjoint and not touching. Raises ValueError for a range that is none."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted(skips):
         if not 0 <= start < stop:
@@ -88,7 +83,7 @@ def merge_skips(skips: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]
     return tuple(merged)
 
 
-def _forward(values: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.ndarray:
+def _network(values: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.ndarray:
     low = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = values >> half_bits, values & low
     for key in keys:
@@ -96,21 +91,13 @@ def _forward(values: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.n
     return (left << half_bits) | right
 
 
-def _backward(values: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.ndarray:
-    low = (np.uint64(1) << half_bits) - np.uint64(1)
-    left, right = values >> half_bits, values & low
-    for key in keys[::-1]:
-        left, right = right ^ (mix(left + key) & low), left
-    return (left << half_bits) | right
-
-
-def _walk(index: np.ndarray, n: int, keys: np.ndarray, network: Callable[..., np.ndarray]) -> np.ndarray:
+def _walk(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Apply the network until every value is under n: under 4 rounds on average, unless n is tiny."""
     index = np.atleast_1d(np.asarray(index))
     if index.size and not (index.min() >= 0 and index.max() < n):
         raise ValueError(f"index from {index.min()} to {index.max()} is outside [0, {n})")
     half_bits = np.uint64((max((n - 1).bit_length(), MIN_BITS) + 1) // 2)
-    values = network(index.astype(np.uint64), half_bits, keys)
+    values = _network(index.astype(np.uint64), half_bits, keys)
     while (outside := np.flatnonzero(values >= np.uint64(n))).size:
-        values[outside] = network(values[outside], half_bits, keys)
+        values[outside] = _network(values[outside], half_bits, keys)
     return values.astype(np.int64)

@@ -1,9 +1,9 @@
-"""Floating-point operations of training a decoder, a token: exact for the model at hand, and by every convention in use.
+"""Counts the multiply-adds of a decoder's layers, and from them its training FLOPs, by every convention in use.
 
 A matrix multiplication of [tokens, in] by [in, out] is 2 in out FLOPs a token; its backward pass is twice its forward pass. The
-head counts, looking up an embedding does not; norms, activations and softmax are left out, as everywhere. What tools differ in
-is attention (the whole square of scores, or the causal half that is computed), recomputation, and whether the head and the
-embedding count: `conventions` gives them side by side.
+head counts, looking up an embedding does not; norms, activations and softmax are left out, as everywhere. Tools differ in
+attention (the whole square of scores, or the causal half that is computed), in recomputation, and in whether the head and the
+embedding count: `conventions` gives them side by side. The same count decides where a model is partitioned into stages.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ class LayerWork:
 
     matrices: float  # elements of its matrices; of experts, those that a token visits
     scores: float  # heads x (query width + value width): multiply-adds for each key a token attends to; 0 without attention
-    window: int | None = None  # keys a token sees at most (sliding window)
+    window: int | None = None  # a token attends to so many keys at most (sliding window)
     chunk: int | None = None  # attention stays inside chunks of this length
 
     def keys(self, seq_len: int, *, causal: bool) -> float:
-        """Mean keys a token attends to: of the whole square, or of the part under the diagonal (s / 2, as Megatron-LM)."""
+        """Return the mean keys a token attends to: in the whole square, or under the diagonal (s / 2, as Megatron-LM)."""
         if self.chunk is not None:
             seq_len = min(seq_len, self.chunk)
         window = min(self.window or seq_len, seq_len)
         return window - window**2 / (2 * seq_len) if causal else window
+
+    def attention(self, seq_len: int) -> float:
+        """Return the multiply-adds a token of attention's scores and their use, of the causal half."""
+        return self.scores * self.keys(seq_len, causal=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +54,23 @@ class ModelWork:
     hidden: int
     vocab: int
     params: int  # all of them; tied weights once
-    visited: float  # `params`, of experts only those that a token visits
+    visited: float  # `params`, counting only the experts that a token visits
     embedding: int  # parameters that are only looked up: 0 when the head is tied to the embedding
     uncounted: tuple[str, ...] = ()  # layer types whose recurrence is not a matrix multiplication and is left out
 
 
+def layer_work(causal: PreTrainedModel, stack: Stack) -> tuple[LayerWork, ...]:
+    """Count every decoder layer of a ForCausalLM (on any device; `build_empty` takes no memory)."""
+    config, layers = causal.config.get_text_config(), causal.get_submodule(stack.layers)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return tuple(
+        _layer_work(layer, config, kind, sum(size for _, size in _matrices(layer, chosen)))
+        for layer, kind in zip(layers, _layer_types(config, len(layers)), strict=True)
+    )
+
+
 def model_work(causal: PreTrainedModel, stack: Stack) -> ModelWork:
-    """Read the shapes of a ForCausalLM (on any device; `build_empty` takes no memory)."""
+    """Count a whole ForCausalLM (on any device)."""
     config = causal.config.get_text_config()
     chosen = getattr(config, "num_experts_per_tok", None)
     layers = causal.get_submodule(stack.layers)
@@ -66,12 +80,8 @@ def model_work(causal: PreTrainedModel, stack: Stack) -> ModelWork:
     idle = sum(p.numel() - size for p, size in _matrices(causal, chosen) if p.ndim == 3)
     embedding = causal.get_submodule(stack.embedding)
     params = sum(p.numel() for p in causal.parameters())
-    kinds = _layer_types(config, len(layers))
     return ModelWork(
-        layers=tuple(
-            _layer_work(layer, config, kind, sum(size for _, size in _matrices(layer, chosen)))
-            for layer, kind in zip(layers, kinds, strict=True)
-        ),
+        layers=layer_work(causal, stack),
         outside=outside,
         head=float(head.weight.numel()),
         hidden=config.hidden_size,
@@ -79,25 +89,23 @@ def model_work(causal: PreTrainedModel, stack: Stack) -> ModelWork:
         params=params,
         visited=params - idle,
         embedding=0 if stack.tied else sum(p.numel() for p in embedding.parameters()),
-        uncounted=tuple(sorted(_UNCOUNTED & set(kinds))),
+        uncounted=tuple(sorted(_UNCOUNTED & set(_layer_types(config, len(layers))))),
     )
 
 
-def gpt_work(
-    *, layers: int, hidden: int, vocab: int, ffn: int | None = None, kv_share: float = 1.0, gated: bool = False
-) -> ModelWork:
-    """A decoder known by its sizes alone. `ffn`: default 4 hidden; `kv_share`: key/value heads over heads; `gated`: SwiGLU."""
-    matrices = hidden * hidden * (2.0 + 2.0 * kv_share) + (3 if gated else 2) * hidden * (ffn or 4 * hidden)
-    layer = LayerWork(matrices=matrices, scores=2.0 * hidden)
-    params = int(layers * matrices + hidden * vocab)
-    return ModelWork(
-        layers=(layer,) * layers, outside=0.0, head=float(hidden * vocab), hidden=hidden, vocab=vocab,
-        params=params, visited=float(params), embedding=0,
-    )  # fmt: skip
+def layer_costs(causal: PreTrainedModel, stack: Stack, seq_len: int) -> tuple[list[float], float]:
+    """Return (cost of each layer, cost of head and loss) in multiply-adds a token, forward: what the stages are balanced by."""
+    layers = [layer.matrices + layer.attention(seq_len) for layer in layer_work(causal, stack)]
+    return layers, float(causal.get_output_embeddings().weight.numel())
+
+
+def attention_costs(causal: PreTrainedModel, stack: Stack, seq_len: int) -> list[float]:
+    """Return the part of each layer's cost that attention's scores and their use have: work without weights."""
+    return [layer.attention(seq_len) for layer in layer_work(causal, stack)]
 
 
 def _matrices(root: nn.Module, chosen: int | None) -> Iterator[tuple[nn.Parameter, float]]:
-    """(parameter, elements that a token is multiplied by) of every matrix under `root`."""
+    """Yield (parameter, elements that a token is multiplied by) for every matrix under `root`."""
     for module in root.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, nn.Embedding) or parameter.ndim < 2:
@@ -133,18 +141,18 @@ def _layer_work(layer: nn.Module, config: Any, kind: str, matrices: float) -> La
 
 
 def forward_flops(work: ModelWork, seq_len: int, *, causal: bool) -> tuple[float, float, float]:
-    """FLOPs a token of the forward pass: (matrices without the head, attention scores and their use, head)."""
+    """Return the FLOPs a token of the forward pass: (matrices without the head, attention's scores and their use, head)."""
     attention = 2.0 * sum(layer.scores * layer.keys(seq_len, causal=causal) for layer in work.layers)
     return 2.0 * (sum(layer.matrices for layer in work.layers) + work.outside), attention, 2.0 * work.head
 
 
 def training_flops(work: ModelWork, seq_len: int) -> float:
-    """FLOPs a token, forward and backward, without recomputation: what Trifold's MFU counts."""
+    """Return the FLOPs a token, forward and backward, without recomputation: the count behind Trifold's MFU."""
     return 3.0 * sum(forward_flops(work, seq_len, causal=True))
 
 
 def conventions(work: ModelWork, seq_len: int) -> dict[str, tuple[float, str]]:
-    """Name -> (FLOPs a token, what it counts and who uses it). OURS is the first."""
+    """Return name -> (FLOPs a token, what it counts and who uses it). OURS is the first."""
     matrices, half, head = forward_flops(work, seq_len, causal=True)
     full = forward_flops(work, seq_len, causal=False)[1]
     table = {
@@ -168,36 +176,10 @@ def conventions(work: ModelWork, seq_len: int) -> dict[str, tuple[float, str]]:
 
 
 def sc21_eq3(layers: int, hidden: int, vocab: int, seq_len: int) -> float:
-    """FLOPs a token by equation 3 of arXiv 2104.04473: 4h MLP, full attention, every layer's forward pass twice."""
+    """Return FLOPs a token by equation 3 of arXiv 2104.04473: 4h MLP, full attention, every layer's forward pass twice."""
     return 96.0 * layers * hidden**2 * (1 + seq_len / (6 * hidden) + vocab / (16 * layers * hidden))
 
 
 def korthikanti(layers: int, hidden: int, vocab: int, seq_len: int, *, selective: bool = False) -> float:
-    """FLOPs a token by arXiv 2205.05198, appendix A; `selective` adds attention's recomputation (hardware FLOPs)."""
+    """Return FLOPs a token by arXiv 2205.05198, appendix A; `selective` adds attention's recomputation (hardware FLOPs)."""
     return 72.0 * layers * hidden**2 * (1 + seq_len / ((3 if selective else 6) * hidden) + vocab / (12 * layers * hidden))
-
-
-def layer_costs(causal: PreTrainedModel, stack: Stack, seq_len: int) -> tuple[list[float], float]:
-    """(cost of each layer, cost of head and loss) in multiply-adds a token, forward: the unit of the stage split.
-
-    Matrices count their elements (experts the share that a token visits), attention its scores over half the sequence.
-    """
-    config = causal.config.get_text_config()
-    attention = attention_cost(causal, seq_len)
-    visited = getattr(config, "num_experts_per_tok", None)
-
-    def matrices(module: nn.Module) -> float:
-        shares = ((visited or p.shape[0]) / p.shape[0] if p.ndim == 3 else 1.0 for p in module.parameters() if p.ndim > 1)
-        sizes = (p.numel() for p in module.parameters() if p.ndim > 1)
-        return sum(share * size for share, size in zip(shares, sizes, strict=True))
-
-    layers = [matrices(layer) + attention for layer in causal.get_submodule(stack.layers)]
-    return layers, float(config.hidden_size * config.vocab_size)
-
-
-def attention_cost(causal: PreTrainedModel, seq_len: int) -> float:
-    """What a layer's scores are of its cost. A family without attention has none."""
-    config = causal.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 0
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size / heads if heads else 0)
-    return 2.0 * heads * head_dim * seq_len / 2

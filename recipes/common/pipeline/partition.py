@@ -106,14 +106,16 @@ def _sums(layers: list[float]) -> list[float]:
     return sums
 
 
-def pass_costs(layers: list[float], attention: float, head: float, chunks: list[range], recomputed: range) -> tuple[Costs, ...]:
+def pass_costs(
+    layers: list[float], attention: list[float], head: float, chunks: list[range], recomputed: range
+) -> tuple[Costs, ...]:
     """Of every chunk. The head's gradients are computed with the loss, in the last chunk's forward pass; attention's scores have
     no weights, and twice the work in the backward pass."""
     found = []
     for chunk in chunks:
         cost = sum(layers[index] for index in chunk)
         again = sum(layers[index] for index in chunk if index in recomputed)
-        scores = attention * len(chunk)
+        scores = sum(attention[index] for index in chunk)
         loss = 3.0 * head if chunk is chunks[-1] else 0.0
         found.append(Costs(cost + loss, cost + scores + again, cost - scores))
     return tuple(found)

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from recipes.common.config.placement import ONE_PASS
 from recipes.common.model.decoder import TUPLE_LAYERS, Stack, find_stack
-from recipes.common.model.flops import attention_cost, layer_costs
+from recipes.common.model.flops import attention_costs, layer_costs
 from recipes.common.model.initial_weights import build_empty, draw_weights
 from recipes.common.model.linears import WeightGradStore, defer_weight_gradients, route_products
 from recipes.common.model.recompute import recompute
@@ -270,7 +270,7 @@ def build_stage(
     recomputed = layout.recomputed_layers(len(causal.get_submodule(stack.layers)))
     costs, head_cost = layer_costs(causal, stack, seq_len)
     cut = cut_chunks(costs, head_cost, grid.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
-    by_pass = pass_costs(costs, attention_cost(causal, seq_len), head_cost, cut, recomputed)
+    by_pass = pass_costs(costs, attention_costs(causal, stack, seq_len), head_cost, cut, recomputed)
     chunks = runs_by_rank(cut, grid.pipeline)[grid.pipeline_rank]
     weights = {"seed": seed, "shards": tensor_plan.shards, "rank": grid.tensor_rank, "size": grid.tensor}
     embedding = causal.get_submodule(stack.embedding)

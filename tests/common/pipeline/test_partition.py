@@ -45,9 +45,10 @@ def test_of_equal_layers_the_last_stage_has_fewer(layers, head, pipeline, length
 def test_costs_count_matrices_attention_and_the_experts_that_a_token_visits():
     dense, mixture = run_ranks(_costs, 1)[0]
     attention = 2 * 4 * 16 * 32 / 2
+    windowed = 2 * 4 * 16 * (8 - 8**2 / (2 * 32))  # a window of 8 keys, and the half of the first ones
     projections = 64 * 64 * 2 + 64 * 32 * 2
     assert dense == ([projections + 3 * 64 * 96 + attention] * 4, 64 * 131)
-    assert mixture == ([projections + 4 * 64 + 2 * 3 * 64 * 96 + attention] * 4, 64 * 131)  # router, 2 of 4 experts
+    assert mixture == ([projections + 4 * 64 + 2 * 3 * 64 * 96 + windowed] * 4, 64 * 131)  # router, 2 of 4 experts
 
 
 def _costs():
@@ -95,5 +96,5 @@ def test_a_stated_cut_is_taken():
 def test_a_pass_costs_what_it_computes():
     """The head's gradients come with the loss; scores have no weights; what is recomputed runs again for the input's gradient."""
     chunks = [range(0, 2), range(2, 3)]
-    found = pass_costs([10.0] * 3, 1.0, 5.0, chunks, recomputed=range(0, 3, 2))
+    found = pass_costs([10.0] * 3, [1.0] * 3, 5.0, chunks, recomputed=range(0, 3, 2))
     assert found == (Costs(20.0, 20.0 + 2.0 + 10.0, 18.0), Costs(10.0 + 15.0, 10.0 + 1.0 + 10.0, 9.0))
