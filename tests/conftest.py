@@ -26,11 +26,16 @@ import wandb  # noqa: E402, F401
 from tests.support import supervised  # noqa: E402
 
 # files of few long tests, begun first: one that comes last keeps one worker busy while the other has nothing left
-LONG = ("test_supervise.py", "test_hostfile.py", "test_slurm.py", "test_checkpoint.py")
+LONG = (
+    "tools/supervise/test_supervise.py",
+    "launch/test_hostfile.py",
+    "launch/test_slurm.py",
+    "common/checkpoint/test_resume.py",
+)
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
     if os.environ["DS_ACCELERATOR"] == "cuda" and torch.cuda.device_count() > 0:
         return
     for item in items:

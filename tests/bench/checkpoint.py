@@ -1,6 +1,6 @@
-"""Speed and memory of checkpoints, against plain writing and copying of the same bytes in the same run. Not a test.
+"""Measures speed and memory of checkpoints, against plain writing and copying of the same bytes in the same run.
 
-    python tests/bench/checkpoint.py [--layers 8] [--rounds 5] [--folder DIR] [--json]
+    python -m tests.bench.checkpoint [--layers 8] [--rounds 5] [--folder DIR] [--json]
 
 Two forked ranks hold a llama of 512 wide layers and 32000 words (58M parameters with 8 layers) under ZeRO-1; every write is
 synced to disk. Goals: save at least 70 % of plain writing, an asynchronous save's stall at most 15 % of a synchronous one, export
@@ -9,67 +9,56 @@ at least 60 % of plain copying, and at most 3x the largest tensor of memory at a
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import argparse
 import json
 import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="disabled", HF_HUB_OFFLINE="1")
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from transformers import LlamaConfig  # noqa: E402
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig
 
-from recipes.common.checkpoint.position import RunPosition  # noqa: E402
-from recipes.common.checkpoint.saver import Saver  # noqa: E402
-from recipes.common.engine import zero_state  # noqa: E402
-from recipes.common.engine.startup import start_distributed  # noqa: E402
-from recipes.common.engine.trainer import Trainer  # noqa: E402
-from recipes.common.parallel.grid import build_grid  # noqa: E402
-from recipes.common.pipeline.stage import build_stage  # noqa: E402
-from recipes.common.recipe import Layout  # noqa: E402
-from tests.support.tiny import ds_config, tiny_recipe  # noqa: E402
-from tools.common.forked_ranks import run_ranks  # noqa: E402
+from recipes.common.checkpoint.position import RunPosition
+from recipes.common.checkpoint.saver import Saver
+from recipes.common.engine import zero_state
+from recipes.common.engine.startup import start_distributed
+from recipes.common.engine.trainer import Trainer
+from recipes.common.model.initial_weights import build_empty
+from recipes.common.parallel.grid import build_grid
+from recipes.common.pipeline.stage import build_stage
+from recipes.common.recipe import ROOT, Layout
+from tests.bench.export_memory import SHARD_BYTES
+from tests.support.tiny import ds_config, tiny_recipe
+from tools.checkpoint import hf_check
+from tools.checkpoint.starting_checkpoint import collected, starting_state, whole_part, write_checkpoint
+from tools.checkpoint.to_hf import export
+from tools.common.console import GOOD, UsageError, exit_code
+from tools.common.forked_ranks import run_ranks
 
 RANKS = 2
 CHUNK = 1 << 20  # the fastest here: page caches take 16 MB at a time at a third of the speed
-# what an export of a checkpoint adds to the resident memory, and the largest tensor, in bytes; verified but for logits
-EXPORT = """
-import json, math, sys
-from pathlib import Path
-from recipes.common.checkpoint.reader import Reader
-from recipes.common.model.initial_weights import build_empty
-from tools.checkpoints import hf_check, to_hf
-from transformers import AutoConfig
-hf_check.LOGITS_LIMIT_BYTES = 0
-checkpoint, out, dtype = Path(sys.argv[1]).resolve(), Path(sys.argv[2]), sys.argv[3]
-def status(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
-build_empty(AutoConfig.from_pretrained(checkpoint / "model"))  # transformers imports the family's code when first asked
-baseline = status("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")
-to_hf.export(checkpoint, out, dtype=dtype, shard_bytes=5 * 10**9)
-reader = Reader(checkpoint)
-largest = max(4 * math.prod(reader.shape(name)) for name in reader.tensors)
-print(json.dumps([status("VmHWM") - baseline, largest, baseline]))
-"""
+DTYPES, DEPTHS = ("float32", "bfloat16"), (1, 4)  # of the exports whose memory is measured
 
 
-def config(layers: int) -> LlamaConfig:
+def config_of(layers: int, hidden: int, vocab: int) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=32000,
-        hidden_size=512,
-        intermediate_size=1536,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=8,
@@ -77,11 +66,11 @@ def config(layers: int) -> LlamaConfig:
     )
 
 
-def save_rank(layers: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Save and plain write by turns. Seconds as rank 0 sees them, all ranks waited for."""
+def save_rank(config: LlamaConfig, rounds: int, folder: Path) -> dict[str, Any]:
+    """Save and write plainly by turns. Returns seconds, all ranks waited for."""
     grid = build_grid(Layout(), start_distributed("cpu"), 1)
-    stage = build_stage(config(layers), grid, seq_len=16)
-    recipe = tiny_recipe(folder, model=config(layers), tokenizer=str(folder / "none"))
+    stage = build_stage(config, grid, seq_len=16)
+    recipe = tiny_recipe(folder, model=config, tokenizer=str(folder / "none"))
     options = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
     trainer = Trainer(stage, grid, recipe.optimizer, {**ds_config("zero1_fp32.json"), **options})
     zero_state.create_states(trainer, ["exp_avg", "exp_avg_sq"], 1)
@@ -120,8 +109,8 @@ def plain_write(path: Path, blocks: list) -> None:
         os.fsync(file.fileno())
 
 
-def bench_save(layers: int, rounds: int, folder: Path) -> dict[str, Any]:
-    ranks = run_ranks(save_rank, RANKS, layers, rounds, folder, timeout_seconds=1800)
+def bench_save(config: LlamaConfig, rounds: int, folder: Path) -> dict[str, Any]:
+    ranks = run_ranks(save_rank, RANKS, config, rounds, folder, timeout_seconds=1800)
     size, first = sum(rank["bytes"] for rank in ranks), ranks[0]
     save, write, stall = (statistics.median(first[key]) for key in ("save", "write", "stall"))
     return {
@@ -136,11 +125,7 @@ def bench_save(layers: int, rounds: int, folder: Path) -> dict[str, Any]:
 
 
 def export_rank(checkpoint: Path, rounds: int, folder: Path) -> dict[str, Any]:
-    """Export (alone, and with its verification) and plain copy of the exported files, by turns."""
-    from tools.checkpoints import to_hf
-
-    from tools.checkpoint import hf_check
-
+    """Export (alone, and with its verification) and copy the exported files plainly, by turns."""
     hf_check.LOGITS_LIMIT_BYTES = 0  # logits are computed, not copied
     seconds: dict[str, list[float]] = {"export": [], "verified": [], "copy": []}
     for _ in range(rounds + 1):
@@ -153,22 +138,22 @@ def export_rank(checkpoint: Path, rounds: int, folder: Path) -> dict[str, Any]:
                     copy(path, out)
             else:
                 started = time.perf_counter()
-                to_hf.export(checkpoint, out, dtype="float32", shard_bytes=5 * 10**9, verify=key == "verified")
+                export(checkpoint, out, dtype="float32", shard_bytes=SHARD_BYTES, verify=key == "verified")
             seconds[key].append(time.perf_counter() - started)
     size = sum(path.stat().st_size for path in (folder / "export").glob("*.safetensors"))
-    export, verified, plain = (statistics.median(values[1:]) for values in seconds.values())
+    exported, verified, plain = (statistics.median(values[1:]) for values in seconds.values())
     return {
         "megabytes": round(size / 1e6),
-        "export_mb_s": round(size / 1e6 / export),
+        "export_mb_s": round(size / 1e6 / exported),
         "export_and_verify_mb_s": round(size / 1e6 / verified),
         "plain_copy_mb_s": round(size / 1e6 / plain),
-        "export_share_of_plain_copy": round(plain / export, 3),
+        "export_share_of_plain_copy": round(plain / exported, 3),
         "export_and_verify_share_of_plain_copy": round(plain / verified, 3),
     }
 
 
 def copy(path: Path, folder: Path) -> None:
-    """Read and write in the chunks that the export uses, and sync."""
+    """Copy in the chunks that the export uses, and sync."""
     folder.mkdir(exist_ok=True)
     with path.open("rb", buffering=0) as source, (folder / path.name).open("wb", buffering=0) as target:
         while chunk := source.read(CHUNK):
@@ -176,23 +161,20 @@ def copy(path: Path, folder: Path) -> None:
         os.fsync(target.fileno())
 
 
-def write_random(layers: int, folder: Path) -> Path:
-    """A checkpoint with weights only, in a process that has not run anything."""
-    return run_ranks(_write_random, 1, layers, folder)[0]
+def write_random(config: LlamaConfig, folder: Path) -> Path:
+    """Write a checkpoint that has weights only."""
+    return run_ranks(_write_random, 1, config, folder)[0]
 
 
-def _write_random(layers: int, folder: Path) -> Path:
-    from recipes.common.model.initial_weights import build_empty
-    from tools.checkpoint.starting_checkpoint import collected, starting_state, whole_part, write_checkpoint
-
-    causal = build_empty(config(layers))
-    shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
+def _write_random(config: LlamaConfig, folder: Path) -> Path:
+    shapes = {name: tuple(parameter.shape) for name, parameter in build_empty(config).named_parameters()}
     parts = (whole_part(name, "master", torch.randn(shape).numpy()) for name, shape in shapes.items())
-    return write_checkpoint(folder, collected(parts), starting_state(tied=False), config(layers), None)
+    return write_checkpoint(folder, collected(parts), starting_state(tied=False), config, None)
 
 
 def export_memory(checkpoint: Path, out: Path, dtype: str) -> dict[str, Any]:
-    command = [sys.executable, "-c", EXPORT, str(checkpoint), str(out), dtype]
+    """Export in a fresh process and return what that adds to its resident memory."""
+    command = [sys.executable, "-m", "tests.bench.export_memory", str(checkpoint), str(out), dtype]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     peak, largest, baseline = json.loads(done.stdout.splitlines()[-1])
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
@@ -205,31 +187,45 @@ def export_memory(checkpoint: Path, out: Path, dtype: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.checkpoint", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--layers", type=int, default=8, help="(default: %(default)s; export's memory: four times as many too)")
+    parser.add_argument("--hidden", type=int, default=512, help="a multiple of 16 (default: %(default)s)")
+    parser.add_argument("--vocab", type=int, default=32000, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else there")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.folder is not None and not args.folder.is_dir():
+        raise UsageError(f"--folder={args.folder}: there is no such folder")
+    config = config_of(args.layers, args.hidden, args.vocab)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        result: dict[str, Any] = {"save": bench_save(args.layers, args.rounds, folder)}
+        result: dict[str, Any] = {"save": bench_save(config, args.rounds, folder)}
         newest = folder / "run" / "checkpoints" / "latest"
         result["export"] = run_ranks(export_rank, 1, newest.resolve(), args.rounds, folder, timeout_seconds=1800)[0]
         shutil.rmtree(folder / "run")
-        for times in (1, 4):
-            checkpoint = write_random(args.layers * times, folder / f"x{times}")
-            for dtype in ("float32", "bfloat16"):
+        for times in DEPTHS:
+            checkpoint = write_random(config_of(args.layers * times, args.hidden, args.vocab), folder / f"x{times}")
+            for dtype in DTYPES:
                 out = folder / f"x{times}_{dtype}"
                 result[f"memory at {times}x, {dtype}"] = export_memory(checkpoint, out, dtype)
                 shutil.rmtree(out)
     if args.json:
         print(json.dumps(result))
-        return
-    for title, figures in result.items():
-        print(f"{title}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+    else:
+        for title, figures in result.items():
+            print(f"{title}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+    return GOOD
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    return exit_code(lambda: run(args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,29 +1,33 @@
-"""Speed and memory of the data engine, with its peers in the same run. Not a test: run it on a quiet machine.
+"""Measures speed and memory of the data engine, with its peers in the same run; for a quiet machine.
 
-    python tests/bench/data.py [--megabytes 60] [--json]
+    python -m tests.bench.data [--megabytes 60] [--json]
 
 Preparation is the whole command (start, tokenizer check, every process); of the peers only the work is counted.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import argparse
 import json
 import os
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
-from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # run as a script from anywhere
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import numpy as np  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-
-from recipes.common.data.shards import FORMAT, VERSION, open_split, read_manifest, split_shards  # noqa: E402
+from recipes.common.data.shards import FORMAT, VERSION, open_split, read_manifest, split_shards
+from recipes.common.recipe import ROOT
+from tools.common.console import GOOD, CheckError, exit_code
 
 PROCESSES = 2
 EOS = "<|endoftext|>"
@@ -43,7 +47,7 @@ print(json.dumps([seconds * 1e3, grown / 1024, stream.num_tokens]))
 
 
 def make_corpus(path: Path, megabytes: int) -> list[str]:
-    """Python sources cut into documents of about 3 kB, as JSON lines; repeated if there are not enough."""
+    """Write Python sources in documents of about 3 kB, as JSON lines; repeated if there are not enough."""
     texts, size = [], 0
     while size < megabytes * 1_000_000:
         before = size
@@ -62,13 +66,13 @@ def make_corpus(path: Path, megabytes: int) -> list[str]:
     return texts
 
 
-def make_tokenizer(folder: Path, texts: list[str]) -> Tokenizer:
+def make_tokenizer(folder: Path, texts: list[str], vocab: int = 32_000) -> Tokenizer:
     folder.mkdir()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=32_000, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS}
@@ -85,7 +89,7 @@ def run_ours(corpus: Path, tokenizer: Path, out: Path, encoder: str) -> float:
 
 
 def run_datasets(corpus: Path, tokenizer: Path, out: Path) -> float:
-    """The peer of the issue: datasets.map over batches with the same fast tokenizer, then save_to_disk."""
+    """Time a peer: datasets.map over batches with the same fast tokenizer, then save_to_disk."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -103,7 +107,7 @@ def run_datasets(corpus: Path, tokenizer: Path, out: Path) -> float:
 
 
 def run_loop(texts: list[str], tokenizer: Tokenizer, out: Path) -> float:
-    """One document at a time, one process, as Megatron's preprocess_data does in each of its workers."""
+    """Time a peer: one document at a time in one process, as Megatron's preprocess_data does in each of its workers."""
     start = time.perf_counter()
     with open(out, "wb") as file:
         for text in texts:
@@ -112,12 +116,12 @@ def run_loop(texts: list[str], tokenizer: Tokenizer, out: Path) -> float:
 
 
 def same_ids(out: Path, loop: Path) -> bool:
-    """Whether the shards, one after another, hold exactly what the loop wrote: every document, in order."""
+    """Check that the shards, one after another, hold exactly what the loop wrote: every document, in order."""
     shards = split_shards(read_manifest(out), "train")
     return b"".join((out / shard.file).read_bytes() for shard in shards) == loop.read_bytes()
 
 
-def bench_preparation(folder: Path, megabytes: int) -> dict:
+def bench_preparation(folder: Path, megabytes: int) -> dict[str, Any]:
     texts = make_corpus(folder / "corpus.jsonl", megabytes)
     tokenizer = make_tokenizer(folder / "tokenizer", texts[: 20_000_000 // 3000])
     found = {"documents": len(texts)}
@@ -129,13 +133,14 @@ def bench_preparation(folder: Path, megabytes: int) -> dict:
         except subprocess.CalledProcessError as error:
             print(f"{encoder}: {error.stderr.decode().strip()}", file=sys.stderr)
             continue
-        found[f"ours_{encoder}_equal"] = same_ids(folder / encoder, folder / "loop.bin")
+        if not same_ids(folder / encoder, folder / "loop.bin"):
+            raise CheckError(f"tools.data prepare --encoder {encoder} writes other ids than one encode() a document")
     found["datasets_seconds"] = run_datasets(folder / "corpus.jsonl", folder / "tokenizer", folder)
     return found
 
 
 def write_sparse(folder: Path, tokens: int, shards: int) -> None:
-    """A prepared folder of zeros that take no disk."""
+    """Write a prepared folder of zeros that take no disk."""
     each = tokens // shards
     entries = []
     for number in range(shards):
@@ -147,7 +152,7 @@ def write_sparse(folder: Path, tokens: int, shards: int) -> None:
     (folder / "dataset.json").write_text(json.dumps(manifest))
 
 
-def bench_reading(folder: Path) -> dict:
+def bench_reading(folder: Path, megabytes: int) -> dict[str, Any]:
     sparse = folder / "sparse"
     sparse.mkdir()
     write_sparse(sparse, 10**12, 4000)
@@ -161,9 +166,9 @@ def bench_reading(folder: Path) -> dict:
     milliseconds, grown, tokens = json.loads(opened.stdout)
     dense = folder / "dense"
     dense.mkdir()
-    write_sparse(dense, 256 * 2**20, 8)
+    write_sparse(dense, megabytes * 2**19, 8)
     for path in dense.glob("*.bin"):
-        path.write_bytes(np.random.default_rng(0).integers(0, 2**16, 32 * 2**20, dtype=np.uint16).tobytes())
+        path.write_bytes(np.random.default_rng(0).integers(0, 2**16, megabytes * 2**16, dtype=np.uint16).tobytes())
     stream = open_split(dense, "train", 4096)
     positions = [np.random.default_rng(n).integers(0, stream.num_positions, 64) for n in range(400)]
     for batch in positions:
@@ -183,20 +188,30 @@ def bench_reading(folder: Path) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--megabytes", type=int, default=60, help="of text to prepare")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.data", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--megabytes", type=int, default=60, help="of text to prepare (default: %(default)s)")
+    parser.add_argument("--read-megabytes", type=int, default=512, help="of tokens to read from (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else there")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as name:
-        found = bench_reading(Path(name)) | bench_preparation(Path(name), args.megabytes)
+        found = bench_reading(Path(name), args.read_megabytes) | bench_preparation(Path(name), args.megabytes)
     if args.json:
         print(json.dumps(found))
-        return
+        return GOOD
     for key, value in found.items():
         rate = f"  {found['documents'] / value:,.0f} documents/s" if key.endswith("_seconds") else ""
         print(f"{key:<28}{value:>20,.2f}{rate}" if isinstance(value, float) else f"{key:<28}{value:>20,}")
+    return GOOD
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    return exit_code(lambda: run(args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

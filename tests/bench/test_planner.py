@@ -13,7 +13,7 @@ import pytest
 
 from tests.bench.planner.table_cases import time_cases
 from tests.bench.planner.tables import read_rows, recomputed
-from tests.support.small_runs import call
+from tests.support.small_runs import call_bench
 from tools.plan.fitting import fit_map, held_out
 from tools.plan.time_model import FIRST_PRINCIPLES, PRIOR, TERMS, fit_time, step_parts, step_seconds
 
@@ -23,7 +23,7 @@ PUBLISHED, VTRAIN = HERE / "published_sample.csv", HERE / "vtrain_sample.csv"
 
 @pytest.fixture(scope="module")
 def validated():
-    called = call("plan.__main__", "validate", PUBLISHED, VTRAIN, "--json")
+    called = call_bench("planner", "validate", PUBLISHED, VTRAIN, "--json")
     assert called.code == 0
     return called.json["results"]
 
@@ -58,7 +58,7 @@ def test_a_row_does_not_see_itself(tmp_path):
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows([{**row, time: float(row[time]) * (factor if i == 7 else 1.0)} for i, row in enumerate(rows)])
-        result = call("plan.__main__", "validate", path, "--json").json["results"][0]
+        result = call_bench("planner", "validate", path, "--json").json["results"][0]
         found.append([row["predicted"] for row in result["rows"]])
     assert found[0][7] == found[1][7]
     assert sum(a != b for a, b in zip(*found, strict=True)) > 5
@@ -171,5 +171,5 @@ def test_every_row_is_held_out_once():
 def test_a_file_of_another_kind_is_the_users_mistake(tmp_path, text, part):
     path = tmp_path / "rows.csv"
     path.write_text(text)
-    called = call("plan.__main__", "validate", path)
+    called = call_bench("planner", "validate", path)
     assert called.code == 2 and part in called.err and "Traceback" not in called.err

@@ -3,8 +3,8 @@
 import pytest
 
 from recipes.common.recipe import PIPELINE_SCHEDULES
-from tests.bench.step.__main__ import HUGGING_FACE, PLAIN, TORCH, Row, disagreement
-from tests.support.small_runs import call
+from tests.bench.step.__main__ import HUGGING_FACE, PLAIN, TORCH, SideTimes, disagreement
+from tests.support.small_runs import call_bench
 
 RECIPE = """
 from transformers import LlamaConfig
@@ -24,7 +24,7 @@ recipe = Recipe(
 def bench(tmp_path, *flags, tied=False):
     file = tmp_path / "bench_recipe.py"
     file.write_text(RECIPE.format(tied=tied))
-    return call("throughput.__main__", "bench", "--recipe", file, "--rounds", 1, *flags)
+    return call_bench("step", "--recipe", file, "--rounds", 1, *flags)
 
 
 @pytest.mark.parametrize("layout", ["tensor=1", "pipeline=2", "tensor=2,pipeline=2", "pipeline=2,data=2"])
@@ -54,7 +54,7 @@ def test_sides_that_do_not_agree_fail():
 def disagreement_of(*losses):
     side = {"layout": "a", "ranks": 1, "side": "", "tokens_per_second": 1.0, "step_seconds": 1.0}
     judged = {"ratio": None, "processor_ratio": None, "goal": None, "mfu": None}
-    return disagreement([Row(**side, **judged, losses=each) for each in losses])
+    return disagreement([SideTimes(**side, **judged, losses=each) for each in losses])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def disagreement_of(*losses):
     [
         (("--layout", "tensor=2"), "pipeline=2 or more"),
         (("--layout", "pipeline=2", "--micro-batches", 1), "--micro-batches=2 or more"),
-        (("--layout", "pipeline=2,pipeline_schedule=zero_bubble"), "compared by themselves"),
+        (("--layout", "pipeline=2,pipeline_schedule=zero_bubble"), "it compares every schedule itself"),
         (("--layout", "pipeline=5", "--micro-batches", 5), "exceeds the model's 4 layers; use 4 stages at most"),
         (("--micro-seqs", 0), "--micro-seqs=0: must be 1 or more"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import json
 from dataclasses import dataclass
@@ -73,15 +74,24 @@ class Called:
 
 def call(tool: str, *arguments: object) -> Called:
     """Run `python -m tools.TOOL ARGUMENTS` in a forked process."""
-    return Called(*run_ranks(_call, 1, tool, [str(argument) for argument in arguments])[0])
+    return _called(f"tools.{tool}", arguments)
 
 
-def _call(tool: str, arguments: list[str]) -> tuple[int, str, str]:
+def call_bench(bench: str, *arguments: object) -> Called:
+    """Run `python -m tests.bench.BENCH ARGUMENTS` in a forked process."""
+    return _called(f"tests.bench.{bench}", arguments)
+
+
+def _called(module: str, arguments: tuple[object, ...]) -> Called:
+    return Called(*run_ranks(_call, 1, module, [str(argument) for argument in arguments])[0])
+
+
+def _call(module: str, arguments: list[str]) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            package = importlib.util.find_spec(f"tools.{tool}").submodule_search_locations is not None
-            code = importlib.import_module(f"tools.{tool}" + ".__main__" * package).main(arguments)
+            is_package = importlib.util.find_spec(module).submodule_search_locations is not None
+            code = importlib.import_module(module + ".__main__" * is_package).main(arguments)
         except SystemExit as leaving:  # argparse
             code = leaving.code
     return code, out.getvalue(), err.getvalue()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 POINTS, NOISE = 8000, 0.03
@@ -31,3 +33,11 @@ def bump(at: int, height: float, decay_points: float, points: int = POINTS) -> n
     """A jump at a point that decays."""
     after = np.arange(points) - at
     return np.where(after >= 0, height * np.exp(-np.maximum(after, 0) / decay_points), 0.0)
+
+
+def write_log(path: Path, loss: np.ndarray, every: int = 1, **columns: np.ndarray) -> Path:
+    """Write a CSV of steps, losses and other columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = np.stack([steps_of(len(loss), every), loss, *columns.values()], axis=1)
+    np.savetxt(path, table, delimiter=",", header=",".join(["step", "loss", *columns]), comments="", fmt="%.6g")
+    return path

@@ -1,4 +1,4 @@
-"""`fit CSV... --out FILE`: the terms' values from published tables, for layouts that nobody has measured.
+"""Fits the terms' values to published tables, for layouts that nobody has measured.
 
 Rows in 16 bits; memory that is arithmetic stays out. A table has a factor of its own on a layer's time (its software), a GPU of
 many rows the mean of its tables'. Spreads are of rows held out.
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.bench.planner import table_cases
-from tests.bench.planner.tables import Row, read_rows, recomputed
+from tests.bench.planner.tables import MeasuredRun, read_rows, recomputed
 from tests.bench.planner.validate import FOLDS, PUBLISHED_EFFECT
 from tools.common.console import GOOD, UsageError, table
 from tools.plan import memory_model, time_model
@@ -30,7 +30,9 @@ def run(flags: argparse.Namespace) -> int:
     timed = [row for of in rows.values() for row in of if row.seconds and row.precision in HALF]
     weighed = [row for of in rows.values() for row in of if row.memory and not row.arithmetic]
     if len(timed) < FOLDS or len(weighed) < FOLDS:
-        raise UsageError(f"fit: needs {FOLDS} rows with times and as many with memory; found {len(timed)} and {len(weighed)}")
+        raise UsageError(
+            f"CSV: a fit needs {FOLDS} rows with times and as many with memory; found {len(timed)} and {len(weighed)}"
+        )
     coefficients = fit_tables(timed, weighed, [path.name for path in flags.csv])
     write_coefficients(flags.out, coefficients)
     print(
@@ -41,7 +43,7 @@ def run(flags: argparse.Namespace) -> int:
     return GOOD
 
 
-def fit_tables(timed: list[Row], weighed: list[Row], names: list[str]) -> Coefficients:
+def fit_tables(timed: list[MeasuredRun], weighed: list[MeasuredRun], names: list[str]) -> Coefficients:
     cases, seconds = table_cases.time_cases(timed, by_table=True), np.array([row.seconds for row in timed])
     stages, peaks = [table_cases.memory_case(row) for row in weighed], np.array([row.memory for row in weighed])
     fit = time_model.fit_time(cases, seconds, effect_width=PUBLISHED_EFFECT)
@@ -64,13 +66,13 @@ def fit_tables(timed: list[Row], weighed: list[Row], names: list[str]) -> Coeffi
             "fitted on": names,
             "rows": {"time": len(timed), "memory": len(weighed)},
             "date": datetime.date.today().isoformat(),
-            "command": "python -m tools.plan fit " + " ".join(names),
+            "command": "python -m tests.bench.planner fit " + " ".join(names),
         },
     )
 
 
-def _device_factors(fit: time_model.TimeFit, timed: list[Row]) -> dict[str, float]:
-    """Of each GPU with enough rows: the mean over them of their tables' factors."""
+def _device_factors(fit: time_model.TimeFit, timed: list[MeasuredRun]) -> dict[str, float]:
+    """Return the mean of the tables' factors over the rows of each GPU that has enough of them."""
     factors: dict[str, list[float]] = {}
     for row in timed:
         factors.setdefault(row.device.name, []).append(np.log(fit.effects[(row.table,)]))

@@ -1,4 +1,4 @@
-"""Rows of published tables in the terms of the two models: GPT's formulas, Megatron's and FSDP's ways of keeping things."""
+"""Turns rows of published tables into cases of the two models: GPT's formulas, Megatron's and FSDP's memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tests.bench.planner.tables import Row
+from tests.bench.planner.tables import MeasuredRun
 from tools.plan.activations import TRAFFIC_PER_SAVED
 from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes
 from tools.plan.time_model import Cases
@@ -17,8 +17,8 @@ _FSDP_GROUPS = 2
 SCORE_BYTES = 30.0  # a score: written, masked, softmaxed, dropped out and read again, forward and backward, in 16 bits
 
 
-def time_cases(rows: Sequence[Row], *, by_table: bool = False) -> Cases:
-    """`by_table`: the rows of a table share one factor (software, GPU), instead of the rows of one shape of layer."""
+def time_cases(rows: Sequence[MeasuredRun], *, by_table: bool = False) -> Cases:
+    """Return the rows as cases. `by_table`: rows of a table share one factor (software, GPU), not rows of one layer shape."""
 
     def column(values: list[float]) -> np.ndarray:
         return np.array(values, dtype=float)
@@ -67,18 +67,21 @@ def time_cases(rows: Sequence[Row], *, by_table: bool = False) -> Cases:
     )
 
 
-def _gathers(row: Row) -> int:
-    """How often a micro batch gathers a layer's sharded weights. FSDP recomputes a layer while it has it for its backward pass;
-    ZeRO 3 lets go of it in between."""
+def _gathers(row: MeasuredRun) -> int:
+    """Return how often a micro batch gathers a layer's sharded weights.
+
+    FSDP recomputes a layer while it holds it for the backward pass; ZeRO 3 releases it in between.
+    """
     if not row.sharded:
         return 0
     return 3 if row.zero_stage == 3 and row.recompute == "full" else 2
 
 
-def memory_case(row: Row) -> MemoryCase:
-    """Megatron's layers (arXiv 2205.05198: sbh(10 + 24/t) + 5as^2b/t bytes; 2sbh stored under full recomputation).
+def memory_case(row: MeasuredRun) -> MemoryCase:
+    """Return a row's memory by Megatron's formulas (arXiv 2205.05198: sbh(10 + 24/t) + 5as^2b/t bytes a layer; 2sbh stored under
+    full recomputation).
 
-    Selective recomputation drops the scores; with sequence parallelism all 34sbh are cut. torchtitan's keeps every second
+    Selective recomputation drops the scores; with sequence parallelism all 34sbh are sharded. torchtitan's keeps every second
     matrix product: half.
     """
     weights, gradients, optimizer = _state_bytes(row)
@@ -103,7 +106,7 @@ def memory_case(row: Row) -> MemoryCase:
     return MemoryCase(stages=tuple(stages), libraries=_libraries(row, gradients), capacity=row.device.memory)
 
 
-def _libraries(row: Row, gradient_bytes: float) -> float:
+def _libraries(row: MeasuredRun, gradient_bytes: float) -> float:
     if row.arithmetic:
         return 0.0
     if row.sharded:
@@ -111,8 +114,8 @@ def _libraries(row: Row, gradient_bytes: float) -> float:
     return library_bytes(_GROUPS, _BUCKET_ELEMENTS, 4.0 if gradient_bytes > 2.0 else 2.0)
 
 
-def _state_bytes(row: Row) -> tuple[float, float, float]:
-    """Bytes a parameter of (weights, gradients, optimizer).
+def _state_bytes(row: MeasuredRun) -> tuple[float, float, float]:
+    """Return bytes a parameter of (weights, gradients, optimizer).
 
     Megatron-DeepSpeed in bf16: 16-bit weights and gradients, an fp32 sum of gradients, 12 bytes of fp32 states over the data
     ranks. In fp16 the fp32 gradients belong to the sharded part; without ZeRO a flat 16-bit copy of them comes on top. FSDP: fp32
@@ -129,8 +132,8 @@ def _state_bytes(row: Row) -> tuple[float, float, float]:
     return (2.0, 2.0, 16.0 / ranks) if row.zero_stage else (2.0, 4.0, 16.0)
 
 
-def _stage_layers(row: Row) -> list[int]:
-    """Layers of each stage: even, the rest to the later ones; where embedding and head count as a layer, one less at the ends."""
+def _stage_layers(row: MeasuredRun) -> list[int]:
+    """Return the layers of each stage: even, the rest to the later ones; one less at the ends where these count as a layer."""
     blocks = row.layers + (2 if row.embedding_balanced else 0)
     base, rest = divmod(blocks, row.pipeline)
     counts = [base + (index >= row.pipeline - rest) for index in range(row.pipeline)]

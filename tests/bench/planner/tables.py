@@ -1,4 +1,4 @@
-"""Published measurements, read: the columns of `published_runs.csv` (facts with their sources) and of vTrain's tables.
+"""Reads published measurements: the columns of `published_runs.csv` (facts with their sources) and of vTrain's tables.
 
 What a row does not say is filled in by rules stated here, the same for every row: layers and hidden size of a GPT known by its
 parameter count are GPT-3's (arXiv 2005.14165, table 2.1); data ranks are GPUs / (tensor x pipeline x context), also where a row
@@ -39,8 +39,8 @@ _GPU = re.compile(r"(?:DGX-)?([a-z]+\d+[a-z]?)(?![a-z0-9])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One measured run. What it does not report is None."""
+class MeasuredRun:
+    """A row of a table. None: not reported."""
 
     table: str  # rows of one table were measured alike: same software, GPU and precision
     label: str
@@ -79,31 +79,31 @@ class Row:
 
     @property
     def passes(self) -> int:
-        """Forward passes' worth of work a layer does in a step."""
+        """Work of a layer in a step, in forward passes."""
         return 4 if self.recompute == "full" else 3
 
     @property
     def stored_whole(self) -> float:
-        """Bytes of activations that the first stage of 1F1B keeps where nothing is recomputed (arXiv 2205.05198)."""
+        """Bytes of activations that the first stage of 1F1B keeps without recomputation (arXiv 2205.05198)."""
         in_flight = min(self.pipeline, self.micro_batches) * self.layers / self.pipeline
         layer = self.hidden * (10.0 + 24.0 / self.tensor) + 5.0 * self.heads * self.seq_len / self.tensor
         return in_flight * self.micro_seqs * self.seq_len * layer
 
     @property
     def layer_params(self) -> float:
-        """12 h^2 where that gives the stated size (GPT's shape), else what is left of it without embedding and head."""
+        """12 h^2 where that gives the stated size (GPT's shape), else the stated size less embedding and head, by layer."""
         gpt = 12.0 * self.hidden**2
         stated = (self.params - 2.0 * self.hidden * self.vocab) / self.layers
         return gpt if abs(self.layers * gpt + self.hidden * self.vocab - self.params) < 0.08 * self.params else stated
 
 
-def memory_table(row: Row) -> str:
-    """The table of a row's memory, which 8-bit products do not change: weights, gradients and states stay as they are."""
+def memory_table(row: MeasuredRun) -> str:
+    """Return the table of a row's memory, which 8-bit products do not change: weights, gradients and states stay as they are."""
     return row.table.removesuffix(" fp8")
 
 
-def read_rows(path: Path) -> tuple[list[Row], int]:
-    """(the rows of a CSV that say enough to be predicted, how many others). Raises UsageError for a file of other columns."""
+def read_rows(path: Path) -> tuple[list[MeasuredRun], int]:
+    """Return (rows of a CSV that say enough to be predicted, number of others). Raises UsageError for a file of other columns."""
     try:
         with path.open(newline="") as file:
             records = list(csv.DictReader(file))
@@ -132,7 +132,7 @@ def _number(path: Path, line: int, record: dict[str, str], column: str) -> float
 
 
 def _positive(text: str | None) -> float | None:
-    """A published table says some things in words: what is no number over 0 is not said."""
+    """Return a number over 0, else None: published tables say some things in words."""
     try:
         value = float(text or "")
     except ValueError:
@@ -140,13 +140,13 @@ def _positive(text: str | None) -> float | None:
     return value if math.isfinite(value) and value > 0 else None
 
 
-def _vtrain_row(path: Path, line: int, record: dict[str, str]) -> Row:
+def _vtrain_row(path: Path, line: int, record: dict[str, str]) -> MeasuredRun:
     values = {column: _number(path, line, record, column) for column in _VTRAIN}
     missing = sorted(column for column, value in values.items() if value is None)
     if missing:
         raise UsageError(f"{path}, line {line}: {', '.join(missing)} is empty")
     layers, hidden = int(values["# layers"]), int(values["hidden size"])
-    return Row(
+    return MeasuredRun(
         table=path.stem, label=f"{path.name}:{line}", layers=layers, hidden=hidden, heads=int(values["attention heads"]),
         params=12.0 * layers * hidden**2 + VTRAIN_VOCAB * hidden, seq_len=int(values["sequence length"]), vocab=VTRAIN_VOCAB,
         gpus=int(values["# GPUs"]), tensor=int(values["tensor parallelism"]), pipeline=int(values["pipeline parallelism"]),
@@ -155,15 +155,18 @@ def _vtrain_row(path: Path, line: int, record: dict[str, str]) -> Row:
     )  # fmt: skip
 
 
-def recomputed(rows: list[Row]) -> list[Row]:
-    """vTrain's tables do not say whether layers were recomputed, and a fit of one table alone puts that into efficiencies. Among
-    other tables it counts: where the first stage of some row would keep more than a GPU has, the table's software recomputed."""
+def recomputed(rows: list[MeasuredRun]) -> list[MeasuredRun]:
+    """Mark a vTrain table as recomputing all layers if the first stage of some row would otherwise keep more than a GPU has.
+
+    Its tables do not say whether layers were recomputed. A fit of one table alone puts that into efficiencies; among other tables
+    it counts.
+    """
     if any(row.recompute == "unsaid" and row.stored_whole > row.device.memory for row in rows):
         return [replace(row, recompute="full") for row in rows]
     return rows
 
 
-def _published_row(path: Path, line: int, record: dict[str, str]) -> Row | None:
+def _published_row(path: Path, line: int, record: dict[str, str]) -> MeasuredRun | None:
     values = {name: _positive(record.get(name)) for name in _NUMBERS}
     note, model, source = record["memory_note"], record["model"], record["source"]
     device = _device(record["gpu_type"])
@@ -190,7 +193,7 @@ def _published_row(path: Path, line: int, record: dict[str, str]) -> Row | None:
     ends_count = bool(re.search("embed-balanced|counted as a pp block", words))
     ends_count |= source.startswith(_ENDS_COUNT) and (layers + 2) % values["pp"] == 0
     core, torchtitan = source.startswith(_MEGATRON_CORE), source.startswith("pytorch/torchtitan ")
-    row = Row(
+    row = MeasuredRun(
         table=" ".join([_short(source), device.name, *tags[:1]]), label=f"{path.name}:{line} {model}",
         params=values["params_B"] * 1e9, layers=int(layers), hidden=int(hidden),
         heads=int(values["heads"] or max(hidden // 128, 1)), seq_len=int(values["seq"]),
@@ -218,7 +221,7 @@ def _recompute(text: str) -> str:
 
 
 def _device(text: str) -> Device | None:
-    """ "A100-80GB", "h100_80gb", "DGX-GB200": the GPU of that name, and of the memory nearest to the one it states."""
+    """Return the GPU named ("A100-80GB", "h100_80gb", "DGX-GB200"), with the memory nearest to the one stated."""
     kind = _GPU.match(text.strip())
     named = [device for device in DEVICES if kind and device.name.partition("-")[0] == kind[1].upper()]
     size = re.search(r"(\d+)\s*GB", text, re.IGNORECASE)
@@ -227,8 +230,8 @@ def _device(text: str) -> Device | None:
     return next((device for device in named if "-" not in device.name), named[-1] if named else None)
 
 
-def _with_seconds(row: Row, values: dict[str, float | None], note: str) -> Row:
-    """The step's time as measured, or from tokens a second, or from TFLOP/s (eq. 3 of SC21 where recomputation counts)."""
+def _with_seconds(row: MeasuredRun, values: dict[str, float | None], note: str) -> MeasuredRun:
+    """Set the step's time: as measured, or from tokens a second, or from TFLOP/s (eq. 3 of SC21 where recomputation counts)."""
     if values["global_batch"] is None:
         return row
     tokens = row.global_seqs * row.seq_len

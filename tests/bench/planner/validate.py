@@ -1,4 +1,4 @@
-"""`validate CSV...`: predict every measured row from the others of its table, and print the errors.
+"""Predicts every measured row from the others of its table, and prints the errors.
 
 Protocol. Nothing fitted beforehand is used: the models start from data sheets and formulas (`TERMS`), which are also judged by
 themselves ("first principles": no row of any table is seen).
@@ -20,13 +20,12 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tests.bench.planner.table_cases import memory_case, time_cases
-from tests.bench.planner.tables import Row, memory_table, read_rows
+from tests.bench.planner.tables import MeasuredRun, memory_table, read_rows
 from tools.common.console import GOOD, UsageError, table
 from tools.plan.fitting import distinct, error_summary, folds, held_out
 from tools.plan.memory_model import PRIOR, fit_memory, interval, peak_bytes
@@ -34,14 +33,6 @@ from tools.plan.time_model import FIRST_PRINCIPLES, fit_time
 
 FOLDS = 5
 PUBLISHED_EFFECT = 0.3  # width of a table's factor: software differs more than kernels do
-
-
-@dataclass(frozen=True)
-class Prediction:
-    row: Row
-    measured: float | None  # seconds or bytes; None for a row that ran out of memory
-    first: float  # by first principles
-    held_out: float  # by a fit that has not seen the row
 
 
 def run(flags: argparse.Namespace) -> int:
@@ -61,8 +52,8 @@ def run(flags: argparse.Namespace) -> int:
     return GOOD
 
 
-def validate_file(path: Path, rows: Sequence[Row]) -> list[dict]:
-    """One result for each table and quantity: errors, and every prediction."""
+def validate_file(path: Path, rows: Sequence[MeasuredRun]) -> list[dict]:
+    """Return a result for each table and quantity: errors, and every prediction."""
     timed = [row for row in rows if row.seconds]
     if disputed := sum(row.disputed for row in rows):
         _progress(f"{path.name}: {disputed} rows left out: their time and their TFLOP/s disagree by over a quarter")
@@ -77,7 +68,7 @@ def validate_file(path: Path, rows: Sequence[Row]) -> list[dict]:
     return results + [_memory(path, name, group) for name, group in sorted(groups.items())]
 
 
-def _vtrain_times(path: Path, rows: list[Row]) -> dict:
+def _vtrain_times(path: Path, rows: list[MeasuredRun]) -> dict:
     cases, seconds = time_cases(rows), np.array([row.seconds for row in rows])
 
     def predict(train: np.ndarray, test: np.ndarray) -> np.ndarray:
@@ -97,7 +88,7 @@ def _vtrain_times(path: Path, rows: list[Row]) -> dict:
     return result
 
 
-def _published_times(path: Path, rows: list[Row]) -> list[dict]:
+def _published_times(path: Path, rows: list[MeasuredRun]) -> list[dict]:
     cases, seconds = time_cases(rows, by_table=True), np.array([row.seconds for row in rows])
 
     def predict(train: np.ndarray, test: np.ndarray) -> np.ndarray:
@@ -114,7 +105,7 @@ def _published_times(path: Path, rows: list[Row]) -> list[dict]:
     return results
 
 
-def _memory(path: Path, name: str, rows: list[Row]) -> dict:
+def _memory(path: Path, name: str, rows: list[MeasuredRun]) -> dict:
     ran, failed = [row for row in rows if row.memory], [row for row in rows if row.out_of_memory]
     cases, measured = [memory_case(row) for row in ran], np.array([row.memory for row in ran])
 
@@ -147,7 +138,7 @@ def _progress(text: str) -> None:
 
 
 def _result(
-    path: Path, name: str, unit: str, rows: list[Row], measured: np.ndarray, first: np.ndarray, predicted: np.ndarray
+    path: Path, name: str, unit: str, rows: list[MeasuredRun], measured: np.ndarray, first: np.ndarray, predicted: np.ndarray
 ) -> dict:
     lines = [
         {"label": row.label, "measured": m, "first_principles": f, "predicted": p}
@@ -159,8 +150,8 @@ def _result(
     return result
 
 
-def _regret(rows: list[Row], seconds: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """Over the groups of at least two rows: mean and worst regret, and how often the best is chosen."""
+def _regret(rows: list[MeasuredRun], seconds: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """Return mean and worst regret over the groups of at least two rows, and how often the best is chosen."""
     groups = defaultdict(list)
     for index, row in enumerate(rows):
         groups[row.layers, row.hidden, row.heads, row.seq_len, row.gpus, row.global_seqs].append(index)

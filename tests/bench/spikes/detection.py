@@ -1,4 +1,4 @@
-"""The detectors scored on real logs.
+"""Scores the detectors on real logs.
 
 The folder holds labels.csv (columns set, file, onset_step, peak_step, delta_loss, duration_steps) and logs:
 
@@ -32,13 +32,13 @@ from tools.spikes.compare import coincident
 from tools.spikes.scan import Scanned, scan_files
 
 ALARMS_PER_1000, RISE_NATS = 0.02, 0.15
-SPEED_POINTS, SPEED_SECONDS = 3_500_000, 30.0
+SPEED_POINTS, SPEED_SECONDS = 3_500_000, 30.0  # the goal of `speed`
 JUMP_POINTS, JUMP_NATS, SETTLED_POINTS = 20, 0.5, 128
 BLOOM_ONSET, BLOOM_PEAK = 31215, 31219
 
 
 def score_detection(folder: Path) -> list[Score]:
-    """Every number of the issue that logs can give; a kind of log that is not there gives none."""
+    """Score every goal that logs can answer; a kind of log that is absent from the folder gives no score."""
     files = _logs_in(folder)
     found = {str(scanned.file): scanned for scanned in scan_files(files)}
     with (folder / "labels.csv").open() as file:
@@ -75,7 +75,7 @@ GROUPS = {
 
 
 def _mixtral(labels: list[dict[str, str]], found: dict[str, Scanned], logs: list[Scanned]) -> list[Score]:
-    """Labelled spikes with an event that begins at their very sample, and jumps that anybody sees."""
+    """Count labelled spikes with an event that begins at their very sample, and jumps that anybody sees."""
     if not logs:
         return []
 
@@ -110,7 +110,7 @@ def _bloom(logs: list[Scanned]) -> Score | None:
 
 
 def _healthy(logs: list[Scanned]) -> list[Score]:
-    """Actionable alarms, over all points and in the worst log that is long enough to allow one."""
+    """Count actionable alarms over the points of all healthy logs."""
     if not logs:
         return []
     alarms, points = sum(_alarms(log.events) for log in logs), sum(log.points for log in logs)
@@ -124,7 +124,7 @@ def _alarms(events: Iterable[Event]) -> int:
 
 
 def _outliers(labels: list[dict[str, str]], found: dict[str, Scanned]) -> list[Score]:
-    """Labelled hard batches of logs of every step: seen, given their class, and nobody is woken."""
+    """Check labelled hard batches in logs of every step: they are seen, classed, and raise no actionable alarm."""
     single = [row for row in labels if row["duration_steps"] == "0"]
     if not single:
         return []
@@ -140,17 +140,16 @@ def _outliers(labels: list[dict[str, str]], found: dict[str, Scanned]) -> list[S
 
 
 def _rises(name: str, logs: list[Scanned], goal: float) -> Score | None:
-    """Logs whose first slow rise was told while the loss was less than RISE_NATS over its best."""
+    """Count logs whose first slow rise was reported while the loss was less than RISE_NATS over its best."""
     if not logs:
         return None
-    heights = [_height_when_told(log) for log in logs]
-    told = [height for height in heights if height is not None]
-    detail = "told at " + ", ".join(f"+{height:.3f}" for height in told) if told else ""
-    return share(name, sum(height < RISE_NATS for height in told), len(logs), goal, detail)
+    heights = [height for height in map(_height_when_reported, logs) if height is not None]
+    detail = "reported at " + ", ".join(f"+{height:.3f}" for height in heights) if heights else ""
+    return share(name, sum(height < RISE_NATS for height in heights), len(logs), goal, detail)
 
 
-def _height_when_told(log: Scanned) -> float | None:
-    """Median loss of the last 64 points when the first rise was told, over the best mean of 1536 points till then."""
+def _height_when_reported(log: Scanned) -> float | None:
+    """Return the median loss of the last 64 points when the first rise was reported, over the best mean of 1536 points before."""
     rise = next((event for event in log.events if event.kind == "slow_rise"), None)
     if rise is None:
         return None
@@ -168,7 +167,7 @@ def _silence(logs: list[Scanned]) -> Score | None:
 
 
 def _pairs(logs: list[Scanned]) -> Score | None:
-    """Pairs of runs with one order of data: the verdict on what made them spike."""
+    """Judge each pair of runs with one order of data: both spike because of the data."""
     if not logs:
         return None
     steps = [[event.onset_step for event in log.events if event.kind in SPIKES and event.delta > 0] for log in logs]
@@ -180,7 +179,7 @@ def _pairs(logs: list[Scanned]) -> Score | None:
 
 
 def _one_nan(logs: list[Scanned]) -> list[Score]:
-    """One NaN in the middle of a healthy log adds one event, and hides nothing after it."""
+    """Put one NaN into the middle of a healthy log: it adds one event, and hides nothing after it."""
     scores = []
     for log in logs[:1]:
         data = read_logs(Path(log.file))[0]
@@ -197,14 +196,21 @@ def _one_nan(logs: list[Scanned]) -> list[Score]:
     return scores
 
 
-def score_speed(folder: Path) -> list[Score]:
-    """Files on disk to events, in as many processes as there are cores. The logs are read again and again."""
+def score_speed(folder: Path, wanted: int = SPEED_POINTS) -> list[Score]:
+    """Time files on disk to events, in as many processes as there are cores; the logs are read until `wanted` points are had."""
     files = _logs_in(folder)
     points = sum(len(log.steps) for path in files for log in read_logs(path))
     started = time.perf_counter()
-    scanned = sum(found.points for found in scan_files(files * -(-SPEED_POINTS // points)))
+    scanned = sum(found.points for found in scan_files(files * -(-wanted // points)))
     seconds = (time.perf_counter() - started) * SPEED_POINTS / scanned
-    return [Score("3.5 million points scanned", f"{seconds:.1f} s", f"< {SPEED_SECONDS:.0f} s", seconds < SPEED_SECONDS)]
+    return [
+        Score(
+            f"{SPEED_POINTS / 1e6:.1f} million points scanned",
+            f"{seconds:.1f} s",
+            f"< {SPEED_SECONDS:.0f} s",
+            seconds < SPEED_SECONDS,
+        )
+    ]
 
 
 def _logs_in(folder: Path) -> list[Path]:

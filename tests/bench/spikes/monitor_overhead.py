@@ -1,4 +1,4 @@
-"""What the monitor costs: the same training steps with it and without, turn about, in one start of the ranks."""
+"""Measures what the monitor costs: the same training steps with and without it, by turns, in one start of the ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tools.common.forked_ranks import run_ranks
 from tools.common.parity import Trial, build_trainer
 
 GOAL = 0.02  # of the step time, on a CPU; on a GPU at 1B parameters 0.005
-PAIRS, WARM_UP = 40, 2
+WARM_UP = 2  # pairs
 # the quickstart's model and batch, and its layout for the 8 processes that launch/quickstart.sh starts
 QUICKSTART = LlamaConfig(
     vocab_size=4096,
@@ -42,11 +42,11 @@ EIGHT = {"tensor": 2, "pipeline": 2, "data": 2}
 Clocks = tuple[float, float]  # (wall seconds, seconds that this process computed)
 
 
-def measure_overhead() -> list[Score]:
-    """For `bench`: the monitor's share of the quickstart's step, with everything at its defaults, on one process and on eight."""
+def score_overhead(pairs: int) -> list[Score]:
+    """Score the monitor's share of the quickstart's step, with everything at its defaults, on one process and on eight."""
     scores = []
     for name, layout in (("1 process", {}), ("8 processes", EIGHT)):
-        found = overhead(pairs=PAIRS, **layout)
+        found = overhead(pairs=pairs, model=QUICKSTART, **layout)
         value = f"{found['share']:.2%} of {found['step_seconds']:.3f} s ({found['wall_share']:.2%} by the wall clock)"
         scores.append(Score(f"monitor's share of a quickstart step, {name}", value, f"{GOAL:.0%}", found["share"] <= GOAL))
     return scores
@@ -55,7 +55,7 @@ def measure_overhead() -> list[Score]:
 def overhead(
     *,
     pairs: int,
-    model: LlamaConfig = QUICKSTART,
+    model: LlamaConfig,
     tensor: int = 1,
     pipeline: int = 1,
     data: int = 1,
@@ -63,7 +63,7 @@ def overhead(
     device: str = "cpu",
     **trial: Any,
 ) -> dict[str, float]:
-    """The monitor's share of a step with the default `Monitor`, from `pairs` pairs of steps.
+    """Return the share of a step that the default `Monitor` takes, from `pairs` pairs of steps.
 
     share: on a CPU, of what all ranks compute, which neighbours on the machine do not disturb; on a GPU of the wall clock.
     wall_share, step_seconds: by the wall clock. every_share, activations_share, drift_share: what a step takes longer that looks
@@ -94,7 +94,7 @@ def _share(seconds: dict[str, float]) -> float:
 
 
 def _measure(trial: Trial, pairs: int) -> dict[str, dict[str, float]]:
-    """Medians, for each clock: of a step without the monitor, and of what each of its parts adds."""
+    """Return medians for each clock: of a step without the monitor, and of what each of its parts adds."""
     trainer = build_trainer(trial)
     recipe = SimpleNamespace(monitor=replace(Monitor(), drift_every_steps=0), optimizer=trial.optimizer)
     log = SimpleNamespace(note=print) if trainer.grid.rank == 0 else None
@@ -127,7 +127,7 @@ def _timed(work: Callable[..., object], *args: Any) -> Clocks:
 
 
 def _step(trainer: Trainer, trial: Trial, monitor: RunMonitor | None, step: int) -> None:
-    """One training step on random tokens, waiting for the device included."""
+    """Take one training step on random tokens, waiting for the device included."""
     generator = torch.Generator().manual_seed(step)
     count = trial.global_seqs // (trial.micro_seqs * trainer.grid.data)
     shape = (trial.micro_seqs, trial.seq_len + 1)

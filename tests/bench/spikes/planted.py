@@ -1,8 +1,8 @@
-"""Planted causes: real small training runs in which one thing is broken on purpose, to score `explain` against the truth.
+"""Makes planted runs: real small training runs in which one thing is broken on purpose, to score `explain` against the truth.
 
-What is broken is in the training process or in its input (`planted_faults`), never in what `explain` reads: it sees a run
-directory and the data that the recipe names. The rules of `explain` were written with the runs of TUNING at hand; HELD_OUT has
-other seeds, widths, batches, strengths and steps, and is what counts.
+The training process or its input is broken (`planted_faults`), never what `explain` reads: a run directory and the data that the
+recipe names. The rules of `explain` were written with the runs of TUNING at hand; HELD_OUT has other seeds, widths, batches,
+strengths and steps, and is what counts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOKENS = 90_000
 
 @dataclass(frozen=True)
 class Planted:
-    """One run with a known cause, and where a user would point."""
+    """A run with a known cause, and where a user would point."""
 
     cause: str  # a name in tools.spikes.evidence.causes
     fault: str  # which way it is brought about
@@ -62,7 +62,7 @@ class Planted:
 
 
 def make_run(planted: Planted, folder: Path) -> Path:
-    """Train it. Gives the run directory; forks, so the caller must have run no tensor code."""
+    """Train the run and return its directory. Forks: the caller must have run no tensor code."""
     data = folder / "data"
     data.mkdir(parents=True)
     run_dir = folder / "run"
@@ -107,7 +107,7 @@ def recipe_of(planted: Planted, data: Path) -> Recipe:
 
 
 def _bad_sequences(planted: Planted) -> dict[int, np.ndarray]:
-    """RunPosition -> ids: the bad document's sequences are among those that step `at` reads."""
+    """Return position -> ids of the bad document's sequences, which are among those that step `at` reads."""
     if planted.fault not in ("noise", "repeat", "rare"):
         return {}
     rng = np.random.default_rng(planted.seed)
@@ -118,7 +118,7 @@ def _bad_sequences(planted: Planted) -> dict[int, np.ndarray]:
 
 
 def _train(planted: Planted, recipe: Recipe, run_dir: str, data: str, resume: bool, steps: int) -> None:
-    """On every rank: break what is to be broken, then train as recipes.common.train does."""
+    """Break what is to be broken, on every rank, then train as recipes.common.train does."""
     if planted.deepspeed == "zero1_fp16.json":
         faults.allow_fp16()
     inject(planted, Path(data), resumed=resume)
@@ -131,13 +131,13 @@ def _train(planted: Planted, recipe: Recipe, run_dir: str, data: str, resume: bo
     with (
         contextlib.redirect_stdout(quiet),
         contextlib.redirect_stderr(quiet),
-        contextlib.suppress(TrainingError),  # the run saw that it was no use and stopped, on every rank alike
+        contextlib.suppress(TrainingError),  # the run saw that it was hopeless and stopped, on every rank alike
     ):
         train(recipe, planted.layout, sizes, config, Path(run_dir), resume_run=resume, max_steps=steps)
 
 
 def inject(planted: Planted, data: Path, *, resumed: bool) -> None:
-    """Patch this process."""
+    """Patch this process with the run's fault."""
     at, seed, options = planted.at, planted.seed, planted.options
     match planted.fault:
         case "schedule":

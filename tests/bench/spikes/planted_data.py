@@ -1,4 +1,4 @@
-"""Prepared data for planted causes: a small made-up language in several shards, as tools.data prepare would leave it.
+"""Writes data for planted runs: a small made-up language in several shards, as tools.data prepare would leave it.
 
 Every word has a few usual successors, and every document a topic whose words come more often, so that a tiny model learns
 something in tens of steps and sequences differ in how hard they are.
@@ -26,7 +26,7 @@ SUCCESSORS = 4  # of a word
 def write_language(
     folder: Path, *, seed: int, tokens: int = 60_000, patches: dict[int, np.ndarray] | None = None, seq_len: int = 0
 ) -> Path:
-    """A data folder. `patches`: position -> the ids of a sequence that are put there before checksums are taken."""
+    """Write a data folder. `patches`: position -> the ids of a sequence that are put there before checksums are taken."""
     rng = np.random.default_rng(seed)
     ids, ends = _documents(rng, tokens)
     for position, sequence in (patches or {}).items():
@@ -52,12 +52,12 @@ def write_language(
 
 
 def position_of(run_seed: int, index: int, tokens: int, seq_len: int) -> int:
-    """Where the index-th sequence of a run lies in `write_language`'s train split."""
+    """Return where the index-th sequence of a run lies in `write_language`'s train split."""
     return int(sequence_position(run_seed, np.array([index]), (tokens - 1) // seq_len)[0])
 
 
 def bad_sequence(kind: str, seq_len: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 [seq_len + 1] of a document that does not belong: "noise", "repeat" or "rare"."""
+    """Return ids, int64 [seq_len + 1], of a document that does not belong: "noise", "repeat" or "rare"."""
     if kind == "noise":  # binary taken for text
         return rng.integers(FIRST_WORD, VOCAB, seq_len + 1)
     if kind == "repeat":  # a table of one cell over and over
@@ -67,7 +67,7 @@ def bad_sequence(kind: str, seq_len: int, rng: np.random.Generator) -> np.ndarra
 
 
 def _documents(rng: np.random.Generator, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [tokens], where documents end). The last twelve words are rare."""
+    """Return (ids [tokens], where documents end). The last twelve words are rare."""
     words = VOCAB - FIRST_WORD
     successors = rng.integers(0, words - 12, (words, SUCCESSORS))
     popular = 1.0 / np.arange(1, words + 1) ** 0.8

@@ -1,12 +1,11 @@
-"""The faults of planted causes, put into the training code of one forked process. Nothing of it is ever in a user's run.
+"""Breaks the training code of one forked process on purpose: the faults of planted causes.
 
-Each function patches the real code in its own process, on every rank, before the run starts; what it breaks is what breaks in
+Each function patches public methods in its own process, on every rank, before the run starts; what it breaks is what breaks in
 practice. `at` counts steps as metrics.jsonl does: the fault first shows in the numbers of step `at`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,38 +13,39 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from recipes.common import train
-from recipes.common.checkpoint.position import RunPosition
+from recipes.common.anomalies.recovery import Recovery
+from recipes.common.checkpoint.reader import Reader
+from recipes.common.data.batches import Prefetcher
 from recipes.common.data.order import mix
-from recipes.common.engine import trainer as engine
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
+from recipes.common.monitor.monitor import RunMonitor
 from recipes.common.monitor.parameter_groups import group_of
+from recipes.common.pipeline.stage import Stage
 
 Before = Callable[[Trainer, int], None]
 
 
 def learning_rate_in_schedule(at: int, factor: float, steps: int) -> None:
-    """The schedule's code gives another rate for some steps; the log shows what was used."""
-    right = train.learning_rate_at
-    train.learning_rate_at = lambda recipe, step, tokens: (
-        right(recipe, step, tokens) * (factor if at - 1 <= step < at - 1 + steps else 1.0)
-    )
+    """Give another rate than the schedule's for some steps; the log shows what was used."""
+    right = Recovery.lr_factor
+    Recovery.lr_factor = lambda self, step: right(self, step) * (factor if at - 1 <= step < at - 1 + steps else 1.0)
 
 
 def learning_rate_in_optimizer(at: int, factor: float, steps: int) -> None:
-    """The optimizer uses another rate than the log shows."""
+    """Let the optimizer use another rate than the log shows."""
     _scale_rate(lambda step: factor if at - 1 <= step < at - 1 + steps else 1.0)
 
 
 def bit_flip_in_master(at: int, seed: int) -> None:
-    """One bit of one fp32 weight of rank 0 or 1: the one bit, of a few hundred drawn, that changes its weight most."""
+    """Flip one bit of one fp32 weight of rank 0 or 1: of a few hundred drawn bits the one that changes its weight most."""
     _around_steps(before=lambda trainer, step: _flip_master(trainer, seed) if step == at else None)
 
 
 def bit_flip_in_copy(at: int, seed: int) -> None:
-    """One bit of the weights that one data rank computes with; the next step's exchange of weights undoes it."""
+    """Flip one bit of the weights that one data rank computes with; the next step's exchange of weights undoes it."""
 
     def flip(trainer: Trainer, step: int) -> None:
         if step == at and trainer.grid.data_rank == trainer.grid.data - 1:
@@ -57,7 +57,7 @@ def bit_flip_in_copy(at: int, seed: int) -> None:
 
 
 def stale_second_moment(at: int, factor: float, part: str | None = None) -> None:
-    """exp_avg_sq is scaled as if it had been kept from a time of smaller gradients; of one part of every layer, or of all."""
+    """Scale exp_avg_sq of one part of every layer, or of all, as if kept from a time of smaller gradients."""
 
     def scale(trainer: Trainer, step: int) -> None:
         if step == at - 1:
@@ -69,7 +69,7 @@ def stale_second_moment(at: int, factor: float, part: str | None = None) -> None
 
 
 def norm_drift(at: int, rate: float) -> None:
-    """The norm weights of tensor rank 1, which should equal those of rank 0, move away a little every step."""
+    """Move the norm weights of tensor rank 1 a little every step; they should equal those of rank 0."""
 
     def drift(trainer: Trainer, step: int) -> None:
         if step >= at - 1 and trainer.grid.tensor_rank == 1:
@@ -79,7 +79,7 @@ def norm_drift(at: int, rate: float) -> None:
 
 
 def attention_growth(at: int, rate: float, steps: int) -> None:
-    """Queries and keys grow a little every step."""
+    """Let the query and key weights grow a little every step."""
 
     def grow(trainer: Trainer, step: int) -> None:
         if at - 1 <= step < at - 1 + steps:
@@ -89,19 +89,20 @@ def attention_growth(at: int, rate: float, steps: int) -> None:
 
 
 def lost_micro_batch(at: int, steps: int, rank: int) -> None:
-    """One data rank's first micro batch adds neither loss nor gradient."""
-    batches, now = Trainer._batches, _count_steps()
+    """Let one data rank's first micro batch add neither loss nor gradient."""
+    loss_of, now, counted = Stage.loss, _count_steps(), [0]
 
-    def lose(self: Trainer, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        for index, (ids, (targets, weight)) in enumerate(batches(self, *args, **kwargs)):
-            lost = index == 0 and at <= now[0] < at + steps and self.grid.data_rank == rank
-            yield ids, (targets, weight * 0.0 if lost else weight)
+    def lose(self: Stage, hidden: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        targets, weight = labels
+        is_first, counted[0] = counted[0] != now[0], now[0]
+        lost = is_first and at <= now[0] < at + steps and self.grid.data_rank == rank
+        return loss_of(self, hidden, (targets, weight * 0.0 if lost else weight))
 
-    Trainer._batches = lose
+    Stage.loss = lose
 
 
 def accumulation_not_ramped() -> None:
-    """The batch grows at the edge of the ramp, and the engine goes on stepping after as many micro batches as before."""
+    """Let the batch grow at the edge of the ramp while the engine still steps after as many micro batches as before."""
 
     right = Trainer.set_global_seqs
 
@@ -116,7 +117,7 @@ def accumulation_not_ramped() -> None:
 
 
 def corrupt_shard(at: int, path: Path, kind: str, share: float, highest_id: int) -> None:
-    """Part of a shard's bytes become zeros or noise under the running job, a few steps before they are read."""
+    """Turn part of a shard's bytes into zeros or noise under the running job, a few steps before they are read."""
 
     def corrupt(trainer: Trainer, step: int) -> None:
         if step == max(at - 2, 1) and trainer.grid.rank == 0:
@@ -131,26 +132,27 @@ def corrupt_shard(at: int, path: Path, kind: str, share: float, highest_id: int)
 
 
 def resumed_without_sampler(reset_to: int, *, logged: bool) -> None:
-    """The restarted job reads from sequence `reset_to` on again; its own count is wrong too, or only its reader."""
+    """Let the restarted job read from sequence `reset_to` on; `logged`: its own count is wrong too, else only its reader."""
     if logged:
-        resume = train.resume
+        open_checkpoint = Reader.__init__
 
-        def forgetful(*args: Any, **kwargs: Any) -> RunPosition:
-            return dataclasses.replace(resume(*args, **kwargs), consumed_seqs=reset_to)
+        def forgetful(self: Reader, folder: Path) -> None:
+            open_checkpoint(self, folder)
+            self.state["consumed_seqs"] = reset_to
 
-        train.resume = forgetful
+        Reader.__init__ = forgetful
         return
-    read, first = train.step_micro_batches, []
+    read, first = Prefetcher.next, []
 
-    def from_the_start(stream: Any, *, consumed: int, **kwargs: Any) -> list[torch.Tensor]:
+    def from_the_start(self: Prefetcher, consumed: int, global_seqs: int) -> list[torch.Tensor]:
         first.append(consumed)
-        return read(stream, consumed=consumed - min(first) + reset_to, **kwargs)
+        return read(self, consumed - first[0] + reset_to, global_seqs)
 
-    train.step_micro_batches = from_the_start
+    Prefetcher.next = from_the_start
 
 
 def loss_scale_collapse(at: int, power: int) -> None:
-    """fp16's loss scale falls to 2^power, where small gradients become zero, and stays."""
+    """Set fp16's loss scale to 2^power, where small gradients become zero, and keep it there."""
 
     def collapse(trainer: Trainer, step: int) -> None:
         if step == at:
@@ -162,7 +164,7 @@ def loss_scale_collapse(at: int, power: int) -> None:
 
 
 def slow_rank(at: int, factor: float, rank: int) -> None:
-    """One rank does extra work every step: `factor` times what a step took before."""
+    """Let one rank do extra work every step: `factor` times what a step took before."""
     usual: list[float] = []
     step_of = Trainer.train_step
     now = _count_steps()
@@ -183,7 +185,7 @@ def slow_rank(at: int, factor: float, rank: int) -> None:
 
 
 def allow_fp16() -> None:
-    """DeepSpeed refuses fp16 on most CPUs, and torch computes it on all."""
+    """Let DeepSpeed accept fp16 on this CPU: it refuses most, and torch computes it on all."""
     from deepspeed.accelerator import get_accelerator
 
     kind = type(get_accelerator())
@@ -209,14 +211,14 @@ def _around_steps(before: Before | None = None, after: Before | None = None) -> 
 
 
 def _count_steps() -> list[int]:
-    """[the step that is being computed], kept up to date by the learning rate that each step asks for."""
-    now, rate_at = [0], train.learning_rate_at
+    """Return [the step that is being computed]; the monitor, which hears of every step before it, keeps it up to date."""
+    now, before_step = [0], RunMonitor.before_step
 
-    def counted(recipe: Any, step: int, tokens: int) -> float:
+    def counted(self: RunMonitor, step: int) -> None:
         now[0] = step
-        return rate_at(recipe, step, tokens)
+        before_step(self, step)
 
-    train.learning_rate_at = counted
+    RunMonitor.before_step = counted
     return now
 
 
@@ -237,22 +239,22 @@ def _fragments(trainer: Trainer) -> Iterator[tuple[zero_state.Fragment, dict[str
 
 
 def _scale_masters(trainer: Trainer, wanted: Callable[[str], bool], factor: float) -> None:
-    """The fp32 weights of some parts; the weights that the model computes with follow at the next step."""
+    """Scale the fp32 weights of some parts; the weights that the model computes with follow at the next step."""
     for fragment, states in _fragments(trainer):
         if wanted(group_of(fragment.name)[1]):
             states[zero_state.MASTER][fragment.offset : fragment.offset + fragment.stop - fragment.start].mul_(factor)
 
 
 def _flip_master(trainer: Trainer, seed: int) -> None:
-    """Collective: rank 0 or 1 flips, and the copies follow."""
-    if trainer.grid.rank == seed % engine.dist.get_world_size():
+    """Flip on rank 0 or 1 and bring the copies up to date. Collective."""
+    if trainer.grid.rank == seed % dist.get_world_size():
         flat = max((p.states[zero_state.MASTER] for p in zero_state.partitions(trainer)), key=lambda f: f.numel())
         _flip(flat, seed, largest=64.0)
     zero_state.publish(trainer)
 
 
 def _flip(flat: torch.Tensor, seed: int, largest: float) -> None:
-    """Flip the bit of some hundred drawn elements that gives the largest value up to `largest`, in place."""
+    """Flip, in place, the one bit of some hundred drawn elements that gives the largest value up to `largest`."""
     rng = np.random.default_rng(seed)
     chosen = rng.integers(0, flat.numel(), 400)
     values = flat[chosen].float().numpy()

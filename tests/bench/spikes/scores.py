@@ -1,4 +1,4 @@
-"""One number of the bench beside its goal."""
+"""Holds one number of a bench beside its goal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Score:
-    """What was measured, in words a person reads in a table."""
+    """A measurement in words, as a row of a table."""
 
     name: str
     value: str
@@ -16,6 +16,6 @@ class Score:
 
 
 def share(name: str, found: int, of: int, goal: float, detail: str = "") -> Score:
-    """`found` of `of`, at least the share `goal`; nothing to find is not good."""
+    """Score `found` of `of`, which must be at least the share `goal`; `of` = 0 is not good."""
     text = f"{found} of {of}" + (f" ({detail})" if detail else "")
     return Score(name, text, "all" if goal == 1 else f"{goal:.0%}", of > 0 and found >= goal * of)

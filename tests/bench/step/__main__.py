@@ -1,4 +1,6 @@
-"""`bench`: our step against the ones that others would write, for the same model, batch, precision, weights and processes.
+"""Times our step against the ones that others would write, for the same model, batch, precision, weights and processes.
+
+    python -m tests.bench.step [--layout pipeline=2] [--recipe recipes/llama_1b.py] [--rounds 6] [--json]
 
 At one rank against a plain PyTorch loop over the transformers model (and against transformers on DeepSpeed); at 2 and 4 ranks
 against torch's own pipelining, tensor and data parallelism. All sides live in the same ranks and take turns, step by step, in
@@ -8,17 +10,21 @@ on a CPU, one GPU on a GPU. Every side's losses must be the same: exit 1 where t
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
+
 import argparse
 import ctypes
 import json
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,10 +34,10 @@ from recipes.common.checks.model_checks import depth_problems
 from recipes.common.config.ds_config import load_ds_config, precision
 from recipes.common.config.placement import chunk_count
 from recipes.common.model.flops import OURS
-from recipes.common.recipe import PIPELINE_SCHEDULES, AdamW, Layout, Recipe
+from recipes.common.recipe import PIPELINE_SCHEDULES, AdamW, Layout, Recipe, RecipeError
 from tests.bench.step.sides import Step, ours, plain, transformers_deepspeed
 from tests.bench.step.torch_baseline import torch_parallel
-from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table
+from tools.common.console import FAILED, GOOD, UsageError, exit_code, quiet_transformers, table
 from tools.common.devices import find_device
 from tools.common.forked_ranks import run_ranks
 from tools.common.parity import Trial
@@ -60,18 +66,18 @@ BUILDERS: dict[str, Callable[[Trial], Step]] = {PLAIN: plain, HUGGING_FACE: tran
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """Sides that are held against each other on the same ranks."""
+class Comparison:
+    """Sides that are compared on the same ranks."""
 
     layout: str
     trial: Trial  # its layout without a schedule
     schedules: tuple[str, ...]  # ours, one side each; and the last of them once more with torch's own linears
-    baselines: tuple[str, ...]  # the first is what the others are held against
+    baselines: tuple[str, ...]  # the others are compared with the first
     goal: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class SideTimes:
     """One side. Seconds are medians over the rounds, ratios medians of paired steps: the first baseline's time over ours."""
 
     layout: str
@@ -86,8 +92,8 @@ class Row:
     losses: list[float]  # of every step, the warm ones too
 
 
-def measure(case: Case, rounds: int) -> list[Row]:
-    """Run a case on forked ranks. The first baseline comes first."""
+def measure(case: Comparison, rounds: int) -> list[SideTimes]:
+    """Run a comparison on forked ranks. The first baseline comes first."""
     ranks = run_ranks(_rank, case.trial.world_size, case, rounds, timeout_seconds=1800.0)
     base, rows, tokens = case.baselines[0], [], case.trial.global_seqs * case.trial.seq_len
     steps = {side: [max(times) for times in zip(*(rank[side]["seconds"] for rank in ranks), strict=True)] for side in ranks[0]}
@@ -95,7 +101,7 @@ def measure(case: Case, rounds: int) -> list[Row]:
     for side, seconds in steps.items():
         trifold = side not in case.baselines
         rows.append(
-            Row(
+            SideTimes(
                 layout=case.layout,
                 ranks=case.trial.world_size,
                 side=side,
@@ -115,7 +121,7 @@ def _paired(base: list[float], ours: list[float]) -> float:
     return statistics.median(b / o for b, o in zip(base, ours, strict=True))
 
 
-def _rank(case: Case, rounds: int) -> dict[str, dict[str, list[float]]]:
+def _rank(case: Comparison, rounds: int) -> dict[str, dict[str, list[float]]]:
     libc = ctypes.CDLL(None)  # freed memory is kept, as launch/env.sh has it
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
     libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
@@ -139,10 +145,10 @@ def _rank(case: Case, rounds: int) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def disagreement(rows: list[Row]) -> float:
-    """The largest relative difference between the losses of a layout's sides at one of the first steps; infinite for a NaN.
+def disagreement(rows: list[SideTimes]) -> float:
+    """Return the largest relative difference between the losses of a layout's sides in the first steps; infinite for a NaN.
 
-    Later ones are left out: training takes apart what rounding has parted.
+    Later steps are left out: training amplifies differences of rounding.
     """
     worst = 0.0
     for layout in {row.layout for row in rows}:
@@ -152,10 +158,8 @@ def disagreement(rows: list[Row]) -> float:
     return worst
 
 
-def add_flags(verbs: Any) -> None:
-    parser = verbs.add_parser(
-        "bench", help="our step against plain PyTorch, DeepSpeed and torch's parallelism", description=__doc__
-    )
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.step", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--recipe", metavar="FILE", help="model, optimizer and precision (default: a llama of 21M in fp32)")
     parser.add_argument(
         "--layout",
@@ -169,7 +173,8 @@ def add_flags(verbs: Any) -> None:
     parser.add_argument("--rounds", type=int, default=6, help="timed steps of each side (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda needs one GPU a rank, and --recipe")
     parser.add_argument("--gpu-type", metavar="NAME", help="with cuda: whose peak MFU is a share of (H100, ...)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else there")
+    return parser.parse_args(argv)
 
 
 def run(flags: argparse.Namespace) -> int:
@@ -181,7 +186,7 @@ def run(flags: argparse.Namespace) -> int:
         raise UsageError("--device=cuda: there is no CUDA device here; leave --device out to compare on the CPU")
     quiet_transformers()
     trial, per_token = _trial(flags)
-    cases = [_case(text, trial) for text in flags.layout or (LAYOUTS if flags.device == "cpu" else LAYOUTS[:1])]
+    cases = [_comparison(text, trial) for text in flags.layout or (LAYOUTS if flags.device == "cpu" else LAYOUTS[:1])]
     rows = [row for case in cases for row in measure(case, flags.rounds)]
     if per_token is not None:
         rows = [replace(row, mfu=per_token * row.tokens_per_second / row.ranks) for row in rows]
@@ -192,17 +197,17 @@ def run(flags: argparse.Namespace) -> int:
         print(json.dumps(found | {"rows": [asdict(row) for row in rows]}))
     else:
         print(_text(rows, flags))
-        told = "all sides do the same work" if agree else f"FAILED: more than {bound:.0e}, so the sides do not do the same work"
-        print(f"losses differ by at most {difference:.1e}, relative, in the first {COMPARED_STEPS} steps: {told}")
+        verdict = "all sides do the same work" if agree else f"FAILED, over {bound:.0e}: the sides do not do the same work"
+        print(f"losses differ by at most {difference:.1e}, relative, in the first {COMPARED_STEPS} steps: {verdict}")
     return GOOD if agree else FAILED
 
 
 def _trial(flags: argparse.Namespace) -> tuple[Trial, float | None]:
-    """(one data rank's work, the share of a GPU's peak that one token a second is)."""
+    """Return (one data rank's work, the share of a GPU's peak that one token a second is)."""
     per_token = None
     if flags.recipe is None:
         if flags.device == "cuda":
-            raise UsageError("--device=cuda: say what to train, for example --recipe recipes/llama_1b.py")
+            raise UsageError("--device=cuda: needs a recipe, for example --recipe recipes/llama_1b.py")
         work = {"model": MODEL, "optimizer": AdamW(lr=1e-3), "deepspeed": load_ds_config("zero1_fp32.json"), "attention": "sdpa"}
         seq_len = flags.seq_len or MODEL.max_position_embeddings
     else:
@@ -223,11 +228,11 @@ def _flops_per_token(recipe: Recipe, seq_len: int) -> float:
     return recipe_flops(recipe, seq_len)["conventions"][OURS]["flops_per_token"]
 
 
-def _case(text: str, trial: Trial) -> Case:
-    """One data rank's work stays what it is: with data=2, a step has twice the tokens."""
+def _comparison(text: str, trial: Trial) -> Comparison:
+    """Return what is compared in a layout. One data rank's work stays as it is: with data=2, a step has twice the tokens."""
     layout, data = parse_layout(text)
     if layout != Layout(tensor=layout.tensor, pipeline=layout.pipeline):
-        raise UsageError(f"--layout={text}: the bench takes tensor, pipeline and data; schedules are compared by themselves")
+        raise UsageError(f"--layout={text}: the bench takes tensor, pipeline and data; it compares every schedule itself")
     world_size = layout.tensor * layout.pipeline * data
     if world_size > 1 and layout.pipeline == 1:
         raise UsageError(f"--layout={text}: the baseline on several ranks is torch's pipeline: give pipeline=2 or more")
@@ -240,7 +245,7 @@ def _case(text: str, trial: Trial) -> Case:
         raise UsageError(f"--layout={text}: {problems[0]}")
     fitting = tuple(schedule for schedule in PIPELINE_SCHEDULES if chunk_count(schedule, layout.pipeline) <= depth)
     alone = (PLAIN, HUGGING_FACE) if trial.device == "cpu" else (HUGGING_FACE,)  # memory of a GPU: two sides, not three
-    return Case(
+    return Comparison(
         layout=text if world_size > 1 else "1 rank",
         trial=replace(trial, layout=layout, world_size=world_size, global_seqs=trial.global_seqs * data),
         schedules=fitting if layout.pipeline > 1 else PIPELINE_SCHEDULES[:1],
@@ -249,7 +254,7 @@ def _case(text: str, trial: Trial) -> Case:
     )
 
 
-def _text(rows: list[Row], flags: argparse.Namespace) -> str:
+def _text(rows: list[SideTimes], flags: argparse.Namespace) -> str:
     def shown(value: float | None, form: str = ".3f") -> str:
         return "" if value is None else format(value, form)
 
@@ -262,3 +267,19 @@ def _text(rows: list[Row], flags: argparse.Namespace) -> str:
     place = f"{os.cpu_count()} cores, one thread a rank" if flags.device == "cpu" else flags.gpu_type or "GPU"
     what = f"{flags.rounds} rounds, {flags.micro_batches} micro batches a data rank; {place}; medians of paired steps"
     return f"{what}\n{table(cells, header)}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = parse_args(argv)
+
+    def work() -> int:
+        try:
+            return run(flags)
+        except RecipeError as error:
+            raise UsageError(str(error)) from error
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,6 @@
-"""What the bench runs: our step, and the steps that others would write for the same model, batch and precision.
+"""Builds the sides of the bench: our step, and the steps that others would write for the same model, batch and precision.
 
-A side is built on every rank of its layout and gives a function that takes one optimizer step and returns its loss. All sides
+A side is built on every rank of its layout and is a function that takes one optimizer step and returns its loss. All sides
 start from the same weights, see the same batch at every step, and use torch's fused AdamW and the same clipping: what differs
 is everything around the model.
 """
@@ -17,18 +17,18 @@ from recipes.common.config.ds_config import precision
 from recipes.common.engine.startup import quiet_deepspeed, start_distributed
 from tools.common.parity import Trial, batches, build_trainer, engine_config, initial_model, rank_batches, torch_optimizer
 
-Step = Callable[[], float]  # one optimizer step; gives the mean loss over the global batch
+Step = Callable[[], float]  # one optimizer step; returns the mean loss over the global batch
 
 
 def ours(trial: Trial) -> Step:
-    """Trifold's own step, as the training loop calls it."""
+    """Build Trifold's own step, as the training loop calls it."""
     trainer = build_trainer(trial)
     micro_batches, tokens = rank_batches(trial, trainer)[0], trial.global_seqs * trial.seq_len
     return lambda: trainer.train_step(micro_batches, trial.optimizer.lr, tokens).loss
 
 
 def plain(trial: Trial) -> Step:
-    """The loop of a PyTorch tutorial over the transformers model, in one process. Low precision is autocast's."""
+    """Build the loop of a PyTorch tutorial over the transformers model, in one process. Low precision is autocast's."""
     device = start_distributed(trial.device)
     model = initial_model(trial).to(device).train()
     optimizer = torch_optimizer(trial.optimizer, model, fused=True)
@@ -53,7 +53,7 @@ def plain(trial: Trial) -> Step:
 
 
 def transformers_deepspeed(trial: Trial) -> Step:
-    """The step of transformers' Trainer with DeepSpeed: the model's own loss under the same ds_config, in one process."""
+    """Build the step of transformers' Trainer with DeepSpeed: the model's own loss, the same ds_config, one process."""
     device = start_distributed(trial.device)
     model = initial_model(trial).to(device).train()
     optimizer = torch_optimizer(trial.optimizer, model, fused=True)

@@ -1,8 +1,7 @@
-"""The bench's parallel baseline: torch's own pipeline schedule, tensor parallelism and data parallelism over the same model.
+"""Builds the parallel baseline: torch's own pipeline schedule, tensor parallelism and data parallelism over the same model.
 
-torch.distributed.pipelining's Schedule1F1B; the linears cut by `parallelize_module` into DTensors with the vocabulary cut and
-the loss computed on its shards (`loss_parallel`); DistributedDataParallel. Cut into the same stages as ours: where to cut is not
-what is measured.
+torch.distributed.pipelining's Schedule1F1B; linears and vocabulary sharded by `parallelize_module` into DTensors, the loss
+computed on the shards (`loss_parallel`); DistributedDataParallel. The stages are ours: the partition is not what is measured.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise"
 
 
 class _Part(nn.Module):
-    """One stage's part of the model, whole in its widths: hidden states in and out, logits on the last stage."""
+    """One stage's part of the model, before tensor sharding: hidden states in and out, logits on the last stage."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
@@ -44,14 +43,14 @@ class _Part(nn.Module):
 
 
 def torch_parallel(trial: Trial) -> Step:
-    """On every rank of the trial's layout, its ranks placed as ours are."""
+    """Build the baseline on every rank of the trial's layout, its ranks placed as ours are."""
     device = start_distributed(trial.device)
     grid = build_grid(trial.layout, device)
     mesh = init_device_mesh(device.type, (grid.pipeline, grid.data, grid.tensor), mesh_dim_names=("pipeline", "data", "tensor"))
     facts = {"seq_len": trial.seq_len, "attention": trial.attention, "seed": trial.seed}
     stage = build_stage(trial.model, _without_tensor(grid), **facts, torch_linears=True)
     if grid.tensor > 1:
-        _cut_by_tensors(stage, mesh["tensor"])
+        _shard_by_tensors(stage, mesh["tensor"])
     part = _Part(stage).to(device).train()
     if grid.data > 1:
         part = DistributedDataParallel(part, process_group=mesh["data"].get_group())
@@ -86,15 +85,15 @@ def torch_parallel(trial: Trial) -> Step:
 
 
 def _without_tensor(grid: Grid) -> Grid:
-    """The same stages, whole in their widths: torch is to cut them."""
+    """Return the grid of the same stages without tensor ranks: torch shards them."""
     return replace(grid, tensor=1, tensor_rank=0, tensor_group=None, kv_group=None)
 
 
-def _cut_by_tensors(stage: Stage, mesh: DeviceMesh) -> None:
+def _shard_by_tensors(stage: Stage, mesh: DeviceMesh) -> None:
     causal, stack, styles = stage.causal, stage.stack, {}
     for name, style in tensor_plan(causal, stack).items():
         if style not in _STYLES:
-            raise UsageError(f"bench: torch's tensor parallelism has no {style!r}, which {name} asks for; use a llama")
+            raise UsageError(f"torch's tensor parallelism has no {style!r}, which {name} asks for; use a llama")
         styles[name] = _STYLES[style]()
     if stage.is_first:
         styles[stack.embedding] = RowwiseParallel(input_layouts=Replicate())
@@ -104,9 +103,9 @@ def _cut_by_tensors(stage: Stage, mesh: DeviceMesh) -> None:
 
 
 def _clip(parameters: list[nn.Parameter], clip: float, pipeline: dist.ProcessGroup) -> None:
-    """By the norm over all stages. DTensors and plain tensors do not mix in one call."""
-    cut = [p for p in parameters if isinstance(p, DTensor)]
-    kinds = [kind for kind in (cut, [p for p in parameters if not isinstance(p, DTensor)]) if kind]
+    """Clip by the norm over all stages. DTensors and plain tensors do not mix in one call."""
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    kinds = [kind for kind in (sharded, [p for p in parameters if not isinstance(p, DTensor)]) if kind]
     norms = [torch.nn.utils.get_total_norm([p.grad for p in kind]) for kind in kinds]
     squares = sum((norm.full_tensor() if isinstance(norm, DTensor) else norm).square() for norm in norms)
     dist.all_reduce(squares, group=pipeline)
@@ -115,7 +114,7 @@ def _clip(parameters: list[nn.Parameter], clip: float, pipeline: dist.ProcessGro
 
 
 def _mean_loss(losses: list[torch.Tensor], grid: Grid) -> float:
-    """Over the global batch, on the last stage; others have none."""
+    """Return the mean over the global batch on the last stage; NaN on others."""
     if not grid.is_last_stage:
         return float("nan")
     total = torch.stack([loss.full_tensor() if isinstance(loss, DTensor) else loss for loss in losses]).sum().detach()
