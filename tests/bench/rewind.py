@@ -18,9 +18,12 @@ if not __package__:
 
 import argparse
 import contextlib
+import os
 import random
 import shutil
 import subprocess
+
+os.environ.setdefault("WANDB_MODE", "disabled")
 
 from tokenizers import Tokenizer
 
