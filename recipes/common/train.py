@@ -24,9 +24,9 @@ from recipes.common.config.arguments import parse_flags
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.config.lr_schedules import global_seqs_at, learning_rate_at
 from recipes.common.data.batches import Prefetcher, open_train, open_validation, step_micro_batches, validation_micro_batches
-from recipes.common.data.blend import _folders
+from recipes.common.data.blend import data_folders
 from recipes.common.data.shards import data_identity
-from recipes.common.engine.build_trainer import build
+from recipes.common.engine.build_trainer import build_recipe_trainer
 from recipes.common.engine.trainer import TOO_HIGH, StepResult, Trainer
 from recipes.common.model.initial_weights import name_seed
 from recipes.common.monitor.monitor import RunMonitor
@@ -89,7 +89,8 @@ def train(
 ) -> bool:
     """Gives whether the last step was reached: False after a request to leave."""
     phases = Phases(out_dir, int(os.environ.get("RANK", "0")), trace_steps)
-    grid, trainer = build(recipe, layout, ds_config)
+    trainer = build_recipe_trainer(recipe, layout, ds_config)
+    grid = trainer.grid
     position, history = _first_position(out_dir, trainer, resume_step, skips) if resume_run else (RunPosition().skip(skips), ())
     resumed_step = position.step if resume_run else None
     if grid.rank == 0:
@@ -172,7 +173,7 @@ def _write_files(
         layout=layout,
         sizes=sizes,
         resumed_step=resumed_step,
-        data={name: data_identity(from_root(name)) for name in _folders(recipe)},
+        data={name: data_identity(from_root(name)) for name in data_folders(recipe)},
         skips=skips,
     )
 

@@ -35,11 +35,8 @@ from transformers import LlamaConfig
 from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.saver import Saver
 from recipes.common.engine import zero_state
-from recipes.common.engine.startup import start_distributed
-from recipes.common.engine.trainer import Trainer
+from recipes.common.engine.build_trainer import build_trainer
 from recipes.common.model.initial_weights import build_empty
-from recipes.common.parallel.grid import build_grid
-from recipes.common.pipeline.stage import build_stage
 from recipes.common.recipe import ROOT, Layout
 from tests.bench.export_memory import SHARD_BYTES
 from tests.support.tiny import ds_config, tiny_recipe
@@ -68,11 +65,11 @@ def config_of(layers: int, hidden: int, vocab: int) -> LlamaConfig:
 
 def save_rank(config: LlamaConfig, rounds: int, folder: Path) -> dict[str, Any]:
     """Save and write plainly by turns. Returns seconds, all ranks waited for."""
-    grid = build_grid(Layout(), start_distributed("cpu"), 1)
-    stage = build_stage(config, grid, seq_len=16)
     recipe = tiny_recipe(folder, model=config, tokenizer=str(folder / "none"))
     options = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
-    trainer = Trainer(stage, grid, recipe.optimizer, {**ds_config("zero1_fp32.json"), **options})
+    engine_config = {**ds_config("zero1_fp32.json"), **options}
+    trainer = build_trainer(config, Layout(), recipe.optimizer, engine_config, device_type="cpu", seq_len=16)
+    rank = trainer.grid.rank
     zero_state.create_states(trainer, ["exp_avg", "exp_avg_sq"], 1)
     saver = Saver(folder / "run", trainer, recipe, None)
     partition = zero_state.partitions(trainer)
@@ -87,11 +84,11 @@ def save_rank(config: LlamaConfig, rounds: int, folder: Path) -> dict[str, Any]:
                 found["stall"].append(time.perf_counter() - started)
                 saver.finish()
             else:
-                plain_write(folder / f"plain_{grid.rank}_{number}", blocks)
+                plain_write(folder / f"plain_{rank}_{number}", blocks)
             dist.barrier()
             found[what].append(time.perf_counter() - started)
-        (folder / f"plain_{grid.rank}_{number}").unlink()
-        if grid.rank == 0 and number:  # else what was written fills the memory that caches files
+        (folder / f"plain_{rank}_{number}").unlink()
+        if rank == 0 and number:  # else what was written fills the memory that caches files
             shutil.rmtree(folder / "run" / "checkpoints" / f"step_{number:08d}")
     return {
         "bytes": sum(block.nbytes for block in blocks),

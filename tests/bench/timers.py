@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from recipes.common.engine.build_trainer import build
+from recipes.common.engine.build_trainer import build_recipe_trainer
 from recipes.common.recipe import ROOT, RecipeError, derive_sizes
 from recipes.common.run_dir.timing_files import TimingWriter
 from recipes.common.runtime.step_clock import CLOCK
@@ -47,7 +47,8 @@ def measure(path: str, layout_text: str, rounds: int, out: str) -> TimerCost:
     recipe = load_recipe(path)
     layout, data = parse_layout(layout_text)
     sizes = derive_sizes(recipe, layout, layout.tensor * layout.pipeline * data)
-    grid, trainer = build(recipe, layout, merged_config(recipe, sizes))
+    trainer = build_recipe_trainer(recipe, layout, merged_config(recipe, sizes))
+    grid = trainer.grid
     writer = TimingWriter(Path(out), grid.rank, {})
     shape = (recipe.batch.micro_seqs, recipe.batch.seq_len + 1)
     generator = torch.Generator().manual_seed(0)

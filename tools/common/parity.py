@@ -15,14 +15,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from recipes.common.data.batches import document_positions
-from recipes.common.engine.startup import start_distributed
+from recipes.common.engine.build_trainer import build_trainer
 from recipes.common.engine.trainer import Trainer
-from recipes.common.model.decoder import find_stack
-from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.sharding import ShardSpec
-from recipes.common.parallel.grid import build_grid, one_process
-from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
-from recipes.common.pipeline.stage import build_stage
+from recipes.common.parallel.grid import one_process
+from recipes.common.pipeline.stage import build_stage, plan_model
 from recipes.common.recipe import SGD, AdamW, Layout, Optimizer
 
 
@@ -67,24 +64,22 @@ def batches(trial: Trial) -> list[torch.Tensor]:
     return [torch.randint(3, trial.model.vocab_size, shape, generator=generator) for _ in range(trial.steps)]
 
 
-def build_trainer(trial: Trial) -> Trainer:
-    """This rank's trainer of the layout, with the process group started."""
-    device = start_distributed(trial.device)
-    causal = build_empty(trial.model, trial.attention)
-    share = plan_tensor_parallel(causal, find_stack(causal), trial.layout.tensor).ranks_per_kv_head
-    grid = build_grid(trial.layout, device, share)
-    stage = build_stage(
+def build_trial_trainer(trial: Trial) -> Trainer:
+    """Build this rank's trainer of the layout; starts the process group."""
+    return build_trainer(
         trial.model,
-        grid,
         trial.layout,
+        trial.optimizer,
+        engine_config(trial),
+        device_type=trial.device,
         seq_len=trial.seq_len,
         attention=trial.attention,
         seed=trial.seed,
         z_loss=trial.z_loss,
         chunk_tokens=trial.chunk_tokens,
+        document_end=trial.document_end,
         torch_linears=trial.torch_linears,
     )
-    return Trainer(stage, grid, trial.optimizer, engine_config(trial), trial.document_end)
 
 
 def rank_batches(trial: Trial, trainer: Trainer) -> list[list[torch.Tensor]]:
@@ -95,7 +90,7 @@ def rank_batches(trial: Trial, trainer: Trainer) -> list[list[torch.Tensor]]:
 
 def train_in_layout(trial: Trial) -> dict[str, Any]:
     """On every rank of the layout: losses, norms, and this rank's shards with how they lie."""
-    trainer = build_trainer(trial)
+    trainer = build_trial_trainer(trial)
     grid, stage = trainer.grid, trainer.stage
     losses, norms, skipped = [], [], []
     for micro in rank_batches(trial, trainer):
@@ -139,7 +134,8 @@ def train_plain(trial: Trial) -> Outcome:
 
 def initial_model(trial: Trial) -> torch.nn.Module:
     """Plain transformers with the initial weights that every layout starts from."""
-    stage = build_stage(trial.model, one_process(), seq_len=trial.seq_len, attention=trial.attention, seed=trial.seed)
+    planned = plan_model(trial.model, attention=trial.attention)
+    stage = build_stage(planned, one_process(), seq_len=trial.seq_len, seed=trial.seed)
     model = AutoModelForCausalLM.from_config(trial.model, dtype=torch.float32, attn_implementation=trial.attention)
     weights = dict(stage.hf_named_parameters())
     with torch.no_grad():

@@ -21,11 +21,7 @@ import numpy as np
 import torch
 
 from recipes.common.config.ds_config import load_ds_config
-from recipes.common.engine.startup import start_distributed
-from recipes.common.engine.trainer import Trainer
-from recipes.common.parallel.grid import build_grid
-from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
-from recipes.common.pipeline.stage import build_stage
+from recipes.common.engine.build_trainer import build_trainer
 from recipes.common.recipe import Batch, Recipe
 from tools.common.console import GOOD, UsageError, quiet_transformers, table
 from tools.common.devices import GIB, Device, find_device
@@ -107,29 +103,27 @@ def _try(recipe: Recipe, candidate: Candidate) -> tuple[Recipe, Candidate]:
 
 def measure(recipe: Recipe, candidate: Candidate, kind: str, steps: int) -> dict[str, float]:
     """On a rank: median seconds of a step, and bytes the driver shows at the peak (0 on CPUs)."""
-    device = start_distributed(kind)
-    facts = read_model(recipe, load_ds_config(recipe.deepspeed))
-    share = plan_tensor_parallel(facts.causal, facts.stack, candidate.layout.tensor).ranks_per_kv_head
-    grid = build_grid(candidate.layout, device, share)
     batch = recipe.batch
-    stage = build_stage(
-        recipe.model,
-        grid,
-        candidate.layout,
-        seq_len=batch.seq_len,
-        attention=recipe.attention,
-        chunk_tokens=recipe.logits_chunk_tokens,
-    )
     micro_batches = batch.global_seqs // (candidate.micro_seqs * candidate.data)
     sizes = {"train_micro_batch_size_per_gpu": candidate.micro_seqs, "gradient_accumulation_steps": micro_batches}
     config = {
-        **facts.ds_config,
+        **load_ds_config(recipe.deepspeed),
         **sizes,
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,
     }
-    trainer = Trainer(stage, grid, recipe.optimizer, config)
-    ids = torch.randint(facts.work.vocab, (micro_batches, candidate.micro_seqs, batch.seq_len + 1))
+    trainer = build_trainer(
+        recipe.model,
+        candidate.layout,
+        recipe.optimizer,
+        config,
+        device_type=kind,
+        seq_len=batch.seq_len,
+        attention=recipe.attention,
+        chunk_tokens=recipe.logits_chunk_tokens,
+    )
+    vocab, device = trainer.stage.vocab_size, trainer.grid.device
+    ids = torch.randint(vocab, (micro_batches, candidate.micro_seqs, batch.seq_len + 1))
     seconds = []
     for _ in range(WARM_UP_STEPS + steps):
         started = time.perf_counter()

@@ -23,14 +23,8 @@ from recipes.common.checks.model_checks import depth_problems
 from recipes.common.checks.recipe_checks import option_problems
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.data.batches import open_train, step_micro_batches
-from recipes.common.data.shards import read_manifest
-from recipes.common.engine.startup import start_distributed
-from recipes.common.engine.trainer import Trainer
-from recipes.common.model.decoder import find_stack
-from recipes.common.model.initial_weights import build_empty, name_seed
-from recipes.common.parallel.grid import build_grid
-from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
-from recipes.common.pipeline.stage import build_stage
+from recipes.common.engine.build_trainer import build_recipe_trainer
+from recipes.common.model.initial_weights import name_seed
 from recipes.common.recipe import Layout, Recipe, RecipeError, derive_sizes, from_root
 from recipes.common.run_dir.metrics import read_metrics
 from tools.common.console import FAILED, GOOD, UsageError, table
@@ -126,7 +120,8 @@ def make_plan(folder: Path, step: int, layout: str | None) -> tuple[Plan, bool]:
         )
     starts = json.loads((folder / "run.json").read_text(encoding="utf-8"))["starts"]
     start = [entry for entry in starts if (entry["resumed_step"] or 0) < step][-1]
-    own, own_world = Layout(**start["layout"] | {"cut": tuple(start["layout"].get("cut", ()))}), start["world_size"]
+    stated = {"layers_per_stage": tuple(start["layout"]["layers_per_stage"])}  # JSON made a list of it
+    own, own_world = Layout(**start["layout"] | stated), start["world_size"]
     chosen, world = _layout(layout, own, own_world, recipe)
     ds_config = _merged(recipe, chosen, world, json.loads((folder / "deepspeed.json").read_text(encoding="utf-8")))
     plan = Plan(
@@ -182,7 +177,7 @@ def _in_fp32(plan: Plan, folder: Path) -> Plan:
 
 def _replay_rank(plan: Plan) -> tuple[list[float], list[float]]:
     """On every rank: the losses and gradient norms of the plan's steps."""
-    trainer = build_trainer(plan)
+    trainer = build_recipe_trainer(plan.recipe, plan.layout, plan.ds_config, plan.device)
     load_state(Reader(Path(plan.checkpoint)), trainer)
     recipe, grid = plan.recipe, trainer.grid
     stream = open_train(recipe.data, from_root, recipe.batch.seq_len)
@@ -209,29 +204,6 @@ def _replay_rank(plan: Plan) -> tuple[list[float], list[float]]:
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return losses, norms
-
-
-def build_trainer(plan: Plan) -> Trainer:
-    """This rank's part of the run, as recipes.common.train builds it."""
-    recipe = plan.recipe
-    device = start_distributed(plan.device)
-    causal = build_empty(recipe.model, recipe.attention)
-    grid = build_grid(plan.layout, device, plan_tensor_parallel(causal, find_stack(causal), plan.layout.tensor).ranks_per_kv_head)
-    stage = build_stage(
-        recipe.model,
-        grid,
-        plan.layout,
-        seq_len=recipe.batch.seq_len,
-        attention=recipe.attention,
-        seed=recipe.seed,
-        z_loss=recipe.z_loss,
-        chunk_tokens=recipe.logits_chunk_tokens,
-    )
-    end = None
-    if recipe.mask_documents:
-        folder = recipe.data if isinstance(recipe.data, str) else next(iter(recipe.data.weights))
-        end = read_manifest(from_root(folder))["eos_id"]
-    return Trainer(stage, grid, recipe.optimizer, plan.ds_config, end)
 
 
 def _judge(folder: Path, plan: Plan, results: list[Replayed]) -> dict[str, Any]:

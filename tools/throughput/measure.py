@@ -19,7 +19,7 @@ import torch
 from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.config.ds_config import load_ds_config, merge_ds_config
 from recipes.common.config.lr_schedules import learning_rate_at
-from recipes.common.engine.build_trainer import build
+from recipes.common.engine.build_trainer import build_recipe_trainer
 from recipes.common.monitor.phases import Phases
 from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes
 from recipes.common.run_dir.manifest import recipe_to_dict, write_run_files
@@ -95,12 +95,12 @@ def train_steps(recipe: Recipe, out_dir: str, steps: int, trace_steps: range, ra
     sizes = derive_sizes(recipe, layout, world)
     ds_config = merged_config(recipe, sizes)
     phases = Phases(out, rank, trace_steps)
-    grid, trainer = build(recipe, layout, ds_config)
+    trainer = build_recipe_trainer(recipe, layout, ds_config)
     if rank == 0:
         write_run_files(out, recipe_to_dict(recipe), ds_config, layout=layout, sizes=sizes)
     phases.start(trainer)
-    reader = None if random_tokens else open_reader(recipe, grid, ())
-    generator = torch.Generator().manual_seed(recipe.seed + grid.data_rank)
+    reader = None if random_tokens else open_reader(recipe, trainer.grid, ())
+    generator = torch.Generator().manual_seed(recipe.seed + trainer.grid.data_rank)
     shape = (recipe.batch.micro_seqs, recipe.batch.seq_len + 1)
     vocab, seqs, loss = recipe.model.get_text_config().vocab_size, recipe.batch.global_seqs, float("nan")
     for step in range(1, steps + 1):

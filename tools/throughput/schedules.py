@@ -20,10 +20,8 @@ from transformers import LlamaConfig
 
 from recipes.common.config.ds_config import load_ds_config
 from recipes.common.config.placement import chunk_count
-from recipes.common.engine.startup import start_distributed
+from recipes.common.engine.build_trainer import build_trainer
 from recipes.common.engine.trainer import Trainer
-from recipes.common.parallel.grid import build_grid
-from recipes.common.pipeline.stage import build_stage
 from recipes.common.recipe import PIPELINE_SCHEDULES, AdamW, Layout
 from tools.common.console import GOOD, UsageError, table
 from tools.common.forked_ranks import run_ranks
@@ -113,17 +111,14 @@ def _rank(shape: Shape, schedules: tuple[str, ...]) -> dict[str, dict[str, list[
 
 
 def _trainer(shape: Shape, schedule: str) -> Trainer:
-    device = start_distributed("cpu")
     layout = Layout(pipeline=shape.pipeline, pipeline_schedule=schedule)
-    grid = build_grid(layout, device)
-    stage = build_stage(shape.model(), grid, layout, seq_len=shape.seq_len)
     config = load_ds_config("zero1_fp32.json") | {
         "train_micro_batch_size_per_gpu": shape.micro_seqs,
         "gradient_accumulation_steps": shape.micro_batches,
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,
     }
-    return Trainer(stage, grid, AdamW(lr=1e-4), config)
+    return build_trainer(shape.model(), layout, AdamW(lr=1e-4), config, device_type="cpu", seq_len=shape.seq_len)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

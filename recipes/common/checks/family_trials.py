@@ -15,11 +15,9 @@ from transformers import PreTrainedConfig
 
 from recipes.common.checks.tiny_model import shrink
 from recipes.common.config.placement import chunk_count
-from recipes.common.model.decoder import PlanError, find_stack
-from recipes.common.model.initial_weights import build_empty
+from recipes.common.model.decoder import PlanError
 from recipes.common.parallel.grid import Grid, one_process
-from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
-from recipes.common.pipeline.stage import Stage, build_stage
+from recipes.common.pipeline.stage import Stage, build_stage, plan_model
 from recipes.common.recipe import Layout
 
 _SEQS, _SEQ_LEN = 2, 16
@@ -61,7 +59,7 @@ def masking_problems(config: PreTrainedConfig, attention: str) -> list[str]:
         tiny = shrink(config, Layout())
         ids = torch.arange(_SEQ_LEN).view(1, _SEQ_LEN) % (tiny.vocab_size - 3) + 3
         half = torch.arange(_SEQ_LEN // 2).repeat(2).view(1, _SEQ_LEN)
-        stage = build_stage(tiny, one_process(), seq_len=_SEQ_LEN, attention=attention).eval()
+        stage = build_stage(plan_model(tiny, attention=attention), one_process(), seq_len=_SEQ_LEN).eval()
         with torch.no_grad():
             stage.place_documents([half])
             packed = stage(ids)[:, _SEQ_LEN // 2 :]
@@ -87,9 +85,8 @@ def sequence_problems(config: PreTrainedConfig, layout: Layout, attention: str) 
         return []
     try:
         tiny = shrink(config, Layout(tensor=layout.tensor))
-        stage = build_stage(tiny, one_process(), seq_len=_SEQ_LEN, attention=attention).eval()
-        empty = build_empty(tiny, attention)
-        blocks = plan_tensor_parallel(empty, find_stack(empty), layout.tensor, sequence_parallel=True).blocks
+        stage = build_stage(plan_model(tiny, attention=attention), one_process(), seq_len=_SEQ_LEN).eval()
+        blocks = plan_model(tiny, Layout(tensor=layout.tensor, sequence_parallel=True), attention=attention).tensor_plan.blocks
         difference = _halves_differ(stage, blocks)
     except PlanError as error:
         return [f"sequence_parallel=True: {error}; {advice}"]
@@ -150,13 +147,13 @@ def _run(config: PreTrainedConfig, attention: str, pipeline: int, ids: torch.Ten
     with torch.no_grad():
         for index in range(pipeline):
             grid = Grid(**(vars(one_process()) | {"pipeline": pipeline, "pipeline_rank": index}))
-            hidden = build_stage(config, grid, seq_len=_SEQ_LEN, attention=attention).eval()(hidden)
+            hidden = build_stage(plan_model(config, attention=attention), grid, seq_len=_SEQ_LEN).eval()(hidden)
     return hidden
 
 
 def _shares_layers(config: PreTrainedConfig, attention: str) -> bool:
     """Whether one parameter belongs to two layers: its gradient would be lost between stages."""
-    stage = build_stage(config, one_process(), seq_len=_SEQ_LEN, attention=attention)
+    stage = build_stage(plan_model(config, attention=attention), one_process(), seq_len=_SEQ_LEN)
     owners: dict[int, set[int]] = {}
     for index, layer in enumerate(stage.causal.get_submodule(stage.stack.layers)):
         for parameter in layer.parameters():

@@ -165,5 +165,6 @@ def open_blend(blend: Blend, paths: dict[str, Path], seq_len: int) -> BlendedStr
     return BlendedStream(names, streams, plan_phases(blend, seq_len))
 
 
-def _folders(recipe: Recipe) -> list[str]:
+def data_folders(recipe: Recipe) -> list[str]:
+    """Return the folders that a recipe reads, as written in it."""
     return folders(recipe.data) if isinstance(recipe.data, Blend) else [recipe.data]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -246,26 +247,43 @@ class Stage(nn.Module):
         self._sent = output[0] if isinstance(output, tuple) else output
 
 
+@dataclass(frozen=True)
+class PlannedModel:
+    """A whole ForCausalLM on the meta device, the names of its parts, and how its parameters are sharded."""
+
+    causal: PreTrainedModel
+    stack: Stack
+    tensor_plan: TensorPlan
+
+
+def plan_model(config: PreTrainedConfig, layout: Layout = NO_OPTIONS, *, attention: str = "sdpa") -> PlannedModel:
+    """Build the model without memory and plan its sharding over the layout's tensor ranks.
+
+    Raises PlanError when the family cannot be sharded so; `check` has asked before any process group exists.
+    """
+    causal = build_empty(config, attention)
+    stack = find_stack(causal)
+    tensor_plan = plan_tensor_parallel(causal, stack, layout.tensor, sequence_parallel=layout.sequence_parallel)
+    return PlannedModel(causal, stack, tensor_plan)
+
+
 def build_stage(
-    config: PreTrainedConfig,
+    model: PlannedModel,
     grid: Grid,
     layout: Layout = NO_OPTIONS,
     *,
     seq_len: int,
-    attention: str = "sdpa",
     seed: int = 0,
     z_loss: float = 0.0,
     chunk_tokens: int = 2048,
     torch_linears: bool = False,
 ) -> Stage:
-    """This rank's stage with its initial weights, on the CPU in fp32.
+    """Turn `model` into this rank's stage with its initial weights, on the CPU in fp32. One model makes one stage.
 
     layout: its options; the sizes are the grid's. torch_linears: with torch's own products, as what Trifold is held against.
-    Raises PlanError when the family cannot be cut so; `check` has asked before any process group exists.
     """
-    causal = build_empty(config, attention)
-    stack = find_stack(causal)
-    tensor_plan = plan_tensor_parallel(causal, stack, grid.tensor, sequence_parallel=layout.sequence_parallel)
+    causal, stack, tensor_plan = model.causal, model.stack, model.tensor_plan
+    assert tensor_plan.size == grid.tensor, (tensor_plan.size, grid.tensor)
     shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
     recomputed = layout.recomputed_layers(len(causal.get_submodule(stack.layers)))
     costs, head_cost = layer_costs(causal, stack, seq_len)

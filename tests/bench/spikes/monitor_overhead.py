@@ -21,7 +21,7 @@ from recipes.common.monitor.replica_drift import find_drift
 from recipes.common.recipe import ROOT, AdamW, Layout, Monitor
 from tests.bench.spikes.scores import Score
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import Trial, build_trainer
+from tools.common.parity import Trial, build_trial_trainer
 
 GOAL = 0.02  # of the step time, on a CPU; on a GPU at 1B parameters 0.005
 WARM_UP = 2  # pairs
@@ -95,7 +95,7 @@ def _share(seconds: dict[str, float]) -> float:
 
 def _measure(trial: Trial, pairs: int) -> dict[str, dict[str, float]]:
     """Return medians for each clock: of a step without the monitor, and of what each of its parts adds."""
-    trainer = build_trainer(trial)
+    trainer = build_trial_trainer(trial)
     recipe = SimpleNamespace(monitor=replace(Monitor(), drift_every_steps=0), optimizer=trial.optimizer)
     log = SimpleNamespace(note=print) if trainer.grid.rank == 0 else None
     timed: dict[str, list[Clocks]] = {"step": [], "every": [], "activations": [], "drift": []}

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 
 from recipes.common.config.ds_config import precision
 from recipes.common.engine.startup import quiet_deepspeed, start_distributed
-from tools.common.parity import Trial, batches, build_trainer, engine_config, initial_model, rank_batches, torch_optimizer
+from tools.common.parity import Trial, batches, build_trial_trainer, engine_config, initial_model, rank_batches, torch_optimizer
 
 Step = Callable[[], float]  # one optimizer step; returns the mean loss over the global batch
 
 
 def ours(trial: Trial) -> Step:
     """Build Trifold's own step, as the training loop calls it."""
-    trainer = build_trainer(trial)
+    trainer = build_trial_trainer(trial)
     micro_batches, tokens = rank_batches(trial, trainer)[0], trial.global_seqs * trial.seq_len
     return lambda: trainer.train_step(micro_batches, trial.optimizer.lr, tokens).loss
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from recipes.common.engine.startup import start_distributed
 from recipes.common.parallel.grid import Grid, build_grid
 from recipes.common.parallel.tensor_plans import tensor_plan
-from recipes.common.pipeline.stage import Stage, build_stage
+from recipes.common.pipeline.stage import Stage, build_stage, plan_model
 from tests.bench.step.sides import Step
 from tools.common.console import UsageError
 from tools.common.parity import Trial, batches, torch_optimizer
@@ -47,8 +47,8 @@ def torch_parallel(trial: Trial) -> Step:
     device = start_distributed(trial.device)
     grid = build_grid(trial.layout, device)
     mesh = init_device_mesh(device.type, (grid.pipeline, grid.data, grid.tensor), mesh_dim_names=("pipeline", "data", "tensor"))
-    facts = {"seq_len": trial.seq_len, "attention": trial.attention, "seed": trial.seed}
-    stage = build_stage(trial.model, _without_tensor(grid), **facts, torch_linears=True)
+    model = plan_model(trial.model, attention=trial.attention)
+    stage = build_stage(model, _without_tensor(grid), seq_len=trial.seq_len, seed=trial.seed, torch_linears=True)
     if grid.tensor > 1:
         _shard_by_tensors(stage, mesh["tensor"])
     part = _Part(stage).to(device).train()

@@ -243,11 +243,11 @@ def test_a_disk_that_is_full_ends_saves_and_not_the_run(data, tmp_path):
 
 def _fail_one_save(recipe, out_dir):
     import recipes.common.checkpoint.saver as module
-    from recipes.common.engine.build_trainer import build
+    from recipes.common.engine.build_trainer import build_recipe_trainer
 
     layout, config = check_recipe(recipe, 2, here=True)
     sizes = derive_sizes(recipe, layout, 2)
-    _, trainer = build(recipe, layout, merge_ds_config(config, recipe, sizes, sizes.accumulation))
+    trainer = build_recipe_trainer(recipe, layout, merge_ds_config(config, recipe, sizes, sizes.accumulation))
     saver = Saver(Path(out_dir), trainer, recipe, None)
     write = module.write_rank_file
 

@@ -19,9 +19,9 @@ FAMILIES = ["llama", "qwen3", "gemma2", "olmo2", "phi3", "mixtral", "gpt2", "dee
 def weights_of(config, seed=3):
     """The whole model's initial weights, on the CPU in fp32."""
     from recipes.common.parallel.grid import one_process
-    from recipes.common.pipeline.stage import build_stage
+    from recipes.common.pipeline.stage import build_stage, plan_model
 
-    stage = build_stage(config, one_process(), seq_len=16, attention="eager", seed=seed)
+    stage = build_stage(plan_model(config, attention="eager"), one_process(), seq_len=16, seed=seed)
     return dict(stage.hf_named_parameters())
 
 

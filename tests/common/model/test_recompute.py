@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipes.common.model.recompute import product_ops
 from recipes.common.parallel.grid import one_process
-from recipes.common.pipeline.stage import build_stage
+from recipes.common.pipeline.stage import build_stage, plan_model
 from recipes.common.recipe import Layout
 from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks
@@ -27,7 +27,7 @@ class CountProducts(TorchDispatchMode):
 def step(family, attention, options):
     torch.manual_seed(0)
     config = tiny_config(family)
-    stage = build_stage(config, one_process(), Layout(**options), seq_len=16, attention=attention).train()
+    stage = build_stage(plan_model(config, attention=attention), one_process(), Layout(**options), seq_len=16).train()
     ids = torch.arange(3, 35).view(2, 16)
     with CountProducts() as seen:
         hidden = stage(ids)

@@ -16,7 +16,7 @@ from recipes.common.recipe import AdamW, Layout
 from tests.common.engine.test_fp16 import allow_fp16, fp16_config
 from tests.support.tiny import VOCAB, ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import Trial, build_trainer, rank_batches
+from tools.common.parity import Trial, build_trial_trainer, rank_batches
 
 BAD_STEP, BAD_MICRO_BATCH = 1, 1
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)
@@ -77,7 +77,7 @@ def run_planted(trial, where, data_rank):
     """(skip reason, what was found, loss, weights, loss scale) of three steps; the second goes wrong on one data rank."""
     if "fp16" in trial.deepspeed:
         allow_fp16()
-    trainer = build_trainer(trial)
+    trainer = build_trial_trainer(trial)
     probe = ParameterStats(trainer, trial.optimizer.clip)
     plant = Plant(trainer, trial, once=where == "once")
     grid, stage = trainer.grid, trainer.stage
@@ -141,7 +141,7 @@ def test_the_first_activation_is_named_and_the_step_is_as_if_it_had_not_been(pip
 
 
 def skip_second(trial):
-    trainer = build_trainer(trial)
+    trainer = build_trial_trainer(trial)
     losses = []
     for index, micro in enumerate(rank_batches(trial, trainer)):
         if index != BAD_STEP:

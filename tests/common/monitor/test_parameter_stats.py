@@ -15,7 +15,7 @@ from recipes.common.recipe import SGD, AdamW, Layout
 from tests.common.engine.test_fp16 import allow_fp16, fp16_config
 from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import Trial, batches, build_trainer, initial_model, rank_batches, torch_optimizer
+from tools.common.parity import Trial, batches, build_trial_trainer, initial_model, rank_batches, torch_optimizer
 
 # eps above rounding, so that near-zero gradients do not become whole steps, and between the sqrt(v) of these models
 ADAMW = AdamW(lr=1e-3, eps=1e-4, weight_decay=0.3, clip=0.5)
@@ -32,7 +32,7 @@ def trial_of(config, pipeline, tensor, data, **fields) -> Trial:
 
 def watch_in_layout(trial: Trial) -> list[dict]:
     """Each step: the statistics by parameter, by layer, and those of the whole model."""
-    trainer = build_trainer(trial)
+    trainer = build_trial_trainer(trial)
     probe = ParameterStats(trainer, trial.optimizer.clip)
     steps = []
     for micro in rank_batches(trial, trainer):
@@ -192,7 +192,7 @@ def watch_and_snapshot(trial: Trial) -> dict:
     """Statistics of the last step, beside the norms of the fp32 master weights and of what the step added to them."""
     if "fp16" in trial.deepspeed:
         allow_fp16()
-    trainer = build_trainer(trial)
+    trainer = build_trial_trainer(trial)
     probe = ParameterStats(trainer, trial.optimizer.clip)
     for micro in rank_batches(trial, trainer):
         before = owned(trainer)

@@ -9,7 +9,7 @@ from recipes.common.monitor.replica_drift import checksum, find_drift
 from recipes.common.recipe import AdamW, Layout
 from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import Trial, build_trainer, rank_batches
+from tools.common.parity import Trial, build_trial_trainer, rank_batches
 
 NORM = "model.layers.1.input_layernorm.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -30,7 +30,7 @@ def trial_of(pipeline, tensor, data, config="zero1_fp32.json", family="llama", *
 
 def drift_after_training(trial, plant):
     """What a check finds after each step, with what `plant` does to one rank after the second."""
-    trainer = build_trainer(trial)
+    trainer = build_trial_trainer(trial)
     found = []
     for index, micro in enumerate(rank_batches(trial, trainer)):
         trainer.train_step(micro, trial.optimizer.lr, trial.global_seqs * trial.seq_len)

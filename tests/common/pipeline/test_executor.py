@@ -14,7 +14,7 @@ from tests.common.engine.test_fp16 import allow_fp16, fp16_config
 from tests.support.small_runs import train_run
 from tests.support.tiny import ds_config, tiny_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import Trial, batches, build_trainer, train_in_layout
+from tools.common.parity import Trial, batches, build_trial_trainer, train_in_layout
 
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)
 FILLED = ("zero_bubble", "zero_bubble_v")
@@ -139,7 +139,7 @@ def test_a_run_whose_documents_are_kept_apart_is_the_same():
 
 
 def evaluate(trial):
-    trainer = build_trainer(trial)
+    trainer = build_trial_trainer(trial)
     batch = list(batches(trial)[0].split(trial.micro_seqs))
     rows = torch.ones(trial.micro_seqs, dtype=torch.bool)
     before = trainer.evaluate([(tokens, rows) for tokens in batch[:3]], 3 * trial.micro_seqs * trial.seq_len)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 from recipes.common.checks.tiny_model import shrink
 from recipes.common.config.placement import coordinates
 from recipes.common.parallel.grid import Grid, one_process
-from recipes.common.pipeline.stage import build_stage
+from recipes.common.pipeline.stage import build_stage, plan_model
 from recipes.common.recipe import Layout
 from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks
@@ -25,10 +25,10 @@ def stages_of(config, pipeline, tensor=1, tensor_rank=0):
     """Every stage of one tensor rank, without process groups."""
     for index in range(pipeline):
         rank = index * tensor + tensor_rank
-        place = vars(coordinates(rank, pipeline * tensor, Layout(pipeline=pipeline, tensor=tensor)))
-        # torch's own products: what is shown is the cut
-        facts = {"seq_len": 16, "attention": "eager", "seed": 3, "torch_linears": True}
-        yield build_stage(config, Grid(**(vars(one_process()) | place)), **facts)
+        layout = Layout(pipeline=pipeline, tensor=tensor)
+        grid = Grid(**(vars(one_process()) | vars(coordinates(rank, pipeline * tensor, layout))))
+        # torch's own products: what is shown is the partition
+        yield build_stage(plan_model(config, layout, attention="eager"), grid, seq_len=16, seed=3, torch_linears=True)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -31,7 +31,7 @@ from recipes.common.runtime.step_clock import (
 )
 from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import Trial, build_trainer, rank_batches
+from tools.common.parity import Trial, build_trial_trainer, rank_batches
 
 SPANS = {part: CLOCK.span(part) for part in PARTS}
 RECEIVE = CLOCK.message("recv", 100, 1)
@@ -172,7 +172,7 @@ def _twice(layout, world, out):
     )
     weights, seconds, phases = [], [], None
     for timed in (False, True):
-        trainer = build_trainer(trial)
+        trainer = build_trial_trainer(trial)
         if timed:
             phases = Phases(Path(out), dist.get_rank(), range(3, 4))
             phases.start(trainer)

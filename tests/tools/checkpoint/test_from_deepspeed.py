@@ -47,10 +47,12 @@ def data(tmp_path_factory):
 
 def _both(recipe: Recipe, out: Path, layout: Layout, world: int) -> None:
     """Two steps, then DeepSpeed's checkpoint and ours of the same moment; then more steps in which ours is the oracle."""
-    from recipes.common.engine.build_trainer import build
+    from recipes.common.engine.build_trainer import build_recipe_trainer
 
     sizes = derive_sizes(recipe, layout, world)
-    grid, trainer = build(recipe, layout, merge_ds_config(ds_config(recipe.deepspeed), recipe, sizes, sizes.accumulation))
+    merged = merge_ds_config(ds_config(recipe.deepspeed), recipe, sizes, sizes.accumulation)
+    trainer = build_recipe_trainer(recipe, layout, merged)
+    grid = trainer.grid
     stream, seqs = open_split(Path(recipe.data), "train", recipe.batch.seq_len), recipe.batch.global_seqs
     place = {"micro_seqs": recipe.batch.micro_seqs, "data_rank": grid.data_rank, "data_size": grid.data}
     for step in range(2):

@@ -1,6 +1,7 @@
 """The planner's memory, class by class, against what real models and engines hold."""
 
 import gc
+import math
 from pathlib import Path
 
 import pytest
@@ -8,15 +9,13 @@ import torch
 
 from recipes.common.config.ds_config import precision, zero_stage
 from recipes.common.config.placement import coordinates
-from recipes.common.engine.startup import start_distributed
-from recipes.common.engine.trainer import Trainer
-from recipes.common.parallel.grid import Grid, build_grid, one_process
-from recipes.common.pipeline.stage import build_stage
+from recipes.common.parallel.grid import Grid, one_process
+from recipes.common.pipeline.stage import build_stage, plan_model
 from recipes.common.recipe import AdamW, Layout
 from tests.support.tiny import ds_config, tiny_config, tiny_recipe
 from tools.common.devices import find_device
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import Trial, batches, engine_config
+from tools.common.parity import Trial, build_trial_trainer, rank_batches
 from tools.plan.activations import layer_activations
 from tools.plan.memory_model import PRIOR, MemoryCase, StageBytes, stage_totals, state_bytes
 from tools.plan.model_cases import Candidate, memory_case, read_model
@@ -24,13 +23,10 @@ from tools.plan.model_cases import Candidate, memory_case, read_model
 
 def _held_bytes(trial):
     """Bytes a parameter of every tensor alive after two steps: weights, gradients, optimizer states, nothing else."""
-    grid = build_grid(trial.layout, start_distributed("cpu"), 1)
-    stage = build_stage(trial.model, grid, seq_len=trial.seq_len, attention="sdpa")
-    count = sum(p.numel() for p in stage.parameters())
-    trainer = Trainer(stage, grid, trial.optimizer, engine_config(trial))
-    for batch in batches(trial):
-        micro = list(batch.split(trial.micro_seqs))[grid.data_rank :: grid.data]
-        trainer.train_step(micro, 1e-3, batch[:, 1:].numel())
+    trainer = build_trial_trainer(trial)
+    count = sum(math.prod(trainer.stage.whole_shapes[name]) for name, _ in trainer.stage.hf_named_parameters())
+    for micro in rank_batches(trial, trainer):
+        trainer.train_step(micro, 1e-3, trial.global_seqs * trial.seq_len)
     gc.collect()
     tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
@@ -82,7 +78,7 @@ def _counts(layout, tied):
     for index in range(layout.pipeline):
         place = vars(coordinates(index * layout.tensor, layout.pipeline * layout.tensor, layout))
         grid = Grid(**(vars(one_process()) | place))
-        stage = build_stage(recipe.model, grid, layout, seq_len=recipe.batch.seq_len)
+        stage = build_stage(plan_model(recipe.model, layout), grid, layout, seq_len=recipe.batch.seq_len)
         built.append(sum(p.numel() for p in stage.parameters()))
     case = memory_case(facts, Candidate(layout=layout, data=1, micro_seqs=1), find_device("A100-80"))
     return built, [stage.weights / 2 for stage in case.stages]

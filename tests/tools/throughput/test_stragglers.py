@@ -13,7 +13,7 @@ from recipes.common.recipe import AdamW, Layout
 from recipes.common.runtime.step_clock import COMPUTE, PARTS
 from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import Trial, build_trainer, rank_batches
+from tools.common.parity import Trial, build_trial_trainer, rank_batches
 from tools.throughput import stragglers
 from tools.throughput.stragglers import WINDOW_STEPS, judge, rank_stragglers
 from tools.throughput.timings import Rank, Timings, read_timings
@@ -166,7 +166,7 @@ def _train_with_a_slow_rank(out: str) -> None:
         deepspeed=ds_config("zero1_fp32.json"),
         steps=STEPS,
     )
-    trainer = build_trainer(trial)
+    trainer = build_trial_trainer(trial)
     if dist.get_rank() == SLOW_RANK:
         forward = Stage.forward
 
