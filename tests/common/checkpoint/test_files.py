@@ -159,7 +159,7 @@ def test_what_was_never_sealed_is_not_read(tmp_path: Path) -> None:
     write(tmp_path / "c", random_tensors(rng), rng)
     seal_text = (tmp_path / "c" / "checksums.json").read_text()
     (tmp_path / "c" / "checksums.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no manifest\.json, so it is not a finished checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no checksums\.json, so it is not a finished checkpoint"):
         Reader(tmp_path / "c")
     for text, message in (
         ("{", "damaged"),

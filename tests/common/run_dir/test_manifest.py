@@ -48,7 +48,7 @@ def start(folder: Path, recipe: Recipe, resumed_step: int | None = None) -> dict
 def test_the_run_files(tmp_path: Path) -> None:
     manifest = start(tmp_path / "new" / "run", make_recipe())
     folder = tmp_path / "new" / "run"
-    assert sorted(path.name for path in folder.iterdir()) == ["deepspeed.json", "run.json", "recipe.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["deepspeed.json", "recipe.json", "run.json"]
     assert json.loads((folder / "run.json").read_text()) == manifest
     (first,) = manifest["starts"]
     assert (first["world_size"], first["hosts"], first["layout"]["pipeline"]) == (8, ["a", "b"], 2)
@@ -94,7 +94,7 @@ def test_a_resume_adds_to_the_manifest_and_keeps_what_it_replaces(tmp_path: Path
     # another run in the same directory is another run
     other = start(tmp_path, recipe)
     assert other["run_id"] != first["run_id"]
-    assert json.loads((tmp_path / "manifest.before_step_00000001.json").read_text())["run_id"] == first["run_id"]
+    assert json.loads((tmp_path / "run.before_step_00000001.json").read_text())["run_id"] == first["run_id"]
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
