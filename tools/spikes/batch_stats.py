@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recipes.common.anomalies.robust_window import MAD_TO_SD
 from recipes.common.data.order import kept_index
 from tools.data.lookup import DataOrder, StepRead, open_run
 
@@ -101,7 +102,7 @@ def oddities(here: list[SequenceStats], ordinary: list[SequenceStats]) -> list[O
     for name, (words, sign) in MEASURES.items():
         base = np.array([getattr(stats, name) for stats in ordinary])
         middle = float(np.median(base))
-        spread = max(1.4826 * float(np.median(np.abs(base - middle))), float(np.std(base)) / 2, 0.02 * (1 + abs(middle)))
+        spread = max(MAD_TO_SD * float(np.median(np.abs(base - middle))), float(np.std(base)) / 2, 0.02 * (1 + abs(middle)))
         values = (getattr(stats, name) for stats in here)
         found += [Oddity(place, words, sign * (value - middle) / spread) for place, value in enumerate(values)]
     return sorted(found, key=lambda oddity: -oddity.z)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from recipes.common.anomalies.detector import scan
-from recipes.common.anomalies.events import SPIKES
+from recipes.common.anomalies.events import KINDS
 from tools.common.console import GOOD, UsageError, table
 from tools.common.logs.log import Log
 from tools.common.logs.reader import read_log
@@ -70,7 +70,7 @@ def compare_runs(a: Path, b: Path) -> dict[str, Any]:
 
 
 def _spikes(log: Log) -> list[int]:
-    return sorted({e.onset_step for e in scan(log.steps, log.columns) if e.kind in SPIKES and e.delta > 0})
+    return sorted({e.onset_step for e in scan(log.steps, log.columns) if KINDS[e.kind].is_spike and e.delta > 0})
 
 
 def _common(a: Log, b: Log) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:

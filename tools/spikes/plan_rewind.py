@@ -1,6 +1,6 @@
 """`spikes plan-rewind RUN EVENT`: which checkpoint to go back to, which sequences to leave out, what it costs, the command.
 
-The suspects are those that a run would choose by itself (`anomalies.recovery`): the steps from just before the onset to the
+The suspects are those that a run would choose by itself (`anomalies.rewinds`): the steps from just before the onset to the
 peak. PaLM's team left out 200 to 500 batches (arXiv 2204.02311, section 5.1): that is --skip-steps.
 """
 
@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from recipes.common.anomalies.detector import Event, scan
-from recipes.common.anomalies.recovery import suspect_steps
+from recipes.common.anomalies.detector import scan
+from recipes.common.anomalies.events import Event
+from recipes.common.anomalies.rewinds import suspect_steps
 from recipes.common.checkpoint.files import checkpoint_step, sealed_checkpoints
 from recipes.common.data.order import kept_index
 from recipes.common.run_dir.black_box import read_boxes

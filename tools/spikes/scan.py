@@ -13,7 +13,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from recipes.common.anomalies.detector import Event, scan
+from recipes.common.anomalies.detector import scan
+from recipes.common.anomalies.events import MEASURES, Event
 from tools.common.console import GOOD, UsageError, progress_bar, table
 from tools.common.logs.reader import read_logs
 
@@ -132,6 +133,5 @@ def as_text(scanned: Scanned) -> str:
 
 
 def _z(event: Event) -> str:
-    """The evidence in one cell: how far off which signal was."""
-    known = {"loss": "loss_z", "norm": "grad_norm_z", "scale /": "loss_scale_fall", "time +": "slower", "level": "level_z"}
-    return ", ".join(f"{short} {event.evidence[name]}" for short, name in known.items() if event.evidence.get(name))
+    """Return the evidence in one cell: how far off which signal was."""
+    return ", ".join(f"{short} {event.evidence[name]}" for name, short in MEASURES.items() if event.evidence.get(name))

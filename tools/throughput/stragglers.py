@@ -17,6 +17,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from recipes.common.anomalies.robust_window import MAD_TO_SD
 from tools.throughput.timings import Timings
 
 FALSE_CALLS = 1e-5  # a window, of all ranks together; 2e-5 for two ranks if noise lingers, of which 50 steps show little
@@ -26,7 +27,6 @@ LUCKY = 2.5  # times its peers' variance a rank's noise may show in a window by 
 LEAST_STEPS = 8
 WINDOW_STEPS = 50
 MANY_RANKS = 16
-_TO_DEVIATION = 1.4826  # from a median absolute deviation to a standard one, for normal noise
 _CLIPPED = 0.9205  # of the variance of normal noise is left if it is clipped at two deviations
 
 
@@ -108,7 +108,7 @@ def _apart(center: np.ndarray, error: np.ndarray) -> np.ndarray:
 def _spread(others: np.ndarray) -> np.ndarray:
     """The variance, one slow rank more or less: beyond two deviations, as the median shows them, nothing counts more."""
     rest = others - np.median(others, axis=-1, keepdims=True)
-    most = 2 * _TO_DEVIATION * np.median(np.abs(rest), axis=-1, keepdims=True)
+    most = 2 * MAD_TO_SD * np.median(np.abs(rest), axis=-1, keepdims=True)
     return (np.clip(rest, -most, most) ** 2).mean(axis=-1) / _CLIPPED
 
 

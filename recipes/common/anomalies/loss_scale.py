@@ -1,4 +1,4 @@
-"""The detector of a falling fp16 loss scale."""
+"""Follows a dynamic fp16 loss scale: how far it fell, and since when. `loss_spikes` judges it with the loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SCALE_SETTLED = 16  # points without a fall: the search for the first scale is o
 
 
 class LossScale:
-    """Falls of a dynamic loss scale. The search for the first one, from 2**16 or 2**32 down, is none."""
+    """Falls of the loss scale. The search for the first one, from 2**16 or 2**32 down, is none."""
 
     def __init__(self) -> None:
         self.value = math.nan
@@ -20,7 +20,7 @@ class LossScale:
         self._top, self._onset = math.nan, 0  # before the falls in a row, and the step of the first
 
     def push(self, point: int, step: int, value: float) -> float:
-        """How many times lower than before the falls in a row; 1 where it did not fall now."""
+        """Return how many times lower it is than before the falls in a row; 1 where it did not fall now."""
         before, self.value = self.value, value
         if math.isnan(before) or value == before:
             return 1.0
@@ -34,7 +34,7 @@ class LossScale:
         return self._top / value
 
     def recent_fall(self, point: int) -> tuple[int, float]:
-        """Step of the first fall in a row and how far it went, where that ended SCALE_POINTS ago at most; else (0, 1)."""
+        """Return the step of the first fall in a row and its depth, where that ended SCALE_POINTS ago at most; else (0, 1)."""
         if point - self._fell > SCALE_POINTS:
             return 0, 1.0
         return self._onset, self._top / self.value

@@ -1,8 +1,19 @@
-"""Loss and gradient norm judged together, step by step: one event for what moves at one time.
+"""Judges loss, gradient norm and loss scale together, step by step: one event for what moves at one time.
 
-An event opens where the loss or the log of the gradient norm leaves its curve by OPEN_Z robust deviations, or is not finite.
-While it is open nothing enters the windows. It ends after CALM points within OFF_Z. One point off is a hard batch: in public
-per-step logs nearly every such point is one, and the next is back on the curve. It is worth waking somebody (`actionable`) when
+An event opens where the loss or the log of the gradient norm leaves its curve by OPEN_Z robust deviations, or is not finite; a
+loss scale that fell just before is then its first signal. While it is open nothing enters the windows. Its kind:
+
+    no event ──off──> outlier_batch ──2 points off in a row──> fast_recovery ──FAST_POINTS──> slow_recovery
+                            │          (RESUME_POINTS after a resume: resume_artefact)
+       any ──not finite──> precision ──DEAD_POINTS in a row──> diverged
+       any ──every DIVERGED_POINTS: still FAR_SHARE and half of its height above──> diverged
+       any ──every QUARTER: noise grew NOISIER; every DIVERGED_POINTS: steady and near──> data_regime_shift, ends (new level)
+       any ──LOST_POINTS──> ends as it is (new level)
+       any ──CALM points within OFF_Z, a resume, the log's end──> ends; diverged that came back is a slow_recovery
+       any ──after LINK_POINTS, a jump over all its losses twice──> ends, and another opens
+
+At a new level the windows start again from the last losses. One point off is a hard batch: in public per-step logs nearly every
+such point is one, and the next is back on the curve. An event is worth waking somebody (`actionable`) when
 
 - the loss stays above for PERSISTS points in a row by LEAST_SHARE (FAR_SHARE where the gradient norm is known and quiet), or
 - the loss is above, and the gradient norm for two points in a row (in BLOOM's spike: two steps before the peak), or
@@ -13,223 +24,147 @@ per-step logs nearly every such point is one, and the next is back on the curve.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from statistics import median
 
 import numpy as np
 
-from recipes.common.anomalies.events import DIVERGED_POINTS, FAST_POINTS, Event
-from recipes.common.anomalies.robust_window import ENOUGH, MAD_TO_SD, OPEN_Z, RobustWindow
+from recipes.common.anomalies.curve import Curve, Points
+from recipes.common.anomalies.events import DIVERGED_POINTS, FAST_POINTS, Event, NewEvents
+from recipes.common.anomalies.loss_scale import SCALE_DEEP_FALL, SCALE_FALL, SCALE_LEAD_FALL, LossScale
+from recipes.common.anomalies.open_event import OFF_Z, QUARTER, OpenEvent
+from recipes.common.anomalies.robust_window import ENOUGH, MAD_TO_SD, OPEN_Z
 
-OFF_Z = 4.0  # still off: half of what opens
 CALM = 3  # points on the curve that end an event
 PERSISTS, LEAST_SHARE = 3, 0.03  # points in a row, and share of the loss: less is nothing to act on
 SPARSE_Z, SPARSE_SHARE = 10.0, 0.05  # far above: in robust deviations, and in the loss's share
-NEGLIGIBLE = 0.05  # of the event's largest excess: so near is back, though a very smooth curve makes it many deviations
 DEAD_POINTS = 32  # not finite in a row: it does not come back
 FAR_SHARE = 0.1  # of the loss: other data raises it by less, a divergence by more
 YOUNG_SHARE = 0.25  # of the loss: what a log of a few lines must show, because it does not tell how noisy it is
 LOST_POINTS = 8 * DIVERGED_POINTS  # a level kept for so long is the new curve
 NOISIER = 3.0  # times the spread before: the curve did not move, its noise did
 LINK_POINTS = 16  # a gradient norm leads the loss by a few steps, not more
-QUARTER = DIVERGED_POINTS // 4
-
-Emit = Callable[[int, Event], None]
+RESUME_POINTS = 50  # a bump later than that after a resume has another cause
 
 
-@dataclass
-class OpenEvent:
-    """What is known of the event that goes on. Runs and counts are in points."""
+class LossSpikes:
+    """The joint rule's state. It keeps the curve for the detectors after it, and marks their points."""
 
-    serial: int
-    onset_step: int
-    first_signal: str
-    level: float  # the loss that was expected at the onset
-    after_resume: bool
-    peak_step: int
-    norm_peak_step: int
-    sign: int = 1  # -1: the loss is too low
-    points: int = 0
-    off_run: int = 0
-    loss_run: int = 0
-    norm_run: int = 0
-    longest_run: int = 0
-    longest_norm_run: int = 0
-    norm_known: bool = False
-    dead_run: int = 0
-    longest_dead_run: int = 0
-    calm: int = 0
-    last_off_step: int = 0
-    last_norm_off: int = 0
-    loss_z: float = 0.0  # largest, in the event's direction
-    norm_z: float = 0.0
-    excess: float = 0.0  # of the loss at its peak, in the event's direction
-    actionable_step: int | None = None
-    scale_fall: float = 1.0
-    kind: str = "outlier_batch"
-    losses: list[float] = field(default_factory=list)  # the last QUARTER finite ones
-    early: float = math.nan  # median of the first QUARTER
-    largest_median: float = 0.0
+    columns = ("loss", "grad_norm", "loss_scale")
 
-    def event(self, ended: bool) -> Event:
-        """What to tell others. `ended` fixes the end at the last point off the curve."""
-        moved = self.loss_z >= OFF_Z or self.longest_dead_run > 0
-        peak_step = self.peak_step if moved else self.norm_peak_step
-        delta = math.nan if self.longest_dead_run else self.sign * self.excess
-        evidence = {"loss_z": round(self.sign * self.loss_z, 2), "grad_norm_z": round(self.norm_z, 2), "points": self.points}
-        evidence["longest_run_points"] = self.longest_run
-        if self.longest_dead_run:
-            evidence["not_finite_points"] = self.longest_dead_run
-        if self.actionable_step is not None:
-            evidence["actionable_step"] = self.actionable_step
-        if self.scale_fall > 1:
-            evidence["loss_scale_fall"] = self.scale_fall
-        return Event(
-            onset_step=self.onset_step,
-            peak_step=peak_step,
-            end_step=self.last_off_step if ended else None,
-            delta=delta,
-            kind=self.kind,
-            actionable=self.actionable_step is not None,
-            first_signal=self.first_signal,
-            lead_steps=peak_step - self.onset_step,
-            evidence=evidence,
-        )
+    def __init__(self, curve: Curve) -> None:
+        self._curve, self._open, self._scale = curve, None, LossScale()
+        self._events = NewEvents()
+        self._scale_event: tuple[int, int] | None = None  # onset step and number of the last fall that became an event
+        self._point = 0  # points seen
+        self._resume_point: int | None = None
 
+    def add(self, points: Points) -> list[Event]:
+        """Accept healthy points in bulk and judge the others one by one."""
+        if points.after_gap:
+            self._end()
+            self._curve.forget()
+        steps, losses, scales = points.steps, points.columns["loss"], points.columns["loss_scale"]
+        norms = _log_norms(points.columns["grad_norm"], scales)
+        before = np.concatenate([[self._scale.value], scales[:-1]])
+        changes = [*np.flatnonzero(~np.isnan(scales) & (scales != before)).tolist(), len(steps)]
+        changes.reverse()
+        at = 0
+        while at < len(steps):
+            to_change = slice(at, changes[-1] + 1)
+            n = 0 if self._open else self._curve.healthy_points(losses[to_change], norms[to_change])
+            if n:
+                self._curve.accept(steps[at : at + n], losses[at : at + n], norms[at : at + n])
+            else:
+                n = 1
+                self._judge(points, at, float(losses[at]), float(norms[at]))
+            at, self._point = at + n, self._point + n
+            if at > changes[-1]:
+                self._judge_scale(int(steps[at - 1]), float(scales[changes.pop()]))
+        return self._events.take()
 
-Begin = Callable[[int, float], OpenEvent]  # step, expected loss -> the event that opens there
+    def resumed(self, step: int) -> list[Event]:
+        self._end()
+        self._curve.rewind(step)
+        self._resume_point = self._point
+        return self._events.take()
 
+    def finish(self) -> list[Event]:
+        self._end()
+        return self._events.take()
 
-class SpikeTracker:
-    """State of the joint rule. `emit(serial, event)` gets each event when it opens, when it turns worse, and when it ends."""
-
-    def __init__(self, emit: Emit) -> None:
-        self._emit = emit
-        self.loss = RobustWindow(prior=0.02, floor=0.001, relative=True, few=3)
-        # a norm has to double (exp(8 * 0.1) = 2.2): logs round it, and single healthy steps reach 1.5 times the usual
-        self.norm = RobustWindow(prior=0.15, floor=0.1, relative=False)
-        self.open: OpenEvent | None = None
-        self.off_points = 0  # of all points so far
-        self.new_levels = 0  # how often the curve became another one
-
-    def calm_points(self, losses: np.ndarray, norms: np.ndarray) -> int:
-        """How many of the next points [n] are on their curves and may be taken by `accept`. norms: logs, NaN where unknown."""
-        if self.open is not None:
-            return 0
-        n = min(self.loss.due, len(losses))
-        losses, norms = losses[:n], norms[:n]
-        known = np.flatnonzero(~np.isnan(norms))
-        if len(known) > self.norm.due:
-            n = int(known[self.norm.due])
-            losses, norms = losses[:n], norms[:n]
-        off = ~((losses < self.loss.high) & (losses > self.loss.low) & (losses < math.inf))
-        off |= (norms >= self.norm.high) | (norms == math.inf)
-        return int(off.argmax()) if off.any() else n
-
-    def accept(self, losses: np.ndarray, norms: np.ndarray) -> None:
-        """Points [n] that `calm_points` allowed."""
-        self.loss.accept(losses)
-        norms = norms[~np.isnan(norms)]
-        if len(norms):
-            self.norm.accept(norms)
-
-    def push(self, step: int, loss: float, norm: float, *, sparse: bool, begin: Begin) -> None:
-        """One point that is off its curve, or follows one that was. norm: its log, NaN where unknown.
-
-        sparse: the log holds every k-th step only. begin: makes the event, where one opens.
-        """
-        if self.open is not None and self._is_another(self.open, loss):
-            self._close(self.open)
-        opened = self.open is None
+    def _judge(self, points: Points, at: int, loss: float, norm: float) -> None:
+        """Take one point that is off its curve, or follows one that was. norm: its log, NaN where unknown."""
+        step, curve = int(points.steps[at]), self._curve
+        if self._open is not None and self._is_another(self._open, loss):
+            self._close(self._open)
+        opened = self._open is None
         if opened:
-            self.open = begin(step, self.loss.center)
-        event = self.open
-        loss_z = self.loss.z(loss) if math.isfinite(loss) else math.inf
-        norm_z = 0.0 if math.isnan(norm) else self.norm.z(norm) if norm < math.inf else math.inf
+            self._open, points.opened[at] = self._begin(step), True
+        event = self._open
+        loss_z = curve.loss.z(loss) if math.isfinite(loss) else math.inf
+        norm_z = 0.0 if math.isnan(norm) else curve.norm.z(norm) if norm < math.inf else math.inf
         if opened:
-            event.sign = -1 if loss < self.loss.low else 1
-            if loss < self.loss.high and event.sign > 0 and event.first_signal == "loss":
+            event.sign = -1 if loss < curve.loss.low else 1
+            if loss < curve.loss.high and event.sign > 0 and event.first_signal == "loss":
                 event.first_signal = "grad_norm"
         elif event.sign < 0 and loss_z >= OPEN_Z:
             event.sign, event.excess, event.loss_z = 1, 0.0, 0.0
         before = event.kind, event.actionable_step
-        self._count(event, step, loss, loss_z, norm_z)
-        self._escalate(event, step, sparse)
+        excess = loss - curve.loss.center if math.isfinite(loss) and curve.loss.count else 0.0
+        points.off_curve[at] = event.add(step, loss, excess=excess, loss_z=loss_z, norm_z=norm_z)
+        event.norm_known = event.norm_known or curve.norm.ready
+        self._escalate(event, step, sparse=bool(points.sparse[at]))
         if opened or (event.kind, event.actionable_step) != before:
-            self._emit(event.serial, event.event(ended=False))
+            self._events.append(event.event(ended=False))
         if event.calm >= CALM:
             self._close(event)
         elif event.points % QUARTER == 0:
-            self._judge_long(event)
+            points.new_level[at] = self._judge_long(event)
 
-    def end(self) -> None:
-        """The log, or this attempt at it, ends: the open event is judged by what was seen."""
-        if self.open is not None:
-            self._close(self.open)
+    def _begin(self, step: int) -> OpenEvent:
+        """Open an event: a loss scale that was falling before is its first signal."""
+        level = self._curve.loss.center
+        resumed = self._resume_point is not None and self._point - self._resume_point < RESUME_POINTS
+        onset, fall = self._scale.recent_fall(self._point)
+        if fall < SCALE_LEAD_FALL:
+            return OpenEvent(self._events.number(), step, "loss", level, resumed, peak_step=step, norm_peak_step=step)
+        told = self._scale_event is not None and self._scale_event[0] == onset
+        number = self._scale_event[1] if told else self._events.number()
+        return OpenEvent(number, onset, "loss_scale", level, resumed, peak_step=step, norm_peak_step=step, scale_fall=fall)
 
-    def skip(self) -> None:
-        """The log leaves out so many steps that the curve before tells nothing."""
-        self.end()
-        for window in (self.loss, self.norm):
-            window.begins_midway = True
-            window.refill(np.empty(0))
+    def _judge_scale(self, step: int, value: float) -> None:
+        """Take a change of the loss scale: evidence of the event that is open, or an event of its own."""
+        fall = self._scale.push(self._point, step, value)
+        if self._open is not None:
+            self._open.scale_fall = max(self._open.scale_fall, fall)
+        elif fall >= SCALE_FALL:
+            onset, _ = self._scale.recent_fall(self._point)
+            if self._scale_event is None or self._scale_event[0] != onset:
+                self._scale_event = onset, self._events.number()
+            evidence = {"loss_scale_fall": fall, "loss_scale": value}
+            deep = fall >= SCALE_DEEP_FALL
+            event = Event(onset, step, step, 0.0, "precision", deep, "loss_scale", step - onset, evidence, self._scale_event[1])
+            self._events.append(event)
 
-    def _count(self, event: OpenEvent, step: int, loss: float, loss_z: float, norm_z: float) -> None:
-        """Runs, peaks and whether this point is off the curve."""
-        dead = loss_z == math.inf or norm_z == math.inf
-        excess = event.sign * (loss - self.loss.center) if math.isfinite(loss) and self.loss.count else 0.0
-        z = event.sign * loss_z
-        loss_off = z == math.inf or (z >= OFF_Z and excess > NEGLIGIBLE * event.excess)
-        norm_off = norm_z >= OFF_Z
-        event.points += 1
-        event.dead_run = event.dead_run + 1 if dead else 0
-        event.longest_dead_run = max(event.longest_dead_run, event.dead_run)
-        event.loss_run = event.loss_run + 1 if loss_off else 0
-        event.norm_run = event.norm_run + 1 if norm_off else 0
-        event.longest_norm_run = max(event.longest_norm_run, event.norm_run)
-        if loss_off or norm_off:
-            event.off_run, event.calm, event.last_off_step = event.off_run + 1, 0, step
-            event.longest_run = max(event.longest_run, event.off_run)
-            self.off_points += 1
-        else:
-            event.off_run, event.calm = 0, event.calm + 1
-        event.norm_known = event.norm_known or self.norm.ready
-        if norm_off:
-            event.last_norm_off = event.points
-        if norm_z < math.inf and norm_z > event.norm_z:
-            event.norm_z, event.norm_peak_step = norm_z, step
-        if z < math.inf and z > event.loss_z:
-            event.loss_z = z
-        if dead and event.longest_dead_run == 1 and event.dead_run == 1:
-            event.peak_step = step
-        elif excess > event.excess and not event.longest_dead_run:
-            event.excess, event.peak_step = excess, step
-        if math.isfinite(loss):
-            event.losses.append(loss)
-            del event.losses[:-QUARTER]
-            if math.isnan(event.early) and len(event.losses) == QUARTER:
-                event.early = median(event.losses)
-
-    def _escalate(self, event: OpenEvent, step: int, sparse: bool) -> None:
-        """Sets `actionable_step` once, and the kind as far as it shows."""
-        if event.longest_dead_run:
-            event.kind = "diverged" if event.longest_dead_run >= DEAD_POINTS else "precision"
-        elif event.kind == "outlier_batch" and event.longest_run > 1:
+    def _escalate(self, event: OpenEvent, step: int, *, sparse: bool) -> None:
+        """Set `actionable_step` once, and the kind as far as it shows."""
+        if event.not_finite.longest:
+            event.kind = "diverged" if event.not_finite.longest >= DEAD_POINTS else "precision"
+        elif event.kind == "outlier_batch" and event.off.longest > 1:
             event.kind = "resume_artefact" if event.after_resume else "fast_recovery"
         elif event.kind == "fast_recovery" and event.points > FAST_POINTS:
             event.kind = "slow_recovery"
         if event.actionable_step is not None or event.sign < 0:
             return
-        if self.loss.count < ENOUGH and event.excess < YOUNG_SHARE * event.level and not event.longest_dead_run:
+        if self._curve.loss.count < ENOUGH and event.excess < YOUNG_SHARE * event.level and not event.not_finite.longest:
             return
         above = event.loss_z >= OPEN_Z
         quiet = event.norm_known and event.norm_z < OFF_Z and event.excess < FAR_SHARE * event.level
         high = event.excess >= LEAST_SHARE * event.level and not quiet
-        persists = above and high and event.loss_run >= PERSISTS
-        together = above and event.norm_z >= OPEN_Z and event.longest_norm_run > 1
+        persists = above and high and event.loss_off.now >= PERSISTS
+        together = above and event.norm_z >= OPEN_Z and event.norm_off.longest > 1
         far = sparse and event.loss_z >= SPARSE_Z and event.excess >= SPARSE_SHARE * event.level
-        if event.longest_dead_run or persists or together or far:
+        if event.not_finite.longest or persists or together or far:
             event.actionable_step = step
             if far and event.kind == "outlier_batch":
                 event.kind = "resume_artefact" if event.after_resume else "fast_recovery"
@@ -239,41 +174,58 @@ class SpikeTracker:
         if event.points < LINK_POINTS or not event.losses or not math.isfinite(loss):
             return False
         highest = max(event.losses)
-        return loss - highest > max(OPEN_Z * self.loss.scale, highest - min(event.losses))
+        return loss - highest > max(OPEN_Z * self._curve.loss.scale, highest - min(event.losses))
 
-    def _judge_long(self, event: OpenEvent) -> None:
-        """Every QUARTER points of an event: does it come back, is it a new level or noise, is the run lost?"""
-        if len(event.losses) < QUARTER or event.dead_run:
-            return
+    def _judge_long(self, event: OpenEvent) -> bool:
+        """Judge, every QUARTER points, an event that lasts. Return whether the loss follows another curve from here on."""
+        if len(event.losses) < QUARTER or event.not_finite.now:
+            return False
         level = median(event.losses)
         excess = event.sign * (level - event.level)
         event.largest_median = max(event.largest_median, excess)
         spread = MAD_TO_SD * median(abs(loss - level) for loss in event.losses)
         norm_quiet = event.points - event.last_norm_off > QUARTER or event.last_norm_off == 0
         around = sum(loss < event.level for loss in event.losses) / len(event.losses)
-        noisier = spread > NOISIER * self.loss.scale and 0.25 < around < 0.75
+        noisier = spread > NOISIER * self._curve.loss.scale and 0.25 < around < 0.75
         steady = abs(level - event.early) <= max(2 * spread, 0.02 * event.level)
         near = event.sign < 0 or (steady and excess < FAR_SHARE * event.level)
         ripe = event.points % DIVERGED_POINTS == 0
         if (norm_quiet and (noisier or (ripe and near))) or (ripe and event.loss_z < OFF_Z):
             event.kind = "resume_artefact" if event.after_resume else "data_regime_shift"
-            self._close(event, new_level=True)
-        elif event.points >= LOST_POINTS:
-            self._close(event, new_level=True)
-        elif ripe and event.sign > 0 and excess >= max(event.largest_median / 2, FAR_SHARE * event.level):
+            return self._close_at_new_level(event)
+        if event.points >= LOST_POINTS:
+            return self._close_at_new_level(event)
+        if ripe and event.sign > 0 and excess >= max(event.largest_median / 2, FAR_SHARE * event.level):
             event.kind = "diverged"
             if event.actionable_step is None:
                 event.actionable_step = event.last_off_step
-            self._emit(event.serial, event.event(ended=False))
+            self._events.append(event.event(ended=False))
+        return False
 
-    def _close(self, event: OpenEvent, new_level: bool = False) -> None:
-        """Its last word. `new_level`: the windows start again from the last losses; the curve before is no guide."""
-        if event.kind == "diverged" and event.calm >= CALM and event.longest_dead_run < DEAD_POINTS:
+    def _close(self, event: OpenEvent) -> None:
+        if event.kind == "diverged" and event.calm >= CALM and event.not_finite.longest < DEAD_POINTS:
             event.kind = "slow_recovery"  # it came back after all
-        self._emit(event.serial, event.event(ended=True))
-        self.open = None
-        if new_level:
-            self.norm.refill(np.empty(0))
-            if event.loss_z >= OFF_Z:
-                self.new_levels += 1
-                self.loss.refill(np.array(event.losses))
+        self._events.append(event.event(ended=True))
+        self._open = None
+
+    def _close_at_new_level(self, event: OpenEvent) -> bool:
+        """Start the windows again: the curve before is no guide. Return whether the loss's curve is another one."""
+        self._close(event)
+        self._curve.norm.refill(np.empty(0))
+        if event.loss_z < OFF_Z:
+            return False
+        self._curve.loss.refill(np.array(event.losses))
+        return True
+
+    def _end(self) -> None:
+        """The log, or this attempt at it, ends: judge the open event by what was seen."""
+        if self._open is not None:
+            self._close(self._open)
+
+
+def _log_norms(norms: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Return logs, NaN where unknown. An infinite norm beside a loss scale is an overflow, whose step the loss scaler skipped."""
+    # math.log, not numpy's: the same bits for one value and for many
+    logs = np.array([math.log(norm) if 0 < norm < math.inf else norm if norm > 0 else math.nan for norm in norms.tolist()])
+    logs[(logs == math.inf) & ~np.isnan(scales)] = np.nan
+    return logs

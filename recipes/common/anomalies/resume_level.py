@@ -1,39 +1,48 @@
-"""The detector of a loss that resumes at another level."""
+"""Compares the loss after a resume with the curve before it: a level that is too low reads again what it has read."""
 
 from __future__ import annotations
 
 from statistics import median
 
-import numpy as np
-
+from recipes.common.anomalies.curve import Curve, Level, Points
 from recipes.common.anomalies.events import Event
 
-RESUME_POINTS = 50  # a bump later than that has another cause
 LEVEL_POINTS, LEVEL_Z = 16, 2.0  # the median of so many points is good to a third of a deviation
 
 
 class ResumeLevel:
-    """Whether the loss goes on after a resume where it was: too low, and the run reads again what it has read."""
+    """Judges the first LEVEL_POINTS after each resume, unless a spike among them already says that the loss is higher."""
 
-    def __init__(self, center: float, fall: float, scale: float) -> None:
-        """What the RobustWindow of the curve up to the checkpoint says."""
-        self._center, self._fall, self._scale = center, fall, scale
+    columns = ("loss",)
+
+    def __init__(self, curve: Curve) -> None:
+        self._curve = curve
+        self._expected: Level | None = None  # while points are collected
         self._losses: list[float] = []
-        self._first_step = 0
+        self._first_step, self._spiked, self._number = 0, False, 0
 
-    def add(self, steps: np.ndarray, losses: np.ndarray) -> Event | None:
-        """Points [n] in order. The event, once, when LEVEL_POINTS are seen and their median is off the curve before."""
+    def add(self, points: Points) -> list[Event]:
         room = LEVEL_POINTS - len(self._losses)
-        if room <= 0:
-            return None
+        if self._expected is None:
+            return []
         if not self._losses:
-            self._first_step = int(steps[0])
-        self._losses += losses[:room].tolist()
+            self._first_step = int(points.steps[0])
+        self._losses += points.columns["loss"][:room].tolist()
+        self._spiked = self._spiked or bool(points.opened[:room].any())
         if len(self._losses) < LEVEL_POINTS:
-            return None
-        delta = median(self._losses) - self._center
-        if -self._fall - LEVEL_Z * self._scale <= delta <= LEVEL_Z * self._scale:
-            return None
-        last = int(steps[room - 1])
-        evidence = {"level_z": round(delta / self._scale, 2), "expected": round(self._center, 4)}
-        return Event(self._first_step, self._first_step, last, delta, "resume_artefact", True, "loss", 0, evidence)
+            return []
+        expected, self._expected = self._expected, None
+        delta = median(self._losses) - expected.center
+        if -expected.fall - LEVEL_Z * expected.scale <= delta <= LEVEL_Z * expected.scale or (self._spiked and delta > 0):
+            return []
+        self._number += 1
+        first, last = self._first_step, int(points.steps[room - 1])
+        evidence = {"level_z": round(delta / expected.scale, 2), "expected": round(expected.center, 4)}
+        return [Event(first, first, last, delta, "resume_artefact", True, "loss", 0, evidence, self._number)]
+
+    def resumed(self, step: int) -> list[Event]:
+        self._expected, self._losses, self._spiked = self._curve.level(), [], False
+        return []
+
+    def finish(self) -> list[Event]:
+        return []

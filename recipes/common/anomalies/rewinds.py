@@ -1,4 +1,4 @@
-"""Rewinds: what going back to a checkpoint means for the sequences and the rate after it, and the history that remembers them.
+"""Says which events call for a rewind to a checkpoint, what it skips and changes, and keeps the history of rewinds.
 
 Every rewind is an entry in run.json's `history`, which later starts read: they keep the skips and the lowered rate, and a
 crash before the next save forgets nothing.
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from recipes.common.anomalies.events import KINDS, Event
 from recipes.common.checkpoint.files import checkpoint_step, sealed_checkpoints
 from recipes.common.config.lr_schedules import seqs_after
 from recipes.common.data.order import kept_index
-from recipes.common.recipe import Batch
+from recipes.common.recipe import Batch, Reaction
 from recipes.common.run_dir.manifest import write_json
 
 Skips = tuple[tuple[int, int], ...]
@@ -36,7 +37,7 @@ class Rewind:
 
 
 def read_history(out_dir: Path) -> tuple[Rewind, ...]:
-    """The rewinds of a run so far, in order."""
+    """Return the rewinds of a run so far, in order."""
     path = out_dir / "run.json"
     entries = json.loads(path.read_text()).get("history", []) if path.is_file() else []
     names = Rewind.__dataclass_fields__
@@ -44,22 +45,22 @@ def read_history(out_dir: Path) -> tuple[Rewind, ...]:
 
 
 def append_history(out_dir: Path, rewind: Rewind, skips: Skips) -> None:
-    """Rank 0. The start that is running reads `skips` from now on: tools look there for what a step read."""
-    manifest = json.loads((out_dir / "run.json").read_text())
+    """Record a rewind, on rank 0. The present start reads `skips` from now on: tools look there for what a step read."""
+    run = json.loads((out_dir / "run.json").read_text())
     entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "action": "rewind", **asdict(rewind)}
-    manifest["history"] = [*manifest.get("history", []), entry]
-    manifest["starts"][-1]["skips"] = [list(skip) for skip in skips]
-    write_json(out_dir / "run.json", manifest)
+    run["history"] = [*run.get("history", []), entry]
+    run["starts"][-1]["skips"] = [list(skip) for skip in skips]
+    write_json(out_dir / "run.json", run)
 
 
 def skips_ahead(history: tuple[Rewind, ...], consumed_seqs: int, skips: Skips) -> Skips:
-    """Skips of the history that a checkpoint from before them does not know yet."""
+    """Return the skips of the history that a checkpoint from before them does not hold yet."""
     here = int(kept_index(np.array([consumed_seqs]), skips)[0])
     return tuple(rewind.skipped for rewind in history if rewind.skipped[0] >= here)
 
 
 def lr_factor_at(history: tuple[Rewind, ...], step: int) -> float:
-    """On the schedule's learning rate at `step`: the product of the stretches that hold it."""
+    """Return the factor on the schedule's learning rate at `step`: the product of the stretches that hold it."""
     factor = 1.0
     for rewind in history:
         if rewind.to_step < step <= rewind.lr_until_step:
@@ -67,8 +68,29 @@ def lr_factor_at(history: tuple[Rewind, ...], step: int) -> float:
     return factor
 
 
+def calls_for_rewind(reaction: Reaction, event: Event, history: tuple[Rewind, ...]) -> bool:
+    """Whether the recipe has a rewind tried for an event.
+
+    Finished events need no rewind. A bump after a resume needs one only if it follows our own, unsuccessful rewind.
+    """
+    in_vain = event.kind == "resume_artefact" and bool(tries_at(history, event.onset_step))
+    curable = KINDS[event.kind].cured_by_rewind or in_vain
+    return reaction.action == "rewind" and event.actionable and event.end_step is None and curable
+
+
+def suspect_steps(event: Event, last_step: int = 0, tries: int = 0) -> tuple[int, int]:
+    """Return (first, last) of the steps whose sequences may have caused `event`.
+
+    The loss of a step is that of the weights before its update: what shows at the onset may be the update one step earlier.
+    last_step: the newest, of an event that lasts: each step so far may belong to it. tries: rewinds that did not help; each
+    doubles the stretch forward, as a bad document may be longer than what was read of it.
+    """
+    first, last = max(event.onset_step - 1, 1), max(event.peak_step, event.onset_step, last_step)
+    return first, last + (last - first + 1) * (2**tries - 1)
+
+
 def tries_at(history: tuple[Rewind, ...], onset_step: int) -> tuple[Rewind, ...]:
-    """The last rewinds that did not get the run past the step where it now went wrong."""
+    """Return the last rewinds, those that did not get the run past the step where it now went wrong."""
     tries: list[Rewind] = []
     for rewind in reversed(history):
         if rewind.from_step < onset_step:
@@ -78,7 +100,7 @@ def tries_at(history: tuple[Rewind, ...], onset_step: int) -> tuple[Rewind, ...]
 
 
 def sequences_of_steps(batch: Batch, steps: tuple[int, int], skips: Skips) -> tuple[int, int]:
-    """[start, stop): by index, what the steps first to last read."""
+    """Return [start, stop) by index: what the steps first to last read."""
     first, last = steps
     ends = np.array([seqs_after(batch, first - 1), seqs_after(batch, last) - 1])
     start, end = kept_index(ends, skips).tolist()
@@ -86,13 +108,13 @@ def sequences_of_steps(batch: Batch, steps: tuple[int, int], skips: Skips) -> tu
 
 
 def checkpoint_before(out_dir: Path, step: int, tries: int) -> int | None:
-    """The step of the newest checkpoint before `step`; each try that failed goes one further back."""
+    """Return the step of the newest checkpoint before `step`, one further back for each try that failed."""
     steps = [checkpoint_step(folder) for folder in sealed_checkpoints(out_dir) if checkpoint_step(folder) < step]
     return steps[max(len(steps) - 1 - tries, 0)] if steps else None
 
 
 def history_fields(history: tuple[Rewind, ...], step: int) -> dict[str, float]:
-    """For metrics.jsonl, from the first rewind on."""
+    """Return the fields for metrics.jsonl, from the first rewind on."""
     if not history:
         return {}
     fields = {"rewinds": len(history), "rewound_from_step": history[-1].from_step}

@@ -1,4 +1,4 @@
-"""Level and spread of a noisy curve from its last healthy values: medians, so that what is odd does not move them.
+"""Level and spread of a noisy curve from its last healthy values: medians, so that outliers do not shift them.
 
 The curve's fall is taken out first, by the line through the medians of the window's quarters. A rise is not: it is what
 the detectors look for. Values the detectors flag are never put in ("quarantine"), so one spike or NaN cannot
@@ -14,7 +14,7 @@ REFRESH = 16  # values between two estimates: one costs some 20 microseconds
 ENOUGH = 16  # values, before a run that begins is judged at all
 YOUNG = 1024  # values: the part of a run in which no value is too low
 OPEN_Z = 8.0  # robust deviations off the curve: beyond the tail of every healthy log we have, but for single hard batches
-MAD_TO_SD = 1.4826  # of a normal distribution
+MAD_TO_SD = 1.4826  # from a median absolute deviation to a standard deviation, for normal noise
 
 
 class RobustWindow:

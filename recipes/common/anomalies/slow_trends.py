@@ -1,21 +1,21 @@
-"""Slow rises and plateaus, from medians of blocks of steps: what no single step shows.
+"""Finds slow rises, climbs and plateaus in the medians of blocks of steps, where no single step is off its curve.
 
 PolyPythia's 14M and 70M runs lose 0.05 to 0.7 nat in this way, over hours or within 64 steps of 5 robust deviations each, and
-no rule for spikes says a word.
+no spike rule fires.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from statistics import fmean, median
 
 import numpy as np
 
-from recipes.common.anomalies.events import Event
+from recipes.common.anomalies.curve import Curve, Points
+from recipes.common.anomalies.events import Event, NewEvents
 from recipes.common.anomalies.robust_window import MAD_TO_SD
 
 BLOCK = 64  # logged steps: the noise of its median is a sixth of a step's
@@ -28,62 +28,77 @@ PLATEAU_NATS, PLATEAU_BLOCKS = 0.02, 64  # less than this is no progress; a plat
 BEGINNING_NATS = 5.0  # a log that begins lower goes on with a run of unknown age: how long is long, nobody knows
 
 
-class SlowCurve:
-    """The medians of the last blocks, the best level, and the rise that goes on."""
+class SlowTrends:
+    """Keeps the medians of the last blocks, the best level, and the rise that lasts. Points inside spikes are no trend."""
 
-    def __init__(self, emit: Callable[[int, Event], None], serial: Callable[[], int]) -> None:
-        self._emit, self._serial = emit, serial
-        self._losses, self._filled, self._first_step, self._off_before = np.empty(BLOCK), 0, 0, 0
+    columns = ("loss",)
+
+    def __init__(self, curve: Curve) -> None:
+        self._events = NewEvents()
+        self._losses, self._filled, self._first_step, self._spoilt = np.empty(BLOCK), 0, 0, 0  # of the block that fills
         self._beginning: float | None = None
         self._blocks = 0
         self._improved = math.inf, 0, 0  # level, step and block of the last progress
-        self._told_plateau = False
-        self._rise: tuple[int, Event] | None = None
+        self._reported_plateau = False
+        self._rise: Event | None = None
         self._last_step = 0
-        self.forget()
+        self._forget()
 
-    def forget(self) -> None:
-        """From here on the curve is another one: there is no best level yet."""
-        self._recent: deque[tuple[int, float, float]] = deque(maxlen=LEVEL_BLOCKS)  # first step, median, spread of each block
-        self._levels: deque[tuple[int, float]] = deque(maxlen=MEMORY_LEVELS)  # last step and level
-        self._best = math.inf
-        self._over = 0  # blocks in a row
+    def add(self, points: Points) -> list[Event]:
+        steps, losses, off_curve = points.steps, points.columns["loss"], points.off_curve
+        starts = np.flatnonzero(points.new_level).tolist()
+        for start, end in zip([0, *starts], [*starts, len(steps)], strict=True):
+            if start in starts:
+                self._forget()
+            self._fill(steps[start:end], losses[start:end], off_curve[start:end])
+        self._last_step = int(steps[-1])
+        return self._events.take()
 
-    def rewind(self, step: int) -> None:
-        """The run went back to its checkpoint of `step`: what was later did not happen."""
+    def resumed(self, step: int) -> list[Event]:
+        """Forget the blocks after `step`: they did not happen."""
         self._filled, self._over = 0, 0
         self._recent = deque((block for block in self._recent if block[0] <= step), LEVEL_BLOCKS)
         self._levels = deque((entry for entry in self._levels if entry[0] <= step), MEMORY_LEVELS)
         self._best = min((level for _, level in self._levels), default=math.inf)
         if self._improved[1] > step:
             self._improved = math.inf, 0, 0
-        if self._rise is not None and self._rise[1].onset_step > step:
-            self.end(self._last_step)
+        if self._rise is not None and self._rise.onset_step > step:
+            self._end(self._last_step)
+        return self._events.take()
 
-    def add(self, steps: np.ndarray, losses: np.ndarray, off_points: int) -> None:
-        """Points [n] in order; infinite where not finite. off_points: how many so far were inside spikes."""
-        self._last_step = int(steps[-1])
+    def finish(self) -> list[Event]:
+        self._end(self._last_step)
+        return self._events.take()
+
+    def _forget(self) -> None:
+        """From here on the curve is another one: there is no best level yet."""
+        self._recent: deque[tuple[int, float, float]] = deque(maxlen=LEVEL_BLOCKS)  # first step, median, spread of each block
+        self._levels: deque[tuple[int, float]] = deque(maxlen=MEMORY_LEVELS)  # last step and level
+        self._best = math.inf
+        self._over = 0  # blocks in a row
+
+    def _fill(self, steps: np.ndarray, losses: np.ndarray, off_curve: np.ndarray) -> None:
+        """Add points [n] to the block, and judge it whenever it is full."""
         while len(losses):
-            if self._filled == 0:
-                self._first_step, self._off_before = int(steps[0]), off_points
             n = min(BLOCK - self._filled, len(losses))
+            off_points = np.count_nonzero(off_curve[:n])
+            if self._filled == 0:
+                self._first_step, self._spoilt = int(steps[0]), -int(off_curve[0])  # the first point counts as on its curve
             self._losses[self._filled : self._filled + n] = losses[:n]
-            self._filled += n
+            self._filled, self._spoilt = self._filled + n, self._spoilt + off_points
             if self._filled == BLOCK:
                 self._filled = 0
-                if off_points - self._off_before <= SPOILT * BLOCK:
+                if self._spoilt <= SPOILT * BLOCK:
                     self._judge(int(steps[n - 1]))
-            steps, losses = steps[n:], losses[n:]
+            steps, losses, off_curve = steps[n:], losses[n:], off_curve[n:]
 
-    def end(self, step: int) -> None:
-        """The log ends here."""
+    def _end(self, step: int) -> None:
         if self._rise is not None:
-            serial, event = self._rise
-            self._emit(serial, replace(event, end_step=step))
+            self._events.append(replace(self._rise, end_step=step))
             self._rise = None
 
     def _judge(self, step: int) -> None:
-        """A block is full."""
+        """Judge a full block."""
         ordered = np.sort(self._losses)
         middle = float(ordered[BLOCK // 2])
         spread = MAD_TO_SD * float(np.sort(np.abs(ordered - middle))[BLOCK // 2])
@@ -92,9 +107,9 @@ class SlowCurve:
         self._blocks += 1
         self._recent.append((self._first_step, middle, spread))
         lowest = min(middle for _, middle, _ in islice(self._recent, max(len(self._recent) - CLIMB_BLOCKS, 0), None))
-        if middle - lowest >= CLIMB_SHARE * lowest and (self._rise is None or self._rise[1].kind == "slow_rise"):
+        if middle - lowest >= CLIMB_SHARE * lowest and (self._rise is None or self._rise.kind == "slow_rise"):
             self._diverge(step, lowest, middle - lowest)
-        elif self._rise is not None and self._rise[1].kind == "diverged":
+        elif self._rise is not None and self._rise.kind == "diverged":
             self._follow_climb(step, middle)
         if len(self._recent) < LEVEL_BLOCKS:
             return
@@ -115,10 +130,10 @@ class SlowCurve:
         self._over = self._over + 1 if middle - self._best > least else 0
         newest = fmean(middle for _, middle, _ in islice(self._recent, LEVEL_BLOCKS - RISE_BLOCKS, None))
         if self._rise is not None:
-            if self._rise[1].kind == "slow_rise":
+            if self._rise.kind == "slow_rise":
                 self._follow(step, newest - self._best)
                 if max(level, newest) - self._best < RISE_NATS / 2:
-                    self.end(step)
+                    self._end(step)
         elif self._over >= RISE_BLOCKS or level - self._best > least_level:
             first = LEVEL_BLOCKS - RISE_BLOCKS if self._over >= RISE_BLOCKS else 0
             self._open("slow_rise", first, step, self._best, newest - self._best)
@@ -126,41 +141,40 @@ class SlowCurve:
     def _open(self, kind: str, first_block: int, step: int, best: float, excess: float) -> None:
         onset = self._recent[first_block][0]
         evidence = {"best_level": round(best, 4), "actionable_step": step}
-        self._rise = self._serial(), Event(onset, step, None, excess, kind, True, "loss", step - onset, evidence)
-        self._emit(*self._rise)
+        self._rise = Event(onset, step, None, excess, kind, True, "loss", step - onset, evidence, self._events.number())
+        self._events.append(self._rise)
 
     def _diverge(self, step: int, lowest: float, excess: float) -> None:
-        """A climb opens an event, or is what a slow rise has become."""
+        """Open an event for a climb, or turn the slow rise into one."""
         if self._rise is None:
             self._open("diverged", [middle for _, middle, _ in self._recent].index(lowest) + 1, step, lowest, excess)
         else:
-            serial, event = self._rise
-            self._rise = serial, replace(event, kind="diverged", evidence={**event.evidence, "best_level": round(lowest, 4)})
+            evidence = {**self._rise.evidence, "best_level": round(lowest, 4)}
+            self._rise = replace(self._rise, kind="diverged", evidence=evidence)
             self._follow(step, excess)
-            self._emit(*self._rise)
+            self._events.append(self._rise)
 
     def _follow(self, step: int, excess: float) -> None:
-        serial, event = self._rise
-        if excess > event.delta:
-            self._rise = serial, replace(event, delta=excess, peak_step=step, lead_steps=step - event.onset_step)
+        if excess > self._rise.delta:
+            self._rise = replace(self._rise, delta=excess, peak_step=step, lead_steps=step - self._rise.onset_step)
 
     def _follow_climb(self, step: int, middle: float) -> None:
-        """A divergence from which the run comes back more than halfway is a recovery after all."""
-        excess = middle - self._rise[1].evidence["best_level"]
+        """End a divergence from which the run comes back more than halfway: it is a recovery after all."""
+        excess = middle - self._rise.evidence["best_level"]
         self._follow(step, excess)
-        serial, event = self._rise
-        if excess < event.delta / 2:
-            self._rise = serial, replace(event, kind="slow_recovery")
-            self.end(step)
+        if excess < self._rise.delta / 2:
+            self._rise = replace(self._rise, kind="slow_recovery")
+            self._end(step)
 
     def _judge_plateau(self, step: int, level: float) -> None:
-        """No progress while the number of steps doubled."""
+        """Report no progress while the number of steps doubled, once."""
         best, since, block = self._improved
         if level < best - PLATEAU_NATS:
-            self._improved, self._told_plateau = (level, step, self._blocks), False
+            self._improved, self._reported_plateau = (level, step, self._blocks), False
             return
         stuck = step >= 2 * since and self._blocks - block >= PLATEAU_BLOCKS and self._beginning >= BEGINNING_NATS
-        if stuck and not self._told_plateau and self._rise is None:
-            self._told_plateau = True
+        if stuck and not self._reported_plateau and self._rise is None:
+            self._reported_plateau = True
             evidence = {"level": round(best, 4), "points": (self._blocks - block) * BLOCK}
-            self._emit(self._serial(), Event(since, since, step, level - best, "plateau", False, "loss", 0, evidence))
+            event = Event(since, since, step, level - best, "plateau", False, "loss", 0, evidence, self._events.number())
+            self._events.append(event)

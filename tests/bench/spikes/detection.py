@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes.common.anomalies.detector import Event, scan
-from recipes.common.anomalies.events import SPIKES
+from recipes.common.anomalies.detector import scan
+from recipes.common.anomalies.events import KINDS, Event
 from tests.bench.spikes.scores import Score, share
 from tools.common.console import UsageError
 from tools.common.logs.log import Log
@@ -170,7 +170,7 @@ def _pairs(logs: list[Scanned]) -> Score | None:
     """Judge each pair of runs with one order of data: both spike because of the data."""
     if not logs:
         return None
-    steps = [[event.onset_step for event in log.events if event.kind in SPIKES and event.delta > 0] for log in logs]
+    steps = [[event.onset_step for event in log.events if KINDS[event.kind].is_spike and event.delta > 0] for log in logs]
     verdicts = [
         coincident(steps[a], steps[b], min(logs[a].points, logs[b].points)).verdict
         for a, b in itertools.combinations(range(len(logs)), 2)

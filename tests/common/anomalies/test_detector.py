@@ -5,7 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from recipes.common.anomalies.detector import KINDS, AnomalyDetector, first_moving, scan
+from recipes.common.anomalies.detector import AnomalyDetector, scan
+from recipes.common.anomalies.events import KINDS
 from tests.support.synthetic_logs import NOISE, POINTS, bump, curve, healthy_loss, healthy_norm, steps_of
 
 STEPS = steps_of()
@@ -60,7 +61,7 @@ def test_live_it_is_worth_an_alarm_before_the_peak():
 
 
 def eventful_log():
-    """A bit of everything, for the one code path: spikes, NaN, a restart, a loss scale, slow steps, a slow rise."""
+    """A bit of everything, for the one code path: spikes, NaN, a restart, a loss scale, slow steps, a slow rise, a long gap."""
     loss = healthy_loss() + bump(1500, 2.0, 8) + bump(2500, 1.0, 1e-9) + bump(5000, 0.2, 1e9)
     loss[3000:3004] = np.nan
     norm = healthy_norm() * (1 + bump(1499, 8.0, 6))
@@ -71,6 +72,7 @@ def eventful_log():
     seconds[4000:4060] *= 1.2
     again = slice(5900, POINTS)
     steps = np.concatenate([STEPS[:6200], STEPS[again]])
+    steps[-100:] += 5000
     columns = {"loss": loss, "grad_norm": norm, "loss_scale": scale, "seconds": seconds}
     return steps, {name: np.concatenate([values[:6200], values[again]]) for name, values in columns.items()}
 
@@ -289,16 +291,3 @@ def test_a_step_without_a_loss_is_left_out():
     watch = AnomalyDetector()
     assert watch.push(1, {"val_loss": 3.0}) == []
     assert watch.push(2, {"loss": 3.0, "grad_norm": None}) == []
-
-
-def test_the_group_that_moves_first_is_found():
-    norms = {name: healthy_norm(seed) for seed, name in enumerate(("layer 0 q", "layer 3 mlp_in", "layer 5 o", "embedding"))}
-    norms["layer 3 mlp_in"] *= 1 + bump(AT - 6, 20.0, 30)
-    norms["layer 5 o"] *= 1 + bump(AT - 2, 50.0, 30)
-    norms["embedding"][AT - 4] = np.inf
-    moved = first_moving(STEPS, norms, AT, AT + 4)
-    assert [(group, step) for group, step, _ in moved] == [
-        ("layer 3 mlp_in", AT - 6),
-        ("embedding", AT - 4),
-        ("layer 5 o", AT - 2),
-    ]

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from recipes.common.anomalies import recovery as reaction
-from recipes.common.anomalies.detector import Event
+from recipes.common.anomalies import recovery
+from recipes.common.anomalies.events import Event
 from recipes.common.anomalies.rewinds import Rewind, lr_factor_at, read_history, tries_at
 from recipes.common.checkpoint.files import sealed_checkpoints
 from recipes.common.checkpoint.reader import Reader
@@ -25,15 +25,23 @@ STEPS, BAD_STEP = 10, 6
 KNOWN, UNKNOWN = (3, 60), (100, 131)  # ids of the good text, and of the bad document that no step before has seen
 
 
+def diverged(step, delta):
+    return Event(step, step, None, delta, "diverged", True, "loss", 0, number=step)
+
+
 class HalfANat:
     """Stands in for the detectors: half a nat above the best loss so far is a divergence, seen at once."""
 
-    def __init__(self):
+    def __init__(self, detectors=None):
         self.best = np.inf
+        self.of_step_time = detectors is not None
 
     def push(self, step, values):
+        return [] if self.of_step_time else self.judge(step, values)
+
+    def judge(self, step, values):
         loss, self.best = values["loss"], min(self.best, values["loss"])
-        return [Event(step, step, None, loss - self.best, "diverged", True, "loss", 0)] if loss > self.best + 0.5 else []
+        return [diverged(step, loss - self.best)] if loss > self.best + 0.5 else []
 
     def resumed(self, step):
         pass
@@ -43,7 +51,7 @@ class HalfANat:
 def simple_detectors(request, monkeypatch):
     """The detectors have tests of their own; ranks are forked, so they see this too."""
     if "real_detectors" not in request.fixturenames:
-        monkeypatch.setattr(reaction, "AnomalyDetector", HalfANat)
+        monkeypatch.setattr(recovery, "AnomalyDetector", HalfANat)
 
 
 @pytest.fixture
@@ -166,7 +174,7 @@ def test_a_stop_after_the_rewind_forgets_nothing(data, tmp_path):
 class HighestNormSoFar(HalfANat):
     """A step whose norm is a quarter above all before it is off the curve."""
 
-    def push(self, step, values):
+    def judge(self, step, values):
         self.highest = max(getattr(self, "highest", 0.0), values.get("grad_norm", 0.0))
         return []
 
@@ -184,7 +192,7 @@ class HighestNormSoFar(HalfANat):
     ],
 )
 def test_a_step_over_the_ceiling_changes_no_weight(data, tmp_path, monkeypatch, layout, config):
-    monkeypatch.setattr(reaction, "AnomalyDetector", HighestNormSoFar)
+    monkeypatch.setattr(recovery, "AnomalyDetector", HighestNormSoFar)
     recipe = recipe_on(
         data,
         steps=4,
@@ -206,10 +214,10 @@ def test_a_step_over_the_ceiling_changes_no_weight(data, tmp_path, monkeypatch, 
 
 def test_tries_are_bounded_and_the_error_names_them(data, tmp_path, monkeypatch):
     class Always(HalfANat):
-        def push(self, step, values):
-            return [Event(step, step, None, 1.0, "diverged", True, "loss", 0)] if step >= BAD_STEP else []
+        def judge(self, step, values):
+            return [diverged(step, 1.0)] if step >= BAD_STEP else []
 
-    monkeypatch.setattr(reaction, "AnomalyDetector", Always)
+    monkeypatch.setattr(recovery, "AnomalyDetector", Always)
     recipe = recipe_on(data, reaction=Reaction(action="rewind", max_rewinds=2, lr_factor=0.5, lr_steps=2))
     words = (
         r"TrainingError: step 6: diverged from step 6; tried: diverged from step 6: from step 6 back to 4, sequences 16:24 left "
@@ -238,7 +246,7 @@ def test_without_a_checkpoint_before_it_the_run_goes_on_and_says_so(data, tmp_pa
     recipe = recipe_on(data, steps=BAD_STEP + 1, checkpoints=Checkpoints(every_steps=50))
     records = run(recipe, 1, tmp_path)
     assert sorted(records) == list(range(1, BAD_STEP + 2))
-    assert "no checkpoint is from before it" in capfd.readouterr().err
+    assert "cannot rewind, no checkpoint is from before it" in capfd.readouterr().err
 
 
 def entry(from_step, to_step, **fields):

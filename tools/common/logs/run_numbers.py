@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from recipes.common.anomalies.detector import Event, scan
+from recipes.common.anomalies.detector import scan
+from recipes.common.anomalies.events import Event
 from recipes.common.anomalies.rewinds import read_history
 from recipes.common.run_dir.metrics import METRICS, read_metrics
 from tools.common.console import UsageError

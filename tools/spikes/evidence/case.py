@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from recipes.common.anomalies.robust_window import MAD_TO_SD
 from recipes.common.recipe import Recipe
 from recipes.common.run_dir.black_box import read_boxes
 from recipes.common.run_dir.metrics import read_metrics
@@ -177,7 +178,7 @@ def _robust_fit(places: np.ndarray, values: np.ndarray, degree: int) -> tuple[fl
     for _ in range(3):
         fit = np.polynomial.polynomial.polyfit(places[kept], values[kept], degree)
         rest = np.abs(values - np.polynomial.polynomial.polyval(places, fit))
-        spread = 1.4826 * float(np.median(rest))
+        spread = MAD_TO_SD * float(np.median(rest))
         kept = rest <= max(3.5 * spread, 1e-12)
     return float(fit[0]), spread
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from recipes.common.anomalies.robust_window import MAD_TO_SD
 from recipes.common.config.lr_schedules import learning_rate_at
 from recipes.common.monitor.parameter_groups import group_of
 from tools.spikes.evidence.case import Case
@@ -230,4 +231,4 @@ def _jump_of_updates(case: Case) -> tuple[int, np.ndarray] | None:
 def _log_spread(factors: np.ndarray) -> float:
     """Robust spread of the logarithms: 0 where every tensor moved by the same factor."""
     logs = np.log(factors[np.isfinite(factors) & (factors > 0)])
-    return 1.4826 * float(np.median(np.abs(logs - np.median(logs)))) if logs.size else math.inf
+    return MAD_TO_SD * float(np.median(np.abs(logs - np.median(logs)))) if logs.size else math.inf

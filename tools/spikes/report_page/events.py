@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.common.anomalies.detector import Event
+from recipes.common.anomalies.events import Event
 from recipes.common.anomalies.rewinds import Rewind, describe_rewind
 from recipes.common.run_dir.black_box import read_boxes
 from tools.common.logs.run_numbers import Table, is_run
