@@ -1,9 +1,9 @@
-"""Curves of several runs in one picture: a small SVG file, and the numbers at the end of each.
+"""Draws curves of several runs in one picture (SVG, PNG or PDF) and prints the last and lowest value of each.
 
     python -m tools.curves runs/a runs/b --y val_loss --out curves.svg
     python -m tools.curves runs/a train.log --x tokens --y loss --mean-of 20 --limits 4:7 --out curves.svg
 
-A RUN is a run directory, or a log that `tools.spikes scan` reads. Of a run directory any number of metrics.jsonl can be drawn.
+A RUN is a run directory (any number in its metrics.jsonl can be drawn) or a log that `tools.spikes scan` reads.
 """
 
 from __future__ import annotations
@@ -11,18 +11,45 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from tools/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from tools.common.console import GOOD, UsageError, exit_code, table
 from tools.common.logs.run_numbers import Table, read_numbers
-from tools.common.svg_chart import Line, chart
 
-X_NAMES = {"step": "step", "tokens": "tokens"}
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")  # Okabe and Ito's
+MARKED = 40  # lines of fewer points show each point
+LETTERS = 95  # of the key's smallest font that one row of it holds
+STYLE = {
+    "svg.hashsalt": "curves",  # the same runs give the same file
+    "svg.fonttype": "none",  # text stays text
+    "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
+    "font.size": 9,
+    "axes.edgecolor": "#8d96a6",
+    "axes.labelcolor": "#24292f",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e1e5ea",
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str
+    x: np.ndarray  # [n], rising
+    y: np.ndarray  # [n]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,12 +63,11 @@ def _run(flags: argparse.Namespace) -> int:
         raise UsageError(f"--mean-of={flags.mean_of} must be at least 1")
     lines = [read_line(source, flags.x, flags.y, flags.mean_of) for source in flags.runs]
     if flags.log:
-        lines = [_over_zero(line, flags.y) for line in lines]
+        lines = [_positive(line, flags.y) for line in lines]
     y_name = flags.y + (f", mean of {flags.mean_of}" if flags.mean_of > 1 else "")
-    text = chart(lines, x_name=X_NAMES[flags.x], y_name=y_name, limits=limits, log=flags.log)
     try:
-        flags.out.write_text(text, encoding="utf-8")
-    except OSError as error:
+        draw(lines, flags.out, x_name=flags.x, y_name=y_name, limits=limits, log=flags.log)
+    except (OSError, ValueError) as error:  # ValueError: matplotlib does not write files of this suffix
         raise UsageError(f"--out={flags.out}: {error}") from None
     rows = [
         [line.name, len(line.y), f"{line.y[-1]:.4g}", f"{line.y.min():.4g}", f"{line.x[line.y.argmin()]:.10g}"] for line in lines
@@ -55,36 +81,58 @@ def _run(flags: argparse.Namespace) -> int:
     return GOOD
 
 
+def draw(
+    lines: Sequence[Line], out: Path, *, x_name: str, y_name: str, limits: tuple[float, float] | None = None, log: bool = False
+) -> None:
+    """Write the picture in the format of the suffix of `out`. `limits` of y clips what lies outside (default: all)."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 3.6), dpi=100, layout="constrained")
+        axes = figure.add_subplot(xlabel=x_name, ylabel=y_name, yscale="log" if log else "linear")
+        axes.set_prop_cycle(color=COLORS)
+        drawn = [axes.plot(line.x, line.y, marker="o" if len(line.x) < MARKED else "")[0] for line in lines]
+        axes.set_ylim(limits)
+        axes.margins(x=0.01)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        names = [line.name for line in lines]
+        columns = max(1, LETTERS // (max(map(len, names)) + 8))
+        key = figure.legend(drawn, names, loc="outside upper left", ncols=columns, frameon=False)
+        for handle, text in zip(key.legend_handles, key.get_texts(), strict=True):
+            handle.set_linewidth(2.5)
+            text.set_parse_math(False)  # a run's name may hold a "$"
+        figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+
+
 def read_line(source: Path, x: str, y: str, mean_of: int) -> Line:
-    """Column `y` of a run over `x`, each point the mean of the last `mean_of` known values. Raises UsageError."""
+    """Return column `y` of a run over `x`, each point the mean of the last `mean_of` known values. Raises UsageError."""
     if not source.exists():
         raise UsageError(f"{source}: no such run directory or log")
     columns = read_numbers(source).table
     if y not in columns:
         raise UsageError(f"--y={y}: {source} has no such column; it has {', '.join(sorted(set(columns) - {'step'}))}")
-    places, known = _places(source, columns, x), np.isfinite(columns[y])
+    positions, known = _positions(source, columns, x), np.isfinite(columns[y])
     values = columns[y][known]
     if len(values) < mean_of:
         raise UsageError(f"--mean-of={mean_of}: {source} has {len(values)} values of {y}")
     means = np.convolve(values, np.full(mean_of, 1 / mean_of), "valid")
-    return Line(source.resolve().name, places[known][mean_of - 1 :], means)
+    return Line(source.resolve().name, positions[known][mean_of - 1 :], means)
 
 
-def _over_zero(line: Line, y: str) -> Line:
-    """What a logarithmic scale can show; the rest is said on stderr."""
+def _positive(line: Line, y: str) -> Line:
+    """Drop values <= 0, with a warning: a logarithmic axis cannot show them."""
     kept = line.y > 0
     if not kept.any():
         raise UsageError(f"--log: no {y} of {line.name} is over 0; leave --log out")
     if not kept.all():
-        print(f"{line.name}: {(~kept).sum()} of {len(kept)} values are 0 or less, and not drawn", file=sys.stderr)
+        print(f"{line.name}: {(~kept).sum()} of {len(kept)} values are 0 or less and not drawn", file=sys.stderr)
     return Line(line.name, line.x[kept], line.y[kept])
 
 
-def _places(source: Path, columns: Table, x: str) -> np.ndarray:
+def _positions(source: Path, columns: Table, x: str) -> np.ndarray:
     if x == "step":
         return columns["step"].astype(float)
     if "consumed_tokens" not in columns:
-        raise UsageError(f"--x=tokens: {source} does not say its tokens; use --x step")
+        raise UsageError(f"--x=tokens: {source} does not record its tokens; use --x step")
     return np.where(columns["step"] == 0, 0.0, columns["consumed_tokens"])  # the evaluation before the first step
 
 
@@ -103,12 +151,12 @@ def _limits(text: str | None, log: bool) -> tuple[float, float] | None:
 def _parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.curves", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory, or a log")
-    parser.add_argument("--x", choices=tuple(X_NAMES), default="step", help="(default: %(default)s)")
+    parser.add_argument("--x", choices=("step", "tokens"), default="step", help="(default: %(default)s)")
     parser.add_argument("--y", default="loss", metavar="COLUMN", help="a number of metrics.jsonl (default: %(default)s)")
     parser.add_argument("--mean-of", type=int, default=1, metavar="N", help="draw the mean of the last N values (default: 1)")
-    parser.add_argument("--limits", metavar="LOW:HIGH", help="of y (default: all that there is)")
+    parser.add_argument("--limits", metavar="LOW:HIGH", help="limits of y (default: all of it)")
     parser.add_argument("--log", action="store_true", help="y on a logarithmic scale")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the SVG file to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture to write: .svg, .png or .pdf")
     parser.add_argument("--json", action="store_true", help="print the curves as one JSON object")
     return parser.parse_args(argv)
 
