@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from recipes.common.recipe import ROOT, Layout, Recipe, RecipeError
+from tests.support.shelf import read_shelf
 from tools.common.forked_ranks import run_ranks
 from tools.verify import load_recipe, make_trial, verify
 
@@ -147,12 +148,6 @@ def test_the_numerics_gate_passes_at_tiny_width(name):
     assert [row for row in rows if not row.passed] == []
 
 
-def test_the_shelf_table_is_the_shelf():
-    """recipes/README.md: a row for each recipe, with its own parameters and layouts."""
-    rows = {}
-    for line in (ROOT / "recipes" / "README.md").read_text().splitlines():
-        if line.startswith("| `"):
-            name, params, layouts, *_ = (cell.strip() for cell in line.strip("|").split("|"))
-            rows[name.strip("`")] = (params, layouts)
-    wanted = {name: (f"{r.num_params:,}", ", ".join(map(str, r.layouts))) for name, r in RECIPES.items()}
-    assert rows == wanted
+@pytest.mark.parametrize(("name", "row"), read_shelf().items())
+def test_a_row_of_the_shelf_has_the_parameters_and_layouts_of_its_recipe(name, row):
+    assert row == (f"{RECIPES[name].num_params:,}", ", ".join(map(str, RECIPES[name].layouts)))

@@ -8,6 +8,7 @@ import pytest
 
 from recipes.common.config.ds_config import load_ds_config
 from recipes.common.recipe import ROOT, Layout
+from tests.support.shelf import read_shelf
 from tests.support.small_runs import call
 from tools.common.devices import DEVICES, find_device
 from tools.common.forked_ranks import run_ranks
@@ -18,7 +19,7 @@ from tools.plan.evaluate import candidates, judge
 from tools.plan.model_cases import Candidate, read_model
 
 LLAMA = "recipes/llama_1b.py"
-SHELF = [p for p in sorted(ROOT.glob("recipes/*.py")) if p.stem not in ("__init__", "quickstart")]  # quickstart is for CPUs
+SHELF = [ROOT / "recipes" / f"{name}.py" for name in read_shelf() if name != "quickstart"]  # quickstart is for CPUs
 
 
 OPTIONS = ("tensor", "pipeline", "data", "micro_seqs", "recompute", "recompute_every", "sequence_parallel", "pipeline_schedule")
