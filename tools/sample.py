@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from recipes.common.data.batches import TokenStream, open_split, validation_micro_batches
+from recipes.common.data.batches import validation_micro_batches
+from recipes.common.data.shards import TokenStream, open_split
 from tools.common.console import UsageError, exit_code, quiet_transformers
 
 PROMPT_TOKENS = 16  # of a prompt taken from the validation split

@@ -23,8 +23,9 @@ from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.config.arguments import parse_flags
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.config.lr_schedules import global_seqs_at, learning_rate_at
-from recipes.common.data.batches import Prefetcher, open_train, open_validation, step_micro_batches, validation_micro_batches
+from recipes.common.data.batches import open_train, open_validation, step_micro_batches, validation_micro_batches
 from recipes.common.data.blend import data_folders
+from recipes.common.data.prefetcher import Prefetcher
 from recipes.common.data.shards import data_identity
 from recipes.common.engine.build_trainer import build_recipe_trainer
 from recipes.common.engine.trainer import TOO_HIGH, StepResult, Trainer
@@ -198,7 +199,7 @@ def _note_changed_data(out_dir: Path, log: RunLog) -> None:
 
 def open_reader(recipe: Recipe, grid: Grid, skips: tuple[tuple[int, int], ...]) -> Prefetcher:
     """The micro batches of this rank, step by step. Stages that look at none of them read none."""
-    stream = open_train(recipe.data, from_root, recipe.batch.seq_len)
+    stream = open_train(recipe.data, recipe.batch.seq_len)
     reads = grid.is_first_stage or grid.is_last_stage or recipe.mask_documents
 
     def read(consumed: int, global_seqs: int) -> list[torch.Tensor]:
@@ -218,14 +219,14 @@ def open_reader(recipe: Recipe, grid: Grid, skips: tuple[tuple[int, int], ...]) 
     def following(consumed: int, global_seqs: int) -> tuple[int, int]:
         return consumed + global_seqs, global_seqs_at(recipe.batch, consumed + global_seqs)
 
-    return Prefetcher(read, following=following)
+    return Prefetcher(read, following)
 
 
 def _evaluate(recipe: Recipe, trainer: Trainer) -> dict[str, float]:
     """{"val_loss": on the held-out split}; with a blend the mean over its folders, and "val_loss/FOLDER" for each."""
     seqs, grid = recipe.evaluation.seqs, trainer.grid
     losses = {}
-    for name, stream in open_validation(recipe.data, from_root, recipe.batch.seq_len).items():
+    for name, stream in open_validation(recipe.data, recipe.batch.seq_len).items():
         micro_batches = validation_micro_batches(
             stream, seqs=seqs, micro_seqs=recipe.batch.micro_seqs, data_rank=grid.data_rank, data_size=grid.data
         )

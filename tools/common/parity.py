@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from recipes.common.data.batches import document_positions
+from recipes.common.data.document_masking import document_positions
 from recipes.common.engine.build_trainer import build_trainer
 from recipes.common.engine.trainer import Trainer
 from recipes.common.model.sharding import ShardSpec

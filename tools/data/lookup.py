@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from recipes.common.data.blend import Blend, BlendedStream, folders, open_blend
+from recipes.common.data.blend import BlendedStream, folders, open_blend
 from recipes.common.data.order import kept_index
 from recipes.common.data.shards import ORIGIN, TokenStream, open_split, read_manifest
-from recipes.common.recipe import from_root
+from recipes.common.recipe import Blend, from_root
 from tools.common.console import UsageError
 from tools.data.inputs import COMPRESSED_ENDINGS
 
@@ -87,7 +87,7 @@ def read_step(folder: Path, step: int) -> StepRead:
 
 def open_run(run: DataOrder) -> TokenStream | BlendedStream:
     if run.blend is not None:
-        return open_blend(run.blend, run.data, run.seq_len)
+        return open_blend(run.blend, run.seq_len)
     return open_split(next(iter(run.data.values())), "train", run.seq_len)
 
 

@@ -123,7 +123,6 @@ def data_facts(recipe: Recipe, host: tuple[int, int], seconds: float) -> dict[st
 
     problems = recipe_data_problems(
         recipe.data,
-        from_root,
         seq_len=recipe.batch.seq_len,
         vocab_size=recipe.model.get_text_config().vocab_size,
         tokenizer=from_root(recipe.tokenizer),

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from recipes.common.checkpoint.files import sealed_checkpoints
 from recipes.common.checkpoint.reader import Reader
-from recipes.common.data.batches import document_positions
+from recipes.common.data.document_masking import document_positions
 from recipes.common.data.shards import read_manifest
 from tools.checkpoint.hf_check import plain_model, set_weights
 from tools.common.console import GOOD, UsageError, progress_bar, quiet_transformers, table

@@ -25,7 +25,7 @@ from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.data.batches import open_train, step_micro_batches
 from recipes.common.engine.build_trainer import build_recipe_trainer
 from recipes.common.model.initial_weights import name_seed
-from recipes.common.recipe import Layout, Recipe, RecipeError, derive_sizes, from_root
+from recipes.common.recipe import Layout, Recipe, RecipeError, derive_sizes
 from recipes.common.run_dir.metrics import read_metrics
 from tools.common.console import FAILED, GOOD, UsageError, table
 from tools.common.forked_ranks import RankError, run_ranks
@@ -180,7 +180,7 @@ def _replay_rank(plan: Plan) -> tuple[list[float], list[float]]:
     trainer = build_recipe_trainer(plan.recipe, plan.layout, plan.ds_config, plan.device)
     load_state(Reader(Path(plan.checkpoint)), trainer)
     recipe, grid = plan.recipe, trainer.grid
-    stream = open_train(recipe.data, from_root, recipe.batch.seq_len)
+    stream = open_train(recipe.data, recipe.batch.seq_len)
     losses, norms = [], []
     for record in plan.steps:
         step, seqs = record["step"], record["tokens"] // recipe.batch.seq_len

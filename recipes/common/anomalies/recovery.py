@@ -56,7 +56,7 @@ from recipes.common.data.batches import open_train
 from recipes.common.data.order import kept_index
 from recipes.common.engine.trainer import Trainer
 from recipes.common.monitor.monitor import RunMonitor
-from recipes.common.recipe import Recipe, from_root
+from recipes.common.recipe import Recipe
 from recipes.common.run_dir.black_box import BlackBox
 from recipes.common.run_dir.metrics import METRICS, NON_FINITE, RunLog, plain
 from recipes.common.runtime.exits import TrainingError
@@ -231,7 +231,7 @@ class Recovery:
         recipe = self._recipe
         consumed = np.arange(seqs_after(recipe.batch, step - 1), seqs_after(recipe.batch, step))
         index = kept_index(consumed, self._skips)
-        source, place = open_train(recipe.data, from_root, recipe.batch.seq_len).locate(recipe.seed, index)
+        source, place = open_train(recipe.data, recipe.batch.seq_len).locate(recipe.seed, index)
         return {"sequences": index.tolist(), "folder": source.tolist(), "position": place.tolist()}
 
     def _stop_message(self, step: int, cause: Event, tried: tuple[Rewind, ...], hopeless: Hopeless | None) -> str:

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from recipes.common.checks.family_trials import cut_problems, masking_problems, sequence_problems
 from recipes.common.config.field_types import _is_whole
 from recipes.common.config.placement import chunk_count
-from recipes.common.data.batches import masking_problem
+from recipes.common.data.document_masking import masking_problem
 from recipes.common.model.decoder import PlanError, Stack, find_stack
 from recipes.common.model.flops import layer_costs
 from recipes.common.model.initial_weights import build_empty

@@ -22,7 +22,8 @@ from recipes.common.config.ds_config import (
 from recipes.common.config.field_types import _is_whole, type_problems
 from recipes.common.config.lr_schedules import ramp_problems, schedule_problems
 from recipes.common.config.placement import chunk_count
-from recipes.common.data.batches import masking_problem, recipe_data_problems
+from recipes.common.data.batches import recipe_data_problems
+from recipes.common.data.document_masking import masking_problem
 from recipes.common.recipe import (
     PIPELINE_SCHEDULES,
     RECOMPUTE,
@@ -244,7 +245,6 @@ def optimizer_problems(optimizer: Optimizer) -> list[str]:
 def _machine_problems(recipe: Recipe, ds_config: dict[str, Any] | None) -> list[str]:
     problems = recipe_data_problems(
         recipe.data,
-        from_root,
         seq_len=recipe.batch.seq_len,
         vocab_size=recipe.model.get_text_config().vocab_size,
         tokenizer=from_root(recipe.tokenizer),

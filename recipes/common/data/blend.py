@@ -1,4 +1,4 @@
-"""Several prepared folders read as one stream, by weights that may change at stated tokens.
+"""Reads several prepared folders as one stream, by weights that may change at stated tokens.
 
 Which source a sequence comes from, and which of its sequences it is, are pure functions of the sequence's index: a
 fair schedule over the weights' common denominator (Baruah et al. 1996, "Proportionate progress") keeps every source
@@ -11,20 +11,19 @@ import heapq
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
-from pathlib import Path
 
 import numpy as np
 
 from recipes.common.data.order import GOLDEN, MASK_64, sequence_position
 from recipes.common.data.shards import TokenStream, open_split
-from recipes.common.recipe import Blend, Recipe
+from recipes.common.recipe import Blend, Recipe, from_root
 
 MAX_PERIOD = 100_000  # of the schedule: its table is made at the start, about a microsecond an entry
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A run of sequences with constant weights. The pattern repeats every `len(source_of)` sequences."""
+    """A span of sequences with constant weights. The pattern repeats every `len(source_of)` sequences."""
 
     start: int  # index of its first sequence
     source_of: np.ndarray  # int64 [period]: which source each slot reads
@@ -34,7 +33,7 @@ class Phase:
 
 
 def folders(blend: Blend) -> list[str]:
-    """Every source, in the order it is first named."""
+    """Return every source, in the order they are first named."""
     names = list(blend.weights)
     for _, weights in blend.changes:
         names += [name for name in weights if name not in names]
@@ -42,7 +41,7 @@ def folders(blend: Blend) -> list[str]:
 
 
 def blend_problems(blend: Blend, seq_len: int) -> list[str]:
-    """What is wrong with the weights themselves, one line each."""
+    """Return what is wrong with the weights themselves, one line each."""
     problems = []
     previous = 0
     for after_tokens, weights in ((0, blend.weights), *blend.changes):
@@ -62,16 +61,16 @@ def blend_problems(blend: Blend, seq_len: int) -> list[str]:
 
 
 def shares(weights: dict[str, float]) -> dict[str, Fraction]:
-    """Exact shares: a weight means the decimal number that was written (0.1 is one tenth)."""
+    """Return exact shares: a weight means the decimal number that was written (0.1 is one tenth)."""
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
     total = sum(exact.values())
     return {name: weight / total for name, weight in exact.items()}
 
 
 def fair_pattern(counts: list[int]) -> np.ndarray:
-    """Which source each slot of one period reads, `counts[k]` slots for source k: int64 [sum(counts)].
+    """Return the source that each slot of one period reads, `counts[k]` slots for source k: int64 [sum(counts)].
 
-    After n slots source k has had between floor(n * share) and ceil(n * share) or one beside: earliest deadline first
+    After n slots source k has had floor(n * share) to ceil(n * share) of them, or one more or fewer: earliest deadline first
     over the windows [floor(j / share), ceil((j + 1) / share)) of its j-th slot.
     """
     period = sum(counts)
@@ -93,7 +92,7 @@ def fair_pattern(counts: list[int]) -> np.ndarray:
 
 
 def plan_phases(blend: Blend, seq_len: int) -> list[Phase]:
-    """The phases of a blend that `blend_problems` has accepted."""
+    """Return the phases of a blend that `blend_problems` has accepted."""
     names = folders(blend)
     phases: list[Phase] = []
     for after_tokens, weights in ((0, blend.weights), *blend.changes):
@@ -111,13 +110,13 @@ def plan_phases(blend: Blend, seq_len: int) -> list[Phase]:
 
 
 def given(phase: Phase, sequences: int) -> np.ndarray:
-    """How many sequences each source has given when a phase is `sequences` long: int64 [sources]."""
+    """Count the sequences that each source has given when a phase is `sequences` long: int64 [sources]."""
     cycles, rest = divmod(sequences, len(phase.source_of))
     return phase.before + cycles * phase.counts + np.bincount(phase.source_of[:rest], minlength=len(phase.counts))
 
 
 class BlendedStream:
-    """Read like a TokenStream, by sequence index only."""
+    """The train splits of a blend, read like a TokenStream, by sequence index only."""
 
     def __init__(self, names: list[str], streams: list[TokenStream], phases: list[Phase]) -> None:
         self.names, self.streams, self.phases = names, streams, phases
@@ -125,7 +124,7 @@ class BlendedStream:
         self._starts = np.array([phase.start for phase in phases])
 
     def locate(self, seed: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, position in its stream) of sequences by index: int64 [k] each."""
+        """Return (source, position in its stream) of sequences by index: int64 [k] each."""
         index = np.atleast_1d(np.asarray(index, dtype=np.int64))
         sources, positions = np.empty_like(index), np.empty_like(index)
         phase_of = np.searchsorted(self._starts, index, side="right") - 1
@@ -141,7 +140,7 @@ class BlendedStream:
         return sources, positions
 
     def read_sequences(self, seed: int, index: np.ndarray) -> np.ndarray:
-        """The sequences `index` of the run: int64 [k, seq_len + 1]."""
+        """Read the sequences `index` of a run: int64 [k, seq_len + 1]."""
         sources, positions = self.locate(seed, index)
         out = np.empty((len(sources), self.seq_len + 1), dtype=np.int64)
         for source in np.unique(sources).tolist():
@@ -150,7 +149,7 @@ class BlendedStream:
         return out
 
     def epochs(self, sequences: int) -> dict[str, float]:
-        """How often each source is read in a run of `sequences`."""
+        """Return how often each source is read in a run of `sequences`."""
         phase = self.phases[int(np.searchsorted(self._starts, sequences, side="right")) - 1]
         counts = given(phase, sequences - phase.start)
         return {
@@ -158,10 +157,10 @@ class BlendedStream:
         }
 
 
-def open_blend(blend: Blend, paths: dict[str, Path], seq_len: int) -> BlendedStream:
-    """The train splits of a blend. `paths` maps the folders as written to where they are."""
+def open_blend(blend: Blend, seq_len: int) -> BlendedStream:
+    """Open the train splits of a blend."""
     names = folders(blend)
-    streams = [open_split(paths[name], "train", seq_len) for name in names]
+    streams = [open_split(from_root(name), "train", seq_len) for name in names]
     return BlendedStream(names, streams, plan_phases(blend, seq_len))
 
 

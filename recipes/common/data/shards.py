@@ -1,4 +1,4 @@
-"""The token shards that `tools.data prepare` writes, read as packed sequences. Needs numpy only.
+"""Reads the token shards that `tools.data prepare` writes, as packed sequences. Needs numpy only.
 
 On disk (folder DIR): `dataset.json`, written last, and for every shard `<split>_<number>.bin` (token ids, uint16 or
 uint32 little-endian, documents one after another, each closed by the end token), `.ends` (uint64: where each document
@@ -48,7 +48,7 @@ class TokenStream:
         self._lock = threading.Lock()
 
     def read(self, positions: np.ndarray) -> np.ndarray:
-        """Tokens at `positions` (int64 [k], each in [0, num_positions)): int64 [k, seq_len + 1]."""
+        """Read the tokens at `positions` (int64 [k], each in [0, num_positions)): int64 [k, seq_len + 1]."""
         positions = np.atleast_1d(np.asarray(positions, dtype=np.int64))
         if positions.size and not (positions.min() >= 0 and positions.max() < self.num_positions):
             raise IndexError(f"positions from {positions.min()} to {positions.max()} of {self.num_positions} in {self.folder}")
@@ -69,16 +69,16 @@ class TokenStream:
         return out
 
     def locate(self, seed: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, position) of the sequences `index` of a run: int64 [k] each. There is one source, 0."""
+        """Return (source, position) of the sequences `index` of a run: int64 [k] each. There is one source, 0."""
         positions = sequence_position(seed, index, self.num_positions)
         return np.zeros_like(positions), positions
 
     def read_sequences(self, seed: int, index: np.ndarray) -> np.ndarray:
-        """The sequences `index` of a run: int64 [k, seq_len + 1]."""
+        """Read the sequences `index` of a run: int64 [k, seq_len + 1]."""
         return self.read(self.locate(seed, index)[1])
 
     def _read_across(self, shard: int, piece: np.ndarray, out: np.ndarray) -> None:
-        """Fill one sequence that starts with `piece` at the end of `shard` and goes on in the next ones."""
+        """Fill one sequence that starts with `piece` at the end of `shard` and continues in the next ones."""
         done = len(piece)
         out[:done] = piece
         while done < len(out):
@@ -95,7 +95,7 @@ class TokenStream:
             expected = self.shards[shard].tokens * self.dtype.itemsize
             if path.stat().st_size != expected:
                 raise ValueError(
-                    f"{path} has {path.stat().st_size} bytes, the manifest says {expected}: "
+                    f"{path} has {path.stat().st_size} bytes, dataset.json says {expected}: "
                     f"the shard changed since it was written; {CURE}"
                 )
             if len(self._maps) >= MAX_OPEN_SHARDS:
@@ -105,7 +105,7 @@ class TokenStream:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a finished preparation. Raises FileNotFoundError or ValueError with the cure."""
+    """Read `dataset.json` of a finished preparation. Raises FileNotFoundError or ValueError with the cure."""
     path = folder / "dataset.json"
     if not path.is_file():
         state = "was not finished" if (folder / "unfinished").is_dir() else "does not exist"
@@ -121,7 +121,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def data_identity(folder: Path) -> str:
-    """What a run should record of its data: equal as long as no shard, tokenizer or count changed."""
+    """Return the identity that a run records of its data: equal as long as no shard, tokenizer or count changed."""
     return "sha256:" + hashlib.sha256((folder / "dataset.json").read_bytes()).hexdigest()
 
 
@@ -136,7 +136,7 @@ def open_split(folder: Path, split: str, seq_len: int) -> TokenStream:
 
 
 def tokenizer_hash(tokenizer: Path) -> str:
-    """The identity of a Hugging Face tokenizer folder: what turns text into ids, so a re-saved copy has the same one."""
+    """Hash the parts of a Hugging Face tokenizer folder that turn text into ids, so that a re-saved copy has the same hash."""
     content = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
     for key in ("padding", "truncation", "post_processor"):  # not used on shards; transformers adds an empty one
         content.pop(key, None)
@@ -158,7 +158,7 @@ def _shard_problems(folder: Path, manifest: dict) -> list[str]:
                 problems.append(f"data={folder}: shard {shard.file} is missing; {CURE}")
             elif path.stat().st_size != expected:
                 size = path.stat().st_size
-                problems.append(f"data={folder}: shard {shard.file} has {size} bytes, the manifest says {expected}; {CURE}")
+                problems.append(f"data={folder}: shard {shard.file} has {size} bytes, dataset.json says {expected}; {CURE}")
     return problems
 
 
@@ -171,7 +171,7 @@ def data_problems(
     needs_validation: bool,
     validation_seqs: int = 1,
 ) -> list[str]:
-    """Everything that keeps a prepared folder from feeding a recipe, one line each; an empty list if nothing does."""
+    """Return everything that keeps a prepared folder from feeding a recipe, one line each."""
     try:
         manifest = read_manifest(folder)
     except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-from recipes.common.data.batches import document_positions
+from recipes.common.data.document_masking import document_positions
 from recipes.common.engine.deepspeed_timers import time_engine
 from recipes.common.engine.gradient_norm import NormGate, use_exact_norm
 from recipes.common.engine.optimizers import build_optimizer

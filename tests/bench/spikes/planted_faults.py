@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from recipes.common.anomalies.recovery import Recovery
 from recipes.common.checkpoint.reader import Reader
-from recipes.common.data.batches import Prefetcher
 from recipes.common.data.order import mix
+from recipes.common.data.prefetcher import Prefetcher
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
 from recipes.common.monitor.monitor import RunMonitor

@@ -6,17 +6,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from recipes.common.data.batches import (
-    TokenStream,
-    open_split,
-    open_train,
-    open_validation,
-    recipe_data_problems,
-    step_micro_batches,
-)
-from recipes.common.data.blend import Blend, blend_problems, fair_pattern, open_blend, shares
+from recipes.common.data.batches import open_train, open_validation, recipe_data_problems, step_micro_batches
+from recipes.common.data.blend import blend_problems, fair_pattern, open_blend, shares
 from recipes.common.data.order import kept_index, merge_skips, sequence_position
-from tests.common.data.test_batches import SEQ_LEN, write_data
+from recipes.common.data.shards import TokenStream, open_split
+from recipes.common.recipe import Blend
+from tests.support.token_shards import SEQ_LEN, write_data
 
 WEIGHTS = {"web": 0.7, "code": 0.25, "math": 0.05}
 SIZES = {"web": (4000, 300), "code": (1500,), "math": (700, 5)}
@@ -27,6 +22,11 @@ def sources(tmp_path):
     return {name: tmp_path / name for name in SIZES}, {
         name: write_data(tmp_path / name, train=size)["train"] for name, size in SIZES.items()
     }
+
+
+def at(paths, weights):
+    """The weights of the folders themselves."""
+    return {str(paths[name]): weight for name, weight in weights.items()}
 
 
 @pytest.mark.parametrize("counts", [[1], [1, 1], [7, 2, 1], [14, 5, 1], [0, 3, 0, 4], [997, 2, 1], [1] * 50])
@@ -40,7 +40,7 @@ def test_every_source_is_within_one_of_its_share(counts):
 
 
 def test_proportions_hold_over_any_window(sources):
-    stream = open_blend(Blend(weights=WEIGHTS), sources[0], SEQ_LEN)
+    stream = open_blend(Blend(weights=at(sources[0], WEIGHTS)), SEQ_LEN)
     source, _ = stream.locate(1, np.arange(5000) + 10**9)
     for start, stop in ((0, 5000), (17, 117), (1234, 4321)):
         counts = np.bincount(source[start:stop], minlength=3)
@@ -49,7 +49,7 @@ def test_proportions_hold_over_any_window(sources):
 
 def test_a_blend_reads_each_source_in_its_own_order(sources):
     paths, tokens = sources
-    stream = open_blend(Blend(weights=WEIGHTS), paths, SEQ_LEN)
+    stream = open_blend(Blend(weights=at(paths, WEIGHTS)), SEQ_LEN)
     source, position = stream.locate(9, np.arange(800))
     rows = stream.read_sequences(9, np.arange(800))
     for number, name in enumerate(WEIGHTS):
@@ -60,14 +60,14 @@ def test_a_blend_reads_each_source_in_its_own_order(sources):
         for row, p in zip(rows[source == number], mine, strict=True):
             assert np.array_equal(row, tokens[name][p * SEQ_LEN : p * SEQ_LEN + SEQ_LEN + 1])
     assert stream.epochs(800) == {
-        name: (source == number).sum() / stream.streams[number].num_positions for number, name in enumerate(WEIGHTS)
+        str(paths[name]): (source == number).sum() / stream.streams[number].num_positions for number, name in enumerate(WEIGHTS)
     }
 
 
 def test_one_source_reads_as_without_a_blend(sources):
     paths, _ = sources
     alone = open_split(paths["web"], "train", SEQ_LEN)
-    blend = open_blend(Blend(weights={"web": 3}), paths, SEQ_LEN)
+    blend = open_blend(Blend(weights=at(paths, {"web": 3})), SEQ_LEN)
     index = np.arange(300)
     assert np.array_equal(blend.read_sequences(5, index), alone.read_sequences(5, index))
 
@@ -75,9 +75,9 @@ def test_one_source_reads_as_without_a_blend(sources):
 def test_a_change_goes_on_where_each_source_was(sources):
     """The past stays, no source repeats before its epoch ends, and the new shares hold from the first sequence."""
     paths, _ = sources
-    before = Blend(weights=WEIGHTS)
-    after = replace(before, changes=((333 * SEQ_LEN, {"code": 0.5, "math": 0.5}),))
-    old, new = (open_blend(blend, paths, SEQ_LEN) for blend in (before, after))
+    before = Blend(weights=at(paths, WEIGHTS))
+    after = replace(before, changes=((333 * SEQ_LEN, at(paths, {"code": 0.5, "math": 0.5})),))
+    old, new = (open_blend(blend, SEQ_LEN) for blend in (before, after))
     index = np.arange(1000)
     assert np.array_equal(old.locate(2, index[:333]), new.locate(2, index[:333]))
     source, position = new.locate(2, index)
@@ -91,15 +91,16 @@ def test_a_change_goes_on_where_each_source_was(sources):
 def test_a_recipe_names_a_folder_or_a_blend(sources):
     paths, _ = sources
     checks = {"seq_len": SEQ_LEN, "vocab_size": 1000, "tokenizer": None, "needs_validation": True}
-    assert recipe_data_problems("web", paths.get, **checks) == []
-    assert recipe_data_problems(Blend(weights=WEIGHTS), paths.get, **checks) == []
+    web, weights = str(paths["web"]), at(paths, WEIGHTS)
+    assert recipe_data_problems(web, **checks) == []
+    assert recipe_data_problems(Blend(weights=weights), **checks) == []
     (paths["code"] / "train_00000.bin").unlink()
-    found = recipe_data_problems(Blend(weights=WEIGHTS | {"math": -1}), paths.get, **checks)
+    found = recipe_data_problems(Blend(weights=weights | {str(paths["math"]): -1}), **checks)
     assert len(found) == 2 and "data.weights" in found[0] and "train_00000.bin is missing" in found[1]
-    assert isinstance(open_train("web", paths.get, SEQ_LEN), TokenStream)
-    assert open_train(Blend(weights=WEIGHTS), paths.get, SEQ_LEN).names == list(WEIGHTS)
-    assert {name: stream.split for name, stream in open_validation(Blend(weights=WEIGHTS), paths.get, SEQ_LEN).items()} == (
-        dict.fromkeys(WEIGHTS, "validation")
+    assert isinstance(open_train(web, SEQ_LEN), TokenStream)
+    assert open_train(Blend(weights=weights), SEQ_LEN).names == list(weights)
+    assert {name: stream.split for name, stream in open_validation(Blend(weights=weights), SEQ_LEN).items()} == (
+        dict.fromkeys(weights, "validation")
     )
 
 

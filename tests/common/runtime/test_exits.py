@@ -11,7 +11,7 @@ SECONDS = 30  # from the failure to the launcher's end; measured: 3 s on an idle
 # rank 1 fails in its third step; rank 0 sees nothing but a peer that is gone
 FAULT = """
 import os  # noqa
-from recipes.common.data.batches import Prefetcher  # noqa
+from recipes.common.data.prefetcher import Prefetcher  # noqa
 
 def _fail(self, consumed, global_seqs, read=Prefetcher.next):
     if os.environ["RANK"] == "1" and consumed >= 8:

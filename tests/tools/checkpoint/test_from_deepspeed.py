@@ -18,7 +18,8 @@ from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.checkpoint.saver import Saver
 from recipes.common.config.ds_config import merge_ds_config
-from recipes.common.data.batches import open_split, step_micro_batches
+from recipes.common.data.batches import step_micro_batches
+from recipes.common.data.shards import open_split
 from recipes.common.recipe import Evaluation, Layout, Recipe, derive_sizes
 from recipes.common.run_dir.metrics import read_metrics
 from tests.support.small_runs import call, small_recipe, train_run, write_data

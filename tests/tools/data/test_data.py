@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from recipes.common.data.batches import open_split, step_micro_batches
+from recipes.common.data.batches import step_micro_batches
 from recipes.common.data.order import sequence_position
-from recipes.common.data.shards import read_manifest
+from recipes.common.data.shards import open_split, read_manifest
 from tools.data.__main__ import main
 
 SEQ_LEN = 64
