@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# One recipe on several machines, through the deepspeed launcher, pdsh and ssh.
+# Trains a recipe on several machines, through the deepspeed launcher, pdsh and ssh.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 script=hostfile.sh
-# shellcheck source=launch/supervised.sh
-source "$here/supervised.sh"
+# shellcheck source=launch/lib_supervised.sh
+source "$here/lib_supervised.sh"
 
 usage() {
     cat << 'HELP'
 usage: bash launch/hostfile.sh [OPTIONS] RECIPE [FLAGS of the recipe]
 
-Trains RECIPE (a file) on the machines of a hostfile, from one that reaches them all by ssh without a password. Repository,
-environment, data and --out-dir lie at the same paths on all of them; --out-dir on a file system that they share.
-  --hostfile FILE   lines of `HOST slots=RANKS` (default: hostfile); read anew at every restart, so hosts may come and go
-  --spares N        hosts that stay idle until another does not answer
-  --min-hosts N     go on with as few as N, where the recipe has a layout for that many ranks (default: all but the spares)
+Trains RECIPE (a file) on the machines of a hostfile. This machine must reach them all by ssh without a password. Repository,
+environment, data and --out-dir have the same paths on all of them; --out-dir is on a file system that they share.
+  --hostfile FILE   lines of `HOST slots=RANKS` (default: hostfile); read again at every restart, so hosts may come and go
+  --spares N        keep N hosts idle until another does not answer
+  --min-hosts N     continue with as few as N hosts, if the recipe has a layout for their ranks (default: all but the spares)
 HELP
     common_usage
 }
@@ -38,7 +38,7 @@ own_flag() {
 
 take_words "$@"
 [[ -e "$hostfile" ]] || fail "there is no hostfile $hostfile"
-# a dead line is given up in 10 s, and a host that does not answer in 10: ssh's own patience is minutes
+# give up a dead connection, and a host that does not answer, after 10 s: ssh itself waits for minutes
 export PDSH_SSH_ARGS_APPEND="-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2 ${PDSH_SSH_ARGS_APPEND:-}"
 supervisor+=(--hostfile "$hostfile" --probe 'ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true')
 supervise deepspeed --hostfile '{hostfile}' --no_ssh_check '{force_multi}' --master_addr '{master}' --master_port '{port}'

@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# One recipe on Kubernetes: prints the JobSet for `kubectl apply -f -`.
+# Prints the JobSet that trains a recipe on Kubernetes, for `kubectl apply -f -`.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 script=kubernetes.sh
-# shellcheck source=launch/supervised.sh
-source "$here/supervised.sh"
+# shellcheck source=launch/lib_supervised.sh
+source "$here/lib_supervised.sh"
 
 usage() {
     cat << 'HELP'
 usage: bash launch/kubernetes.sh --nodes N --gpus N --image IMAGE --claim CLAIM [OPTIONS] RECIPE [FLAGS of the recipe] | kubectl apply -f -
 
-Prints launch/kubernetes.yaml, a JobSet, filled in. It always prints: --print changes nothing. Needs the JobSet controller.
+Prints launch/kubernetes.yaml, a JobSet, filled in. It only prints, with or without --print. Needs the JobSet controller.
   --nodes N           pods, one a node
   --gpus N            GPUs, and ranks, in each pod; 0: pods without GPUs, with --processes ranks
   --processes N       ranks in each pod (default: --gpus)
   --image IMAGE       a container image with everything in requirements.txt
   --claim CLAIM       a PersistentVolumeClaim that all pods may write, mounted at /shared
   --repository DIR    the repository inside the pods (default: /shared/trifold); RECIPE is a path in it
-  --name NAME         of the JobSet (default: the recipe's file name)
+  --name NAME         name of the JobSet (default: the recipe's file name)
 HELP
     common_usage
-    echo "--restarts is the JobSet's: all its restarts, not those in a row."
+    echo "Here --restarts counts all restarts of the JobSet, not those in a row."
 }
 
 nodes="" gpus="" image="" claim="" repository=/shared/trifold name="" processes=""
@@ -44,7 +44,7 @@ own_flag() {
     took=2
 }
 
-# Words as a JSON list, which YAML reads as one.
+# Prints the words as a JSON list, which is also YAML.
 json_list() {
     local word line=""
     for word in "$@"; do

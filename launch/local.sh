@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# One recipe on this machine, through the deepspeed launcher.
+# Trains a recipe on this machine, through the deepspeed launcher.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 script=local.sh
-# shellcheck source=launch/supervised.sh
-source "$here/supervised.sh"
+# shellcheck source=launch/lib_supervised.sh
+source "$here/lib_supervised.sh"
 
 usage() {
     cat << 'HELP'
 usage: bash launch/local.sh [OPTIONS] RECIPE [FLAGS of the recipe]
 
 Trains RECIPE (a file) on this machine.
-  --processes N   ranks (default: one for each GPU; without a GPU, 1)
+  --processes N   ranks (default: one a GPU; without a GPU, 1)
 HELP
     common_usage
 }
@@ -27,5 +27,5 @@ own_flag() {
 }
 
 take_words "$@"
-# --hostfile: without it, a hostfile at DeepSpeed's usual place would start other machines too
+# --hostfile: without it, DeepSpeed would use a hostfile at its default path and start other machines too
 supervise deepspeed --hostfile /dev/null --master_port '{port}' "${processes[@]}"

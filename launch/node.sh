@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# What one machine of several runs, where a scheduler starts the same thing on each: the ranks of this machine.
+# Starts this machine's ranks, where a scheduler runs the same command on every machine of a job.
 set -euo pipefail
 
 usage() {
     cat << 'HELP'
 usage: bash launch/node.sh [--print] HOSTS SLOTS MASTER PORT RECIPE [FLAGS of the recipe]
 
-Starts SLOTS ranks of RECIPE here. launch/slurm.sbatch and launch/kubernetes.yaml run it on every machine.
-  HOSTS     all machines, as a,b,c, rank 0's first
-  MASTER    rank 0's address; PORT is where the ranks meet on it
+Starts SLOTS ranks of RECIPE on this machine. launch/slurm.sbatch and launch/pod.sh run it on every machine.
+  HOSTS     all machines, as a,b,c, that of rank 0 first
+  MASTER    rank 0's address; PORT: the port of its rendezvous
   --print   print the command instead of running it
   --help    this text
-This machine's place in HOSTS is NODE_RANK, or where SLURMD_NODENAME stands.
+This machine's index in HOSTS is NODE_RANK, or the position of SLURMD_NODENAME.
 HELP
 }
 
@@ -31,13 +31,13 @@ IFS=, read -r -a hosts <<< "$1"
 slots="$2" master="$3" port="$4"
 shift 4
 
-place="${NODE_RANK:-}"
+node_rank="${NODE_RANK:-}"
 for index in "${!hosts[@]}"; do
-    [[ -n "$place" || "${hosts[index]}" != "${SLURMD_NODENAME:-}" ]] || place="$index"
+    [[ -n "$node_rank" || "${hosts[index]}" != "${SLURMD_NODENAME:-}" ]] || node_rank="$index"
 done
-[[ "$place" =~ ^[0-9]+$ && "$place" -lt "${#hosts[@]}" ]] || fail "this machine has no place among ${hosts[*]}: set NODE_RANK"
+[[ "$node_rank" =~ ^[0-9]+$ && "$node_rank" -lt "${#hosts[@]}" ]] || fail "this machine is none of ${hosts[*]}: set NODE_RANK to its index"
 
-command=(deepspeed --no_ssh --node_rank "$place" --master_addr "$master" --master_port "$port")
+command=(deepspeed --no_ssh --node_rank "$node_rank" --master_addr "$master" --master_port "$port")
 if [[ -n "$print" ]]; then
     printf '%q ' "${command[@]}" --hostfile "<(lines of HOST slots=$slots)" "$@"
     echo
@@ -49,9 +49,9 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/venv.sh"
 # shellcheck source=launch/env.sh
 source "$here/env.sh"
-hostfile="$(mktemp)" # of this machine's own: /tmp is not shared
+hostfile="$(mktemp)" # one on each machine: /tmp is not shared
 printf "%s slots=$slots\n" "${hosts[@]}" > "$hostfile"
 trap 'rm -f "$hostfile"' EXIT
-# shellcheck source=launch/group.sh
-source "$here/group.sh"
+# shellcheck source=launch/lib_group.sh
+source "$here/lib_group.sh"
 run_in_group "${command[@]}" --hostfile "$hostfile" "$@"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# From nothing to a model that speaks: text, tokenizer, shards, 3D training on CPU, a Hugging Face folder, a sample.
+# From nothing to generated text: tokenizer, shards, 3D training on CPU, export to Hugging Face, a sample.
 set -euo pipefail
 
 usage() {
     cat << 'HELP'
 usage: bash launch/quickstart.sh [--steps N] [--out DIR] [--processes N] [--print]
 
-Trains recipes/quickstart.py on the sources of Python's standard library, on CPU, and lets the model write.
+Trains recipes/quickstart.py on CPU, on the sources of Python's standard library, and samples from the model.
   --steps N       stop after N steps (default: the recipe's)
   --out DIR       run directory (default: runs/quickstart, then runs/quickstart-2, ...)
   --processes N   ranks (default: 8, as tensor 2 x pipeline 2 x data 2)
@@ -14,7 +14,7 @@ Trains recipes/quickstart.py on the sources of Python's standard library, on CPU
   --help          this text
 
 A second run reuses the environment (.venv), the tokenizer and the shards (runs/quickstart_data).
-DS_ACCELERATOR=cuda in the environment runs it on GPUs.
+With DS_ACCELERATOR=cuda it runs on GPUs.
 HELP
 }
 
@@ -26,7 +26,7 @@ fail() {
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(dirname "$here")"
 data=runs/quickstart_data
-vocabulary=4096 # pieces of the tokenizer; the recipe's vocab_size must hold them
+vocabulary=4096 # tokens; at most the recipe's vocab_size
 
 steps="" out="" processes=8 print=""
 while (($#)); do
@@ -48,7 +48,7 @@ while (($#)); do
     esac
 done
 
-cd "$root" # every path below, and those printed, start here
+cd "$root" # all paths below are relative to it, printed ones included
 if [[ -z "$out" ]]; then
     out=runs/quickstart
     for ((number = 2; ; number++)); do
@@ -59,7 +59,7 @@ elif [[ -e "$out/checkpoints" || -e "$out/hf" ]]; then
     fail "--out $out holds an earlier run; give another folder, or remove it"
 fi
 
-# Prints or runs a command; the training one in a process group of its own.
+# Prints or runs a command; `group` runs it in a process group of its own.
 run() {
     local how="$1"
     shift
@@ -78,11 +78,11 @@ if [[ -z "$print" ]]; then
     source "$here/venv.sh"
     # shellcheck source=launch/env.sh
     source "$here/env.sh"
-    # shellcheck source=launch/group.sh
-    source "$here/group.sh"
+    # shellcheck source=launch/lib_group.sh
+    source "$here/lib_group.sh"
 fi
 export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
-[[ "$DS_ACCELERATOR" != cpu ]] || unset CUDA_VISIBLE_DEVICES # the launcher would take it for a list of CPU slots
+[[ "$DS_ACCELERATOR" != cpu ]] || unset CUDA_VISIBLE_DEVICES # the launcher would read it as a list of CPU slots
 
 if [[ ! -f "$data/dataset.json" ]]; then
     sources='the standard library'
@@ -91,7 +91,7 @@ if [[ ! -f "$data/dataset.json" ]]; then
         __pycache__ --train-tokenizer "$vocabulary" --validation-fraction 0.02 --bad skip --out "$data"
 fi
 
-port="${MASTER_PORT:-$((20000 + RANDOM % 20000))}" # a free one nearly always: two runs must not meet
+port="${MASTER_PORT:-$((20000 + RANDOM % 20000))}" # almost always free: two runs must not share a port
 training=(deepspeed --hostfile /dev/null --master_port "$port" --num_gpus "$processes" recipes/quickstart.py --out-dir "$out")
 [[ -z "$steps" ]] || training+=(--max-steps "$steps")
 run group "${training[@]}"

@@ -1,12 +1,12 @@
 # shellcheck shell=bash
 # Sourced: makes `python` one that has everything in requirements.txt.
-# An active virtual environment, or a conda environment other than base, is used as it is; nothing is installed there.
-# Otherwise .venv in the repository root is created, filled once, and reused until requirements.txt changes.
-# pip's own variables and configuration (an index, a proxy, a certificate) hold.
+# Uses an active virtual environment, or a conda environment other than base, as it is, and installs nothing there.
+# Otherwise creates .venv in the repository root, and reuses it until requirements.txt changes.
+# pip's own variables and configuration (index, proxy, certificate) apply.
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-# Prints the first Python of 3.11 or newer.
+# Prints the first Python that is 3.11 or newer.
 find_python() {
     local candidate
     for candidate in python3.11 python3.12 python3.13 python3.14 python3 python; do
@@ -19,7 +19,7 @@ find_python() {
     return 1
 }
 
-# Creates .venv where it is missing, and installs requirements.txt where they differ from those installed.
+# Creates .venv if it is missing, and installs requirements.txt if it differs from what was installed.
 fill_venv() {
     local venv="$repository/.venv" stamp="$repository/.venv/requirements.txt" creator
     if [[ ! -x "$venv/bin/python" ]]; then
@@ -30,14 +30,14 @@ fill_venv() {
             return 1
         fi
     fi
-    if ! cmp -s "$repository/requirements.txt" "$stamp"; then # the copy is made last, so an install cut short is repeated
+    if ! cmp -s "$repository/requirements.txt" "$stamp"; then # copied last, so an interrupted install is repeated
         echo "installing requirements.txt into $venv (once; some minutes)" >&2
         "$venv/bin/python" -m pip install --disable-pip-version-check --quiet -r "$repository/requirements.txt" >&2 || return 1
         cp "$repository/requirements.txt" "$stamp"
     fi
 }
 
-# Fails, with the cure, where the active environment lacks a package.
+# Fails if the active environment lacks a package, and says how to install it.
 check_active() {
     python - << 'CHECK' >&2
 import importlib.util, sys

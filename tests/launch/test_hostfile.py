@@ -56,7 +56,7 @@ def test_two_hosts_train_as_one_and_go_on_after_a_cut_cable(hosts, tmp_path):
     wait_for_step(job, run_dir, 22, since=began)
     assert job.wait(120) == 0, output(run_dir)
     assert_all_end(everyone, 1)
-    assert "host nowhere does not answer: left out" in output(run_dir)
+    assert "host nowhere does not answer: excluded" in output(run_dir)
     cut, *_, finished = ends(run_dir)
     assert cut["cause"] == "host_lost", cut
     assert "host beta with ranks [2, 3]" in cut["detail"]

@@ -77,7 +77,7 @@ def render(*words: object) -> subprocess.CompletedProcess:
 
 def test_the_job_set_fits_the_api_and_says_what_was_asked():
     flags = ["--out-dir", '/shared/a "b"\\c', "--max-steps", 5]
-    done = render(*WORDS, "--restarts", 7, "--stall-steps", 20, "recipes/quickstart.py", *flags)
+    done = render(*WORDS, "--restarts", 7, "--hang-seconds", 20, "recipes/quickstart.py", *flags)
     assert done.returncode == 0, done.stderr
     job_set = yaml.safe_load(done.stdout)
     assert misfits(job_set, JOB_SET) == []
@@ -87,7 +87,7 @@ def test_the_job_set_fits_the_api_and_says_what_was_asked():
     job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", 3, 3)
     container = job["template"]["spec"]["containers"][0]
-    assert container["args"] == ["--stall-steps", "20", "recipes/quickstart.py", *map(str, flags)]
+    assert container["args"] == ["--hang-seconds", "20", "recipes/quickstart.py", *map(str, flags)]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert {v["name"]: v.get("value") for v in container["env"]}["POD_NODES"] == "3"
     # restartPolicy Never is what podFailurePolicy demands; volumes and mounts name each other

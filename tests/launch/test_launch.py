@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("tests/*.sh"), ROOT / ".ci" / "run"])
-SOURCED = {"env.sh", "group.sh", "supervised.sh", "venv.sh"}  # no programs
+SOURCED = {"env.sh", "lib_group.sh", "lib_supervised.sh", "venv.sh"}  # no programs
 STARTERS = ["local.sh", "hostfile.sh", "slurm.sbatch", "kubernetes.sh", "pod.sh"]  # all with the words RECIPE [FLAGS]
 PROGRAMS = [*STARTERS, "quickstart.sh", "node.sh"]
 
@@ -69,7 +69,7 @@ def test_quickstart_prints_its_commands_from_any_folder(tmp_path: Path) -> None:
     out = str(tmp_path / "a b").replace(" ", "\\ ")
     assert lines[-3].endswith(f"--num_gpus 4 recipes/quickstart.py --out-dir {out} --max-steps 7 ")
     assert lines[-3].startswith("deepspeed ")
-    assert lines[-2].split()[:3] == ["python", "-m", "tools.checkpoint", "to-hf"]
+    assert lines[-2].split()[:4] == ["python", "-m", "tools.checkpoint", "to-hf"]
     assert lines[-1].split()[:3] == ["python", "-m", "tools.sample"]
     assert not (tmp_path / "a b").exists()
 
@@ -93,7 +93,7 @@ POD = {"POD_JOB": "job", "POD_NODES": "2", "POD_SLOTS": "4"}
          "srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --nodelist={hosts} --overlap --cpu-bind=none --mpi=none "
          f"--unbuffered bash {ROOT}/launch/node.sh {{hosts}} 8 {{master}} {{port}}"),
         ("pod.sh", ["--no-preflight"], POD | {"JOB_COMPLETION_INDEX": "0", "POD_RESTART": "1"},
-         ["--no-preflight", "--restarts", "0", "--continue", "--address", "job-node-0-0.job", "--lease-port", "29501",
+         ["--no-preflight", "--restarts", "0", "--continue", "--address", "job-node-0-0.job", "--report-port", "29501",
           "--token", "job", "--master", "job-node-0-0.job", "--processes", "8"],
          f"bash {ROOT}/launch/node.sh job-node-0-0.job,job-node-0-1.job 4 {{master}} {{port}}"),
         ("pod.sh", [], POD | {"JOB_COMPLETION_INDEX": "1"},
@@ -123,7 +123,7 @@ def test_a_node_prints_its_command() -> None:
         assert result.stdout.endswith(" recipes/quickstart.py --max-steps 3 \n")
     nowhere = run("bash", *words, env=os.environ | {"SLURMD_NODENAME": "d"})
     assert nowhere.returncode == 2
-    assert "this machine has no place among a b c: set NODE_RANK" in nowhere.stderr
+    assert "this machine is none of a b c: set NODE_RANK to its index" in nowhere.stderr
 
 
 def readme_commands() -> list[str]:
@@ -192,7 +192,7 @@ def test_env_keeps_what_the_user_set() -> None:
 
 
 def group_script(command: str) -> str:
-    return f"set -euo pipefail; export STOP_SECONDS=2; source {ROOT}/launch/group.sh; run_in_group {command}"
+    return f"set -euo pipefail; export STOP_SECONDS=2; source {ROOT}/launch/lib_group.sh; run_in_group {command}"
 
 
 def alive(pid: int) -> bool:

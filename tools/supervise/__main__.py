@@ -1,10 +1,14 @@
-"""Start a recipe through a launcher, watch its ranks, and start it again from its last checkpoint when one is lost.
+"""Start a recipe through a launcher, watch its ranks, and restart it from its last checkpoint when it fails.
 
     python -m tools.supervise [OPTIONS] --launcher 'deepspeed --hostfile {hostfile} ...' RECIPE [FLAGS of the recipe]
 
-The launch scripts call it. In the launcher's words {hostfile}, {hosts}, {nodes}, {master}, {port} and {force_multi} are replaced
-at every attempt. Restarted: a lost rank or host, a hang, an exception. Not restarted: a wrong recipe (exit 2), numbers that
-make going on useless (3), a request to leave (SIGTERM, SIGINT, SIGUSR1: saves, then 75). 0: trained to the end; 1: gave up.
+The launch scripts call it. At every attempt these words of --launcher are filled in:
+  {hostfile}      a file of the chosen hosts, lines of `HOST slots=N`       {hosts}   their names, comma-separated
+  {nodes}         how many they are                                         {master}  the address of rank 0's host
+  {force_multi}   --force_multi for several hosts, else nothing             {port}    a free port, new at every attempt
+
+Restarted: a lost rank or host, a hang, an exception. Not restarted: a configuration error (exit 2), a diverged run (exit 3),
+SIGTERM, SIGINT or SIGUSR1 (the ranks save; exit 75). Exit 0: trained to the end; 1: gave up.
 """
 
 from __future__ import annotations
@@ -28,28 +32,28 @@ from recipes.common.run_dir.attempts import begin_attempt, end_attempt, has_begu
 from recipes.common.runtime.supervisor_link import SUPERVISOR
 from tools.common.console import FAILED, MISTAKE, UsageError, exit_code
 from tools.supervise.attempt import POLL_SECONDS, run_attempt, say
-from tools.supervise.endings import EXIT_CODES, HOST_LOST, LEFT, PREFLIGHT, USER_ERROR, Ending, Restarts, is_restarted
-from tools.supervise.hang_detector import Limits
+from tools.supervise.endings import EXIT_CODES, HOST_LOST, LEFT, PREFLIGHT, USER_ERROR, Ending, RestartPolicy, is_restarted
+from tools.supervise.hang_detector import HangLimits
 from tools.supervise.hosts import RecipeFacts, choose_hosts, own_address, probe_hosts, read_hostfile, read_recipe
 from tools.supervise.launcher import fill_words, run_preflight, write_exports
 from tools.supervise.rank_links import RankLinks
 
-ONCE = ("--dry-run", "--help", "-h")  # flags of a recipe that start no run
+NO_RUN = ("--dry-run", "--help", "-h")  # flags of a recipe that start no run
 
 
 @dataclass
-class Asked:
-    """How often, and by which signal first, this process was asked to end."""
+class StopRequests:
+    """How often this process was asked to end, and by which signal first."""
 
     times: int = 0
-    name: str = ""
+    first_signal: str = ""
 
     def count(self) -> int:
         return self.times
 
-    def note(self, number: int, frame: object) -> None:
+    def add(self, number: int, frame: object) -> None:
         self.times += 1
-        self.name = self.name or signal.Signals(number).name
+        self.first_signal = self.first_signal or signal.Signals(number).name
 
 
 def main() -> int:
@@ -58,26 +62,26 @@ def main() -> int:
     if not recipe.is_file():
         raise UsageError(f"there is no recipe file {recipe}")
     facts = read_recipe(recipe)
-    if set(ONCE) & set(flags.recipe_flags):
+    if set(NO_RUN) & set(flags.recipe_flags):
         return subprocess.call([sys.executable, flags.recipe, *_for_one_process(flags.recipe_flags, flags.processes)])
     run_dir = _run_dir(flags.recipe_flags, facts)
-    asked = Asked()
+    stops = StopRequests()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, asked.note)
+        signal.signal(number, stops.add)
     if flags.join:
-        return _follow(flags, run_dir, asked)
-    return _supervise(flags, facts, run_dir, asked)
+        return _join(flags, run_dir, stops)
+    return _supervise(flags, facts, run_dir, stops)
 
 
-def _supervise(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, asked: Asked) -> int:
-    rule = Restarts(flags.restarts, flags.backoff_seconds)
-    cause, in_a_row, began_with = ("asked" if flags.go_on else "first"), 0, sealed_time(run_dir)
-    progress = began_with
+def _supervise(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, stops: StopRequests) -> int:
+    policy = RestartPolicy(flags.restarts, flags.backoff_seconds)
+    cause, in_a_row, sealed_before = ("asked" if flags.resume_first else "first"), 0, sealed_time(run_dir)
+    progress = sealed_before
     while True:
-        ending = _attempt(flags, facts, run_dir, cause, asked)
-        say(f"ended: {ending.cause}: {ending.detail}")
-        if ending.cause == LEFT or (asked.times and is_restarted(ending.cause)):
-            return _leave(flags, asked, run_dir, began_with)
+        ending = _attempt(flags, facts, run_dir, cause, stops)
+        say(f"attempt ended: {ending.cause}: {ending.detail}")
+        if ending.cause == LEFT or (stops.times and is_restarted(ending.cause)):
+            return _stop(flags, stops, run_dir, sealed_before)
         if not is_restarted(ending.cause):
             return EXIT_CODES[ending.cause]
         if ending.cause == PREFLIGHT and cause in ("first", "asked"):
@@ -85,133 +89,133 @@ def _supervise(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, ask
         if sealed_time(run_dir) > progress:
             in_a_row, progress = 0, sealed_time(run_dir)
         in_a_row, cause = in_a_row + 1, ending.cause
-        wait = rule.wait_seconds(in_a_row)
+        wait, step = policy.wait_seconds(in_a_row), sealed_step(run_dir)
         if wait is None:
-            say(f"giving up after {rule.limit} restarts without a new checkpoint; the last is of step {sealed_step(run_dir)}")
+            say(f"giving up after {policy.limit} restarts without a new checkpoint; the last checkpoint is of step {step}")
             return FAILED
-        say(f"restart {in_a_row} of {rule.limit} without a new checkpoint, from step {sealed_step(run_dir)}, in {wait:.0f} s")
+        say(f"restart {in_a_row} of {policy.limit} without a new checkpoint: from step {step}, in {wait:.0f} s")
         end = time.monotonic() + wait
-        while time.monotonic() < end and not asked.times:
+        while time.monotonic() < end and not stops.times:
             time.sleep(min(0.2, wait))
-        if asked.times:
-            return _leave(flags, asked, run_dir, began_with)
+        if stops.times:
+            return _stop(flags, stops, run_dir, sealed_before)
 
 
-def _follow(flags: argparse.Namespace, run_dir: Path, asked: Asked) -> int:
-    """This machine's ranks of a job whose supervisor is on another: started once, with the same words, and watched from there."""
+def _join(flags: argparse.Namespace, run_dir: Path, stops: StopRequests) -> int:
+    """Start this machine's ranks once, for a supervisor on another machine that watches them."""
     with tempfile.TemporaryDirectory(prefix="trifold-") as folder:
         environment = os.environ | {SUPERVISOR: flags.join}
         command = fill_words(flags.launcher, Path(folder), {}, flags.master)
         if flags.preflight:
-            code, _ = run_preflight(command, environment, flags.recipe, run_dir, {}, asked.count)
+            code, _ = run_preflight(command, environment, flags.recipe, run_dir, {}, stops.count)
             if code:
                 return code
-        cause = "asked" if flags.go_on else "first"
+        cause = "asked" if flags.resume_first else "first"
         command += [flags.recipe, *flags_of_attempt(flags.recipe_flags, run_dir, cause)]
         job = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-        told = 0
+        passed_on = 0
         while job.poll() is None:
             time.sleep(POLL_SECONDS)
-            if asked.times > told:  # the launcher passes it on; then every rank of the job saves and leaves
-                told = asked.times
+            if stops.times > passed_on:  # the launcher passes it on; then every rank of the job saves and exits
+                passed_on = stops.times
                 os.killpg(job.pid, signal.SIGTERM)
     return job.returncode if job.returncode >= 0 else FAILED
 
 
 @dataclass(frozen=True)
-class Start:
-    """What the next attempt is started with."""
+class Launch:
+    """The hosts, command and environment of an attempt."""
 
     hosts: dict[str, int]  # host -> ranks; {} where the launcher knows them itself
-    command: list[str]  # the launcher's words
+    command: list[str]
     environment: dict[str, str]
 
 
-def _attempt(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, cause: str, asked: Asked) -> Ending:
-    """One start of the ranks on the hosts that are good, recorded in logs/attempts.jsonl."""
+def _attempt(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, cause: str, stops: StopRequests) -> Ending:
+    """Run the ranks once on the good hosts; record it in logs/attempts.jsonl."""
     with tempfile.TemporaryDirectory(prefix="trifold-") as folder:
-        lease: RankLinks | None = None
+        links: RankLinks | None = None
         try:
-            lease = RankLinks(flags.token, flags.lease_port)
-            start = _find_start(flags, facts, run_dir, Path(folder), lease, cause, asked)
-            if isinstance(start, Ending):
-                return start
+            links = RankLinks(flags.token, flags.report_port)
+            launch = _prepare_launch(flags, facts, run_dir, Path(folder), links, cause, stops)
+            if isinstance(launch, Ending):
+                return launch
             words = flags_of_attempt(flags.recipe_flags, run_dir, cause)
-            command = [*start.command, flags.recipe, *words]
-            world_size, hosts = sum(start.hosts.values()) or flags.processes, start.hosts or {socket.gethostname(): 0}
+            command = [*launch.command, flags.recipe, *words]
+            world_size, hosts = sum(launch.hosts.values()) or flags.processes, launch.hosts or {socket.gethostname(): 0}
             number = begin_attempt(run_dir, world_size, hosts, cause, _resumed_step(words, run_dir))
             say(f"attempt {number}: {shlex.join(command)}")
             stacks = run_dir / "logs" / "stacks" / f"attempt_{number}"
-            limits = Limits(flags.stall_steps, flags.stall_floor_seconds, flags.start_seconds, flags.long_seconds)
-            ending = run_attempt(command, start.environment, lease, run_dir, stacks, limits, flags.stop_seconds, asked.count)
+            limits = HangLimits(flags.hang_seconds, flags.long_phase_seconds)
+            ending = run_attempt(command, launch.environment, links, run_dir, stacks, limits, flags.stop_seconds, stops.count)
         finally:
-            if lease is not None:
-                lease.close()
+            if links is not None:
+                links.close()
     end_attempt(run_dir, number, ending.cause, ending.detail)
     return ending
 
 
-def _find_start(
-    flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, folder: Path, lease: RankLinks, cause: str, asked: Asked
-) -> Start | Ending:
-    """Hosts that answer and pass preflight, and the words to start on them; an ending where there are too few."""
+def _prepare_launch(
+    flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, folder: Path, links: RankLinks, cause: str, stops: StopRequests
+) -> Launch | Ending:
+    """Return a launch on hosts that answer and pass preflight; an ending where too few do."""
     hosts = read_hostfile(Path(flags.hostfile)) if flags.hostfile else {}
     bad: list[str] = []
     if hosts and flags.probe and (flags.spares or cause not in ("first", "asked")):
         bad = probe_hosts(list(hosts), flags.probe)
         for host in bad:
-            say(f"host {host} does not answer: left out")
+            say(f"host {host} does not answer: excluded")
     while True:
         chosen = choose_hosts(hosts, bad, facts.layouts, flags.spares, flags.min_hosts) if hosts else {}
         if hosts and not chosen:
             if bad:
-                return Ending(HOST_LOST, f"without {', '.join(bad)} too few hosts are left, or the recipe has no layout for them")
+                return Ending(HOST_LOST, f"too few hosts without {', '.join(bad)}, or the recipe has no layout for those left")
             raise UsageError(
                 f"--hostfile {flags.hostfile}: {len(hosts)} hosts with {sum(hosts.values())} ranks, {flags.spares} spare; the "
                 f"recipe has layouts for {list(facts.layouts or ())} ranks: change the slots, --spares, or add a layout"
             )
         address = flags.address or own_address(list(chosen))
-        environment = os.environ | {SUPERVISOR: f"{address}:{lease.port}:{lease.token}"}
+        environment = os.environ | {SUPERVISOR: f"{address}:{links.port}:{links.token}"}
         if chosen:
             environment["DS_ENV_FILE"] = write_exports(folder / "environment", environment)
         if not flags.preflight:
-            return Start(chosen, fill_words(flags.launcher, folder, chosen, flags.master), environment)
+            return Launch(chosen, fill_words(flags.launcher, folder, chosen, flags.master), environment)
         command = fill_words(flags.launcher, folder, chosen, flags.master)
-        code, blamed = run_preflight(command, environment, flags.recipe, run_dir, chosen, asked.count)
+        code, blamed = run_preflight(command, environment, flags.recipe, run_dir, chosen, stops.count)
         if code == 0:
-            return Start(chosen, fill_words(flags.launcher, folder, chosen, flags.master), environment)
+            return Launch(chosen, fill_words(flags.launcher, folder, chosen, flags.master), environment)
         if code == MISTAKE:
-            return Ending(USER_ERROR, "the recipe or its flags are wrong; the message is above")
+            return Ending(USER_ERROR, "the recipe or its flags are wrong; see the message above")
         blamed = [host for host in blamed if host in chosen]
-        if not blamed or (not flags.spares and flags.min_hosts is None) or asked.times:
-            return Ending(PREFLIGHT, "the machines are not fit; what is wrong is above (--no-preflight starts without a look)")
-        say(f"preflight blames {', '.join(blamed)}: left out")
+        if not blamed or (not flags.spares and flags.min_hosts is None) or stops.times:
+            return Ending(PREFLIGHT, "the machines failed preflight; see the problems above (--no-preflight skips it)")
+        say(f"preflight blames {', '.join(blamed)}: excluded")
         bad += blamed
 
 
-def _leave(flags: argparse.Namespace, asked: Asked, run_dir: Path, began_with: float) -> int:
-    """began_with: when the newest checkpoint had been sealed, as this process began."""
-    step = sealed_step(run_dir)
-    say(f"left on {asked.name or 'request'} with step {step} saved; go on with --resume")
-    if flags.requeue and asked.name == "SIGUSR1" and sealed_time(run_dir) > began_with:
+def _stop(flags: argparse.Namespace, stops: StopRequests, run_dir: Path, sealed_before: float) -> int:
+    """Report the stop and requeue the job where asked. sealed_before: when the newest checkpoint at our start was sealed."""
+    step, by = sealed_step(run_dir), stops.first_signal
+    say(f"stopped by {by or 'request'}; the last checkpoint is of step {step}; continue with --resume")
+    if flags.requeue and by == "SIGUSR1" and sealed_time(run_dir) > sealed_before:
         job = os.environ.get("SLURM_JOB_ID", "")
-        say(f"back into the queue: scontrol requeue {job}")
+        say(f"requeueing: scontrol requeue {job}")
         subprocess.call(["scontrol", "requeue", job])
-    elif flags.requeue and asked.name == "SIGUSR1":
-        say("not queued again: the time limit brought no new checkpoint, and would bring none again; raise --time")
+    elif flags.requeue and by == "SIGUSR1":
+        say("not requeued: no new checkpoint was saved within the time limit, nor would be the next time; raise --time")
     return EXIT_CODES[LEFT]
 
 
 def flags_of_attempt(given: list[str], run_dir: Path, cause: str) -> list[str]:
-    """The recipe's flags as given; once the job has begun, a start goes on from what is sealed, if anything is."""
+    """Return the recipe's flags as given; once the job has begun, with --resume if there is a checkpoint."""
     if cause == "first" or not has_begun(run_dir):
         return given
-    others = _resume_flags(given)[1]  # --resume-step went back once: again, it would undo what was trained since
+    others = _resume_flags(given)[1]  # --resume-step rolls back once: again, it would undo what was trained since
     return [*others, "--resume"] if sealed_step(run_dir) else others
 
 
 def _resume_flags(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(.resume, .resume_step as a recipe reads them; the other words)"""
+    """Return (.resume and .resume_step as a recipe reads them, the other words)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--resume-step", type=int)
@@ -219,7 +223,7 @@ def _resume_flags(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _resumed_step(words: list[str], run_dir: Path) -> int:
-    """The step that a start with these flags goes on from; 0 for a fresh one."""
+    """Return the step that a start with these flags resumes from; 0 for a fresh one."""
     flags = _resume_flags(words)[0]
     return flags.resume_step or (sealed_step(run_dir) if flags.resume else 0)
 
@@ -229,12 +233,12 @@ def _run_dir(recipe_flags: list[str], facts: RecipeFacts) -> Path:
     parser.add_argument("--out-dir", default=f"runs/{facts.name}" if facts.name else None)
     found = parser.parse_known_args(recipe_flags)[0].out_dir
     if found is None:
-        raise UsageError("the recipe's source does not spell out its name, so give --out-dir")
+        raise UsageError("the recipe's source has no literal name; give --out-dir")
     return Path(found).expanduser().resolve()
 
 
 def _for_one_process(recipe_flags: list[str], processes: int | None) -> list[str]:
-    """A dry run needs no launcher, but the number of ranks that there would be."""
+    """Return the flags of a dry run, with the number of ranks that a launcher would start."""
     if "--dry-run" in recipe_flags and processes and "--world-size" not in recipe_flags:
         return [*recipe_flags, "--world-size", str(processes)]
     return recipe_flags
@@ -246,34 +250,31 @@ def _parse_flags() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--launcher", required=True, metavar="WORDS", help="the command that starts the ranks, up to the recipe")
-    add("--processes", type=int, help="ranks, where the launcher's words say so and no hostfile does: for the record")
-    where = parser.add_argument_group("hosts")
-    add = where.add_argument
-    add("--hostfile", help="lines of `HOST slots=N`, read anew at every attempt: hosts may come and go")
-    add("--spares", type=int, default=0, metavar="N", help="hosts that stay idle until another is bad (default: %(default)s)")
-    add("--min-hosts", type=int, metavar="N", help="go on with as few as N when others are bad (default: with all but spares)")
-    add("--probe", metavar="WORDS", help="a command that ends well where {host} is usable; asked before every restart")
+    add("--processes", type=int, help="number of ranks where no hostfile says it: for the record and for --dry-run")
+    add = parser.add_argument_group("hosts").add_argument
+    add("--hostfile", help="lines of `HOST slots=N`, read again at every attempt: hosts may come and go")
+    add("--spares", type=int, default=0, metavar="N", help="hosts kept idle until another is bad (default: %(default)s)")
+    add("--min-hosts", type=int, metavar="N", help="continue with as few as N when others are bad (default: all but the spares)")
+    add("--probe", metavar="WORDS", help="command that succeeds where {host} is usable; run before every restart")
+    add("--no-preflight", dest="preflight", action="store_false", help="start without `python -m tools.preflight`")
     add("--master", help="rank 0's address (default: the first host's, as the others reach it)")
     add("--address", help="this machine's address, as the ranks reach it (default: found)")
-    add("--lease-port", type=int, default=0, metavar="PORT", help="where the ranks report (default: any free one)")
-    add("--join", metavar="HOST:PORT:TOKEN", help="start this machine's ranks once, for a supervisor that runs there")
-    add("--token", help="what a rank must say to be heard (default: drawn)")
-    add("--no-preflight", dest="preflight", action="store_false", help="start without `python -m tools.preflight`")
-    when = parser.add_argument_group("restarts")
-    add = when.add_argument
-    add("--restarts", type=int, default=5, metavar="N", help="in a row without a new checkpoint (default: %(default)s)")
-    add("--backoff-seconds", type=float, default=5.0, metavar="S", help="before the first; then doubled (default: %(default)s)")
-    add("--continue", dest="go_on", action="store_true", help="the first attempt too goes on from a checkpoint, if there is one")
-    add("--requeue", action="store_true", help="after SIGUSR1 and a save: `scontrol requeue` this job")
-    add("--stop-seconds", type=float, default=60.0, metavar="S", help="to save and leave when asked (default: %(default)s)")
-    limits = parser.add_argument_group("hangs")
-    add = limits.add_argument
-    add("--stall-steps", type=float, default=10.0, metavar="K", help="median steps without progress (default: %(default)s)")
-    add("--stall-floor-seconds", type=float, default=120.0, metavar="S", help="but at least (default: %(default)s)")
-    add("--start-seconds", type=float, default=1800.0, metavar="S", help="up to the first step's end (default: %(default)s)")
-    add("--long-seconds", type=float, default=1800.0, metavar="S", help="an evaluation, a save (default: %(default)s)")
-    parser.add_argument("recipe", help="the recipe's file")
-    parser.add_argument("recipe_flags", nargs=argparse.REMAINDER, help="flags of the recipe, as --out-dir DIR")
+    add("--report-port", type=int, default=0, metavar="PORT", help="port on which the ranks report (default: any free one)")
+    add("--token", help="what a rank must send to be accepted (default: random)")
+    add("--join", metavar="HOST:PORT:TOKEN", help="start this machine's ranks once, for the supervisor at that address")
+    add = parser.add_argument_group("restarts").add_argument
+    add("--restarts", type=int, default=5, metavar="N", help="give up after N in a row without a new checkpoint (%(default)s)")
+    add("--backoff-seconds", type=float, default=5.0, metavar="S", help="wait before the first; doubles up to 300 (%(default)s)")
+    add("--continue", dest="resume_first", action="store_true", help="resume in the first attempt too, if there is a checkpoint")
+    add("--requeue", action="store_true", help="after SIGUSR1 and a new checkpoint: `scontrol requeue` this job")
+    add = parser.add_argument_group("time limits (seconds)").add_argument
+    add("--hang-seconds", type=float, default=120.0, metavar="S",
+        help="restart after S without progress in a step, and at least 10 median steps (%(default)s)")  # fmt: skip
+    add("--long-phase-seconds", type=float, default=1800.0, metavar="S",
+        help="the same up to the first step's end, in an evaluation and in a blocking save (%(default)s)")  # fmt: skip
+    add("--stop-seconds", type=float, default=60.0, metavar="S", help="to save and exit when asked to stop (%(default)s)")
+    parser.add_argument("recipe", help="a recipe file")
+    parser.add_argument("recipe_flags", nargs=argparse.REMAINDER, help="flags of the recipe, such as --out-dir DIR")
     flags = parser.parse_args()
     for name in ("spares", "restarts"):
         if getattr(flags, name) < 0:

@@ -1,4 +1,4 @@
-"""One attempt: start the launcher, watch its ranks until all have ended, and say why they did."""
+"""Runs one attempt: starts the launcher, watches its ranks until all have ended, and returns why they did."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 
 import psutil
 
-from recipes.common.run_dir.heartbeat import read_beats
+from recipes.common.run_dir.heartbeat import Beat, read_beats
 from tools.supervise.endings import HANG, LAUNCHER, LEFT, RANK_LOST, Ending, is_restarted, judge
-from tools.supervise.hang_detector import Limits, StepTimes, last_in_line, name_culprits, patience_seconds
+from tools.supervise.hang_detector import HangLimits, RecentSteps, find_culprits, hang_seconds, slowest_rank
 from tools.supervise.rank_links import RankEvent, RankLinks
 
 POLL_SECONDS = 0.25
-GRACE_SECONDS = 4.0  # after the first failure: for the other ranks' tracebacks. Then all are killed
-STACKS_SECONDS = 3.0  # for stacks to come in; a stopped rank sends none
+GRACE_SECONDS = 4.0  # from the first failure to killing all: for the other ranks' tracebacks
+STACKS_SECONDS = 3.0  # for stacks to arrive; a stopped rank sends none
 LAUNCHER_SECONDS = 2.0  # for a launcher whose ranks are gone: with 10 s of silence, all is over in 15
 
 
@@ -30,19 +30,19 @@ def say(text: str) -> None:
 
 
 @dataclass
-class Watch:
+class Observed:
     """What is known of the attempt so far."""
 
     events: list[RankEvent] = field(default_factory=list)
-    hosts: dict[str, set[int]] = field(default_factory=dict)  # host -> its ranks, also those that ended
+    hosts: dict[str, set[int]] = field(default_factory=dict)  # host -> its ranks, those that ended included
     stacks: dict[int, str] = field(default_factory=dict)
     states: dict[int, str] = field(default_factory=dict)
-    steps: StepTimes = field(default_factory=StepTimes)
-    signs: tuple[float, ...] = ()  # the time in every heartbeat, by its own host's clock
-    moved: float = field(default_factory=time.monotonic)  # when they changed last, by this one's
-    looked: float = 0.0  # monotonic: when they were read last
+    steps: RecentSteps = field(default_factory=RecentSteps)
+    beat_times: tuple[float, ...] = ()  # in every heartbeat, by its own host's clock
+    last_progress: float = field(default_factory=time.monotonic)  # when they changed last, by this host's
+    last_read: float = 0.0  # monotonic: when they were read last
 
-    def take(self, events: Sequence[RankEvent]) -> None:
+    def add(self, events: Sequence[RankEvent]) -> None:
         for event in events:
             self.events.append(event)
             self.hosts.setdefault(event.host, set()).add(event.rank)
@@ -52,124 +52,127 @@ class Watch:
                 self.states[event.rank] = event.word
 
     def failed(self) -> bool:
-        """Whether a rank ended in a way that the others cannot go on after."""
+        """Return whether a rank ended in a way that the others cannot continue after."""
         return any(e.kind in ("lost", "silent") or (e.kind == "end" and e.word not in ("finished", "left")) for e in self.events)
 
 
 def run_attempt(
     command: Sequence[str],
     environment: Mapping[str, str],
-    lease: RankLinks,
+    links: RankLinks,
     run_dir: Path,
     stacks_dir: Path,
-    limits: Limits,
+    limits: HangLimits,
     stop_seconds: float,
-    asked: Callable[[], int],
+    stop_requests: Callable[[], int],
 ) -> Ending:
-    """Start `command`, the launcher, in a process group of its own, and stay until it and every rank have ended.
+    """Start the launcher `command` in a process group of its own; return when it and every rank have ended.
 
-    asked: how often this process was asked to end. Once: the ranks save and leave, within stop_seconds. Twice: at once.
+    stop_requests: returns how often this process was asked to end. Once: ranks save and exit within stop_seconds. Twice: now.
     """
-    watch = Watch()
+    seen = Observed()
     began = time.time()
     launcher = subprocess.Popen(command, env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True)
     hang: Ending | None = None
-    told_to_leave = False
-    deadline: float | None = None  # monotonic: when patience ends and the ranks are killed
+    stopping = False
+    deadline: float | None = None  # monotonic: when the ranks are killed
     try:
         while True:
-            watch.take(lease.poll(POLL_SECONDS))
+            seen.add(links.poll(POLL_SECONDS))
             code, now = launcher.poll(), time.monotonic()
-            if code is not None and not lease.ranks():
+            if code is not None and not links.ranks():
                 break
-            if asked() and not told_to_leave:
-                told_to_leave, deadline = True, now + stop_seconds
-                if not _all_train(lease, run_dir, began):
-                    say("asked to end before the first step: there is nothing new to save")
+            if stop_requests() and not stopping:
+                stopping, deadline = True, now + stop_seconds
+                if not _all_train(links, run_dir, began):
+                    say("stop requested before the first step: nothing new to save")
                     break
-                say(f"asked to end: the ranks save and leave, at most {stop_seconds:.0f} s")
-                lease.tell("leave")
-            if asked() > 1:
+                say(f"stop requested: ranks save and exit within {stop_seconds:.0f} s")
+                links.send("leave")
+            if stop_requests() > 1:
                 deadline = now
-            if (watch.failed() or code is not None) and (deadline is None or deadline > now + GRACE_SECONDS):
-                # silence took its seconds already: the other hosts shall not wait on
-                silent = any(event.kind == "silent" for event in watch.events)
+            if (seen.failed() or code is not None) and (deadline is None or deadline > now + GRACE_SECONDS):
+                # the silence already took its seconds: the other hosts must not wait longer
+                silent = any(event.kind == "silent" for event in seen.events)
                 deadline = now if silent else now + GRACE_SECONDS
             if deadline is None and hang is None:
-                hang = _look_for_hang(lease, watch, run_dir, stacks_dir, limits, began)
+                hang = _check_hang(links, seen, run_dir, stacks_dir, limits, began)
                 deadline = now if hang else None
             if deadline is not None and now >= deadline:
                 break
     finally:
-        _end_all(launcher, lease, watch)
+        _end_all(launcher, links, seen)
     if hang is not None:
         return hang
-    ending = judge(watch.events, launcher.returncode, watch.hosts)
-    if told_to_leave and is_restarted(ending.cause):
-        return Ending(LEFT, f"asked to leave, and ended before it had saved: {ending.detail}")
-    if ending.cause == LAUNCHER and watch.hosts:
-        return Ending(RANK_LOST, f"the launcher ended with code {launcher.returncode} and left its ranks")
+    ending = judge(seen.events, launcher.returncode, seen.hosts)
+    if stopping and is_restarted(ending.cause):
+        return Ending(LEFT, f"stopped on request, before it had saved: {ending.detail}")
+    if ending.cause == LAUNCHER and seen.hosts:
+        return Ending(RANK_LOST, f"the launcher exited with code {launcher.returncode} and left its ranks behind")
     return ending
 
 
-def _all_train(lease: RankLinks, run_dir: Path, began: float) -> bool:
-    """Whether every rank has come to its loop: before, it has nothing to save, and a request to leave would just kill it."""
-    at_work = {beat.rank for beat in read_beats(run_dir, since=began) if beat.step > 0}
-    return bool(at_work) and at_work >= set(lease.ranks())
+def _all_train(links: RankLinks, run_dir: Path, began: float) -> bool:
+    """Return whether every rank has reached the loop. Before it, nothing can be saved and the stop signal would kill the rank."""
+    training = {beat.rank for beat in read_beats(run_dir, since=began) if beat.step > 0}
+    return bool(training) and training >= set(links.ranks())
 
 
-def _end_all(launcher: subprocess.Popen[bytes], lease: RankLinks, watch: Watch) -> None:
-    """Leave no process: ranks by their guards, on every host; the launcher and what it started here by its group."""
-    lease.tell("die")
+def _end_all(launcher: subprocess.Popen[bytes], links: RankLinks, seen: Observed) -> None:
+    """Leave no process behind: end ranks on every host by their guards, the launcher and its children here by its session."""
+    links.send("die")
     end = time.monotonic() + LAUNCHER_SECONDS
-    while time.monotonic() < end and (lease.ranks() or launcher.poll() is None):
-        watch.take([event for event in lease.poll(POLL_SECONDS) if event.kind in ("stacks", "state") or not watch.failed()])
-    lease.hang_up()
+    while time.monotonic() < end and (links.ranks() or launcher.poll() is None):
+        seen.add([event for event in links.poll(POLL_SECONDS) if event.kind in ("stacks", "state") or not seen.failed()])
+    links.disconnect()
     if launcher.poll() is None:
         launcher.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             launcher.wait(LAUNCHER_SECONDS)
-    for pid in psutil.pids():  # the launcher is the leader of a session, and its children, whoever adopted them, are in it
+    for pid in psutil.pids():  # the launcher leads a session, which holds its children, whoever adopted them
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.getsid(pid) == launcher.pid:
                 os.kill(pid, signal.SIGKILL)
     launcher.wait()
 
 
-def _look_for_hang(
-    lease: RankLinks, watch: Watch, run_dir: Path, stacks_dir: Path, limits: Limits, began: float
+def _check_hang(
+    links: RankLinks, seen: Observed, run_dir: Path, stacks_dir: Path, limits: HangLimits, began: float
 ) -> Ending | None:
-    """The ending by a hang, when the slowest rank made no progress for too long; its stacks are then in stacks_dir."""
+    """Return an ending if no rank made progress for too long; every rank's stacks are then in stacks_dir."""
     now = time.monotonic()
-    if now - watch.looked < 1.0 + len(lease.ranks()) / 200:  # a file a rank, on a file system that others use
+    if now - seen.last_read < 1.0 + len(links.ranks()) / 200:  # one file a rank, on a file system that others use
         return None
-    watch.looked = now
+    seen.last_read = now
     beats = read_beats(run_dir, since=began)
-    watch.steps.add(beats)
-    signs = tuple(beat.time for beat in beats)
-    if signs != watch.signs:
-        watch.signs, watch.moved = signs, now
-    last = last_in_line(beats) if beats else None
-    patience = patience_seconds(last.phase if last else "start", watch.steps.median(), limits)
-    where = f'step {last.step}, "{last.phase}"' if last else "the start"
-    silent = now - watch.moved
-    if silent <= patience:
+    seen.steps.add(beats)
+    beat_times = tuple(beat.time for beat in beats)
+    if beat_times != seen.beat_times:
+        seen.beat_times, seen.last_progress = beat_times, now
+    slowest = slowest_rank(beats) if beats else None
+    limit = hang_seconds(slowest.phase if slowest else "start", seen.steps.median(), limits)
+    where = f'step {slowest.step}, "{slowest.phase}"' if slowest else "the start"
+    waited = now - seen.last_progress
+    if waited <= limit:
         return None
-    say(f"no rank has moved for {silent:.0f} s (more than {patience:.0f} s) at {where}: asking every rank for its stacks")
-    lease.tell("stacks")
+    say(f"no progress for {waited:.0f} s (limit {limit:.0f} s) at {where}: collecting every rank's stacks")
+    links.send("stacks")
     end = time.monotonic() + STACKS_SECONDS
     while time.monotonic() < end:
-        watch.take(lease.poll(POLL_SECONDS))
+        seen.add(links.poll(POLL_SECONDS))
     with contextlib.suppress(OSError):  # a full disk may be why they hang
         stacks_dir.mkdir(parents=True, exist_ok=True)
-        for rank, text in watch.stacks.items():
+        for rank, text in seen.stacks.items():
             (stacks_dir / f"rank_{rank:05d}.txt").write_text(text)
-    culprits = name_culprits(beats, watch.stacks, watch.states) if beats else {}
-    hosts = tuple({beat.host for beat in beats if beat.rank in culprits})
-    who = "; ".join(f"rank {beat.rank} on {beat.host}: {culprits[beat.rank]}" for beat in beats if beat.rank in culprits)
-    detail = f"no progress for {silent:.0f} s at {where}; " + (
-        f"did not reach the collective: {who}"
-        if who
-        else "every rank waits for the others: the network, or a collective's mismatch"
-    )
-    return Ending(HANG, f"{detail}; stacks in {stacks_dir}", hosts)
+    return _hang_ending(beats, seen, f"no progress for {waited:.0f} s at {where}", stacks_dir)
+
+
+def _hang_ending(beats: list[Beat], seen: Observed, what: str, stacks_dir: Path) -> Ending:
+    culprits = find_culprits(beats, seen.stacks, seen.states) if beats else {}
+    blamed = [beat for beat in beats if beat.rank in culprits]
+    if blamed:
+        who = "; ".join(f"rank {beat.rank} on {beat.host}: {culprits[beat.rank]}" for beat in blamed)
+        why = f"did not reach the collective: {who}"
+    else:
+        why = "every rank waits for the others: a network fault or mismatched collectives"
+    return Ending(HANG, f"{what}; {why}; stacks in {stacks_dir}", tuple({beat.host for beat in blamed}))

@@ -1,4 +1,4 @@
-"""Why an attempt ended, and what follows from it. Pure."""
+"""Why an attempt ended, and whether it is restarted. Pure."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ PREFLIGHT = "preflight_failed"
 
 EXIT_CODES = {FINISHED: 0, USER_ERROR: 2, NUMBERS: 3, LEFT: 75}  # 75: sysexits' "try again later". All others end in 1
 _RESTARTED = (RANK_LOST, HOST_LOST, HANG, FAILED, LAUNCHER, PREFLIGHT)
+_SAME_HOST_SECONDS = 2.0  # a host that is lost takes its ranks within this time
 
 
 @dataclass(frozen=True)
 class Ending:
     cause: str  # one of the names above
     detail: str
-    hosts: tuple[str, ...] = ()  # those whose fault it may be
+    hosts: tuple[str, ...] = ()  # those that may be at fault
 
 
 @dataclass(frozen=True)
-class Restarts:
-    """The rule. A restart that brought a new checkpoint starts the count and the wait anew."""
+class RestartPolicy:
+    """How often to restart and how long to wait. A new checkpoint resets the count and the wait."""
 
     limit: int = 5
     first_wait_seconds: float = 5.0
     longest_wait_seconds: float = 300.0
 
     def wait_seconds(self, in_a_row: int) -> float | None:
-        """Before restart number `in_a_row` (from 1) without progress; None when enough is enough."""
+        """Return the wait before restart `in_a_row` (from 1) without progress; None after the last allowed restart."""
         if in_a_row > self.limit:
             return None
         return min(self.first_wait_seconds * 2 ** (in_a_row - 1), self.longest_wait_seconds)
@@ -42,39 +43,39 @@ def is_restarted(cause: str) -> bool:
 
 
 def judge(events: Sequence[RankEvent], code: int | None, ranks_by_host: dict[str, set[int]]) -> Ending:
-    """The ending that a launcher's exit code and the ranks' last words, in the order they came, tell.
+    """Return the ending that follows from the launcher's exit code and the ranks' exit reports, in order of arrival.
 
-    The first that fails is the cause; what others say after it is the consequence. code: None when it had to be killed.
+    The first failure is the cause; later ones are its consequences. code: None when the launcher had to be killed.
     """
     ends = [event for event in events if event.kind in ("end", "lost", "silent")]
-    said = {event.word: event for event in reversed(ends) if event.kind == "end"}  # the first of each word
-    if "user_error" in said or (code == 2 and not ends):
-        return Ending(USER_ERROR, "the recipe or its flags are wrong; the message is above")
-    if "training_error" in said:
-        return Ending(NUMBERS, said["training_error"].detail)
-    failed = [e for e in ends if e.kind == "end" and e.word == "failed"]
-    gone = [e for e in ends if e.kind in ("lost", "silent")]
-    if gone and (not failed or gone[0].time <= failed[0].time):
-        return _lost(gone, ranks_by_host)
+    by_word = {event.word: event for event in reversed(ends) if event.kind == "end"}  # the first of each word
+    if "user_error" in by_word or (code == 2 and not ends):
+        return Ending(USER_ERROR, "the recipe or its flags are wrong; see the message above")
+    if "training_error" in by_word:
+        return Ending(NUMBERS, by_word["training_error"].detail)
+    failed = [event for event in ends if event.kind == "end" and event.word == "failed"]
+    lost = [event for event in ends if event.kind in ("lost", "silent")]
+    if lost and (not failed or lost[0].time <= failed[0].time):
+        return _loss(lost, ranks_by_host)
     if failed:
         first = failed[0]
         return Ending(FAILED, f"rank {first.rank} on {first.host}: {first.detail}", (first.host,))
-    if "peer_lost" in said:
-        first = said["peer_lost"]
+    if "peer_lost" in by_word:
+        first = by_word["peer_lost"]
         return Ending(RANK_LOST, f"rank {first.rank} on {first.host} lost a peer: {first.detail}")
-    if "left" in said:
-        return Ending(LEFT, "asked to leave: saved, and left")
+    if "left" in by_word:
+        return Ending(LEFT, "stopped on request, after saving")
     if code == 0:
-        return Ending(FINISHED, "the last step is reached")
-    return Ending(LAUNCHER, f"the launcher ended with code {code} before any rank did; its output is above")
+        return Ending(FINISHED, "reached the last step")
+    return Ending(LAUNCHER, f"the launcher exited with code {code} before any rank did; see its output above")
 
 
-def _lost(gone: Sequence[RankEvent], ranks_by_host: dict[str, set[int]]) -> Ending:
-    """One rank, or a whole host: all its ranks at about the same time, while there are others."""
-    first = gone[0]
-    together = {event.rank for event in gone if event.host == first.host and event.time - first.time < 2.0}
+def _loss(lost: Sequence[RankEvent], ranks_by_host: dict[str, set[int]]) -> Ending:
+    """Return the loss of a rank, or of a whole host: all its ranks silent at about the same time, while others exist."""
+    first = lost[0]
+    together = {e.rank for e in lost if e.host == first.host and e.time - first.time < _SAME_HOST_SECONDS}
     whole = len(ranks_by_host) > 1 and together >= ranks_by_host.get(first.host, set()) and first.kind == "silent"
     if whole:
         return Ending(HOST_LOST, f"host {first.host} with ranks {sorted(together)}: {first.detail}", (first.host,))
-    how = first.detail or "killed without a last word"
+    how = first.detail or "killed without an exit report"
     return Ending(RANK_LOST, f"rank {first.rank} on {first.host}: {how}", (first.host,))

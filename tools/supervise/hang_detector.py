@@ -1,4 +1,4 @@
-"""When a run hangs, and who it waits for. Reads heartbeats and stacks; pure but for that."""
+"""Decides when a run hangs and which ranks the others wait for, from heartbeats and stack dumps. Pure."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from dataclasses import dataclass, field
 
 from recipes.common.run_dir.heartbeat import PHASES, Beat
 
-# A stack whose innermost Python frame lies in one of these waits for other ranks: it reached the collective.
+# A stack with one of these among its innermost Python frames waits for other ranks: it reached the collective.
 _WAITING = re.compile(r"/(torch/distributed|deepspeed/comm|deepspeed/runtime/pipe/p2p)[/.]|in _sum_over_ranks\b")
-_LONG = ("start", "evaluate", "save", "end")  # phases with work of unknown length
+_LONG_PHASES = ("start", "evaluate", "save", "end")  # their length does not follow from a step's
+_INNERMOST = 3  # frames that are looked at
+_MEDIAN_STEPS = 10.0  # without progress
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How long a phase may last. A step: `steps` median steps, but never under `floor_seconds`."""
+class HangLimits:
+    """How long a run may make no progress: within a step, but never less than 10 median steps; in a long phase."""
 
-    steps: float = 10.0
-    floor_seconds: float = 120.0
-    start_seconds: float = 1800.0  # from the launch to the end of the first step: imports, weights, compilation
-    long_seconds: float = 1800.0  # an evaluation, a save in the way, the end
+    step_seconds: float = 120.0
+    long_phase_seconds: float = 1800.0  # a start (imports, weights, compilation) to its first step's end, an evaluation, a save
 
 
 @dataclass
-class StepTimes:
-    """The last steps' seconds, sampled from heartbeats."""
+class RecentSteps:
+    """Durations of recent steps, sampled from heartbeats."""
 
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     step: int = 0
@@ -42,35 +42,34 @@ class StepTimes:
         return statistics.median(self.seconds) if self.seconds else None
 
 
-def patience_seconds(phase: str, median_step_seconds: float | None, limits: Limits) -> float:
-    """How long the job may make no progress when its slowest rank is in `phase`."""
+def hang_seconds(phase: str, median_step_seconds: float | None, limits: HangLimits) -> float:
+    """Return how long the job may make no progress while its slowest rank is in `phase`."""
     if median_step_seconds is None or phase == "start":
-        return limits.start_seconds
-    if phase in _LONG:
-        return max(limits.long_seconds, limits.steps * median_step_seconds)
-    return max(limits.floor_seconds, limits.steps * median_step_seconds)
+        return limits.long_phase_seconds
+    least = limits.long_phase_seconds if phase in _LONG_PHASES else limits.step_seconds
+    return max(least, _MEDIAN_STEPS * median_step_seconds)
 
 
-def last_in_line(beats: Sequence[Beat]) -> Beat:
-    """The rank that is furthest behind."""
+def slowest_rank(beats: Sequence[Beat]) -> Beat:
+    """Return the heartbeat of the rank that is furthest behind."""
     return min(beats, key=lambda beat: (beat.step, PHASES.index(beat.phase)))
 
 
-def innermost_frames(stacks: str) -> list[str]:
-    """Of a faulthandler dump: the innermost frame of the main thread, then the frames that called it."""
+def main_thread_frames(stacks: str) -> list[str]:
+    """Return the frames of the main thread in a faulthandler dump, the innermost first."""
     main = re.split(r"^(?:Current thread|Thread) .*$", stacks, flags=re.M)[-1]  # the main thread is printed last
     return [line.strip() for line in main.splitlines() if line.strip().startswith("File ")]
 
 
 def is_waiting(stacks: str) -> bool:
-    """Whether a rank's main thread waits for others, by the innermost frames of its dump."""
-    return any(_WAITING.search(frame) for frame in innermost_frames(stacks)[:3])
+    """Return whether a rank's main thread waits for other ranks, judged by the innermost frames of its dump."""
+    return any(_WAITING.search(frame) for frame in main_thread_frames(stacks)[:_INNERMOST])
 
 
-def name_culprits(beats: Sequence[Beat], stacks: Mapping[int, str], states: Mapping[int, str]) -> dict[int, str]:
-    """Rank -> why it is one of those that did not reach the collective; empty when all wait there.
+def find_culprits(beats: Sequence[Beat], stacks: Mapping[int, str], states: Mapping[int, str]) -> dict[int, str]:
+    """Return rank -> reason for the ranks that did not reach the collective; empty when all wait in it.
 
-    states: the kernel's letter for each rank's process. The first kind of evidence that singles out ranks is taken.
+    states: the kernel's letter for each rank's process. The first kind of evidence that singles out ranks decides.
     """
     stopped = {beat.rank: f"its process is stopped (state {states[beat.rank]})" for beat in beats
                if states.get(beat.rank, "S") in ("T", "t", "Z", "X")}  # fmt: skip
@@ -91,5 +90,5 @@ def name_culprits(beats: Sequence[Beat], stacks: Mapping[int, str], states: Mapp
     silent = {rank: "it did not print its stacks" for rank in (beat.rank for beat in beats) if not stacks.get(rank)}
     if silent and len(silent) < len(beats):
         return silent
-    busy = {rank: f"it is at {(innermost_frames(text) or ['?'])[0]}" for rank, text in stacks.items() if not is_waiting(text)}
+    busy = {rank: f"it is at {(main_thread_frames(text) or ['?'])[0]}" for rank, text in stacks.items() if not is_waiting(text)}
     return busy if len(busy) < len(beats) else {}

@@ -1,4 +1,4 @@
-"""Which hosts an attempt runs on: a hostfile, spares, hosts left out, and the layouts that the recipe has."""
+"""Chooses the hosts of an attempt from the hostfile, the spares, the bad hosts and the layouts that the recipe has."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _PROBE_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class RecipeFacts:
-    """What starting needs of a recipe, read off its source: a recipe is plain data, and importing one takes seconds."""
+    """The fields of a recipe that a start needs, read from its source: importing a recipe takes seconds."""
 
     name: str | None
     layouts: tuple[int, ...] | None  # numbers of ranks; None where the source does not spell them out
 
 
 def read_recipe(path: Path) -> RecipeFacts:
-    """The `name` and the keys of `layouts` in the file's Recipe(...). Raises UsageError for a file that is not Python."""
+    """Return `name` and the keys of `layouts` in the file's Recipe(...). Raises UsageError for a file that is not Python."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise UsageError(f"{path} is no recipe: {error}") from None
+        raise UsageError(f"{path} is not a recipe: {error}") from None
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Recipe":
             given = {keyword.arg: keyword.value for keyword in node.keywords}
@@ -49,7 +49,7 @@ def _whole_keys(node: ast.expr | None) -> tuple[int, ...] | None:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Host -> ranks, in order. DeepSpeed's format: lines of `HOST slots=N`; # begins a comment."""
+    """Return host -> ranks, in order. DeepSpeed's format: lines of `HOST slots=N`; # begins a comment."""
     hosts: dict[str, int] = {}
     try:
         lines = path.read_text().splitlines()
@@ -75,10 +75,10 @@ def write_hostfile(path: Path, hosts: Mapping[str, int]) -> None:
 def choose_hosts(
     hosts: Mapping[str, int], bad: Sequence[str], layouts: Sequence[int] | None, spares: int, min_hosts: int | None
 ) -> dict[str, int]:
-    """The first good hosts whose ranks the recipe has a layout for, as many as there may be; {} when there are too few.
+    """Return the most good hosts, in order, whose ranks the recipe has a layout for; {} when there are too few.
 
-    spares: hosts over what the run needs, that stay idle until another is bad. min_hosts: go on with fewer than that never
-    (None: all but the spares are needed).
+    spares: hosts beyond what the run needs, idle until another is bad. min_hosts: the fewest to continue with (None: all but
+    the spares are needed).
     """
     wanted = len(hosts) - spares
     good = [host for host in hosts if host not in bad]
@@ -90,7 +90,7 @@ def choose_hosts(
 
 
 def probe_hosts(hosts: Sequence[str], command: str) -> list[str]:
-    """Those where `command`, with {host} replaced, does not end well in 20 s. All are asked at once."""
+    """Return the hosts where `command`, with {host} filled in, does not succeed within 20 s. All are probed at once."""
     probes = {
         host: subprocess.Popen(
             [word.replace("{host}", host) for word in shlex.split(command)],
@@ -113,18 +113,18 @@ def probe_hosts(hosts: Sequence[str], command: str) -> list[str]:
 
 
 def is_here(host: str) -> bool:
-    """Whether `host` is this machine."""
+    """Return whether `host` is this machine."""
     if host in ("localhost", "127.0.0.1", "::1", socket.gethostname()):
         return True
     try:
         own = address_towards(host)
-        return own in {place[4][0] for place in socket.getaddrinfo(host, None)}
+        return own in {entry[4][0] for entry in socket.getaddrinfo(host, None)}
     except OSError:
         return False
 
 
 def own_address(hosts: Sequence[str]) -> str:
-    """This machine's address as `hosts` reach it; loopback when there are no others."""
+    """Return this machine's address as `hosts` reach it; loopback when there are no others."""
     for host in hosts:
         if not is_here(host):
             try:
@@ -135,7 +135,7 @@ def own_address(hosts: Sequence[str]) -> str:
 
 
 def master_address(hosts: Sequence[str]) -> str:
-    """Where rank 0 is, for all: a name that resolves to loopback on its own host would not do."""
+    """Return an address of rank 0's host that all hosts reach: its name may resolve to loopback on itself."""
     first = hosts[0] if hosts else "localhost"
     if is_here(first):
         return own_address(hosts)

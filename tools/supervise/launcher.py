@@ -1,4 +1,4 @@
-"""What an attempt is started with: the launcher's words and the environment; and preflight, started with the same."""
+"""Builds the launcher's command and environment for an attempt, and runs preflight with the same ones."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from recipes.common.runtime.network import free_port
 from recipes.common.runtime.supervisor_link import SUPERVISOR
 from tools.supervise.hosts import is_here, master_address, write_hostfile
 
-EXPORTS = "TRIFOLD_EXPORTS"  # names of variables that go to other hosts; launch/env.sh lists them
+EXPORTS = "TRIFOLD_EXPORTS"  # names of the variables that other hosts get; set by launch/env.sh
 
 
 def fill_words(words: str, folder: Path, hosts: Mapping[str, int], master: str | None) -> list[str]:
-    """The launcher's words with {hostfile}, {hosts}, {nodes}, {master}, {port} and {force_multi} replaced.
+    """Return the launcher's words with {hostfile}, {hosts}, {nodes}, {master}, {port} and {force_multi} filled in.
 
-    Each attempt has a port of its own, unless MASTER_PORT is set: the last one's may still be in its closing wait.
+    Each attempt gets a new port, unless MASTER_PORT is set: the previous one may still be in TIME_WAIT.
     """
     hostfile = folder / "hostfile"
     write_hostfile(hostfile, hosts)
@@ -32,7 +32,7 @@ def fill_words(words: str, folder: Path, hosts: Mapping[str, int], master: str |
         "{nodes}": str(len(hosts)),
         "{master}": master or master_address(list(hosts)),
         "{port}": os.environ.get("MASTER_PORT") or str(free_port()),
-        "{force_multi}": "" if alone else "--force_multi",  # DeepSpeed takes a single host for this one
+        "{force_multi}": "" if alone else "--force_multi",  # else DeepSpeed takes a single host for this one
     }
     filled = []
     for word in shlex.split(words):
@@ -43,7 +43,7 @@ def fill_words(words: str, folder: Path, hosts: Mapping[str, int], master: str |
 
 
 def write_exports(path: Path, environment: Mapping[str, str]) -> str:
-    """DeepSpeed's environment file for the other hosts: what launch/env.sh names, then the user's own .deepspeed_env."""
+    """Write DeepSpeed's environment file for the other hosts: what launch/env.sh names, then the user's own .deepspeed_env."""
     names = [SUPERVISOR, *environment.get(EXPORTS, "").split()]
     lines = [f"{name}={environment[name]}\n" for name in names if "\n" not in environment.get(name, "\n")]
     for own in (Path.home() / ".deepspeed_env", Path(".deepspeed_env")):
@@ -59,17 +59,17 @@ def run_preflight(
     recipe: str,
     run_dir: Path,
     hosts: Mapping[str, int],
-    asked: Callable[[], int],
+    stop_requests: Callable[[], int],
 ) -> tuple[int, list[str]]:
-    """Start tools/preflight by the launcher's words, on every host. Gives (its exit code, the hosts that it blames)."""
-    verdict = run_dir / "logs" / "preflight.json"  # rank 0 writes it, and may be on another host
-    verdict.unlink(missing_ok=True)
-    words = [str(ROOT / "tools" / "preflight" / "__main__.py"), recipe, "--out-dir", str(run_dir), "--json-file", str(verdict)]
+    """Run tools/preflight on every host through the launcher. Returns (its exit code, the hosts that it blames)."""
+    report = run_dir / "logs" / "preflight.json"  # rank 0 writes it, and may be on another host
+    report.unlink(missing_ok=True)
+    words = [str(ROOT / "tools" / "preflight" / "__main__.py"), recipe, "--out-dir", str(run_dir), "--json-file", str(report)]
     if hosts:
         words += ["--hosts", ",".join(f"{host}:{slots}" for host, slots in hosts.items())]
     job = subprocess.Popen([*command, *words], env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True)
     try:
-        while job.poll() is None and not asked():
+        while job.poll() is None and not stop_requests():
             try:
                 job.wait(0.2)
             except subprocess.TimeoutExpired:
@@ -79,7 +79,7 @@ def run_preflight(
             os.killpg(job.pid, signal.SIGTERM)
             job.wait()
     try:
-        found = json.loads(verdict.read_text())
+        found = json.loads(report.read_text())
     except (OSError, ValueError):
-        return job.returncode, []  # a launcher's code says less: it may be that of another rank, or of a signal
+        return job.returncode, []  # less exact: a launcher's code may be that of another rank, or of a signal
     return found["exit_code"], found["bad_hosts"]

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced: run_in_group COMMAND... runs it in a process group of its own, and leaves no process of it behind.
-# The single-node `deepspeed` runner that gets SIGTERM dies alone and orphans its workers, which keep the GPUs.
+# Library: run_in_group COMMAND... runs it in a process group of its own and leaves no process of it behind.
+# On SIGTERM the single-node `deepspeed` runner exits alone and orphans its workers, which keep the GPUs.
 
-# Ends the group: politely, so that ranks may finish a checkpoint, and after STOP_SECONDS (60) for good.
+# Ends the group: SIGTERM, so that ranks may finish a checkpoint, and SIGKILL after STOP_SECONDS (60).
 stop_group() {
     local group="$1" seconds
     kill -TERM -- "-$group" 2> /dev/null || return 0
@@ -19,7 +19,7 @@ run_in_group() {
     "$@" < /dev/null &
     group=$!
     set +m
-    # shellcheck disable=SC2064 # the group is known now, and gone from scope later
+    # shellcheck disable=SC2064 # expand now: the variable is out of scope when the trap runs
     trap "trap '' INT TERM HUP; stop_group $group; exit 143" TERM HUP
     # shellcheck disable=SC2064
     trap "trap '' INT TERM HUP; stop_group $group; exit 130" INT

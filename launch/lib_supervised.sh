@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the scripts that start a recipe: their common flags and words, and the start itself.
-# In: $script, its name, and $here, the folder of launch/. After take_words "$@": $print, $supervisor (words for tools.supervise), $recipe, $recipe_flags.
+# Library of the scripts that start a recipe: their common flags, the parsing of their words, and the start itself.
+# Needs $script, the script's name, and $here, the folder of launch/. take_words "$@" sets $print, $supervisor (words for
+# tools.supervise), $recipe and $recipe_flags.
 
 : "${script:?}" "${here:?}"
 
@@ -9,25 +10,27 @@ fail() {
     exit 2
 }
 
-# The flags that every script has, for its usage.
+# Prints the flags that every script has, for its usage.
 common_usage() {
     cat << 'HELP'
   --print         print the command instead of running it
   --help          this text
-Supervision (`python -m tools.supervise --help` says more of each):
-  --restarts N, --backoff-seconds S          how often and when a lost job starts again from its last checkpoint
-  --stall-steps K, --stall-floor-seconds S, --start-seconds S, --long-seconds S      when it counts as hanging
-  --stop-seconds S                           for a last save when asked to end
-  --no-preflight                             start without looking at the machines first
+Supervision (more in `python -m tools.supervise --help`):
+  --restarts N             give up after N restarts in a row without a new checkpoint
+  --backoff-seconds S      wait before the first restart; doubles with each
+  --hang-seconds S         restart after S without progress in a step (and at least 10 median steps)
+  --long-phase-seconds S   the same for a start, an evaluation and a save
+  --stop-seconds S         for the last save when asked to stop
+  --no-preflight           start without checking the machines
 FLAGS follow the recipe: --out-dir DIR, --resume, --max-steps N, --dry-run; `python RECIPE --help` lists them.
 
 Uses the active virtual or conda environment, or makes .venv (launch/venv.sh). Variables: launch/env.sh.
-Exit: 0 trained to the end, 2 a wrong recipe or flag, 3 numbers that make going on useless, 75 left on request, 1 gave up.
+Exit: 0 trained to the end, 1 gave up, 2 configuration error, 3 diverged, 75 stopped on request.
 HELP
 }
 
-# Sorts the words before the recipe. own_flag NAME VALUE, a function of the script, takes the script's own; it gives how many
-# words it took, in $took, or 0 for a flag that it does not know.
+# Parses the words before the recipe. own_flag NAME VALUE, a function of the script, handles the script's own flags: it sets $took
+# to the number of words it used, and leaves it 0 for a flag that it does not know.
 take_words() {
     print="" supervisor=() recipe_flags=()
     while (($#)); do
@@ -38,7 +41,7 @@ take_words() {
             continue
         fi
         case "$1" in
-            --restarts | --backoff-seconds | --stall-steps | --stall-floor-seconds | --start-seconds | --long-seconds | --stop-seconds)
+            --restarts | --backoff-seconds | --hang-seconds | --long-phase-seconds | --stop-seconds)
                 [[ "${2:-}" =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "$1 needs a number, got '${2:-}'"
                 supervisor+=("$1" "$2")
                 shift 2
@@ -56,7 +59,7 @@ take_words() {
     recipe_flags=("$@")
 }
 
-# The environment of a run, then the supervisor in place of this shell: signals reach it, and its exit code is the script's.
+# Sets the environment of a run, then replaces this shell by the supervisor: signals reach it, and its exit code is the script's.
 # Arguments: the launcher's words.
 supervise() {
     local command=(python "$(dirname "$here")/tools/supervise/__main__.py" "${supervisor[@]}" --launcher "$(quote "$@")" "$recipe" "${recipe_flags[@]}")
@@ -72,7 +75,7 @@ supervise() {
     exec "${command[@]}"
 }
 
-# The words as a shell reads them; those without anything special stay as they are.
+# Prints the words as a shell would read them, quoting only those that need it.
 quote() {
     local word line=""
     for word in "$@"; do

@@ -1,0 +1,50 @@
+"""Which hosts take part in an attempt."""
+
+import pytest
+
+from recipes.common.recipe import ROOT
+from tools.common.console import UsageError
+from tools.supervise.hosts import RecipeFacts, choose_hosts, read_hostfile, read_recipe
+
+
+@pytest.mark.parametrize(
+    ("bad", "spares", "min_hosts", "expected"),
+    [
+        ([], 0, None, "abcd"),
+        (["b"], 0, None, ""),  # all are needed
+        ([], 1, None, ""),  # 3 hosts: no layout for 6 ranks
+        ([], 2, None, "ab"),
+        (["a"], 2, None, "bc"),
+        (["a", "b", "c"], 2, None, ""),
+        (["b"], 0, 1, "ac"),  # of three good ones, two have a layout
+        (["a", "b", "c"], 0, 1, "d"),
+    ],
+)
+def test_hosts_take_part_by_layout_spares_and_least_number(bad, spares, min_hosts, expected):
+    hosts = dict.fromkeys("abcd", 2)
+    assert "".join(choose_hosts(hosts, bad, (2, 4, 8), spares, min_hosts)) == expected
+
+
+def test_a_recipe_is_read_from_its_source(tmp_path):
+    assert read_recipe(ROOT / "recipes/quickstart.py") == RecipeFacts("quickstart", (1, 2, 4, 8))
+    own = tmp_path / "own.py"
+    own.write_text("recipe = Recipe(name=NAME, layouts=make())")
+    assert read_recipe(own) == RecipeFacts(None, None)
+    own.write_text("recipe = (")
+    with pytest.raises(UsageError, match=r"own.py is not a recipe"):
+        read_recipe(own)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# none\n\n", "names no host; write lines of `HOST slots=N`"),
+        ("a slots=2\na slots=2\n", "line 2: 'a slots=2' must be `HOST slots=N`, each host once"),
+        ("a 2x\n", "line 1: 'a 2x' must be"),
+        ("a slots=0\n", "line 1: 'a slots=0' must be"),
+    ],
+)
+def test_a_wrong_hostfile_is_refused(tmp_path, text, message):
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
+        read_hostfile(tmp_path / "hosts")
