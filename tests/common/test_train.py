@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from recipes.common.recipe import AdamW, Batch, Blend, Checkpoints, Evaluation, Layout
-from tests.common.checkpoint.test_resume import run
+from tests.support.small_runs import run
 from tests.support.tiny import ROOT, tiny_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import RankError
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from recipes.common.recipe import ROOT
-from tests.common.checkpoint.test_resume import assert_same_state
+from tests.support.small_runs import assert_same_state
 from tests.support.supervised import (
     FORKED,
     assert_all_end,

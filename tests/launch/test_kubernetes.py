@@ -11,7 +11,7 @@ import yaml
 
 from recipes.common.recipe import ROOT
 from recipes.common.runtime.network import free_port
-from tests.common.checkpoint.test_resume import assert_same_state
+from tests.support.small_runs import assert_same_state
 from tests.support.supervised import STEPS, environment, losses
 
 WORDS = ["--nodes", 3, "--gpus", 8, "--image", "registry/trifold:1", "--claim", "disk"]

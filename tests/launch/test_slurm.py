@@ -6,8 +6,8 @@ import time
 import pytest
 
 from recipes.common.recipe import ROOT
-from tests.common.checkpoint.test_resume import assert_same_state
 from tests.support.slurm_cluster import missing, slurm_cluster
+from tests.support.small_runs import assert_same_state
 from tests.support.supervised import ends, environment, losses, output, wait_for_step, wait_until
 
 WHY_NOT = missing()

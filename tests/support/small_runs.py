@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedConfig
 
+from recipes.common.checkpoint.reader import Reader
+from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.data.shards import tokenizer_hash
 from recipes.common.recipe import Layout, Recipe, derive_sizes
+from recipes.common.run_dir.metrics import read_metrics
 from recipes.common.train import train
 from tests.support.tiny import VOCAB, ds_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import run_ranks
@@ -58,6 +62,53 @@ def _train(recipe: Recipe, out_dir: str, layout: Layout, world_size: int, resume
     sizes = derive_sizes(recipe, layout, world_size)
     config = merge_ds_config(ds_config(recipe.deepspeed), recipe, sizes, sizes.accumulation)
     train(recipe, layout, sizes, config, Path(out_dir), resume_run=resume, max_steps=steps)
+
+
+def run(
+    recipe: Recipe,
+    world_size: int,
+    out_dir: Path,
+    *,
+    resume: bool = False,
+    resume_step: int | None = None,
+    max_steps: int | None = None,
+    skips: tuple[tuple[int, int], ...] = (),
+) -> dict[int, dict[str, Any]]:
+    """Train a whole run on forked ranks, as a launcher would start it. Returns the records of metrics.jsonl by step."""
+    run_ranks(_run, world_size, recipe, world_size, str(out_dir), resume, resume_step, max_steps, skips)
+    return {r["step"]: r for r in read_metrics(Path(out_dir) / "metrics.jsonl") if "loss" in r}
+
+
+def _run(
+    recipe: Recipe,
+    world_size: int,
+    out_dir: str,
+    resume: bool,
+    resume_step: int | None,
+    max_steps: int | None,
+    skips: tuple[tuple[int, int], ...],
+) -> None:
+    layout, config = check_recipe(recipe, world_size, here=True)
+    sizes = derive_sizes(recipe, layout, world_size)
+    config = merge_ds_config(config, recipe, sizes, sizes.accumulation)
+    starts = {"resume_run": resume, "resume_step": resume_step, "max_steps": max_steps, "skips": skips}
+    train(recipe, layout, sizes, config, Path(out_dir), **starts)
+
+
+def masters(out_dir: Path, kind: str = "master") -> dict[str, np.ndarray]:
+    """Read the whole tensors of a run's newest checkpoint: fp32 weights, or the optimizer state `kind`."""
+    reader = Reader(out_dir / "checkpoints" / "latest")
+    return {name: reader.whole(name, kind) for name in reader.names(kind)}
+
+
+def assert_same_state(a: Path, b: Path, bound: float) -> None:
+    """Assert that the newest checkpoints of two runs differ by at most `bound` in weights and optimizer states."""
+    for kind in ("master", "exp_avg", "exp_avg_sq"):
+        left, right = masters(a, kind), masters(b, kind)
+        assert left.keys() == right.keys()
+        for name in left:
+            worst = np.abs(left[name] - right[name]).max()
+            assert worst <= bound, f"{kind} of {name} differs by {worst:.1e}"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from recipes.common.recipe import AdamW, Batch, Checkpoints, Constant, Evaluatio
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 131  # a prime
+FAMILIES = ["llama", "qwen3", "gemma2", "olmo2", "phi3", "mixtral", "gpt2"]
 
 _WIDTHS = {
     "hidden_size": 64,

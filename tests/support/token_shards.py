@@ -1,7 +1,9 @@
-"""Prepared data folders of random tokens, as tools.data prepare would leave them, and all tokens of a split in one array."""
+"""Prepared data in several shards of random tokens, and the same tokens in one array."""
 
 import hashlib
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,8 +12,10 @@ from recipes.common.data.shards import FORMAT, ORIGIN, VERSION, tokenizer_hash
 SEQ_LEN = 32
 
 
-def write_split(folder, split, shard_tokens, dtype, rng):
-    """Shards of random tokens: (manifest entry, all tokens in one array)."""
+def write_split(
+    folder: Path, split: str, shard_tokens: tuple[int, ...], dtype: str, rng: np.random.Generator
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Write shards of random tokens and return (manifest entry, all tokens in one array)."""
     shards, parts = [], []
     for number, count in enumerate(shard_tokens):
         tokens = rng.integers(0, 1000, count).astype(dtype)
@@ -28,7 +32,14 @@ def write_split(folder, split, shard_tokens, dtype, rng):
     return entry, np.concatenate(parts).astype(np.int64)
 
 
-def write_data(folder, *, train=(1000, 7, 20, 2000, 333), validation=(500, 200), dtype="uint16"):
+def write_data(
+    folder: Path,
+    *,
+    train: tuple[int, ...] = (1000, 7, 20, 2000, 333),
+    validation: tuple[int, ...] = (500, 200),
+    dtype: str = "uint16",
+) -> dict[str, np.ndarray]:
+    """Write a prepared folder and return {split: all its tokens in one array}. Arguments: tokens of each shard."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     (folder / "tokenizer").mkdir()

@@ -22,6 +22,7 @@ from recipes.common.runtime.exits import TrainingError
 from recipes.common.train import train
 from tests.bench.spikes import planted_faults as faults
 from tests.bench.spikes.planted_data import VOCAB, bad_sequence, position_of, write_language
+from tests.support.fp16 import allow_fp16
 from tools.common.forked_ranks import run_ranks
 
 HEALTHY = "nothing is wrong"
@@ -120,7 +121,7 @@ def _bad_sequences(planted: Planted) -> dict[int, np.ndarray]:
 def _train(planted: Planted, recipe: Recipe, run_dir: str, data: str, resume: bool, steps: int) -> None:
     """Break what is to be broken, on every rank, then train as recipes.common.train does."""
     if planted.deepspeed == "zero1_fp16.json":
-        faults.allow_fp16()
+        allow_fp16()
     inject(planted, Path(data), resumed=resume)
     sizes = derive_sizes(recipe, planted.layout, planted.world_size)
     config = load_ds_config(recipe.deepspeed)

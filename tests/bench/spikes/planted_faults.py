@@ -184,16 +184,6 @@ def slow_rank(at: int, factor: float, rank: int) -> None:
     Trainer.train_step = train_step
 
 
-def allow_fp16() -> None:
-    """Let DeepSpeed accept fp16 on this CPU: it refuses most, and torch computes it on all."""
-    from deepspeed.accelerator import get_accelerator
-
-    kind = type(get_accelerator())
-    supported = kind.supported_dtypes
-    kind.is_fp16_supported = lambda self: True
-    kind.supported_dtypes = lambda self: list({*supported(self), torch.half})
-
-
 def _around_steps(before: Before | None = None, after: Before | None = None) -> None:
     """Call `before` and `after` around every training step, with the step's number."""
     now = _count_steps()

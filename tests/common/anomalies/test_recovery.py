@@ -17,7 +17,7 @@ from recipes.common.data.order import sequence_position
 from recipes.common.recipe import AdamW, Checkpoints, Constant, Evaluation, Layout, Monitor, Reaction
 from recipes.common.run_dir.black_box import read_boxes
 from recipes.common.run_dir.metrics import read_metrics
-from tests.common.checkpoint.test_resume import assert_same_state, run
+from tests.support.small_runs import assert_same_state, run
 from tests.support.tiny import tiny_recipe, write_shards
 from tools.common.forked_ranks import RankError
 

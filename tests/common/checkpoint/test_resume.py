@@ -17,8 +17,7 @@ from recipes.common.checkpoint.saver import Saver
 from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.recipe import Checkpoints, Evaluation, Layout, derive_sizes
-from recipes.common.run_dir.metrics import read_metrics
-from recipes.common.train import train
+from tests.support.small_runs import assert_same_state, run
 from tests.support.tiny import tiny_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import RankError, run_ranks
 
@@ -30,34 +29,6 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "tokens"
     write_shards(folder)
     return folder
-
-
-def run(recipe, world_size, out_dir, *, resume=False, resume_step=None, max_steps=None, skips=()):
-    """A whole run on forked ranks, as a launcher would start it."""
-    run_ranks(_rank, world_size, recipe, world_size, str(out_dir), resume, resume_step, max_steps, skips)
-    return {r["step"]: r for r in read_metrics(Path(out_dir) / "metrics.jsonl") if "loss" in r}
-
-
-def _rank(recipe, world_size, out_dir, resume, resume_step, max_steps, skips):
-    layout, config = check_recipe(recipe, world_size, here=True)
-    sizes = derive_sizes(recipe, layout, world_size)
-    config = merge_ds_config(config, recipe, sizes, sizes.accumulation)
-    starts = {"resume_run": resume, "resume_step": resume_step, "max_steps": max_steps, "skips": skips}
-    train(recipe, layout, sizes, config, Path(out_dir), **starts)
-
-
-def masters(out_dir, kind="master"):
-    reader = Reader(out_dir / "checkpoints" / "latest")
-    return {name: reader.whole(name, kind) for name in reader.names(kind)}
-
-
-def assert_same_state(a, b, bound):
-    for kind in ("master", "exp_avg", "exp_avg_sq"):
-        left, right = masters(a, kind), masters(b, kind)
-        assert left.keys() == right.keys()
-        for name in left:
-            worst = np.abs(left[name] - right[name]).max()
-            assert worst <= bound, f"{kind} of {name} differs by {worst:.1e}"
 
 
 @pytest.mark.parametrize("config", ["zero1_fp32.json", "zero1_bf16.json"])

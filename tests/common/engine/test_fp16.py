@@ -16,7 +16,8 @@ from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.recipe import AdamW, Checkpoints, Evaluation, Layout, derive_sizes
 from recipes.common.run_dir.metrics import describe, read_metrics
 from recipes.common.train import SKIPS_IN_A_ROW, train
-from tests.support.tiny import ds_config, tiny_config, tiny_recipe, write_shards
+from tests.support.fp16 import allow_fp16, fp16_config
+from tests.support.tiny import tiny_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import RankError, run_ranks
 from tools.common.parity import Trial, initial_model, outcome, train_in_layout, train_plain
 
@@ -24,21 +25,6 @@ POWER, STEPS = 30, 30  # the exponent of a loss scale that is some 12 halvings t
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)
 
 # For a GPU: DS_ACCELERATOR=cuda PYTORCH_NVML_BASED_CUDA_CHECK=1 (counting devices must not start CUDA before the fork).
-
-
-def fp16_config(**fields):
-    """zero1_fp16.json with other fields of its fp16 block."""
-    config = ds_config("zero1_fp16.json")
-    return config | {"fp16": config["fp16"] | fields}
-
-
-def allow_fp16():
-    from deepspeed.accelerator import get_accelerator
-
-    kind = type(get_accelerator())
-    supported = kind.supported_dtypes
-    kind.is_fp16_supported = lambda self: True
-    kind.supported_dtypes = lambda self: list({*supported(self), torch.half})
 
 
 def in_fp16(trial):

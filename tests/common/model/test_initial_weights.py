@@ -10,10 +10,8 @@ from transformers import AutoModelForCausalLM, GlmMoeDsaConfig
 
 from recipes.common.model.initial_weights import build_empty, name_seed
 from recipes.common.model.sharding import ShardSpec
-from tests.common.pipeline.test_stage import config_of, stages_of
+from tests.support.stages import FAMILIES, config_of, stages_of
 from tools.common.forked_ranks import run_ranks
-
-FAMILIES = ["llama", "qwen3", "gemma2", "olmo2", "phi3", "mixtral", "gpt2", "deepseek_v3"]
 
 
 def weights_of(config, seed=3):

@@ -11,7 +11,7 @@ from recipes.common.monitor.parameter_stats import STATS
 from recipes.common.recipe import AdamW, Checkpoints, Evaluation, Monitor
 from recipes.common.run_dir.metrics import read_metrics
 from recipes.common.run_dir.tensor_stats import read_stats
-from tests.common.checkpoint.test_resume import run
+from tests.support.small_runs import run
 from tests.support.tiny import tiny_recipe, write_shards
 from tools.common.forked_ranks import RankError
 

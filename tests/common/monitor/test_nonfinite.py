@@ -13,7 +13,7 @@ from recipes.common.engine.trainer import NONFINITE
 from recipes.common.monitor.nonfinite import ACTIVATION, GRADIENT, LOSS, UNREPEATED, WEIGHT, find_nonfinite
 from recipes.common.monitor.parameter_stats import ParameterStats
 from recipes.common.recipe import AdamW, Layout
-from tests.common.engine.test_fp16 import allow_fp16, fp16_config
+from tests.support.fp16 import allow_fp16, fp16_config
 from tests.support.tiny import VOCAB, ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
 from tools.common.parity import Trial, build_trial_trainer, rank_batches

@@ -12,7 +12,7 @@ from recipes.common.engine import zero_state
 from recipes.common.monitor.layer_stats import largest_logit
 from recipes.common.monitor.parameter_stats import STATS, ParameterStats
 from recipes.common.recipe import SGD, AdamW, Layout
-from tests.common.engine.test_fp16 import allow_fp16, fp16_config
+from tests.support.fp16 import allow_fp16, fp16_config
 from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
 from tools.common.parity import Trial, batches, build_trial_trainer, initial_model, rank_batches, torch_optimizer

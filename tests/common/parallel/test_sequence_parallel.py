@@ -14,8 +14,8 @@ from recipes.common.engine.startup import start_distributed
 from recipes.common.parallel.collectives import gather_sequence, scatter_sequence
 from recipes.common.parallel.sequence_parallel import _gather_input
 from recipes.common.recipe import Layout
+from tests.support.parity import assert_equal, trial_of
 from tests.support.tiny import tiny_config
-from tests.test_parity import assert_equal, trial_of
 from tools.common.forked_ranks import run_ranks
 from tools.common.parity import gradient_trial
 

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from recipes.common.model.linears import WeightGradStore, defer_weight_gradients, route_products
 from recipes.common.recipe import PIPELINE_SCHEDULES, AdamW, Batch, Evaluation, Layout
 from recipes.common.run_dir.metrics import read_metrics
-from tests.common.engine.test_fp16 import allow_fp16, fp16_config
+from tests.support.fp16 import allow_fp16, fp16_config
 from tests.support.small_runs import train_run
 from tests.support.tiny import ds_config, tiny_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import run_ranks

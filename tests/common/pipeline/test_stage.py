@@ -2,33 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config
+from transformers import AutoModelForCausalLM
 
-from recipes.common.checks.tiny_model import shrink
-from recipes.common.config.placement import coordinates
-from recipes.common.parallel.grid import Grid, one_process
-from recipes.common.pipeline.stage import build_stage, plan_model
-from recipes.common.recipe import Layout
-from tests.support.tiny import tiny_config
+from tests.support.stages import FAMILIES, config_of, stages_of
 from tools.common.forked_ranks import run_ranks
-
-FAMILIES = ["llama", "qwen3", "gemma2", "olmo2", "phi3", "mixtral", "gpt2", "deepseek_v3"]
-
-
-def config_of(family, **fields):
-    if family == "deepseek_v3":  # multi-head latent attention has widths of its own
-        return shrink(DeepseekV3Config(**fields), Layout())
-    return tiny_config(family, **fields)
-
-
-def stages_of(config, pipeline, tensor=1, tensor_rank=0):
-    """Every stage of one tensor rank, without process groups."""
-    for index in range(pipeline):
-        rank = index * tensor + tensor_rank
-        layout = Layout(pipeline=pipeline, tensor=tensor)
-        grid = Grid(**(vars(one_process()) | vars(coordinates(rank, pipeline * tensor, layout))))
-        # torch's own products: what is shown is the partition
-        yield build_stage(plan_model(config, layout, attention="eager"), grid, seq_len=16, seed=3, torch_linears=True)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -10,7 +10,7 @@ import pytest
 from recipes.common.checkpoint.files import sealed_checkpoints
 from recipes.common.recipe import Checkpoints, Evaluation
 from recipes.common.run_dir.metrics import read_metrics
-from tests.common.checkpoint.test_resume import assert_same_state, run
+from tests.support.small_runs import assert_same_state, run
 from tests.support.tiny import tiny_recipe, write_shards
 
 WORLD, STEPS = 2, 40

@@ -11,9 +11,8 @@ from recipes.common.data.batches import validation_micro_batches
 from recipes.common.data.shards import open_split
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.recipe import Evaluation, Layout
-from tests.common.checkpoint.test_resume import run
-from tests.support.tiny import tiny_config, tiny_recipe, write_shards
-from tests.test_parity import FAMILIES
+from tests.support.small_runs import run
+from tests.support.tiny import FAMILIES, tiny_config, tiny_recipe, write_shards
 from tools.checkpoint.to_hf import export
 from tools.common.forked_ranks import run_ranks
 

@@ -14,7 +14,7 @@ import pytest
 from recipes.common.checkpoint.files import sealed_checkpoints
 from recipes.common.recipe import ROOT
 from recipes.common.run_dir.heartbeat import read_beats
-from tests.common.checkpoint.test_resume import assert_same_state
+from tests.support.small_runs import assert_same_state
 from tests.support.supervised import (
     FORKED,
     STEPS,
