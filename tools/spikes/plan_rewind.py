@@ -22,10 +22,9 @@ from recipes.common.data.order import kept_index
 from recipes.common.run_dir.black_box import read_boxes
 from recipes.common.run_dir.metrics import read_metrics
 from tools.common.console import FAILED, GOOD, UsageError
+from tools.common.logs.log import COLUMNS
 from tools.data.lookup import read_run
 from tools.spikes.evidence.case import LOOK_AHEAD, LOOK_BACK, event_step
-
-COLUMNS = ("loss", "grad_norm", "loss_scale", "seconds")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
