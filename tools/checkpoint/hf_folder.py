@@ -1,20 +1,20 @@
-"""The tensors of any Hugging Face model folder, by name, read a few rows at a time: safetensors or PyTorch .bin files."""
+"""Finds the tensors of any Hugging Face model folder, by name: safetensors or PyTorch .bin files, mapped and not copied."""
 
 from __future__ import annotations
 
 import json
-import math
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from tools.checkpoint.safetensors_io import INDEX, FormatError, Stored, read_header
+from tools.checkpoint.safetensors_writer import INDEX
 from tools.common.console import UsageError
 
 BIN_INDEX = "pytorch_model.bin.index.json"
-# what a tokenizer or generation reads: copied along as they are
+# what a tokenizer or generation reads; copied as they are
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -32,34 +32,23 @@ _OTHERS = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of a folder; `place` says where it lies, or is the tensor itself (mapped from a .bin file)."""
+    """A tensor of a folder, mapped into memory where it is used. `place`: its safetensors file, or the tensor of a .bin file."""
 
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    place: Stored | torch.Tensor
+    place: safe_open | torch.Tensor
 
     def rows(self, first: int, last: int) -> torch.Tensor:
-        """Rows [first, last) in the stored dtype; a scalar is one row."""
-        if isinstance(self.place, torch.Tensor):
-            return self.place.reshape(-1, *self.shape[1:])[first:last]
-        width = math.prod(self.shape[1:]) * self.dtype.itemsize
-        data = bytearray((last - first) * width)
-        with self.place.path.open("rb", buffering=0) as file:
-            file.seek(self.place.start + first * width)
-            view = memoryview(data)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise FormatError(f"{self.place.path}: ends before its tensors do")
-                view = view[count:]
-        return torch.frombuffer(data, dtype=self.dtype).reshape(last - first, *self.shape[1:])
+        """Return rows [first, last) in the stored dtype."""
+        return (self.place if isinstance(self.place, torch.Tensor) else self.place.get_slice(self.name))[first:last]
 
     def whole(self) -> torch.Tensor:
-        return self.rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
+        return self.place if isinstance(self.place, torch.Tensor) else self.place.get_tensor(self.name)
 
 
 def open_folder(folder: Path) -> dict[str, Source]:
-    """Every tensor of a model folder. Raises UsageError naming what is missing or not readable."""
+    """Return every tensor of a model folder. Raises UsageError naming what is missing or not readable."""
     problems: list[str] = []
     found: dict[str, Source] = {}
     for path in _weight_files(folder):
@@ -68,7 +57,7 @@ def open_folder(folder: Path) -> dict[str, Source]:
             continue
         try:
             here = _open_safetensors(path) if path.suffix == ".safetensors" else _open_bin(path)
-        except (FormatError, UsageError) as error:
+        except UsageError as error:
             problems.append(str(error))
             continue
         problems += [f"{path}: {name} is in another file too" for name in here.keys() & found.keys()]
@@ -96,17 +85,24 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _open_safetensors(path: Path) -> dict[str, Source]:
+    try:
+        file = safe_open(path, "pt")
+    except SafetensorError as error:
+        raise UsageError(f"{path}: not a whole safetensors file ({error})") from None
     found = {}
-    for name, place in read_header(path).items():
-        dtype = (_FLOATS | _OTHERS).get(place.dtype)
+    for name in file.keys():  # noqa: SIM118, a handle is not iterable
+        entry = file.get_slice(name)
+        dtype = (_FLOATS | _OTHERS).get(entry.get_dtype())
         if dtype is None:
-            raise UsageError(f"{path}: {name} is {place.dtype}; quantised weights cannot be trained, give the original model")
-        found[name] = Source(dtype, place.shape, place)
+            raise UsageError(
+                f"{path}: {name} is {entry.get_dtype()}; quantised weights cannot be trained, give the original model"
+            )
+        found[name] = Source(name, dtype, tuple(entry.get_shape()), file)
     return found
 
 
 def _open_bin(path: Path) -> dict[str, Source]:
-    """A pickle, but of tensors only: torch's restricted reader runs no code of the file."""
+    """Read a pickle, but of tensors only: torch's restricted reader runs no code of the file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
@@ -115,7 +111,7 @@ def _open_bin(path: Path) -> dict[str, Source]:
     tensors = {name: value for name, value in content.items() if torch.is_tensor(value)} if isinstance(content, dict) else {}
     if not tensors:
         raise UsageError(f"{path}: holds no tensors by name")
-    return {name: Source(tensor.dtype, tuple(tensor.shape), tensor) for name, tensor in tensors.items()}
+    return {name: Source(name, tensor.dtype, tuple(tensor.shape), tensor) for name, tensor in tensors.items()}
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

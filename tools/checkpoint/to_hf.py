@@ -33,7 +33,7 @@ from recipes.common.run_dir.manifest import write_json
 from tools.checkpoint import hf_check
 from tools.checkpoint.contents import damaged_weights, missized_files, open_checkpoint, row_blocks
 from tools.checkpoint.hf_names import Group, natural, publish, published_groups
-from tools.checkpoint.safetensors_io import ShardsWriter, Tensor, split_into_shards, write_index
+from tools.checkpoint.safetensors_writer import ShardsWriter, Tensor, split_into_shards, write_index
 from tools.common.console import GOOD, CheckError, UsageError, human_bytes, progress_bar, quiet_transformers
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

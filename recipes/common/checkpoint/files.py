@@ -32,7 +32,7 @@ from recipes.common.run_dir.manifest import write_json
 FORMAT = "trifold-checkpoint"
 VERSION = 1
 SEAL = "checksums.json"
-_CHUNK_BYTES = 1 << 20  # stays in the processor's cache between hashing and reading or writing: twice as fast as 16 MB
+CHUNK_BYTES = 1 << 20  # stays in the processor's cache between hashing and reading or writing: twice as fast as 16 MB
 DTYPES = {"F32": np.float32, "I64": np.int64, "BOOL": np.bool_}
 _NAMES = {np.dtype(value): key for key, value in DTYPES.items()}
 
@@ -101,12 +101,12 @@ def write_rank_file(folder: Path, rank: int, parts: list[Part]) -> dict[str, Any
 
 def _write(file: Any, data: memoryview, *digests: Any) -> None:
     while data:
-        chunk = data[:_CHUNK_BYTES]
+        chunk = data[:CHUNK_BYTES]
         for digest in digests:
             digest.update(chunk)
         while chunk:  # an unbuffered write may take a part only
             chunk = chunk[file.write(chunk) :]
-        data = data[_CHUNK_BYTES:]
+        data = data[CHUNK_BYTES:]
 
 
 def merge_index(reports: list[dict[str, Any]]) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _sync(path: Path) -> None:
 
 
 def file_checksum(path: Path) -> str:
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK_BYTES))
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from recipes.common.checkpoint.files import DTYPES, CheckpointError, read_seal
+from recipes.common.checkpoint.files import CHUNK_BYTES, DTYPES, CheckpointError, read_seal
 from recipes.common.model.sharding import ShardSpec
-
-_CHUNK_BYTES = 1 << 20  # stays in the processor's cache between reading and hashing
 
 
 def _read_into(path: Path, position: int, out: np.ndarray) -> None:
@@ -30,10 +28,10 @@ def _read_into(path: Path, position: int, out: np.ndarray) -> None:
 
 
 def _part_checksum(path: Path, position: int, count: int) -> str:
-    digest, buffer = xxhash.xxh3_64(), memoryview(bytearray(_CHUNK_BYTES))
+    digest, buffer = xxhash.xxh3_64(), memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         file.seek(position)
-        while count and (got := file.readinto(buffer[: min(count, _CHUNK_BYTES)])):
+        while count and (got := file.readinto(buffer[: min(count, CHUNK_BYTES)])):
             digest.update(buffer[:got])
             count -= got
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Safetensors files written and read a piece at a time: no tensor has to be in memory whole.
+"""Writes safetensors files block by block: no tensor has to be in memory whole. The safetensors library reads them.
 
 A file is 8 bytes of header length, a JSON header (name -> dtype, shape, where its bytes are), and the bytes, without gaps
 (https://github.com/huggingface/safetensors, "Format"). The header follows from the shapes, so it is written first.
@@ -17,30 +17,10 @@ from types import TracebackType
 import numpy as np
 import xxhash
 
-ITEM_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
+from recipes.common.checkpoint.files import CHUNK_BYTES
+
+ITEM_BYTES = {"F32": 4, "I64": 8, "F16": 2, "BF16": 2, "BOOL": 1}
 INDEX = "model.safetensors.index.json"
-_CHUNK_BYTES = 1 << 20  # stays in the processor's cache between hashing and writing
-_MAX_HEADER_BYTES = 100_000_000  # what the safetensors library accepts
-
-
-class FormatError(ValueError):
-    """A file that is not whole or not safetensors; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +36,8 @@ class Tensor:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: its bytes are [start, stop) from the start of the file."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
 def split_into_shards(tensors: list[Tensor], shard_bytes: int) -> dict[str, list[Tensor]]:
-    """File name -> tensors, in order; a file holds at most `shard_bytes`, or one tensor that is larger."""
+    """Return {file name: its tensors, in order}; a file holds at most `shard_bytes`, or one tensor that is larger."""
     shards: list[list[Tensor]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -83,9 +52,9 @@ def split_into_shards(tensors: list[Tensor], shard_bytes: int) -> dict[str, list
 
 
 class ShardsWriter:
-    """Writes the tensors of `shards` one after another, each from any number of pieces; use it in a `with`.
+    """Writes the tensors of `shards` one after another, each from any number of blocks; use it in a `with`.
 
-    `checksums` holds each finished tensor's. Leaving the block raises AssertionError when bytes are missing.
+    `checksums` holds each finished tensor's. Leaving the `with` raises AssertionError when bytes are missing.
     """
 
     def __init__(self, folder: Path, shards: dict[str, list[Tensor]]) -> None:
@@ -104,7 +73,7 @@ class ShardsWriter:
         self._close(synced=kind is None)
 
     def write(self, name: str, data: np.ndarray) -> None:
-        """The next bytes of tensor `name`; tensors come in the order of the shards."""
+        """Write the next bytes of tensor `name`; tensors come in the order of the shards."""
         if self._missing == 0:
             self._start(name)
         assert name == self._name, f"{name} was written where {self._name} belongs"
@@ -112,7 +81,7 @@ class ShardsWriter:
         self._missing -= len(view)
         assert self._missing >= 0, f"more bytes of {name} than its shape holds"
         while view:  # an unbuffered write may take a part only
-            count = self._file.write(view[:_CHUNK_BYTES])
+            count = self._file.write(view[:CHUNK_BYTES])
             self._digest.update(view[:count])
             view = view[count:]
         if self._missing == 0:
@@ -153,54 +122,9 @@ def _header(tensors: list[Tensor]) -> bytes:
 
 
 def write_index(folder: Path, shards: dict[str, list[Tensor]]) -> None:
-    """`model.safetensors.index.json`, where there is more than one file."""
+    """Write `model.safetensors.index.json`, where there is more than one file."""
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)
         names = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def read_header(path: Path) -> dict[str, Stored]:
-    """What a file holds. Raises FormatError when it is cut short, has gaps, or is something else."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise FormatError(f"{path}: not a safetensors file, or cut short")
-        try:
-            content = json.loads(file.read(length))
-            content.pop("__metadata__", None)
-            found = {name: _stored(path, 8 + length, entry) for name, entry in content.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FormatError(f"{path}: its header is damaged ({error})") from None
-    end = 8 + length
-    for name, stored in sorted(found.items(), key=lambda item: item[1].start):
-        if stored.start != end or stored.stop - stored.start != math.prod(stored.shape) * ITEM_BYTES[stored.dtype]:
-            raise FormatError(f"{path}: the bytes of {name} do not fit its shape {stored.shape}")
-        end = stored.stop
-    if end != size:
-        raise FormatError(f"{path}: {size} bytes, its header describes {end}")
-    return found
-
-
-def _stored(path: Path, base: int, entry: dict) -> Stored:
-    start, stop = entry["data_offsets"]
-    if entry["dtype"] not in ITEM_BYTES:
-        raise ValueError(f"dtype {entry['dtype']}")
-    return Stored(path, entry["dtype"], tuple(entry["shape"]), base + start, base + stop)
-
-
-def checksum(stored: Stored) -> str:
-    """Of the tensor's bytes as they are on disk now."""
-    digest, place = xxhash.xxh3_128(), stored.start
-    buffer = memoryview(bytearray(min(_CHUNK_BYTES, stored.stop - stored.start)))
-    with stored.path.open("rb", buffering=0) as file:
-        file.seek(place)
-        while place < stored.stop:
-            count = file.readinto(buffer[: stored.stop - place])
-            if not count:
-                raise FormatError(f"{stored.path}: ends before the tensor does")
-            digest.update(buffer[:count])
-            place += count
-    return digest.hexdigest()
