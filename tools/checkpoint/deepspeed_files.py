@@ -1,13 +1,13 @@
-"""The files that DeepSpeed writes (0.14 to 0.19.8), read without running anything that is in them.
+"""Reads the files that DeepSpeed writes (0.14 to 0.19.8), without running anything in them.
 
     mp_rank_{M}_model_states.pt                          one model-parallel rank, M = pipeline * tensor size + tensor rank
     layer_{L}-model_{T}-model_states.pt                  pipeline engine: weights of layer L, in the precision of training
     [bf16_]zero_pp_rank_{D}_mp_rank_{M}_optim_states.pt  ZeRO: fp32 weights and optimizer states of data rank D, flat
-    zero_pp_rank_{D}_mp_rank_{M}_model_states.pt         ZeRO-3: in the place of mp_rank files
+    zero_pp_rank_{D}_mp_rank_{M}_model_states.pt         ZeRO-3: in place of mp_rank files
     zero/{parameter}/{fp32,exp_avg,...,step}.pt          a universal checkpoint: whole tensors (ds_to_universal)
 
-They are pickles. torch's restricted reader (weights_only) loads tensors and plain containers; the few classes of DeepSpeed that
-lie among them become empty stand-ins here, so DeepSpeed's own code does not run either.
+They are pickles. torch's restricted reader (weights_only) loads tensors and plain containers; the few DeepSpeed classes among
+them become empty stand-ins, so DeepSpeed's own code does not run either.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ MASTER_FILE = "fp32"
 
 
 class _Inert:
-    """In the place of a class of DeepSpeed: takes what the file sets, and does nothing."""
+    """Stands in for a DeepSpeed class: takes what the file sets, and does nothing."""
 
     numel: int
     start: int
 
 
 class _Number(int):
-    """In the place of an enumeration."""
+    """Stands in for a DeepSpeed enumeration."""
 
 
 _STAND_INS = [
@@ -51,8 +51,8 @@ _STAND_INS = [
 
 
 @dataclass(frozen=True)
-class Run:
-    """A checkpoint folder of DeepSpeed, and what its first model file says."""
+class DeepSpeedCheckpoint:
+    """A checkpoint folder that DeepSpeed wrote, and what its first model file says."""
 
     folder: Path
     universal: bool
@@ -66,25 +66,25 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Elements [start, start + numel) of a parameter's flattened local shard, with its states by kind."""
+class SavedFragment:
+    """Elements [start, start + numel) of a parameter's flattened local shard, with their states by kind."""
 
-    name: str  # as DeepSpeed has it
+    name: str  # DeepSpeed's
     start: int
     states: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class RankState:
-    """What one optimizer file holds."""
+    """The content of one optimizer file."""
 
-    pieces: list[Piece]
+    fragments: list[SavedFragment]
     optimizer_steps: int
     loss_scaler: dict[str, float | int | bool]
 
 
 def load(path: Path) -> Any:
-    """The content of a .pt file, its tensors mapped. Raises UsageError when it holds anything but known, harmless things."""
+    """Load a .pt file, its tensors mapped. Raises UsageError when it holds anything but tensors, plain values and stand-ins."""
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -96,8 +96,8 @@ def load(path: Path) -> Any:
         raise UsageError(f"{path}: not a file of tensors that is safe to load ({reason}); it was not loaded") from None
 
 
-def find_run(folder: Path) -> Run:
-    """What kind of checkpoint lies in `folder` (or in the one its `latest` names). Raises UsageError for an unknown kind."""
+def find_checkpoint(folder: Path) -> DeepSpeedCheckpoint:
+    """Describe the checkpoint in `folder`, or in the one its `latest` names. Raises UsageError for an unknown kind."""
     for pointer in ("latest", "latest_universal"):
         if (folder / pointer).is_file() and not _names(folder, MODEL):
             folder = folder / (folder / pointer).read_text().strip()
@@ -108,8 +108,8 @@ def find_run(folder: Path) -> Run:
     if not models or not (universal or _names(folder, OPTIMIZER)):
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise UsageError(
-            f"{folder} is no checkpoint of DeepSpeed with ZeRO 1, 2 or 3, nor a universal one: "
-            f"mp_rank_*_model_states.pt and *zero_pp_rank_*_optim_states.pt (or zero/) belong there, and there is {there}"
+            f"{folder} is neither a DeepSpeed checkpoint with ZeRO 1, 2 or 3 nor a universal one: "
+            f"expected mp_rank_*_model_states.pt and *zero_pp_rank_*_optim_states.pt (or zero/), found {there}"
         )
     content = load(folder / models[0])
     ranks = sorted({int(MODEL.fullmatch(name)[2]) for name in models})
@@ -122,13 +122,13 @@ def find_run(folder: Path) -> Run:
     if not universal:
         _check_complete(folder, ranks, data)
         if stage not in (1, 2, 3):
-            raise UsageError(f"{folder}: ZeRO stage {stage} by its ds_config; stages 1, 2 and 3 are known")
+            raise UsageError(f"{folder}: its ds_config has ZeRO stage {stage}; stages 1, 2 and 3 can be converted")
     if content.get("frozen_param_shapes"):
         raise UsageError(
-            f"{folder}: {len(content['frozen_param_shapes'])} frozen parameters; only fully trained models are known"
+            f"{folder}: {len(content['frozen_param_shapes'])} frozen parameters; only fully trained models can be converted"
         )
     counts = (int(content.get(key, 0)) for key in ("global_steps", "global_samples", "skipped_steps"))
-    return Run(folder, universal, 0 if universal else stage, tensor, len(ranks) // tensor, data, *counts)
+    return DeepSpeedCheckpoint(folder, universal, 0 if universal else stage, tensor, len(ranks) // tensor, data, *counts)
 
 
 def _names(folder: Path, pattern: re.Pattern) -> list[str]:
@@ -142,73 +142,77 @@ def _check_complete(folder: Path, ranks: list[int], data: int) -> None:
         lacking = [f"data rank {d} of mp_rank {m}" for d, m in sorted(wanted - found)]
         extra = [f"data rank {d} of mp_rank {m}" for d, m in sorted(found - wanted)]
         text = "; ".join(f"{title} {', '.join(x[:4])}" for title, x in (("no file of", lacking), ("unexpected:", extra)) if x)
-        raise UsageError(f"{folder} is not whole, or holds files of two layouts: {text or f'mp_ranks {ranks}'}")
+        raise UsageError(f"{folder} is incomplete, or holds files of two layouts: {text or f'mp_ranks {ranks}'}")
 
 
-def optimizer_file(run: Run, data_rank: int, model_rank: int) -> Path:
-    names = {tuple(map(int, OPTIMIZER.fullmatch(name).groups())): name for name in _names(run.folder, OPTIMIZER)}
-    return run.folder / names[data_rank, model_rank]
+def optimizer_file(saved: DeepSpeedCheckpoint, data_rank: int, model_rank: int) -> Path:
+    names = {tuple(map(int, OPTIMIZER.fullmatch(name).groups())): name for name in _names(saved.folder, OPTIMIZER)}
+    return saved.folder / names[data_rank, model_rank]
 
 
-def model_file(run: Run, model_rank: int) -> dict[str, Any]:
-    names = [name for name in _names(run.folder, MODEL) if int(MODEL.fullmatch(name)[2]) == model_rank]
-    return load(run.folder / names[0])
+def model_file(saved: DeepSpeedCheckpoint, model_rank: int) -> dict[str, Any]:
+    names = [name for name in _names(saved.folder, MODEL) if int(MODEL.fullmatch(name)[2]) == model_rank]
+    return load(saved.folder / names[0])
 
 
 def local_shapes(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of every trained parameter's shard on one model-parallel rank, in the order of the flat groups."""
+    """Return the shape of every trained parameter's shard on one model-parallel rank, in the order of the flat groups."""
     return {name: tuple(shape) for group in content["param_shapes"] for name, shape in group.items()}
 
 
-def module_tensors(run: Run, model_rank: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights and buffers in the precision of training; layer files' names carry no layer number."""
-    content = model_file(run, model_rank).get("module")
+def module_tensors(saved: DeepSpeedCheckpoint, model_rank: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield weights and buffers in the precision of training; names in layer files carry no layer number."""
+    content = model_file(saved, model_rank).get("module")
     if content:
         yield from content.items()
-    for name in _names(run.folder, LAYER):
-        if int(LAYER.fullmatch(name)[2]) == model_rank % run.tensor:
-            yield from load(run.folder / name).items()
+    for name in _names(saved.folder, LAYER):
+        if int(LAYER.fullmatch(name)[2]) == model_rank % saved.tensor:
+            yield from load(saved.folder / name).items()
 
 
-def rank_state(run: Run, data_rank: int, model_rank: int, shapes: Mapping[str, tuple[int, ...]], before: dict) -> RankState:
-    """One optimizer file. `before`: elements of each parameter that lower data ranks hold; what is here is added to it."""
-    path = optimizer_file(run, data_rank, model_rank)
+def rank_state(
+    saved: DeepSpeedCheckpoint, data_rank: int, model_rank: int, shapes: Mapping[str, tuple[int, ...]], before: dict
+) -> RankState:
+    """Read one optimizer file. `before`: elements of each parameter on lower data ranks; this rank's are added to it."""
+    path = optimizer_file(saved, data_rank, model_rank)
     content = load(path)
     try:
         state = content["optimizer_state_dict"]
-        if run.zero_stage == 3:
-            pieces, adam = _pieces_of_stage_3(run, data_rank, state, shapes), state["optimizer_state_dict"]["state"]
+        if saved.zero_stage == 3:
+            fragments, adam = _fragments_of_stage_3(saved, data_rank, state, shapes), state["optimizer_state_dict"]["state"]
         else:
-            pieces, adam = _pieces_of_stage_1(state, before), state["base_optimizer_state"]["state"]
+            fragments, adam = _fragments_of_stage_1(state, before), state["base_optimizer_state"]["state"]
         steps = {int(entry["step"]) for entry in adam.values() if "step" in entry}
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UsageError(f"{path}: not laid out as DeepSpeed's ZeRO stage {run.zero_stage} ({error!r})") from None
+        raise UsageError(f"{path}: not laid out as DeepSpeed's ZeRO stage {saved.zero_stage} ({error!r})") from None
     scaler = state.get("loss_scaler")
     numbers = {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)} if isinstance(scaler, _Inert) else {}
-    return RankState(pieces, max(steps, default=0), numbers)
+    return RankState(fragments, max(steps, default=0), numbers)
 
 
-def _pieces_of_stage_1(state: Mapping[str, Any], before: dict[str, int]) -> list[Piece]:
-    """ZeRO 1 and 2, and BF16_Optimizer: each group's flat partition, with where each parameter's elements lie in it."""
-    pieces = []
+def _fragments_of_stage_1(state: Mapping[str, Any], before: dict[str, int]) -> list[SavedFragment]:
+    """Read ZeRO 1 and 2, and BF16_Optimizer: each group's flat partition, and where each parameter's elements lie in it."""
+    fragments = []
     for group, flat in enumerate(state["single_partition_of_fp32_groups"]):
         states = {"master": flat} | _moments(state["base_optimizer_state"]["state"].get(group, {}), flat)
         for name, address in state["param_slice_mappings"][group].items():
             here = {kind: tensor[address.start : address.start + address.numel] for kind, tensor in states.items()}
-            pieces.append(Piece(name, before.get(name, 0), here))
+            fragments.append(SavedFragment(name, before.get(name, 0), here))
             before[name] = before.get(name, 0) + address.numel
-    return pieces
+    return fragments
 
 
-def _pieces_of_stage_3(run: Run, data_rank: int, state: Mapping[str, Any], shapes: Mapping[str, tuple]) -> list[Piece]:
-    """ZeRO 3: each parameter is cut evenly over the data ranks, padded at its end; the parts lie one after another."""
+def _fragments_of_stage_3(
+    saved: DeepSpeedCheckpoint, data_rank: int, state: Mapping[str, Any], shapes: Mapping[str, tuple]
+) -> list[SavedFragment]:
+    """Read ZeRO 3: each parameter is partitioned evenly over the data ranks, padded at its end; the parts follow one another."""
     flats = state["fp32_flat_groups"]
     adam = state["optimizer_state_dict"]["state"]
     moments = [_moments(adam.get(group, {}), flat) for group, flat in enumerate(flats)]
-    pieces, group, offset = [], 0, 0
+    fragments, group, offset = [], 0, 0
     for name, shape in shapes.items():
         total = math.prod(shape)
-        length = -(-total // run.data)
+        length = -(-total // saved.data)
         while offset == flats[group].numel():  # sub-groups hold whole parameters and no padding
             group, offset = group + 1, 0
         if offset + length > flats[group].numel():
@@ -217,23 +221,23 @@ def _pieces_of_stage_3(run: Run, data_rank: int, state: Mapping[str, Any], shape
         if start < stop:
             states = {"master": flats[group]} | moments[group]
             here = {kind: tensor[offset : offset + stop - start] for kind, tensor in states.items()}
-            pieces.append(Piece(name, start, here))
+            fragments.append(SavedFragment(name, start, here))
         offset += length
-    return pieces
+    return fragments
 
 
 def _moments(state: Mapping[str, Any], flat: torch.Tensor) -> dict[str, torch.Tensor]:
     return {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape}
 
 
-def universal_names(run: Run) -> list[str]:
-    return sorted((path.name for path in (run.folder / "zero").iterdir() if path.is_dir()), key=natural)
+def universal_names(saved: DeepSpeedCheckpoint) -> list[str]:
+    return sorted((path.name for path in (saved.folder / "zero").iterdir() if path.is_dir()), key=natural)
 
 
-def universal_states(run: Run, name: str) -> tuple[dict[str, torch.Tensor], int]:
-    """(whole tensors by kind, optimizer step) of one parameter of a universal checkpoint."""
+def universal_states(saved: DeepSpeedCheckpoint, name: str) -> tuple[dict[str, torch.Tensor], int]:
+    """Return (whole tensors by kind, optimizer step) of one parameter of a universal checkpoint."""
     states, step = {}, 0
-    for path in sorted((run.folder / "zero" / name).glob("*.pt")):
+    for path in sorted((saved.folder / "zero" / name).glob("*.pt")):
         content = load(path)
         if path.stem == "step":
             step = int(content)
@@ -243,5 +247,5 @@ def universal_states(run: Run, name: str) -> tuple[dict[str, torch.Tensor], int]
             raise UsageError(f"{path}: holds no tensor `param`")
         states["master" if path.stem == MASTER_FILE else path.stem] = tensor
     if "master" not in states:
-        raise UsageError(f"{run.folder / 'zero' / name}: no fp32.pt")
+        raise UsageError(f"{saved.folder / 'zero' / name}: no fp32.pt")
     return states, step

@@ -1,12 +1,12 @@
-"""A checkpoint that DeepSpeed wrote itself to one of ours, optimizer states included, to go on with in any layout.
+"""Converts a checkpoint that DeepSpeed wrote itself, optimizer states included, to one that any layout can resume from.
 
     python -m tools.checkpoint from-deepspeed CHECKPOINTS/global_step1000 runs/NAME --model HF_FOLDER
     deepspeed recipes/NAME.py --out-dir runs/NAME --resume
 
-Known: `engine.save_checkpoint` of our stages (pipeline engine or not) and of a Hugging Face model given to DeepSpeed as it is,
-with ZeRO 1, 2 or 3; and universal checkpoints (ds_to_universal) of either. Not known, and refused with what was found: other
-parameter names (Megatron), no ZeRO, frozen parameters. HF_FOLDER holds the model's config.json, which DeepSpeed does not save.
-The files are pickles: only tensors and plain values are read, no code of theirs runs. One file's tensors are in memory at a time.
+Converts `engine.save_checkpoint` of our stages (pipeline engine or not) and of a Hugging Face model given to DeepSpeed unchanged,
+with ZeRO 1, 2 or 3, and universal checkpoints (ds_to_universal) of either. Rejects, naming what was found: other parameter names
+(Megatron), no ZeRO, frozen parameters. HF_FOLDER holds the model's config.json, which DeepSpeed does not save.
+The files are pickles: only tensors and plain values are read, no code in them runs. One file's tensors are in memory at a time.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from tools.checkpoint.starting_checkpoint import collected, refuse_used, startin
 from tools.common.console import GOOD, UsageError, progress_bar, quiet_transformers
 
 Shape = tuple[int, ...]
-_OURS = re.compile(r"(?:\d+\.)?(?:causal\.|module\.)?")  # what stands before a Hugging Face name
+_PREFIX = re.compile(r"(?:\d+\.)?(?:causal\.|module\.)?")  # before a Hugging Face name
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the config says the checkpoint must hold."""
+    """The tensors that the checkpoint must hold, by the config."""
 
-    shapes: dict[str, Shape]  # of every parameter, tied ones once
+    shapes: dict[str, Shape]  # every parameter, tied ones once
     buffers: dict[str, torch.Tensor]
     aliases: dict[str, str]  # a tied head -> the embedding
     vocabulary: frozenset[str]  # embedding and head: their rows may have been padded
     cuts: dict[str, ShardSpec]
 
     def name(self, theirs: str) -> str:
-        """DeepSpeed's name of a parameter (with stage and wrapper before it) to the Hugging Face name."""
-        return theirs[_OURS.match(theirs).end() :] if theirs not in self.shapes else theirs
+        """Strip stage and wrapper from DeepSpeed's name of a parameter: the Hugging Face name."""
+        return theirs[_PREFIX.match(theirs).end() :] if theirs not in self.shapes else theirs
 
     def cut(self, name: str, tensor: int) -> ShardSpec | None:
         return self.cuts.get(name) if tensor > 1 else None
@@ -83,35 +83,35 @@ def run(args: argparse.Namespace) -> int:
 
 
 def convert(folder: Path, out: Path, model_folder: Path, tokenizer: Path | None = None) -> dict[str, Any]:
-    """Write OUT/checkpoints/step_N and `latest`. Raises UsageError with what was found."""
-    run = files.find_run(folder)
+    """Write OUT/checkpoints/step_N and `latest`, and return a summary. Raises UsageError with what was found."""
+    saved = files.find_checkpoint(folder)
     if not (model_folder / "config.json").is_file():
-        raise UsageError(f"{model_folder} has no config.json; say with --model which Hugging Face folder has the model's")
+        raise UsageError(f"{model_folder} has no config.json; give the model's Hugging Face folder with --model")
     config = read_config(model_folder)
     refuse_used(out)
     causal = build_empty(config, attention="eager")
-    model = describe_model(causal, run.tensor)
-    check_names(run, model)
+    model = describe_model(causal, saved.tensor)
+    check_names(saved, model)
     state = starting_state(tied=bool(model.aliases)) | {
-        "step": run.step,
-        "consumed_seqs": run.consumed_seqs,
-        "skipped_steps": run.skipped_steps,
+        "step": saved.step,
+        "consumed_seqs": saved.consumed_seqs,
+        "skipped_steps": saved.skipped_steps,
     }
-    with progress_bar("converting", _input_bytes(run)) as bar:
-        if run.universal:
-            rank_files = collected(universal_parts(run, model, state, bar))
+    with progress_bar("converting", _input_bytes(saved)) as bar:
+        if saved.universal:
+            rank_files = collected(universal_parts(saved, model, state, bar))
         else:
-            rank_files = zero_parts(run, model, state, bar)
+            rank_files = zero_parts(saved, model, state, bar)
         checkpoint = write_checkpoint(out, rank_files, state, config, tokenizer or model_folder)
     index = json.loads((checkpoint / "index.json").read_text(encoding="utf-8"))["tensors"]
     kinds = sorted({kind for entry in index.values() for kind in entry["kinds"]})
-    described = {key: getattr(run, key) for key in ("universal", "pipeline", "tensor", "data", "zero_stage")}
+    described = {key: getattr(saved, key) for key in ("universal", "pipeline", "tensor", "data", "zero_stage")}
     counts = {key: state[key] for key in ("step", "consumed_seqs", "optimizer_steps")}
     return {"checkpoint": str(checkpoint), "tensors": len(index), "kinds": kinds, **counts, **described}
 
 
 def describe_model(causal: PreTrainedModel, tensor: int) -> Model:
-    """Raises UsageError for a family that cannot be cut so: then nothing of ours wrote the checkpoint."""
+    """Return what the model consists of. Raises UsageError for a family that cannot be sharded so."""
     shapes, buffers = model_shapes(causal)
     try:
         stack = find_stack(causal)
@@ -122,99 +122,99 @@ def describe_model(causal: PreTrainedModel, tensor: int) -> Model:
     return Model(shapes, buffers, parameter_aliases(causal), vocabulary, cuts)
 
 
-def check_names(run: files.Run, model: Model) -> None:
-    """Every parameter of the model must be there, in the shape that the checkpoint's layout gives it, and no other."""
+def check_names(saved: files.DeepSpeedCheckpoint, model: Model) -> None:
+    """Check that every parameter of the model is there, in the shape that the checkpoint's layout gives it, and no other."""
     problems, found = [], set()
-    ranks = [None] if run.universal else range(run.pipeline * run.tensor)
+    ranks = [None] if saved.universal else range(saved.pipeline * saved.tensor)
     for rank in ranks:
         if rank is None:
-            theirs = dict.fromkeys(files.universal_names(run))
+            theirs = dict.fromkeys(files.universal_names(saved))
         else:
-            theirs = files.local_shapes(files.model_file(run, rank))
+            theirs = files.local_shapes(files.model_file(saved, rank))
         for long_name, shape in theirs.items():
             name = model.name(long_name)
             name = model.aliases.get(name, name)
             if name not in model.shapes:
                 problems.append(f"unexpected: {long_name} {list(shape) if shape else ''}")
-            elif shape is not None and shape != model.local(name, run.tensor):
-                wanted = list(model.local(name, run.tensor))
+            elif shape is not None and shape != model.local(name, saved.tensor):
+                wanted = list(model.local(name, saved.tensor))
                 problems.append(
-                    f"wrong shape: {long_name} is {list(shape)}, the config's model has {wanted} at tensor={run.tensor}"
+                    f"wrong shape: {long_name} is {list(shape)}, the config's model has {wanted} at tensor={saved.tensor}"
                 )
             found.add(name)
     problems += [f"missing: {name} {list(shape)}" for name, shape in model.shapes.items() if name not in found]
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise UsageError(f"{run.folder} does not hold the model of this config:\n  {shown}")
+        raise UsageError(f"{saved.folder} does not hold the model of this config:\n  {shown}")
 
 
-def zero_parts(run: files.Run, model: Model, state: dict[str, Any], bar: Any) -> Iterator[list[Part]]:
-    """The fragments of every optimizer file as parts of one rank file; fills in `state` on the way."""
-    for model_rank in range(run.pipeline * run.tensor):
-        tensor_rank = model_rank % run.tensor
-        shapes, before = files.local_shapes(files.model_file(run, model_rank)), {}
-        for data_rank in range(run.data):
-            rank = files.rank_state(run, data_rank, model_rank, shapes, before)
+def zero_parts(saved: files.DeepSpeedCheckpoint, model: Model, state: dict[str, Any], bar: Any) -> Iterator[list[Part]]:
+    """Yield the fragments of every optimizer file as the parts of one rank file, and update `state` from it."""
+    for model_rank in range(saved.pipeline * saved.tensor):
+        tensor_rank = model_rank % saved.tensor
+        shapes, before = files.local_shapes(files.model_file(saved, model_rank)), {}
+        for data_rank in range(saved.data):
+            rank = files.rank_state(saved, data_rank, model_rank, shapes, before)
             state["optimizer_steps"] = max(state["optimizer_steps"], rank.optimizer_steps)
             if rank.loss_scaler.get("dynamic"):
                 state["loss_scaler"] = rank.loss_scaler
-            yield [part for piece in rank.pieces for part in piece_parts(piece, model, tensor_rank, run.tensor)]
-            bar.update(files.optimizer_file(run, data_rank, model_rank).stat().st_size)
-    yield buffer_parts(run, model)
+            yield [part for fragment in rank.fragments for part in fragment_parts(fragment, model, tensor_rank, saved.tensor)]
+            bar.update(files.optimizer_file(saved, data_rank, model_rank).stat().st_size)
+    yield buffer_parts(saved, model)
 
 
-def piece_parts(piece: files.Piece, model: Model, tensor_rank: int, tensor: int) -> Iterator[Part]:
-    """One part a kind, without padding; nothing for what another rank holds too."""
-    name = model.name(piece.name)
+def fragment_parts(fragment: files.SavedFragment, model: Model, tensor_rank: int, tensor: int) -> Iterator[Part]:
+    """Yield one part a kind, without padding; nothing for what another rank holds too."""
+    name = model.name(fragment.name)
     if name in model.aliases:  # the last stage's copy of a tied weight
         return
     shape, cut = model.shapes[name], model.cut(name, tensor)
     if cut is None and tensor_rank > 0:
         return
-    stop = piece.start + piece.states["master"].numel()
-    if cut is not None and cut.dim == 0 and cut.packs == 1:  # rows that only fill up
+    stop = fragment.start + fragment.states["master"].numel()
+    if cut is not None and cut.dim == 0 and cut.packs == 1:  # padding rows
         rows = sum(count for _, _, count in cut.ranges(shape[0], tensor_rank, tensor))
         stop = min(stop, rows * math.prod(shape[1:]))
-    if piece.start < stop:
+    if fragment.start < stop:
         place = (tensor_rank, tensor) if cut is not None else (0, 1)
-        for kind, values in piece.states.items():
-            data = values[: stop - piece.start].detach().float().numpy()
-            yield Part(name, kind, shape, cut, *place, piece.start, stop, data)
+        for kind, values in fragment.states.items():
+            data = values[: stop - fragment.start].detach().float().numpy()
+            yield Part(name, kind, shape, cut, *place, fragment.start, stop, data)
 
 
-def universal_parts(run: files.Run, model: Model, state: dict[str, Any], bar: Any) -> Iterator[Part]:
-    """A parameter at a time, whole, without the rows that fill up a vocabulary."""
-    for theirs in files.universal_names(run):
+def universal_parts(saved: files.DeepSpeedCheckpoint, model: Model, state: dict[str, Any], bar: Any) -> Iterator[Part]:
+    """Yield whole parameters, one at a time, without the padding rows of a vocabulary."""
+    for theirs in files.universal_names(saved):
         name = model.name(theirs)
         if name in model.aliases:
             continue
         shape = model.shapes[name]
-        states, step = files.universal_states(run, theirs)
+        states, step = files.universal_states(saved, theirs)
         state["optimizer_steps"] = max(state["optimizer_steps"], step)
         for kind, values in states.items():
             whole = values[: shape[0]] if name in model.vocabulary else values
             if tuple(whole.shape) != shape:
-                there = f"{run.folder / 'zero' / theirs}: {kind} is {list(values.shape)}"
+                there = f"{saved.folder / 'zero' / theirs}: {kind} is {list(values.shape)}"
                 raise UsageError(f"{there}, the config's model has {list(shape)}")
             yield whole_part(name, kind, whole.detach().float().numpy())
             bar.update(4 * values.numel())
-    yield from buffer_parts(run, model)
+    yield from buffer_parts(saved, model)
 
 
-def buffer_parts(run: files.Run, model: Model) -> list[Part]:
-    """Persistent buffers, which lie beside the weights in the precision of training."""
+def buffer_parts(saved: files.DeepSpeedCheckpoint, model: Model) -> list[Part]:
+    """Return the persistent buffers, which lie beside the weights in the precision of training."""
     found: dict[str, torch.Tensor] = {}
-    for rank in range(run.pipeline * run.tensor) if model.buffers else ():
-        for theirs, tensor in files.module_tensors(run, rank):
+    for rank in range(saved.pipeline * saved.tensor) if model.buffers else ():
+        for theirs, tensor in files.module_tensors(saved, rank):
             found.setdefault(model.name(theirs), tensor)
     parts = []
     for name, buffer in model.buffers.items():
         if name not in found or found[name].shape != buffer.shape:
-            raise UsageError(f"{run.folder}: the buffer {name} {list(buffer.shape)} is in no model file")
+            raise UsageError(f"{saved.folder}: the buffer {name} {list(buffer.shape)} is in no model file")
         parts.append(whole_part(name, "buffer", found[name].to(buffer.dtype).numpy()))
     return parts
 
 
-def _input_bytes(run: files.Run) -> int:
-    pattern = "zero/**/*.pt" if run.universal else "*_optim_states.pt"
-    return sum(path.stat().st_size for path in run.folder.glob(pattern))
+def _input_bytes(saved: files.DeepSpeedCheckpoint) -> int:
+    pattern = "zero/**/*.pt" if saved.universal else "*_optim_states.pt"
+    return sum(path.stat().st_size for path in saved.folder.glob(pattern))

@@ -1,12 +1,12 @@
-"""A Hugging Face folder to a starting checkpoint, for continued pretraining in any layout.
+"""Makes a starting checkpoint from a Hugging Face folder, for continued pretraining in any layout.
 
     python -m tools.checkpoint from-hf MODEL_FOLDER runs/NAME
     deepspeed recipes/NAME.py --out-dir runs/NAME --resume
 
-FOLDER holds safetensors or .bin files, sharded or not, in the names that transformers publishes or those of the model itself. The
-weights become the fp32 masters of step 0; there is no optimizer state. Every name and shape is checked against the model of
-FOLDER's config, and all that is wrong is reported at once. The recipe's `model` must be that config. Tensors that transformers
-joins on loading (banks of experts) are in memory one at a time.
+MODEL_FOLDER holds safetensors or .bin files, sharded or not, in the names that transformers publishes or those of the model
+itself. The weights become the fp32 masters of step 0; there is no optimizer state. Every name and shape is checked against the
+model of the folder's config, and all errors are reported together. The recipe's `model` must equal that config. Tensors that
+transformers joins on loading (banks of experts) are in memory one at a time.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from recipes.common.checkpoint.files import Part
 from recipes.common.model.initial_weights import build_empty
 from tools.checkpoint.hf_folder import Source, open_folder, tokenizer_files
-from tools.checkpoint.hf_names import Adopter, Group, model_shapes, parameter_aliases
+from tools.checkpoint.hf_names import Adopter, TensorGroup, model_shapes, parameter_aliases
 from tools.checkpoint.starting_checkpoint import collected, refuse_used, starting_state, whole_part, write_checkpoint
 from tools.common.console import GOOD, UsageError, human_bytes, progress_bar, quiet_transformers
 
 COMPARE_ROWS_BYTES = 1 << 25
-_OLD_ROTARY = "rotary_emb.inv_freq"  # old files hold it; transformers computes it
+_OLD_ROTARY = "rotary_emb.inv_freq"  # in old files; transformers computes it
 
 
 @dataclass(frozen=True)
 class Import:
-    """What to copy: every target of the groups is a tensor of the model, each once."""
+    """The tensors to copy: every target of the groups is a tensor of the model, each once."""
 
-    groups: list[Group]
+    groups: list[TensorGroup]
     kinds: dict[str, str]  # model's name -> "master" or "buffer"
     dtypes: dict[str, torch.dtype]  # of the buffers
-    dropped: list[str]  # names on disk that say nothing new
+    dropped: list[str]  # names on disk that are redundant
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a Hugging Face model folder")
+    parser.add_argument("folder", type=Path, metavar="MODEL_FOLDER", help="a Hugging Face model folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="the run directory to make")
-    parser.add_argument("--tokenizer", type=Path, help="a tokenizer folder to keep with it (default: FOLDER's own)")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer folder to keep with it (default: MODEL_FOLDER's own)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def import_folder(folder: Path, out: Path, tokenizer: Path | None = None) -> dict[str, Any]:
-    """Write OUT/checkpoints/step_00000000 and `latest`. Raises UsageError with everything that does not fit."""
+    """Write OUT/checkpoints/step_00000000 and `latest`, and return a summary. Raises UsageError with all that does not match."""
     config = read_config(folder)
     refuse_used(out)
     tokenizer = folder if tokenizer is None else tokenizer
@@ -98,12 +98,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{folder / 'config.json'}: transformers cannot read it: {error}") from error
     if getattr(config, "quantization_config", None):
-        raise UsageError(f"{folder} is quantised; give the original model, quantised weights cannot be trained")
+        raise UsageError(f"{folder} is quantised, and quantised weights cannot be trained; give the original model")
     return config
 
 
 def match(causal: PreTrainedModel, adopter: Adopter, sources: dict[str, Source], folder: Path) -> Import:
-    """Which tensors on disk become which of the model. Raises UsageError with all that is missing, unexpected or misshapen."""
+    """Match tensors on disk to the model's. Raises UsageError with all that is missing, unexpected or of a wrong shape."""
     parameters, buffers = model_shapes(causal)
     wanted = parameters | {name: tuple(buffer.shape) for name, buffer in buffers.items()}
     aliases = parameter_aliases(causal)
@@ -118,7 +118,7 @@ def match(causal: PreTrainedModel, adopter: Adopter, sources: dict[str, Source],
         if group.same and target in aliases:  # a tied head, stored all the same
             original = aliases[target]
             if original not in there:
-                group = Group(group.sources, ((original, shape),), True)
+                group = TensorGroup(group.sources, ((original, shape),), True)
             else:
                 dropped += group.sources
                 problems += _tie_problem(candidates, group, original, sources)
@@ -149,7 +149,7 @@ def match(causal: PreTrainedModel, adopter: Adopter, sources: dict[str, Source],
 
 
 def read_parts(plan: Import, adopter: Adopter, sources: dict[str, Source], bar: Any) -> Iterator[Part]:
-    """Whole tensors: weights in fp32, buffers as the model has them."""
+    """Yield whole tensors: weights in fp32, buffers in the model's dtype."""
     for group in plan.groups:
         tensors = {name: sources[name].whole() for name in group.sources}
         found = {group.targets[0][0]: tensors[group.sources[0]]} if group.same else adopter.adopt(tensors)
@@ -161,7 +161,7 @@ def read_parts(plan: Import, adopter: Adopter, sources: dict[str, Source], bar: 
             bar.update(4 * tensor.numel())
 
 
-def _tie_problem(candidates: list[Group], head: Group, original: str, sources: dict[str, Source]) -> list[str]:
+def _tie_problem(candidates: list[TensorGroup], head: TensorGroup, original: str, sources: dict[str, Source]) -> list[str]:
     stored = next(group.sources[0] for group in candidates if group.targets[0][0] == original)
     a, b = sources[head.sources[0]], sources[stored]
     same = a.shape == b.shape
@@ -171,10 +171,10 @@ def _tie_problem(candidates: list[Group], head: Group, original: str, sources: d
         same = same and torch.equal(a.rows(first, last).float(), b.rows(first, last).float())
     if same:
         return []
-    return [f"tied: {head.sources[0]} differs from {stored}; if both are meant, say tie_word_embeddings=false in config.json"]
+    return [f"tied: {head.sources[0]} differs from {stored}; if both are meant, set tie_word_embeddings=false in config.json"]
 
 
 def _is_ignored(causal: PreTrainedModel, name: str) -> bool:
-    """What transformers itself passes over in silence when it loads this family."""
+    """Whether transformers itself silently ignores `name` when it loads this family."""
     patterns = {*(causal._keys_to_ignore_on_load_unexpected or ()), re.escape(_OLD_ROTARY)}
     return any(re.search(pattern, name) for pattern in patterns)

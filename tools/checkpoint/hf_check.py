@@ -56,14 +56,15 @@ def _tensors_of(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def check_logits(reader: Reader, folder: Path, dtype: torch.dtype, *, always: bool) -> list[str]:
-    """Logits of `folder` as plain transformers loads it, computed in fp32, against those of a plain model whose weights are
-    set from the checkpoint by name and rounded to `dtype`. They must be equal bit for bit. Rounding changes logits itself: by
-    how much is reported, not judged. One model is in memory at a time. Raises CheckError.
+    """Compare the logits of `folder`, loaded by plain transformers, with those of a plain model set from the checkpoint by name.
+
+    The latter's weights are rounded to `dtype`; both compute in fp32 and must be equal bit for bit. How far the rounding itself
+    changes the logits is reported, not judged. One model is in memory at a time. Raises CheckError; returns lines for the user.
     """
     elements = sum(math.prod(reader.shape(name)) for name in reader.names("master"))
     if 4 * elements > LOGITS_LIMIT_BYTES and not always:
         size, limit = human_bytes(4 * elements), human_bytes(LOGITS_LIMIT_BYTES)
-        return [f"logits not compared: {size} of fp32 weights is over {limit}; --verify-logits compares them anyway"]
+        return [f"logits not compared: {size} of fp32 weights exceed {limit}; --verify-logits compares them anyway"]
     config = AutoConfig.from_pretrained(reader.folder / "model", local_files_only=True)
     ids = _random_ids(config)
     exported = _exported_logits(folder, ids)
@@ -74,7 +75,7 @@ def check_logits(reader: Reader, folder: Path, dtype: torch.dtype, *, always: bo
         difference = (exported - reference).abs().max().item()
         raise CheckError(f"logits of the exported model differ from the checkpoint's by up to {difference:.3g}")
     if not reference.isfinite().all():
-        return ["logits equal the checkpoint's own, but they are not finite: the weights are of a run that diverged"]
+        return ["logits equal the checkpoint's own, but are not finite: the run had diverged"]
     lines = ["logits in plain transformers equal those of the checkpoint's weights bit for bit (computed in fp32)"]
     if dtype != torch.float32:
         set_weights(model, reader, torch.float32)
@@ -85,7 +86,7 @@ def check_logits(reader: Reader, folder: Path, dtype: torch.dtype, *, always: bo
 
 
 def check_tokenizer(folder: Path) -> list[str]:
-    """That AutoTokenizer loads what lies there, with no more ids than the model has rows. Raises CheckError."""
+    """Check that AutoTokenizer loads the tokenizer, with no more ids than the model has rows. Raises CheckError."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return ["no tokenizer in the checkpoint, so none in the export"]
     try:
@@ -99,7 +100,7 @@ def check_tokenizer(folder: Path) -> list[str]:
 
 
 def plain_model(config: PreTrainedConfig) -> nn.Module:
-    """AutoModelForCausalLM in fp32 with undefined weights: every one must be set."""
+    """Return an AutoModelForCausalLM in fp32 with undefined weights: every one must be set."""
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.tie_weights()
@@ -108,7 +109,7 @@ def plain_model(config: PreTrainedConfig) -> nn.Module:
 
 @torch.no_grad()
 def set_weights(model: nn.Module, reader: Reader, dtype: torch.dtype = torch.float32) -> None:
-    """By name, rounded to `dtype`. Raises CheckError when names or shapes do not fit one to one."""
+    """Set the weights by name, rounded to `dtype`. Raises CheckError when names or shapes do not match one to one."""
     wanted = dict(model.named_parameters())
     persistent = set(model.state_dict())
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}

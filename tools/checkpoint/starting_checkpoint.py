@@ -1,7 +1,4 @@
-"""Writes a checkpoint that no run of ours saved: the part that from-hf and from-deepspeed share.
-
-Any layout can load it. Sealed, read again and published like any other.
-"""
+"""Writes a checkpoint that no run saved, for from-hf and from-deepspeed. Any layout can load it."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ FILE_BYTES = 1 << 30  # a file is written when this much is collected
 
 
 def starting_state(*, tied: bool) -> dict[str, Any]:
-    """state.json of step 0; what a later step has besides is for the caller to replace."""
+    """Return the state.json of step 0; the caller updates it for a later step."""
     return {
         "step": 0,
         "consumed_seqs": 0,
@@ -50,12 +47,12 @@ def starting_state(*, tied: bool) -> dict[str, Any]:
 
 
 def refuse_used(out: Path) -> None:
-    """Raises UsageError when `out` is a run already, or no folder at all."""
+    """Raise UsageError when `out` is already a run, or is a file."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give the folder of a new run")
     there = sealed_checkpoints(out)
     if there:
-        raise UsageError(f"{out} is a run with {len(there)} checkpoints already; give the folder of a new run")
+        raise UsageError(f"{out} is already a run, with {len(there)} checkpoints; give the folder of a new run")
 
 
 def whole_part(name: str, kind: str, tensor: np.ndarray) -> Part:
@@ -64,7 +61,7 @@ def whole_part(name: str, kind: str, tensor: np.ndarray) -> Part:
 
 
 def collected(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Parts by the gigabyte: what goes into one file together."""
+    """Group parts by the gigabyte, for one file each."""
     batch: list[Part] = []
     for part in parts:
         batch.append(part)
@@ -77,14 +74,14 @@ def collected(parts: Iterable[Part]) -> Iterator[list[Part]]:
 def write_checkpoint(
     out: Path, files: Iterable[list[Part]], state: dict[str, Any], config: PreTrainedConfig, tokenizer: Path | None
 ) -> Path:
-    """Write, seal, read again and publish OUT/checkpoints/step_N. Gives its folder.
+    """Write, seal, read back and publish OUT/checkpoints/step_N, and return its folder.
 
-    files: the parts of each rank file, one file in memory at a time; a (name, kind) comes once in a file. `state` is read
-    when they are at an end. Raises CheckError when the disk gives back something else, or elements of a tensor are missing.
+    files: the parts of each rank file, one file in memory at a time; a (name, kind) comes once in a file. `state` is read after
+    the last one. Raises CheckError when the disk returns something else, or elements of a tensor are missing.
     """
     folder = step_folder(out, state["step"])
     hidden = folder.with_name(f".{folder.name}.saving")
-    shutil.rmtree(hidden, ignore_errors=True)  # of a conversion that was killed
+    shutil.rmtree(hidden, ignore_errors=True)  # left by a conversion that was killed
     hidden.mkdir(parents=True)
     try:
         reports = []
@@ -97,7 +94,7 @@ def write_checkpoint(
         seal(hidden, {report["file"]: report for report in reports})
         wrong = damage(hidden) or gaps(Reader(hidden))
         if wrong:
-            raise CheckError("what was written is not a whole checkpoint: " + "; ".join(wrong[:5]))
+            raise CheckError("the checkpoint was not written whole: " + "; ".join(wrong[:5]))
         publish_folder(hidden, folder)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -106,7 +103,7 @@ def write_checkpoint(
 
 
 def _remove_if_empty(*folders: Path) -> None:
-    """Innermost first: a conversion that fails leaves nothing behind."""
+    """Remove the folders that are empty, innermost first: a failed conversion leaves nothing behind."""
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

@@ -1,12 +1,12 @@
-"""A checkpoint to a Hugging Face folder that plain transformers loads: safetensors, config, tokenizer.
+"""Exports a checkpoint to a Hugging Face folder that plain transformers loads: safetensors, config, tokenizer.
 
     python -m tools.checkpoint to-hf runs/llama_8b/checkpoints/latest OUT --dtype bfloat16
 
-Any checkpoint, saved in any layout, at any time; the run may go on. No GPU, no process group, and never the whole model in
-memory: tensors go from file to file in blocks. Tensors take the names under which transformers itself saves the family (one
-matrix an expert, for example); a tied head is not written; buffers keep their own dtype. Verified unless told otherwise: the
-checkpoint's files against its manifest, each exported tensor against what was read, and the logits of OUT in plain
-transformers against a plain model that was given the checkpoint's weights by name. OUT appears when all of it is there.
+Takes any checkpoint, saved in any layout, at any time; the run may continue meanwhile. Needs no GPU and no process group, and
+never holds the whole model: tensors go from file to file in blocks. Tensors take the names under which transformers itself saves
+the family (one matrix an expert, for example); a tied head is not written; buffers keep their own dtype. Verifies, unless
+--no-verify is given, the checkpoint's files against their checksums, each exported tensor against what was read, and the logits
+of OUT in plain transformers against a plain model set from the checkpoint by name. OUT appears when it is complete.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from recipes.common.model.initial_weights import build_empty
 from recipes.common.run_dir.manifest import write_json
 from tools.checkpoint import hf_check
 from tools.checkpoint.contents import damaged_weights, missized_files, open_checkpoint, row_blocks
-from tools.checkpoint.hf_names import Group, natural, publish, published_groups
+from tools.checkpoint.hf_names import TensorGroup, natural, publish, published_groups
 from tools.checkpoint.safetensors_writer import ShardsWriter, Tensor, split_into_shards, write_index
 from tools.common.console import GOOD, CheckError, UsageError, human_bytes, progress_bar, quiet_transformers
 
@@ -73,17 +73,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes from text such as 5GB, 500MB or a plain number (decimal units, as transformers counts them)."""
+    """Return the bytes of text such as 5GB, 500MB or a plain number (decimal units, as in transformers)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", text.strip().upper())
     if not match or (match[2] and not match[2].endswith("B")) or not float(match[1]):
-        raise UsageError(f"--shard-size={text}: a size over 0 such as 5GB or 500MB")
+        raise UsageError(f"--shard-size={text}: must be a size over 0, such as 5GB or 500MB")
     return int(float(match[1]) * _UNITS["" if match[2] == "B" else match[2]])
 
 
 def export(
     checkpoint: Path, out: Path, *, dtype: str, shard_bytes: int, verify: bool = True, always_logits: bool = False
 ) -> dict[str, Any]:
-    """Write OUT and give a summary. Raises UsageError, CheckpointError, or CheckError (then OUT is not there)."""
+    """Write OUT and return a summary. Raises UsageError, CheckpointError, or CheckError (then OUT is not there)."""
     started = time.perf_counter()
     checkpoint = open_checkpoint(checkpoint)
     _refuse_existing(out)
@@ -93,7 +93,7 @@ def export(
     reader = Reader(checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
     hidden = out.with_name(f".{out.name}.unfinished")
-    if hidden.exists():  # of an export that was killed
+    if hidden.exists():  # left by an export that was killed
         shutil.rmtree(hidden)
     hidden.mkdir()
     try:
@@ -118,7 +118,7 @@ def export(
 
 
 def _verify(reader: Reader, folder: Path, checksums: dict[str, str], dtype: str, *, always_logits: bool) -> list[str]:
-    """What was checked, a line each. Raises CheckError."""
+    """Verify the export and list what was checked, a line each. Raises CheckError."""
     hf_check.check_checksums(folder, checksums)
     done = [f"{len(checksums)} tensors on disk are what was read from the checkpoint (xxh3_128)"]
     done += hf_check.check_logits(reader, folder, getattr(torch, dtype), always=always_logits)
@@ -126,7 +126,7 @@ def _verify(reader: Reader, folder: Path, checksums: dict[str, str], dtype: str,
 
 
 def write_model_files(reader: Reader, out: Path, dtype: str) -> PreTrainedConfig:
-    """config.json, generation_config.json, the tokenizer's files, and trifold.json (where this comes from)."""
+    """Write config.json, generation_config.json, the tokenizer's files, and trifold.json (the provenance)."""
     for path in sorted((reader.folder / "model").iterdir()):
         shutil.copyfile(path, out / path.name)
     config = AutoConfig.from_pretrained(reader.folder / "model", local_files_only=True)
@@ -140,7 +140,7 @@ def write_model_files(reader: Reader, out: Path, dtype: str) -> PreTrainedConfig
 
 
 def provenance(reader: Reader, dtype: str) -> dict[str, Any]:
-    """What a later reader of the folder asks: which step of what, and how its validation loss was measured."""
+    """Return which step of which run this is, and how its validation loss was measured."""
     content = {"checkpoint": reader.folder.name, "step": reader.state["step"], "dtype": dtype}
     path = reader.folder / "recipe.json"
     if path.is_file():
@@ -157,7 +157,7 @@ def provenance(reader: Reader, dtype: str) -> dict[str, Any]:
 def write_weights(
     reader: Reader, config: PreTrainedConfig, out: Path, dtype: str, shard_bytes: int
 ) -> tuple[dict[str, str], dict[str, list[Tensor]]]:
-    """Stream every tensor into safetensors shards. Gives (checksum by published name, file -> tensors)."""
+    """Stream every tensor into safetensors files. Returns ({published name: checksum}, {file: its tensors})."""
     causal = build_empty(config, attention="eager")
     kinds = tensor_kinds(reader)
     dtypes = {name: DTYPES[dtype] if kind == "master" else _buffer_dtype(reader, name) for name, kind in kinds.items()}
@@ -177,7 +177,7 @@ def write_weights(
 
 
 def tensor_kinds(reader: Reader) -> dict[str, str]:
-    """Every tensor of the model -> the kind it is stored as; optimizer states are left out."""
+    """Return {tensor of the model: the kind it is stored as}, without optimizer states."""
     return {name: kind for kind in ("master", "buffer") for name in reader.names(kind)}
 
 
@@ -188,7 +188,7 @@ def read_blocks(reader: Reader, name: str, *, kinds: dict[str, str], dtype: str)
 
 
 def cast(block: np.ndarray, name: str, dtype: str) -> np.ndarray:
-    """fp32 to `dtype`, rounded to nearest even. Raises CheckError for a finite number that float16 does not hold."""
+    """Round fp32 to `dtype`, to nearest even. Raises CheckError for a finite number beyond float16's range."""
     if dtype == "float32":
         return block
     if dtype == "bfloat16":
@@ -200,13 +200,13 @@ def cast(block: np.ndarray, name: str, dtype: str) -> np.ndarray:
     return half
 
 
-def _same(group: Group, read: Any) -> Any:
+def _same(group: TensorGroup, read: Any) -> Any:
     published = group.targets[0][0]
     return ((published, block) for block in read(group.sources[0]))
 
 
-def _converted(group: Group, read: Any, causal: Any, reader: Reader) -> Any:
-    """A group that transformers regroups on disk: it is in memory as a whole (one bank of experts)."""
+def _converted(group: TensorGroup, read: Any, causal: Any, reader: Reader) -> Any:
+    """Yield the tensors of a group that transformers regroups on disk; the group (one bank of experts) is in memory whole."""
     whole = {}
     for name in group.sources:
         blocks = list(read(name))
@@ -225,7 +225,7 @@ def _buffer_dtype(reader: Reader, name: str) -> str:
 
 
 def _alignment(dtype: str) -> int:
-    """Wider elements come first in a file, so that all of them are aligned."""
+    """Return a sort key that puts wider elements first in a file, so that all of them are aligned."""
     return {"I64": 0, "F32": 1, "BF16": 2, "F16": 2, "BOOL": 3}[dtype]
 
 

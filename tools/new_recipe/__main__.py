@@ -29,7 +29,7 @@ from tools.common.devices import GIB, find_device
 from tools.common.recipe_io import load_recipe, parse_layout
 from tools.new_recipe.recipe_text import stated_fields, write_text
 from tools.new_recipe.scaling_rules import Hyperparameters, hyperparameters
-from tools.new_recipe.shape import Shape, choose_shape
+from tools.new_recipe.shape import ModelShape, choose_shape
 from tools.plan.coefficients import read_coefficients
 from tools.plan.evaluate import candidates, judge
 from tools.plan.model_cases import read_model
@@ -107,7 +107,7 @@ def _next(out: Path, gpus: int) -> str:
 
 
 def _fill(
-    flags: argparse.Namespace, template: Recipe, stated: set[str], shape: Shape, name: str, seq_len: int
+    flags: argparse.Namespace, template: Recipe, stated: set[str], shape: ModelShape, name: str, seq_len: int
 ) -> tuple[Recipe, Hyperparameters, str]:
     """The recipe, its hyperparameters, and where its layout is from.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from recipes.common.recipe import Layout
 from tools.new_recipe.scaling_rules import Hyperparameters
-from tools.new_recipe.shape import Shape
+from tools.new_recipe.shape import ModelShape
 
 LINE = 130  # characters, as pyproject.toml says
 
@@ -83,7 +83,7 @@ def write_text(
     like: str,
     config: str,
     stated: dict[str, str],
-    shape: Shape,
+    shape: ModelShape,
     numbers: Hyperparameters,
     seq_len: int,
     seq_source: str,
@@ -139,7 +139,7 @@ def write_text(
     )
 
 
-def _shape_reasons(shape: Shape, like: str) -> dict[str, str]:
+def _shape_reasons(shape: ModelShape, like: str) -> dict[str, str]:
     reasons = {}
     for field in shape.fields:
         if field in ("intermediate_size", "moe_intermediate_size"):

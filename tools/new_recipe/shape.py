@@ -22,7 +22,7 @@ CLOSE = 0.1  # a shape further than this from the wanted number is refused
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class ModelShape:
     """The fields of a config that make its size, by the config's own names."""
 
     fields: dict[str, int]
@@ -31,7 +31,7 @@ class Shape:
     aspect: float
 
 
-def choose_shape(config: PreTrainedConfig, stated: dict[str, Any], num_params: float, seq_len: int) -> Shape:
+def choose_shape(config: PreTrainedConfig, stated: dict[str, Any], num_params: float, seq_len: int) -> ModelShape:
     """The shape nearest to `num_params` with the head size, the grouping and the feed-forward ratio of `config`.
 
     stated: the fields that its recipe states; all but the shape's stay. Raises UsageError when none comes within 10 %.
@@ -63,7 +63,9 @@ def choose_shape(config: PreTrainedConfig, stated: dict[str, Any], num_params: f
     causal = build_empty(whole, "sdpa")
     layers, _ = layer_costs(causal, find_stack(causal), seq_len)
     count = sum(p.numel() for p in causal.parameters())
-    return Shape(fields=best[1], num_params=count, layer_params=sum(layers), aspect=whole.hidden_size / whole.num_hidden_layers)
+    return ModelShape(
+        fields=best[1], num_params=count, layer_params=sum(layers), aspect=whole.hidden_size / whole.num_hidden_layers
+    )
 
 
 def _fields(config: PreTrainedConfig, width: int, heads: int) -> dict[str, int]:

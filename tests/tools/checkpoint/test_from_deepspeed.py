@@ -231,9 +231,9 @@ def test_what_is_not_known_is_refused_with_what_was_found(data, tmp_path):
         assert done.code == 2 and not done.out and not (tmp_path / "run").exists(), done
         return done.err
 
-    assert "say with --model" in refused(source, tmp_path / "run")
+    assert "Hugging Face folder with --model" in refused(source, tmp_path / "run")
     assert "no such folder" in refused(tmp_path / "nothing", tmp_path / "run", "--model", model)
-    assert "there is config.json" in refused(model, tmp_path / "run", "--model", model)
+    assert "found config.json" in refused(model, tmp_path / "run", "--model", model)
     shutil.copytree(source, tmp_path / "part")
     (tmp_path / "part" / "zero_pp_rank_0_mp_rank_01_optim_states.pt").unlink()
     assert "no file of data rank 0 of mp_rank 1" in refused(tmp_path / "part", tmp_path / "run", "--model", model)

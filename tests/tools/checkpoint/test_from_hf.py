@@ -219,7 +219,7 @@ def test_mistakes_are_one_message(tmp_path):
     assert done.code == 2 and "no tokenizer files there" in done.err
     assert call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run").code == 0
     done = call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run")
-    assert done.code == 2 and "is a run with 1 checkpoints already" in done.err
+    assert done.code == 2 and "is already a run, with 1 checkpoints" in done.err
     whole = (tmp_path / "hf" / "model.safetensors").read_bytes()
     (tmp_path / "hf" / "model.safetensors").write_bytes(whole[:-9])
     done = call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run2")
