@@ -1,10 +1,10 @@
-"""A flat recipe for a size that is not on the shelf, each number with where it comes from.
+"""Writes a flat recipe for a size that is not on the shelf, with the source of each number beside it.
 
     python -m tools.new_recipe --params 3e9 --tokens 60e9 --gpus 64 --like llama --out recipes/llama_3b.py
 
-`--like` is a recipe (llama_8b), or a family: then the nearest recipe of that `model_type`. The model keeps its proportions (head
-size, grouped heads, width of the feed-forward) and gets a new width and depth. Learning rate and batch follow the rules of arXiv
-2401.02954; the layout is the planner's first choice. It is a start: read it, edit it, own it.
+--like names a recipe (llama_8b), or a `model_type`: then the recipe of that type nearest in size. The model keeps its proportions
+(head size, grouped heads, width of the feed-forward) and gets a new width and depth. Learning rate and batch follow the rules of
+arXiv 2401.02954; the layout is the planner's first choice. The file is a start: read it and edit it.
 """
 
 from __future__ import annotations
@@ -57,20 +57,14 @@ def _run(flags: argparse.Namespace, words: list[str]) -> int:
     except RecipeError as error:
         raise UsageError(str(error)) from error
     text = write_text(
-        name=out.stem,
+        recipe,
+        gpus=flags.gpus,
         like=like.stem,
-        config=type(template.model).__name__,
         stated=stated,
         shape=shape,
         numbers=numbers,
-        seq_len=seq_len,
-        seq_source="seq_len as asked for" if flags.seq_len else f"seq_len as {like.stem}",
-        micro_seqs=recipe.batch.micro_seqs,
-        gpus=flags.gpus,
-        layout=recipe.layouts[flags.gpus],
         layout_source=layout_source,
-        tokenizer=recipe.tokenizer,
-        data=recipe.data,
+        seq_source="seq_len as asked for" if flags.seq_len else f"seq_len as {like.stem}",
         command="python -m tools.new_recipe " + shlex.join(words),
     )
     _write(out, text)
@@ -84,7 +78,7 @@ def _run(flags: argparse.Namespace, words: list[str]) -> int:
 
 
 def _write(out: Path, text: str) -> None:
-    """All of it or nothing; never over what is there."""
+    """Write all of it or nothing, and never over an existing file."""
     try:
         with out.open("x") as file:
             try:
@@ -98,7 +92,7 @@ def _write(out: Path, text: str) -> None:
 
 
 def _next(out: Path, gpus: int) -> str:
-    """What to type. A recipe imports `recipes.common` from the folder above its own, so elsewhere it does not run."""
+    """Return the next command. A recipe runs only from recipes/: it imports `recipes.common` from the folder above its own."""
     dry_run = f"--dry-run --world-size {gpus}"
     if out.resolve().parent == ROOT / "recipes":
         return f"now: python {shlex.quote(str(out))} {dry_run}"
@@ -109,9 +103,9 @@ def _next(out: Path, gpus: int) -> str:
 def _fill(
     flags: argparse.Namespace, template: Recipe, stated: set[str], shape: ModelShape, name: str, seq_len: int
 ) -> tuple[Recipe, Hyperparameters, str]:
-    """The recipe, its hyperparameters, and where its layout is from.
+    """Return the recipe, its hyperparameters, and the source of its layout.
 
-    The batch of the rule comes first, the layout for it, then the batch that divides over the layout's data ranks.
+    The rule's batch comes first, then the layout for it, then the batch that divides over the layout's data ranks.
     """
     numbers = hyperparameters(shape.layer_params, flags.tokens, seq_len, 1)
     recipe = replace(
@@ -141,16 +135,16 @@ def _fill(
 
 
 def _given(flags: argparse.Namespace) -> tuple[Layout, int, int, str]:
-    """(layout, data ranks, sequences of a micro batch, source) of --layout."""
+    """Return (layout, data ranks, sequences of a micro batch, source) of --layout."""
     layout, data = parse_layout(flags.layout)
     replica = layout.tensor * layout.pipeline
     if flags.gpus % replica or ("data=" in flags.layout and data * replica != flags.gpus):
-        raise UsageError(f"--layout={flags.layout} does not fill --gpus={flags.gpus}; leave data= out, or correct it")
+        raise UsageError(f"--layout={flags.layout} does not fill --gpus={flags.gpus}; correct it, or leave out data=")
     return layout, flags.gpus // replica, 1, "given"
 
 
 def _planned(recipe: Recipe, gpus: int, gpu_type: str) -> tuple[Layout, int, int, str]:
-    """(layout, data ranks, sequences of a micro batch, source): the planner's first choice."""
+    """Return (layout, data ranks, sequences of a micro batch, source) of the planner's first choice."""
     device = find_device(gpu_type)
     facts = read_model(recipe, load_ds_config(recipe.deepspeed))
     plans, rejected = judge(facts, candidates(facts, gpus, device), device, read_coefficients(None), device.price)
@@ -165,7 +159,7 @@ def _planned(recipe: Recipe, gpus: int, gpu_type: str) -> tuple[Layout, int, int
 
 
 def _like(name: str, num_params: float) -> Path:
-    """The file of the recipe `name`, or of the recipe nearest in parameters whose `model_type` is `name`."""
+    """Return the file of the recipe `name`, or of the recipe nearest in parameters whose `model_type` is `name`."""
     shelf = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.py")) if path.stem != "__init__"}
     if name in shelf:
         return shelf[name]
@@ -174,8 +168,8 @@ def _like(name: str, num_params: float) -> Path:
     if not family:
         types = sorted({recipe.model.model_type for recipe in recipes.values()})
         raise UsageError(
-            f"--like={name}: there is no recipes/{name}.py, and no recipe of that model_type; the shelf has {', '.join(shelf)}; "
-            f"of the types {', '.join(types)}"
+            f"--like={name}: there is no recipes/{name}.py, and no recipe of that model_type; "
+            f"the recipes are {', '.join(shelf)}; their types {', '.join(types)}"
         )
     return shelf[min(family, key=lambda stem: family[stem])]
 
@@ -186,9 +180,9 @@ def _problems(flags: argparse.Namespace, out: Path) -> list[str]:
     if flags.seq_len is not None and flags.seq_len < 1:
         problems.append(f"--seq-len={flags.seq_len} must be at least 1")
     if out.suffix != ".py" or not out.stem.isidentifier():
-        problems.append(f"--out={out} must be a Python file whose name is a module's, like recipes/llama_3b.py")
+        problems.append(f"--out={out} must be a Python file with a module's name, such as recipes/llama_3b.py")
     elif keyword.iskeyword(out.stem) or out.stem in sys.stdlib_module_names:
-        problems.append(f"--out={out}: {out.stem} is a word of Python or a module of its library; give another name")
+        problems.append(f"--out={out}: {out.stem} is a keyword or a standard module of Python; give another name")
     elif not out.parent.is_dir():
         problems.append(f"--out={out}: there is no folder {out.parent}")
     elif out.exists():
@@ -197,20 +191,22 @@ def _problems(flags: argparse.Namespace, out: Path) -> list[str]:
 
 
 def _parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.new_recipe", description=__doc__.split("\n")[0])
-    parser.add_argument("--params", type=float, required=True, help="parameters, embeddings and head too, like 3e9")
-    parser.add_argument("--tokens", type=float, required=True, help="tokens to train on, like 60e9")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.new_recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--params", type=float, required=True, help="parameters, with embeddings and head, such as 3e9")
+    parser.add_argument("--tokens", type=float, required=True, help="tokens to train on, such as 60e9")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the run")
     parser.add_argument(
-        "--like", required=True, metavar="RECIPE", help="a recipe on the shelf, or a model_type: whose proportions it has"
+        "--like", required=True, metavar="RECIPE", help="a recipe on the shelf, or a model_type, whose proportions to keep"
     )
-    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write, like recipes/llama_3b.py")
-    parser.add_argument("--seq-len", type=int, help="tokens in a sequence (default: as RECIPE)")
-    parser.add_argument("--layout", metavar="tensor=N,...", help="the layout (default: the planner's first choice)")
-    parser.add_argument("--gpu-type", default="H100", help="for the planner (default: %(default)s)")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write, such as recipes/llama_3b.py")
+    parser.add_argument("--seq-len", type=int, help="tokens in a sequence (default: RECIPE's)")
+    parser.add_argument("--layout", metavar="LAYOUT", help="tensor=2,pipeline=4,... (default: the planner's first choice)")
+    parser.add_argument("--gpu-type", default="H100", help="GPU type for the planner (default: %(default)s)")
     parser.add_argument("--data", help="the prepared data (default: /data/NAME/tokens)")
     parser.add_argument("--tokenizer", help="the tokenizer's folder (default: /data/NAME/tokenizer)")
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
     return parser.parse_args(argv)
 
 

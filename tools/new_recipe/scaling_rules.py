@@ -1,4 +1,4 @@
-"""Learning rate, batch and warm-up for a model and a number of tokens: published rules, each with its source."""
+"""Computes learning rate, batch and warm-up for a model and a number of tokens, by published rules, each with its source."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class Hyperparameters:
 
 
 def hyperparameters(layer_params: float, tokens: float, seq_len: int, seqs_unit: int) -> Hyperparameters:
-    """layer_params: multiply-adds a token in the layers, forward. seqs_unit: the batch must be a multiple of it.
+    """Compute the hyperparameters of a run.
 
-    arXiv 2401.02954 (section 3.1): with C = 3 x 2 x layer_params x tokens FLOPs (attention in, vocabulary out), the best peak is
-    0.3118 C^-0.125 and the best batch 0.2920 C^0.3271 tokens. Fitted there from 1e17 to 2e19 FLOPs, held at 1e24.
+    layer_params: multiply-adds a token in the layers, forward. seqs_unit: the batch must be a multiple of it. arXiv 2401.02954
+    (section 3.1): with C = 3 x 2 x layer_params x tokens FLOPs (attention in, vocabulary out), the best peak learning rate is
+    0.3118 C^-0.125 and the best batch 0.2920 C^0.3271 tokens. Fitted there from 1e17 to 2e19 FLOPs, confirmed at 1e24.
     """
     compute = 6.0 * layer_params * tokens
     batch_tokens = 0.2920 * compute**0.3271

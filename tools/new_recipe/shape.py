@@ -1,4 +1,4 @@
-"""A width and a depth for a number of parameters, in the proportions of a model that is known to train."""
+"""Chooses a width and a depth for a number of parameters, in the proportions of a model that is known to train."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tools.common.console import UsageError
 ASPECT = 115.0  # width / depth, the middle of Llama 3's: 8B has 128, 70B has 102, 405B has 130 (arXiv 2407.21783, table 3)
 ASPECTS = (64.0, 192.0)  # tried; the loss is flat over this range (arXiv 2001.08361, figure 5)
 ASPECT_WEIGHT = 0.1  # of a factor of two in the aspect, against the relative error in the number of parameters
-FEED_FORWARD_MULTIPLE = 64  # keeps matrix products on tile boundaries, cut by 8 too
+FEED_FORWARD_MULTIPLE = 64  # keeps matrix products on tile boundaries, at tensor=8 too
 LARGE = 1e10  # parameters from which heads come in eights, for the 8 GPUs of a machine
-CLOSE = 0.1  # a shape further than this from the wanted number is refused
+CLOSE = 0.1  # a shape further than this from the wanted number is rejected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,12 @@ class ModelShape:
 
 
 def choose_shape(config: PreTrainedConfig, stated: dict[str, Any], num_params: float, seq_len: int) -> ModelShape:
-    """The shape nearest to `num_params` with the head size, the grouping and the feed-forward ratio of `config`.
+    """Return the shape nearest to `num_params` with the head size, grouping and feed-forward ratio of `config`.
 
-    stated: the fields that its recipe states; all but the shape's stay. Raises UsageError when none comes within 10 %.
+    stated: the fields that its recipe states; all but the shape's are kept. Raises UsageError when none comes within 10 %.
     """
     best: tuple[float, dict[str, int]] | None = None
-    heads_unit = math.gcd(config.num_attention_heads, 4 if num_params < LARGE else 8)  # a tensor size that cuts them evenly
+    heads_unit = math.gcd(config.num_attention_heads, 4 if num_params < LARGE else 8)  # a tensor size that divides them
     per_head = config.hidden_size / config.num_attention_heads  # of the width; the head itself may be wider
     most = (ASPECTS[1] * num_params) ** (1 / 3)  # wider, the fewest layers that ASPECTS allows have more than width^2 each
     for heads in range(heads_unit, int(most / per_head) + heads_unit + 1, heads_unit):
