@@ -1,7 +1,7 @@
-"""`spikes batch RUN STEP`: what a step read, and how hard each sequence of it is for the checkpoint before.
+"""`spikes batch RUN STEP`: shows what a step read, and the loss of each sequence under the checkpoint before.
 
-The loss of each sequence is computed in one process with plain transformers from the newest checkpoint before the step, so it
-is what the run's own model, a little younger, makes of it.
+The losses are computed in one process with plain transformers from the newest checkpoint before the step: the run's own model,
+some steps younger.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from tools.checkpoint.hf_check import plain_model, set_weights
 from tools.common.console import GOOD, UsageError, progress_bar, quiet_transformers, table
 from tools.common.recipe_io import read_recipe
 from tools.data.lookup import DataOrder, describe, read_run, read_step
-from tools.spikes.batch_stats import Oddity, most_repeated, oddities, ordinary_sequences, sequence_stats, step_tokens
+from tools.spikes.batch_stats import most_repeated, oddities, ordinary_sequences, sequence_stats, step_tokens
 
 TEXT_SHOWN = 200  # characters of a document
-STANDS_OUT = 6.0  # robust z of a sequence's tokens that is worth a word
-NOTHING_BEFORE = "there is no checkpoint before this step, so no loss per sequence"
+STANDS_OUT = 6.0  # robust z of a sequence's tokens that is reported
+NOTHING_BEFORE = "no checkpoint before this step, so no loss per sequence"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -49,16 +49,16 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def examine(folder: Path, step: int) -> dict[str, Any]:
-    """Everything about the batch of one step; sequences worst first. Raises UsageError where the run cannot answer."""
+    """Return everything about the batch of one step, sequences worst first. Raises UsageError where the run cannot answer."""
     try:
-        run, place = read_run(folder), read_step(folder, step)
-        tokens = step_tokens(run, place)
-        rows = describe(run, place.consumed + np.arange(place.seqs))
+        run, read = read_run(folder), read_step(folder, step)
+        tokens = step_tokens(run, read)
+        rows = describe(run, read.consumed + np.arange(read.seqs))
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
     checkpoint = checkpoint_before(folder, step)
     losses = None if checkpoint is None else sequence_losses(checkpoint, tokens, document_end(folder, run))
-    ordinary, reference = ordinary_sequences(run, place)
+    ordinary, reference = ordinary_sequences(run, read)
     stats = sequence_stats(tokens, ordinary)
     odd = oddities(stats, sequence_stats(reference, ordinary))
     sequences = []
@@ -66,16 +66,16 @@ def examine(folder: Path, step: int) -> dict[str, Any]:
         mine = stats[index]
         sequences.append(
             {
-                "place": index,
+                "index": index,
                 "sequence": row["sequence"],
-                "data_rank": index // place.micro_seqs % place.data_size,
-                "micro_batch": index // (place.micro_seqs * place.data_size),
+                "data_rank": index // read.micro_seqs % read.data_size,
+                "micro_batch": index // (read.micro_seqs * read.data_size),
                 "loss": None if losses is None else losses[index],
                 "repeated": mine.repeated,
                 "surprise": mine.surprise,
-                "unheard_of": mine.alien,
+                "new_bigrams": mine.new_bigrams,
                 "copy_of": mine.copy_of,
-                "odd": [f"{o.what} (z {o.z:.0f})" for o in _of_place(odd, index)],
+                "odd": [f"{o.what} (z {o.z:.0f})" for o in odd if o.index == index and o.z > STANDS_OUT],
                 "documents": [_document(d) for d in row["documents"]],
             }
         )
@@ -91,34 +91,30 @@ def examine(folder: Path, step: int) -> dict[str, Any]:
 
 
 def checkpoint_before(folder: Path, step: int) -> Path | None:
-    """The newest sealed checkpoint of a step before `step`."""
+    """Return the newest sealed checkpoint of a step before `step`."""
     before = [c for c in sealed_checkpoints(folder) if int(c.name.removeprefix("step_")) < step]
     return before[-1] if before else None
 
 
 def document_end(folder: Path, run: DataOrder) -> int | None:
-    """The id that ends a document, where the run keeps attention inside documents."""
+    """Return the id that ends a document, if the run keeps attention inside documents."""
     return read_manifest(next(iter(run.data.values())))["eos_id"] if read_recipe(folder).mask_documents else None
 
 
 @torch.no_grad()
 def sequence_losses(checkpoint: Path, tokens: np.ndarray, end: int | None = None) -> list[float]:
-    """Mean cross-entropy of each sequence, in nats, in fp32 by plain transformers. tokens: int64 [k, seq_len + 1]."""
+    """Compute the mean cross-entropy of each sequence, in nats, by plain transformers in fp32. tokens: int64 [k, seq_len + 1]."""
     reader = Reader(checkpoint)
     model = plain_model(AutoConfig.from_pretrained(checkpoint / "model", local_files_only=True))
     set_weights(model, reader)
     losses = []
     with progress_bar("scoring sequences", tokens.nbytes) as bar:
         for row in torch.from_numpy(tokens).split(1):
-            places = {} if end is None else {"position_ids": document_positions(row[:, :-1], end)}
-            logits = model(input_ids=row[:, :-1], use_cache=False, **places).logits
+            positions = {} if end is None else {"position_ids": document_positions(row[:, :-1], end)}
+            logits = model(input_ids=row[:, :-1], use_cache=False, **positions).logits
             losses.append(F.cross_entropy(logits[0].float(), row[0, 1:]).item())
             bar.update(row.numel() * row.element_size())
     return losses
-
-
-def _of_place(odd: list[Oddity], place: int) -> list[Oddity]:
-    return [o for o in odd if o.place == place and o.z > STANDS_OUT]
 
 
 def _document(found: dict[str, Any]) -> dict[str, Any]:
@@ -128,38 +124,39 @@ def _document(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _most_repeated(run: DataOrder, tokens: np.ndarray) -> dict[str, Any] | None:
-    """The n-gram that comes most often within one sequence of the step."""
-    best = max(((*most_repeated(row), place) for place, row in enumerate(tokens)), key=lambda item: item[1])
-    gram, times, place = best
+    """Return the n-gram that comes most often within one sequence of the step."""
+    best = max(((*most_repeated(row), index) for index, row in enumerate(tokens)), key=lambda item: item[1])
+    gram, times, index = best
     if times < 2:
         return None
     tokenizer = Tokenizer.from_file(str(next(iter(run.data.values())) / "tokenizer" / "tokenizer.json"))
-    return {"place": place, "times": times, "text": tokenizer.decode(list(gram), skip_special_tokens=False)}
+    return {"index": index, "times": times, "text": tokenizer.decode(list(gram), skip_special_tokens=False)}
 
 
 def _report(found: dict[str, Any], top: int) -> str:
     shown = found["sequences"][:top]
     rows = [
         [
+            s["index"],
             s["sequence"],
             s["data_rank"],
             s["micro_batch"],
             "-" if s["loss"] is None else f"{s['loss']:.4f}",
             f"{s['repeated']:.1%}",
             f"{s['surprise']:.2f}",
-            f"{s['unheard_of']:.1%}",
-            "" if s["copy_of"] is None else f"shares text with place {s['copy_of']}",
+            f"{s['new_bigrams']:.1%}",
+            "" if s["copy_of"] is None else f"copies index {s['copy_of']}",
             "; ".join(s["odd"]),
         ]
         for s in shown
     ]
-    header = ["sequence", "data rank", "micro batch", "loss", "repeated", "rarity", "new pairs", "", "odd"]
+    header = ["index", "sequence", "data rank", "micro batch", "loss", "repeated", "rarity", "new bigrams", "", "odd"]
     count = len(found["sequences"])
     mean = NOTHING_BEFORE if found["checkpoint"] is None else f"mean loss {found['mean_loss']:.4f} under {found['checkpoint']}"
     lines = [f"step {found['step']}: {count} sequences, worst first; {mean}", table(rows, header)]
     if found["most_repeated"]:
         repeat = found["most_repeated"]
-        lines.append(f"most repeated: {repeat['text']!r}, {repeat['times']} times in the sequence at place {repeat['place']}")
+        lines.append(f"most repeated: {repeat['text']!r}, {repeat['times']} times in the sequence of index {repeat['index']}")
     for s in shown[:3]:
         lines.append(f"\nsequence {s['sequence']}:")
         for d in s["documents"]:

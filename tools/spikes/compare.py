@@ -1,6 +1,6 @@
-"""`spikes compare RUN RUN`: do two runs spike at the same steps, where do their losses part, and what differs between them?
+"""`spikes compare RUN RUN`: finds common spikes, the step where the losses part, and what differs between the runs.
 
-With one order of data, spikes that fall together are the data's; spikes that do not are the training's own dynamics.
+With one order of data, common spikes come from the data; others come from the dynamics of training.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from tools.common.logs.reader import read_log
 SHOWN = 12  # steps and differing fields
 ABSENT = "(absent)"
 FILES = ("recipe.json", "deepspeed.json", "run.json")
-# of a manifest: what is different in any two starts and says nothing about the numbers
+# fields of run.json that differ between any two starts and do not change the numbers
 OF_EVERY_START = ("run_id", "time", "command", "working_directory", "resumed_step", "hosts", "history")
-# of the recipe: what decides which sequences a step reads
+# fields of the recipe that decide which sequences a step reads
 DATA_ORDER = ("data", "seed", "batch")
+CHANCE = 1e-3  # common steps that are less probable than this by chance have a common cause
+MOST, HARDLY_ANY = 0.5, 0.1  # shares of the smaller set in common: from the first on the data, up to the second the dynamics
+FEW = 2  # with fewer spikes in the quieter run, none in common says nothing
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +44,7 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def compare_runs(a: Path, b: Path) -> dict[str, Any]:
-    """Spikes of both and their verdict, the first step whose loss differs, and what differs in recipes and manifests.
+    """Return the spikes of both and the verdict, the first step whose loss differs, and what differs in the run files.
 
     Raises UsageError for logs that cannot be read, or that share no step.
     """
@@ -74,14 +77,14 @@ def _spikes(log: Log) -> list[int]:
 
 
 def _common(a: Log, b: Log) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """(steps that both have, the losses of each there)."""
+    """Return (steps that both have, the losses of each there)."""
     tables = [dict(zip(log.steps.tolist(), log.columns["loss"].tolist(), strict=True)) for log in (a, b)]
     both = np.array(sorted(tables[0].keys() & tables[1].keys()), dtype=np.int64)
     return both, (np.array([tables[0][s] for s in both.tolist()]), np.array([tables[1][s] for s in both.tolist()]))
 
 
 def _same_order(a: Path, b: Path) -> bool | None:
-    """Whether the recipes read the same sequences at the same steps; None where one is only a log."""
+    """Return whether both recipes read the same sequences at the same steps; None where one is only a log."""
     recipes = [_json(folder / "recipe.json") for folder in (a, b)]
     if None in recipes:
         return None
@@ -89,7 +92,7 @@ def _same_order(a: Path, b: Path) -> bool | None:
 
 
 def _of_order(recipe: dict[str, Any], key: str) -> Any:
-    """micro_seqs spreads the batch over ranks and changes none of it."""
+    """Return a field of the recipe, without micro_seqs: it spreads the batch over ranks and changes none of it."""
     value = recipe.get(key)
     return {k: v for k, v in value.items() if k != "micro_seqs"} if key == "batch" else value
 
@@ -101,7 +104,7 @@ def _verdict(coincidence: str, same_order: bool | None) -> str:
 
 
 def _differences(a: Path, b: Path) -> Iterator[dict[str, Any]]:
-    """Every field of the run files that differs, by its path."""
+    """Yield every field of the run files that differs, by its path."""
     for name in FILES:
         contents = [_json(folder / name) for folder in (a, b)]
         if None in contents:
@@ -142,7 +145,7 @@ def _report(found: dict[str, Any]) -> str:
     lines.append(f"spikes: {len(found['spikes_a'])} and {len(found['spikes_b'])}, {len(found['shared'])} at the same steps")
     if found["shared"]:
         steps = ", ".join(map(str, found["shared"][:SHOWN])) + (" ..." if len(found["shared"]) > SHOWN else "")
-        lines.append(f"  together at {steps}; by accident with probability {found['chance']:.1e}")
+        lines.append(f"  common at {steps}; by chance with probability {found['chance']:.1e}")
     meaning = {
         "data": "data: the same batches are hard in both",
         "dynamics": "dynamics: the same batches are hard in one only",
@@ -156,24 +159,19 @@ def _report(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-CHANCE = 1e-3  # that so many steps fall together by accident: less, and they do not
-MOST, HARDLY_ANY = 0.5, 0.1  # of the smaller set, shared: then the data, then the dynamics
-FEW = 2  # spikes of the quieter run below which none in common says nothing
-
-
 @dataclass(frozen=True)
 class Coincidence:
-    """What two runs' spikes have in common."""
+    """The steps at which two runs spiked, compared."""
 
     shared: tuple[int, ...]
     only_a: tuple[int, ...]
     only_b: tuple[int, ...]
-    chance: float  # probability of as many shared steps or more, were the spikes of each run anywhere
+    chance: float  # probability of as many shared steps or more if spikes fell anywhere
     verdict: str  # data, dynamics, cannot tell
 
 
 def coincident(steps_a: Collection[int], steps_b: Collection[int], positions: int) -> Coincidence:
-    """Compare the steps at which two runs spiked. positions: how many logged steps both runs have."""
+    """Compare the steps at which two runs spiked. positions: the number of logged steps that both runs have."""
     a, b = set(steps_a), set(steps_b)
     shared, fewer = a & b, min(len(a), len(b))
     mean = len(a) * len(b) / max(positions, 1)  # Poisson: spikes are few among the steps

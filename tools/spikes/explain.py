@@ -1,7 +1,7 @@
-"""`spikes explain RUN EVENT`: the causes of an event, ranked, each with what speaks for and against it.
+"""`spikes explain RUN EVENT`: ranks the causes of an event, with the evidence for and against each.
 
-Every piece of evidence is a plain function of what the run directory holds; it adds log odds to the causes it speaks about.
-What cannot be answered is said, with what to log or to run.
+Every piece of evidence is a plain function of what the run directory holds, and adds log odds to causes. Questions that cannot
+be answered are listed, with what to log or to run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QUESTIONS: tuple[Callable[[Case], Iterator[Evidence]], ...] = (
     evidence_data.documents,
     evidence_data.losses_under_the_checkpoint,
     evidence_data.shard_bytes,
-    evidence_data.place_in_the_order,
+    evidence_data.position_in_the_order,
     evidence_data.micro_batches,
     evidence_data.batch_size,
     evidence_optimizer.learning_rate,
@@ -43,8 +43,8 @@ SHOWN = 4  # causes printed with their evidence
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """One cause, judged."""
+class RankedCause:
+    """A cause with its score and evidence."""
 
     cause: Cause
     score: float  # log odds
@@ -60,40 +60,40 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     quiet_transformers()
-    case, verdicts = explain(flags.run, flags.event)
+    case, ranked = explain(flags.run, flags.event)
     if flags.json:
-        print(json.dumps(_as_json(case, verdicts)))
+        print(json.dumps(_as_json(case, ranked)))
     else:
-        print(_report(case, verdicts))
+        print(_report(case, ranked))
     return GOOD
 
 
-def explain(folder: Path, event: str) -> tuple[Case, list[Verdict]]:
-    """The event as read, and every cause, the likeliest first. Raises UsageError for what is no event of a run."""
+def explain(folder: Path, event: str) -> tuple[Case, list[RankedCause]]:
+    """Return the event as read, and every cause, the likeliest first. Raises UsageError for what is no event of a run."""
     case = read_case(folder, event)
     evidence = [item for question in QUESTIONS for item in question(case)]
     return case, rank(evidence)
 
 
-def rank(evidence: list[Evidence]) -> list[Verdict]:
-    """Prior log odds plus the weight of every finding; belief in proportion to the odds."""
+def rank(evidence: list[Evidence]) -> list[RankedCause]:
+    """Rank the causes by prior log odds plus the weights of their findings; belief is in proportion to the odds."""
     scores = {
         cause.name: cause.prior + sum(e.weight for e in evidence if isinstance(e, Finding) and e.cause == cause.name)
         for cause in CAUSES
     }
     top = max(scores.values())
     total = sum(math.exp(score - top) for score in scores.values())
-    verdicts = []
+    ranked = []
     for cause in CAUSES:
         mine = [e for e in evidence if e.cause == cause.name]
         findings = sorted((e for e in mine if isinstance(e, Finding)), key=lambda f: -abs(f.weight))
         unanswered = tuple(e for e in mine if isinstance(e, Unanswered))
         score = scores[cause.name]
-        verdicts.append(Verdict(cause, score, math.exp(score - top) / total, tuple(findings), unanswered))
-    return sorted(verdicts, key=lambda v: -v.score)
+        ranked.append(RankedCause(cause, score, math.exp(score - top) / total, tuple(findings), unanswered))
+    return sorted(ranked, key=lambda v: -v.score)
 
 
-def _as_json(case: Case, verdicts: list[Verdict]) -> dict[str, Any]:
+def _as_json(case: Case, ranked: list[RankedCause]) -> dict[str, Any]:
     return {
         "run": str(case.folder),
         "event": case.step,
@@ -110,22 +110,22 @@ def _as_json(case: Case, verdicts: list[Verdict]) -> dict[str, Any]:
                 "against": [f.text for f in v.findings if f.weight < 0],
                 "cannot_be_answered": [{"question": u.text, "cure": u.cure} for u in v.unanswered],
             }
-            for v in verdicts
+            for v in ranked
         ],
     }
 
 
-def _report(case: Case, verdicts: list[Verdict]) -> str:
+def _report(case: Case, ranked: list[RankedCause]) -> str:
     moved = ", ".join(f"{name} z {z:+.1f}" for name, z in case.moved.items()) or "nothing stands out"
     lines = [f"step {case.step}: onset {case.onset} ({moved})"]
-    for place, verdict in enumerate(verdicts[:SHOWN], start=1):
-        lines.append(f"\n{place}. {verdict.cause.name}: {verdict.cause.means}  [{verdict.share:.0%}, score {verdict.score:+.1f}]")
-        lines += [f"   for {finding.weight:+.1f}  {finding.text}" for finding in verdict.findings if finding.weight > 0]
-        lines += [f"   against {finding.weight:+.1f}  {finding.text}" for finding in verdict.findings if finding.weight < 0]
-        lines += [f"   cannot be answered: {u.text}; {u.cure}" for u in verdict.unanswered]
-        if place == 1:
-            lines.append(f"   to do: {verdict.cause.cure}")
-    lines.append("\nless likely: " + ", ".join(f"{v.cause.name} {v.score:+.1f}" for v in verdicts[SHOWN:]))
-    open_questions = [u for v in verdicts[SHOWN:] for u in v.unanswered]
+    for number, each in enumerate(ranked[:SHOWN], start=1):
+        lines.append(f"\n{number}. {each.cause.name}: {each.cause.means}  [{each.share:.0%}, score {each.score:+.1f}]")
+        lines += [f"   for {finding.weight:+.1f}  {finding.text}" for finding in each.findings if finding.weight > 0]
+        lines += [f"   against {finding.weight:+.1f}  {finding.text}" for finding in each.findings if finding.weight < 0]
+        lines += [f"   cannot be answered: {u.text}; {u.cure}" for u in each.unanswered]
+        if number == 1:
+            lines.append(f"   to do: {each.cause.cure}")
+    lines.append("\nless likely: " + ", ".join(f"{v.cause.name} {v.score:+.1f}" for v in ranked[SHOWN:]))
+    open_questions = [u for v in ranked[SHOWN:] for u in v.unanswered]
     lines += [f"cannot be answered ({u.cause}): {u.text}; {u.cure}" for u in open_questions]
     return "\n".join(lines)

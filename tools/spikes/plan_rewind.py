@@ -1,7 +1,7 @@
-"""`spikes plan-rewind RUN EVENT`: which checkpoint to go back to, which sequences to leave out, what it costs, the command.
+"""`spikes plan-rewind RUN EVENT`: chooses the checkpoint to roll back to and the sequences to skip; prints cost and command.
 
 The suspects are those that a run would choose by itself (`anomalies.rewinds`): the steps from just before the onset to the
-peak. PaLM's team left out 200 to 500 batches (arXiv 2204.02311, section 5.1): that is --skip-steps.
+peak. PaLM's team skipped 200 to 500 batches (arXiv 2204.02311, section 5.1): that is --skip-steps.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from tools.spikes.evidence.case import LOOK_AHEAD, LOOK_BACK, event_step
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("event", metavar="EVENT", help="a step, or a black box of RUN/events")
-    parser.add_argument("--margin-steps", type=int, help="leave out this many steps before the onset too (default: 1)")
-    parser.add_argument("--skip-steps", type=int, help="leave out this many steps in all (default: up to the peak)")
+    parser.add_argument("--margin-steps", type=int, help="skip this many steps before the onset too (default: 1)")
+    parser.add_argument("--skip-steps", type=int, help="skip this many steps in all (default: up to the peak)")
 
 
 def run(flags: argparse.Namespace) -> int:
@@ -41,10 +41,10 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def plan_rewind(folder: Path, event: str, *, margin_steps: int | None = None, skip_steps: int | None = None) -> dict[str, Any]:
-    """The plan; "checkpoint" and "command" are null where no checkpoint is from before. Raises UsageError for a bad event."""
+    """Return the plan; "checkpoint" and "command" are None if no checkpoint is old enough. Raises UsageError for a bad event."""
     for flag, value in (("--margin-steps", margin_steps), ("--skip-steps", skip_steps)):
         if value is not None and value < 1:
-            raise UsageError(f"{flag}={value}: at least 1")
+            raise UsageError(f"{flag}={value}: must be 1 or more")
     if not (folder / "metrics.jsonl").is_file():
         raise UsageError(f"{folder} is no run directory: it has no metrics.jsonl")
     records = {r["step"]: r for r in read_metrics(folder) if "loss" in r}
@@ -73,14 +73,14 @@ def plan_rewind(folder: Path, event: str, *, margin_steps: int | None = None, sk
         "steps_repeated": len(undone),
         "tokens_repeated": int(sum(r["tokens"] for r in undone)),
         "seconds_repeated": float(sum(r["seconds"] for r in undone)),
-        "sequences_left_out": skip[1] - skip[0],
+        "sequences_skipped": skip[1] - skip[0],
         "step_seconds": float(median(r["seconds"] for r in records.values())),
         "command": _command(folder, to_step, skip) if saved else None,
     }
 
 
 def _event_at(records: dict[int, dict[str, Any]], step: int) -> Event | None:
-    """The detectors' event that holds the step, or begins next to it."""
+    """Return the detectors' event that holds the step, or begins next to it."""
     steps = np.array(sorted(records))
     columns = {name: np.array([float(records[s].get(name, np.nan)) for s in steps]) for name in COLUMNS}
     near = [e for e in scan(steps, columns) if e.onset_step - LOOK_AHEAD <= step <= max(e.peak_step, e.onset_step) + LOOK_BACK]
@@ -95,7 +95,7 @@ def _sequences(
     logged: int,
     last: int,
 ) -> tuple[int, int]:
-    """[start, stop): by index, what the steps first to last read, or would have read where the log ends before."""
+    """Return [start, stop) by index: what the steps first to last read, or would have read where the log ends before."""
     begin = records[first]["consumed_seqs"] - records[first]["tokens"] // seq_len
     end = records[logged]["consumed_seqs"] + (last - logged) * records[logged]["tokens"] // seq_len
     start, stop = kept_index(np.array([begin, end - 1]), skips).tolist()
@@ -103,7 +103,7 @@ def _sequences(
 
 
 def _command(folder: Path, step: int, skip: tuple[int, int]) -> str:
-    """What started the run, going on from the checkpoint without the sequences."""
+    """Return the command that resumes the run from the checkpoint without the sequences."""
     words = json.loads((folder / "run.json").read_text(encoding="utf-8"))["starts"][-1]["command"]
     recipe = next((word for word in words[1:] if word.endswith(".py") and Path(word).parent.name == "recipes"), "RECIPE")
     return f"bash launch/local.sh {recipe} --out-dir {folder} --resume-step {step} --skip {skip[0]}:{skip[1]}"
@@ -111,16 +111,16 @@ def _command(folder: Path, step: int, skip: tuple[int, int]) -> str:
 
 def _report(plan: dict[str, Any]) -> str:
     event, (first, last) = plan["event"], plan["suspect_steps"]
-    kind = f" ({event['class']})" if event["class"] else ": the detectors see no event there"
+    kind = f" ({event['class']})" if event["class"] else ": the detectors find no event there"
     lines = [
         f"event at step {event['onset_step']}{kind}",
-        f"suspects: steps {first} to {last}, sequences {plan['skip'][0]}:{plan['skip'][1]} ({plan['sequences_left_out']})",
+        f"suspects: steps {first} to {last}, sequences {plan['skip'][0]}:{plan['skip'][1]} ({plan['sequences_skipped']})",
     ]
     if plan["checkpoint"] is None:
-        lines.append(f"no checkpoint is from before step {first}: the run cannot go back; start afresh, or go on")
+        lines.append(f"no checkpoint is from before step {first}: the run cannot roll back; start afresh, or continue")
         return "\n".join(lines)
     lines += [
-        f"back to {plan['checkpoint']}",
+        f"roll back to {plan['checkpoint']}",
         f"cost: {plan['steps_repeated']} steps, {plan['tokens_repeated']:,} tokens, {plan['seconds_repeated']:.0f} s computed "
         f"again ({plan['step_seconds']:.2f} s a step)",
         plan["command"],

@@ -1,7 +1,7 @@
-"""`spikes replay RUN STEP`: compute a step again from the checkpoint before it, with the training code itself.
+"""`spikes replay RUN STEP`: computes a step again from the checkpoint before it, with the training code itself.
 
-The steps between are computed with the batches and learning rates that the run logged. What comes out is held against the log:
-bit for bit in the run's own layout and number of ranks, else to rounding. The run directory is only read.
+The steps between are computed with the batches and learning rates that the run logged. Losses and gradient norms are compared
+with the log: bit for bit in the run's own layout and number of ranks, else to rounding. The run directory is only read.
 """
 
 from __future__ import annotations
@@ -29,21 +29,20 @@ from recipes.common.recipe import Layout, Recipe, RecipeError, derive_sizes
 from recipes.common.run_dir.metrics import read_metrics
 from tools.common.console import FAILED, GOOD, UsageError, table
 from tools.common.forked_ranks import RankError, run_ranks
-from tools.common.recipe_io import read_recipe
+from tools.common.recipe_io import parse_layout, read_recipe
 from tools.data.lookup import read_run
 from tools.spikes.batch import checkpoint_before
 from tools.spikes.evidence.case import expected
-from tools.verify import parse_layout
 
 RANKS_AT_MOST = 8  # on one machine, unless --layout asks for more
 ROUNDING = 1e-3  # relative: fp32 in another layout agrees to 1e-6, bf16 to about this
 STANDS_OUT = 4.0  # robust spreads above the usual loss: an event
-GONE = 0.5  # of the excess: what is left when it has gone away
+GONE = 0.5  # share of the excess: with less left, the event has gone away
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the ranks compute: steps (start, stop] of a run from one checkpoint."""
+class ReplayPlan:
+    """Steps (start, stop] of a run from one checkpoint, for the ranks to compute."""
 
     recipe: Recipe
     layout: Layout
@@ -58,6 +57,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Replayed:
+    """The numbers of one trial."""
+
     what: str  # "same batch", "other batch", "fp32"
     losses: list[float]  # of every step from the checkpoint on
     grad_norms: list[float]
@@ -84,7 +85,7 @@ def run(flags: argparse.Namespace) -> int:
 def replay_step(
     folder: Path, step: int, *, other_batch: bool = False, fp32: bool = False, layout: str | None = None
 ) -> dict[str, Any]:
-    """Replay and judge. Raises UsageError where the run cannot be replayed."""
+    """Replay a step and judge it. Raises UsageError where the run cannot be replayed."""
     plan, own_layout = make_plan(folder, step, layout)
     trials = [("same batch", plan)]
     if other_batch:
@@ -101,8 +102,8 @@ def replay_step(
     return _judge(folder, plan, results)
 
 
-def make_plan(folder: Path, step: int, layout: str | None) -> tuple[Plan, bool]:
-    """(what to compute, whether it is in the run's own layout)."""
+def make_plan(folder: Path, step: int, layout: str | None) -> tuple[ReplayPlan, bool]:
+    """Return (what to compute, whether it is in the run's own layout)."""
     recipe = read_recipe(folder)
     records = {r["step"]: r for r in read_metrics(folder) if "loss" in r}
     checkpoint = checkpoint_before(folder, step)
@@ -111,20 +112,18 @@ def make_plan(folder: Path, step: int, layout: str | None) -> tuple[Plan, bool]:
             f"{folder}: metrics.jsonl has no step {step}; it has {min(records, default=0)} to {max(records, default=0)}"
         )
     if checkpoint is None:
-        raise UsageError(f"{folder}: no checkpoint before step {step} to start from")
+        raise UsageError(f"{folder}: no checkpoint before step {step}")
     first = Reader(checkpoint).state["step"] + 1
     missing = [s for s in range(first, step + 1) if s not in records]
     if missing:
-        raise UsageError(
-            f"{folder}: metrics.jsonl has no step {missing[0]}, which lies between {checkpoint.name} and step {step}"
-        )
+        raise UsageError(f"{folder}: metrics.jsonl lacks step {missing[0]}, between {checkpoint.name} and step {step}")
     starts = json.loads((folder / "run.json").read_text(encoding="utf-8"))["starts"]
     start = [entry for entry in starts if (entry["resumed_step"] or 0) < step][-1]
-    stated = {"layers_per_stage": tuple(start["layout"]["layers_per_stage"])}  # JSON made a list of it
+    stated = {"layers_per_stage": tuple(start["layout"]["layers_per_stage"])}  # a list in JSON
     own, own_world = Layout(**start["layout"] | stated), start["world_size"]
     chosen, world = _layout(layout, own, own_world, recipe)
     ds_config = _merged(recipe, chosen, world, json.loads((folder / "deepspeed.json").read_text(encoding="utf-8")))
-    plan = Plan(
+    plan = ReplayPlan(
         recipe=recipe,
         layout=chosen,
         world_size=world,
@@ -153,7 +152,7 @@ def _layout(words: str | None, own: Layout, own_world: int, recipe: Recipe) -> t
 
 
 def _merged(recipe: Recipe, layout: Layout, world: int, saved: dict[str, Any]) -> dict[str, Any]:
-    """The run's own DeepSpeed configuration, with the sizes of another layout."""
+    """Return the run's own DeepSpeed configuration with the sizes of another layout."""
     sizes = derive_sizes(recipe, layout, world)
     if recipe.batch.global_seqs % (recipe.batch.micro_seqs * sizes.data):
         raise UsageError(
@@ -163,20 +162,20 @@ def _merged(recipe: Recipe, layout: Layout, world: int, saved: dict[str, Any]) -
     return merge_ds_config(saved, recipe, sizes, sizes.accumulation)
 
 
-def _with_other_batch(plan: Plan) -> Plan:
-    """The last step reads sequences as far ahead of the step as the run has consumed: none that it had seen."""
+def _with_other_batch(plan: ReplayPlan) -> ReplayPlan:
+    """Let the last step read sequences as far ahead as the run has consumed: none that it had read."""
     return replace(plan, other_batch_at=2 * plan.steps[-1]["consumed_seqs"])
 
 
-def _in_fp32(plan: Plan, folder: Path) -> Plan:
+def _in_fp32(plan: ReplayPlan, folder: Path) -> ReplayPlan:
     low = {"bf16", "fp16", "data_types", "communication_data_type"} & plan.ds_config.keys()
     if not {"bf16", "fp16"} & low:
         raise UsageError(f"--fp32: {folder} was trained in fp32")
     return replace(plan, ds_config={name: value for name, value in plan.ds_config.items() if name not in low})
 
 
-def _replay_rank(plan: Plan) -> tuple[list[float], list[float]]:
-    """On every rank: the losses and gradient norms of the plan's steps."""
+def _replay_rank(plan: ReplayPlan) -> tuple[list[float], list[float]]:
+    """Compute the losses and gradient norms of the plan's steps, on every rank."""
     trainer = build_recipe_trainer(plan.recipe, plan.layout, plan.ds_config, plan.device)
     load_state(Reader(Path(plan.checkpoint)), trainer)
     recipe, grid = plan.recipe, trainer.grid
@@ -199,14 +198,14 @@ def _replay_rank(plan: Plan) -> tuple[list[float], list[float]]:
             data_size=grid.data,
             skips=plan.skips,
         )
-        ceiling = 0.0 if record.get("skip_reason") else math.inf  # what the run left out, for whatever reason, is left out again
+        ceiling = 0.0 if record.get("skip_reason") else math.inf  # a step that the run skipped is skipped again
         result = trainer.train_step(micro_batches, record["lr"], record["tokens"], norm_ceiling=ceiling)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return losses, norms
 
 
-def _judge(folder: Path, plan: Plan, results: list[Replayed]) -> dict[str, Any]:
+def _judge(folder: Path, plan: ReplayPlan, results: list[Replayed]) -> dict[str, Any]:
     step, same = plan.steps[-1]["step"], results[0]
     different = _differences(plan, same)
     judged = {at: d for at, d in different.items() if same.bitwise_comparable or d > ROUNDING}
@@ -216,7 +215,7 @@ def _judge(folder: Path, plan: Plan, results: list[Replayed]) -> dict[str, Any]:
     verdicts = [_reproduced(judged, step, plan, same.bitwise_comparable)]
     for other in results[1:]:
         if not excess > STANDS_OUT * spread:
-            verdicts.append(f"{other.what}: the loss of this step is not above the usual, so nothing can go away")
+            verdicts.append(f"{other.what}: the loss of this step is as usual: there is no excess to go away")
             continue
         left = (other.losses[-1] - usual) / excess
         verdicts.append(_CONCLUSIONS[other.what, left < GONE].format(left=left, loss=other.losses[-1], excess=excess))
@@ -235,8 +234,8 @@ def _judge(folder: Path, plan: Plan, results: list[Replayed]) -> dict[str, Any]:
     }
 
 
-def _differences(plan: Plan, same: Replayed) -> dict[int, float]:
-    """Step -> largest relative difference of its loss and gradient norm from the log, where there is any."""
+def _differences(plan: ReplayPlan, same: Replayed) -> dict[int, float]:
+    """Return step -> largest relative difference of loss and gradient norm from the log, for steps that differ."""
     found = {}
     for record, loss, norm in zip(plan.steps, same.losses, same.grad_norms, strict=True):
         difference = max(_relative(record["loss"], loss), _relative(record["grad_norm"], norm))
@@ -254,17 +253,17 @@ _CONCLUSIONS = {
 }
 
 
-def _reproduced(different: dict[int, float], step: int, plan: Plan, bitwise: bool) -> str:
+def _reproduced(different: dict[int, float], step: int, plan: ReplayPlan, bitwise: bool) -> str:
     first = plan.steps[0]["step"]
     if not different:
         how = "bit for bit" if bitwise else f"to {ROUNDING:g} (another layout than the run's: not bitwise)"
-        return f"reproducible: steps {first} to {step} come out {how} as logged; data or dynamics, not hardware"
+        return f"reproducible: steps {first} to {step} are {how} as logged; data or dynamics, not hardware"
     at, most = min(different), max(different.values())
     source = f"what {Path(plan.checkpoint).name}, the data and the schedule give"
     if most <= ROUNDING:
         return (
             f"reproducible to rounding, not bit for bit: from step {at} on the log differs by up to {most:.1e} from {source}; "
-            "kernels that are not deterministic, or another version of a library, are enough for that"
+            "nondeterministic kernels or another version of a library explain that"
         )
     return (
         f"not reproducible: step {at} is the first whose loss or gradient norm is not {source} (by {different[at]:.1e}, later up "
@@ -279,7 +278,7 @@ def _relative(a: float, b: float) -> float:
 
 
 def _usual_loss(folder: Path, step: int) -> tuple[float, float]:
-    """(what the steps before say this step's loss would be without an event, their robust spread)."""
+    """Return (this step's loss without an event, as extrapolated from the steps before, and their robust spread)."""
     records = [r for r in read_metrics(folder) if "loss" in r and r["step"] <= step]
     steps, losses = np.array([r["step"] for r in records]), np.array([float(r["loss"]) for r in records])
     return expected(steps, losses, len(steps) - 1)

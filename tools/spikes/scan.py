@@ -1,4 +1,4 @@
-"""`scan`: the events of logs. One process a file, on as many as there are cores."""
+"""`spikes scan LOG...`: lists the events of logs, one process a file, on all cores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recipes.common.anomalies.events import MEASURES, Event
 from tools.common.console import GOOD, UsageError, progress_bar, table
 from tools.common.logs.reader import read_logs
 
-SINGLES_SHOWN = 10  # of one-batch outliers: a noisy log has hundreds
+SINGLES_SHOWN = 10  # one-batch outliers listed: a noisy log has hundreds
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def scan_files(paths: Sequence[Path]) -> Iterator[Scanned]:
-    """Each file's events, in the order given. UsageError for the first file that cannot be read."""
+    """Yield each file's events, in the order given. Raises UsageError for the first file that cannot be read."""
     absent = [str(path) for path in paths if not path.exists()]
     if absent:
         raise UsageError(f"no such file or run directory: {', '.join(absent)}")
@@ -70,7 +70,7 @@ def _shown(items: Iterable[Any], total: int) -> Iterator[Any]:
 
 
 def scan_file(path: Path) -> Scanned:
-    """All runs in one file together: a table of several is rare, and steps tell them apart."""
+    """Scan all runs of a file together: a table of several is rare, and steps tell them apart."""
     logs = read_logs(path)
     events = [event for log in logs for event in scan(log.steps, log.columns, log.resumes)]
     return Scanned(
@@ -89,7 +89,7 @@ def as_json(scanned: Scanned) -> dict[str, Any]:
 
 
 def event_json(event: Event) -> dict[str, Any]:
-    """An event as `scan --json` prints it. JSON has no NaN: the delta of a loss that was not finite is null."""
+    """Return an event as `scan --json` prints it. JSON has no NaN: the delta of a loss that was not finite is None."""
     return {
         "onset_step": event.onset_step,
         "peak_step": event.peak_step,
@@ -103,13 +103,13 @@ def event_json(event: Event) -> dict[str, Any]:
 
 
 def as_text(scanned: Scanned) -> str:
-    """A line about the log, a table of its events, actionable ones marked."""
+    """Return a line about the log and a table of its events, actionable ones marked."""
     steps = f"steps {scanned.first_step} to {scanned.last_step}, {scanned.points} points"
     head = f"{scanned.file}: {scanned.source}, {steps}, {', '.join(scanned.signals)}"
     if not scanned.events:
         return f"{head}\nno events"
     single = [event for event in scanned.events if event.kind == "outlier_batch"]
-    left_out = single if len(single) > SINGLES_SHOWN else []
+    unlisted = single if len(single) > SINGLES_SHOWN else []
     rows = [
         [
             "!" if event.actionable else "",
@@ -123,15 +123,15 @@ def as_text(scanned: Scanned) -> str:
             _z(event),
         ]
         for event in scanned.events
-        if event not in left_out
+        if event not in unlisted
     ]
     header = ["", "onset", "peak", "end", "delta", "class", "first signal", "lead steps", "robust z"]
     actionable = sum(event.actionable for event in scanned.events)
-    more = f"; not listed: {len(left_out)} outlier batches, the first at step {left_out[0].onset_step}" if left_out else ""
+    more = f"; not listed: {len(unlisted)} outlier batches, the first at step {unlisted[0].onset_step}" if unlisted else ""
     listed = f"\n{table(rows, header)}" if rows else ""
     return f"{head}{listed}\n{len(scanned.events)} events, {actionable} actionable (!){more}"
 
 
 def _z(event: Event) -> str:
-    """Return the evidence in one cell: how far off which signal was."""
+    """Return the evidence in one cell: how far off each signal was."""
     return ", ".join(f"{short} {event.evidence[name]}" for name, short in MEASURES.items() if event.evidence.get(name))

@@ -46,7 +46,7 @@ def test_the_bad_sequences_are_the_worst_of_their_batch_and_called_odd(run_dir):
     sequences = spikes("batch", run_dir, AT, "--json").json["sequences"]
     rng = np.random.default_rng(PLANTED.seed)  # as the planting drew them
     bad = set(rng.choice(PLANTED.global_seqs, PLANTED.options["seqs"], replace=False).tolist())
-    assert {s["place"] for s in sequences[: len(bad)]} == bad
+    assert {s["index"] for s in sequences[: len(bad)]} == bad
     assert all(s["odd"] for s in sequences[: len(bad)])
     assert sum(bool(s["odd"]) for s in sequences[len(bad) :]) <= 1
     assert [s["loss"] for s in sequences] == sorted((s["loss"] for s in sequences), reverse=True)
@@ -68,7 +68,7 @@ def test_a_replay_is_bitwise_what_was_logged_and_changes_no_file(run_dir):
     assert content(run_dir) == before
 
 
-def test_a_layout_that_the_model_is_too_small_for_is_told_in_one_line(run_dir):
+def test_a_layout_that_the_model_is_too_small_for_is_rejected_in_one_line(run_dir):
     told = spikes("replay", run_dir, 32, "--layout", "pipeline=2,pipeline_schedule=zero_bubble_v")
     assert told.code == 2 and "Traceback" not in told.err
     assert "the model has 2 layers; use 1 stages at most, or pipeline_schedule='zero_bubble'" in told.err
@@ -121,7 +121,7 @@ def test_spikes_at_the_same_steps_are_the_data_and_at_other_steps_the_dynamics(t
     assert dynamics["verdict"] == "dynamics" and dynamics["shared"] == []
 
 
-def test_a_rewind_goes_back_before_the_event_and_leaves_out_what_its_steps_read(run_dir):
+def test_a_rewind_rolls_back_before_the_event_and_skips_what_its_steps_read(run_dir):
     plan = spikes("plan-rewind", run_dir, AT, "--json").json
     first, last = plan["suspect_steps"]
     assert first < AT <= last and plan["resume_step"] == 30
@@ -134,12 +134,12 @@ def test_a_rewind_goes_back_before_the_event_and_leaves_out_what_its_steps_read(
     assert f"--resume-step 30 --skip {start}:{end + 1}" in plan["command"]
     wider = spikes("plan-rewind", run_dir, AT, "--margin-steps", 5, "--skip-steps", 20, "--json").json
     assert wider["suspect_steps"] == [AT - 5, AT + 14] and wider["resume_step"] == 20
-    assert wider["sequences_left_out"] == 20 * PLANTED.global_seqs
+    assert wider["sequences_skipped"] == 20 * PLANTED.global_seqs
 
 
-def test_without_a_checkpoint_before_the_event_there_is_no_way_back(run_dir):
+def test_without_a_checkpoint_before_the_event_the_run_cannot_roll_back(run_dir):
     called = spikes("plan-rewind", run_dir, 4)
-    assert called.code == 1 and "cannot go back" in called.out
+    assert called.code == 1 and "cannot roll back" in called.out
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_without_a_checkpoint_before_the_event_there_is_no_way_back(run_dir):
         (("replay", "RUN", 33, "--layout", "tensors=3"), "is not tensor=N"),
         (("compare", "RUN", "NONE"), "no"),
         (("plan-rewind", "RUN", "step_x"), "neither a step nor a black box"),
-        (("plan-rewind", "RUN", 33, "--skip-steps", 0), "--skip-steps=0: at least 1"),
+        (("plan-rewind", "RUN", 33, "--skip-steps", 0), "--skip-steps=0: must be 1 or more"),
         (("explain", "RUN", 99), "has steps 1 to 40"),
         (("explain", "NONE", 1), "is no run directory"),
     ],

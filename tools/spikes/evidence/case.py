@@ -1,4 +1,4 @@
-"""What a run directory holds around one event, read once: numbers, statistics of tensors, checkpoints, data."""
+"""Reads what a run directory holds around one event: numbers, statistics of tensors, black boxes, data."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tools.common.recipe_io import read_recipe
 from tools.data.lookup import DataOrder, StepRead, read_run, read_step
 from tools.spikes.batch_stats import Oddity, oddities, ordinary_sequences, sequence_stats, step_tokens
 
-BEFORE, AFTER = 256, 64  # steps around the event that are looked at
-HISTORY = 24  # steps that say what the next one would be
+BEFORE, AFTER = 256, 64  # steps around the event that are read
+HISTORY = 24  # steps to extrapolate from
 LOOK_BACK, LOOK_AHEAD = 8, 3  # the onset lies at most so far from where the user points
 STANDS_OUT = 6.0  # robust z
 
 
 @dataclass(frozen=True)
 class Case:
-    """One event of one run. Arrays are over `steps`; NaN where a step lacks the number."""
+    """An event of a run. Arrays are over `steps`, with NaN where a step lacks the number."""
 
     folder: Path
     step: int  # where the user points
@@ -37,7 +37,7 @@ class Case:
     moved: dict[str, float]  # what stood out there -> robust z
     recipe: Recipe
     deepspeed: dict[str, Any]  # what DeepSpeed was given
-    starts: list[dict[str, Any]]  # of the manifest
+    starts: list[dict[str, Any]]  # of run.json
     boxes: list[dict[str, Any]]  # black boxes near the event
     steps: np.ndarray
     columns: dict[str, np.ndarray]
@@ -53,7 +53,7 @@ class Case:
 
     @cached_property
     def layout(self) -> dict[str, Any]:
-        """Of the start that computed the event."""
+        """The layout of the start that computed the event."""
         return self.start["layout"] | {"data": self.start["sizes"]["data"]}
 
     @property
@@ -61,28 +61,28 @@ class Case:
         return [s for s in self.starts if (s["resumed_step"] or 0) < self.onset][-1]
 
     def at(self, name: str, step: int) -> float:
-        """A number of one step; NaN where there is none."""
+        """Return a number of one step; NaN where there is none."""
         found = np.flatnonzero(self.steps == step)
         column = self.columns.get(name)
         return float(column[found[0]]) if found.size and column is not None else math.nan
 
     def near_onset(self) -> list[int]:
-        """The steps that may hold the cause: just before the onset to where the user points; wider where nothing stands out."""
+        """Return the steps that may hold the cause: just before the onset to the step given, more if nothing stands out."""
         first = self.onset - 2 if self.moved else self.step - LOOK_BACK
         return [int(s) for s in self.steps if first <= s <= max(self.step, self.onset + 1)]
 
     def odd_sequences(self, step: int) -> list[Oddity]:
-        """The sequences of a step against ordinary ones of the run's data. Raises OSError or ValueError without the data."""
-        place = read_step(self.folder, step)
-        ordinary, reference = ordinary_sequences(self.run, place)
-        return oddities(sequence_stats(step_tokens(self.run, place), ordinary), sequence_stats(reference, ordinary))
+        """Compare the sequences of a step with ordinary ones of the run's data. Raises OSError or ValueError without the data."""
+        read = read_step(self.folder, step)
+        ordinary, reference = ordinary_sequences(self.run, read)
+        return oddities(sequence_stats(step_tokens(self.run, read), ordinary), sequence_stats(reference, ordinary))
 
-    def place(self, step: int) -> StepRead:
+    def read_at(self, step: int) -> StepRead:
         return read_step(self.folder, step)
 
 
 def read_case(folder: Path, event: str) -> Case:
-    """Raises UsageError for what is no run, or no event of it."""
+    """Read the case. Raises UsageError for what is no run, or no event of it."""
     recipe = read_recipe(folder)
     try:
         records = [r for r in read_metrics(folder) if "loss" in r]
@@ -122,7 +122,7 @@ def read_case(folder: Path, event: str) -> Case:
 
 
 def event_step(folder: Path, event: str, boxes: list[dict[str, Any]]) -> int:
-    """A step, or a black box by its folder's name or path."""
+    """Return the step of an event: a number, or a black box by its folder's name or path."""
     if event.isdigit():
         return int(event)
     name = Path(event).name
@@ -134,7 +134,7 @@ def event_step(folder: Path, event: str, boxes: list[dict[str, Any]]) -> int:
 
 
 def find_onset(steps: np.ndarray, columns: dict[str, np.ndarray], pointed: int) -> tuple[int, dict[str, float]]:
-    """(first step near where the user points at which loss or gradient norm stands out, what stood out and by how much)."""
+    """Return (first step near `pointed` at which loss or gradient norm stands out, robust z of each that does)."""
     for index in np.flatnonzero((steps >= pointed - LOOK_BACK) & (steps <= pointed + LOOK_AHEAD)):
         moved = {}
         for name in ("loss", "grad_norm"):
@@ -149,35 +149,35 @@ def find_onset(steps: np.ndarray, columns: dict[str, np.ndarray], pointed: int) 
 
 
 def robust_z(steps: np.ndarray, values: np.ndarray, index: int) -> float:
-    """How far values[index] is from what the values before it say, in their robust spread. NaN with too few."""
+    """Return how far values[index] is from its extrapolation, in robust spreads of the values before. NaN with too few."""
     predicted, spread = expected(steps, values, index)
     return (float(values[index]) - predicted) / spread
 
 
 def expected(steps: np.ndarray, values: np.ndarray, index: int) -> tuple[float, float]:
-    """(what the values before say values[index] would be, their robust spread); NaN with too few before.
+    """Extrapolate values[index] from the values before: (value, their robust spread); NaN with too few before.
 
-    A parabola, for curves of training bend, or a line through the last half, whichever ends closer to the last values: a
-    parabola may turn up where the curve only flattens. Fitted twice: what stood out the first time does not count the second.
+    By a parabola, for curves of training bend, or a line through the last half, whichever ends closer to the last values: a
+    parabola may turn up where the curve only flattens. Outliers of the first fits do not count in the last.
     """
     known = np.flatnonzero(np.isfinite(values[:index]))[-HISTORY:]
     if len(known) < 6:
         return math.nan, math.nan
-    places, before = (steps[known] - steps[index]).astype(np.float64) / HISTORY, values[known]
+    x, before = (steps[known] - steps[index]).astype(np.float64) / HISTORY, values[known]
     half = len(known) // 2
-    fits = [_robust_fit(places[-half:], before[-half:], 1)] if half >= 6 else []
-    fits.append(_robust_fit(places, before, 2 if len(known) >= 12 else 1))
+    fits = [_robust_fit(x[-half:], before[-half:], 1)] if half >= 6 else []
+    fits.append(_robust_fit(x, before, 2 if len(known) >= 12 else 1))
     last = float(np.median(before[-6:]))
     predicted, spread = min(fits, key=lambda fit: abs(fit[0] - last))
-    return predicted, max(spread, 1e-3 * (abs(predicted) + 1e-12))  # a few alike values are no measure of spread
+    return predicted, max(spread, 1e-3 * (abs(predicted) + 1e-12))  # a few equal values are no measure of spread
 
 
-def _robust_fit(places: np.ndarray, values: np.ndarray, degree: int) -> tuple[float, float]:
-    """(value at place 0, robust spread around the fit)."""
+def _robust_fit(x: np.ndarray, values: np.ndarray, degree: int) -> tuple[float, float]:
+    """Fit a polynomial robustly and return (its value at x=0, the robust spread around it)."""
     kept = np.ones(len(values), dtype=bool)
     for _ in range(3):
-        fit = np.polynomial.polynomial.polyfit(places[kept], values[kept], degree)
-        rest = np.abs(values - np.polynomial.polynomial.polyval(places, fit))
+        fit = np.polynomial.polynomial.polyfit(x[kept], values[kept], degree)
+        rest = np.abs(values - np.polynomial.polynomial.polyval(x, fit))
         spread = MAD_TO_SD * float(np.median(rest))
         kept = rest <= max(3.5 * spread, 1e-12)
     return float(fit[0]), spread

@@ -1,4 +1,4 @@
-"""Evidence in what the steps read: their documents, the shards' bytes, the place in the order, the batch's size."""
+"""Finds evidence in the data: the documents of the steps, the shards' bytes, the position in the order, the batch size."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from tools.spikes.evidence.case import LOOK_BACK, STANDS_OUT, Case, expected, ro
 from tools.spikes.evidence.causes import BAD_DOCUMENT, BIT_FLIP, CORRUPT_SHARD, LOST_MICRO_BATCH, NOTHING, RAMP_EDGE, SAMPLER
 from tools.spikes.evidence.findings import Evidence, Finding, Unanswered
 
-JUMP_SHARE = 0.03  # of the loss
+JUMP_SHARE = 0.03  # of the loss, at least
 ODD, VERY_ODD = 8.0, 12.0  # robust z of a sequence's tokens against ordinary sequences
-HASH_BYTES = 4 << 30  # shards of one event are hashed up to this size
-MODEL_BYTES = 8 << 30  # fp32 weights up to which the batch is scored with the checkpoint before
-MANY_STEPS = 16  # before a step, to say what its loss should be
+HASH_BYTES = 4 << 30  # shards of an event up to this size are hashed
+MODEL_BYTES = 8 << 30  # models up to this size in fp32 score the batch
+MANY_STEPS = 16  # before a step, to extrapolate its loss from
 AFTER_RESUME = 64  # steps in which a resume can still be the cause
 
 
 def documents(case: Case) -> Iterator[Evidence]:
-    """Do the tokens of the step stand out from those of other steps?"""
+    """Compare the tokens of the steps with those of other steps."""
     try:
         found = {step: case.odd_sequences(step) for step in case.near_onset()}
-        places = {step: case.place(step) for step in found}
+        reads = {step: case.read_at(step) for step in found}
     except (OSError, ValueError) as error:
-        yield Unanswered(BAD_DOCUMENT, "what the step read", f"make the data readable here ({error})")
+        yield Unanswered(BAD_DOCUMENT, "what the step read", f"make the data readable on this machine ({error})")
         return
-    odd = {step: {o.place for o in oddities if o.z > ODD} for step, oddities in found.items()}
+    odd = {step: {o.index for o in oddities if o.z > ODD} for step, oddities in found.items()}
     worst = max(found, key=lambda step: found[step][0].z)
     top = found[worst][0]
     if not any(odd.values()):
@@ -43,32 +43,32 @@ def documents(case: Case) -> Iterator[Evidence]:
         yield Finding(CORRUPT_SHARD, -1.0, "no sequence of the steps stands out by its tokens")
         return
     count = sum(map(len, odd.values()))
-    here = places[worst].consumed + top.place
-    text = f"{count} sequences stand out; sequence {here} of step {worst}: {top.what} (z {top.z:.0f})"
-    few = count <= max(2, 0.25 * sum(place.seqs for place in places.values()))
-    # among hundreds of sequences one is a little odd; where nothing else happened it takes a very odd one, or two
+    sequence = reads[worst].consumed + top.index
+    text = f"{count} sequences stand out; sequence {sequence} of step {worst}: {top.what} (z {top.z:.0f})"
+    few = count <= max(2, 0.25 * sum(read.seqs for read in reads.values()))
+    # of hundreds of sequences one is always a little odd: if nothing else moved it takes a very odd one, or two
     strong = case.moved or top.z > VERY_ODD or len(odd[worst]) > 1
     yield Finding(BAD_DOCUMENT, (4.0 if few else 2.0) if strong else 1.0, text)
     yield Finding(CORRUPT_SHARD, 1.0 if few else 2.0, text)
 
 
 def losses_under_the_checkpoint(case: Case) -> Iterator[Evidence]:
-    """Is the batch hard for the model as it was before? Then it is the batch; else the model changed."""
+    """Score the batch with the model as it was before: if it is hard there, it is the batch; else the model changed."""
     checkpoint = checkpoint_before(case.folder, case.onset)
     if checkpoint is None:
-        yield Unanswered(BAD_DOCUMENT, "whether the batch is hard for the model of before", "save a checkpoint before")
+        yield Unanswered(BAD_DOCUMENT, "whether the batch is hard for the model before", "save a checkpoint before")
         return
     if 4 * case.recipe.num_params > MODEL_BYTES:
         command = f"python -m tools.spikes batch {case.folder} {case.onset}"
-        yield Unanswered(BAD_DOCUMENT, "whether the batch is hard for the model of before", command)
+        yield Unanswered(BAD_DOCUMENT, "whether the batch is hard for the model before", command)
         return
     try:
-        here = case.place(case.onset)
+        here = case.read_at(case.onset)
         mine = read_tokens(case.run, here.consumed + np.arange(here.seqs))
         others = read_tokens(case.run, here.consumed + here.seqs + np.arange(2 * here.seqs))
         losses = np.array(sequence_losses(checkpoint, np.concatenate([mine, others]), document_end(case.folder, case.run)))
     except (OSError, ValueError) as error:
-        yield Unanswered(BAD_DOCUMENT, "whether the batch is hard for the model of before", f"make the data readable ({error})")
+        yield Unanswered(BAD_DOCUMENT, "whether the batch is hard for the model before", f"make the data readable ({error})")
         return
     mine_losses, other_losses = losses[: here.seqs], losses[here.seqs :]
     spread = float(np.std(other_losses))
@@ -77,13 +77,13 @@ def losses_under_the_checkpoint(case: Case) -> Iterator[Evidence]:
     excess = float(np.mean(mine_losses)) - usual
     predicted, noise = expected(case.steps, case.columns["loss"], _index(case, case.onset))
     jump = case.at("loss", case.onset) - predicted
-    # a jump is beyond the curve's noise, what the mean of a batch scatters by chance, and what a detector would call one
+    # a jump exceeds the curve's noise, the scatter of a batch's mean, and what a detector would report
     high = jump > max(4 * noise, 4 * spread / math.sqrt(here.seqs), JUMP_SHARE * predicted)
     text = f"under {checkpoint.name} the batch of step {case.onset} is {excess:+.3f} nats from other batches, its worst sequence "
-    text += f"{worst:.1f} spreads over them; logged {jump:+.3f} from the steps before"
+    text += f"{worst:.1f} spreads above them; the log is {jump:+.3f} from the steps before"
     if jump < -max(4 * noise, JUMP_SHARE * predicted):
         easy = excess < jump / 2
-        yield Finding(LOST_MICRO_BATCH, -4.0 if easy else 1.0, text + (": an easy batch" if easy else ": no easy batch"))
+        yield Finding(LOST_MICRO_BATCH, -4.0 if easy else 1.0, text + (": an easy batch" if easy else ": not an easy batch"))
     if high and excess < jump / 3:
         yield Finding(BAD_DOCUMENT, -3.0, text)
         yield Finding(NOTHING, -2.0, f"{text}: the model, not the batch")
@@ -95,12 +95,12 @@ def losses_under_the_checkpoint(case: Case) -> Iterator[Evidence]:
 
 
 def _passing_fault(case: Case, jump: float) -> Iterator[Evidence]:
-    """An ordinary batch that was hard for one step, and weights that were none the worse: what was computed was wrong."""
+    """Judge an ordinary batch that was hard: if the next step is as before, the computation was wrong, not the weights."""
     index = _index(case, case.onset)
     if index + 1 >= len(case.steps) or not all(_is_back(case, name, index) for name in case.moved):
         yield Finding(BIT_FLIP, 0.5, "an ordinary batch became hard: something changed the weights or the computation")
         return
-    yield Finding(BIT_FLIP, 1.5, "an ordinary batch was hard for one step, and the next was as ever: a passing fault")
+    yield Finding(BIT_FLIP, 1.5, "an ordinary batch was hard for one step, and the next was as before: a passing fault")
     ranks = case.layout["data"]
     if ranks > 1 and "loss_max" in case.columns:
         predicted, _ = expected(case.steps, case.columns["loss_max"], index)
@@ -110,28 +110,28 @@ def _passing_fault(case: Case, jump: float) -> Iterator[Evidence]:
 
 
 def shard_bytes(case: Case) -> Iterator[Evidence]:
-    """The checksums of the shards that the steps near the event read, against the manifest of the preparation."""
+    """Check the shards that the steps near the event read against the checksums of their preparation."""
     try:
         touched = sorted(_shards_of(case))
         size = sum(path.stat().st_size for path, _ in touched)
         if size > HASH_BYTES:
             folders = " ".join(sorted({str(path.parent) for path, _ in touched}))
-            yield Unanswered(CORRUPT_SHARD, "whether the shards are what was prepared", f"python -m tools.data check {folders}")
+            yield Unanswered(CORRUPT_SHARD, "whether the shards are as prepared", f"python -m tools.data check {folders}")
             return
         wrong = [path for path, checksum in touched if _sha256(path) != checksum]
     except (OSError, ValueError, KeyError) as error:
-        yield Unanswered(CORRUPT_SHARD, "whether the shards are what was prepared", f"make the data readable here ({error})")
+        yield Unanswered(CORRUPT_SHARD, "whether the shards are as prepared", f"make the data readable on this machine ({error})")
         return
     if wrong:
-        yield Finding(CORRUPT_SHARD, 8.0, f"{', '.join(map(str, wrong[:3]))}: not the bytes that were prepared (checksum)")
-        yield Finding(BAD_DOCUMENT, -4.0, "a shard that was read is not what was prepared: no document of it can be blamed")
+        yield Finding(CORRUPT_SHARD, 8.0, f"{', '.join(map(str, wrong[:3]))}: not as prepared (checksum)")
+        yield Finding(BAD_DOCUMENT, -4.0, "a shard that was read is not as prepared: its documents are not to blame")
     else:
-        text = f"the {len(touched)} shards that were read are what was prepared (checksums)"
+        text = f"the {len(touched)} shards that were read are as prepared (checksums)"
         yield Finding(CORRUPT_SHARD, -6.0, text)
 
 
-def place_in_the_order(case: Case) -> Iterator[Evidence]:
-    """After a resume: does the count of sequences go on, and does the loss repeat that of earlier steps?"""
+def position_in_the_order(case: Case) -> Iterator[Evidence]:
+    """Check after a resume that the count of sequences continues, and that the loss repeats no earlier steps."""
     resumes = [int(s["resumed_step"]) for s in case.starts if s["resumed_step"]]
     near = [r for r in resumes if r < case.step + 2 and case.onset - r <= AFTER_RESUME]
     if not near:
@@ -140,24 +140,24 @@ def place_in_the_order(case: Case) -> Iterator[Evidence]:
     resumed, records = near[-1], case.all_steps
     before, after = records.get(resumed), records.get(resumed + 1)
     if before is None or after is None:
-        yield Unanswered(SAMPLER, "whether the order went on at the resume", "metrics.jsonl lacks the steps around it")
+        yield Unanswered(SAMPLER, "whether the order continued at the resume", "log the steps around it in metrics.jsonl")
         return
     here = int(after["consumed_seqs"]) - int(after["tokens"]) // case.recipe.batch.seq_len
     if here != before["consumed_seqs"]:
         text = f"step {resumed} ended at sequence {before['consumed_seqs']}, step {resumed + 1} after the resume began at {here}"
         yield Finding(SAMPLER, 9.0, text)
         return
-    yield Finding(SAMPLER, -0.5, f"the count of sequences goes on over the resume after step {resumed}")
+    yield Finding(SAMPLER, -0.5, f"the count of sequences continues over the resume after step {resumed}")
     yield from _echo(case, resumed)
 
 
 def _echo(case: Case, resumed: int) -> Iterator[Evidence]:
-    """Batches differ in how hard they are: where the same ones come again, the loss wiggles as it did before."""
+    """Compare the loss after a resume with earlier steps: batches read again repeat its wiggles, for some are harder."""
     records = case.all_steps
     later = [s for s in range(resumed + 1, resumed + AFTER_RESUME + 1) if s in records]
     earlier = [s for s in range(1, resumed + 1) if s in records]
     if len(later) < 12 or len(earlier) < 16:
-        yield Unanswered(SAMPLER, "whether the same batches came again", "a dozen steps after the resume, and before it")
+        yield Unanswered(SAMPLER, "whether the same batches were read again", "a dozen steps after the resume, and before it")
         return
     wiggle_later, wiggle_earlier = _wiggles(records, later), _wiggles(records, earlier)
     length = min(len(wiggle_later), len(wiggle_earlier) - 4)
@@ -166,7 +166,7 @@ def _echo(case: Case, resumed: int) -> Iterator[Evidence]:
         window = wiggle_earlier[shift : shift + length]
         scores.append((float(np.corrcoef(window, wiggle_later[:length])[0, 1]), earlier[shift]))
     best, first = max(scores)
-    # correlations of unrelated wiggles scatter by 1 / sqrt(length); over many shifts the largest of them by about 3 of that
+    # correlations of unrelated wiggles scatter by 1 / sqrt(length); the largest over many shifts is about 3 times that
     limit = 3.5 / math.sqrt(length)
     text = f"the loss of the {length} steps after the resume follows that of step {first} on (correlation {best:.2f})"
     if best > max(limit, 0.5):
@@ -176,7 +176,7 @@ def _echo(case: Case, resumed: int) -> Iterator[Evidence]:
 
 
 def _wiggles(records: dict, steps: list[int]) -> np.ndarray:
-    """The loss without its trend: each step against the mean of its neighbours."""
+    """Return the loss without its trend: each step less the mean of its neighbours."""
     losses = np.array([float(records[s]["loss"]) for s in steps])
     kernel = np.array([0.25, 0.25, 0.0, 0.25, 0.25])
     padded = np.pad(losses, 2, mode="reflect")
@@ -184,39 +184,40 @@ def _wiggles(records: dict, steps: list[int]) -> np.ndarray:
 
 
 def micro_batches(case: Case) -> Iterator[Evidence]:
-    """A micro batch that adds nothing takes its share of the mean away: exactly k in n of the loss is missing."""
+    """Check whether k in n of the loss is missing: a micro batch that adds nothing takes its share of the mean away."""
     near = case.near_onset()
     if len({case.at("tokens", int(s)) for s in case.steps if min(near) - LOOK_BACK <= s <= max(near)}) > 1:
-        yield Finding(LOST_MICRO_BATCH, -1.0, "the batch changed its size here, so no share of the loss can be told")
+        yield Finding(LOST_MICRO_BATCH, -1.0, "the batch size changed here, so no share of the loss can be computed")
         return
     if not any(_index(case, s) >= MANY_STEPS for s in near):
         yield Unanswered(LOST_MICRO_BATCH, "whether a share of the loss is missing", f"{MANY_STEPS} steps before the event")
         return
     known = [s for s in near if _index(case, s) >= MANY_STEPS]
-    candidates = [m for s in known for n in (1, 6) if (m := _missing(case, s, n)).is_whole]  # once, or from there on
+    candidates = [m for s in known for n in (1, 6) if (m := _missing(case, s, n)).is_whole]  # for one step, or from there on
     if not candidates:
         yield Finding(LOST_MICRO_BATCH, -4.0, "the loss did not fall by the share of a whole number of micro batches")
         return
     found = max(candidates, key=lambda m: m.z)
-    text = f"the loss from step {found.step} on ({found.length} steps) is {found.share:.3f} of what the steps before say: "
+    text = f"the loss from step {found.step} on ({found.length} steps) is {found.share:.3f} of that extrapolated from before: "
     text += f"{found.count:.2f} of {found.of} micro batches are missing"
     yield Finding(LOST_MICRO_BATCH, (5.0 if found.z > 5.5 else 3.0) - (round(found.count) > 1), text)
     if case.layout["data"] > 1 and "loss_max" in case.columns:
         z = robust_z(case.steps, case.columns["loss_max"], _index(case, found.step))
         text = f"the worst data rank's own loss was {z:+.1f} spreads from its curve at step {found.step}"
-        yield Finding(LOST_MICRO_BATCH, 2.0 if z > -3 else -2.0, text + (": it is missing on another rank" if z > -3 else ""))
+        yield Finding(LOST_MICRO_BATCH, 2.0 if z > -3 else -2.0, text + (": another rank lost it" if z > -3 else ""))
 
 
 @dataclass(frozen=True)
 class _Missing:
+    """The share of the loss that is missing, in micro batches."""
+
     step: int
     length: int  # steps from there on, averaged
     share: float  # of the loss that was expected
     of: int  # micro batches of a step, over all ranks
-    count: float  # of them, that would explain the share
+    count: float  # micro batches that would explain the share
     error: float  # of count
-
-    first_z: float  # of the first step alone: what is lost is lost from there on
+    first_z: float  # of the first step alone: the loss is lower from there on
 
     @property
     def z(self) -> float:
@@ -232,7 +233,7 @@ def _missing(case: Case, step: int, length: int) -> _Missing:
     losses, index = case.columns["loss"], _index(case, step)
     predicted, noise = expected(case.steps, losses, index)
     stretch = losses[index : index + length]
-    # a curve that falls goes on falling: by the steps just before
+    # a falling curve keeps falling, at the rate of the steps just before
     slope = float(np.median(losses[index - 6 : index]) - np.median(losses[index - 12 : index - 6])) / 6
     predicted += slope * (len(stretch) - 1) / 2
     count = round(case.at("tokens", step) / case.recipe.batch.seq_len / case.recipe.batch.micro_seqs)
@@ -242,7 +243,7 @@ def _missing(case: Case, step: int, length: int) -> _Missing:
 
 
 def batch_size(case: Case) -> Iterator[Evidence]:
-    """The edge of a batch ramp."""
+    """Find an edge of the batch ramp."""
     if not case.recipe.batch.ramp:
         yield Finding(RAMP_EDGE, -9.0, "the recipe has no batch ramp")
         return
@@ -259,7 +260,7 @@ def batch_size(case: Case) -> Iterator[Evidence]:
 
 
 def one_step_only(case: Case) -> Iterator[Evidence]:
-    """How far the step is off the curve at all."""
+    """Measure how far the step is off the curve."""
     if not case.moved:
         yield Finding(
             NOTHING, 1.5, f"neither loss nor gradient norm is {STANDS_OUT:.0f} spreads off the curve near step {case.step}"
@@ -270,7 +271,7 @@ def one_step_only(case: Case) -> Iterator[Evidence]:
     follows = index + 1 < len(case.steps)
     back = follows and all(_is_back(case, name, index) for name in case.moved)
     far = max(abs(z) for z in case.moved.values())
-    weight = -min((far - STANDS_OUT) / 3, 3.0) - (not back)  # curves have corners and batches tails: a little off is common
+    weight = -min((far - STANDS_OUT) / 3, 3.0) - (not back)  # a little off is common: curves have corners and batches tails
     yield Finding(NOTHING, weight, f"{words} off the curve at step {case.onset}" + (", back at the next" if back else ""))
 
 
@@ -285,13 +286,13 @@ def _is_back(case: Case, name: str, index: int) -> bool:
 
 
 def _shards_of(case: Case) -> set[tuple[Path, str]]:
-    """(file, checksum in the manifest) of every shard that a step near the event read."""
+    """Return (file, its checksum in dataset.json) of every shard that a step near the event read."""
     stream = open_run(case.run)
     streams: list[TokenStream] = stream.streams if hasattr(stream, "streams") else [stream]
     touched = set()
     for step in case.near_onset():
-        place = case.place(step)
-        index = kept_index(place.consumed + np.arange(place.seqs), case.run.skips)
+        read = case.read_at(step)
+        index = kept_index(read.consumed + np.arange(read.seqs), case.run.skips)
         for source, position in zip(*(a.tolist() for a in stream.locate(case.run.seed, index)), strict=True):
             of = streams[source]
             ends = (position * of.seq_len, position * of.seq_len + of.seq_len)

@@ -1,4 +1,4 @@
-"""What one piece of evidence says: for or against a cause, how strongly, in words a person can check."""
+"""Holds one piece of evidence: for or against which cause, how strongly, in words a person can check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Finding:
     """Evidence about one cause."""
 
     cause: str  # a name in tools.spikes.evidence.causes.CAUSES
-    weight: float  # log odds, nats: over 0 for it, under 0 against
+    weight: float  # log odds in nats: over 0 for the cause, under 0 against
     text: str
 
 
