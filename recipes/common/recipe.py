@@ -164,7 +164,7 @@ class Checkpoints:
 
 @dataclass(frozen=True, kw_only=True)
 class Monitor:
-    """What is watched while training: statistics go to `tensor_stats/` and the step line (recipes.common.monitor)."""
+    """What is measured while training: statistics go to `tensor_stats/` and the step line (recipes.common.monitor)."""
 
     every_steps: int = 1  # norms of gradients, weights and updates, by parameter; 0: never
     activations_every_steps: int = 10  # outputs, attention logits and router load, by layer; 0: never
@@ -219,6 +219,11 @@ class Sizes:
     data: int
     accumulation: int  # micro batches a data rank runs each step, at the full batch
     tokens_per_step: int
+
+
+def due(every_steps: int, step: int) -> bool:
+    """Whether what a recipe asks for every so many steps (0: never) falls on `step`."""
+    return every_steps > 0 and step % every_steps == 0
 
 
 def derive_sizes(recipe: Recipe, layout: Layout, world_size: int) -> Sizes:

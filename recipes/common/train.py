@@ -33,7 +33,7 @@ from recipes.common.model.initial_weights import name_seed
 from recipes.common.monitor.monitor import RunMonitor
 from recipes.common.monitor.phases import Phases
 from recipes.common.parallel.grid import Grid
-from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes, from_root
+from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes, due, from_root
 from recipes.common.run_dir.manifest import recipe_to_dict, write_run_files
 from recipes.common.run_dir.metrics import RunLog
 from recipes.common.runtime.exits import end_rank, guard_rank
@@ -130,7 +130,7 @@ def train(
         record = _record(recipe, position, result, lr, tokens, time.perf_counter() - started, batches.wait_seconds)
         with recovery.box_at_end(position):
             record |= monitor.after_step(step, result, micro_batches, tokens)
-        if _due(step, recipe.evaluation.every_steps, last_step):
+        if due(recipe.evaluation.every_steps, step) or (recipe.evaluation.every_steps and step == last_step):
             phases.enter(step, "evaluate")
             record |= _evaluate(recipe, trainer)
         record |= recovery.observe(record)
@@ -285,7 +285,3 @@ def _open_log(recipe: Recipe, grid: Grid, out_dir: Path, resumed_step: int | Non
     )
     _note_changed_data(out_dir, log)
     return log
-
-
-def _due(step: int, every: int, last_step: int) -> bool:
-    return every > 0 and (step % every == 0 or step == last_step)

@@ -113,7 +113,7 @@ def train_steps(recipe: Recipe, out_dir: str, steps: int, trace_steps: range, ra
         phases.enter(step, "step")
         with count_step(trainer) if step == 1 else nullcontext({}) as inside:
             loss = trainer.train_step(micro_batches, lr, sizes.tokens_per_step).loss
-        phases.tell_memory(inside)
+        phases.add_memory(inside)
         phases.enter(step, "log")
         if rank == 0 and sys.stderr.isatty():
             print(f"\rstep {step} of {steps}", end="\n" if step == steps else "", file=sys.stderr)

@@ -33,7 +33,7 @@ from recipes.common.checkpoint.files import (
 from recipes.common.checkpoint.position import RunPosition
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
-from recipes.common.recipe import Recipe, from_root
+from recipes.common.recipe import Recipe, due, from_root
 from recipes.common.run_dir.manifest import recipe_to_dict, write_json
 from recipes.common.run_dir.metrics import RunLog
 
@@ -59,8 +59,7 @@ class Saver:
             dist.barrier()
 
     def due(self, step: int) -> bool:
-        every = self._recipe.checkpoints.every_steps
-        return every > 0 and step % every == 0
+        return due(self._recipe.checkpoints.every_steps, step)
 
     def due_by_time(self) -> bool:
         """By this rank's clock; the ranks agree through the step's votes."""

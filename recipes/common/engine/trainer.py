@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import deepspeed
 import numpy as np
@@ -43,13 +43,6 @@ NONFINITE = "nonfinite"  # a NaN or an infinity in the loss or the gradients
 _import_muon_uncompiled()
 
 
-class StepProbe(Protocol):
-    """What may look at a step while it is taken (recipes.common.monitor.parameter_stats)."""
-
-    def take(self) -> torch.Tensor:
-        """What it saw: fp64 [n], of one length on all ranks, to be summed over them."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """One optimizer step, equal on every rank."""
@@ -65,7 +58,7 @@ class StepResult:
     skipped: bool  # the weights and the optimizer's state did not change, on any rank
     skip_reason: str | None  # OVERFLOW, NONFINITE or TOO_HIGH
     votes: tuple[bool, ...]  # for each vote that was cast, whether any rank said yes
-    observed: np.ndarray  # what the probe saw, summed over all ranks
+    statistics: np.ndarray  # of Trainer.statistics, summed over all ranks
 
 
 class PipelineStages(PipelineModule):
@@ -140,7 +133,8 @@ class Trainer:
         time_engine(self.engine, grid)
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]
-        self.probe: StepProbe | None = None
+        # called once a step has been taken: fp64 [n], of one length on all ranks, to be summed over them with the losses
+        self.statistics: Callable[[], torch.Tensor] | None = None
         self._gate = NormGate(grid.device)
 
     def set_global_seqs(self, global_seqs: int) -> None:
@@ -177,7 +171,7 @@ class Trainer:
             if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "bf16_optimizer.py":
                 raise
             finite = False
-        losses, by_rank, counts, observed = self._sum_over_ranks(votes)
+        losses, by_rank, counts, statistics = self._sum_over_ranks(votes)
         losses, by_rank = losses / (len(micro_batches) * self.grid.data), by_rank / [[len(micro_batches)], [1.0]]
         worst = int(np.argmax(by_rank[0]))  # the first NaN, where there is one
         skipped = self.engine.skipped_steps > skipped_before
@@ -196,7 +190,7 @@ class Trainer:
             skipped=skipped,
             skip_reason=reason if skipped else None,
             votes=tuple(count > 0 for count in counts),
-            observed=observed,
+            statistics=statistics,
         )
 
     def _loss_scale(self) -> float:
@@ -235,7 +229,7 @@ class Trainer:
                 for ids, labels in batches:
                     self.engine(ids, labels)
             self.engine.train()
-        return float(self._sum_over_ranks(observe=False)[0][0])
+        return float(self._sum_over_ranks(measure=False)[0][0])
 
     def _clear_losses(self) -> None:
         self.stage.loss_sums.zero_()
@@ -259,24 +253,24 @@ class Trainer:
             positions = (document_positions(tokens[:, :-1], self.document_end) for tokens in micro_batches)
             self.stage.place_documents(p.to(self.grid.device, non_blocking=True) for p in positions)
 
-    def _sum_over_ranks(self, votes: tuple[bool, ...] = (), *, observe: bool = True) -> list[np.ndarray]:
+    def _sum_over_ranks(self, votes: tuple[bool, ...] = (), *, measure: bool = True) -> list[np.ndarray]:
         """The one reduction of a step, on every rank: [loss sums [3] over all data ranks, cross-entropy and largest logit of each
-        data rank [2, data], votes, what the probe saw]. The last stage has the losses."""
+        data rank [2, data], votes, statistics]. The last stage has the losses."""
         losses = self.stage.loss_sums
         by_rank = losses.new_zeros(2, self.grid.data)  # a slot each: summed with zeros it stays what it is
         if self.grid.is_last_stage and self.grid.tensor_rank == 0:
             by_rank[0, self.grid.data_rank], by_rank[1, self.grid.data_rank] = losses[0], self.stage.max_logit
         else:
             losses = torch.zeros_like(losses)
-        observed = self.probe.take() if observe and self.probe is not None else losses.new_zeros(0)
-        parts = [losses, by_rank.flatten(), losses.new_tensor(votes), observed]
+        statistics = self.statistics() if measure and self.statistics is not None else losses.new_zeros(0)
+        parts = [losses, by_rank.flatten(), losses.new_tensor(votes), statistics]
         sums = torch.cat(parts)
         if dist.get_world_size() > 1:
             with CLOCK.collective("all_reduce", num_bytes(sums), None):
                 dist.all_reduce(sums)
         CLOCK.settle()  # while a GPU still works on what the next line waits for
-        losses, by_rank, counts, observed = np.split(sums.cpu().numpy(), np.cumsum([part.numel() for part in parts[:-1]]))
-        return [losses, by_rank.reshape(2, -1), counts, observed]
+        losses, by_rank, counts, statistics = np.split(sums.cpu().numpy(), np.cumsum([part.numel() for part in parts[:-1]]))
+        return [losses, by_rank.reshape(2, -1), counts, statistics]
 
     def hf_shards(self) -> dict[str, torch.Tensor]:
         """Hugging Face name -> this rank's shard of the weights the model computes with."""

@@ -1,11 +1,11 @@
-"""What the layers do in one training step: RMS of their outputs, largest attention logit, load of the experts.
+"""Measures the layers in one training step: RMS of their outputs, largest attention logit, load of the experts.
 
-Looked at on some steps only. Hooks exist while such a step runs; nothing of the model is changed, and nothing is drawn.
+Done on some steps only. Hooks exist while such a step runs; the model is not changed, and no random number is drawn.
 
     activation_rms        of each decoder layer's output, over all tokens of the step
     max_attention_logit   over all heads, and over QUERIES evenly spaced query positions of every sequence: scaled q.k of the keys
-                          that the query may see, before any soft-cap. Fused attention keeps no logits, so these few are made
-                          again from the q and k that it is given. NaN for families that call attention in a way of their own.
+                          that the query may attend to, before any soft-cap. Fused attention keeps no logits, so these few are
+                          recomputed from its q and k. NaN for families that call attention in a way of their own.
     router_load_max       tokens of the busiest expert over the mean of all (1: balanced). NaN for layers without a router
 """
 
@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from recipes.common.monitor.parameter_groups import group_of
 from recipes.common.pipeline.stage import Stage
 
-QUERIES = 32  # positions of each sequence whose attention logits are made again
+QUERIES = 32  # positions of each sequence whose attention logits are recomputed
 _EAGER = "eager_attention_forward"  # transformers' name, in each family's module
 
 
@@ -39,7 +39,7 @@ class LayerStats:
         self._experts = next((count for name in names if isinstance(count := getattr(config, name, None), int)), 0)
         self._chosen = getattr(config, "num_experts_per_tok", None) or 1
         self._handles: list[RemovableHandle] = []
-        self._attention: str | None = None  # whose entry in transformers' table is ours while a step runs
+        self._attention: str | None = None  # the name of our entry in transformers' table while a step runs
         self._clear()
 
     def _clear(self) -> None:
@@ -52,13 +52,13 @@ class LayerStats:
         self._device = self._stage.loss_sums.device
         self._clear()
         layers = self._stage.causal.get_submodule(self._stage.stack.layers)
-        # on every tensor rank: they see the same, or each its part of the sequence, and means and ratios are right either way
+        # on every tensor rank: each has the same values, or its part of the sequence, and means and ratios are right either way
         for index in self._stage.own:
             # before the stage's own hook, which takes the output of its last layer away
-            self._handles.append(layers[index].register_forward_hook(self._see_output(index), prepend=True))
+            self._handles.append(layers[index].register_forward_hook(self._output_hook(index), prepend=True))
         for index, router, place in _routers(self._stage):
-            self._handles.append(router.register_forward_hook(self._see_routing(index, place)))
-        self._watch_attention()
+            self._handles.append(router.register_forward_hook(self._routing_hook(index, place)))
+        self._wrap_attention()
 
     def end(self) -> None:
         for handle in self._handles:
@@ -69,15 +69,15 @@ class LayerStats:
             self._attention = None
 
     def sums(self) -> torch.Tensor:
-        """fp64 [depth * (2 + experts)], to be summed over all ranks."""
+        """Return fp64 [depth * (2 + experts)], to be summed over all ranks."""
         return torch.cat([self._squares.flatten(), self._loads.flatten()])
 
     def maxima(self) -> torch.Tensor:
-        """[depth], of which the largest over all ranks counts; -inf for layers that are elsewhere or cannot be seen."""
+        """Return [depth], of which the largest over all ranks counts; -inf for layers of other ranks or without such logits."""
         return self._logits
 
     def decode(self, sums: np.ndarray, maxima: np.ndarray) -> dict[str, np.ndarray]:
-        """What the sums and maxima over all ranks say, by layer: statistic -> [depth]."""
+        """Return statistic -> [depth] from the sums and maxima over all ranks."""
         squares, loads = np.split(sums, [2 * self.depth])
         squares, loads = squares.reshape(self.depth, 2), loads.reshape(self.depth, self._experts)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -86,7 +86,7 @@ class LayerStats:
         logits = np.where(maxima == -np.inf, np.nan, maxima)
         return {"activation_rms": rms, "max_attention_logit": logits, "router_load_max": busiest}
 
-    def _see_output(self, index: int) -> Callable[..., None]:
+    def _output_hook(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             hidden = (output[0] if isinstance(output, tuple) else output).detach()
             self._squares[index, 0] += hidden.float().square().sum()
@@ -94,7 +94,7 @@ class LayerStats:
 
         return hook
 
-    def _see_routing(self, index: int, place: int) -> Callable[..., None]:
+    def _routing_hook(self, index: int, place: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
             chosen = next((o for o in outputs if o.dtype in (torch.int64, torch.int32)), None)
@@ -105,8 +105,8 @@ class LayerStats:
 
         return hook
 
-    def _watch_attention(self) -> None:
-        """Stand in transformers' table of attention functions, under the name that the model asks for, and hand on."""
+    def _wrap_attention(self) -> None:
+        """Register, under the name that the model asks for, an attention function that measures and calls the real one."""
         name = self._stage.causal.config.get_text_config()._attn_implementation
         fused = ALL_ATTENTION_FUNCTIONS.get(name)
         family = sys.modules[type(self._stage.causal).__module__]
@@ -128,9 +128,10 @@ class LayerStats:
 
 
 def largest_logit(query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float | None) -> torch.Tensor:
-    """Over evenly spaced queries, fp32 []. query: [seqs, heads, queries, width]; key: [seqs, heads or fewer, keys, width].
+    """Return the largest over evenly spaced queries, fp32 [].
 
-    mask: bool (True: seen) or added, [seqs, 1 or heads, queries, keys]; anything else: a query sees the keys up to its own.
+    query: [seqs, heads, queries, width]. key: [seqs, heads or fewer, keys, width].
+    mask: bool (True: attended) or added, [seqs, 1 or heads, queries, keys]; anything else: a query attends to keys up to its own.
     """
     seqs, heads, length, width = query.shape
     places = torch.linspace(0, length - 1, min(QUERIES, length), device=query.device).round().long()
@@ -147,7 +148,7 @@ def largest_logit(query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: fl
 
 
 def _routers(stage: Stage) -> Iterator[tuple[int, nn.Module, int]]:
-    """(layer, module, which of its outputs are the logits) of the routers that the family says it has."""
+    """Yield (layer, module, which of its outputs are the logits) of the routers that the family declares."""
     recorder = (getattr(type(stage.causal), "_can_record_outputs", None) or {}).get("router_logits")
     kind = getattr(recorder, "target_class", recorder)
     for name, module in stage.causal.named_modules() if isinstance(kind, type) else ():

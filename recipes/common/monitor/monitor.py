@@ -1,4 +1,4 @@
-"""What the loop asks of the monitor: before each step, after it, at the end. `Recipe.monitor` says what is looked at when."""
+"""Runs the monitor for the loop: before each step, after it, at the end. `Recipe.monitor` says what is measured when."""
 
 from __future__ import annotations
 
@@ -13,60 +13,59 @@ from recipes.common.engine.trainer import NONFINITE, StepResult, Trainer
 from recipes.common.monitor.nonfinite import NonFinite, find_nonfinite
 from recipes.common.monitor.parameter_stats import STATS, ParameterStats
 from recipes.common.monitor.replica_drift import find_drift
-from recipes.common.recipe import Recipe
+from recipes.common.recipe import Recipe, due
 from recipes.common.run_dir.metrics import RunLog
 from recipes.common.run_dir.tensor_stats import ACTIVATIONS, PARAMETERS, StatsWriter
 from recipes.common.runtime.exits import TrainingError
 
 
 class RunMonitor:
-    """One run's monitor. Every rank has one, and all see the same numbers; rank 0's also writes `tensor_stats/`."""
+    """One run's monitor. Every rank has one, and all get the same numbers; rank 0's also writes `tensor_stats/`."""
 
     def __init__(
         self, trainer: Trainer, recipe: Recipe, out_dir: Path, *, resumed_step: int | None = None, log: RunLog | None = None
     ) -> None:
         """resumed_step, log: as RunLog's; a log on rank 0 alone."""
         self.nonfinite: NonFinite | None = None  # of the newest step, where it was skipped for one
-        self.drifted: tuple[str, ...] = ()  # parameters that were told of
+        self.drifted: tuple[str, ...] = ()  # parameters whose copies differed at the last check
         self._trainer, self._monitor, self._out_dir = trainer, recipe.monitor, out_dir
         self._note: Callable[[str], None] | None = None if log is None else log.note
         self._refused = False
-        self._probe = ParameterStats(trainer, recipe.optimizer.clip)
+        self._stats = ParameterStats(trainer, recipe.optimizer.clip)
         self._writers: dict[str, StatsWriter] = {}
         self.rewind(resumed_step)
 
     def rewind(self, step: int | None) -> None:
-        """The run goes on after `step` (None: from its start): what was written of later steps no longer counts."""
+        """The run resumes after `step` (None: from its start): what was written of later steps no longer counts."""
         self.close()
         if self._note is not None and (self._monitor.every_steps or self._monitor.activations_every_steps):
-            layers = tuple(str(layer) for layer in range(self._probe.layers.depth))
-            for kind, names in ((PARAMETERS, self._probe.names), (ACTIVATIONS, layers)):
+            layers = tuple(str(layer) for layer in range(self._stats.layers.depth))
+            for kind, names in ((PARAMETERS, self._stats.names), (ACTIVATIONS, layers)):
                 self._writers[kind] = StatsWriter(self._out_dir, kind, names, step)
 
     def before_step(self, step: int) -> None:
-        self._probe.begin(
-            parameters=_due(step, self._monitor.every_steps), layers=_due(step, self._monitor.activations_every_steps)
-        )
+        rules = self._monitor
+        self._stats.begin(parameters=due(rules.every_steps, step), layers=due(rules.activations_every_steps, step))
 
     def after_step(
         self, step: int, result: StepResult, micro_batches: list[torch.Tensor], scored_tokens: int
     ) -> dict[str, float | int | str]:
-        """Fields for the step's record. Collective. Raises TrainingError for copies that differ, where the recipe says "stop"."""
-        seen = self._probe.read(result)
+        """Return fields for the step's record. Collective. Raises TrainingError for copies that differ, if on_drift is "stop"."""
+        stats = self._stats.read(result)
         names = ("loss_max", "loss_max_rank", "max_logit", "log_z")
-        fields: dict[str, Any] = {name: getattr(result, name) for name in names} | seen.totals
+        fields: dict[str, Any] = {name: getattr(result, name) for name in names} | stats.totals
         self.nonfinite = None
         if result.skip_reason == NONFINITE:
             self.nonfinite = find_nonfinite(self._trainer, micro_batches, scored_tokens)
             fields["skip_reason"] = str(self.nonfinite)
-            self._tell(f"step {step} skipped: {self.nonfinite}")
-        self._write(step, PARAMETERS, seen.values or self._counts_of_nonfinite(step))
-        if seen.activations is not None:
-            self._write(step, ACTIVATIONS, seen.activations)
-            for stat, values in seen.activations.items():
+            self._say(f"step {step} skipped: {self.nonfinite}")
+        self._write(step, PARAMETERS, stats.values or self._counts_of_nonfinite(step))
+        if stats.activations is not None:
+            self._write(step, ACTIVATIONS, stats.activations)
+            for name, values in stats.activations.items():
                 if np.isfinite(values).any():
-                    fields[f"{stat}/max"] = float(np.nanmax(values))
-        if _due(step, self._monitor.drift_every_steps):
+                    fields[f"{name}/max"] = float(np.nanmax(values))
+        if due(self._monitor.drift_every_steps, step):
             fields |= self._check_drift(step)
         return fields
 
@@ -77,25 +76,25 @@ class RunMonitor:
 
     def _check_drift(self, step: int) -> dict[str, str]:
         drifts = find_drift(self._trainer)
-        told = [str(drift) for drift in drifts[:8]] + ([f"and {len(drifts) - 8} more"] if len(drifts) > 8 else [])
+        found = [str(drift) for drift in drifts[:8]] + ([f"and {len(drifts) - 8} more"] if len(drifts) > 8 else [])
         if drifts and self._monitor.on_drift == "stop":
             raise TrainingError(
-                f"step {step}: copies of one parameter are no longer equal: {'; '.join(told)}. A rank computes wrongly, or "
-                "leaves a gradient out. Resume from a checkpoint; monitor.on_drift='log' goes on regardless"
+                f"step {step}: copies of one parameter are no longer equal: {'; '.join(found)}. A rank computes wrongly, or "
+                "leaves a gradient out. Resume from a checkpoint; with monitor.on_drift='log' the run continues regardless"
             )
         names = tuple(sorted({drift.name for drift in drifts}))
         if names != self.drifted:  # once, not at every check
-            self._tell(f"step {step}: copies differ: {'; '.join(told)}" if drifts else f"step {step}: all copies are equal again")
+            self._say(f"step {step}: copies differ: {'; '.join(found)}" if drifts else f"step {step}: all copies are equal again")
         self.drifted = names
-        return {"drift": "; ".join(told)} if drifts else {}
+        return {"drift": "; ".join(found)} if drifts else {}
 
     def _counts_of_nonfinite(self, step: int) -> Mapping[str, np.ndarray]:
-        """A skipped step has no statistics but how much of each gradient was not finite."""
-        if self.nonfinite is None or not _due(step, self._monitor.every_steps):
+        """Return all that a skipped step has: how many elements of each gradient were not finite."""
+        if self.nonfinite is None or not due(self._monitor.every_steps, step):
             return {}
         counts = dict(self.nonfinite.gradients)
-        values = {stat: np.full(len(self._probe.names), np.nan) for stat in STATS}
-        return values | {"nonfinite": np.array([counts.get(name, 0) for name in self._probe.names], dtype=float)}
+        values = {stat: np.full(len(self._stats.names), np.nan) for stat in STATS}
+        return values | {"nonfinite": np.array([counts.get(name, 0) for name in self._stats.names], dtype=float)}
 
     def _write(self, step: int, kind: str, values: Mapping[str, np.ndarray]) -> None:
         if not values or kind not in self._writers:
@@ -105,13 +104,9 @@ class RunMonitor:
             self._refused = False
         except OSError as error:  # a full disk: the run matters more than its statistics
             if not self._refused:
-                self._tell(f"tensor_stats of step {step} cannot be written: {error}")
+                self._say(f"writing tensor_stats of step {step} failed: {error}")
             self._refused = True
 
-    def _tell(self, text: str) -> None:
+    def _say(self, text: str) -> None:
         if self._note is not None:
             self._note(text)
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -1,10 +1,10 @@
-"""Where a NaN or an infinity came from: the first tensor that was not finite, by name.
+"""Finds where a NaN or an infinity came from: the first tensor that was not finite, by name.
 
-Every step is judged by its gradient norm before the optimizer changes anything, and left out on all ranks alike where that is
-not finite; a loss that is not finite makes the norm so (`Stage.loss`). That costs nothing. When it has happened, the step is
-run again with hooks on every module and parameter. The weights are still those that it had, and the repetition is never applied
-either: its gradients are made NaN once they have been looked at. So this works with a pipeline and without, for every ZeRO stage
-and precision, and knows nothing of how they keep gradients.
+Every step is judged by its gradient norm before the optimizer changes anything, and skipped on all ranks alike where that is
+not finite; a loss that is not finite makes the norm so (`Stage.loss`). That costs nothing. The skipped step is
+then repeated with hooks on every module and parameter. The weights have not changed, and the repetition is not applied either:
+its gradients are made NaN once they have been inspected. So this works with a pipeline and without, for every ZeRO stage and
+precision, and does not depend on how they store gradients.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _KINDS = (WEIGHT, ACTIVATION, LOSS, GRADIENT)
 class NonFinite:
     """The first non-finite tensor of a step. Equal on every rank."""
 
-    kind: str  # WEIGHT, ACTIVATION, LOSS or GRADIENT; UNREPEATED: all was finite when the step was run again
+    kind: str  # WEIGHT, ACTIVATION, LOSS or GRADIENT; UNREPEATED: all was finite in the repetition
     name: str = ""  # parameter or module by its Hugging Face name; for an activation "output of ..." or "input of ..."
     value: str = ""  # "NaN" or "Infinity"
     count: int = 0  # elements of that tensor
@@ -51,7 +51,7 @@ class NonFinite:
 
     def __str__(self) -> str:
         if self.kind == UNREPEATED:
-            return "not finite, and finite when the step was run again: suspect the hardware"
+            return "not finite, but finite when the step was repeated: suspect the hardware"
         where = f"stage {self.stage}, data rank {self.data_rank}, tensor rank {self.tensor_rank}"
         text = f"{self.value} ({self.count} elements) first in the {self.kind} {self.name}, {where}"
         if self.micro_batch is None or self.sequences is None:
@@ -71,8 +71,19 @@ class _Finding:
     order: int  # of what this rank found
 
 
+@dataclass(frozen=True)
+class _RankReport:
+    """What one rank found."""
+
+    stage: int
+    data_rank: int
+    tensor_rank: int
+    findings: list[_Finding]
+    gradients: dict[str, int]  # parameter -> non-finite elements of its gradient, of this rank's worst micro batch
+
+
 def find_nonfinite(trainer: Trainer, micro_batches: list[torch.Tensor], scored_tokens: int) -> NonFinite:
-    """What in the step that was just skipped was not finite first. Collective; the arguments are those of `train_step`."""
+    """Return what was not finite first in the step that was just skipped. Collective; the arguments are those of `train_step`."""
     search = _Search(trainer)
     scaler = zero_state.scaler_state(trainer)
     torch.manual_seed(torch.initial_seed())  # the loop seeds each step: dropout falls as it did
@@ -81,14 +92,14 @@ def find_nonfinite(trainer: Trainer, micro_batches: list[torch.Tensor], scored_t
     zero_state.restore_scaler(trainer, scaler)  # the repetition is no second overflow
     search.judge_loss()
     grid = trainer.grid
-    place = (grid.pipeline_rank, grid.data_rank, grid.tensor_rank)
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (place, search.findings, dict(search.gradients)))
-    return _first(found, len(micro_batches), trainer.micro_seqs, grid.data, set(trainer.stage.tensor_plan.shards))
+    own = _RankReport(grid.pipeline_rank, grid.data_rank, grid.tensor_rank, search.findings, dict(search.gradients))
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, own)
+    return _first(reports, len(micro_batches), trainer.micro_seqs, grid.data, set(trainer.stage.tensor_plan.shards))
 
 
 class _Search:
-    """What one rank finds while a step is run again."""
+    """Collects what one rank finds while a step is repeated."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.findings: list[_Finding] = []
@@ -99,7 +110,7 @@ class _Search:
         self._backwards: Counter[str] = Counter()
         self._marked: set[tuple[str, int]] = set()  # (kind, micro batch): only the first counts
         for name, parameter in self._stage.hf_named_parameters():
-            self._look(WEIGHT, name, getattr(parameter, "ds_tensor", parameter), -1)
+            self._inspect(WEIGHT, name, getattr(parameter, "ds_tensor", parameter), -1)
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -107,16 +118,16 @@ class _Search:
         nodes = []
         for name, module in self._stage.causal.named_modules():
             if name and not any(True for _ in module.children()):
-                handles.append(module.register_forward_pre_hook(self._see(f"input of {name}")))
+                handles.append(module.register_forward_pre_hook(self._activation_hook(f"input of {name}")))
             if name:
-                handles.append(module.register_forward_hook(self._see(f"output of {name}")))
+                handles.append(module.register_forward_hook(self._activation_hook(f"output of {name}")))
         for name, parameter in self._stage.hf_named_parameters():
             if parameter.requires_grad:
                 # on the node, not on the tensor: a tensor's hook also fires where the loss asks for the head's gradient itself
                 # and kept: autograd would drop it, and the hook with it. ZeRO 3: a node remembers the shape that it was made with
                 with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
                     nodes.append(get_gradient_edge(parameter).node)
-                handles.append(nodes[-1].register_prehook(self._see_gradient(name)))
+                handles.append(nodes[-1].register_prehook(self._gradient_hook(name)))
         try:
             yield
         finally:
@@ -124,42 +135,42 @@ class _Search:
                 handle.remove()
 
     def judge_loss(self) -> None:
-        """A loss that was not finite though nothing before it was: in the micro batch whose gradients were so first."""
+        """Find a loss that was not finite though everything before it was: in the micro batch whose gradients were so first."""
         sums, kinds = self._stage.loss_sums, {kind for kind, _ in self._marked}
         if self._stage.is_last and not bool(sums.isfinite().all()) and not {WEIGHT, ACTIVATION} & kinds:
             micro_batch = min((micro_batch for kind, micro_batch in self._marked if kind == GRADIENT), default=0)
-            self._look(LOSS, "cross-entropy", sums[:1], micro_batch)
+            self._inspect(LOSS, "cross-entropy", sums[:1], micro_batch)
 
     def _next_micro_batch(self, module: nn.Module, args: tuple) -> None:
         chunk = args[2] if len(args) > 2 else 0
         self._micro_batch = self._forwards[chunk]
         self._forwards[chunk] += 1
 
-    def _see(self, name: str) -> Callable[..., None]:
+    def _activation_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Any = None) -> None:
-            # inside a backward pass a layer is run again (recomputation), when the count is at another micro batch
+            # recomputation runs a layer inside a backward pass, when the count is at another micro batch
             if torch._C._current_graph_task_id() == -1:
                 for tensor in _tensors(args if output is None else output):
-                    self._look(ACTIVATION, name, tensor, self._micro_batch)
+                    self._inspect(ACTIVATION, name, tensor, self._micro_batch)
 
         return hook
 
-    def _see_gradient(self, name: str) -> Callable[[tuple[torch.Tensor | None, ...]], tuple[torch.Tensor, ...] | None]:
+    def _gradient_hook(self, name: str) -> Callable[[tuple[torch.Tensor | None, ...]], tuple[torch.Tensor, ...] | None]:
         def hook(gradients: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...] | None:
             (gradient,) = gradients
-            if gradient is None:  # a schedule puts it off: it comes by again
+            if gradient is None:  # a schedule defers it: the hook is called again
                 return None
             micro_batch = self._backwards[name]
             self._backwards[name] += 1
             count = int((~gradient.isfinite()).sum())
             self.gradients[name] = max(self.gradients[name], count)
-            self._look(GRADIENT, name, gradient, micro_batch)
+            self._inspect(GRADIENT, name, gradient, micro_batch)
             return (torch.full_like(gradient, torch.nan),)  # the norm will not be finite: the repetition changes no weight
 
         return hook
 
     @torch.no_grad()  # a layer that is recomputed must save what it saved before
-    def _look(self, kind: str, name: str, tensor: torch.Tensor, micro_batch: int) -> None:
+    def _inspect(self, kind: str, name: str, tensor: torch.Tensor, micro_batch: int) -> None:
         if (kind, micro_batch) in self._marked or not tensor.is_floating_point() or bool(tensor.isfinite().all()):
             return
         self._marked.add((kind, micro_batch))
@@ -176,31 +187,13 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _first(
-    found: list[tuple[tuple[int, int, int], list[_Finding], dict[str, int]]],
-    micro_batches: int,
-    micro_seqs: int,
-    data: int,
-    cut: set[str],
-) -> NonFinite:
-    """What caused the rest, of everything that every rank found. cut: parameters of which each tensor rank has its own part."""
-
-    def order(item: tuple[tuple[int, int, int], _Finding]) -> tuple[int, ...]:
-        (stage, data_rank, tensor_rank), finding = item
-        passed = -stage if finding.kind == GRADIENT else stage  # backward goes from the last stage to the first
-        return (_KINDS.index(finding.kind), finding.micro_batch, passed, finding.order, data_rank, tensor_rank)
-
-    items = [(place, finding) for place, findings, _ in found for finding in findings]
-    if not items:
+def _first(reports: list[_RankReport], micro_batches: int, micro_seqs: int, data: int, sharded: set[str]) -> NonFinite:
+    """Return the cause of all that the ranks found. micro_batches: per data rank. sharded: parameters on shards."""
+    found = [(report, finding) for report in reports for finding in report.findings]
+    if not found:
         return NonFinite(kind=UNREPEATED, micro_batches=micro_batches * data)
-    (stage, data_rank, tensor_rank), finding = min(items, key=order)
-    worst: dict[str, dict[int, int]] = {}
-    for (_, _, tensor), _, gradients in found:
-        for name, count in gradients.items():
-            ranks = worst.setdefault(name, {})
-            ranks[tensor] = max(ranks.get(tensor, 0), count)
-    counts = {name: sum(ranks.values()) if name in cut else max(ranks.values()) for name, ranks in worst.items()}
-    start = (finding.micro_batch * data + data_rank) * micro_seqs
+    first, finding = min(found, key=lambda item: _order(*item))
+    start = (finding.micro_batch * data + first.data_rank) * micro_seqs
     by_batch = finding.kind != WEIGHT
     return NonFinite(
         kind=finding.kind,
@@ -208,12 +201,30 @@ def _first(
         value=finding.value,
         count=finding.count,
         layer=group_of(finding.name.rpartition(" ")[2])[0],
-        stage=stage,
-        data_rank=data_rank,
-        tensor_rank=tensor_rank,
+        stage=first.stage,
+        data_rank=first.data_rank,
+        tensor_rank=first.tensor_rank,
         micro_batch=finding.micro_batch if by_batch else None,
-        hit=tuple(sorted({(place[1], f.micro_batch) for place, f in items if f.kind == finding.kind and by_batch})),
+        hit=tuple(sorted({(r.data_rank, f.micro_batch) for r, f in found if f.kind == finding.kind and by_batch})),
         micro_batches=micro_batches * data,
         sequences=(start, start + micro_seqs) if by_batch else None,
-        gradients=tuple((name, count) for name, count in sorted(counts.items()) if count),
+        gradients=_gradient_counts(reports, sharded),
     )
+
+
+def _order(report: _RankReport, finding: _Finding) -> tuple[int, ...]:
+    """Return a key by which causes come before what they cause."""
+    passed = -report.stage if finding.kind == GRADIENT else report.stage  # backward goes from the last stage to the first
+    kind = _KINDS.index(finding.kind)
+    return kind, finding.micro_batch, passed, finding.order, report.data_rank, report.tensor_rank
+
+
+def _gradient_counts(reports: list[_RankReport], sharded: set[str]) -> tuple[tuple[str, int], ...]:
+    """Return (parameter, non-finite elements): the most of any data rank, summed over the tensor ranks of a sharded parameter."""
+    worst: dict[str, Counter[int]] = {}  # parameter -> tensor rank -> elements
+    for report in reports:
+        for name, count in report.gradients.items():
+            by_rank = worst.setdefault(name, Counter())
+            by_rank[report.tensor_rank] = max(by_rank[report.tensor_rank], count)
+    counts = {name: by_rank.total() if name in sharded else max(by_rank.values()) for name, by_rank in worst.items()}
+    return tuple((name, count) for name, count in sorted(counts.items()) if count)

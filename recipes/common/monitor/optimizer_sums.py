@@ -1,4 +1,4 @@
-"""What an optimizer step did to a flat fp32 partition, as sums over pieces of it. Nothing is copied and nothing is changed.
+"""Sums over parts of a flat fp32 partition what an optimizer step did to it. Nothing is copied and nothing is changed.
 
 The update is not measured by keeping the old weights: after the step it follows from the optimizer's state. AdamW has made
 w = (1 - c) * w_old - s * q with q = m / (sqrt(v) + eps), c = lr * weight_decay and s = lr / bias correction, so that
@@ -18,7 +18,7 @@ SUMS = ("gradient", "weight", "update", "adam", "tiny", "zeros")
 
 
 @dataclass(frozen=True)
-class Pieces:
+class Spans:
     """Parts of a flat partition that lie one after another in spans, and the row of the result that each adds to."""
 
     spans: tuple[tuple[int, tuple[int, ...]], ...]  # (start, lengths of its parts)
@@ -26,8 +26,8 @@ class Pieces:
     lengths: torch.Tensor  # fp64 [parts], there too
 
 
-def cut_pieces(ranges: list[tuple[int, int, int]], device_type: str, sums_device: torch.device) -> Pieces:
-    """Ranges (row, start, stop) as spans whose temporaries stay in the processor's cache, which is where the time goes."""
+def spans_of(ranges: list[tuple[int, int, int]], device_type: str, sums_device: torch.device) -> Spans:
+    """Group ranges (row, start, stop) into spans whose temporaries stay in the processor's cache: it bounds the speed."""
     longest = 1 << 16 if device_type == "cpu" else 1 << 21
     ranges = sorted(ranges, key=lambda item: item[1])
     parts = [(row, begin, min(begin + longest, stop)) for row, start, stop in ranges for begin in range(start, stop, longest)]
@@ -37,7 +37,7 @@ def cut_pieces(ranges: list[tuple[int, int, int]], device_type: str, sums_device
             spans[-1][1].append(stop - start)
         else:
             spans.append((start, [stop - start]))
-    return Pieces(
+    return Spans(
         tuple((start, tuple(lengths)) for start, lengths in spans),
         torch.tensor([row for row, _, _ in parts], device=sums_device),
         torch.tensor([stop - start for _, start, stop in parts], dtype=torch.float64, device=sums_device),
@@ -47,13 +47,13 @@ def cut_pieces(ranges: list[tuple[int, int, int]], device_type: str, sums_device
 @torch.no_grad()
 def add_sums(
     out: torch.Tensor,
-    pieces: Pieces,
+    spans: Spans,
     weight: torch.Tensor,
     gradient: torch.Tensor,
     state: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
-    """Add to out [rows, len(SUMS)] (fp64) what the last step did to these pieces of a partition.
+    """Add to out [rows, len(SUMS)] (fp64) what the last step did to these parts of a partition.
 
     weight, gradient: flat fp32, after the step. state, options: the torch optimizer's, of this partition and of its group.
     The Adam columns become NaN under SGD. Never waits for a GPU.
@@ -73,9 +73,9 @@ def add_sums(
     direction = state["exp_avg"] if adam else state.get("momentum_buffer")
     direction = gradient if direction is None else direction
     spread = state["exp_avg_sq"] if adam else None
-    scratch = torch.empty(2, max(sum(lengths) for _, lengths in pieces.spans), device=weight.device)
+    scratch = torch.empty(2, max(sum(lengths) for _, lengths in spans.spans), device=weight.device)
     rows = []
-    for start, lengths in pieces.spans:
+    for start, lengths in spans.spans:
         span = slice(start, start + sum(lengths))
         flats = (weight[span], gradient[span], direction[span], spread[span] if adam else None)
         rows += _terms(*flats, lengths, floor, scratch[:, : sum(lengths)])
@@ -86,8 +86,8 @@ def add_sums(
         table = torch.stack([torch.stack(row) for row in rows]).double()
     update = (shrink**2 * table[:, 1] + 2 * shrink * step_size * table[:, 2] + step_size**2 * table[:, 3]) / (1 - shrink) ** 2
     relative = table[:, 4] / correction**2
-    sums = torch.stack([table[:, 0], table[:, 1], update, relative, table[:, 5], pieces.lengths - table[:, 6]], dim=1)
-    out.index_add_(0, pieces.rows, sums)
+    sums = torch.stack([table[:, 0], table[:, 1], update, relative, table[:, 5], spans.lengths - table[:, 6]], dim=1)
+    out.index_add_(0, spans.rows, sums)
 
 
 def _terms(
@@ -99,7 +99,7 @@ def _terms(
     floor: torch.Tensor | float,
     scratch: torch.Tensor,
 ) -> list[list[torch.Tensor]]:
-    """The table's rows of one span: seven fp32 scalars for each part. floor: eps in units of the uncorrected sqrt(v).
+    """Return the table's rows of one span: seven fp32 scalars for each part. floor: eps in units of the uncorrected sqrt(v).
 
     Dot products take one pass each, and are more exact than sums of squares.
     """

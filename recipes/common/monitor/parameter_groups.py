@@ -1,7 +1,7 @@
-"""Which part of a decoder a parameter belongs to, read off its Hugging Face name: what statistics are grouped and drawn by.
+"""Assigns a parameter to its part of the decoder by its Hugging Face name, for grouping and drawing statistics.
 
 Names match whole components from the end ("mlp.c_proj", then "c_proj"), never a piece of one. A name that no entry knows is
-"other" (the mixers of state-space layers, for one): it is still watched, under its own name.
+"other" (the mixers of state-space layers, for one): it is still measured, under its own name.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PART_OF = {name: part for part, names in _NAMES.items() for name in names.split
 
 
 def group_of(name: str) -> tuple[int | None, str]:
-    """(layer or None, one of PARTS) of a parameter: "model.layers.3.self_attn.q_proj.weight" is (3, "q").
+    """Return (layer or None, one of PARTS) of a parameter: "model.layers.3.self_attn.q_proj.weight" is (3, "q").
 
     A bias belongs with its matrix. A tied head goes by the embedding's name, as everywhere.
     """

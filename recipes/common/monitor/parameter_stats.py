@@ -1,9 +1,9 @@
-"""Statistics of every parameter at every step, by Hugging Face name, right in every layout.
+"""Measures every parameter at every step, by Hugging Face name, with the same result in every layout.
 
-They are computed where the shards live: after the optimizer has updated a rank's flat fp32 partition, each parameter's piece of
-it is summed over (`optimizer_sums`). Each element of the model is counted once: by the data rank that owns it, for a replicated
-parameter by tensor rank 0, for tied embeddings by the first stage. The sums travel in the one reduction that a step makes for its
-loss anyway, so the monitor waits for nothing and sends nothing of its own.
+Statistics are computed where the shards live: after the optimizer has updated a rank's flat fp32 partition, `optimizer_sums` sums
+over each parameter's part of it. Each element of the model is counted once: by the data rank that owns it, for a replicated
+parameter by tensor rank 0, for tied embeddings by the first stage. The sums are part of the one reduction that a step makes for
+its loss anyway, so the monitor waits for nothing and sends nothing of its own.
 
     grad_norm      before clipping, unscaled                  adam_rms       sqrt(mean(g^2 / max(v, eps^2))), v corrected for bias
     weight_norm    of the fp32 weights, after the step                       (arXiv 2304.13013; about 1; NaN without Adam)
@@ -25,22 +25,22 @@ import torch.distributed as dist
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import StepResult, Trainer
 from recipes.common.monitor.layer_stats import LayerStats
-from recipes.common.monitor.optimizer_sums import SUMS, Pieces, add_sums, cut_pieces
+from recipes.common.monitor.optimizer_sums import SUMS, Spans, add_sums, spans_of
 
 STATS = ("grad_norm", "weight_norm", "update_norm", "update_ratio", "adam_rms", "tiny_v_share", "zero_share", "nonfinite")
 
 
 @dataclass(frozen=True)
-class Seen:
+class StepStats:
     """One step's statistics, equal on every rank."""
 
     values: dict[str, np.ndarray]  # STATS -> [parameters]
     totals: dict[str, float]  # weight_norm, update_norm and update_ratio of the whole model
-    activations: dict[str, np.ndarray] | None  # by layer, on steps that look at them
+    activations: dict[str, np.ndarray] | None  # by layer, on steps that measure them
 
 
 class ParameterStats:
-    """Sits on a trainer's optimizer. `begin` before a step that is to be watched; `read` the step's result."""
+    """Measures a trainer's steps: `begin` before one, `read` the statistics from its result."""
 
     def __init__(self, trainer: Trainer, clip: float) -> None:
         """clip: the norm that gradients are clipped to; 0: never."""
@@ -48,64 +48,64 @@ class ParameterStats:
         self.layers = LayerStats(trainer.stage)
         self._trainer, self._clip = trainer, clip
         self._rows = {name: row for row, name in enumerate(self.names)}
-        self._pieces: dict[int, Pieces] = {}  # by the id of a partition's flat tensor
-        self._watching, self._with_layers = False, False
+        self._spans: dict[int, Spans] = {}  # by the id of a partition's flat tensor
+        self._with_parameters, self._with_layers = False, False
         self._sums = torch.zeros(len(self.names), len(SUMS), dtype=torch.float64, device=trainer.grid.device)
         self._sizes, self._padding = _sizes(trainer, self.names)
         trainer.optimizer.register_step_post_hook(self._after_update)
-        trainer.probe = self
+        trainer.statistics = self._take
 
     def begin(self, *, parameters: bool, layers: bool) -> None:
-        """What the step to come is to look at."""
-        self._watching, self._with_layers = parameters, layers
+        """Choose what the next step measures."""
+        self._with_parameters, self._with_layers = parameters, layers
         self._sums.zero_()
         if layers:
             self.layers.begin()
 
-    def take(self) -> torch.Tensor:
-        """Called by the trainer when the step has been taken: fp64, of one length on all ranks, to be summed over them."""
-        parts = [self._sums.flatten()] if self._watching else []
+    def _take(self) -> torch.Tensor:
+        """Return the sums of the step that the trainer has just taken, as Trainer.statistics wants them: fp64 [n]."""
+        parts = [self._sums.flatten()] if self._with_parameters else []
         if self._with_layers:
             self.layers.end()
             parts.append(self.layers.sums())
         return torch.cat(parts) if parts else self._sums.new_zeros(0)
 
-    def read(self, result: StepResult) -> Seen:
-        """Collective on steps that look at layers. Empty values for a step that was not watched, or skipped."""
-        parameters, layers = np.split(result.observed, [self._sums.numel() if self._watching else 0])
+    def read(self, result: StepResult) -> StepStats:
+        """Return a step's statistics; no values where it was skipped or not measured. Collective on steps that measure layers."""
+        parameters, layers = np.split(result.statistics, [self._sums.numel() if self._with_parameters else 0])
         activations = None
         if self._with_layers:
             maxima = self.layers.maxima()
             if dist.get_world_size() > 1:
                 dist.all_reduce(maxima, dist.ReduceOp.MAX)
             activations = self.layers.decode(layers, maxima.double().cpu().numpy())
-        self._with_layers, watched = False, self._watching and not result.skipped
-        self._watching = False
-        values, totals = self._decode(parameters, result.grad_norm) if watched else ({}, {})
-        return Seen(values, totals, activations)
+        self._with_layers, measured = False, self._with_parameters and not result.skipped
+        self._with_parameters = False
+        values, totals = self._decode(parameters, result.grad_norm) if measured else ({}, {})
+        return StepStats(values, totals, activations)
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, options: Any) -> None:
-        """DeepSpeed runs the optimizer partition by partition; `param_groups` holds what it has just updated."""
-        if not self._watching:
+        """Add up one partition: DeepSpeed updates one after another, `param_groups` holds the one just updated."""
+        if not self._with_parameters:
             return
         for group in optimizer.param_groups:
             for flat in group["params"]:
-                if flat.grad is not None and (pieces := self._pieces_of(flat)).spans:
-                    add_sums(self._sums, pieces, flat.detach(), flat.grad, optimizer.state[flat], group)
+                if flat.grad is not None and (spans := self._spans_of(flat)).spans:
+                    add_sums(self._sums, spans, flat.detach(), flat.grad, optimizer.state[flat], group)
 
-    def _pieces_of(self, flat: torch.Tensor) -> Pieces:
-        if not self._pieces:
+    def _spans_of(self, flat: torch.Tensor) -> Spans:
+        if not self._spans:
             stage, grid = self._trainer.stage, self._trainer.grid
             copies = set() if grid.tensor_rank == 0 else set(self.names) - set(stage.tensor_plan.shards)
             if stage.stack.tied and not grid.is_first_stage:
                 copies.add(f"{stage.stack.embedding}.weight")
             for tensor, fragments in zero_state.locate(self._trainer):
                 ranges = [(self._rows[f.name], f.offset, f.offset + f.stop - f.start) for f in fragments if f.name not in copies]
-                self._pieces[id(tensor)] = cut_pieces(ranges, tensor.device.type, self._sums.device)
-        return self._pieces[id(flat)]
+                self._spans[id(tensor)] = spans_of(ranges, tensor.device.type, self._sums.device)
+        return self._spans[id(flat)]
 
-    def _decode(self, observed: np.ndarray, grad_norm: float) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        sums = dict(zip(SUMS, observed.reshape(-1, len(SUMS)).T, strict=True))
+    def _decode(self, sums_over_ranks: np.ndarray, grad_norm: float) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        sums = dict(zip(SUMS, sums_over_ranks.reshape(-1, len(SUMS)).T, strict=True))
         # the optimizer was given clipped gradients; DeepSpeed divided them by this
         divided = max(1.0, (grad_norm + 1e-6) / self._clip) if self._clip else 1.0
         weight, update = np.sqrt(sums["weight"]), np.sqrt(sums["update"])
@@ -127,7 +127,7 @@ class ParameterStats:
 
 
 def _sizes(trainer: Trainer, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(elements, padding elements that the shards hold beside them) of every parameter of the whole model: [parameters] each."""
+    """Return (elements, padding elements of the shards) of every parameter of the whole model: [parameters] each."""
     cuts, tensor = trainer.stage.tensor_plan.shards, trainer.grid.tensor
     sizes, padding = [], []
     for name in names:

@@ -1,4 +1,4 @@
-"""What the loop says as it goes, on every rank: its heartbeat (where it is) and its timing (where the time went)."""
+"""Reports the loop's current phase on every rank: to its heartbeat (where it is) and its timing file (where the time went)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MEMORY_STEP = 2  # of a start: the optimizer's states exist
 
 
 class Phases:
-    """`beat` at every phase of the loop (recipes.common.run_dir.heartbeat.PHASES); `start` once the trainer is there."""
+    """Call `enter` at every phase of the loop (recipes.common.run_dir.heartbeat.PHASES), `start` once the trainer is built."""
 
     def __init__(self, out_dir: Path, rank: int, trace_steps: range = range(0)) -> None:
-        """trace_steps: whose every span is kept."""
+        """trace_steps: steps of which every span is kept."""
         self._heartbeat = Heartbeat(out_dir, rank)
         self._out_dir, self._rank, self._trace_steps = out_dir, rank, trace_steps
         self._writer: TimingWriter | None = None
@@ -47,8 +47,8 @@ class Phases:
         CLOCK.start(grid, grid.device)
 
     def enter(self, step: int, phase: str) -> None:
-        """`phase` of `step` begins now."""
-        self._heartbeat.beat(step, phase)
+        """Report that `phase` of `step` begins now."""
+        self._heartbeat.enter(step, phase)
         if self._writer is None:
             return
         if phase in _PARTS:
@@ -64,8 +64,8 @@ class Phases:
             self._writer.close()
             self._writer = None
 
-    def tell_memory(self, sizes: dict[str, int]) -> None:
-        """Bytes by class that something beside the loop has counted."""
+    def add_memory(self, sizes: dict[str, int]) -> None:
+        """Add bytes by class that something beside the loop has counted."""
         if sizes:
             self._writer.add({"memory": sizes})
 

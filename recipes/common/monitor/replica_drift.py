@@ -1,11 +1,11 @@
-"""Whether everything that should be equal is: the same bits on every rank that holds a copy.
+"""Checks that every rank that holds a copy of a tensor holds the same bits.
 
     across data ranks      every weight that the model computes with (ZeRO 3 keeps no copies)
-    across tensor ranks    what is not cut (norms, routers, biases of row-parallel layers): its fp32 master weights
+    across tensor ranks    what is not sharded (norms, routers, biases of row-parallel layers): its fp32 master weights
     across the pipeline    embeddings that the first and the last stage share
 
-BLOOM trained for weeks with norms that had drifted apart on its tensor ranks, because clipping left some of them out, and nobody
-looked. A copy's checksum is 64 bits, made where it lies; a check sends two numbers a parameter and waits once.
+BLOOM trained for weeks with norms that had drifted apart on its tensor ranks, because clipping left some of them out, and
+nothing checked. A copy's checksum is 64 bits, made where it lies; a check sends two numbers a parameter and waits once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Copies = tuple[str, dist.ProcessGroup, dict[str, torch.Tensor]]  # (across, who 
 
 
 def find_drift(trainer: Trainer) -> list[Drift]:
-    """Every parameter whose copies differ, on every rank. Collective."""
+    """Return every parameter whose copies differ, on every rank. Collective."""
     differing: list[tuple[str, dist.ProcessGroup, str, int, float]] = []
     for across, group, tensors in _copies(trainer):
         names = list(tensors)
@@ -64,7 +64,7 @@ def find_drift(trainer: Trainer) -> list[Drift]:
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """int64 []: of the bits and their places, modulo 2^64, on the tensor's device. One element that differs always changes it."""
+    """Return int64 [] of the bits and their places, modulo 2^64, on the tensor's device. Any one element changes it."""
     bits = tensor.detach().contiguous().flatten().view(_BITS[tensor.element_size()])
     places = torch.arange(min(_CHUNK, bits.numel()), device=bits.device).mul_(_ODD).bitwise_or_(1)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
@@ -74,22 +74,22 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _copies(trainer: Trainer) -> Iterator[Copies]:
-    """What this rank has copies of, with whom. Ranks of one group list the same names in the same order."""
+    """Yield what this rank has copies of, with whom. Ranks of one group list the same names in the same order."""
     grid, stage = trainer.grid, trainer.stage
     weights = trainer.hf_shards()
     partitioned = any(hasattr(parameter, "ds_tensor") for parameter in stage.parameters())
     if grid.data_group is not None and not partitioned:
         yield "data", grid.data_group, weights
     if grid.tensor_group is not None:
-        # data ranks own different pieces; tensor ranks of one data rank own the same piece
-        pieces = {
+        # data ranks own different fragments; tensor ranks of one data rank own the same ones
+        own = {
             fragment.name: flat[fragment.offset : fragment.offset + fragment.stop - fragment.start]
             for flat, fragments in zero_state.locate(trainer)
             for fragment in fragments
             if fragment.name not in stage.tensor_plan.shards
         }
-        if pieces:
-            yield "tensor", grid.tensor_group, {name: pieces[name].detach() for name in sorted(pieces)}
+        if own:
+            yield "tensor", grid.tensor_group, {name: own[name].detach() for name in sorted(own)}
     tied = f"{stage.stack.embedding}.weight"
     if grid.tie_group is not None and stage.stack.tied and (grid.is_first_stage or grid.is_last_stage):
         yield "pipeline", grid.tie_group, {tied: weights[tied]}
@@ -104,7 +104,7 @@ def _largest_difference(tensor: torch.Tensor, group: dist.ProcessGroup) -> float
 
 
 def _agree(differing: list[tuple[str, dist.ProcessGroup, str, int, float]]) -> list[Drift]:
-    """Put together what every rank holds of what differs."""
+    """Gather what differs from all ranks, and name the ranks whose copy is the odd one."""
     mine = [
         (across, tuple(dist.get_process_group_ranks(group)), name, value, largest)
         for across, group, name, value, largest in differing

@@ -21,7 +21,7 @@ _BYTES = 1024  # one write inside one page: a reader sees the old line or the ne
 
 
 class Heartbeat:
-    """This rank's file. A beat costs one write of a kilobyte into the page cache (measured: 8 microseconds)."""
+    """This rank's file. An entry costs one write of a kilobyte into the page cache (measured: 8 microseconds)."""
 
     def __init__(self, out_dir: Path, rank: int) -> None:
         folder = out_dir / FOLDER
@@ -32,10 +32,10 @@ class Heartbeat:
         self._began = self._step_began = time.time()
         self._step_seconds = 0.0
         self._phase_seconds = dict.fromkeys(PHASES, 0.0)
-        self.beat(0, PHASES[0])
+        self.enter(0, PHASES[0])
 
-    def beat(self, step: int, phase: str) -> None:
-        """`phase` of `step` begins now."""
+    def enter(self, step: int, phase: str) -> None:
+        """Write that `phase` of `step` begins now."""
         now = time.time()
         self._phase_seconds[self._phase] += now - self._began
         if step != self._step:

@@ -134,9 +134,9 @@ def _step(trainer: Trainer, trial: Trial, monitor: RunMonitor | None, step: int)
     micro = [torch.randint(3, trial.model.vocab_size, shape, generator=generator) for _ in range(count)]
     scored = trial.global_seqs * trial.seq_len
     if monitor is None:
-        probe, trainer.probe = trainer.probe, None
+        statistics, trainer.statistics = trainer.statistics, None
         trainer.train_step(micro, trial.optimizer.lr, scored)
-        trainer.probe = probe
+        trainer.statistics = statistics
         return
     monitor.before_step(step)
     result = trainer.train_step(micro, trial.optimizer.lr, scored)

@@ -78,20 +78,20 @@ def test_a_resumed_run_writes_its_statistics_over_those_it_repeats(folder, tmp_p
 
 def poisoned(monkeypatch, bad_calls):
     """Layer 1's MLP gives a NaN on rank 1 in these calls of it; ranks are forked from here, and so see it."""
-    build = train_module.build
+    build = train_module.build_recipe_trainer
 
     def build_with_fault(*args):
-        grid, trainer = build(*args)
+        trainer = build(*args)
         calls = iter(range(10**6))
 
         def fault(module, inputs, output):
             return output * torch.nan if next(calls) in bad_calls else None
 
-        if grid.data_rank == 1:
+        if trainer.grid.data_rank == 1:
             trainer.stage.causal.model.layers[1].mlp.register_forward_hook(fault)
-        return grid, trainer
+        return trainer
 
-    monkeypatch.setattr(train_module, "build", build_with_fault)
+    monkeypatch.setattr(train_module, "build_recipe_trainer", build_with_fault)
 
 
 def test_a_nan_is_skipped_counted_and_told(folder, tmp_path, monkeypatch, capfd):
@@ -130,15 +130,15 @@ def twenty_times(optimizer, args, options):
 
 @pytest.mark.parametrize("choice", ["stop", "log"])
 def test_drift_stops_the_run_or_is_logged_as_the_recipe_says(folder, tmp_path, monkeypatch, capfd, choice):
-    build = train_module.build
+    build = train_module.build_recipe_trainer
 
     def build_with_fault(*args):
-        grid, trainer = build(*args)
-        if grid.tensor_rank == 1:
+        trainer = build(*args)
+        if trainer.grid.tensor_rank == 1:
             trainer.optimizer.register_step_pre_hook(twenty_times)
-        return grid, trainer
+        return trainer
 
-    monkeypatch.setattr(train_module, "build", build_with_fault)
+    monkeypatch.setattr(train_module, "build_recipe_trainer", build_with_fault)
     monitor = Monitor(drift_every_steps=2, on_drift=choice)
     recipe = recipe_on(folder, monitor, layouts={4: tiny_recipe(folder).layouts[4]}, optimizer=AdamW(lr=1e-3, clip=0.5))
     told = "step 2: copies .*model.layers.0.input_layernorm.weight differs across tensor ranks"

@@ -78,7 +78,7 @@ def run_planted(trial, where, data_rank):
     if "fp16" in trial.deepspeed:
         allow_fp16()
     trainer = build_trial_trainer(trial)
-    probe = ParameterStats(trainer, trial.optimizer.clip)
+    stats = ParameterStats(trainer, trial.optimizer.clip)
     plant = Plant(trainer, trial, once=where == "once")
     grid, stage = trainer.grid, trainer.stage
     victim = stage.causal.model.layers[2].mlp.up_proj if 2 in stage.own else None
@@ -93,9 +93,9 @@ def run_planted(trial, where, data_rank):
     for index, micro in enumerate(rank_batches(trial, trainer)):
         if where == "weight" and index == BAD_STEP and grid.data_rank == data_rank and victim is not None:
             victim.weight.data.flatten()[3] = torch.inf
-        probe.begin(parameters=True, layers=False)
+        stats.begin(parameters=True, layers=False)
         result = trainer.train_step(micro, trial.optimizer.lr, scored)
-        assert bool(probe.read(result).values) != result.skipped
+        assert bool(stats.read(result).values) != result.skipped
         found = find_nonfinite(trainer, micro, scored) if result.skip_reason == NONFINITE else None
         steps.append((result.skip_reason, found, result.loss, whole_weights(trainer), result.loss_scale))
     return steps

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recipes.common.monitor.optimizer_sums import SUMS, add_sums, cut_pieces
+from recipes.common.monitor.optimizer_sums import SUMS, add_sums, spans_of
 from tools.common.forked_ranks import run_ranks
 
 ADAM = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-3}
@@ -28,7 +28,7 @@ def _pieces():
     # out of order, with a hole from 90 to 100; row 1 has two parts
     ranges = [(2, 200, count), (1, 0, 90), (1, 100, 200)]
     out = torch.zeros(3, len(SUMS), dtype=torch.float64)
-    add_sums(out, cut_pieces(ranges, "cpu", out.device), weight, gradient, state, ADAM)
+    add_sums(out, spans_of(ranges, "cpu", out.device), weight, gradient, state, ADAM)
     spread = state["exp_avg_sq"].double() / (1 - 0.99**3)
     quotient = state["exp_avg"].double() / (1 - 0.9**3) / (spread.sqrt() + 1e-3)
     before = (weight.double() + 1e-2 * quotient) / (1 - 1e-3)
@@ -59,6 +59,6 @@ def _without_values(kind):
     }
     options = ADAM if kind == "adam" else {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9 if kind == "momentum" else 0.0}
     out = torch.zeros(3, len(SUMS), dtype=torch.float64, device=meta)
-    pieces = cut_pieces([(0, 0, 100), (1, 100, 4000), (2, 4500, 5000)], "cuda", meta)
-    add_sums(out, pieces, weight, gradient, states[kind], options)
+    spans = spans_of([(0, 0, 100), (1, 100, 4000), (2, 4500, 5000)], "cuda", meta)
+    add_sums(out, spans, weight, gradient, states[kind], options)
     return tuple(out.shape)

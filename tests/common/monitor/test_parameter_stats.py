@@ -33,15 +33,15 @@ def trial_of(config, pipeline, tensor, data, **fields) -> Trial:
 def watch_in_layout(trial: Trial) -> list[dict]:
     """Each step: the statistics by parameter, by layer, and those of the whole model."""
     trainer = build_trial_trainer(trial)
-    probe = ParameterStats(trainer, trial.optimizer.clip)
+    stats = ParameterStats(trainer, trial.optimizer.clip)
     steps = []
     for micro in rank_batches(trial, trainer):
-        probe.begin(parameters=True, layers=True)
+        stats.begin(parameters=True, layers=True)
         result = trainer.train_step(micro, trial.optimizer.lr, trial.global_seqs * trial.seq_len)
-        seen = probe.read(result)
+        measured = stats.read(result)
         fields = ("loss_max", "loss_max_rank", "log_z", "max_logit", "log_z_squared")
-        model = seen.totals | {name: getattr(result, name) for name in fields}
-        steps.append({"names": probe.names, "values": seen.values, "layers": seen.activations, "model": model})
+        model = measured.totals | {name: getattr(result, name) for name in fields}
+        steps.append({"names": stats.names, "values": measured.values, "layers": measured.activations, "model": model})
     return steps
 
 
@@ -193,17 +193,17 @@ def watch_and_snapshot(trial: Trial) -> dict:
     if "fp16" in trial.deepspeed:
         allow_fp16()
     trainer = build_trial_trainer(trial)
-    probe = ParameterStats(trainer, trial.optimizer.clip)
+    stats = ParameterStats(trainer, trial.optimizer.clip)
     for micro in rank_batches(trial, trainer):
         before = owned(trainer)
-        probe.begin(parameters=True, layers=False)
+        stats.begin(parameters=True, layers=False)
         result = trainer.train_step(micro, trial.optimizer.lr, trial.global_seqs * trial.seq_len)
-        seen = probe.read(result)
+        measured = stats.read(result)
     squares = {name: ((after - before[name]).square().sum().item(), after.square().sum().item())
                for name, after in owned(trainer).items()}  # fmt: skip
     cuts = trainer.stage.tensor_plan.shards
     squares = {name: pair for name, pair in squares.items() if trainer.grid.tensor_rank == 0 or name in cuts}
-    return {"names": probe.names, "values": seen.values, "grad_norm": result.grad_norm, "squares": squares}
+    return {"names": stats.names, "values": measured.values, "grad_norm": result.grad_norm, "squares": squares}
 
 
 def owned(trainer) -> dict[str, torch.Tensor]:

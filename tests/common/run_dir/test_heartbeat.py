@@ -12,9 +12,9 @@ def test_heartbeats_are_read_back_and_old_ones_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: next(clock))
     for rank in (1, 0):
         heart = Heartbeat(tmp_path, rank)
-        heart.beat(1, "data")
-        heart.beat(1, "step")
-        heart.beat(2, "data")
+        heart.enter(1, "data")
+        heart.enter(1, "step")
+        heart.enter(2, "data")
     beats = read_beats(tmp_path)
     assert [(b.rank, b.step, b.phase, b.pid) for b in beats] == [(0, 2, "data", os.getpid()), (1, 2, "data", os.getpid())]
     assert beats[0].step_seconds == 1.0
