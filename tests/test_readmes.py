@@ -250,7 +250,7 @@ def _read(paths):
 
     found = []
     for recipe in map(load_recipe, paths):
-        check_recipe(recipe, 1, here=False)
+        check_recipe(recipe, 1, check_machine=False)
         said = {name: repr(getattr(recipe, name)) for name in ("optimizer", "schedule", "batch", "steps", "deepspeed")}
         found.append(said | {"tokens": tokens_of_run(recipe)})
     return found

@@ -96,7 +96,7 @@ def _dry_runs():
     texts = []
     for name, world_size in SIZES:
         try:
-            layout, _ = check_recipe(RECIPES[name], world_size, here=False)
+            layout, _ = check_recipe(RECIPES[name], world_size, check_machine=False)
             texts.append(describe_run(RECIPES[name], layout, derive_sizes(RECIPES[name], layout, world_size)))
         except RecipeError as error:
             texts.append(str(error))

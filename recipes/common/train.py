@@ -55,7 +55,7 @@ def main(recipe: Recipe) -> None:
     out_dir = Path(flags.out_dir).expanduser().resolve()
     found = [] if flags.dry_run else out_dir_problems(out_dir, flags.resume, flags.resume_step)
     try:
-        layout, ds_config = check_recipe(recipe, world_size, here=not flags.dry_run, found=found)
+        layout, ds_config = check_recipe(recipe, world_size, check_machine=not flags.dry_run, flag_problems=found)
     except RecipeError as error:
         if rank == 0:  # every rank finds the same
             print(f"error: {error}", file=sys.stderr)

@@ -139,7 +139,7 @@ def train_once(out: Path, name: str, text: str) -> Path:
 
 
 def _train(recipe: Recipe, out_dir: Path) -> None:
-    layout, ds_config = check_recipe(recipe, 1, here=True)
+    layout, ds_config = check_recipe(recipe, 1, check_machine=True)
     sizes = derive_sizes(recipe, layout, 1)
     ds_config = merge_ds_config(ds_config, recipe, sizes, sizes.accumulation)
     with out_dir.with_suffix(".log").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):

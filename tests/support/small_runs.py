@@ -88,7 +88,7 @@ def _run(
     max_steps: int | None,
     skips: tuple[tuple[int, int], ...],
 ) -> None:
-    layout, config = check_recipe(recipe, world_size, here=True)
+    layout, config = check_recipe(recipe, world_size, check_machine=True)
     sizes = derive_sizes(recipe, layout, world_size)
     config = merge_ds_config(config, recipe, sizes, sizes.accumulation)
     starts = {"resume_run": resume, "resume_step": resume_step, "max_steps": max_steps, "skips": skips}

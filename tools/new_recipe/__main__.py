@@ -53,7 +53,7 @@ def _run(flags: argparse.Namespace, words: list[str]) -> int:
     shape = choose_shape(template.model, {f: getattr(template.model, f) for f in stated}, flags.params, seq_len)
     try:
         recipe, numbers, layout_source = _fill(flags, template, set(stated), shape, out.stem, seq_len)
-        check_recipe(recipe, flags.gpus, here=False)
+        check_recipe(recipe, flags.gpus, check_machine=False)
     except RecipeError as error:
         raise UsageError(str(error)) from error
     text = write_text(

@@ -182,7 +182,7 @@ def _checked_recipe(path: str, world_size: int) -> tuple[Recipe, Layout]:
 
     recipe = load_recipe(path)
     # of a copy: building the model fills in fields of its config
-    return recipe, check_recipe(deepcopy(recipe), world_size, here=False)[0]
+    return recipe, check_recipe(deepcopy(recipe), world_size, check_machine=False)[0]
 
 
 if __name__ == "__main__":

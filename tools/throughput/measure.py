@@ -82,7 +82,7 @@ def run(flags: argparse.Namespace) -> int:
 
 def _problems(recipe: Recipe, world: int, here: bool) -> list[str]:
     try:
-        check_recipe(recipe, world, here=here)
+        check_recipe(recipe, world, check_machine=here)
     except RecipeError as error:
         return error.problems
     return []

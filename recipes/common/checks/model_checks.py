@@ -1,4 +1,4 @@
-"""Problems of a recipe that building its model on the meta device shows."""
+"""Checks what only building a recipe's model, on the meta device, can show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from recipes.common.checks.family_trials import cut_problems, masking_problems, sequence_problems
-from recipes.common.config.field_types import _is_whole
 from recipes.common.config.placement import chunk_count
 from recipes.common.data.document_masking import masking_problem
 from recipes.common.model.decoder import PlanError, Stack, find_stack
@@ -19,7 +18,7 @@ from recipes.common.recipe import Layout, Recipe
 
 
 def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
-    """What building the model on the meta device says: misspelt fields, its size, and whether it can be cut so."""
+    """Check the model's fields, its size, and whether it can be sharded and partitioned as the layout says."""
     problems = config_problems(recipe.model)
     try:
         causal = build_empty(recipe.model, recipe.attention)
@@ -44,10 +43,11 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
             "model.output_router_logits=True: the auxiliary loss needs every layer's router in one place, which a pipeline "
             "does not have; set it to False"
         )
-    depth = len(causal.get_submodule(stack.layers))
-    too_deep = depth_problems(layout, depth) if _is_whole(layout.pipeline, 1) else []
+    if min(layout.tensor, layout.pipeline, recipe.batch.seq_len) < 1:  # reported by recipe_checks
+        return problems
+    too_deep = depth_problems(layout, len(causal.get_submodule(stack.layers)))
     problems += too_deep
-    if not too_deep and _is_whole(layout.tensor, 1) and _is_whole(layout.pipeline, 1):
+    if not too_deep:
         try:
             plan_tensor_parallel(causal, stack, layout.tensor)
         except PlanError as error:
@@ -61,7 +61,7 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
 
 
 def depth_problems(layout: Layout, depth: int) -> list[str]:
-    """Whether the model has a layer for every run of layers, and as many as the layout says."""
+    """Check that the model has a layer for every chunk, and as many layers as `layers_per_stage` says."""
     if layout.pipeline > depth:
         return [f"layout pipeline={layout.pipeline} exceeds the model's {depth} layers; use {depth} stages at most"]
     if chunk_count(layout.pipeline_schedule, layout.pipeline) > depth:
@@ -78,7 +78,7 @@ def depth_problems(layout: Layout, depth: int) -> list[str]:
 
 
 def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:
-    """Every stage must hold both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
+    """Check that every stage holds both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
     layers = causal.get_submodule(stack.layers)
     kinds = {p.ndim < 2 for p in causal.parameters()}
     cut = cut_chunks(
@@ -95,7 +95,7 @@ def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) ->
 
 
 def config_problems(config: PreTrainedConfig) -> list[str]:
-    """Fields that the config class does not know. transformers keeps them silently, and the typo's default is trained."""
+    """Find fields that the config class does not know. transformers keeps them silently, and trains the typo's default."""
     known = set(type(config)().to_dict()) | set(PreTrainedConfig().to_dict()) | set(_parameter_names(type(config)))
     known |= set(getattr(type(config), "attribute_map", {}))
     unknown = sorted(set(config.to_dict()) - known)

@@ -1,12 +1,11 @@
-"""Everything wrong with a recipe, in one error, before any process group exists.
+"""Checks a recipe whole: everything wrong with it in one error, before any process group exists.
 
 Each line names the field with its value, the constraint, and the cure. Nothing is clamped and nothing falls back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -19,7 +18,7 @@ from recipes.common.config.ds_config import (
     load_ds_config,
     version_problems,
 )
-from recipes.common.config.field_types import _is_whole, type_problems
+from recipes.common.config.field_types import type_problems
 from recipes.common.config.lr_schedules import ramp_problems, schedule_problems
 from recipes.common.config.placement import chunk_count
 from recipes.common.data.batches import recipe_data_problems
@@ -27,7 +26,6 @@ from recipes.common.data.document_masking import masking_problem
 from recipes.common.recipe import (
     PIPELINE_SCHEDULES,
     RECOMPUTE,
-    SGD,
     AdamW,
     Checkpoints,
     Layout,
@@ -41,67 +39,56 @@ from recipes.common.recipe import (
 REACTIONS = ("log", "skip", "rewind")
 
 
-def check_recipe(recipe: Recipe, world_size: int, *, here: bool, found: Sequence[str] = ()) -> tuple[Layout, dict[str, Any]]:
-    """The layout for `world_size` ranks and the ds_config. Raises RecipeError with all problems at once.
+def check_recipe(
+    recipe: Recipe, world_size: int, *, check_machine: bool, flag_problems: Sequence[str] = ()
+) -> tuple[Layout, dict[str, Any]]:
+    """Return the layout for `world_size` ranks and the ds_config. Raises RecipeError with all problems at once.
 
-    here: the run starts on this machine, so its data, tokenizer and device are looked at too (a dry run may be elsewhere).
-    found: problems of the flags, to be told in the same error.
+    Fields of wrong types are reported without the other checks, which would stumble over them.
+    check_machine: also check this machine's data, tokenizer and device (off in a dry run).
+    flag_problems: problems of the flags, reported in the same error.
     """
-    mistyped = type_problems(recipe)
-    problems = [*found, *version_problems(version("deepspeed"), version("torch")), *mistyped]
-    out_of_range = _beside(mistyped, range_problems, recipe)
-    problems += out_of_range + _beside(mistyped, optimizer_problems, recipe.optimizer)
+    title = f"recipe {recipe.name!r} on {world_size} GPUs"
+    problems = [*flag_problems, *version_problems(version("deepspeed"), version("torch"))]
+    if mistyped := type_problems(recipe):
+        raise RecipeError(title, problems + mistyped)
+    out_of_range = range_problems(recipe)
+    problems += out_of_range + optimizer_problems(recipe.optimizer)
     if not out_of_range:
-        problems += _beside(mistyped, schedule_problems, recipe)
-    ds_config, ds_problems = _load(recipe)
-    problems += ds_problems
-    layout = recipe.layouts.get(world_size) if isinstance(recipe.layouts, dict) else None
-    if isinstance(layout, Layout):
-        problems += _beside(mistyped, layout_problems, recipe, layout, world_size)
-        if ds_config is not None:
-            problems += _beside(mistyped, ds_config_problems, ds_config, ds_config_path(recipe.deepspeed), layout)
-        problems += _beside(mistyped, model_problems, recipe, layout)
-    elif isinstance(recipe.layouts, dict) and world_size not in recipe.layouts:
+        problems += schedule_problems(recipe)
+    try:
+        ds_config = load_ds_config(recipe.deepspeed)
+    except RecipeError as error:
+        ds_config, problems = None, problems + error.problems
+    layout = recipe.layouts.get(world_size)
+    if layout is None:
         problems.append(
             f"layouts has no entry for {world_size} GPUs, only for {list(recipe.layouts)}; add "
             f"{world_size}: Layout(tensor=..., pipeline=...) to the recipe"
         )
-    if here:
-        problems += _beside(mistyped, _machine_problems, recipe, ds_config)
+    else:
+        problems += layout_problems(recipe, layout, world_size)
+        if ds_config is not None:
+            problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout)
+        problems += model_problems(recipe, layout)
+    if check_machine:
+        problems += _machine_problems(recipe, ds_config)
     if problems:
-        raise RecipeError(f"recipe {recipe.name!r} on {world_size} GPUs", problems)
+        raise RecipeError(title, problems)
     return layout, ds_config
 
 
-def _beside(mistyped: list[str], check: Callable[..., list[str]], *args: Any) -> list[str]:
-    """What `check` finds beside fields of wrong types: of those it would tell a second time, or not run at all."""
-    told = {problem.partition("=")[0] for problem in mistyped}
-    try:
-        return [problem for problem in check(*args) if problem.partition("=")[0] not in told]
-    except (TypeError, ValueError, AttributeError):
-        if not mistyped:
-            raise
-        return []
-
-
-def _load(recipe: Recipe) -> tuple[dict[str, Any] | None, list[str]]:
-    try:
-        return (load_ds_config(recipe.deepspeed) if isinstance(recipe.deepspeed, str) else None), []
-    except RecipeError as error:
-        return None, error.problems
-
-
 def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str]:
-    """What arithmetic says about a layout on `world_size` ranks, and about the batch there."""
-    problems = []
-    for name in ("tensor", "pipeline"):
-        if not _is_whole(getattr(layout, name), 1):
-            problems.append(f"layouts[{world_size}].{name}={getattr(layout, name)!r} must be a whole number from 1")
-    if not _is_whole(layout.recompute_every, 1):
-        problems.append(f"layouts[{world_size}].recompute_every={layout.recompute_every!r} must be a whole number from 1")
+    """Check a layout on `world_size` ranks, and the batch there, by arithmetic alone."""
+    names = ("tensor", "pipeline", "recompute_every")
+    problems = [
+        f"layouts[{world_size}].{name}={getattr(layout, name)} must be a whole number from 1"
+        for name in names
+        if getattr(layout, name) < 1
+    ]
     if not problems:
         problems += option_problems(layout, recipe.batch.seq_len, f"layouts[{world_size}].")
-    if problems or not _is_whole(recipe.batch.micro_seqs, 1):
+    if problems or recipe.batch.micro_seqs < 1:
         return problems
     replica = layout.tensor * layout.pipeline
     if world_size % replica:
@@ -120,7 +107,7 @@ def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str
 
 
 def option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]:
-    """Whether the layout's schedule exists and has a pipeline, and its sequences have tensor ranks to be shared by."""
+    """Check the options of a layout whose sizes are at least 1: each exists, and has the pipeline or tensor ranks it needs."""
     problems = []
     if layout.pipeline_schedule not in PIPELINE_SCHEDULES:
         problems.append(
@@ -132,9 +119,7 @@ def option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]
             "leave it out, or use pipeline=2 or more"
         )
     chunks = chunk_count(layout.pipeline_schedule, layout.pipeline)
-    if layout.layers_per_stage and not (
-        len(layout.layers_per_stage) == chunks and all(_is_whole(count, 1) for count in layout.layers_per_stage)
-    ):
+    if layout.layers_per_stage and not (len(layout.layers_per_stage) == chunks and min(layout.layers_per_stage) >= 1):
         problems.append(
             f"{prefix}layers_per_stage={layout.layers_per_stage} must have {chunks} whole numbers from 1, the layers of "
             f"each chunk in the model's order (pipeline={layout.pipeline}, pipeline_schedule={layout.pipeline_schedule!r}); "
@@ -149,7 +134,7 @@ def option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]
         )
     if layout.sequence_parallel and layout.tensor == 1:
         problems.append(
-            f"{prefix}sequence_parallel=True with tensor=1: there are no tensor ranks to share a sequence; leave it out, or use "
+            f"{prefix}sequence_parallel=True with tensor=1: no tensor ranks could share a sequence; leave it out, or use "
             "tensor=2 or more"
         )
     elif layout.sequence_parallel and seq_len % layout.tensor:
@@ -161,6 +146,7 @@ def option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]
 
 
 def range_problems(recipe: Recipe) -> list[str]:
+    """Check the values of a recipe's fields one by one, and the few that depend on another."""
     problems = []
     wholes = {
         "steps": (recipe.steps, 1),
@@ -179,43 +165,43 @@ def range_problems(recipe: Recipe) -> list[str]:
         "monitor.max_nonfinite_steps": (recipe.monitor.max_nonfinite_steps, 1),
     }
     for name, (value, least) in wholes.items():
-        if not _is_whole(value, least):
-            problems.append(f"{name}={value!r} must be a whole number from {least}")
+        if value < least:
+            problems.append(f"{name}={value} must be a whole number from {least}")
     problems += reaction_problems(recipe.reaction, recipe.checkpoints)
     if recipe.monitor.on_drift not in ("stop", "log"):
         problems.append(f"monitor.on_drift={recipe.monitor.on_drift!r} must be 'stop' or 'log'")
     if recipe.mask_documents and (problem := masking_problem(recipe.attention, recipe.batch.micro_seqs)):
         problems.append(f"mask_documents=True: {problem}")
     for name, value in (("z_loss", recipe.z_loss), ("checkpoints.every_minutes", recipe.checkpoints.every_minutes)):
-        if not (isinstance(value, int | float) and value >= 0):
-            problems.append(f"{name}={value!r} must be 0 or more")
+        if not value >= 0:  # nor NaN
+            problems.append(f"{name}={value} must be 0 or more")
     return problems
 
 
 def reaction_problems(reaction: Reaction, checkpoints: Checkpoints) -> list[str]:
-    """A rewind needs a checkpoint from before the onset: there must be some, and one must outlive a save after the onset."""
+    """Check the reaction alone, and that a rewind finds a checkpoint from before the onset, also after a save past the onset."""
     problems = []
     if reaction.action not in REACTIONS:
         problems.append(f"reaction.action={reaction.action!r} must be one of {', '.join(map(repr, REACTIONS))}")
-    if not _is_whole(reaction.max_rewinds, 1):
-        problems.append(f"reaction.max_rewinds={reaction.max_rewinds!r} must be a whole number from 1")
-    if not _is_whole(reaction.lr_steps, 0):
-        problems.append(f"reaction.lr_steps={reaction.lr_steps!r} must be a whole number from 0")
+    if reaction.max_rewinds < 1:
+        problems.append(f"reaction.max_rewinds={reaction.max_rewinds} must be a whole number from 1")
+    if reaction.lr_steps < 0:
+        problems.append(f"reaction.lr_steps={reaction.lr_steps} must be a whole number from 0")
     if not 0 < reaction.lr_factor <= 1:
-        problems.append(f"reaction.lr_factor={reaction.lr_factor!r} must lie above 0 and up to 1")
+        problems.append(f"reaction.lr_factor={reaction.lr_factor} must be above 0 and at most 1")
     if problems:
         return problems
     if (reaction.lr_factor < 1) != (reaction.lr_steps > 0):
         problems.append(
-            f"reaction.lr_factor={reaction.lr_factor!r} with lr_steps={reaction.lr_steps}: the one does nothing without the "
+            f"reaction.lr_factor={reaction.lr_factor} with lr_steps={reaction.lr_steps}: neither does anything without the "
             "other; give both, or neither"
         )
     if reaction.action != "rewind":
         if reaction.lr_factor < 1:
-            problems.append(f"reaction.lr_factor={reaction.lr_factor!r} is for action='rewind' alone; remove it")
+            problems.append(f"reaction.lr_factor={reaction.lr_factor} has no effect without action='rewind'; remove it")
         return problems
     if not (checkpoints.every_steps or checkpoints.every_minutes):
-        problems.append("reaction.action='rewind' needs checkpoints to go back to; set checkpoints.every_steps")
+        problems.append("reaction.action='rewind' needs checkpoints to roll back to; set checkpoints.every_steps")
     if checkpoints.keep_last == 1:
         problems.append(
             "checkpoints.keep_last=1 with reaction.action='rewind': a save after the onset would delete the one before it; keep 2"
@@ -224,33 +210,33 @@ def reaction_problems(reaction: Reaction, checkpoints: Checkpoints) -> list[str]
 
 
 def optimizer_problems(optimizer: Optimizer) -> list[str]:
-    if not isinstance(optimizer, AdamW | SGD):
-        return [f"optimizer={optimizer!r} must be an AdamW or an SGD of recipes.common.recipe"]
+    """Check the values of an optimizer's fields."""
     ranges = {"lr": (0.0, float("inf")), "weight_decay": (0.0, float("inf")), "clip": (0.0, float("inf"))}
+    problems = []
     if isinstance(optimizer, AdamW):
         ranges["eps"] = (0.0, 1.0)
-        problems = [f"optimizer.betas={optimizer.betas!r}: both must lie in [0, 1)"
-                    for betas in [optimizer.betas] if not all(0 <= beta < 1 for beta in betas)]  # fmt: skip
+        if not all(0 <= beta < 1 for beta in optimizer.betas):
+            problems.append(f"optimizer.betas={optimizer.betas}: both must lie in [0, 1)")
     else:
         ranges["momentum"] = (0.0, 1.0)
-        problems = []
-    names = {field.name for field in fields(optimizer)}
-    for name in names & set(ranges):
-        least, most = ranges[name]
+    for name, (least, most) in ranges.items():
         if not least <= getattr(optimizer, name) <= most:
-            problems.append(f"optimizer.{name}={getattr(optimizer, name)!r} must lie between {least} and {most}")
+            problems.append(f"optimizer.{name}={getattr(optimizer, name)} must lie between {least} and {most}")
     return problems
 
 
 def _machine_problems(recipe: Recipe, ds_config: dict[str, Any] | None) -> list[str]:
-    problems = recipe_data_problems(
-        recipe.data,
-        seq_len=recipe.batch.seq_len,
-        vocab_size=recipe.model.get_text_config().vocab_size,
-        tokenizer=from_root(recipe.tokenizer),
-        needs_validation=recipe.evaluation.every_steps > 0,
-        validation_seqs=recipe.evaluation.seqs,
-    )
+    """Check the data, the tokenizer and the device of this machine."""
+    problems = []
+    if recipe.batch.seq_len >= 1:
+        problems += recipe_data_problems(
+            recipe.data,
+            seq_len=recipe.batch.seq_len,
+            vocab_size=recipe.model.get_text_config().vocab_size,
+            tokenizer=from_root(recipe.tokenizer),
+            needs_validation=recipe.evaluation.every_steps > 0,
+            validation_seqs=recipe.evaluation.seqs,
+        )
     if ds_config is not None:
         problems += device_problems(ds_config, ds_config_path(recipe.deepspeed), fp16_supported())
     return problems

@@ -1,5 +1,7 @@
-"""Does every field of a recipe hold what its dataclass declares? Dataclasses take anything; a text where a number belongs would
-come up as a traceback in the middle of another check, or of the run."""
+"""Checks that every field of a recipe holds the type that its dataclass declares.
+
+Dataclasses take anything; a text where a number belongs would surface as a traceback in another check, or in the run.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ _WORDS = {
 
 
 def type_problems(recipe: Recipe) -> list[str]:
-    """One line for each field, at any depth, whose value is of another type."""
+    """Return one line for each field, at any depth, whose value has another type."""
     return list(_field_problems(recipe, ""))
 
 
@@ -44,7 +46,7 @@ def _value_problems(value: Any, hint: Any, name: str) -> Iterator[str]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether `value` itself is a `hint`; the values of a dict and the fields of a dataclass are looked at by themselves."""
+    """Whether `value` itself is a `hint`; the values of a dict and the fields of a dataclass are checked one by one."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (UnionType, Union):
         return any(_fits(value, option) for option in inner)
@@ -71,7 +73,3 @@ def _in_words(hint: Any) -> str:
             return f"a tuple (...), each in it {_in_words(inner[0])}"
         return f"a tuple ({', '.join(map(_in_words, inner))})"
     return _WORDS.get(hint) or f"{hint.__name__}(...)"
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return type(value) is int and value >= least

@@ -1,4 +1,4 @@
-"""The learning rate and the batch size as pure functions of how far the run is. No state, so nothing to resume.
+"""Computes the learning rate and the batch size as pure functions of how far the run is. No state, so nothing to resume.
 
 Convention, everywhere: step s counts from 1, and its place on the schedule is the end of the step: x = s, or the tokens
 consumed up to and including step s. So step 1 of a warm-up of W steps uses peak / W (not 0, which would waste a step),
@@ -18,19 +18,19 @@ SHAPES = ("linear", "cosine", "1-sqrt")
 
 
 def in_tokens(schedule: Schedule) -> bool:
-    """Whether the lengths of a schedule that `schedule_problems` has accepted are tokens (else steps)."""
+    """Whether a schedule that `schedule_problems` has accepted has its lengths in tokens; else in steps."""
     return schedule.warmup_tokens is not None
 
 
 def learning_rate(schedule: Schedule, peak_lr: float, *, step: int, tokens: int, run_steps: int, run_tokens: int) -> float:
-    """The learning rate that step `step` uses.
+    """Return the learning rate that step `step` uses.
 
     step: counts from 1. tokens: consumed up to and including this step. run_steps, run_tokens: of the whole run as the
-    recipe says it (`--max-steps` does not change them). Only the pair in the schedule's own unit is looked at.
+    recipe says it (`--max-steps` does not change them). Only the pair in the schedule's own unit is used.
     """
     now, end = (tokens, run_tokens) if in_tokens(schedule) else (step, run_steps)
     warmup = _length(schedule, "warmup")
-    assert warmup is not None, "schedule_problems was not asked"
+    assert warmup is not None, "a schedule that schedule_problems has not accepted"
     if now < warmup:
         return peak_lr * now / warmup
     match schedule:
@@ -44,12 +44,12 @@ def learning_rate(schedule: Schedule, peak_lr: float, *, step: int, tokens: int,
             return _decayed(peak_lr, schedule.min_lr, shape, now, warmup, end if decay is None else decay)
         case WSD():
             cooldown = _length(schedule, "cooldown")
-            assert cooldown is not None, "schedule_problems was not asked"
+            assert cooldown is not None, "a schedule that schedule_problems has not accepted"
             return _decayed(peak_lr, schedule.min_lr, schedule.shape, now, end - cooldown, end)
 
 
 def learning_rate_at(recipe: Recipe, step: int, tokens: int) -> float:
-    """`learning_rate` of a recipe: step counts from 1, tokens are those consumed up to and including it."""
+    """Return a recipe's learning rate: step counts from 1, tokens are those consumed up to and including it."""
     return learning_rate(
         recipe.schedule,
         recipe.optimizer.lr,
@@ -61,7 +61,7 @@ def learning_rate_at(recipe: Recipe, step: int, tokens: int) -> float:
 
 
 def global_seqs_at(batch: Batch, consumed_seqs: int) -> int:
-    """Sequences of the next step, when `consumed_seqs` have been consumed before it."""
+    """Return the sequences of the next step, when `consumed_seqs` have been consumed before it."""
     for until_seqs, global_seqs in batch.ramp:
         if consumed_seqs < until_seqs:
             return global_seqs
@@ -69,7 +69,7 @@ def global_seqs_at(batch: Batch, consumed_seqs: int) -> int:
 
 
 def seqs_after(batch: Batch, steps: int) -> int:
-    """Sequences consumed by the first `steps` steps of a run, the ramp included."""
+    """Return the sequences consumed by the first `steps` steps of a run, the ramp included."""
     consumed_seqs = 0
     for until_seqs, global_seqs in batch.ramp:
         if consumed_seqs < until_seqs:
@@ -80,15 +80,13 @@ def seqs_after(batch: Batch, steps: int) -> int:
 
 
 def tokens_of_run(recipe: Recipe) -> int:
-    """Tokens that `recipe.steps` steps consume, the batch ramp included."""
+    """Return the tokens that `recipe.steps` steps consume, the batch ramp included."""
     return seqs_after(recipe.batch, recipe.steps) * recipe.batch.seq_len
 
 
 def schedule_problems(recipe: Recipe) -> list[str]:
-    """Everything wrong with `recipe.schedule`, given its `steps`, `batch` and `optimizer.lr` (which must be sane)."""
+    """Return everything wrong with `recipe.schedule`, given its `steps`, `batch` and `optimizer.lr` (which must be sane)."""
     schedule = recipe.schedule
-    if not isinstance(schedule, Schedule):
-        return [f"schedule={schedule!r} must be one of {', '.join(kind.__name__ for kind in Schedule.__args__)}"]
     problems = list(_length_problems(schedule))
     if not problems:
         run = tokens_of_run(recipe) if in_tokens(schedule) else recipe.steps
@@ -104,18 +102,18 @@ def schedule_problems(recipe: Recipe) -> list[str]:
 
 
 def ramp_problems(recipe: Recipe, data: int) -> list[str]:
-    """Everything wrong with `recipe.batch.ramp`. data: data-parallel ranks, which must divide every batch."""
+    """Return everything wrong with `recipe.batch.ramp`. data: data-parallel ranks, which must divide every batch."""
     batch = recipe.batch
     problems = []
     unit = batch.micro_seqs * data
     before_until, before_seqs = 0, 0
     for index, (until_seqs, global_seqs) in enumerate(batch.ramp):
         name = f"batch.ramp[{index}]=({until_seqs}, {global_seqs})"
-        if not all(type(number) is int and number > 0 for number in (until_seqs, global_seqs)):
-            return [f"{name}: both must be positive whole numbers: (until_sequences, global_seqs)"]
+        if min(until_seqs, global_seqs) < 1:
+            return [f"{name}: (until_sequences, global_seqs) must both be positive"]
         if global_seqs % unit:
             problems.append(
-                f"{name}: {global_seqs} sequences are not divided by batch.micro_seqs={batch.micro_seqs} x {data} data "
+                f"{name}: {global_seqs} sequences are not a multiple of batch.micro_seqs={batch.micro_seqs} x {data} data "
                 f"ranks = {unit}; use a multiple of {unit}, or a smaller micro_seqs"
             )
         if until_seqs <= before_until:
@@ -138,7 +136,7 @@ def ramp_problems(recipe: Recipe, data: int) -> list[str]:
 
 
 def _decayed(peak_lr: float, min_lr: float, shape: str, now: int, start: int, end: int) -> float:
-    """From the peak at `start` down to `min_lr` at `end` and after it."""
+    """Return the rate `now` on the way from the peak at `start` down to `min_lr` at `end` and after it."""
     if now <= start:
         return peak_lr
     if now >= end:
@@ -155,7 +153,7 @@ def _decayed(peak_lr: float, min_lr: float, shape: str, now: int, start: int, en
 
 
 def _lengths(schedule: Schedule) -> dict[str, int | None]:
-    """The schedule's lengths by field name: `warmup_steps`, `warmup_tokens`, ..."""
+    """Return the schedule's lengths by field name: `warmup_steps`, `warmup_tokens`, ..."""
     return {name: value for name, value in vars(schedule).items() if name.endswith(("_steps", "_tokens"))}
 
 
@@ -164,12 +162,12 @@ def _length(schedule: Schedule, name: str) -> int | None:
 
 
 def _length_problems(schedule: Schedule) -> Iterator[str]:
-    """Each length alone, and that all are in one unit."""
+    """Check each length alone, and that all are in one unit."""
     kind = type(schedule).__name__
     given = {name: value for name, value in _lengths(schedule).items() if value is not None}
     for name, value in given.items():
-        if type(value) is not int or value < 0:
-            yield f"schedule.{name}={value!r} must be a whole number, 0 or more"
+        if value < 0:
+            yield f"schedule.{name}={value} must be 0 or more"
     if len({name.rpartition("_")[2] for name in given}) > 1:
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
         yield f"schedule={kind}({shown}): give every length in steps, or every length in tokens"
@@ -181,24 +179,24 @@ def _length_problems(schedule: Schedule) -> Iterator[str]:
 
 
 def _span_problems(schedule: Schedule, run: int) -> Iterator[str]:
-    """That the parts fit into the run and into each other. run: its length in the schedule's unit."""
+    """Check that the parts fit into the run and into each other. run: its length in the schedule's unit."""
     unit = "tokens" if in_tokens(schedule) else "steps"
     warmup = _length(schedule, "warmup") or 0
-    told = f"schedule.warmup_{unit}={warmup}"
+    field = f"schedule.warmup_{unit}={warmup}"
     whole = f"the run has {run} {unit}"
     if isinstance(schedule, WSD):
         cooldown = _length(schedule, "cooldown") or 0
         if cooldown == 0:
             yield f"schedule.cooldown_{unit}=0: WSD without a cool-down is Constant(warmup_{unit}={warmup}); use that"
         if warmup + cooldown > run:
-            yield f"{told} + cooldown_{unit}={cooldown} is more than the run: {whole}; shorten them, or raise steps"
+            yield f"{field} + cooldown_{unit}={cooldown} is more than the run: {whole}; shorten them, or raise steps"
     elif isinstance(schedule, Linear | Cosine):
         decay = _length(schedule, "decay")
         if decay is not None and decay <= warmup:
-            yield f"schedule.decay_{unit}={decay} ends before the warm-up: it counts from 0 and must be over {told}"
+            yield f"schedule.decay_{unit}={decay} ends before the warm-up: it counts from 0 and must be over {field}"
         elif decay is None and warmup >= run:
-            yield f"{told} leaves nothing to decay: {whole}; shorten it, or raise steps"
+            yield f"{field} leaves nothing to decay: {whole}; shorten it, or raise steps"
     elif warmup > run:
-        yield f"{told} never reaches the peak: {whole}; shorten it, or raise steps"
+        yield f"{field} never reaches the peak: {whole}; shorten it, or raise steps"
     if isinstance(schedule, InverseSqrt) and warmup == 0:
-        yield f"{told}: InverseSqrt falls as sqrt(warm-up / now), so it needs a warm-up over 0"
+        yield f"{field}: InverseSqrt falls as sqrt(warm-up / now), so it needs a warm-up over 0"

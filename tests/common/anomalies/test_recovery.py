@@ -271,9 +271,9 @@ def test_stretches_of_a_lower_rate_multiply():
     [
         ({"action": "rewnd"}, "reaction.action='rewnd' must be one of"),
         ({"action": "rewind", "max_rewinds": 0}, "reaction.max_rewinds=0 must be a whole number from 1"),
-        ({"action": "rewind", "lr_factor": 0.0, "lr_steps": 5}, "reaction.lr_factor=0.0 must lie above 0"),
-        ({"action": "rewind", "lr_factor": 0.5}, "lr_steps=0: the one does nothing without the other"),
-        ({"action": "log", "lr_factor": 0.5, "lr_steps": 5}, "is for action='rewind' alone; remove it"),
+        ({"action": "rewind", "lr_factor": 0.0, "lr_steps": 5}, "reaction.lr_factor=0.0 must be above 0"),
+        ({"action": "rewind", "lr_factor": 0.5}, "lr_steps=0: neither does anything without the other"),
+        ({"action": "log", "lr_factor": 0.5, "lr_steps": 5}, "has no effect without action='rewind'; remove it"),
     ],
 )
 def test_what_cannot_work_is_refused(fields, told):

@@ -216,7 +216,7 @@ def _fail_one_save(recipe, out_dir):
     import recipes.common.checkpoint.saver as module
     from recipes.common.engine.build_trainer import build_recipe_trainer
 
-    layout, config = check_recipe(recipe, 2, here=True)
+    layout, config = check_recipe(recipe, 2, check_machine=True)
     sizes = derive_sizes(recipe, layout, 2)
     trainer = build_recipe_trainer(recipe, layout, merge_ds_config(config, recipe, sizes, sizes.accumulation))
     saver = Saver(Path(out_dir), trainer, recipe, None)

@@ -1,4 +1,4 @@
-"""Every mistake in a recipe, ds_config, data or flags is told before any process group: field, value, constraint, cure."""
+"""Every mistake in a recipe, ds_config, data or flags is reported before any process group: field, value, constraint, cure."""
 
 import contextlib
 import io
@@ -17,7 +17,20 @@ from transformers import DeepseekV4Config, GlmMoeDsaConfig, LlamaConfig, PreTrai
 from recipes.common.checks.model_checks import config_problems
 from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.config.ds_config import version_problems
-from recipes.common.recipe import SGD, WSD, AdamW, Batch, Checkpoints, Constant, Cosine, Evaluation, Layout, Monitor, RecipeError
+from recipes.common.recipe import (
+    SGD,
+    WSD,
+    AdamW,
+    Batch,
+    Checkpoints,
+    Constant,
+    Cosine,
+    Evaluation,
+    Layout,
+    Monitor,
+    Reaction,
+    RecipeError,
+)
 from tests.support.tiny import ROOT, ds_config, tiny_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import run_ranks
 
@@ -216,7 +229,11 @@ MISTYPED = [
     ({"optimizer": AdamW(lr=1e-3, betas=None)}, "optimizer.betas=None must be a tuple"),
     ({"optimizer": SGD(lr=1e-3, decay_embeddings=1)}, "optimizer.decay_embeddings=1 must be True or False"),
     ({"schedule": None}, "schedule=None must be Constant(...) or Linear(...)"),
+    ({"schedule": "cosine"}, "schedule='cosine' must be Constant(...) or Linear(...)"),
     ({"schedule": Constant(warmup_steps="2")}, "schedule.warmup_steps='2' must be a whole number or None"),
+    ({"schedule": Constant(warmup_steps=2.5)}, "schedule.warmup_steps=2.5 must be a whole number or None"),
+    ({"schedule": Constant(warmup_steps=True)}, "schedule.warmup_steps=True must be a whole number or None"),
+    ({"reaction": Reaction(lr_factor="1")}, "reaction.lr_factor='1' must be a number"),
     ({"schedule": Cosine(warmup_steps=2, min_lr=None)}, "schedule.min_lr=None must be a number"),
     ({"evaluation": None}, "evaluation=None must be Evaluation(...)"),
     ({"evaluation": Evaluation(seqs="8")}, "evaluation.seqs='8' must be a whole number"),
@@ -228,22 +245,22 @@ MISTYPED = [
 ]
 
 
-def _told(cases):
-    """On a forked rank: for each (recipe, world size, here) the problems, or the traceback of a check that crashed."""
-    told = []
-    for recipe, world_size, here in cases:
+def _reports(cases):
+    """On a forked rank: for each (recipe, world size, check_machine) the problems, or the traceback of a check that crashed."""
+    found = []
+    for recipe, world_size, check_machine in cases:
         try:
-            check_recipe(recipe, world_size, here=here)
-            told.append([])
+            check_recipe(recipe, world_size, check_machine=check_machine)
+            found.append([])
         except RecipeError as error:
-            told.append(error.problems)
+            found.append(error.problems)
         except Exception:
-            told.append(traceback.format_exc())
-    return told
+            found.append(traceback.format_exc())
+    return found
 
 
-def told(*cases):
-    return run_ranks(_told, 1, cases)[0]
+def reports(*cases):
+    return run_ranks(_reports, 1, cases)[0]
 
 
 @pytest.fixture(scope="module")
@@ -267,29 +284,29 @@ def _recipe(data, fields, folder):
 def single(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ds_configs")
     cases = [(_recipe(data, fields, folder), world_size, True) for world_size, fields, _ in ONE_MISTAKE.values()]
-    return dict(zip(ONE_MISTAKE, told(*cases), strict=True))
+    return dict(zip(ONE_MISTAKE, reports(*cases), strict=True))
 
 
 def test_a_good_recipe_has_no_problems_at_any_of_its_layouts(data):
     recipe = tiny_recipe(data)
-    assert told(*((recipe, world_size, True) for world_size in recipe.layouts)) == [[]] * len(recipe.layouts)
+    assert reports(*((recipe, world_size, True) for world_size in recipe.layouts)) == [[]] * len(recipe.layouts)
 
 
 @pytest.mark.parametrize("name", ONE_MISTAKE)
-def test_a_mistake_is_told_with_field_value_constraint_and_cure(single, name):
+def test_a_mistake_is_reported_with_field_value_constraint_and_cure(single, name):
     lines = single[name]
     assert isinstance(lines, list), f"the check crashed:\n{lines}"
     patterns = ONE_MISTAKE[name][2]
     matching = [line for line in lines if all(re.search(pattern, line) for pattern in patterns)]
     assert len(matching) == 1, lines
-    # a mistake may change the model's size, and nothing else is told beside it
+    # a mistake may change the model's size, and nothing else is reported beside it
     others = [line for line in lines if line not in matching and not line.startswith("num_params=")]
     assert others == []
 
 
 @pytest.fixture(scope="module")
 def mistyped(data):
-    return told(*((tiny_recipe(data, **fields), 1, True) for fields, _ in MISTYPED))
+    return reports(*((tiny_recipe(data, **fields), 1, True) for fields, _ in MISTYPED))
 
 
 @pytest.mark.parametrize("index", range(len(MISTYPED)), ids=[line.partition(" must")[0] for _, line in MISTYPED])
@@ -300,26 +317,31 @@ def test_a_field_of_a_wrong_type_is_one_clear_line(mistyped, index):
     assert lines[0].startswith(MISTYPED[index][1])
 
 
-def test_a_wrong_type_does_not_hide_other_mistakes(data):
-    fields = {"num_params": "many", "z_loss": None, "steps": 0, "attention": "sdpaa", "optimizer": AdamW(lr=-1.0)}
-    (lines,) = told((tiny_recipe(data, deepspeed="zero9.json", **fields), 1, True))
-    assert isinstance(lines, list), lines
-    for beginning in (
-        "num_params='many'",
-        "z_loss=None",
-        "steps=0",
-        "model=LlamaConfig",
-        "optimizer.lr=-1.0",
-        "deepspeed='zero9",
-    ):
-        assert sum(line.startswith(beginning) for line in lines) == 1, (beginning, lines)
+OTHERS = {"num_params": 1, "z_loss": -1.0, "steps": 0, "optimizer": AdamW(lr=-1.0), "deepspeed": "zero9.json"}
+
+
+def test_one_mistake_does_not_hide_another(data):
+    (lines,) = reports((tiny_recipe(data, **OTHERS), 3, True))
+    beginnings = ("z_loss=-1.0", "steps=0", "optimizer.lr=-1.0", "deepspeed='zero9.json':", "layouts has no entry for 3")
+    assert sorted(line.partition(" ")[0] for line in lines) == sorted(text.partition(" ")[0] for text in beginnings)
+
+
+def test_fields_of_wrong_types_are_reported_all_together_and_alone(data):
+    (lines,) = reports((tiny_recipe(data, **OTHERS | {"num_params": "many", "seed": None, "attention": 1}), 1, True))
+    assert [line.partition(" ")[0] for line in lines] == ["num_params='many'", "seed=None", "attention=1"]
+
+
+@pytest.mark.parametrize("batch", [replace(BATCH, seq_len=0), replace(BATCH, micro_seqs=0), replace(BATCH, global_seqs=0)])
+def test_an_empty_batch_is_one_line(data, batch):
+    (lines,) = reports((tiny_recipe(data, batch=batch), 1, True))
+    assert len(lines) == 1 and lines[0].endswith("=0 must be a whole number from 1"), lines
 
 
 @pytest.mark.parametrize("config", [GlmMoeDsaConfig(), DeepseekV4Config()], ids=["glm_moe_dsa", "deepseek_v4"])
 def test_a_family_that_cannot_be_cut_is_refused_by_its_name(data, config):
     count = run_ranks(_count, 1, config)[0]
     recipe = tiny_recipe(data, model=config, num_params=count, layouts=PIPELINE, attention="eager")
-    (lines,) = told((recipe, 2, False))
+    (lines,) = reports((recipe, 2, False))
     assert len(lines) == 1
     assert lines[0].startswith(f"model_type={config.model_type} cannot be cut into stages")
     assert lines[0].endswith("use pipeline=1 (ZeRO 1 to 3 and tensor parallelism remain)")
@@ -372,7 +394,7 @@ def _damage(folder, how):
         shard.unlink()
     elif how == "truncated shard":
         shard.write_bytes(shard.read_bytes()[:-2])
-    elif how == "truncated manifest":
+    elif how == "truncated dataset.json":
         (folder / "dataset.json").write_text((folder / "dataset.json").read_text()[:-20])
     elif how == "no tokenizer":
         (folder / "tokenizer" / "tokenizer.json").unlink()
@@ -383,13 +405,13 @@ def _damage(folder, how):
 @pytest.mark.parametrize(
     ("how", "pattern"),
     [
-        ("no folder", r"^data=.*manifest\.json.*"),
-        ("no shard", r"^data=.*: shard train_00000\.bin is missing; run tools\.prepare_data again$"),
+        ("no folder", r"^data=.*dataset\.json.*"),
+        ("no shard", r"^data=.*: shard train_00000\.bin is missing; run tools\.data prepare again$"),
         (
             "truncated shard",
-            r"^data=.*: shard train_00000\.bin has 79998 bytes, the manifest says 80000; run tools\.prepare_data",
+            r"^data=.*: shard train_00000\.bin has 79998 bytes, dataset\.json says 80000; run tools\.data prepare",
         ),
-        ("truncated manifest", r"^data=.*manifest\.json"),
+        ("truncated dataset.json", r"^data=.*dataset\.json"),
         ("no tokenizer", r"^tokenizer=.*: no readable tokenizer\.json .*; use .*/tokenizer"),
         ("another tokenizer", r"^tokenizer=.* is not the one that made data=.*prepare the data again$"),
     ],
@@ -399,7 +421,7 @@ def test_data_that_is_missing_or_damaged(tmp_path, how, pattern):
     write_shards(folder)
     _damage(folder, how)
     recipe = tiny_recipe(folder)
-    (here, elsewhere) = told((recipe, 1, True), (recipe, 1, False))
+    (here, elsewhere) = reports((recipe, 1, True), (recipe, 1, False))
     assert any(re.search(pattern, line) for line in here), here
     assert elsewhere == []  # a dry run may be on another machine than the data
 
@@ -407,7 +429,7 @@ def test_data_that_is_missing_or_damaged(tmp_path, how, pattern):
 def test_data_that_does_not_fit_the_recipe(data):
     small = tiny_recipe(data, model=tiny_config("llama", vocab_size=130), num_params=140_096)
     long = tiny_recipe(data, evaluation=Evaluation(every_steps=1, seqs=400))
-    too_small, too_long = told((small, 1, True), (long, 1, True))
+    too_small, too_long = reports((small, 1, True), (long, 1, True))
     assert len(too_small) == len(too_long) == 1
     assert re.search(
         r"^model\.vocab_size=130 is smaller than the 131 ids of the tokenizer.*; raise model\.vocab_size", too_small[0]
@@ -430,9 +452,9 @@ def _without_fp16(recipe):
 
     kind = type(get_accelerator())
     kind.is_fp16_supported = lambda self: False
-    (without,) = _told([(recipe, 1, True)])
+    (without,) = _reports([(recipe, 1, True)])
     kind.is_fp16_supported = lambda self: True
-    return without, *_told([(recipe, 1, True), (recipe, 1, False)])
+    return without, *_reports([(recipe, 1, True), (recipe, 1, False)])
 
 
 SEVEN = {
@@ -440,15 +462,15 @@ SEVEN = {
     "max_position_embeddings=512": "max_position_embeddings=64",
     "2: Layout(pipeline=2)": "2: Layout(tensor=5)",
     "global_seqs=32": "global_seqs=33",
-    "lr=4e-3": "lr='4e-3'",
-    "steps=300": "steps=None",
+    "lr=4e-3": "lr=-4e-3",
+    "steps=300": "steps=0",
     "zero1_fp32.json": "zero1_fp23.json",
 }
 
 
 def _copy_of_quickstart(folder: Path, changes: dict[str, str]) -> Path:
     text = (ROOT / "recipes" / "quickstart.py").read_text()
-    text = text.replace("str(Path(__file__).resolve().parents[3])", repr(str(ROOT)))
+    text = text.replace("str(Path(__file__).resolve().parents[1])", repr(str(ROOT)))
     for old, new in changes.items():
         assert text.count(old) >= 1, old
         text = text.replace(old, new, 1)
@@ -472,8 +494,8 @@ def test_a_recipe_with_seven_mistakes_is_one_message_without_a_process_group(tmp
         "num_params=2_361_024 but",
         "model.max_position_embeddings=64",
         "layouts[2]: tensor=5",
-        "optimizer.lr='4e-3'",
-        "steps=None",
+        "optimizer.lr=-0.004",
+        "steps=0 ",
         "zero1_fp23.json",
     ):
         assert sum(part in line for line in lines[1:]) == 1, part
@@ -518,7 +540,7 @@ def test_a_fresh_start_over_checkpoints_and_a_resume_without_one(data, tmp_path)
 
 
 def test_one_rank_speaks_for_all(data, tmp_path):
-    """Flags and recipe are told in one error, and the other ranks leave with the same code in silence."""
+    """Flags and recipe are reported in one error, and the other ranks leave with the same code in silence."""
     recipe = tiny_recipe(data, steps=0)
     results = run_ranks(_call_main, 2, recipe, ["--out-dir", str(tmp_path), "--resume"], 2)
     assert [result[0] for result in results] == [2, 2]

@@ -180,9 +180,7 @@ BAD_SCHEDULES = {
     "has no cooldown": WSD(warmup_steps=3),
     "every length in tokens": WSD(warmup_steps=3, cooldown_tokens=50),
     "warmup_steps=3, warmup_tokens=50": Constant(warmup_steps=3, warmup_tokens=50),
-    "must be a whole number": Constant(warmup_steps=2.5),
-    "warmup_steps=-1": Constant(warmup_steps=-1),
-    "warmup_steps=True": Constant(warmup_steps=True),
+    "warmup_steps=-1 must be 0 or more": Constant(warmup_steps=-1),
     "more than the run: the run has 200 steps": WSD(warmup_steps=100, cooldown_steps=101),
     "more than the run: the run has 25600 tokens": WSD(warmup_tokens=100, cooldown_tokens=25_501),
     "use that": WSD(warmup_steps=10, cooldown_steps=0),
@@ -193,7 +191,6 @@ BAD_SCHEDULES = {
     "min_lr=0.1 must lie between 0 and optimizer.lr=0.0003": Cosine(warmup_steps=1, min_lr=0.1),
     "min_lr=nan": Cosine(warmup_steps=1, min_lr=float("nan")),
     "needs a warm-up over 0": InverseSqrt(warmup_steps=0),
-    "schedule='cosine' must be one of Constant, Linear, Cosine, WSD, InverseSqrt": "cosine",
 }
 
 
@@ -209,8 +206,8 @@ def test_all_schedule_problems_at_once() -> None:
 
 
 BAD_RAMPS = {
-    "positive whole numbers": ((0, 4),),
-    "not divided by batch.micro_seqs=1 x 2 data ranks = 2": ((50, 3),),
+    "must both be positive": ((0, 4),),
+    "not a multiple of batch.micro_seqs=1 x 2 data ranks = 2": ((50, 3),),
     "must end later than the stage before it": ((50, 2), (50, 4)),
     "a ramp grows": ((50, 4), (90, 2)),
     "fewer than batch.global_seqs=8": ((50, 8),),

@@ -117,7 +117,7 @@ def test_a_run_that_only_overflows_stops_and_says_so(tmp_path):
 def _train(recipe, world_size, out_dir, resume, max_steps, device):
     if device == "cpu":
         allow_fp16()
-    layout, config = check_recipe(recipe, world_size, here=True)
+    layout, config = check_recipe(recipe, world_size, check_machine=True)
     sizes = derive_sizes(recipe, layout, world_size)
     config = merge_ds_config(config, recipe, sizes, sizes.accumulation)
     train(recipe, layout, sizes, config, Path(out_dir), resume_run=resume, max_steps=max_steps)

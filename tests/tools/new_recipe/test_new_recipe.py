@@ -52,7 +52,7 @@ def _facts(path, gpus):
     from recipes.common.recipe import derive_sizes
 
     recipe = load_recipe(path)
-    layout, _ = check_recipe(recipe, gpus, here=False)
+    layout, _ = check_recipe(recipe, gpus, check_machine=False)
     count = sum(p.numel() for p in build_empty(recipe.model, "sdpa").parameters())
     sizes = derive_sizes(recipe, layout, gpus)
     whole = sizes.accumulation * sizes.data * recipe.batch.micro_seqs == recipe.batch.global_seqs
