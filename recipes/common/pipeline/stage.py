@@ -204,7 +204,7 @@ class Stage(nn.Module):
         targets, weight = labels
         head = [p for p in self.head_parameters() if p.requires_grad]
         total, sums, largest = vocabulary_loss(
-            self._logits,
+            self.logits,
             hidden,
             targets,
             head,
@@ -226,7 +226,7 @@ class Stage(nn.Module):
         of_base = {id(p) for p in self.causal.get_submodule(self.stack.base).parameters()}
         return [weight, *(p for p in self.causal.parameters() if id(p) not in of_base and p is not weight)]
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The ForCausalLM's own forward from the final hidden states on, so that soft-caps and logit scales are the family's."""
         modules, name = self.causal._modules, self.stack.base
         base, stand_in = modules[name], _BaseStandIn()

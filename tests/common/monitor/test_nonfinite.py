@@ -69,8 +69,8 @@ class Plant:
 
     def in_loss(self, stage):
         """Targets of probability 0, behind every module: the loss is infinite, its gradients are finite."""
-        logits_of, some = stage._logits, torch.arange(VOCAB) % 3 == 0
-        stage._logits = lambda hidden: logits_of(hidden).masked_fill(some & self.now(), -torch.inf)
+        logits_of, some = stage.logits, torch.arange(VOCAB) % 3 == 0
+        stage.logits = lambda hidden: logits_of(hidden).masked_fill(some & self.now(), -torch.inf)
 
 
 def run_planted(trial, where, data_rank):

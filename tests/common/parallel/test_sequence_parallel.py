@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from recipes.common.checks.family_trials import sequence_problems
 from recipes.common.engine.startup import start_distributed
 from recipes.common.parallel.collectives import gather_sequence, scatter_sequence
-from recipes.common.parallel.sequence_parallel import _gather_input
+from recipes.common.parallel.grid import build_grid
+from recipes.common.pipeline.stage import build_stage, plan_model
 from recipes.common.recipe import Layout
 from tests.support.parity import assert_equal, trial_of
 from tests.support.tiny import tiny_config
@@ -65,35 +65,27 @@ def test_the_moves_are_those_of_the_whole():
     assert run_ranks(moves, 2) == [[True] * 2] * 2
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.gate = nn.Linear(5, 7, bias=False), nn.Linear(5, 7, bias=False)
+def inputs_kept():
+    """(shape of the input of the first MLP, whether the graph keeps it), without and with sequence parallelism."""
+    device, found = start_distributed("cpu"), []
+    for layout in (Layout(tensor=2), SHARED):
+        planned = plan_model(tiny_config("llama"), layout, attention="eager")
+        stage = build_stage(planned, build_grid(layout, device), layout, seq_len=16)
+        inputs = []
 
-    def forward(self, x):
-        self.seen = StorageWeakRef(x.untyped_storage())
-        return self.up(x) * self.gate(x)
+        def record(module, args, inputs=inputs):
+            inputs.append((tuple(args[0].shape), StorageWeakRef(args[0].untyped_storage())))
 
-
-def saved_whole():
-    """Whether the gathered input outlives the forward pass, and the gradients, keeping the whole and keeping the part."""
-    start_distributed("cpu")
-    group = dist.new_group([0, 1])
-    found = []
-    for keep_part in (False, True):
-        torch.manual_seed(0)
-        block, x = Block(), torch.randn(2, 3, 5, requires_grad=True)
-        _gather_input(block, group, keep_part=keep_part)
-        y = block(x)
-        kept = not block.seen.expired()
-        y.square().sum().backward()
-        found.append((kept, [x.grad, block.up.weight.grad, block.gate.weight.grad]))
-    (whole, wanted), (part, grads) = found
-    return whole, part, all(a.equal(b) for a, b in zip(wanted, grads, strict=True))
+        stage.causal.model.layers[0].mlp.up_proj.register_forward_pre_hook(record)
+        hidden = stage(torch.arange(3, 35).view(2, 16))
+        ((shape, storage),) = inputs
+        found.append((shape, not storage.expired()))
+        hidden.sum().backward()
+    return found
 
 
-def test_a_block_saves_its_part_of_the_input_alone():
-    assert run_ranks(saved_whole, 2) == [(True, False, True)] * 2
+def test_a_block_keeps_only_its_part_of_the_gathered_input():
+    assert run_ranks(inputs_kept, 2) == [[((2, 16, 64), True), ((2, 16, 64), False)]] * 2
 
 
 def problems(family, mixing=False):

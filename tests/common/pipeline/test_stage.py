@@ -60,5 +60,5 @@ def _logits_differ_by(config):
                 weights |= dict(stage.hf_named_parameters()) | dict(stage.persistent_buffers())
                 hidden = stage.eval()(hidden)
             plain.load_state_dict(weights, strict=False)
-            differences.append((stage._logits(hidden) - plain(ids, use_cache=False).logits).abs().max().item())
+            differences.append((stage.logits(hidden) - plain(ids, use_cache=False).logits).abs().max().item())
     return differences
