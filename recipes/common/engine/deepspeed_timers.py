@@ -1,7 +1,7 @@
-"""DeepSpeed's part of a step on the clock (recipes.common.runtime.step_clock): its pipeline instructions, and what it sends.
+"""Puts DeepSpeed's part of a step on the clock (recipes.common.runtime.step_clock): its pipeline instructions, its collectives.
 
-Instructions are wrapped in the engine's own table, as recipes.common.zero_bubble changes it. Everything that DeepSpeed sends goes
-through one object, `deepspeed.comm.comm.cdb`; a `TimedBackend` stands in front of it.
+Everything that DeepSpeed sends goes through one object, `deepspeed.comm.comm.cdb`; a `TimedBackend` stands in front of it.
+recipes.common.engine.deepspeed_patches puts both in place.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from deepspeed.comm import comm
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule
 
-from recipes.common.parallel.grid import Grid
 from recipes.common.runtime.step_clock import BACKWARD, CLOCK, DATA, FORWARD, OPTIMIZER, Span, num_bytes
 
 _PARTS = {
@@ -42,16 +40,15 @@ _WHOLE = {
 _GROUP_PLACE = {"all_reduce": 2, "all_reduce_coalesced": 2}  # where DeepSpeed hands the group over by place
 
 
-def time_engine(engine: DeepSpeedEngine, grid: Grid) -> None:
-    """Put `engine`'s instructions and messages on the clock; it stands still until a run starts it."""
-    if grid.pipeline > 1:
-        own = {kind: _timed(CLOCK.span(part), engine._INSTRUCTION_MAP[kind]) for kind, part in _PARTS.items()}
-        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | own
-    if not isinstance(comm.cdb, TimedBackend):
-        comm.cdb = TimedBackend(comm.cdb)
+Instruction = Callable[..., None]  # called as DeepSpeed's engine calls it: with the engine and named arguments
 
 
-def _timed(span: Span, run: Callable[..., None]) -> Callable[..., None]:
+def timed_instructions(instructions: dict[type, Instruction]) -> dict[type, Instruction]:
+    """Return those of a pipeline engine's `instructions` that a step's time goes to, with a span around each."""
+    return {kind: _timed(CLOCK.span(part), instructions[kind]) for kind, part in _PARTS.items()}
+
+
+def _timed(span: Span, run: Instruction) -> Instruction:
     def timed(engine: DeepSpeedEngine, **arguments: Any) -> None:
         with span:
             run(engine, **arguments)

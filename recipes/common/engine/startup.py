@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import logging
 import os
@@ -14,17 +13,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from recipes.common.engine.deepspeed_patches import patch_start
 from recipes.common.runtime.network import choose_interface, free_port
-
-
-def _import_muon_uncompiled() -> None:
-    """ZeRO imports DeepSpeed's Muon optimizer, which torch.compiles three functions as it is imported: 2.4 s a rank, unused."""
-    compile_, torch.compile = torch.compile, lambda function=None, **_: function or (lambda decorated: decorated)
-    try:
-        with contextlib.suppress(ImportError):  # it came with DeepSpeed 0.19
-            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        torch.compile = compile_
 
 
 def start_distributed(device_type: str) -> torch.device:
@@ -36,9 +26,7 @@ def start_distributed(device_type: str) -> torch.device:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())  # nobody else is to come
     choose_interface()
-    # On CPU DeepSpeed would look for compilers and build an extension at start (25 s, and a stale lock hangs the next run) that
-    # training never uses. With an empty list of operators it does neither.
-    deepspeed.ops.__compatible_ops__ = {}
+    patch_start()
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":

@@ -21,10 +21,9 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from recipes.common.data.document_masking import document_positions
-from recipes.common.engine.deepspeed_timers import time_engine
-from recipes.common.engine.gradient_norm import NormGate, use_exact_norm
+from recipes.common.engine.deepspeed_patches import patch_engine
 from recipes.common.engine.optimizers import build_optimizer
-from recipes.common.engine.startup import _import_muon_uncompiled, quiet_deepspeed
+from recipes.common.engine.startup import quiet_deepspeed
 from recipes.common.parallel.cross_entropy import IGNORED
 from recipes.common.parallel.grid import Grid, Mpu
 from recipes.common.pipeline.executor import PipelineExecutor
@@ -38,9 +37,6 @@ Labels = tuple[torch.Tensor, torch.Tensor]
 OVERFLOW = "overflow"  # of fp16 gradients under a loss scale that is too large: the scale falls and training goes on
 TOO_HIGH = "too_high"  # a gradient norm over the ceiling that the caller gave
 NONFINITE = "nonfinite"  # a NaN or an infinity in the loss or the gradients
-
-
-_import_muon_uncompiled()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,19 +119,14 @@ class Trainer:
                     for parameter in stage.head_parameters():
                         deepspeed.zero.register_external_parameter(stage, parameter)
             self.engine = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config, mpu=mpu)[0]
-        if grid.pipeline > 1:
-            # the mean loss over ranks, which DeepSpeed sends around after each step: ours is in `_sum_over_ranks`
-            self.engine._aggregate_total_loss = lambda: torch.zeros(())
-            if grid.folded and stage.stack.tied and stage.is_first:
-                module.tied_head = TiedHead(stage)
-        self._runner = PipelineExecutor(self.engine, stage, grid) if stage.weight_grad_stores else None
-        use_exact_norm(self.engine.optimizer, grid)
-        time_engine(self.engine, grid)
+        if grid.folded and stage.stack.tied and stage.is_first:
+            module.tied_head = TiedHead(stage)
+        self._executor = PipelineExecutor(self.engine, stage, grid) if stage.weight_grad_stores else None
+        self._gate = patch_engine(self.engine, grid, self._executor)
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]
         # called once a step has been taken: fp64 [n], of one length on all ranks, to be summed over them with the losses
         self.statistics: Callable[[], torch.Tensor] | None = None
-        self._gate = NormGate(grid.device)
 
     def set_global_seqs(self, global_seqs: int) -> None:
         """The batch ramp: the micro batch stays, its number changes."""
@@ -219,8 +210,8 @@ class Trainer:
         weight = 1.0 / scored_tokens
         self._place_documents([tokens for tokens, _ in micro_batches])
         batches = self._batches((tokens for tokens, _ in micro_batches), weight, [rows for _, rows in micro_batches])
-        if self._runner is not None:
-            self._runner.evaluate(batches, len(micro_batches))
+        if self._executor is not None:
+            self._executor.evaluate(batches, len(micro_batches))
         elif self.grid.pipeline > 1:
             self.engine.eval_batch(batches, num_micro_batches=len(micro_batches), bcast_loss=False)
         else:

@@ -98,9 +98,6 @@ class PipelineExecutor:
         self._like: torch.Tensor | None = None
         self._tells_shape = True
         self._clear()
-        # on the instance, because `deepspeed.initialize` chooses the engine's class
-        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {RunPasses: lambda engine: self.train()}
-        engine._train_schedule = lambda: OneStep(engine.micro_batches, engine.num_stages, engine.stage_id)
 
     def _clear(self) -> None:
         # by (micro batch, chunk): what a forward pass was given and gave; by message: what one chunk here gives another

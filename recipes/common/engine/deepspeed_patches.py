@@ -1,0 +1,101 @@
+"""Everything of DeepSpeed's that Trifold replaces, in one place. What stands in is in the modules named here.
+
+In the process, where DeepSpeed leaves no other way. Several trainers may share one: each replacement finds its engine's state in
+what DeepSpeed hands it, and without any does what DeepSpeed's own does.
+    deepspeed.ops.__compatible_ops__             empty: no compiler is looked for at start
+    torch.compile, while Muon is imported        off: Muon is unused
+    deepspeed.comm.comm.cdb                      deepspeed_timers.TimedBackend: collectives on the clock
+    bf16_optimizer.get_global_norm_of_tensors    gradient_norm: the exact norm and the gate
+On one engine:
+    optimizer.scaled_global_norm, optimizer._get_norm_groups    gradient_norm: the same for ZeRO 1 and 2, and for ZeRO 3
+    engine._INSTRUCTION_MAP                      deepspeed_timers: instructions on the clock; executor: a zero-bubble step
+    engine._train_schedule                       executor: a zero-bubble step
+    engine._aggregate_total_loss                 nothing: the trainer sums losses itself
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.comm import comm
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from recipes.common.engine.deepspeed_timers import TimedBackend, timed_instructions
+from recipes.common.engine.gradient_norm import NormGate, norm_of_partitions, norm_of_place
+from recipes.common.parallel.grid import Grid
+from recipes.common.pipeline.executor import OneStep, PipelineExecutor, RunPasses
+
+INVALID = -1.0  # DeepSpeed's mark for a norm that is not a number
+
+assert hasattr(bf16_optimizer, "get_global_norm_of_tensors"), "DeepSpeed's bf16 optimizer takes its norm in another way"
+
+
+def patch_start() -> None:
+    """Skip two things that cost seconds at a start and serve nothing in training; before DeepSpeed is initialised."""
+    # on CPU DeepSpeed would look for compilers and build an extension (25 s, and a stale lock hangs the next run)
+    deepspeed.ops.__compatible_ops__ = {}
+    # ZeRO imports DeepSpeed's Muon optimizer, which compiles three functions as it is imported: 2.4 s a rank
+    compile_, torch.compile = torch.compile, lambda function=None, **_: function or (lambda decorated: decorated)
+    try:
+        with contextlib.suppress(ImportError):  # it came with DeepSpeed 0.19
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compile_
+
+
+def patch_engine(engine: DeepSpeedEngine, grid: Grid, executor: PipelineExecutor | None) -> NormGate:
+    """Replace what the table above says, for this engine. Returns the gate of its steps."""
+    gate = NormGate(grid.device)
+    _patch_norm(engine.optimizer, grid, gate)
+    if not isinstance(comm.cdb, TimedBackend):
+        comm.cdb = TimedBackend(comm.cdb)
+    if grid.pipeline > 1:
+        engine._aggregate_total_loss = lambda: torch.zeros(())
+        # on the instance, because `deepspeed.initialize` chooses the engine's class
+        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | timed_instructions(engine._INSTRUCTION_MAP)
+    if executor is not None:
+        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {RunPasses: lambda engine: executor.train()}
+        engine._train_schedule = lambda: OneStep(engine.micro_batches, engine.num_stages, engine.stage_id)
+    return gate
+
+
+def _patch_norm(optimizer: Any, grid: Grid, gate: NormGate) -> None:
+    """Give `optimizer` the exact norm, and an invalid one for steps that the gate refuses.
+
+    ZeRO 3 and offloaded gradients keep DeepSpeed's norm (they know no pipeline); the gate holds for them too.
+    """
+    if isinstance(optimizer, BF16_Optimizer):
+        # the engine's own mpu is all that DeepSpeed hands this function
+        optimizer.mpu.trifold_norm = lambda gradients: gate.checked(norm_of_place(gradients, grid), INVALID)
+        bf16_optimizer.get_global_norm_of_tensors = _bf16_norm
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        theirs = optimizer.scaled_global_norm
+
+        def scaled_global_norm(norm_type: float = 2) -> torch.Tensor:
+            return gate.checked(theirs(norm_type) if optimizer.cpu_offload else norm_of_partitions(optimizer, grid), torch.inf)
+
+        optimizer.scaled_global_norm = scaled_global_norm
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        norm_groups = optimizer._get_norm_groups
+
+        def gated_groups() -> list[torch.Tensor]:
+            norms = norm_groups()
+            norm = combine_grad_norm_groups(norms)
+            return [torch.full_like(norm, torch.inf)] if gate.refuses(norm) else norms
+
+        optimizer._get_norm_groups = gated_groups
+
+
+def _bf16_norm(input_tensors: Iterable[torch.Tensor], norm_type: float = 2, mpu: Any = None, **options: Any) -> torch.Tensor:
+    own = getattr(mpu, "trifold_norm", None)  # None for an engine that is not a trainer's
+    return get_global_norm_of_tensors(input_tensors, norm_type, mpu, **options) if own is None else own(input_tensors)
