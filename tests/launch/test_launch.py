@@ -51,7 +51,7 @@ def test_every_script_is_a_program_or_is_sourced() -> None:
 def test_help(name: str) -> None:
     result = run("bash", ROOT / "launch" / name, "--help")
     assert result.returncode == 0, result.stderr
-    assert re.match(rf"usage: (bash|sbatch \[FLAGS of sbatch\]) launch/{name}", result.stdout)
+    assert re.match(rf"usage: (bash|(\w+) \[FLAGS of \2\]( bash)?) launch/{name}", result.stdout)
     told = re.findall(
         r"--[a-z-]+(?=[ ),])", (ROOT / "launch" / name).read_text().split("own_flag()")[-1].partition("\ntake_words")[0]
     )
