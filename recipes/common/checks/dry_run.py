@@ -9,7 +9,7 @@ from recipes.common.config.placement import ONE_PASS
 from recipes.common.model.decoder import find_stack
 from recipes.common.model.flops import layer_costs
 from recipes.common.model.initial_weights import build_empty
-from recipes.common.model.linears import postponable_share
+from recipes.common.model.linears import deferrable_fraction
 from recipes.common.pipeline.partition import cut_chunks, runs_by_rank
 from recipes.common.recipe import Blend, Layout, Reaction, Recipe, Sizes
 
@@ -46,8 +46,8 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
 def _options(layout: Layout, layers: nn.Module) -> str:
     text = ", sequence parallel" if layout.sequence_parallel else ""
     if layout.pipeline_schedule != ONE_PASS:
-        share = 100 * postponable_share(layers)
-        text += f", {layout.pipeline_schedule} (weight gradients of {share:.0f} % of the layers' parameters fill the bubble)"
+        percent = 100 * deferrable_fraction(layers)
+        text += f", {layout.pipeline_schedule} (weight gradients of {percent:.0f} % of the layers' parameters fill the bubble)"
     return text
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic on a layout: which rank has which coordinates, and which chunks of layers it runs."""
+"""Computes, from a layout alone, which coordinates a rank has and which chunks of layers it runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ONE_PASS, ZERO_BUBBLE, FOLDED = "1f1b", "zero_bubble", "zero_bubble_v"  # ONE_PA
 
 @dataclass(frozen=True, kw_only=True)
 class Coordinates:
-    """One rank's place. Pure arithmetic: usable before any process group exists."""
+    """One rank's position in the grid of tensor, pipeline and data ranks; known before any process group exists."""
 
     rank: int
     tensor: int
@@ -20,7 +20,7 @@ class Coordinates:
     tensor_rank: int
     pipeline_rank: int
     data_rank: int
-    folded: bool = False  # the pipeline turns at its last rank and ends on its first
+    folded: bool = False  # the pipeline turns back at its last rank and ends on its first
 
     @property
     def is_first_stage(self) -> bool:
@@ -34,6 +34,7 @@ class Coordinates:
 
 
 def coordinates(rank: int, world_size: int, layout: Layout) -> Coordinates:
+    """Return the coordinates of `rank`."""
     tensor, pipeline = layout.tensor, layout.pipeline
     data = world_size // (tensor * pipeline)
     assert data * tensor * pipeline == world_size, (world_size, layout)
@@ -49,18 +50,21 @@ def coordinates(rank: int, world_size: int, layout: Layout) -> Coordinates:
     )
 
 
-def place_of(grid: Coordinates, rank: int) -> tuple[int, int, int]:
-    """(pipeline, data, tensor) rank of any rank of `grid`'s run."""
+def rank_coordinates(grid: Coordinates, rank: int) -> tuple[int, int, int]:
+    """Return the (pipeline, data, tensor) rank of any rank of `grid`'s run."""
     return rank // (grid.tensor * grid.data), rank // grid.tensor % grid.data, rank % grid.tensor
 
 
 def chunk_count(schedule: str, pipeline: int) -> int:
+    """Return how many chunks a model has: one for each stage, or two."""
     return 2 * pipeline if schedule == FOLDED else pipeline
 
 
 def rank_of_chunk(schedule: str, pipeline: int, chunk: int) -> int:
+    """Return the pipeline rank that runs a chunk."""
     return chunk if chunk < pipeline else chunk_count(schedule, pipeline) - 1 - chunk
 
 
 def chunks_of_rank(schedule: str, pipeline: int, rank: int) -> tuple[int, ...]:
+    """Return the chunks that a pipeline rank runs, in the model's order."""
     return (rank, 2 * pipeline - 1 - rank) if schedule == FOLDED else (rank,)

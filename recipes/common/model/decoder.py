@@ -1,8 +1,8 @@
-"""Where a Hugging Face decoder may be cut: read from transformers' own plans, or from the few lines kept here.
+"""Finds the parts of a Hugging Face decoder: embeddings, the stack of layers, final norm and head.
 
-`transformers` configs carry `base_model_tp_plan` (module or parameter pattern -> style) and `base_model_pp_plan` (the modules
-before, in and after the stack of layers). They are the source of what is cut where. Families without a plan either have
-a stack that can be read off the module tree (embeddings, one list of layers, one final norm) or an entry below.
+`transformers` configs carry `base_model_pp_plan`, the modules before, in and after the stack of layers: it says where a model
+may be partitioned. Families without one either have a stack that can be read off the module tree (embeddings, one list of layers,
+one final norm) or an entry below.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TUPLE_LAYERS = frozenset({"codegen", "ctrl", "gpt_neo", "gptj"})
 
 
 class PlanError(ValueError):
-    """This family cannot be cut as asked; the message says which and why."""
+    """Raised for a family that cannot be sharded or partitioned as asked; the message says which and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ class Stack:
 
 
 def find_stack(causal: PreTrainedModel) -> Stack:
-    """Read the parts of `causal` (a ForCausalLM, on any device).
+    """Find the parts of `causal` (a ForCausalLM, on any device).
 
-    Raises PlanError when it has no single stack of `num_hidden_layers` layers, or no way to tell its other parts.
+    Raises PlanError if it has no single stack of `num_hidden_layers` layers, or if its other parts cannot be told apart.
     """
     base_name = next((name for name, child in causal.named_children() if isinstance(child, PreTrainedModel)), None)
     if base_name is None:
@@ -79,12 +79,12 @@ def find_stack(causal: PreTrainedModel) -> Stack:
 
 
 def _read_off_stack(family: str, holder: nn.Module, leaf: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Embeddings run before the layers; one other module with parameters can only be the final norm."""
+    """Return (before, after): embeddings run before the layers; one other module with parameters can only be the final norm."""
     children = {n: m for n, m in holder.named_children() if n != leaf and any(True for _ in m.parameters())}
     before = tuple(n for n, m in children.items() if isinstance(m, nn.Embedding))
     after = tuple(n for n in children if n not in before)
     if len(after) > 1:
-        raise PlanError(f"model_type={family}: cannot tell which of {after} run before the layers; add it to plans.py")
+        raise PlanError(f"model_type={family}: cannot tell which of {after} run before the layers; add it to decoder.py")
     return before, after
 
 

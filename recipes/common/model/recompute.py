@@ -1,8 +1,9 @@
-"""Recomputation (activation checkpointing, arXiv 1604.06174): a layer keeps its input and is run again in the backward pass.
+"""Recomputes layers in the backward pass (activation checkpointing, arXiv 1604.06174).
 
-Or it also keeps what its products gave, matrix products and attention, and only what lies between them is run again: elementwise
-work and norms, which is cheap and leaves most of what is kept (selective recomputation; Megatron's, arXiv 2205.05198 section 5,
-repeats attention, which today's attention kernels do by themselves). What tensor ranks sum is summed again, as in a whole layer.
+Full recomputation keeps a layer's input and runs the whole layer again. Selective recomputation also keeps the results of matrix
+products and attention, and runs again only what lies between them: elementwise work and norms, which are cheap and hold most of
+the memory (Megatron's, arXiv 2205.05198 section 5, repeats attention, which today's attention kernels do by themselves). Sums
+over tensor ranks are repeated in both.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _NAMES = (
 
 
 def product_ops() -> frozenset[Any]:
-    """The operators whose results are kept, as this torch has them."""
+    """Return the operators whose results are kept, those of them that this torch has."""
     found = set()
     for name in _NAMES:
         space, _, op = name.partition(".")
@@ -44,7 +45,7 @@ def product_ops() -> frozenset[Any]:
 
 
 def recompute(layer: nn.Module, *, keep_products: bool) -> None:
-    """Let `layer` be run again in the backward pass, but for its products if they are kept."""
+    """Let `layer` run again in the backward pass, all of it or all but its products."""
     forward = layer.forward
     options: dict[str, Any] = {"use_reentrant": False}
     if keep_products:

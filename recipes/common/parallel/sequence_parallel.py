@@ -105,6 +105,7 @@ def _gather_output(group: dist.ProcessGroup, module: nn.Module, args: tuple, out
 
 
 def _gather_input(block: nn.Module, group: dist.ProcessGroup, *, keep_part: bool) -> None:
+    """Let `block` gather its input. keep_part: save this rank's part of it for the backward pass, not the whole."""
     forward = block.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:

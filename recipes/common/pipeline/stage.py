@@ -23,9 +23,10 @@ from recipes.common.config.placement import ONE_PASS
 from recipes.common.model.decoder import TUPLE_LAYERS, Stack, find_stack
 from recipes.common.model.flops import attention_costs, layer_costs
 from recipes.common.model.initial_weights import build_empty, draw_weights
-from recipes.common.model.linears import WeightGradStore, defer_weight_gradients, route_products
+from recipes.common.model.linears import defer_weight_gradients, route_products
 from recipes.common.model.recompute import recompute
 from recipes.common.model.sharding import TensorPlan
+from recipes.common.model.weight_grad_store import WeightGradStore
 from recipes.common.parallel.cross_entropy import vocabulary_loss
 from recipes.common.parallel.grid import Grid
 from recipes.common.parallel.sequence_parallel import shard_sequence
@@ -299,12 +300,12 @@ def build_stage(
             draw_weights(causal, embedding, stack.embedding, **weights)
         causal.get_submodule(stack.head).weight = embedding.weight
     layers = causal.get_submodule(stack.layers)
-    queues = tuple(WeightGradStore() for _ in chunks) if layout.pipeline_schedule != ONE_PASS else ()
-    if queues or not torch_linears:
+    stores = tuple(WeightGradStore() for _ in chunks) if layout.pipeline_schedule != ONE_PASS else ()
+    if stores or not torch_linears:
         route_products(causal, by_torch=torch_linears)
-    for chunk, queue in zip(chunks, queues, strict=False):
+    for chunk, store in zip(chunks, stores, strict=False):
         for index in chunk:
-            defer_weight_gradients(layers[index], queue)
+            defer_weight_gradients(layers[index], store)
     apply_tensor_parallel(causal, tensor_plan, stack, grid)
     if tensor_plan.blocks:
         shard_sequence(causal, stack, tensor_plan, chunks, stand_ins, grid, recomputed)
@@ -314,7 +315,7 @@ def build_stage(
     of_schedule = {
         "schedule": layout.pipeline_schedule,
         "pass_costs": by_pass,
-        "weight_grad_stores": queues,
+        "weight_grad_stores": stores,
         "stand_ins": stand_ins,
     }
     of_loss = {"z_loss": z_loss, "chunk_tokens": chunk_tokens}

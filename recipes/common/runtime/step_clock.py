@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from recipes.common.config.placement import Coordinates, place_of
+from recipes.common.config.placement import Coordinates, rank_coordinates
 
 DATA, FORWARD, BACKWARD, RECOMPUTE, WEIGHTS = "data", "forward", "backward", "recompute", "weight_gradients"
 OPTIMIZER, TENSOR, DATA_PARALLEL, ALL_RANKS = "optimizer", "tensor", "data_parallel", "all_ranks"
@@ -181,7 +181,7 @@ class Clock:
 
     def _describe(self, ranks: list[int]) -> tuple[str, str, int]:
         """(part, name, size) of a group of ranks."""
-        places = [place_of(self._place, rank) for rank in ranks]
+        places = [rank_coordinates(self._place, rank) for rank in ranks]
         axes = [
             axis
             for axis, column in zip(("pipeline", "data", "tensor"), zip(*places, strict=True), strict=True)

@@ -4,10 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from recipes.common.model.linears import WeightGradStore, defer_weight_gradients, route_products
 from recipes.common.recipe import PIPELINE_SCHEDULES, AdamW, Batch, Evaluation, Layout
 from recipes.common.run_dir.metrics import read_metrics
 from tests.support.fp16 import allow_fp16, fp16_config
@@ -84,36 +81,6 @@ def test_same_bits_in_fp16():
 def test_torchs_own_products_wait_too():
     """The bench's side with torch's linears is the same schedule."""
     assert_same_bits(trial_of(2, global_seqs=4, torch_linears=True))
-
-
-def gradients_of_a_linear_used_twice():
-    """A norm-like bias, a transposed weight, a frozen one, and a shared weight."""
-    torch.manual_seed(0)
-    first, second, frozen = nn.Linear(5, 5), Conv1D(5, 5), nn.Linear(5, 5)
-    frozen.weight.requires_grad_(False)
-    block = nn.ModuleList([first, second, frozen])
-    queue = WeightGradStore()
-
-    def gradients():
-        x = torch.arange(30.0).view(2, 3, 5).requires_grad_()
-        queue.begin()
-        first(frozen(second(first(x)))).square().sum().backward()
-        waiting = [first.weight.grad is None, second.weight.grad is None]
-        queue.compute_oldest()
-        grads = [x.grad, *(p.grad for p in block.parameters() if p.requires_grad)]
-        block.zero_grad()
-        return grads, waiting
-
-    route_products(block)
-    plain, _ = gradients()
-    defer_weight_gradients(block, queue)
-    late, waiting = gradients()
-    return waiting, len(queue), [a.equal(b) for a, b in zip(plain, late, strict=True)]
-
-
-def test_weight_gradients_wait_and_are_the_same():
-    waiting, left, equal = run_ranks(gradients_of_a_linear_used_twice, 1)[0]
-    assert (waiting, left, equal) == ([True, True], 0, [True] * 6)
 
 
 @pytest.mark.parametrize("schedule", FILLED)

@@ -1,0 +1,51 @@
+"""Stores weight gradients that a zero-bubble schedule computes later, when a rank would otherwise wait.
+
+It knows weights and the factors of their gradients, not the modules that use them (`linears` puts them here) nor when a schedule
+computes them (`pipeline.executor`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class WeightGradStore:
+    """Weight gradients not computed yet, each as its two factors, by micro batch in the order of the backward passes."""
+
+    def __init__(self) -> None:
+        self._micro_batches: deque[dict[nn.Parameter, list[tuple[torch.Tensor, torch.Tensor, Product]]]] = deque()
+
+    def __len__(self) -> int:
+        """Count the micro batches whose gradients are not computed yet."""
+        return len(self._micro_batches)
+
+    def begin(self) -> None:
+        """Let the backward pass of the next micro batch put its gradients."""
+        self._micro_batches.append({})
+
+    def put(self, weight: nn.Parameter, left: torch.Tensor, right: torch.Tensor, product: Product) -> None:
+        """Defer the gradient of `weight`, which is product(left, right)."""
+        assert self._micro_batches, "a backward pass that no schedule began: its weight gradients would be lost"
+        self._micro_batches[-1].setdefault(weight, []).append((left, right, product))
+
+    def compute_oldest(self) -> None:
+        """Compute and accumulate the weight gradients of the oldest micro batch.
+
+        Each goes to its weight through autograd, so that hooks run (tensor ranks sum, DeepSpeed adds up in fp32), and is freed
+        before the next one is computed.
+        """
+        deferred = self._micro_batches.popleft()
+        while deferred:
+            weight, factors = deferred.popitem()
+            gradient = None
+            while factors:  # several where the model uses a weight twice; autograd, too, sums them before it accumulates
+                left, right, product = factors.pop(0)
+                part = product(left, right)
+                gradient = part if gradient is None else gradient + part
+            torch.autograd.backward([weight], [gradient])
