@@ -50,19 +50,23 @@ QUICK = {"tools.new_recipe": "", "tools.plan": "search explain layouts", "tools.
          "tools.checkpoint": "advise"}  # fmt: skip
 
 
+EXAMPLE = r"\| `(python -m tools\.[^`]+)` "  # the last cell of a row
+
+
 def blocks(readme):
-    """Yield the command lines of the bash blocks; a backslash joins two lines."""
+    """Yield the command lines of the bash blocks, where a backslash joins two lines, and the tools' examples in tables."""
     text = (ROOT / readme).read_text()
     for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S):
         for line in block.replace("\\\n", " ").splitlines():
             command = re.split(r"(?:^|\s\s+|\s)# ", line)[0].strip()
             if command:
                 yield command
+    yield from re.findall(rf"{EXAMPLE}\|$", text, flags=re.M)
 
 
 def inline(readme):
     """Yield each `python ...` of the text: a tool with its flags, or a bench."""
-    text = re.sub(r"```.*?```", "", (ROOT / readme).read_text(), flags=re.S)
+    text = re.sub(rf"```.*?```|{EXAMPLE}", "", (ROOT / readme).read_text(), flags=re.S)
     for command in re.findall(r"`(python [^`]+)`", text):
         if not re.search(r"\bNAME\b|\bx\.py$", command):  # a placeholder for many commands
             yield command
@@ -279,14 +283,19 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= README_WORDS
 
 
-def test_every_tool_has_a_line_and_an_example():
+def test_every_tool_and_verb_has_a_row_with_an_example():
     text = (ROOT / "tools" / "README.md").read_text()
-    names = {path.stem for path in ROOT.glob("tools/*.py")} | {path.parent.name for path in ROOT.glob("tools/*/__main__.py")}
-    for name in names - {"__init__"}:
-        assert re.search(rf"^- .*`{name}`", text, flags=re.M), f"tools/README.md: no line on {name}"
-        assert any(command.startswith(f"python -m tools.{name} ") for command in blocks("tools/README.md")), (
-            f"no example of {name}"
-        )
+    rows = dict(re.findall(rf"^\| `([^`]+)` \|[^|]+{EXAMPLE}\|$", text, flags=re.M))
+    files = {path.stem for path in ROOT.glob("tools/*.py")} - {"__init__"}
+    names = files | {name for path in ROOT.glob("tools/*/__main__.py") for name in run_ranks(_names_of, 1, path.parent.name)[0]}
+    assert rows.keys() == names
+    for name, example in rows.items():
+        assert example.startswith(f"python -m tools.{name} "), example
+
+
+def _names_of(tool_name):
+    module = importlib.import_module(f"tools.{tool_name}.__main__")
+    return [f"{tool_name} {verb}" for verb in module.VERBS] if hasattr(module, "VERBS") else [tool_name]
 
 
 def test_the_pictures_exist_and_are_small():

@@ -1,11 +1,11 @@
-"""A Hugging Face folder in plain transformers: validation loss and perplexity, and what it writes after a few prompts.
+"""Measures a Hugging Face folder in plain transformers: validation loss and perplexity, and text after a few prompts.
 
     python -m tools.sample RUN/hf --data DIR
     python -m tools.sample RUN/hf --data DIR --prompt "def read(" --tokens 100 --temperature 0
 
-Uses nothing of the training code but the data reader: AutoModelForCausalLM and AutoTokenizer as anyone would load them. Over the
-same sequences the loss is the run's own `val_loss`; an exported folder remembers how many of what length (trifold.json),
-other folders need --seq-len and --seqs.
+Uses only the data reader of the training code; AutoModelForCausalLM and AutoTokenizer load the rest. Over the same sequences the
+loss equals the run's own `val_loss`; an exported folder records their number and length (trifold.json), other folders need --seqs
+and --seq-len.
 """
 
 from __future__ import annotations
@@ -29,35 +29,42 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from recipes.common.data.batches import validation_micro_batches
 from recipes.common.data.shards import TokenStream, open_split
-from tools.common.console import UsageError, exit_code, quiet_transformers
+from tools.common.console import GOOD, UsageError, as_usage_error, exit_code, quiet_transformers
 
-PROMPT_TOKENS = 16  # of a prompt taken from the validation split
-MAX_SEQ_LEN = 2048  # where nobody says how long the run's sequences were
+PROMPT_TOKENS = 16  # in a prompt taken from the validation split
+MAX_SEQ_LEN = 2048  # unless trifold.json or --seq-len gives the length
 MAX_SEQS = 64
 BATCH_TOKENS = 4096
-LOGITS_CHUNK_TOKENS = 1024  # fp32 logits over a large vocabulary, in pieces
+LOGITS_CHUNK_TOKENS = 1024  # fp32 logits over a large vocabulary, in chunks
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.sample", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "folder", type=Path, metavar="FOLDER", help="a Hugging Face model folder, as tools.checkpoint to-hf writes it"
     )
     parser.add_argument("--data", type=Path, required=True, help="a folder written by tools.data prepare")
     parser.add_argument(
-        "--prompt", action="append", default=[], help="may be given several times; else from the validation split"
+        "--prompt", action="append", default=[], help="repeatable (default: starts of sequences of the validation split)"
     )
-    parser.add_argument("--tokens", type=int, default=48, help="to generate for each prompt (default: %(default)s)")
-    parser.add_argument("--seqs", type=int, help="sequences of the validation split (default: as the run's evaluation)")
-    parser.add_argument("--seq-len", type=int, help="tokens of a sequence (default: as the run's batches)")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens to generate after each prompt (default: %(default)s)")
+    parser.add_argument("--seqs", type=int, help="sequences of the validation split (default: as in the run's evaluation)")
+    parser.add_argument("--seq-len", type=int, help="tokens in a sequence (default: as in the run's batches)")
+    parser.add_argument("--prompts", type=int, default=3, help="prompts to take from the validation split (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     parser.add_argument(
-        "--prompts", type=int, default=3, help="how many to take from the validation split (default: %(default)s)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="precision to compute in (default: %(default)s)",
     )
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token each time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn tokens (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="to compute in")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
     return parser.parse_args(argv)
 
 
@@ -69,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if args.tokens < 0 or args.prompts < 0 or args.temperature < 0:
-        raise UsageError("--tokens, --prompts and --temperature are not negative")
+        raise UsageError("--tokens, --prompts and --temperature must not be negative")
     model, tokenizer = load(args.folder, args.dtype, args.device)
     stream, seqs = open_validation(args, model)
     loss, seconds = validation_loss(model, stream, seqs)
@@ -89,18 +96,16 @@ def _run(args: argparse.Namespace) -> int:
         text = generate(model, tokenizer, prompt, args.tokens, args.temperature, args.seed)
         result["samples"].append({"prompt": prompt, "continuation": text})
         if not args.json:
-            print(f"\n--- prompt\n{prompt}\n--- goes on\n{text}")
+            print(f"\n--- prompt\n{prompt}\n--- continuation\n{text}")
     if args.json:
         print(json.dumps(result))
-    return 0
+    return GOOD
 
 
 def load(folder: Path, dtype: str, device: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The model and its tokenizer. Raises UsageError when either cannot be loaded."""
+    """Load the model and its tokenizer. Raises UsageError when either cannot be loaded."""
     if not (folder / "config.json").is_file():
-        raise UsageError(
-            f"{folder} is no Hugging Face model folder (no config.json); tools.checkpoint to-hf makes one of a checkpoint"
-        )
+        raise UsageError(f"{folder} is no Hugging Face model folder (no config.json); tools.checkpoint to-hf exports one")
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -110,27 +115,25 @@ def load(folder: Path, dtype: str, device: str) -> tuple[nn.Module, PreTrainedTo
 
 
 def open_validation(args: argparse.Namespace, model: nn.Module) -> tuple[TokenStream, int]:
-    """The validation split, and how many of its sequences count."""
+    """Return the validation split, and how many of its sequences to use."""
     path = args.folder / "trifold.json"
     remembered = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_SEQ_LEN
     seq_len = args.seq_len or remembered.get("seq_len") or min(longest, MAX_SEQ_LEN)
     if seq_len < 1:
-        raise UsageError(f"--seq-len={seq_len}: at least 1")
-    try:
+        raise UsageError(f"--seq-len={seq_len}: must be at least 1")
+    with as_usage_error(OSError, ValueError):
         stream = open_split(args.data, "validation", seq_len)
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from error
     there = stream.num_positions
     seqs = args.seqs or remembered.get("evaluation_seqs") or min(MAX_SEQS, there)
     if not 1 <= seqs <= there:
-        raise UsageError(f"--seqs={seqs}: the validation split of {args.data} holds {there} sequences of {seq_len} tokens")
+        raise UsageError(f"--seqs={seqs}: the validation split of {args.data} has {there} sequences of {seq_len} tokens")
     return stream, seqs
 
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, stream: TokenStream, seqs: int) -> tuple[float, float]:
-    """(mean cross-entropy in nats over every token of the first `seqs` sequences, seconds)."""
+    """Return (mean cross-entropy in nats over every token of the first `seqs` sequences, seconds)."""
     started = time.perf_counter()
     device = next(model.parameters()).device
     micro_seqs = max(1, min(seqs, BATCH_TOKENS // stream.seq_len))
@@ -145,7 +148,7 @@ def validation_loss(model: nn.Module, stream: TokenStream, seqs: int) -> tuple[f
 
 
 def prompts_from(stream: TokenStream, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
-    """The starts of `count` sequences, spread over the split."""
+    """Return the starts of `count` sequences, spread over the split."""
     positions = torch.arange(count) * stream.num_positions // max(count, 1)
     tokens = stream.read(positions.numpy())[:, : min(PROMPT_TOKENS, stream.seq_len)]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in tokens.tolist()]
@@ -155,7 +158,7 @@ def prompts_from(stream: TokenStream, tokenizer: PreTrainedTokenizerBase, count:
 def generate(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, temperature: float, seed: int
 ) -> str:
-    """What the model writes after `prompt`, which is cut at its start where the model's context ends."""
+    """Return the model's text after `prompt`; a prompt beyond the context length loses its start."""
     device = next(model.parameters()).device
     ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).input_ids.to(device)
     if not ids.numel():

@@ -1,10 +1,10 @@
-"""The numerics gate: does this recipe, in this layout, on these installed versions, train what plain transformers trains?
+"""Checks that a recipe, in a layout and with the installed versions, trains exactly what plain transformers trains.
 
     python -m tools.verify recipes/llama_1b.py --layout tensor=2,pipeline=2,data=2
 
 Shrinks the recipe's own model (same family, same options), trains a few steps in the layout and in one process with plain
 transformers, and prints the largest differences in loss, gradient norm, gradients and parameters, by parameter name. Gradients
-come from a step of plain SGD without clipping, because Adam and clipping hide a wrong scale. Exit 1 past tolerance.
+come from a step of plain SGD without clipping, because Adam and clipping hide a wrong scale. Exits 1 beyond tolerance.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tools.common.parity import Outcome, Trial, gradient_trial, outcome, train_i
 from tools.common.recipe_io import load_recipe, parse_layout
 
 # (loss and gradient norm, relative; gradients and parameters, absolute). bf16 rounds at 2^-9 and Adam's first steps turn a
-# rounded gradient's sign into a whole step, so parameters are held to twice the distance they can travel, beside their own
+# rounded gradient's sign into a whole step, so parameters may differ by twice the distance they can travel, and by their own
 # rounding (half a unit in the last of bf16's 8 places, at the start and in the copy that is compared).
 FP32 = (1e-6, 1e-5)
 LOW_LOSS, LOW_NORM = 2e-3, 5e-2
@@ -87,7 +87,7 @@ def _run(flags: argparse.Namespace) -> int:
 
 
 def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len: int, device: str) -> Trial:
-    """The recipe at tiny width. Raises RecipeError with everything that keeps it from being tried."""
+    """Shrink the recipe to a tiny width. Raises RecipeError with everything that rules out a trial."""
     ds_config = load_ds_config(recipe.deepspeed)
     problems = version_problems(_installed("deepspeed"), torch.__version__) + config_problems(recipe.model)
     problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout) + optimizer_problems(recipe.optimizer)
@@ -96,8 +96,8 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
     try:
         model = without_dropout(shrink(recipe.model, layout))
     except (PlanError, ValueError, TypeError, AttributeError) as error:
-        raise RecipeError(f"recipe {recipe.name!r}", [*problems, f"model: cannot be shrunk for a trial: {error}"]) from error
-    if not problems:  # in a rank of its own, as all that computes: see tools.common.forked_ranks
+        raise RecipeError(f"recipe {recipe.name!r}", [*problems, f"model: cannot be shrunk for the trial: {error}"]) from error
+    if not problems:  # in a rank of its own, like all tensor code: see tools.common.forked_ranks
         for proof in (cut_problems, sequence_problems):
             problems += run_ranks(proof, 1, recipe.model, layout, recipe.attention)[0]
     if problems:
@@ -118,7 +118,7 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Random zeros differ between layouts by design; everything else must not."""
+    """Turn dropout off: its random zeros differ between layouts by design; nothing else may."""
     fields = {name: 0.0 for name, value in config.to_dict().items() if name in _DROPOUTS and isinstance(value, float)}
     config.update(fields)
     return config
@@ -131,7 +131,7 @@ _DROPOUTS = frozenset(
 
 
 def verify(trial: Trial) -> list[WorstDifference]:
-    """Train all sides (in forked ranks) and compare."""
+    """Train both sides, in forked ranks, and compare."""
     trained, plain = _both(trial)
     low = precision(trial.deepspeed) != "fp32"
     loss, norm = (LOW_LOSS, LOW_NORM) if low else (FP32[0], FP32[0])
@@ -147,12 +147,12 @@ def verify(trial: Trial) -> list[WorstDifference]:
 
 
 def _in_fp32(config: dict) -> dict:
-    """The same ds_config without low precision: rounding would hide a wrong scale of a few per cent."""
+    """Return the ds_config without low precision: rounding would hide a scale that is wrong by a few per cent."""
     return {name: block for name, block in config.items() if name not in ("bf16", "fp16")}
 
 
 def _both(trial: Trial) -> tuple[Outcome, Outcome]:
-    if isinstance(trial.optimizer, AdamW):  # near-zero gradients would be all rounding: eps of 1e-8 divides them up to 1
+    if isinstance(trial.optimizer, AdamW):  # near-zero gradients are all rounding, and an eps of 1e-8 would scale them up to 1
         trial = replace(trial, optimizer=replace(trial.optimizer, eps=max(trial.optimizer.eps, 1e-5)))
     plain = run_ranks(train_plain, 1, trial)[0]
     shapes = {name: tensor.shape for name, tensor in plain.parameters.items()}
@@ -168,7 +168,7 @@ def _worst_step(what: str, ours: list[float], plain: list[float], bound: float) 
 def _worst_tensor(
     what: str, ours: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], bound: float, rounding: float = 0.0
 ) -> WorstDifference:
-    """rounding: the part of an element by which it may differ beside the bound."""
+    """Return the worst element. rounding: the share of an element by which it may differ in addition to the bound."""
     missing = sorted(set(ours) ^ set(plain))
     if missing:
         return WorstDifference(what, f"{missing[0]} is on one side only", float("nan"), bound)
@@ -200,12 +200,14 @@ def _parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", help="path of a recipe file")
-    parser.add_argument("--layout", default="tensor=2,pipeline=2,data=2", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--seq-len", type=int, default=32)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda needs one GPU a rank")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file")
+    parser.add_argument("--layout", default="tensor=2,pipeline=2,data=2", help="sizes left out are 1 (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="training steps (default: %(default)s)")
+    parser.add_argument("--seq-len", type=int, default=32, help="tokens in a sequence (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda needs one GPU a rank (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
     return parser.parse_args(argv)
 
 

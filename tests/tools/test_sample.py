@@ -62,7 +62,7 @@ def test_a_prompt_longer_than_the_context(run, data):
 
 def test_for_people(run, data):
     done = call("sample", run / "hf", "--data", data, "--prompts", 1, "--tokens", 4)
-    assert done.out.startswith("validation loss ") and "perplexity" in done.out and "--- goes on" in done.out
+    assert done.out.startswith("validation loss ") and "perplexity" in done.out and "--- continuation" in done.out
 
 
 def test_mistakes_are_one_message(run, data, tmp_path):
@@ -72,7 +72,7 @@ def test_mistakes_are_one_message(run, data, tmp_path):
         ([run / "hf", "--data", tmp_path], "dataset.json: the preparation does not exist"),
         ([run / "hf", "--data", data, "--seqs", 10**6], "the validation split of"),
         ([run / "hf", "--data", data, "--seq-len", -3], "--seq-len=-3"),
-        ([run / "hf", "--data", data, "--tokens", -1], "not negative"),
+        ([run / "hf", "--data", data, "--tokens", -1], "must not be negative"),
     ]
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
     cases.append(([tmp_path / "hf", "--data", data], "transformers cannot load it"))

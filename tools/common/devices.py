@@ -1,4 +1,4 @@
-"""GPU types: what the makers' data sheets say, which the fitted efficiencies multiply.
+"""Lists GPU types by the makers' data sheets; the planner multiplies these peaks by fitted efficiencies.
 
 Peaks are dense (no sparsity), with fp32 accumulation. Memory is what the driver reports as total. `link` is one direction of
 all of a GPU's links to the others in its node; `network` one direction of its share of the node's network in the usual
@@ -31,7 +31,7 @@ class Device:
     def peak(self, precision: str) -> float:
         """FLOP/s in "bf16", "fp16", "fp32", "fp8" or "fp4". Raises UsageError where the GPU lacks the precision."""
         if precision not in self.peaks:
-            raise UsageError(f"--gpu-type={self.name}: it has no {precision} matrix units; it knows {', '.join(self.peaks)}")
+            raise UsageError(f"--gpu-type={self.name}: it has no {precision} matrix units, only {', '.join(self.peaks)}")
         return self.peaks[precision] * TERA
 
 
@@ -75,14 +75,14 @@ DEVICES = (
             network=25, watts=560, price=1.5, node=4),
     _device("MI300X", "AMD MI300X data sheet", half=1307, fp32=163, gib=192.0, gbs=5300, link=448, network=50,
             watts=750, price=2.5, fp8=2615),
-    # so that the planner runs where it is written; `calibrate` replaces these guesses
-    _device("CPU", "a guess, one core of 2020s server: calibrate", half=0.02, fp32=0.05, gib=16.0, gbs=10, link=5, network=1,
+    # for trying the planner on a CPU; `calibrate` replaces these guesses
+    _device("CPU", "a guess, one core of a 2020s server: calibrate", half=0.02, fp32=0.05, gib=16.0, gbs=10, link=5, network=1,
             watts=10, price=0.05),
 )  # fmt: skip
 
 
 def find_device(name: str) -> Device:
-    """By name, whatever the case. Raises UsageError with the names there are."""
+    """Return the device of that name, in upper or lower case. Raises UsageError with the known names."""
     for device in DEVICES:
         if device.name.lower() == name.lower():
             return device

@@ -1,4 +1,4 @@
-"""Run a function on several ranks of this machine: import once, then fork.
+"""Runs a function on several ranks of this machine: imports once, then forks.
 
 Eight ranks start in a second instead of a minute, because torch, DeepSpeed and transformers are imported by the parent. The
 parent must not have run tensor code (a fork that inherits autograd or OpenMP threads hangs), so everything that computes,
@@ -29,10 +29,10 @@ class RankError(RuntimeError):
 
 
 def run_ranks(work: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 300.0) -> list[Any]:
-    """Call work(*args) on `world_size` forked ranks with the launcher's environment set. Gives their results, by rank.
+    """Call work(*args) on `world_size` forked ranks, in a launcher's environment, and return their results by rank.
 
-    Results may hold tensors, plain values, lists and dicts of them. Raises RankError when a rank fails or time is up; no
-    process is left behind.
+    Results may hold tensors, plain values, lists and dicts of them. Raises RankError when a rank fails or time is up, and
+    leaves no process behind.
     """
     context = multiprocessing.get_context("fork")
     port = free_port()
@@ -60,13 +60,13 @@ def _collect(pipes: list[Connection], timeout_seconds: float) -> list[Any]:
         ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], timeout_seconds)
         if not ready:
             missing = sorted(set(range(len(pipes))) - set(results))
-            raise RankError(f"no answer from ranks {missing} in {timeout_seconds:.0f} s")
+            raise RankError(f"no result from ranks {missing} in {timeout_seconds:.0f} s")
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
                 failed, payload = pipe.recv_bytes().split(b"\n", 1)
             except EOFError:
-                raise RankError(f"rank {rank} died without a word") from None
+                raise RankError(f"rank {rank} died without a message") from None
             if failed == b"failed":
                 raise RankError(f"rank {rank} failed:\n{payload.decode()}")
             results[rank] = torch.load(io.BytesIO(payload), weights_only=False)  # our own child's bytes
@@ -97,15 +97,15 @@ def _rank_main(
     send.send_bytes(message)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Rank 0 serves the store that the others may still be joining by: stay until the parent, which has every answer then, ends
-    # this process. Gone itself, it would not: so look for it.
+    # Rank 0 serves the store that the others may still be joining by: stay until the parent, which then has every result, kills
+    # this process; end if the parent itself is gone.
     while os.getppid() == parent:
         time.sleep(0.05)
     os._exit(0)  # gloo's threads may abort an orderly exit
 
 
 def _shorten_waits(timeout_seconds: float) -> None:
-    """Sub-groups wait 30 minutes on gloo whatever one asks for; here a lost rank must show at once."""
+    """Give every sub-group this timeout: on gloo they would wait 30 minutes for a lost rank, whatever is set elsewhere."""
     new_group = dist.new_group
 
     def bounded(ranks: list[int] | None = None, timeout: datetime.timedelta | None = None, **options: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Train a few steps in a layout and in one process with plain transformers, and compare. Used by tools.verify and the tests.
+"""Trains a few steps in a layout and in one process with plain transformers, and compares. For tools.verify and the tests.
 
-The oracle shares nothing with the trained side but the initial weights and the batches: AutoModelForCausalLM as it is, torch's
+The oracle shares only the initial weights and the batches with the trained side: AutoModelForCausalLM unchanged, torch's
 cross-entropy over full logits, torch's optimizer and torch's clipping.
 """
 
@@ -25,7 +25,7 @@ from recipes.common.recipe import SGD, AdamW, Layout, Optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What both sides train: `steps` steps of `global_seqs` random sequences."""
+    """A training that both sides do: `steps` steps of `global_seqs` random sequences."""
 
     model: PreTrainedConfig
     layout: Layout
@@ -38,7 +38,7 @@ class Trial:
     global_seqs: int = 8
     seed: int = 7
     z_loss: float = 0.0
-    chunk_tokens: int = 7  # small and odd, so that every loss is summed over several chunks
+    chunk_tokens: int = 7  # small and odd: every loss is summed over several chunks
     attention: str = "eager"
     document_end: int | None = None  # attention stays inside the documents that this id ends
     device: str = "cpu"
@@ -58,7 +58,7 @@ class Outcome:
 
 
 def batches(trial: Trial) -> list[torch.Tensor]:
-    """One [global_seqs, seq_len + 1] tensor of ids a step."""
+    """Return one [global_seqs, seq_len + 1] tensor of ids a step."""
     generator = torch.Generator().manual_seed(trial.seed)
     shape = (trial.global_seqs, trial.seq_len + 1)
     return [torch.randint(3, trial.model.vocab_size, shape, generator=generator) for _ in range(trial.steps)]
@@ -83,13 +83,13 @@ def build_trial_trainer(trial: Trial) -> Trainer:
 
 
 def rank_batches(trial: Trial, trainer: Trainer) -> list[list[torch.Tensor]]:
-    """The micro batches of this rank, step by step."""
+    """Return the micro batches of this rank, step by step."""
     grid = trainer.grid
     return [list(batch.split(trial.micro_seqs))[grid.data_rank :: grid.data] for batch in batches(trial)]
 
 
 def train_in_layout(trial: Trial) -> dict[str, Any]:
-    """On every rank of the layout: losses, norms, and this rank's shards with how they lie."""
+    """Train on this rank of the layout; return losses, norms, and its shards with their place in the whole."""
     trainer = build_trial_trainer(trial)
     grid, stage = trainer.grid, trainer.stage
     losses, norms, skipped = [], [], []
@@ -107,7 +107,7 @@ def train_in_layout(trial: Trial) -> dict[str, Any]:
 
 
 def train_plain(trial: Trial) -> Outcome:
-    """The oracle: one process, plain transformers, plain torch, on the CPU (or the trial's device) in fp32."""
+    """Train the oracle: one process, plain transformers, plain torch, on the CPU (or the trial's device) in fp32."""
     model = initial_model(trial).to(trial.device).train()
     optimizer = torch_optimizer(trial.optimizer, model)
     losses, norms = [], []
@@ -133,7 +133,7 @@ def train_plain(trial: Trial) -> Outcome:
 
 
 def initial_model(trial: Trial) -> torch.nn.Module:
-    """Plain transformers with the initial weights that every layout starts from."""
+    """Build plain transformers with the initial weights that every layout starts from."""
     planned = plan_model(trial.model, attention=trial.attention)
     stage = build_stage(planned, one_process(), seq_len=trial.seq_len, seed=trial.seed)
     model = AutoModelForCausalLM.from_config(trial.model, dtype=torch.float32, attn_implementation=trial.attention)
@@ -146,7 +146,7 @@ def initial_model(trial: Trial) -> torch.nn.Module:
 
 
 def outcome(ranks: list[dict[str, Any]], shapes: dict[str, torch.Size]) -> Outcome:
-    """Put the ranks' shards together. Raises AssertionError where copies of one element differ between ranks."""
+    """Assemble the ranks' shards. Raises AssertionError where copies of one element differ between ranks."""
     whole: dict[str, torch.Tensor] = {}
     for rank in ranks:
         tensor_rank, size = rank["place"]
@@ -171,7 +171,7 @@ def _place(full: torch.Tensor, shard: torch.Tensor, cut: tuple[int, int] | None,
 
 
 def gradient_trial(trial: Trial) -> Trial:
-    """One step of plain SGD at rate 1 without clipping: the change of the weights is the gradient (Adam would hide its scale)."""
+    """Return a trial of one SGD step at rate 1, unclipped: the weights change by the gradient (Adam would hide its scale)."""
     return replace(trial, optimizer=SGD(lr=1.0), steps=1)
 
 

@@ -1,4 +1,4 @@
-"""Recipes as tools take them: by the path of their file, and layouts as text."""
+"""Reads recipes by the path of their file or from a run directory, and layouts from text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tools.common.console import UsageError
 
 
 def load_recipe(path: str) -> Recipe:
-    """The `recipe` of a recipe file, by path. Raises RecipeError when there is none."""
+    """Return the `recipe` of the recipe file at `path`. Raises RecipeError when there is none."""
     file = Path(path)
     if not file.is_file():
-        raise RecipeError("recipe", [f"{path}: there is no such file; give the path of a recipe, like recipes/llama_1b.py"])
+        raise RecipeError("recipe", [f"{path}: there is no such file; give the path of a recipe, such as recipes/llama_1b.py"])
     spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     module.__package__ = "recipes"  # its imports start at the repository root, as when it runs
@@ -63,9 +63,9 @@ def parse_layout(text: str) -> tuple[Layout, int]:
 
 
 def read_recipe(run: Path) -> Recipe:
-    """What `recipes.common.run_dir.manifest.recipe_to_dict` wrote. Fields that an older run did not know get their defaults.
+    """Read the recipe that `recipes.common.run_dir.manifest.recipe_to_dict` wrote; fields unknown to an older run get defaults.
 
-    Raises UsageError where there is none, or where this version cannot read it.
+    Raises UsageError when there is none, or when this version cannot read it.
     """
     path = run / "recipe.json"
     if not path.is_file():
@@ -73,7 +73,7 @@ def read_recipe(run: Path) -> Recipe:
     try:
         return _restore(json.loads(path.read_text(encoding="utf-8")), Recipe)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is not a recipe that this version reads: {error}") from error
+        raise UsageError(f"{path} is not a recipe that this version can read: {error}") from error
 
 
 def _restore(value: Any, hint: Any) -> Any:

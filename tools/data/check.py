@@ -40,7 +40,7 @@ def check(folder: Path) -> list[str]:
     manifest = read_manifest(folder)
     problems = []
     if tokenizer_hash(folder / "tokenizer") != manifest["tokenizer_hash"]:
-        problems.append("tokenizer/tokenizer.json is not the one that made the shards")
+        problems.append("tokenizer/tokenizer.json is not the tokenizer that made the shards")
     with open(folder / "files.jsonl", "rb") as file:
         num_files = sum(1 for _ in file)
     shards = [shard for split in manifest["splits"] for shard in split_shards(manifest, split)]
@@ -69,7 +69,7 @@ def check_shard(folder: Path, shard: Shard, manifest: dict, num_files: int) -> l
         with open(path, "rb") as file:
             digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
         if digest != shard.checksums[path.name]:
-            problems.append(f"{path.name}: its checksum is not the manifest's, so it changed")
+            problems.append(f"{path.name}: its checksum is not the manifest's: the file changed")
     ends = np.fromfile((folder / shard.file).with_suffix(".ends"), dtype="<u8").astype(np.int64)
     if (np.diff(ends, prepend=0) <= 0).any() or ends[-1] != shard.tokens:
         problems.append(f"{shard.file}: document bounds do not rise to {shard.tokens}")
@@ -80,7 +80,7 @@ def check_shard(folder: Path, shard: Shard, manifest: dict, num_files: int) -> l
         problems.append(f"{shard.file}: holds id {largest}, the vocabulary has {manifest['vocab_size']}")
     open_ended = np.count_nonzero(tokens[ends - 1] != manifest["eos_id"])
     if open_ended and not manifest["packed_for"]:
-        problems.append(f"{shard.file}: {open_ended} documents are not closed by the end token")
+        problems.append(f"{shard.file}: {open_ended} documents do not end with the end token")
     origins = np.fromfile((folder / shard.file).with_suffix(".origins"), dtype=ORIGIN)
     if origins["file"].max() >= num_files or origins["source"].max() >= len(manifest["sources"]):
         problems.append(f"{shard.file}: a document comes from a file or source that is not listed")

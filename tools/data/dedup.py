@@ -1,7 +1,7 @@
-"""Exact duplicates over all inputs: the first of equal documents stays. Memory is bounded by the bucket, not the input.
+"""Finds exact duplicates over all inputs; the first of equal documents stays. Memory is bounded by the bucket, not the input.
 
-One pass hashes every document (128 bits), unit by unit; then buckets of hashes are sorted one after another, and each
-unit gets the list of its documents to drop.
+One pass hashes every document (128 bits), unit by unit; then buckets of hashes are sorted one after another, and each unit gets
+the list of its documents to drop.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def write_hashes(out: Path, number: int, hashes: list[bytes]) -> None:
 
 
 def find_duplicates(out: Path, num_units: int, bucket_hashes: int = BUCKET_HASHES) -> int:
-    """Write the drop list of every unit from the hashes of all: the number of documents dropped."""
+    """Write the drop list of every unit from the hashes of all, and return the number of documents dropped."""
     folder = out / "unfinished" / "drops"
     if not folder.is_dir():
         part = folder.with_name("drops.part")
@@ -69,6 +69,6 @@ def _drop_in_bucket(out: Path, part: Path, num_units: int, bucket: int, buckets:
 
 
 def read_drops(out: Path, number: int) -> set[int]:
-    """Which documents of a unit to drop, by their number among its readable ones; none without deduplication."""
+    """Return which documents of a unit to drop, by their number among its readable ones; none without --dedup."""
     path = drops_path(out, number)
     return set(np.fromfile(path, dtype="<u8").tolist()) if path.is_file() else set()

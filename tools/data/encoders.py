@@ -1,7 +1,7 @@
-"""Text to token ids: Hugging Face `tokenizers` is the reference, `fastokens` (optional) is used where it proves equal.
+"""Encodes text to ids: Hugging Face `tokenizers` is the reference, `fastokens` (optional) is used where it gives the same ids.
 
-It proves itself on a sample of every source before the run and on documents spread over it. Control tokens written out
-in a document are ordinary text to both.
+They are compared on a sample of every source before the run and on documents spread over it. Both treat control tokens written
+out in a document as ordinary text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def reference_tokenizer(tokenizer_file: str) -> Tokenizer:
 
 
 def load_encoder(name: str, tokenizer_file: str) -> Encode:
-    """The encoder `name` for a tokenizer.json. Raises ImportError if its package is missing."""
+    """Return the encoder `name` for a tokenizer.json. Raises ImportError if its package is missing."""
     if name == REFERENCE:
         tokenizer = reference_tokenizer(tokenizer_file)
 
@@ -55,7 +55,7 @@ def load_encoder(name: str, tokenizer_file: str) -> Encode:
 
 
 def first_difference(encode: Encode, reference: Encode, texts: list[str]) -> int | None:
-    """The first text that gets other ids; None if all are equal."""
+    """Return the index of the first text with other ids; None if all are equal."""
     (ids, offsets), (wanted, wanted_offsets) = encode(texts), reference(texts)
     if np.array_equal(offsets, wanted_offsets) and np.array_equal(ids, wanted):
         return None
@@ -67,20 +67,20 @@ def first_difference(encode: Encode, reference: Encode, texts: list[str]) -> int
 
 
 def choose_encoder(choice: str, tokenizer_file: str, sample: list[str]) -> tuple[str, str]:
-    """(encoder, why): the fast one if it is there and gives the reference's ids for `sample`.
+    """Return (encoder, why): the fast one if it is installed and gives the reference's ids for `sample`.
 
-    `choice` is "auto" or a name; a name that cannot be used is a UsageError, never another encoder.
+    `choice` is "auto" or a name; a named encoder that cannot be used raises UsageError, and is never replaced by another.
     """
     if choice == REFERENCE:
-        return REFERENCE, "asked for"
+        return REFERENCE, "as asked for"
     try:
         fast = load_encoder(FAST, tokenizer_file)
         texts = [*TRICKY, *sample]
         different = first_difference(fast, load_encoder(REFERENCE, tokenizer_file), texts)
         reason = None if different is None else f"{FAST} gives other ids for {texts[different][:60]!r}"
     except ImportError:
-        reason = f"{FAST} is not installed (pip install {FAST}: much faster, and checked to be equal)"
-    except Exception as error:  # the package refuses tokenizers it does not know in its own ways
+        reason = f"{FAST} is not installed (pip install {FAST}: much faster, and checked to give the same ids)"
+    except Exception as error:  # the package raises many kinds for tokenizers it does not know
         reason = f"{FAST} cannot read this tokenizer ({error})"
     if reason is None:
         return FAST, f"equal to {REFERENCE} on {len(texts)} sampled documents"

@@ -1,7 +1,7 @@
-"""The inputs of tools.data prepare: which files there are, and how they are cut into pieces of work.
+"""Finds the inputs of tools.data prepare, and divides them into units of work.
 
-A unit of work is a list of pieces of files and depends on the inputs alone, never on the number of processes, so the
-same inputs give the same shards anywhere. What is in a piece is read by tools.data.readers.
+A unit is a list of ranges of files. It depends on the inputs alone, never on the number of processes, so the same inputs give
+the same shards anywhere. tools.data.readers reads the ranges.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tools.common.console import UsageError
 if TYPE_CHECKING:
     import datasets  # slow to import: only where it is needed
 
-SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__")  # never read inside an input folder, nor hidden ones
+SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__")  # skipped inside an input folder, as hidden ones are
 TEXT_ENDINGS = (".txt", ".text", ".md")
 JSON_ENDINGS = (".jsonl", ".ndjson")
 COMPRESSED_ENDINGS = (".gz", ".zst")
-HUB = "hub:"  # an INPUT that starts so is a dataset by name
+HUB = "hub:"  # prefix of an INPUT that is a dataset by name
 MIN_UNIT_BYTES = 1 << 20
 MAX_UNIT_BYTES = 256 << 20
 UNITS = 64  # aimed at between those two
@@ -35,17 +35,17 @@ class InputFile:
     kind: str  # "text", "lines", "jsonl", "parquet", "dataset" (on disk) or "hub"
     bytes: int
     changed_ns: int  # modification time, to notice that an input changed
-    parts: int = 0  # row groups (parquet), rows (dataset), shards (hub); 0 for what is cut by bytes
+    parts: int = 0  # row groups (parquet), rows (dataset), shards (hub); 0 where ranges count bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputRange:
-    """Parts [start, stop) of one file: bytes of plain lines, the parts above of what has any; otherwise all of it."""
+    """Parts [start, stop) of one file: bytes of plain lines, `InputFile.parts` where it has any; otherwise the whole file."""
 
     file: int
     start: int
     stop: int
-    bytes: int  # of input, for the progress
+    bytes: int  # of input, for the progress bar
 
 
 def uncompressed(name: str) -> str:
@@ -55,7 +55,7 @@ def uncompressed(name: str) -> str:
 
 
 def list_files(inputs: list[str], suffixes: list[str], excluded: list[str], text_key: str, each_line: bool) -> list[InputFile]:
-    """Every file to read, in a fixed order. Raises UsageError naming each input that is missing, unknown or empty."""
+    """List every file to read, in a fixed order. Raises UsageError naming each input that is missing, unknown or empty."""
     found: list[InputFile] = []
     problems = []
     for source, name in enumerate(inputs):
@@ -67,7 +67,7 @@ def list_files(inputs: list[str], suffixes: list[str], excluded: list[str], text
             continue
         if len(found) == before:
             wanted = " ".join(suffixes or (*TEXT_ENDINGS, *JSON_ENDINGS, ".parquet"))
-            problems.append(f"{name}: no file ending in {wanted} in it; choose with --suffix")
+            problems.append(f"{name}: holds no file ending in {wanted}; choose with --suffix")
     if problems:
         raise UsageError("\n  ".join(problems))
     return found
@@ -97,7 +97,7 @@ def _files_of(
         elif plain.endswith(".parquet"):
             kind, parts = "parquet", _row_groups(path, text_key)
         elif root.is_dir() and not suffixes and not plain.endswith(TEXT_ENDINGS):
-            continue  # a folder may hold other things; a file that was named, or chosen by --suffix, is text
+            continue  # a folder may hold other files; one that was named, or chosen by --suffix, is text
         state = path.stat()
         yield InputFile(path=str(path), source=source, kind=kind, bytes=state.st_size, changed_ns=state.st_mtime_ns, parts=parts)
 
@@ -155,13 +155,13 @@ def _hub_dataset(name: str, source: int, text_key: str) -> InputFile:
 
 
 def open_hub(name: str) -> datasets.IterableDataset:
-    """The streamed dataset `hub:NAME[:CONFIG[:SPLIT]]` (split "train" unless given)."""
+    """Open the streamed dataset `hub:NAME[:CONFIG[:SPLIT]]` (split "train" unless given)."""
     import datasets
 
     path, config, split = [*name.removeprefix(HUB).split(":"), "", ""][:3]
     try:
         return datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
-    except Exception as error:  # the library raises many kinds; each is the user's to solve
+    except Exception as error:  # the library raises many kinds
         raise UsageError(f"{name}: {type(error).__name__}: {error}") from error
 
 
@@ -171,22 +171,22 @@ def _check_columns(name: str, columns: list[str], text_key: str) -> None:
 
 
 def plan_units(files: list[InputFile]) -> list[list[InputRange]]:
-    """Split the files into units of work of about equal size, each a list of pieces in order."""
+    """Divide the files into units of work of about equal size, each a list of ranges in order."""
     unit_bytes = min(max(sum(file.bytes for file in files) // UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
     units: list[list[InputRange]] = [[]]
     filled = 0
     for number, file in enumerate(files):
-        for piece in _cut(number, file, unit_bytes):
-            if filled and filled + piece.bytes > unit_bytes:
+        for part in _ranges(number, file, unit_bytes):
+            if filled and filled + part.bytes > unit_bytes:
                 units.append([])
                 filled = 0
-            units[-1].append(piece)
-            filled += max(piece.bytes, 1)
+            units[-1].append(part)
+            filled += max(part.bytes, 1)
     return units
 
 
-def _cut(number: int, file: InputFile, unit_bytes: int) -> Iterator[InputRange]:
-    """The pieces of one file. Of what is compressed, or one document, there is one."""
+def _ranges(number: int, file: InputFile, unit_bytes: int) -> Iterator[InputRange]:
+    """Yield the ranges of one file: one only where it is compressed, or a single document."""
     if file.kind == "hub":
         step, end = 1, file.parts
     elif file.parts:
@@ -195,7 +195,7 @@ def _cut(number: int, file: InputFile, unit_bytes: int) -> Iterator[InputRange]:
         step, end = unit_bytes, file.bytes
     else:
         step, end = max(file.bytes, 1), file.bytes
-    for start in range(0, max(end, 1), step):  # an empty file is a piece too: it is counted as an empty document
+    for start in range(0, max(end, 1), step):  # an empty file has a range too: it counts as an empty document
         stop = min(start + step, end)
         size = file.bytes * stop // max(end, 1) - file.bytes * start // max(end, 1)
         yield InputRange(file=number, start=start, stop=stop, bytes=size)

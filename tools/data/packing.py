@@ -1,8 +1,8 @@
-"""Best-fit packing: put documents into sequences so that as few as possible are cut (arXiv 2404.10830).
+"""Packs documents into sequences so that as few as possible are split: best-fit packing (arXiv 2404.10830).
 
-A document longer than a sequence is cut into whole sequences and a rest; rests and documents, longest first, go where
-they leave the least room. Room that is left is filled with end tokens. Sequences then start at multiples of their
-length, which is where the reader cuts anyway.
+A document longer than a sequence is split into whole sequences and a remainder; remainders and documents, longest first, go where
+they leave the least room. End tokens fill the room that is left. Sequences then start at multiples of their length, where the
+reader splits anyway.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def best_fit(lengths: list[int], size: int) -> list[list[int]]:
-    """Bins of capacity `size` for items of `lengths` (each at most `size`): the items in each bin."""
+    """Pack items of `lengths`, each at most `size`, into bins of capacity `size`; return the items of each bin."""
     bins: list[list[int]] = []
     bins_with: dict[int, list[int]] = {}  # room left -> bins
     rooms: list[int] = []  # the keys of it that are in use, sorted
@@ -40,9 +40,9 @@ def best_fit(lengths: list[int], size: int) -> list[list[int]]:
 def pack(
     tokens: np.ndarray, lengths: np.ndarray, origins: np.ndarray, size: int, fill: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents [tokens], [documents], [documents] laid out in sequences of `size` tokens: the same three, by piece.
+    """Lay out documents (tokens [tokens], lengths and origins [documents]) in sequences of `size` tokens.
 
-    Padding (`fill`) belongs to the last piece of its sequence.
+    Returns the same three arrays, by part of a document. Padding (`fill`) belongs to the last part of its sequence.
     """
     ends = np.cumsum(lengths).tolist()
     starts, sizes, document = [], [], []
@@ -53,13 +53,13 @@ def pack(
             document.append(number)
     bins = best_fit(sizes, size)
     out = np.full(len(bins) * size, fill, dtype=tokens.dtype)
-    piece_lengths, order = [], []
+    part_lengths, order = [], []
     for number, items in enumerate(bins):
         at = number * size
         for item in items:
             out[at : at + sizes[item]] = tokens[starts[item] : starts[item] + sizes[item]]
             at += sizes[item]
-            piece_lengths.append(sizes[item])
+            part_lengths.append(sizes[item])
             order.append(document[item])
-        piece_lengths[-1] += (number + 1) * size - at
-    return out, np.array(piece_lengths, dtype=np.int64), origins[np.array(order, dtype=np.int64)]
+        part_lengths[-1] += (number + 1) * size - at
+    return out, np.array(part_lengths, dtype=np.int64), origins[np.array(order, dtype=np.int64)]

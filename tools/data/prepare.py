@@ -1,10 +1,10 @@
-"""Text to token shards: read, split by document hash, encode on all cores, write what recipes.common.data.shards reads.
+"""Tokenizes text into shards: reads, splits by document hash, encodes on all cores, writes what the data loader reads.
 
     python -m tools.data prepare INPUT... --tokenizer T --out DIR
     python -m tools.data prepare INPUT... --train-tokenizer 32000 --out DIR
 
-Stopped at any moment (kill -9 too), the same command goes on where it was and ends with the same bytes. Finished, it does
-nothing. The manifest is written last: without it nothing takes DIR for prepared data. Limit: one machine.
+Stopped at any moment, even by kill -9, the same command continues and ends with the same bytes; once finished, it does nothing.
+dataset.json is written last: without it DIR is not prepared data. Runs on one machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tools.data.shard_writer import SPLITS, Job, Work, files_listing, hash_unit,
 from tools.data.tokenizer import end_token, file_hash, find_tokenizer, make_tokenizer, sample_texts
 from tools.data.workers import do_all
 
-CHECK_BYTES = 2 << 20  # text on which a fast encoder must prove itself before the run
+CHECK_BYTES = 2 << 20  # text on which a fast encoder must equal the reference before the run
 
 
 SHARD_FILE = re.compile(r"(train|validation)_\d{5,}\.(bin|ends|origins)")
@@ -81,11 +81,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prepare(args: argparse.Namespace) -> dict:
-    """Do what the command says: the summary (see `summarise`). Every mistake is raised before anything is written."""
+    """Prepare the data and return the summary (see `summarise`). Mistakes in the command raise before anything is written."""
     if not 0 <= args.validation_fraction < 1:
         raise UsageError(f"--validation-fraction {args.validation_fraction}: must be in [0, 1)")
     if args.best_fit < 0:
-        raise UsageError(f"--best-fit {args.best_fit}: must be a sequence length")
+        raise UsageError(f"--best-fit {args.best_fit}: must be a sequence length, or 0")
     if args.workers < 1:
         raise UsageError(f"--workers {args.workers}: must be at least 1")
     files = list_files(args.inputs, args.suffix, args.exclude, args.text_key, args.each_line)
@@ -98,7 +98,7 @@ def prepare(args: argparse.Namespace) -> dict:
             return summarise(args.out, manifest, already=True)
         raise UsageError(f"{args.out} holds data prepared from other inputs or options; choose another --out or delete it")
     if args.out.exists() and not (args.out / "unfinished").is_dir() and any(args.out.iterdir()):
-        raise UsageError(f"--out {args.out} holds other things; choose a new folder")
+        raise UsageError(f"--out {args.out} holds other files; choose a new folder")
     (args.out / "unfinished").mkdir(parents=True, exist_ok=True)
     with open(args.out / "unfinished" / "lock", "w") as lock:
         try:
@@ -112,7 +112,7 @@ def prepare(args: argparse.Namespace) -> dict:
 
 
 def inputs_fingerprint(args: argparse.Namespace, files: list[InputFile]) -> str:
-    """What the output depends on: the options and each file's path, size and time."""
+    """Hash what the output depends on: the options and each file's path, size and time."""
     digest = hashlib.sha256()
     tokenizer = args.tokenizer and file_hash(find_tokenizer(args.tokenizer))
     options = [FORMAT, VERSION, tokenizer, args.train_tokenizer, args.validation_fraction, args.text_key, args.bad]
@@ -124,31 +124,31 @@ def inputs_fingerprint(args: argparse.Namespace, files: list[InputFile]) -> str:
 
 
 def clear_leftovers(out: Path, fingerprint: str) -> None:
-    """Keep what an interrupted run of the same command finished; drop half-written files, or all if inputs changed."""
+    """Keep what an interrupted run of the same command finished; delete half-written files, or all if inputs changed."""
     state = out / "unfinished" / "inputs.json"
     if not state.is_file() or json.loads(state.read_text()) != fingerprint:
         leftovers = [path for split in SPLITS for path in out.glob(f"{split}_*.*") if SHARD_FILE.fullmatch(path.name)]
         if state.is_file():
-            print("the inputs or options changed since the last run: starting over", file=sys.stderr)
+            print("inputs or options changed since the last run: starting over", file=sys.stderr)
         for path in [*leftovers, *(out / "unfinished").glob("*_*.*")]:
             path.unlink()
         for folder in (out / "tokenizer", out / "unfinished" / "drops"):
             shutil.rmtree(folder, ignore_errors=True)
         write_json(state, fingerprint)
-    for path in (out / "unfinished").glob("*.part"):
+    for path in [*(out / "unfinished").glob("*.part"), *out.glob(".dataset.json.*")]:  # the latter: half a manifest
         if path.is_file():
             path.unlink()
 
 
 def run_units(args: argparse.Namespace, files: list[InputFile], fingerprint: str) -> dict:
-    """Write the tokenizer, every unit that is not there yet, and the manifest: the manifest."""
+    """Write the tokenizer, every missing unit, and the manifest; return the manifest."""
     units = plan_units(files)
     found = args.tokenizer and find_tokenizer(args.tokenizer)
     folder = args.out / "tokenizer"
     make_tokenizer(folder, found or None, args.train_tokenizer, files, units, args.text_key)
     job, vocab_size = make_job(args, folder, sample_texts(files, units, args.text_key, CHECK_BYTES))
     works = [
-        Work(number=number, pieces=unit, files={piece.file: files[piece.file] for piece in unit})
+        Work(number=number, ranges=unit, files={part.file: files[part.file] for part in unit})
         for number, unit in enumerate(units)
     ]
     if args.dedup and not (args.out / "unfinished" / "drops").is_dir():
@@ -160,7 +160,7 @@ def run_units(args: argparse.Namespace, files: list[InputFile], fingerprint: str
 
 
 def make_job(args: argparse.Namespace, folder: Path, sample: list[str]) -> tuple[Job, int]:
-    """The job, and the vocabulary size it writes ids of."""
+    """Return the job and the vocabulary size."""
     tokenizer_file = str(folder / "tokenizer.json")
     tokenizer = reference_tokenizer(tokenizer_file)
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -183,7 +183,7 @@ def make_job(args: argparse.Namespace, folder: Path, sample: list[str]) -> tuple
 def left_to_do(works: list[Work], out: Path, result: Callable[[Path, int], Path]) -> list[Work]:
     todo = [work for work in works if not result(out, work.number).is_file()]
     if len(todo) < len(works):
-        print(f"going on: {len(works) - len(todo)} of {len(works)} units are there", file=sys.stderr)
+        print(f"continuing: {len(works) - len(todo)} of {len(works)} units are done", file=sys.stderr)
     return todo
 
 
@@ -194,7 +194,7 @@ def unit_record(out: Path, number: int) -> Path:
 def write_manifest(
     args: argparse.Namespace, files: list[InputFile], records: list[dict], job: Job, vocab_size: int, fingerprint: str
 ) -> dict:
-    """Write `files.jsonl`, `skipped.jsonl` and, last, `dataset.json`: the manifest.
+    """Write `files.jsonl`, `skipped.jsonl` and, last, the manifest `dataset.json`, and return it.
 
     It holds no times: the same input gives the same bytes.
     """
@@ -234,7 +234,7 @@ def write_manifest(
 
 
 def command(args: argparse.Namespace) -> list[str]:
-    """The arguments that decide what is written, as given: not --out, --workers or --json."""
+    """Return the arguments that decide what is written: not --out, --workers or --json."""
     words = [*args.inputs]
     words += ["--tokenizer", args.tokenizer] if args.tokenizer else ["--train-tokenizer", str(args.train_tokenizer)]
     words += ["--validation-fraction", str(args.validation_fraction), "--text-key", args.text_key, "--bad", args.bad]

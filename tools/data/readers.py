@@ -1,4 +1,4 @@
-"""The documents in a piece of an input file, one at a time, with their place in it."""
+"""Reads the documents in a range of an input file, one at a time, with their place in it."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ ROWS = 1000  # read at once from a table
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    text: str | None  # None: it cannot be read, for the reason in `problem`
+    text: str | None  # None: unreadable, for the reason in `problem`
     offset: int  # bytes from the start of the file; line number (from 1) if compressed; row number in a table
     problem: str = ""
-    bytes: int = 0  # of input it took; 0 where that is not known one by one
+    bytes: int = 0  # of input; 0 where that is not known for each document
 
 
-def read_piece(file: InputFile, piece: InputRange, text_key: str) -> Iterator[Document]:
-    """The documents of one piece, in order."""
+def read_range(file: InputFile, part: InputRange, text_key: str) -> Iterator[Document]:
+    """Yield the documents of one range, in order."""
     if file.kind == "parquet":
-        yield from _parquet(file.path, piece, text_key)
+        yield from _parquet(file.path, part, text_key)
     elif file.kind == "dataset":
-        yield from _disk_dataset(file.path, piece, text_key)
+        yield from _disk_dataset(file.path, part, text_key)
     elif file.kind == "hub":
-        yield from _hub_dataset(file, piece, text_key)
+        yield from _hub_dataset(file, part, text_key)
     else:
         with open_bytes(file.path) as stream:
             if file.kind == "text":
                 yield _decoded(stream.read(MAX_DOCUMENT_BYTES + 1), 0)
             else:
-                yield from _lines(stream, file, piece, text_key)
+                yield from _lines(stream, file, part, text_key)
 
 
 def open_bytes(path: str) -> BinaryIO:
-    """The file's content, uncompressed by its ending."""
+    """Open the file, decompressed according to its ending."""
     if path.endswith(".gz"):
         return gzip.open(path, "rb")
     if path.endswith(".zst"):
@@ -52,22 +52,22 @@ def open_bytes(path: str) -> BinaryIO:
 
 def _decoded(raw: bytes, offset: int) -> Document:
     if len(raw) > MAX_DOCUMENT_BYTES:
-        return Document(text=None, offset=offset, problem=f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB, the most of a shard")
+        return Document(text=None, offset=offset, problem=f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB, the largest shard")
     try:
         return Document(text=raw.decode("utf-8"), offset=offset, bytes=len(raw))
     except UnicodeDecodeError as error:
-        return Document(text=None, offset=offset, problem=f"not UTF-8 at byte {error.start} of it")
+        return Document(text=None, offset=offset, problem=f"not UTF-8 at its byte {error.start}")
 
 
-def _lines(stream: BinaryIO, file: InputFile, piece: InputRange, text_key: str) -> Iterator[Document]:
-    """The lines that begin inside the piece. Blank lines are no documents."""
+def _lines(stream: BinaryIO, file: InputFile, part: InputRange, text_key: str) -> Iterator[Document]:
+    """Yield the lines that begin inside the range, but for blank ones."""
     compressed = file.path.endswith(COMPRESSED_ENDINGS)
     at = 0
-    if piece.start:
-        stream.seek(piece.start - 1)
-        at = piece.start - 1 + len(stream.readline())
+    if part.start:
+        stream.seek(part.start - 1)
+        at = part.start - 1 + len(stream.readline())
     number = 0
-    while compressed or at < piece.stop:
+    while compressed or at < part.stop:
         line = stream.readline(MAX_DOCUMENT_BYTES + 1)
         if not line:
             return
@@ -104,36 +104,36 @@ def _checked(text: object, offset: int, text_key: str, size: int = 0) -> Documen
         return Document(text=None, offset=offset, problem=f"{text_key!r} is {type(text).__name__}, not a string")
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate escape is valid JSON and no text
+    except UnicodeEncodeError:  # a lone surrogate escape is valid JSON but not text
         return Document(text=None, offset=offset, problem=f"{text_key!r} holds a lone surrogate")
     return Document(text=text, offset=offset, bytes=size)
 
 
-def _parquet(path: str, piece: InputRange, text_key: str) -> Iterator[Document]:
+def _parquet(path: str, part: InputRange, text_key: str) -> Iterator[Document]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-        groups = list(range(piece.start, piece.stop))
+        row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
+        groups = list(range(part.start, part.stop))
         for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=[text_key]):
             for text in batch.column(0).to_pylist():
                 yield _checked(text, row, text_key)
                 row += 1
 
 
-def _disk_dataset(path: str, piece: InputRange, text_key: str) -> Iterator[Document]:
+def _disk_dataset(path: str, part: InputRange, text_key: str) -> Iterator[Document]:
     import datasets
 
     rows = datasets.load_from_disk(path)
-    for start in range(piece.start, piece.stop, ROWS):
-        texts = rows[start : min(start + ROWS, piece.stop)][text_key]
+    for start in range(part.start, part.stop, ROWS):
+        texts = rows[start : min(start + ROWS, part.stop)][text_key]
         for row, text in enumerate(texts, start=start):
             yield _checked(text, row, text_key)
 
 
-def _hub_dataset(file: InputFile, piece: InputRange, text_key: str) -> Iterator[Document]:
-    """Rows of one shard of a streamed dataset. Its offset counts from the start of the shard: shard << 40 | row."""
-    for shard in range(piece.start, piece.stop):
+def _hub_dataset(file: InputFile, part: InputRange, text_key: str) -> Iterator[Document]:
+    """Yield the rows of shards of a streamed dataset; an offset counts from the start of its shard: shard << 40 | row."""
+    for shard in range(part.start, part.stop):
         rows = open_hub(file.path).shard(num_shards=file.parts, index=shard)
         for row, record in enumerate(rows):
             yield _checked(record.get(text_key), shard << 40 | row, text_key)

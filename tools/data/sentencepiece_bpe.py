@@ -1,8 +1,8 @@
-"""SentencePiece BPE: train one on text, and write any BPE model as a Hugging Face folder with the same ids.
+"""Trains a SentencePiece BPE on text, and writes any BPE model as a Hugging Face folder with the same ids.
 
-Text comes back exactly: identity normalisation, no dummy prefix, whitespace runs kept, bytes for what the vocabulary
-lacks. One exception: U+2581 is SentencePiece's own mark for a space and decodes as one. Control pieces written out in
-the text (`</s>`) are ordinary text, as in SentencePiece (`split_special_tokens`).
+Decoding returns the text exactly: identity normalisation, no dummy prefix, whitespace runs kept, bytes for what the vocabulary
+lacks. One exception: U+2581 is SentencePiece's own mark for a space and decodes as one. Control pieces written out in the text
+(`</s>`) are ordinary text, as in SentencePiece (`split_special_tokens`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LINES_PER_SENTENCE = 16  # newlines stay inside a sentence, so pieces may hold t
 
 
 def sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Split documents into runs of lines: the trainer wants pieces far smaller than a document."""
+    """Split documents into runs of lines: the trainer wants sentences far smaller than a document."""
     for text in texts:
         lines = text.splitlines(keepends=True)
         for start in range(0, len(lines), LINES_PER_SENTENCE):
@@ -31,7 +31,7 @@ def sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, threads: int) -> bytes:
-    """Train a BPE model with byte fallback on `texts`: the serialized model. Ids: <unk> 0, <s> 1, </s> 2.
+    """Train a BPE model with byte fallback on `texts` and return it serialized. Ids: <unk> 0, <s> 1, </s> 2.
 
     Raises ValueError if `texts` cannot fill such a vocabulary.
     """
@@ -63,7 +63,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, threads: int) -> bytes:
 
 
 def to_hugging_face(model: bytes) -> Tokenizer:
-    """The same BPE as a `tokenizers.Tokenizer`. Raises ValueError, by name, for a model it cannot express."""
+    """Return the same BPE as a `tokenizers.Tokenizer`. Raises ValueError for a model it cannot express, naming the reasons."""
     proto = model_pb2.ModelProto.FromString(model)
     problems = []
     if proto.trainer_spec.model_type != BPE:
@@ -74,7 +74,7 @@ def to_hugging_face(model: bytes) -> Tokenizer:
         problems.append("add_dummy_prefix or remove_extra_whitespaces is on")
     if problems:
         raise ValueError(
-            f"this SentencePiece model cannot be written as an equal tokenizer.json: {'; '.join(problems)}; "
+            f"this SentencePiece model has no equal tokenizer.json: {'; '.join(problems)}; "
             "give the Hugging Face folder of the model as --tokenizer"
         )
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
@@ -90,7 +90,7 @@ def to_hugging_face(model: bytes) -> Tokenizer:
     )
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     if not any(SPACE in piece.lstrip(SPACE) for piece in scores):
-        # No piece has a space after another character, so no merge crosses this cut: it only makes the cache work.
+        # No piece has a space after another character, so no merge crosses this split: it only makes the cache work.
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}*[^{SPACE}]+|{SPACE}+"), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     added = [piece for piece in proto.pieces if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)]
@@ -99,7 +99,7 @@ def to_hugging_face(model: bytes) -> Tokenizer:
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every way to build a piece from two others, best score first."""
+    """Return every way to build a piece from two others, best score first."""
     found = []
     for piece, score in scores.items():
         for cut in range(1, len(piece)):
@@ -112,7 +112,7 @@ def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, 
 def write_folder(model: bytes, folder: Path, sample: list[str]) -> None:
     """Write `folder` as a Hugging Face tokenizer (tokenizer.json, its config, and the .model itself).
 
-    Raises ValueError if one document of `sample` gets other ids than SentencePiece gives it, or does not come back.
+    Raises ValueError if a document of `sample` gets other ids than from SentencePiece, or is not decoded exactly.
     """
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     tokenizer = to_hugging_face(model)
@@ -136,7 +136,7 @@ def write_folder(model: bytes, folder: Path, sample: list[str]) -> None:
 
 
 def check_equal(processor: sentencepiece.SentencePieceProcessor, tokenizer: Tokenizer, sample: list[str]) -> None:
-    """Raise ValueError unless both give the same ids for every document, and the ids give the text back."""
+    """Raise ValueError unless both give the same ids for every document, and the ids decode to its text."""
     tokenizer.encode_special_tokens = True
     for text in sample:
         wanted = processor.encode(text)
@@ -149,4 +149,4 @@ def check_equal(processor: sentencepiece.SentencePieceProcessor, tokenizer: Toke
             )
         exact = SPACE not in text and processor.unk_id() not in wanted
         if exact and tokenizer.decode(ids, skip_special_tokens=False) != text:
-            raise ValueError(f"tokenizer.json does not give back a document that begins {text[:60]!r}")
+            raise ValueError(f"tokenizer.json does not decode a document exactly; it begins {text[:60]!r}")

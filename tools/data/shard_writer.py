@@ -1,4 +1,4 @@
-"""One piece of work of tools.data prepare: read documents, encode them, write the shards. Runs in a worker process."""
+"""Does one unit of work of tools.data prepare, in a worker process: reads documents, encodes them, writes the shards."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tools.data.dedup import document_hash, read_drops, write_hashes
 from tools.data.encoders import REFERENCE, Encode, first_difference, load_encoder
 from tools.data.inputs import InputFile, InputRange
 from tools.data.packing import pack
-from tools.data.readers import Document, read_piece
+from tools.data.readers import Document, read_range
 
 BATCH_BYTES = 4 << 20  # text encoded at once
-SPOT_CHECK_BATCHES = 32  # a document of every so many batches, and of each unit, is checked against the reference
+SPOT_CHECK_BATCHES = 32  # one document in so many batches, and in each unit, is checked against the reference
 SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every piece of work needs to know."""
+    """Settings of every unit of work."""
 
     out: str
     tokenizer_file: str
@@ -63,7 +63,7 @@ class ShardFile:
         self.tokens, self.documents = int(ends[-1]), self.documents + len(lengths)
 
     def keep(self, tokens: np.ndarray, lengths: np.ndarray, origins: np.ndarray) -> None:
-        """Like `add`, for `finish` to pack: the unit's tokens stay in memory until then."""
+        """Collect documents for `finish` to pack: the unit's tokens stay in memory until then."""
         self.kept.append((tokens, lengths, origins))
 
     def _write(self, end: str, values: np.ndarray) -> None:
@@ -72,7 +72,7 @@ class ShardFile:
         self.hashes[end].update(raw)
 
     def finish(self, job: Job) -> dict | None:
-        """Put the files in place; the shard's entry in the manifest, or None if there was nothing to write."""
+        """Put the files in place and return the shard's entry in the manifest, or None if there was nothing to write."""
         if self.kept:
             tokens, lengths, origins = (np.concatenate(column) for column in zip(*self.kept, strict=True))
             packed = pack(tokens, lengths, origins, job.best_fit, job.eos_id)
@@ -99,7 +99,7 @@ class ShardFile:
 
 
 def is_validation(text: bytes, fraction: float) -> bool:
-    """A document's split follows from its text alone, so copies of a document are never in both."""
+    """Choose the split by the document's text alone, so that copies of a document are never in both."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") < fraction * 2**64
 
 
@@ -109,10 +109,10 @@ class Progressed(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One unit: its number, its pieces, and the files they are cut from, by number."""
+    """One unit: its number, its ranges, and their files by number."""
 
     number: int
-    pieces: list[InputRange]
+    ranges: list[InputRange]
     files: Mapping[int, InputFile]
 
 
@@ -127,7 +127,7 @@ class Encoders:
 def hash_unit(job: Job, work: Work, encoders: Encoders, report: Progressed) -> None:
     """Write the hashes of a unit's readable documents, for tools.data.dedup."""
     hashes = []
-    left = sum(piece.bytes for piece in work.pieces)
+    left = sum(part.bytes for part in work.ranges)
     for _, document, raw in _documents(job, work, {"bad": 0, "empty": 0}, []):
         hashes.append(document_hash(raw))
         left -= document.bytes
@@ -146,7 +146,7 @@ def write_unit(job: Job, work: Work, encoders: Encoders, report: Progressed) -> 
     counts = {"documents": 0, "empty": 0, "bad": 0, "duplicates": 0, "text_bytes": 0}
     by_source: dict[int, np.ndarray] = {}
     skipped: list[dict] = []
-    left = sum(piece.bytes for piece in work.pieces)
+    left = sum(part.bytes for part in work.ranges)
     drops = read_drops(folder, work.number)
     documents = _documents(job, work, counts, skipped)
     for number, batch in enumerate(_batches(_without(documents, drops, counts))):
@@ -168,24 +168,24 @@ def write_unit(job: Job, work: Work, encoders: Encoders, report: Progressed) -> 
         "skipped": skipped,
     }
     write_json(folder / "unfinished" / f"unit_{work.number:05d}.json", record)
-    report(0, 0, left)  # what was no document of its own: blank lines, compressed files
+    report(0, 0, left)  # input not counted by documents: blank lines, compressed files
 
 
 def _documents(job: Job, work: Work, counts: dict[str, int], skipped: list[dict]) -> Iterator[tuple[int, Document, bytes]]:
-    """(file, document, its UTF-8) of every readable document; the others are counted and named."""
-    for piece in work.pieces:
-        file = work.files[piece.file]
-        for document in read_piece(file, piece, job.text_key):
+    """Yield (file, document, its UTF-8) of every readable document; count and list the others."""
+    for part in work.ranges:
+        file = work.files[part.file]
+        for document in read_range(file, part, job.text_key):
             if document.text is None:
                 if not job.skip_bad:
                     where = f"{file.path}, offset {document.offset}: {document.problem}"
                     raise UsageError(f"{where}. Pass --bad skip to leave such documents out")
                 counts["bad"] += 1
-                skipped.append({"file": piece.file, "offset": document.offset, "problem": document.problem})
+                skipped.append({"file": part.file, "offset": document.offset, "problem": document.problem})
             elif not document.text:
                 counts["empty"] += 1
             else:
-                yield piece.file, document, document.text.encode("utf-8")
+                yield part.file, document, document.text.encode("utf-8")
 
 
 def _without(documents: Iterator[tuple], drops: set[int], counts: dict[str, int]) -> Iterator[tuple]:
@@ -209,17 +209,17 @@ def _batches(documents: Iterator[tuple]) -> Iterator[list[tuple]]:
 
 
 def _spot_check(job: Job, work: Work, batch: list[tuple], encoders: Encoders) -> None:
-    """Check one document, at another place of the batch in each unit."""
+    """Compare the encoders on one document, at a place of the batch that differs between units."""
     file, document, _ = batch[work.number % len(batch)]
     if first_difference(encoders.encode, encoders.reference, [document.text]) is not None:
         raise UsageError(
-            f"{work.files[file].path}, offset {document.offset}: {job.encoder} and {REFERENCE} give other ids; "
+            f"{work.files[file].path}, offset {document.offset}: {job.encoder} and {REFERENCE} give different ids; "
             f"run again with --encoder {REFERENCE}"
         )
 
 
 def _write_batch(job: Job, work: Work, batch: list, encode: Encode, shards: dict, by_source: dict) -> None:
-    """Encode documents, close each with the end token, and append each to the shard of its split."""
+    """Encode documents, end each with the end token, and append it to the shard of its split."""
     ids, offsets = encode([document.text for _, document, _ in batch])
     lengths = np.diff(offsets) + 1
     tokens = np.insert(ids, offsets[1:], job.eos_id)
@@ -241,5 +241,5 @@ def _write_batch(job: Job, work: Work, batch: list, encode: Encode, shards: dict
 
 
 def files_listing(files: list[InputFile]) -> str:
-    """`files.jsonl` of a prepared folder: line n describes file n of the origins."""
+    """Return the text of `files.jsonl`, whose line n describes file n of the origins."""
     return "".join(json.dumps(asdict(file)) + "\n" for file in files)

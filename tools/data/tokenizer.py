@@ -1,4 +1,4 @@
-"""The tokenizer of a preparation: found, converted or trained, and copied beside the shards it makes."""
+"""Finds, converts or trains the tokenizer of a preparation, and copies it beside the shards."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tokenizers import Tokenizer
 
 from tools.common.console import UsageError
 from tools.data.inputs import InputFile, InputRange
-from tools.data.readers import read_piece
+from tools.data.readers import read_range
 from tools.data.sentencepiece_bpe import train_bpe, write_folder
 
 SAMPLE_BYTES = 16 << 20  # text that a tokenizer is trained on
 SAMPLE_SEED = 20
-CHECKED_DOCUMENTS = 200  # encoded both ways when a SentencePiece model becomes a tokenizer.json
+CHECKED_DOCUMENTS = 200  # encoded both ways when a SentencePiece model is converted to tokenizer.json
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "chat_template.jinja")
 
 
 def find_tokenizer(name: str) -> Path:
-    """The file that defines the tokenizer `name`: a tokenizer.json, or a SentencePiece .model.
+    """Return the file that defines the tokenizer `name`: a tokenizer.json, or a SentencePiece .model.
 
-    What is no path is a name on the Hugging Face hub (its files are fetched once, into the hub's cache).
+    A `name` that is no path is looked up on the Hugging Face hub (its files are fetched once, into the hub's cache).
     """
     path = Path(name)
     if path.is_file() and (path.name == "tokenizer.json" or path.suffix == ".model"):
@@ -42,7 +42,7 @@ def find_tokenizer(name: str) -> Path:
         try:
             folder = huggingface_hub.snapshot_download(name, allow_patterns=list(COPIED))
         except Exception as error:  # offline, unknown, gated: the library raises many kinds
-            raise UsageError(f"--tokenizer {name}: no such path, and the hub says: {error}") from error
+            raise UsageError(f"--tokenizer {name}: no such path, and the hub answered: {error}") from error
         if (Path(folder) / "tokenizer.json").is_file():
             return Path(folder) / "tokenizer.json"
     raise UsageError(f"--tokenizer {name}: neither a folder with tokenizer.json or tokenizer.model, nor such a file")
@@ -56,7 +56,7 @@ def file_hash(path: Path) -> str:
 def make_tokenizer(
     folder: Path, found: Path | None, vocab_size: int, files: list[InputFile], units: list[list[InputRange]], text_key: str
 ) -> None:
-    """Write `folder` as a Hugging Face tokenizer: a copy of `found`, or trained on a sample if that is None.
+    """Write `folder` as a Hugging Face tokenizer: a copy of `found`, or one trained on a sample if that is None.
 
     An interrupted call leaves no folder. Raises UsageError or ValueError.
     """
@@ -83,10 +83,10 @@ def make_tokenizer(
 
 
 def sample_texts(files: list[InputFile], units: list[list[InputRange]], text_key: str, limit_bytes: int) -> list[str]:
-    """Readable documents of about `limit_bytes` in all, from every source and all over it; the same ones every time."""
+    """Return readable documents, about `limit_bytes` in all, spread over every source; the same ones every time."""
     by_source: dict[int, list[int]] = {}
     for number, unit in enumerate(units):
-        for source in {files[piece.file].source for piece in unit}:
+        for source in {files[part.file].source for part in unit}:
             by_source.setdefault(source, []).append(number)
     rng = random.Random(SAMPLE_SEED)
     for numbers in by_source.values():
@@ -106,8 +106,8 @@ def sample_texts(files: list[InputFile], units: list[list[InputRange]], text_key
 
 def _texts_of(files: list, unit: list[InputRange], text_key: str, limit_bytes: int) -> Iterator[tuple[str, int]]:
     total = 0
-    for piece in unit:
-        for document in read_piece(files[piece.file], piece, text_key):
+    for part in unit:
+        for document in read_range(files[part.file], part, text_key):
             if document.text:
                 yield document.text, len(document.text)
                 total += len(document.text)
@@ -116,14 +116,14 @@ def _texts_of(files: list, unit: list[InputRange], text_key: str, limit_bytes: i
 
 
 def end_token(folder: Path, tokenizer: Tokenizer) -> int:
-    """The id that closes each document: `eos_token` of tokenizer_config.json. Raises UsageError without one."""
+    """Return the id that ends each document: `eos_token` of tokenizer_config.json. Raises UsageError without one."""
     config = folder / "tokenizer_config.json"
     token = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
     token = token["content"] if isinstance(token, dict) else token
     found = tokenizer.token_to_id(token) if token else None
     if found is None:
         raise UsageError(
-            f"the tokenizer names no end token: set eos_token in tokenizer_config.json beside its tokenizer.json "
+            f"the tokenizer has no end token: set eos_token in tokenizer_config.json beside its tokenizer.json "
             f"(eos_token={token!r} is not one of its tokens)"
         )
     return found

@@ -20,7 +20,7 @@ Do = Callable[[Job, Work, Encoders, Callable[[int, int, int], None]], None]
 
 def do_all(do: Do, job: Job, todo: list[Work], workers: int, name: str) -> None:
     """Do every unit of `todo`, several at once. The first error stops the rest and is raised."""
-    with progress_bar(name, sum(piece.bytes for work in todo for piece in work.pieces)) as bar:
+    with progress_bar(name, sum(part.bytes for work in todo for part in work.ranges)) as bar:
         if workers == 1 or len(todo) == 1:
             encoders, done = Encoders(job), [0, 0, 0]
 
@@ -62,7 +62,7 @@ def _do_in_processes(do: Do, job: Job, todo: list[Work], workers: int, bar: tqdm
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-_worker: dict = {}  # what _start_worker gives this process; written once, before any work
+_worker: dict = {}  # set once by _start_worker, before any work
 
 
 def _start_worker(job: Job, counters: list) -> None:

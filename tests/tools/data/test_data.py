@@ -128,7 +128,7 @@ def test_check_names_what_is_broken(prepared, tmp_path, capsys):
         "train_00000.bin", "train_00000.ends", "train_00000.bin", "train_00000.bin",
     ]  # fmt: skip
     assert "checksum" in problems[0] and "checksum" in problems[1]
-    assert "holds id 60000, the vocabulary has 300" in problems[2] and "1 documents are not closed" in problems[3]
+    assert "holds id 60000, the vocabulary has 300" in problems[2] and "1 documents do not end with" in problems[3]
     (folder / shard["file"]).unlink()
     assert main(["check", str(folder)]) == 1
     assert "no bytes, the manifest says" in capsys.readouterr().out

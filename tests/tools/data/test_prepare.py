@@ -189,7 +189,7 @@ def test_a_folder_with_other_things_is_left_alone(prepared, tmp_path, capsys):
     path.write_text("some text")
     arguments = [str(path), "--tokenizer", str(prepared[0] / "tokenizer"), "--out", str(tmp_path)]
     assert main(arguments) == 2
-    assert "holds other things" in capsys.readouterr().err
+    assert "holds other files" in capsys.readouterr().err
     assert (tmp_path / "train_00000.bin").read_text() == "mine"
 
 
@@ -322,7 +322,7 @@ def test_a_fast_encoder_that_differs_is_not_used(prepared, tmp_path, monkeypatch
     monkeypatch.setattr("tools.data.prepare.choose_encoder", lambda *_: ("fastokens", "sampled"))
     arguments = [str(path), "--tokenizer", str(prepared[0] / "tokenizer"), "--out", str(tmp_path / "data")]
     assert main([*arguments, "--workers", "1", "--validation-fraction", "0"]) == 2
-    assert f"{path}, offset 0: fastokens and tokenizers give other ids" in capsys.readouterr().err
+    assert f"{path}, offset 0: fastokens and tokenizers give different ids" in capsys.readouterr().err
 
 
 def test_fastokens_writes_the_same_bytes(corpus, prepared, tmp_path):
