@@ -52,7 +52,7 @@ def test_the_quickstart_passes(layout):
 
 def no_all_reduce():
     """A row's partial sums are not summed."""
-    import recipes.common.parallel.tensor_parallel as module
+    import recipes.common.parallel.tensor_styles as module
 
     module.reduce_from = lambda x, group: x
 
