@@ -11,7 +11,6 @@ import numpy as np
 
 from recipes.common.checkpoint.files import damage, read_seal
 from recipes.common.checkpoint.reader import Reader
-from recipes.common.model.sharding import ShardSpec
 from tools.common.console import UsageError, progress_bar
 
 BLOCK_BYTES = 1 << 22
@@ -41,7 +40,7 @@ def damaged_files(folder: Path) -> list[str]:
         progress_bar(f"checking {folder.name}", sum(entry["bytes"] for entry in files.values())) as bar,
         ThreadPoolExecutor(READERS) as pool,  # reading and hashing both let other threads run
     ):
-        found = pool.map(lambda index: damage(folder, share=(index, len(files))), range(len(files)))
+        found = pool.map(lambda index: damage(folder, stride=(index, len(files))), range(len(files)))
         for name, lines in zip(sorted(files), found, strict=True):
             wrong += lines
             bar.update(files[name]["bytes"])
@@ -57,7 +56,7 @@ def damaged_weights(folder: Path) -> list[str]:
     files = sorted(read_seal(folder)["files"])
     small = [index for index, name in enumerate(files) if not name.endswith(".safetensors")]
     for index in small if not wrong else ():
-        wrong += damage(folder, share=(index, len(files)))
+        wrong += damage(folder, stride=(index, len(files)))
     if wrong:
         return wrong
     reader = Reader(folder)
@@ -105,29 +104,17 @@ def gaps(reader: Reader) -> list[str]:
     """List the elements that the index has nowhere or twice, a line for each tensor and kind."""
     found = []
     for name, entry in reader.tensors.items():
-        cut = None if entry["cut"] is None else ShardSpec(*entry["cut"])
         for kind, of_kind in entry["kinds"].items():
-            for rank in range(entry["tensor"] if cut else 1):
-                runs = [(start, stop) for _, _, where, start, stop, _ in of_kind["parts"] if where == rank]
+            for shard in reader.written_shards(name):
+                runs = [(start, stop) for _, _, rank, start, stop, _ in of_kind["parts"] if rank == shard.rank]
                 place = 0
                 for start, stop in sorted(runs):
                     if start != place:
                         break
                     place = stop
-                whole = _stored_elements(tuple(entry["shape"]), cut, rank, entry["tensor"])
+                whole = shard.stored_elements(reader.shape(name))
                 if place != whole:
                     found.append(
                         f"{reader.folder / 'index.json'}: {kind} {name} has a gap or overlap at element {place} of {whole}"
                     )
     return found
-
-
-def _stored_elements(shape: tuple[int, ...], cut: ShardSpec | None, rank: int, size: int) -> int:
-    """Return the length of a tensor rank's flattened shard without the padding at its end."""
-    if cut is None:
-        return math.prod(shape)
-    local = list(shape)
-    local[cut.dim] = cut.local_length(shape[cut.dim], size)
-    if cut.dim == 0 and cut.packs == 1:
-        local[0] = sum(count for _, _, count in cut.ranges(shape[0], rank, size))
-    return math.prod(local)

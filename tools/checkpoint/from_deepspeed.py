@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from transformers import PreTrainedModel
 from recipes.common.checkpoint.files import Part
 from recipes.common.model.decoder import PlanError, find_stack
 from recipes.common.model.initial_weights import build_empty
-from recipes.common.model.sharding import ShardSpec
+from recipes.common.model.sharding import RankShard, ShardSpec, rank_shard
 from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from tools.checkpoint import deepspeed_files as files
 from tools.checkpoint.from_hf import read_config
@@ -46,20 +45,14 @@ class Model:
     buffers: dict[str, torch.Tensor]
     aliases: dict[str, str]  # a tied head -> the embedding
     vocabulary: frozenset[str]  # embedding and head: their rows may have been padded
-    cuts: dict[str, ShardSpec]
+    shards: dict[str, ShardSpec]
 
     def name(self, theirs: str) -> str:
         """Strip stage and wrapper from DeepSpeed's name of a parameter: the Hugging Face name."""
         return theirs[_PREFIX.match(theirs).end() :] if theirs not in self.shapes else theirs
 
-    def cut(self, name: str, tensor: int) -> ShardSpec | None:
-        return self.cuts.get(name) if tensor > 1 else None
-
-    def local(self, name: str, tensor: int) -> Shape:
-        shape, cut = list(self.shapes[name]), self.cut(name, tensor)
-        if cut is not None:
-            shape[cut.dim] = cut.local_length(shape[cut.dim], tensor)
-        return tuple(shape)
+    def shard(self, name: str, rank: int, tensor: int) -> RankShard:
+        return rank_shard(self.shards.get(name), rank, tensor)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -115,11 +108,11 @@ def describe_model(causal: PreTrainedModel, tensor: int) -> Model:
     shapes, buffers = model_shapes(causal)
     try:
         stack = find_stack(causal)
-        cuts = plan_tensor_parallel(causal, stack, tensor).shards
+        shards = plan_tensor_parallel(causal, stack, tensor).shards
     except PlanError as error:
         raise UsageError(f"the checkpoint was saved at tensor={tensor}, and {error}") from error
     vocabulary = frozenset(f"{module}.{leaf}" for module in (stack.embedding, stack.head) for leaf in ("weight", "bias"))
-    return Model(shapes, buffers, parameter_aliases(causal), vocabulary, cuts)
+    return Model(shapes, buffers, parameter_aliases(causal), vocabulary, shards)
 
 
 def check_names(saved: files.DeepSpeedCheckpoint, model: Model) -> None:
@@ -136,8 +129,8 @@ def check_names(saved: files.DeepSpeedCheckpoint, model: Model) -> None:
             name = model.aliases.get(name, name)
             if name not in model.shapes:
                 problems.append(f"unexpected: {long_name} {list(shape) if shape else ''}")
-            elif shape is not None and shape != model.local(name, saved.tensor):
-                wanted = list(model.local(name, saved.tensor))
+            elif shape is not None and shape != model.shard(name, 0, saved.tensor).shape(model.shapes[name]):
+                wanted = list(model.shard(name, 0, saved.tensor).shape(model.shapes[name]))
                 problems.append(
                     f"wrong shape: {long_name} is {list(shape)}, the config's model has {wanted} at tensor={saved.tensor}"
                 )
@@ -168,18 +161,14 @@ def fragment_parts(fragment: files.SavedFragment, model: Model, tensor_rank: int
     name = model.name(fragment.name)
     if name in model.aliases:  # the last stage's copy of a tied weight
         return
-    shape, cut = model.shapes[name], model.cut(name, tensor)
-    if cut is None and tensor_rank > 0:
+    shape, shard = model.shapes[name], model.shard(name, tensor_rank, tensor)
+    if shard.rank != tensor_rank:
         return
-    stop = fragment.start + fragment.states["master"].numel()
-    if cut is not None and cut.dim == 0 and cut.packs == 1:  # padding rows
-        rows = sum(count for _, _, count in cut.ranges(shape[0], tensor_rank, tensor))
-        stop = min(stop, rows * math.prod(shape[1:]))
+    stop = min(fragment.start + fragment.states["master"].numel(), shard.stored_elements(shape))
     if fragment.start < stop:
-        place = (tensor_rank, tensor) if cut is not None else (0, 1)
         for kind, values in fragment.states.items():
             data = values[: stop - fragment.start].detach().float().numpy()
-            yield Part(name, kind, shape, cut, *place, fragment.start, stop, data)
+            yield Part(name, kind, shape, shard, fragment.start, stop, data)
 
 
 def universal_parts(saved: files.DeepSpeedCheckpoint, model: Model, state: dict[str, Any], bar: Any) -> Iterator[Part]:

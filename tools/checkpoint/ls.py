@@ -8,8 +8,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from recipes.common.checkpoint.files import SEAL, CheckpointError
+from recipes.common.checkpoint.files import CheckpointError
 from recipes.common.checkpoint.reader import Reader
+from recipes.common.run_dir.checkpoint_folders import SEAL
 from tools.checkpoint.contents import checkpoint_folders, missized_files
 from tools.common.console import GOOD, human_bytes, table
 

@@ -18,12 +18,12 @@ from recipes.common.checkpoint.files import (
     merge_index,
     publish_folder,
     seal,
-    sealed_checkpoints,
-    step_folder,
     write_rank_file,
 )
 from recipes.common.checkpoint.reader import Reader
-from recipes.common.run_dir.manifest import write_json
+from recipes.common.config.json_files import write_json
+from recipes.common.model.sharding import RankShard
+from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints, step_folder
 from tools.checkpoint.contents import gaps
 from tools.checkpoint.hf_folder import tokenizer_files
 from tools.common.console import CheckError, UsageError
@@ -57,7 +57,7 @@ def refuse_used(out: Path) -> None:
 
 def whole_part(name: str, kind: str, tensor: np.ndarray) -> Part:
     flat = np.ascontiguousarray(tensor).reshape(-1)
-    return Part(name, kind, tensor.shape, None, 0, 1, 0, flat.size, flat)
+    return Part(name, kind, tensor.shape, RankShard(), 0, flat.size, flat)
 
 
 def collected(parts: Iterable[Part]) -> Iterator[list[Part]]:

@@ -28,8 +28,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from recipes.common.checkpoint.files import CheckpointError
 from recipes.common.checkpoint.reader import Reader
+from recipes.common.config.json_files import write_json
 from recipes.common.model.initial_weights import build_empty
-from recipes.common.run_dir.manifest import write_json
 from tools.checkpoint import hf_check
 from tools.checkpoint.contents import damaged_weights, missized_files, open_checkpoint, row_blocks
 from tools.checkpoint.hf_names import TensorGroup, natural, publish, published_groups

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from recipes.common.config.json_files import write_json
 from recipes.common.data.shards import FORMAT, VERSION, tokenizer_hash
-from recipes.common.run_dir.manifest import write_json
 from tools.common.console import GOOD, UsageError, as_usage_error
 from tools.data.dedup import find_duplicates, hashes_path
 from tools.data.encoders import FAST, REFERENCE, choose_encoder, reference_tokenizer

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
+from recipes.common.config.json_files import write_json
 from recipes.common.data.shards import ORIGIN
-from recipes.common.run_dir.manifest import write_json
 from tools.common.console import UsageError
 from tools.data.dedup import document_hash, read_drops, write_hashes
 from tools.data.encoders import REFERENCE, Encode, first_difference, load_encoder

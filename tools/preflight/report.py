@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from recipes.common.config.json_files import write_json
 from recipes.common.config.placement import coordinates
 from recipes.common.recipe import Layout
-from recipes.common.run_dir.manifest import write_json
 from tools.common.console import FAILED, GOOD, human_bytes, table
 from tools.preflight.judge_ranks import Group, usual_speed
 from tools.preflight.problems import Problem

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import AutoConfig
 
-from recipes.common.checkpoint.files import sealed_checkpoints
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.data.document_masking import document_positions
 from recipes.common.data.shards import read_manifest
+from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
 from tools.checkpoint.hf_check import plain_model, set_weights
 from tools.common.console import GOOD, UsageError, progress_bar, quiet_transformers, table
 from tools.common.recipe_io import read_recipe

@@ -17,9 +17,9 @@ import numpy as np
 from recipes.common.anomalies.detector import scan
 from recipes.common.anomalies.events import Event
 from recipes.common.anomalies.rewinds import suspect_steps
-from recipes.common.checkpoint.files import checkpoint_step, sealed_checkpoints
 from recipes.common.data.order import kept_index
 from recipes.common.run_dir.black_box import read_boxes
+from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_checkpoints
 from recipes.common.run_dir.metrics import read_metrics
 from tools.common.console import FAILED, GOOD, UsageError
 from tools.common.logs.log import COLUMNS

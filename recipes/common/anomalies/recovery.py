@@ -47,7 +47,6 @@ from recipes.common.anomalies.rewinds import (
     tries_at,
 )
 from recipes.common.anomalies.step_time import StepTime
-from recipes.common.checkpoint.files import step_folder
 from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.resume import resume
 from recipes.common.checkpoint.saver import Saver
@@ -58,6 +57,7 @@ from recipes.common.engine.trainer import Trainer
 from recipes.common.monitor.monitor import RunMonitor
 from recipes.common.recipe import Recipe
 from recipes.common.run_dir.black_box import BlackBox
+from recipes.common.run_dir.checkpoint_folders import step_folder
 from recipes.common.run_dir.metrics import METRICS, NON_FINITE, RunLog, plain
 from recipes.common.runtime.exits import TrainingError
 

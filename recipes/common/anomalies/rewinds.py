@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from recipes.common.anomalies.events import KINDS, Event
-from recipes.common.checkpoint.files import checkpoint_step, sealed_checkpoints
+from recipes.common.config.json_files import write_json
 from recipes.common.config.lr_schedules import seqs_after
 from recipes.common.data.order import kept_index
 from recipes.common.recipe import Batch, Reaction
-from recipes.common.run_dir.manifest import write_json
+from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_checkpoints
 
 Skips = tuple[tuple[int, int], ...]
 

@@ -1,16 +1,16 @@
-"""A checkpoint on disk: tensors in global Hugging Face coordinates, without a topology, in files that no pickle is in.
+"""Writes and checks a checkpoint: tensors in global Hugging Face coordinates, without a topology, in files without a pickle.
 
     step_00001000/
         rank_00000.safetensors ...   what each rank owned: fp32 fragments of weights and optimizer states
-        index.json                   every tensor: its whole shape, and where each part of it lies in the files
+        index.json                   every tensor: its whole shape, how it was sharded, and where each part of it lies
         state.json                   step, consumed sequences, optimizer step, loss scaler, ...
         model/                       config.json and the tokenizer: all that an export needs
-        checksums.json                the seal: size and checksum of every file above, written last
+        checksums.json               the seal: size and checksum of every file above, written last
 
-A fragment is a run of elements of one parameter's local shard; `ShardSpec` says how that shard lies in the whole tensor, so that
-any rows of any tensor can be read by any later layout (`checkpoint_reader`), and a whole model never has to be in memory.
-Padding is never written. Plain safetensors rather than torch.distributed.checkpoint: its metadata is a pickle, and its
-planner gathers every rank's plan on one rank.
+A fragment is consecutive elements of one parameter's local shard; `RankShard` says how that shard lies in the whole tensor. Any
+later layout can read any rows of any tensor (`reader`), so a whole model never has to be in memory. Padding is never written.
+Plain safetensors rather than torch.distributed.checkpoint: its metadata is a pickle, and its planner gathers every rank's plan on
+one rank.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from recipes.common.model.sharding import ShardSpec
-from recipes.common.run_dir.manifest import write_json
+from recipes.common.config.json_files import unique_keys, write_json
+from recipes.common.model.sharding import RankShard
+from recipes.common.run_dir.checkpoint_folders import SEAL, checkpoint_step, sealed_checkpoints, step_folder
 
 FORMAT = "trifold-checkpoint"
 VERSION = 1
-SEAL = "checksums.json"
 CHUNK_BYTES = 1 << 20  # stays in the processor's cache between hashing and reading or writing: twice as fast as 16 MB
 DTYPES = {"F32": np.float32, "I64": np.int64, "BOOL": np.bool_}
 _NAMES = {np.dtype(value): key for key, value in DTYPES.items()}
@@ -43,41 +43,28 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [start, stop) of the flattened shard of one parameter on one tensor rank."""
+    """Elements [start, stop) of one tensor rank's flattened shard of a parameter."""
 
     name: str
     kind: str
     shape: tuple[int, ...]  # of the whole tensor
-    cut: ShardSpec | None
-    tensor_rank: int
-    tensor: int  # tensor-parallel size
+    shard: RankShard
     start: int
     stop: int
     data: np.ndarray  # flat, [stop - start]
 
 
 def write_rank_file(folder: Path, rank: int, parts: list[Part]) -> dict[str, Any]:
-    """Write this rank's parts, synced to disk. Gives {"file", "bytes", "checksum", "parts"} for the index."""
+    """Write this rank's parts, synced to disk. Return its report for `merge_index`."""
     header, offset, entries = {"__metadata__": {"format": FORMAT, "version": str(VERSION)}}, 0, []
     path = folder / f"rank_{rank:05d}.safetensors"
     for part in parts:
         key = f"{part.kind}:{part.name}"
         end = offset + part.data.nbytes
         header[key] = {"dtype": _NAMES[part.data.dtype], "shape": [part.data.size], "data_offsets": [offset, end]}
-        cut = None if part.cut is None else [part.cut.dim, part.cut.packs]
-        entries.append(
-            [
-                part.name,
-                part.kind,
-                _NAMES[part.data.dtype],
-                part.shape,
-                cut,
-                part.tensor_rank,
-                part.tensor,
-                part.start,
-                part.stop,
-            ]
-        )
+        spec, dtype = part.shard.spec, _NAMES[part.data.dtype]
+        sharded = [None if spec is None else [spec.dim, spec.packs], part.shard.rank, part.shard.size]
+        entries.append([part.name, part.kind, dtype, part.shape, *sharded, part.start, part.stop])
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # safetensors aligns its data
@@ -110,13 +97,13 @@ def _write(file: Any, data: memoryview, *digests: Any) -> None:
 
 
 def merge_index(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """The index of a checkpoint from its ranks' reports: name -> shape, cut, and every part's file and byte offset."""
+    """Return the index of a checkpoint from its ranks' reports: name -> shape, sharding, file and offset of every part."""
     tensors: dict[str, Any] = {}
     for report in reports:
         offset = report["data_start"]
-        for name, kind, dtype, shape, cut, tensor_rank, tensor, start, stop, checksum in report["parts"]:
-            entry = tensors.setdefault(name, {"shape": list(shape), "cut": cut, "tensor": tensor, "kinds": {}})
-            assert entry["shape"] == list(shape) and entry["tensor"] == tensor, name
+        for name, kind, dtype, shape, spec, tensor_rank, tensor_size, start, stop, checksum in report["parts"]:
+            entry = tensors.setdefault(name, {"shape": list(shape), "shard": spec, "tensor_size": tensor_size, "kinds": {}})
+            assert entry["shape"] == list(shape) and entry["tensor_size"] == tensor_size, name
             of_kind = entry["kinds"].setdefault(kind, {"dtype": dtype, "parts": []})
             of_kind["parts"].append([report["file"], offset, tensor_rank, start, stop, checksum])
             offset += (stop - start) * np.dtype(DTYPES[dtype]).itemsize
@@ -127,7 +114,7 @@ def merge_index(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def seal(folder: Path, known: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest over every file in `folder`; `known` gives the sizes and checksums that writers already have."""
+    """Write the seal over every file in `folder`. known: sizes and checksums that writers already have, by file."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL):
         name = str(path.relative_to(folder))
@@ -158,58 +145,42 @@ def file_checksum(path: Path) -> str:
 
 
 def read_seal(folder: Path) -> dict[str, Any]:
-    """The manifest. Raises CheckpointError when the folder was never sealed, the seal is damaged, or of another format."""
+    """Return the seal. Raises CheckpointError when the folder was never sealed, the seal is damaged, or of another format."""
     try:
-        manifest = json.loads((folder / SEAL).read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        # no key twice: one flipped bit makes rank_00000 of rank_00001, and would hide an entry
+        content = json.loads((folder / SEAL).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder}: no {SEAL}, so it is not a finished checkpoint") from None
     except ValueError as error:
         raise CheckpointError(f"{folder / SEAL}: damaged ({error})") from None
-    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(f"{folder / SEAL}: not a {FORMAT} of version {VERSION}")
-    files = manifest.get("files")
+    files = content.get("files")
     if not isinstance(files, dict) or not all(isinstance(f, dict) and f.keys() == {"bytes", "checksum"} for f in files.values()):
         raise CheckpointError(f"{folder / SEAL}: damaged (its list of files)")
-    return manifest
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A name that comes twice hides the other entry: one flipped bit makes rank_00000 of rank_00001."""
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a name comes twice")
     return content
 
 
-def damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """What is wrong with a checkpoint's files, a line each. `share`=(k, n): look at every n-th file from k on only."""
+def damage(folder: Path, *, stride: tuple[int, int] = (0, 1)) -> list[str]:
+    """Return what is wrong with a checkpoint's files, a line each. stride: (k, n) checks every n-th file from k on."""
     try:
         files = read_seal(folder)["files"]
     except CheckpointError as error:
         return [str(error)]
     found = []
-    for name, expected in sorted(files.items())[share[0] :: share[1]]:
+    for name, expected in sorted(files.items())[stride[0] :: stride[1]]:
         path = folder / name
         if not path.is_file():
             found.append(f"{path}: missing")
         elif path.stat().st_size != expected["bytes"]:
-            found.append(f"{path}: {path.stat().st_size} bytes, {expected['bytes']} were written")
+            found.append(f"{path}: has {path.stat().st_size} bytes, {expected['bytes']} were written")
         elif file_checksum(path) != expected["checksum"]:
             found.append(f"{path}: its content changed since it was written (checksum)")
     return found
 
 
-def step_folder(out_dir: Path, step: int) -> Path:
-    return out_dir / "checkpoints" / f"step_{step:08d}"
-
-
-def sealed_checkpoints(out_dir: Path) -> list[Path]:
-    """Checkpoints that carry their final name, oldest first."""
-    return sorted((out_dir / "checkpoints").glob("step_[0-9]*"))
-
-
 def write_model_folder(folder: Path, config: Any, tokenizer: Path) -> None:
-    """config.json and the tokenizer's files: what an export needs beside the weights."""
+    """Write config.json and the tokenizer's files: what an export needs beside the weights."""
     folder.mkdir(exist_ok=True)
     config.save_pretrained(folder)
     if tokenizer.is_dir():
@@ -241,37 +212,33 @@ def _point_latest(folder: Path) -> None:
 
 
 def abandon_later(out_dir: Path, step: int) -> list[Path]:
-    """The run goes on from `step`: later checkpoints move to checkpoints/abandoned, where no resume looks.
+    """Move the checkpoints after `step`, from which the run resumes, to checkpoints/abandoned, where no resume looks.
 
-    Gives their new places. What an earlier return left there is deleted: the folder holds no more than a run keeps.
+    Return their new paths. What an earlier rewind left there is deleted: the folder holds no more than a run keeps.
     """
     later = [folder for folder in sealed_checkpoints(out_dir) if checkpoint_step(folder) > step]
     if not later:
         return []
     _point_latest(step_folder(out_dir, step))
-    place = out_dir / "checkpoints" / "abandoned"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    for folder in reversed(later):  # newest first: cut short, what is left is nearest to where the run goes on
-        os.replace(folder, place / folder.name)
-    return [place / folder.name for folder in later]
-
-
-def checkpoint_step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
+    abandoned = out_dir / "checkpoints" / "abandoned"
+    shutil.rmtree(abandoned, ignore_errors=True)
+    abandoned.mkdir()
+    for folder in reversed(later):  # newest first: if interrupted, those that are left are nearest to `step`
+        os.replace(folder, abandoned / folder.name)
+    return [abandoned / folder.name for folder in later]
 
 
 def out_dir_problems(out_dir: Path, resume_run: bool, resume_step: int | None = None) -> list[str]:
-    """A fresh start must not mix its checkpoints with another run's, and a resume needs one to go on from."""
+    """Return what is wrong with --out-dir: a fresh start must not mix checkpoints with another run's, and a resume needs one."""
     saved = sealed_checkpoints(out_dir)
     if saved and not resume_run:
         return [
-            f"--out-dir={out_dir} holds checkpoints of a run, the newest {saved[-1].name}; go on from it with --resume, or start "
+            f"--out-dir={out_dir} holds checkpoints of a run, the newest {saved[-1].name}; continue it with --resume, or start "
             "afresh in another --out-dir"
         ]
     if resume_run and not saved:
-        return [f"--resume: --out-dir={out_dir} holds no checkpoint to go on from; correct --out-dir, or start without --resume"]
+        return [f"--resume: --out-dir={out_dir} holds no checkpoint to resume from; correct --out-dir, or start without --resume"]
     steps = [checkpoint_step(folder) for folder in saved]
     if resume_step is not None and resume_step not in steps:
-        return [f"--resume-step={resume_step}: --out-dir={out_dir} holds checkpoints of the steps {steps}; give one of these"]
+        return [f"--resume-step={resume_step}: --out-dir={out_dir} holds checkpoints of steps {steps}; give one of these"]
     return []

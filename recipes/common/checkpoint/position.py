@@ -1,4 +1,4 @@
-"""Where a run is: step, sequences consumed, sequences left out."""
+"""Holds where a run is: step, sequences consumed, sequences skipped."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from recipes.common.data.order import kept_index, merge_skips
 
 @dataclass(frozen=True, kw_only=True)
 class RunPosition:
-    """Where a run is: all that the loop itself remembers."""
+    """All that the loop itself remembers."""
 
     step: int = 0
     consumed_seqs: int = 0
     skipped_steps: int = 0
-    skips: tuple[tuple[int, int], ...] = ()  # ranges of sequences that are left out (recipes.common.data.order.kept_index)
+    skips: tuple[tuple[int, int], ...] = ()  # ranges of sequences (recipes.common.data.order.kept_index)
 
     def after_step(self, seqs: int, *, skipped: bool) -> RunPosition:
         return replace(
@@ -28,16 +28,16 @@ class RunPosition:
         )
 
     def skip(self, more: tuple[tuple[int, int], ...]) -> RunPosition:
-        """With more ranges of sequences to skip; those skipped already may be told again, as a restart does.
+        """Return it with more ranges of sequences to skip; those skipped already may be given again, as a restart does.
 
-        Raises CheckpointError for one that begins in what was read already.
+        Raises CheckpointError for a range that begins in what was read already.
         """
         here = int(kept_index(np.array([self.consumed_seqs]), self.skips)[0])
         for start, stop in more:
             known = any(first <= start and stop <= end for first, end in self.skips)
             if start < here and not known:
                 raise CheckpointError(
-                    f"--skip {start}:{stop}: step {self.step} has read up to sequence {here}; go back to a checkpoint before "
+                    f"--skip {start}:{stop}: step {self.step} has read up to sequence {here}; resume from a checkpoint before "
                     f"sequence {start}, or skip from {here} on"
                 )
         return replace(self, skips=merge_skips((*self.skips, *more)))

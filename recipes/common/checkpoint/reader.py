@@ -1,4 +1,8 @@
-"""Random access to a checkpoint's tensors, for any later layout and for export: any rows of any tensor, from the files."""
+"""Reads any part of a checkpoint's tensors straight from its files, for any later layout and for export.
+
+Global rows count in the whole tensor, local ones in the shard of the tensor rank that wrote it; elements, in a flattened shard.
+`RankShard.ranges` maps local to global along the sharded dimension.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ import numpy as np
 import xxhash
 
 from recipes.common.checkpoint.files import CHUNK_BYTES, DTYPES, CheckpointError, read_seal
-from recipes.common.model.sharding import ShardSpec
+from recipes.common.model.sharding import RankShard, ShardSpec
 
 
 def _read_into(path: Path, position: int, out: np.ndarray) -> None:
@@ -38,7 +42,7 @@ def _part_checksum(path: Path, position: int, count: int) -> str:
 
 
 class Reader:
-    """Random access to a sealed checkpoint's tensors by name, straight from the files."""
+    """Random access to a sealed checkpoint's tensors by name."""
 
     def __init__(self, folder: Path) -> None:
         read_seal(folder)
@@ -47,7 +51,7 @@ class Reader:
         self.tensors: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))["tensors"]
 
     def damaged_parts(self, kind: str) -> Iterator[tuple[int, str | None]]:
-        """For every part of a kind: (its bytes, what is wrong or None). Reads nothing of the other kinds."""
+        """Yield (its bytes, what is wrong or None) of every part of a kind. Reads nothing of the other kinds."""
         for name in self.names(kind):
             of_kind = self.tensors[name]["kinds"][kind]
             itemsize = np.dtype(DTYPES[of_kind["dtype"]]).itemsize
@@ -65,78 +69,71 @@ class Reader:
     def kinds(self) -> set[str]:
         return {kind for entry in self.tensors.values() for kind in entry["kinds"]}
 
-    def rows(self, name: str, kind: str, first: int, last: int) -> np.ndarray:
-        """Rows [first, last) of the whole tensor, as a new array. Raises CheckpointError when any of it is not there."""
+    def written_shards(self, name: str) -> list[RankShard]:
+        """Return what the tensor ranks of the run that wrote the tensor held of it: one whole tensor, or every shard."""
         entry = self.tensors[name]
-        shape, size = entry["shape"], entry["tensor"]
-        out = np.empty((last - first, *shape[1:]), dtype=DTYPES[entry["kinds"][kind]["dtype"]])
-        if entry["cut"] is None:
-            self._local(name, kind, 0, first, out)
-            return out
-        cut = ShardSpec(*entry["cut"])
-        for rank in range(size):
-            pieces = cut.ranges(shape[cut.dim], rank, size)
-            if cut.dim == 0:
-                for here, there, count in pieces:
-                    begin, end = max(there, first), min(there + count, last)
-                    if begin < end:
-                        self._local(name, kind, rank, here + begin - there, out[begin - first : end - first])
-                continue
-            local = list(out.shape)
-            local[cut.dim] = cut.local_length(shape[cut.dim], size)
-            shard = np.empty(local, dtype=out.dtype)
-            self._local(name, kind, rank, first, shard)
-            for here, there, count in pieces:
-                into = (slice(None),) * cut.dim + (slice(there, there + count),)
-                source = (slice(None),) * cut.dim + (slice(here, here + count),)
-                out[into] = shard[source]
-        return out
+        if entry["shard"] is None:
+            return [RankShard()]
+        return [RankShard(ShardSpec(*entry["shard"]), rank, entry["tensor_size"]) for rank in range(entry["tensor_size"])]
 
     def whole(self, name: str, kind: str) -> np.ndarray:
         shape = self.shape(name)
-        return self.rows(name, kind, 0, shape[0]) if shape else self._scalar(name, kind)
+        return self.rows(name, kind, 0, shape[0]) if shape else self.rows(name, kind, 0, 1).reshape(())
 
-    def _scalar(self, name: str, kind: str) -> np.ndarray:
-        out = np.empty((1,), dtype=DTYPES[self.tensors[name]["kinds"][kind]["dtype"]])
-        self._local(name, kind, 0, 0, out)
-        return out.reshape(())
+    def rows(self, name: str, kind: str, first: int, last: int) -> np.ndarray:
+        """Return global rows [first, last) as a new array. Raises CheckpointError when any of it is not there."""
+        shape = self.shape(name)
+        assert 0 <= first <= last <= (shape[0] if shape else 1), (name, first, last)
+        out = np.empty((last - first, *shape[1:]), dtype=DTYPES[self.tensors[name]["kinds"][kind]["dtype"]])
+        for shard in self.written_shards(name):
+            if shard.dim == 0:
+                for local_start, global_start, count in shard.ranges(shape):
+                    low, high = max(global_start, first), min(global_start + count, last)
+                    if low < high:
+                        local_rows = out[low - first : high - first]
+                        self._read_rows(name, kind, shard.rank, local_start + low - global_start, local_rows)
+            else:
+                local_rows = np.empty((last - first, *shard.shape(shape)[1:]), dtype=out.dtype)
+                self._read_rows(name, kind, shard.rank, first, local_rows)
+                for local_start, global_start, count in shard.ranges(shape):
+                    out[_along(shard.dim, global_start, count)] = local_rows[_along(shard.dim, local_start, count)]
+        return out
 
-    def _local(self, name: str, kind: str, tensor_rank: int, first_row: int, out: np.ndarray) -> None:
-        """Fill `out` with rows of one tensor rank's shard, starting at `first_row`, from the parts that hold them."""
+    def shard(self, name: str, kind: str, shard: RankShard, start: int, stop: int) -> np.ndarray:
+        """Return elements [start, stop) of any shard of the tensor, flattened, fp32; zero where padded."""
+        shape = self.shape(name)
+        local_shape = shard.shape(shape)
+        width = math.prod(local_shape[1:])
+        first, last = start // width, -(-stop // width)  # local rows
+        out = np.zeros((last - first, *local_shape[1:]), dtype=np.float32)
+        if shard.dim == 0:
+            for local_start, global_start, count in shard.ranges(shape):
+                low, high = max(local_start, first), min(local_start + count, last)
+                if low < high:
+                    to_global = global_start - local_start
+                    out[low - first : high - first] = self.rows(name, kind, low + to_global, high + to_global)
+        else:
+            global_rows = self.rows(name, kind, first, last)
+            for local_start, global_start, count in shard.ranges(shape):
+                out[_along(shard.dim, local_start, count)] = global_rows[_along(shard.dim, global_start, count)]
+        return out.reshape(-1)[start - first * width : stop - first * width]
+
+    def _read_rows(self, name: str, kind: str, rank: int, first: int, out: np.ndarray) -> None:
+        """Fill `out` with local rows of tensor rank `rank`, from row `first` on, from the parts that hold them."""
         flat = out.reshape(-1)
         assert flat.base is not None
-        begin = first_row * math.prod(out.shape[1:])
+        begin = first * math.prod(out.shape[1:])  # elements
         end, filled = begin + flat.size, 0
-        of_kind = self.tensors[name]["kinds"][kind]
-        for file, offset, rank, start, stop, _ in of_kind["parts"]:
+        for file, offset, part_rank, start, stop, _ in self.tensors[name]["kinds"][kind]["parts"]:
             low, high = max(start, begin), min(stop, end)
-            if rank != tensor_rank or low >= high:
+            if part_rank != rank or low >= high:
                 continue
             _read_into(self.folder / file, offset + (low - start) * out.itemsize, flat[low - begin : high - begin])
             filled += high - low
         if filled != flat.size:
             raise CheckpointError(f"{self.folder}: {flat.size - filled} elements of {kind} {name} are in no file")
 
-    def shard(self, name: str, kind: str, cut: ShardSpec | None, rank: int, size: int, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) of the flattened shard that (cut, rank, size) has of the tensor; zero where padded."""
-        shape = self.shape(name)
-        local = list(shape)
-        if cut is not None and size > 1:
-            local[cut.dim] = cut.local_length(shape[cut.dim], size)
-        width = math.prod(local[1:])
-        first, last = start // width, -(-stop // width)
-        out = np.zeros((last - first, *local[1:]), dtype=np.float32)
-        if cut is None or size == 1:
-            out[:] = self.rows(name, kind, first, last)
-        elif cut.dim == 0:
-            for here, there, count in cut.ranges(shape[0], rank, size):
-                begin, end = max(here, first), min(here + count, last)
-                if begin < end:
-                    out[begin - first : end - first] = self.rows(name, kind, there + begin - here, there + end - here)
-        else:
-            rows = self.rows(name, kind, first, last)
-            for here, there, count in cut.ranges(shape[cut.dim], rank, size):
-                into = (slice(None),) * cut.dim + (slice(here, here + count),)
-                source = (slice(None),) * cut.dim + (slice(there, there + count),)
-                out[into] = rows[source]
-        return out.reshape(-1)[start - first * width : stop - first * width]
+
+def _along(dim: int, start: int, count: int) -> tuple[slice, ...]:
+    """Return the index of [start, start + count) along `dim`."""
+    return (slice(None),) * dim + (slice(start, start + count),)

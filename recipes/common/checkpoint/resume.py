@@ -1,4 +1,4 @@
-"""Loading a checkpoint into a trainer: the newest that is intact."""
+"""Loads the newest intact checkpoint into a trainer."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from recipes.common.checkpoint.files import CheckpointError, abandon_later, checkpoint_step, damage, sealed_checkpoints
+from recipes.common.checkpoint.files import CheckpointError, abandon_later, damage
 from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
+from recipes.common.model.sharding import rank_shard
+from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_checkpoints
 
 
 def resume(out_dir: Path, trainer: Trainer, *, last_step: int | None = None) -> RunPosition:
     """Load the newest checkpoint whose every byte is as written, in this layout. Collective.
 
-    Damaged ones are named on stderr and passed over. last_step: none later than this, and later ones are set aside.
+    Damaged ones are named and passed over. last_step: load none later than this, and set later ones aside.
     Raises CheckpointError when none is left.
     """
     folder = _newest_intact(out_dir, trainer, last_step)
@@ -35,13 +37,13 @@ def resume(out_dir: Path, trainer: Trainer, *, last_step: int | None = None) -> 
 
 
 def _newest_intact(out_dir: Path, trainer: Trainer, last_step: int | None) -> Path:
-    """The ranks share the reading; all of them agree."""
+    """Return the folder on which all ranks agree. Each checks some of the files."""
     folders = [f for f in sealed_checkpoints(out_dir)[::-1] if last_step is None or checkpoint_step(f) <= last_step]
     world = dist.get_world_size()
     for folder in folders:
-        found = damage(folder, share=(trainer.grid.rank, world))
+        found = damage(folder, stride=(trainer.grid.rank, world))
         for line in found:
-            print(f"damaged checkpoint passed over: {line}", flush=True)
+            print(f"skipping a damaged checkpoint: {line}", flush=True)
         bad = torch.tensor([float(len(found))], device=trainer.grid.device)
         if world > 1:
             dist.all_reduce(bad)
@@ -49,7 +51,7 @@ def _newest_intact(out_dir: Path, trainer: Trainer, last_step: int | None) -> Pa
             return folder
     until = "" if last_step is None else f" up to step {last_step}"
     where = out_dir / "checkpoints"
-    raise CheckpointError(f"--resume: {where} holds {len(folders)} checkpoints{until} and none is intact; start without --resume")
+    raise CheckpointError(f"--resume: {where} holds {len(folders)} checkpoints{until}, none intact; start without --resume")
 
 
 def load_state(reader: Reader, trainer: Trainer) -> None:
@@ -65,8 +67,8 @@ def load_state(reader: Reader, trainer: Trainer) -> None:
         for partition in zero_state.partitions(trainer):
             for f in partition.fragments:
                 for kind, flat in partition.states.items():
-                    cut = stage.tensor_plan.shards.get(f.name)
-                    data = reader.shard(f.name, kind, cut, grid.tensor_rank, grid.tensor, f.start, f.stop)
+                    shard = rank_shard(stage.tensor_plan.shards.get(f.name), grid.tensor_rank, grid.tensor)
+                    data = reader.shard(f.name, kind, shard, f.start, f.stop)
                     flat[f.offset : f.offset + f.stop - f.start].copy_(torch.from_numpy(data))
         for name, buffer in stage.persistent_buffers():
             buffer.copy_(torch.from_numpy(reader.whole(name, "buffer")))

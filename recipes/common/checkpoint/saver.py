@@ -1,4 +1,4 @@
-"""Saving a run and going on with it, in any layout: `Saver`, `resume`, and which checkpoints are there.
+"""Saves a run beside training, from any layout.
 
 A save copies this rank's partitions to host memory and returns; a thread writes them while training goes on, at most one save
 at a time. The folder is written under another name, sealed when every rank's part is on disk, and renamed; then `latest` is
@@ -21,20 +21,20 @@ import torch.distributed as dist
 
 from recipes.common.checkpoint.files import (
     Part,
-    checkpoint_step,
     merge_index,
     publish_folder,
     seal,
-    sealed_checkpoints,
-    step_folder,
     write_model_folder,
     write_rank_file,
 )
 from recipes.common.checkpoint.position import RunPosition
+from recipes.common.config.json_files import write_json
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
+from recipes.common.model.sharding import RankShard, rank_shard
 from recipes.common.recipe import Recipe, due, from_root
-from recipes.common.run_dir.manifest import recipe_to_dict, write_json
+from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_checkpoints, step_folder
+from recipes.common.run_dir.manifest import recipe_to_dict
 from recipes.common.run_dir.metrics import RunLog
 
 _POLL_SECONDS = 0.02  # how often the sealing thread looks for the other ranks' reports
@@ -45,14 +45,14 @@ class Saver:
 
     def __init__(self, out_dir: Path, trainer: Trainer, recipe: Recipe, log: RunLog | None) -> None:
         self.last_saved: Path | None = None
-        self.stall_seconds = 0.0  # what the last save cost the loop
+        self.stall_seconds = 0.0  # for which the last save blocked the loop
         self._report: dict[str, float] = {}
         self._out_dir, self._trainer, self._recipe, self._log = out_dir, trainer, recipe, log
         self._writing: _Save | None = None
         self._last_time = time.monotonic()
         self._host: dict[tuple[int, str], torch.Tensor] = {}
         if trainer.grid.rank == 0:
-            for left in (out_dir / "checkpoints").glob(".*"):  # a save or a deletion that was cut short
+            for left in (out_dir / "checkpoints").glob(".*"):  # an interrupted save or deletion
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         if dist.get_world_size() > 1:
@@ -62,7 +62,7 @@ class Saver:
         return due(self._recipe.checkpoints.every_steps, step)
 
     def due_by_time(self) -> bool:
-        """By this rank's clock; the ranks agree through the step's votes."""
+        """Whether a save is due by this rank's clock; the ranks agree through the step's votes."""
         minutes = self._recipe.checkpoints.every_minutes
         return minutes > 0 and time.monotonic() - self._last_time > 60 * minutes
 
@@ -104,21 +104,19 @@ class Saver:
             return
         if sealed.item():
             self._report = {"save_seconds": save.seconds, "save_stall_seconds": self.stall_seconds}
-            self._log.note(
-                f"saved {save.folder} ({save.seconds:.1f} s beside training, {self.stall_seconds:.2f} s of it in the way)"
-            )
+            self._log.note(f"saved {save.folder} in {save.seconds:.1f} s ({self.stall_seconds:.2f} s blocking)")
             self._delete_old()
         else:
             reason = error or problem or "another rank could not write its part; see its output"
-            self._log.note(f"could not save {save.folder}: {reason}; training goes on from memory, the last one is kept")
+            self._log.note(f"saving {save.folder} failed: {reason}; training continues, the previous checkpoint is kept")
 
     def report(self) -> dict[str, float]:
-        """For metrics.jsonl, once, after a save has ended: seconds beside training, and of them in the loop's way."""
+        """Return, once after each save, its seconds for metrics.jsonl: total, and blocking."""
         report, self._report = self._report, {}
         return report
 
     def _parts(self) -> list[Part]:
-        """This rank's state, copied to host memory (buffers are kept for the next save)."""
+        """Copy this rank's state to host memory (the buffers are kept for the next save)."""
         stage, grid = self._trainer.stage, self._trainer.grid
         shapes = stage.whole_shapes
         tied_copy = f"{stage.stack.embedding}.weight" if stage.stack.tied and not stage.is_first else None
@@ -126,18 +124,17 @@ class Saver:
         for index, partition in enumerate(zero_state.partitions(self._trainer)):
             host = {kind: self._to_host((index, kind), flat) for kind, flat in partition.states.items()}
             for f in partition.fragments:
-                cut = stage.tensor_plan.shards.get(f.name) if grid.tensor > 1 else None
-                stop = min(f.stop, _unpadded(shapes[f.name], cut, grid.tensor_rank, grid.tensor))
-                if f.name == tied_copy or (cut is None and grid.tensor_rank > 0) or f.start >= stop:
+                shard = rank_shard(stage.tensor_plan.shards.get(f.name), grid.tensor_rank, grid.tensor)
+                stop = min(f.stop, shard.stored_elements(shapes[f.name]))
+                if f.name == tied_copy or shard.rank != grid.tensor_rank or f.start >= stop:  # another rank saves it; padding
                     continue
-                place = (grid.tensor_rank, grid.tensor) if cut is not None else (0, 1)
                 for kind, flat in host.items():
                     data = flat[f.offset : f.offset + stop - f.start]
-                    parts.append(Part(f.name, kind, shapes[f.name], cut, *place, f.start, stop, data))
+                    parts.append(Part(f.name, kind, shapes[f.name], shard, f.start, stop, data))
         if grid.data_rank == 0 and grid.tensor_rank == 0:
             for name, buffer in stage.persistent_buffers():
                 data = buffer.detach().cpu().numpy().reshape(-1)
-                parts.append(Part(name, "buffer", tuple(buffer.shape), None, 0, 1, 0, data.size, data))
+                parts.append(Part(name, "buffer", tuple(buffer.shape), RankShard(), 0, data.size, data))
         if grid.device.type == "cuda":
             torch.cuda.synchronize()
         return parts
@@ -158,7 +155,7 @@ class Saver:
 
 
 class _Save:
-    """One save in flight: a thread that writes this rank's part, and on rank 0 one that seals when all parts are there."""
+    """One save in flight: a thread writes this rank's part, and on rank 0 another seals when all parts are on disk."""
 
     def __init__(self, folder: Path, rank: int, parts: list[Part], state: dict[str, Any], recipe: Recipe) -> None:
         self.folder, self.seconds = folder, 0.0
@@ -179,7 +176,7 @@ class _Save:
         return self._error
 
     def end(self, *, abandon: bool) -> str | None:
-        """Wait for the seal, or give up. On rank 0: None when the checkpoint is sealed, else what went wrong."""
+        """Wait for the seal, or abandon it. On rank 0, return None when the checkpoint is sealed, else what went wrong."""
         if abandon:
             self._abandon.set()
         if self._rank != 0:
@@ -187,7 +184,7 @@ class _Save:
         self._sealer.join()
         if self._hidden.exists():
             shutil.rmtree(self._hidden, ignore_errors=True)
-        return self._seal_error or ("given up" if abandon else None)
+        return self._seal_error or ("abandoned" if abandon else None)
 
     def _write(self) -> None:
         try:
@@ -224,11 +221,3 @@ class _Save:
             self._report(rank).unlink()
         seal(self._hidden, {report["file"]: report for report in reports})
         publish_folder(self._hidden, self.folder)
-
-
-def _unpadded(shape: tuple[int, ...], cut: Any, rank: int, size: int) -> int:
-    """Elements of a flattened shard that are not padding at its end."""
-    if cut is None or cut.dim != 0 or cut.packs != 1:
-        return 1 << 62
-    count = sum(count for _, _, count in cut.ranges(shape[0], rank, size))
-    return count * int(np.prod(shape[1:], dtype=np.int64))

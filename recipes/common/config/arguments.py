@@ -8,8 +8,8 @@ import argparse
 def parse_flags(name: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=f"Train the recipe {name!r}. Flags are about this run only.")
     parser.add_argument("--out-dir", default=f"runs/{name}", help="the run directory (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint in --out-dir")
-    parser.add_argument("--resume-step", type=int, metavar="N", help="go on from this checkpoint; later ones are set aside")
+    parser.add_argument("--resume", action="store_true", help="resume from the newest intact checkpoint in --out-dir")
+    parser.add_argument("--resume-step", type=int, metavar="N", help="resume from this checkpoint; later ones are set aside")
     parser.add_argument(
         "--skip", type=_sequence_range, action="append", default=[], metavar="START:STOP", help="leave out these sequences"
     )

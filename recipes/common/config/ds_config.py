@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.common.config.ds_keys import RECIPE_OWNED, REFUSED, REMOVED, TOP_LEVEL, UNCHECKED_BLOCKS
+from recipes.common.config.json_files import unique_keys
 from recipes.common.config.placement import ONE_PASS
 from recipes.common.recipe import ROOT, Layout, Recipe, RecipeError, Sizes, from_root
 
@@ -44,7 +45,7 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
             [f"deepspeed={name_or_path!r}: there is no {shown}{_nearest(path.name, names)}; ds_configs has {names}"],
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise RecipeError(f"deepspeed={name_or_path!r}", [f"{shown}: not plain JSON: {error}"]) from None
     if not isinstance(config, dict):
@@ -335,15 +336,6 @@ def _nearest(key: str, names: Iterable[str]) -> str:
 def _locate(name_or_path: str) -> Path:
     in_folder = ROOT / "ds_configs" / name_or_path
     return in_folder if Path(name_or_path).name == name_or_path else from_root(name_or_path)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json's object hook; DeepSpeed refuses doubled keys too, but only after the processes have started."""
-    seen = dict(pairs)
-    if len(seen) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key given twice: {sorted({key for key in keys if keys.count(key) > 1})}")
-    return seen
 
 
 def _no_constant(name: str) -> float:

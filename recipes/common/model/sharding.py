@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,43 @@ class ShardSpec:
         for local_start, global_start, count in self.ranges(full.shape[self.dim], rank, size):
             local.narrow(self.dim, local_start, count).copy_(full.narrow(self.dim, global_start, count))
         return local
+
+
+@dataclass(frozen=True)
+class RankShard:
+    """What one tensor rank holds of a tensor: the whole of it, or its shard."""
+
+    spec: ShardSpec | None = None  # None: the whole
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def dim(self) -> int:
+        return 0 if self.spec is None else self.spec.dim
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the local shape, padding included."""
+        if self.spec is None:
+            return whole
+        local = list(whole)
+        local[self.dim] = self.spec.local_length(whole[self.dim], self.size)
+        return tuple(local)
+
+    def ranges(self, whole: tuple[int, ...]) -> list[tuple[int, int, int]]:
+        """Return (local start, global start, count) along `dim`, no padding. A scalar counts as one row."""
+        length = whole[self.dim] if whole else 1
+        return [(0, 0, length)] if self.spec is None else self.spec.ranges(length, self.rank, self.size)
+
+    def stored_elements(self, whole: tuple[int, ...]) -> int:
+        """Return how many elements of the flattened shard come before the padding at its end."""
+        if self.spec is None or self.dim or self.spec.packs > 1:
+            return math.prod(self.shape(whole))  # no such shard is padded
+        return math.prod(whole[1:]) * sum(count for _, _, count in self.ranges(whole))
+
+
+def rank_shard(spec: ShardSpec | None, rank: int, size: int) -> RankShard:
+    """Return a rank's shard; the whole tensor where it is replicated (spec None) or there is one rank."""
+    return RankShard() if spec is None or size == 1 else RankShard(spec, rank, size)
 
 
 @dataclass(frozen=True, kw_only=True)

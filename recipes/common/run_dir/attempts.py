@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from recipes.common.run_dir.checkpoint_folders import SEAL, checkpoint_step, sealed_checkpoints
 from recipes.common.run_dir.heartbeat import Beat, read_beats
 from recipes.common.run_dir.metrics import METRICS, read_metrics
 
@@ -30,7 +31,7 @@ def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
 
 def sealed_step(run_dir: Path) -> int:
     """Of the newest sealed checkpoint; 0 without one."""
-    return max((int(seal.parent.name.removeprefix("step_")) for seal in _seals(run_dir)), default=0)
+    return max((checkpoint_step(seal.parent) for seal in _seals(run_dir)), default=0)
 
 
 def sealed_time(run_dir: Path) -> float:
@@ -39,8 +40,7 @@ def sealed_time(run_dir: Path) -> float:
 
 
 def _seals(run_dir: Path) -> list[Path]:
-    # as recipes.common.checkpoint.files.sealed_checkpoints, which takes torch's seconds to import
-    return list((run_dir / "checkpoints").glob("step_*/checksums.json"))
+    return [seal for folder in sealed_checkpoints(run_dir) if (seal := folder / SEAL).is_file()]
 
 
 def has_begun(run_dir: Path) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.common.run_dir.manifest import write_json
+from recipes.common.config.json_files import write_json
 from recipes.common.run_dir.metrics import Note, Value, encode
 
 WINDOW_STEPS = 256

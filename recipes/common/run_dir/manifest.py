@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from recipes.common.config.json_files import write_json
 from recipes.common.recipe import ROOT, Layout, Recipe, Sizes
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "datasets", "safetensors", "numpy")
@@ -65,20 +66,6 @@ def write_run_files(
     manifest["starts"].append(start | {"data": dict(data or {}), "skips": [list(skip) for skip in skips]})
     write_json(path, manifest)
     return manifest
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` so that `path` is the old file or the whole new one at any moment, after a power cut too."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _start(layout: Layout, sizes: Sizes, hosts: Sequence[str], resumed_step: int | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@
     seconds, tokens_per_second        of this step, whole job
     val_loss          on steps that evaluate; with a blend the mean, and val_loss/FOLDER for each
     data_wait_share   of the step, waiting for its batch
-    save_seconds, save_stall_seconds  on the step after a save has ended: beside training, and of them in its way
+    save_seconds, save_stall_seconds  on the step after a save has ended: total, and blocking
 
     event             the kinds of what the detectors saw at this step (recipes.common.anomalies.detector)
     rewinds, rewound_from_step, lr_factor     once the run went back: how often, from where, and on the learning rate

@@ -10,12 +10,12 @@ import pytest
 from recipes.common.anomalies import recovery
 from recipes.common.anomalies.events import Event
 from recipes.common.anomalies.rewinds import Rewind, lr_factor_at, read_history, tries_at
-from recipes.common.checkpoint.files import sealed_checkpoints
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.checks.recipe_checks import reaction_problems
 from recipes.common.data.order import sequence_position
 from recipes.common.recipe import AdamW, Checkpoints, Constant, Evaluation, Layout, Monitor, Reaction
 from recipes.common.run_dir.black_box import read_boxes
+from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
 from recipes.common.run_dir.metrics import read_metrics
 from tests.support.small_runs import assert_same_state, run
 from tests.support.tiny import tiny_recipe, write_shards

@@ -1,9 +1,8 @@
-"""The format on disk: any cut, written in any fragments, is read back as any other; damage is found; nothing is a pickle."""
+"""The format on disk: any sharding, written in any fragments, is read back as any other; damage is found; nothing is a pickle."""
 
 from __future__ import annotations
 
 import json
-import math
 import pickle
 from itertools import pairwise
 from pathlib import Path
@@ -13,35 +12,27 @@ import pytest
 
 from recipes.common.checkpoint.files import CheckpointError, Part, damage, merge_index, seal, write_rank_file
 from recipes.common.checkpoint.reader import Reader
-from recipes.common.model.sharding import ShardSpec
+from recipes.common.model.sharding import RankShard, ShardSpec, rank_shard
 
 STATE = {"step": 3, "consumed_seqs": 12, "skipped_steps": 0, "optimizer_steps": 3, "loss_scaler": {}, "tied": False}
 
 
-def take(whole: np.ndarray, cut: ShardSpec | None, rank: int, size: int) -> np.ndarray:
+def take(whole: np.ndarray, spec: ShardSpec | None, rank: int, size: int) -> np.ndarray:
     """A tensor rank's shard, padded with zeros: what ShardSpec.take gives, in numpy."""
-    if cut is None:
+    if spec is None:
         return whole
     shape = list(whole.shape)
-    shape[cut.dim] = cut.local_length(whole.shape[cut.dim], size)
+    shape[spec.dim] = spec.local_length(whole.shape[spec.dim], size)
     shard = np.zeros(shape, dtype=whole.dtype)
-    for here, there, count in cut.ranges(whole.shape[cut.dim], rank, size):
-        into = (slice(None),) * cut.dim + (slice(here, here + count),)
-        source = (slice(None),) * cut.dim + (slice(there, there + count),)
+    for local_start, global_start, count in spec.ranges(whole.shape[spec.dim], rank, size):
+        into = (slice(None),) * spec.dim + (slice(local_start, local_start + count),)
+        source = (slice(None),) * spec.dim + (slice(global_start, global_start + count),)
         shard[into] = whole[source]
     return shard
 
 
-def unpadded(whole: np.ndarray, cut: ShardSpec | None, rank: int, size: int) -> int:
-    """Elements of a flattened shard before the padding at its end."""
-    if cut is None or cut.dim:
-        return take(whole, cut, rank, size).size
-    rows = sum(count for _, _, count in cut.ranges(whole.shape[0], rank, size))
-    return rows * math.prod(whole.shape[1:])
-
-
-def random_cut(rng: np.random.Generator, shape: tuple[int, ...], size: int) -> ShardSpec | None:
-    """A cut that a plan may ask for: only whole rows of one pack may need padding."""
+def random_spec(rng: np.random.Generator, shape: tuple[int, ...], size: int) -> ShardSpec | None:
+    """A sharding that a plan may ask for: only whole rows of one pack may need padding."""
     options: list[ShardSpec | None] = [None]
     if shape:
         options.append(ShardSpec(0))
@@ -57,18 +48,18 @@ def random_fragments(rng: np.random.Generator, total: int, ranks: int) -> list[t
 
 
 def write(folder: Path, tensors: dict[str, np.ndarray], rng: np.random.Generator) -> None:
-    """A sealed checkpoint of `tensors` (name -> whole), each as master and exp_avg, under random cuts and data splits."""
+    """A sealed checkpoint of `tensors` (name -> whole), each as master and exp_avg, under random shardings and data splits."""
     folder.mkdir(parents=True)
     size, data = int(rng.integers(1, 5)), int(rng.integers(1, 4))
     parts: list[list[Part]] = [[] for _ in range(size * data)]
     for name, whole in tensors.items():
-        cut = random_cut(rng, whole.shape, size) if size > 1 else None
+        spec = random_spec(rng, whole.shape, size) if size > 1 else None
         for kind, values in (("master", whole), ("exp_avg", -whole)):
-            for tensor_rank in range(size if cut else 1):
-                flat = take(values, cut, tensor_rank, size).reshape(-1)
-                for data_rank, start, stop in random_fragments(rng, unpadded(values, cut, tensor_rank, size), data):
-                    place = (tensor_rank, size) if cut else (0, 1)
-                    part = Part(name, kind, whole.shape, cut, *place, start, stop, flat[start:stop])
+            for tensor_rank in range(size if spec else 1):
+                shard = rank_shard(spec, tensor_rank, size)
+                flat = take(values, spec, tensor_rank, size).reshape(-1)
+                for data_rank, start, stop in random_fragments(rng, shard.stored_elements(whole.shape), data):
+                    part = Part(name, kind, whole.shape, shard, start, stop, flat[start:stop])
                     owner = parts[data_rank * size + tensor_rank]
                     if not any((p.name, p.kind) == (name, kind) for p in owner):
                         owner.append(part)
@@ -88,7 +79,7 @@ def random_tensors(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_every_box_reads_back_whatever_the_cut(tmp_path: Path, seed: int) -> None:
+def test_every_part_reads_back_whatever_the_sharding(tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     tensors = random_tensors(rng)
     write(tmp_path / "c", tensors, rng)
@@ -104,12 +95,12 @@ def test_every_box_reads_back_whatever_the_cut(tmp_path: Path, seed: int) -> Non
             first, last = sorted(rng.integers(0, whole.shape[0] + 1, 2).tolist())
             np.testing.assert_array_equal(reader.rows(name, kind, first, last), values[first:last])
             size = int(rng.integers(1, 6))
-            cut = random_cut(rng, whole.shape, size)
+            spec = random_spec(rng, whole.shape, size)
             for rank in range(size):
-                flat = take(values, cut if size > 1 else None, rank, size).reshape(-1)
+                flat = take(values, spec if size > 1 else None, rank, size).reshape(-1)
                 start, stop = sorted(rng.integers(0, flat.size + 1, 2).tolist())
-                found = reader.shard(name, kind, cut, rank, size, start, stop)
-                np.testing.assert_array_equal(found, flat[start:stop], err_msg=f"{name} {cut} {rank}/{size}")
+                found = reader.shard(name, kind, rank_shard(spec, rank, size), start, stop)
+                np.testing.assert_array_equal(found, flat[start:stop], err_msg=f"{name} {spec} {rank}/{size}")
 
 
 def test_one_flipped_bit_in_the_seal_cannot_hide_a_file(tmp_path: Path) -> None:
@@ -120,7 +111,7 @@ def test_one_flipped_bit_in_the_seal_cannot_hide_a_file(tmp_path: Path) -> None:
     seal(folder, {})
     text = (folder / "checksums.json").read_text()
     (folder / "checksums.json").write_text(text.replace("rank_00000", "rank_00001"))
-    assert "a name comes twice" in damage(folder)[0]
+    assert "key given twice" in damage(folder)[0]
 
 
 def test_every_byte_of_a_small_file_and_some_of_each_large_one_is_guarded(tmp_path: Path) -> None:
@@ -150,7 +141,7 @@ def test_ranks_that_share_the_reading_find_the_same(tmp_path: Path) -> None:
     write(tmp_path / "c", random_tensors(rng), rng)
     (tmp_path / "c" / "rank_00000.safetensors").write_bytes(b"")
     alone = damage(tmp_path / "c")
-    shared = [line for k in range(3) for line in damage(tmp_path / "c", share=(k, 3))]
+    shared = [line for k in range(3) for line in damage(tmp_path / "c", stride=(k, 3))]
     assert len(alone) == 1 and shared == alone
 
 
@@ -175,7 +166,7 @@ def test_a_tensor_with_a_hole_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     folder.mkdir()
     data = np.arange(6, dtype=np.float32)
-    report = write_rank_file(folder, 0, [Part("w", "master", (4, 3), None, 0, 1, 0, 6, data)])
+    report = write_rank_file(folder, 0, [Part("w", "master", (4, 3), RankShard(), 0, 6, data)])
     (folder / "index.json").write_text(json.dumps(merge_index([report])))
     (folder / "state.json").write_text(json.dumps(STATE))
     seal(folder, {report["file"]: report})

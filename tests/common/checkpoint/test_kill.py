@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.common.checkpoint.files import sealed_checkpoints
 from recipes.common.recipe import Checkpoints, Evaluation
+from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
 from recipes.common.run_dir.metrics import read_metrics
 from tests.support.small_runs import assert_same_state, run
 from tests.support.tiny import tiny_recipe, write_shards

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipes.common.checkpoint.files import damage, out_dir_problems, sealed_checkpoints
+from recipes.common.checkpoint.files import damage, out_dir_problems
 from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.checkpoint.saver import Saver
 from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.recipe import Checkpoints, Evaluation, Layout, derive_sizes
+from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
 from tests.support.small_runs import assert_same_state, run
 from tests.support.tiny import tiny_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import RankError, run_ranks
@@ -63,7 +64,7 @@ def test_a_step_without_a_checkpoint_is_refused_with_those_that_have_one(tmp_pat
         (tmp_path / f"checkpoints/step_{step:08d}").mkdir(parents=True)
     assert out_dir_problems(tmp_path, True, 10) == []
     assert out_dir_problems(tmp_path, True, 7) == [
-        f"--resume-step=7: --out-dir={tmp_path} holds checkpoints of the steps [5, 10]; give one of these"
+        f"--resume-step=7: --out-dir={tmp_path} holds checkpoints of steps [5, 10]; give one of these"
     ]
 
 
@@ -168,7 +169,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(data, tmp_path):
 
 
 def test_resume_with_nothing_intact_says_so(data, tmp_path):
-    with pytest.raises(RankError, match=r"holds 0 checkpoints and none is intact"):
+    with pytest.raises(RankError, match=r"holds 0 checkpoints, none intact"):
         run(tiny_recipe(data), 1, tmp_path, resume=True)
 
 

@@ -525,12 +525,12 @@ def _call_main(recipe, flags, world_size):
 def test_a_fresh_start_over_checkpoints_and_a_resume_without_one(data, tmp_path):
     recipe, out_dir = tiny_recipe(data), tmp_path / "run"
     title = "error: recipe 'tiny' on 1 GPUs:\n  - "
-    nothing = f"--resume: --out-dir={out_dir} holds no checkpoint to go on from; correct --out-dir, or start without --resume\n"
+    nothing = f"--resume: --out-dir={out_dir} holds no checkpoint to resume from; correct --out-dir, or start without --resume\n"
     assert _main(recipe, ["--out-dir", out_dir, "--resume"]) == (2, "", title + nothing)
     for step in (3, 12):
         (out_dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
     over = (
-        f"--out-dir={out_dir} holds checkpoints of a run, the newest step_00000012; go on from it with --resume, or start afresh "
+        f"--out-dir={out_dir} holds checkpoints of a run, the newest step_00000012; continue it with --resume, or start afresh "
         "in another --out-dir\n"
     )
     assert _main(recipe, ["--out-dir", out_dir]) == (2, "", title + over)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
+from recipes.common.config.json_files import write_json
 from recipes.common.recipe import WSD, AdamW, Batch, Layout, Recipe, derive_sizes
-from recipes.common.run_dir.manifest import git_state, recipe_to_dict, write_json, write_run_files
+from recipes.common.run_dir.manifest import git_state, recipe_to_dict, write_run_files
 
 
 def make_recipe() -> Recipe:

@@ -12,6 +12,7 @@ import pytest
 
 from recipes.common.checkpoint.files import Part, merge_index, seal, write_rank_file
 from recipes.common.checkpoint.reader import Reader
+from recipes.common.model.sharding import RankShard
 from recipes.common.recipe import Checkpoints, Evaluation, Layout
 from tests.support.small_runs import call, small_recipe, train_run, write_data
 from tests.support.tiny import tiny_config
@@ -35,7 +36,7 @@ def run(tmp_path_factory):
 
 def write(folder: Path, tensors: dict[tuple[str, str], np.ndarray], **state: object) -> Path:
     folder.mkdir(parents=True)
-    parts = [Part(n, k, t.shape, None, 0, 1, 0, t.size, t.reshape(-1)) for (n, k), t in tensors.items()]
+    parts = [Part(n, k, t.shape, RankShard(), 0, t.size, t.reshape(-1)) for (n, k), t in tensors.items()]
     report = write_rank_file(folder, 0, parts)
     (folder / "index.json").write_text(json.dumps(merge_index([report])))
     (folder / "state.json").write_text(json.dumps({"step": 1, "consumed_seqs": 4, "tied": False, "world_size": 1} | state))
@@ -79,7 +80,7 @@ def test_verify_names_what_is_damaged(run, tmp_path):
 
 def test_verify_finds_gaps_that_checksums_cannot(tmp_path):
     data = np.arange(12, dtype=np.float32)
-    whole = [Part("w", "master", (4, 3), None, 0, 1, a, b, data[a:b]) for a, b in ((0, 5), (5, 12))]
+    whole = [Part("w", "master", (4, 3), RankShard(), a, b, data[a:b]) for a, b in ((0, 5), (5, 12))]
     for number, (parts, found) in enumerate([(whole, 0), (whole[:1], 1), (whole[1:], 1), ([whole[0], whole[0]], 1)]):
         folder = tmp_path / str(number)
         folder.mkdir()

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from recipes.common.checkpoint.files import sealed_checkpoints
 from recipes.common.recipe import ROOT
+from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
 from recipes.common.run_dir.heartbeat import read_beats
 from tests.support.small_runs import assert_same_state
 from tests.support.supervised import (
@@ -137,7 +137,7 @@ def test_a_full_disk_costs_a_save_and_nothing_else(straight, tmp_path):
         (disk / "ballast").write_bytes(bytes(110 << 20))  # a checkpoint takes 20 MB
         run_dir = disk / "run"
         supervisor = supervise(recipe, run_dir)
-        wait_until(lambda: f"could not save {run_dir}/checkpoints/step_00000010" in output(run_dir), what=lambda: output(run_dir))
+        wait_until(lambda: f"saving {run_dir}/checkpoints/step_00000010 failed" in output(run_dir), what=lambda: output(run_dir))
         os.kill(read_beats(run_dir)[1].pid, signal.SIGKILL)  # and a rank is lost before there is any checkpoint
         (disk / "ballast").unlink()
         assert supervisor.wait(120) == 0, output(run_dir)
