@@ -41,4 +41,4 @@ take_words "$@"
 # give up a dead connection, and a host that does not answer, after 10 s: ssh itself waits for minutes
 export PDSH_SSH_ARGS_APPEND="-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2 ${PDSH_SSH_ARGS_APPEND:-}"
 supervisor+=(--hostfile "$hostfile" --probe 'ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true')
-supervise deepspeed --hostfile '{hostfile}' --no_ssh_check '{force_multi}' --master_addr '{master}' --master_port '{port}'
+supervise deepspeed --log_level "${TRIFOLD_LAUNCHER_LOG_LEVEL:-error}" --hostfile '{hostfile}' --no_ssh_check '{force_multi}' --master_addr '{master}' --master_port '{port}'

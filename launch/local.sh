@@ -27,5 +27,9 @@ own_flag() {
 }
 
 take_words "$@"
+# DeepSpeed warns at each import where it has to find out that there is no GPU
+if [[ -z "${DS_ACCELERATOR:-}" && ! -e /dev/kfd ]] && ! compgen -G '/dev/nvidia[0-9]*' > /dev/null && ! command -v nvidia-smi > /dev/null; then
+    export DS_ACCELERATOR=cpu
+fi
 # --hostfile: without it, DeepSpeed would use a hostfile at its default path and start other machines too
-supervise deepspeed --hostfile /dev/null --master_port '{port}' "${processes[@]}"
+supervise deepspeed --log_level "${TRIFOLD_LAUNCHER_LOG_LEVEL:-error}" --hostfile /dev/null --master_port '{port}' "${processes[@]}"

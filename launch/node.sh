@@ -37,7 +37,7 @@ for index in "${!hosts[@]}"; do
 done
 [[ "$node_rank" =~ ^[0-9]+$ && "$node_rank" -lt "${#hosts[@]}" ]] || fail "this machine is none of ${hosts[*]}: set NODE_RANK to its index"
 
-command=(deepspeed --no_ssh --node_rank "$node_rank" --master_addr "$master" --master_port "$port")
+command=(deepspeed --log_level "${TRIFOLD_LAUNCHER_LOG_LEVEL:-error}" --no_ssh --node_rank "$node_rank" --master_addr "$master" --master_port "$port")
 if [[ -n "$print" ]]; then
     printf '%q ' "${command[@]}" --hostfile "<(lines of HOST slots=$slots)" "$@"
     echo

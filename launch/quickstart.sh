@@ -92,7 +92,7 @@ if [[ ! -f "$data/dataset.json" ]]; then
 fi
 
 port="${MASTER_PORT:-$((20000 + RANDOM % 20000))}" # almost always free: two runs must not share a port
-training=(deepspeed --hostfile /dev/null --master_port "$port" --num_gpus "$processes" recipes/quickstart.py --out-dir "$out")
+training=(deepspeed --log_level "${TRIFOLD_LAUNCHER_LOG_LEVEL:-error}" --hostfile /dev/null --master_port "$port" --num_gpus "$processes" recipes/quickstart.py --out-dir "$out")
 [[ -z "$steps" ]] || training+=(--max-steps "$steps")
 run group "${training[@]}"
 

@@ -82,11 +82,11 @@ POD = {"POD_JOB": "job", "POD_NODES": "2", "POD_SLOTS": "4"}
     ("name", "words", "variables", "supervisor", "launcher"),
     [
         ("local.sh", ["--processes", "2"], {}, ["--processes", "2"],
-         "deepspeed --hostfile /dev/null --master_port {port} --num_gpus 2"),
-        ("local.sh", ["--restarts", "0"], {}, ["--restarts", "0"], "deepspeed --hostfile /dev/null --master_port {port}"),
+         "deepspeed --log_level error --hostfile /dev/null --master_port {port} --num_gpus 2"),
+        ("local.sh", ["--restarts", "0"], {}, ["--restarts", "0"], "deepspeed --log_level error --hostfile /dev/null --master_port {port}"),
         ("hostfile.sh", ["--spares", "1", "--hostfile", os.devnull], {},
          ["--spares", "1", "--hostfile", os.devnull, "--probe", "ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true"],
-         "deepspeed --hostfile {hostfile} --no_ssh_check {force_multi} --master_addr {master} --master_port {port}"),
+         "deepspeed --log_level error --hostfile {hostfile} --no_ssh_check {force_multi} --master_addr {master} --master_port {port}"),
         ("slurm.sbatch", ["--processes", "8", "--min-hosts", "3"], {},
          ["--min-hosts", "3", "--hostfile", "HOSTFILE", "--requeue", "--probe",
           "srun --overlap --immediate=10 --nodes=1 --ntasks=1 --nodelist={host} true"],
@@ -119,7 +119,9 @@ def test_a_node_prints_its_command() -> None:
     words = ["launch/node.sh", "--print", "a,b,c", 8, "10.0.0.1", 29500, "recipes/quickstart.py", "--max-steps", 3]
     for place in ({"NODE_RANK": "1"}, {"SLURMD_NODENAME": "b"}):
         result = run("bash", *words, env=os.environ | place)
-        assert result.stdout.startswith("deepspeed --no_ssh --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 --hostfile")
+        assert result.stdout.startswith(
+            "deepspeed --log_level error --no_ssh --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 --hostfile"
+        )
         assert result.stdout.endswith(" recipes/quickstart.py --max-steps 3 \n")
     nowhere = run("bash", *words, env=os.environ | {"SLURMD_NODENAME": "d"})
     assert nowhere.returncode == 2
