@@ -1,4 +1,4 @@
-"""main(recipe): check everything, build this rank's part, and run the loop. The one loop of the project is `train` below."""
+"""main(recipe): checks everything, starts the run on this rank, and trains. The one loop of the project is `train` below."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,16 @@ from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_siz
 from recipes.common.run_dir.manifest import recipe_to_dict, write_run_files
 from recipes.common.run_dir.metrics import RunLog
 from recipes.common.runtime.exits import end_rank, guard_rank
-from recipes.common.runtime.stop_signal import LeaveRequest
+from recipes.common.runtime.stop_signal import StopRequest
 from recipes.common.runtime.supervisor_link import SupervisorLink
 
 SKIPS_IN_A_ROW = 32  # steps that overflow and do not apply: fp16's scale has then fallen from its start to 1
 
 
 def main(recipe: Recipe) -> None:
-    """The entry point of every recipe file.
+    """Train `recipe` as the command line says: the entry point of every recipe file.
 
-    Exit codes: 0 done or left on request, 1 the run failed, 2 the recipe or the flags are wrong, 3 the numbers are useless.
+    Exit codes: 0 finished or stopped on request, 1 failed, 2 the recipe or the flags are wrong, 3 the numbers are useless.
     """
     flags = parse_flags(recipe.name)
     world_size = flags.world_size or int(os.environ.get("WORLD_SIZE", "1"))
@@ -68,14 +69,81 @@ def main(recipe: Recipe) -> None:
             print(describe_run(recipe, layout, sizes))
             print(json.dumps(ds_config, indent=2))
         return
-    run = {"resume_run": flags.resume, "resume_step": flags.resume_step, "max_steps": flags.max_steps, "skips": flags.skip}
-    run |= {"trace_steps": flags.trace_steps}
+    start = {"resume_run": flags.resume, "resume_step": flags.resume_step, "max_steps": flags.max_steps, "skips": flags.skip}
     with guard_rank(out_dir, rank, link.report_exit):
-        finished = train(recipe, layout, sizes, ds_config, out_dir, **run)
+        finished = train(start_run(recipe, layout, sizes, ds_config, out_dir, **start, trace_steps=flags.trace_steps))
         end_rank(lambda: link.report_exit("finished" if finished else "left"))
 
 
-def train(
+@dataclass(frozen=True)
+class Run:
+    """One start of a run, on this rank: all that the loop works with."""
+
+    recipe: Recipe
+    trainer: Trainer
+    position: RunPosition  # where the loop begins
+    last_step: int
+    phases: Phases
+    saver: Saver
+    monitor: RunMonitor
+    recovery: Recovery
+    stop: StopRequest
+    log: RunLog | None  # on rank 0
+
+
+def train(run: Run) -> bool:
+    """Train to the run's last step. Returns whether it was reached: False after a request to stop."""
+    recipe, trainer, phases, recovery = run.recipe, run.trainer, run.phases, run.recovery
+    position, skips_in_a_row = run.position, 0
+    batches = open_reader(recipe, trainer.grid, position.skips)
+    if position.step == 0 and recipe.evaluation.every_steps:
+        write_record(run, {"step": 0} | evaluate(recipe, trainer))
+    while position.step < run.last_step:
+        step = position.step + 1
+        phases.enter(step, "data")
+        started = time.perf_counter()
+        seqs = global_seqs_at(recipe.batch, position.consumed_seqs)
+        tokens = seqs * recipe.batch.seq_len
+        lr = learning_rate_at(recipe, step, position.consumed_seqs * recipe.batch.seq_len + tokens) * recovery.lr_factor(step)
+        trainer.set_global_seqs(seqs)
+        seed_dropout(recipe.seed, step, trainer.grid)
+        micro_batches = batches.next(position.consumed_seqs, seqs)
+
+        phases.enter(step, "step")
+        run.monitor.before_step(step)
+        votes = (run.stop.requested(), trainer.grid.rank == 0 and run.saver.due_by_time())
+        result = trainer.train_step(micro_batches, lr, tokens, votes, recovery.norm_ceiling())
+        stopping, time_to_save = result.votes
+
+        phases.enter(step, "log")
+        position = position.after_step(seqs, skipped=result.skipped)
+        skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
+        record = step_record(recipe, position, result, lr, tokens, time.perf_counter() - started, batches.wait_seconds)
+        with recovery.box_at_end(position):
+            record |= run.monitor.after_step(step, result, micro_batches, tokens)
+        if recipe.evaluation.every_steps and (due(recipe.evaluation.every_steps, step) or step == run.last_step):
+            phases.enter(step, "evaluate")
+            record |= evaluate(recipe, trainer)
+        record |= recovery.observe(record)
+        write_record(run, record)
+
+        rewound = recovery.decide(position, hopeless(run, step, result, skips_in_a_row), skipped=result.skipped)
+        if rewound is not None:
+            position, skips_in_a_row = rewound, 0
+            batches.close()
+            batches = open_reader(recipe, trainer.grid, position.skips)
+            continue
+        if stopping or time_to_save or step == run.last_step or run.saver.due(step):
+            phases.enter(step, "save")
+            run.saver.save(position)
+        if stopping:
+            break
+    batches.close()
+    end_run(run, position)
+    return position.step >= run.last_step
+
+
+def start_run(
     recipe: Recipe,
     layout: Layout,
     sizes: Sizes,
@@ -87,118 +155,86 @@ def train(
     max_steps: int | None = None,
     skips: tuple[tuple[int, int], ...] = (),
     trace_steps: range = range(0),
-) -> bool:
-    """Gives whether the last step was reached: False after a request to leave."""
+) -> Run:
+    """Build this rank's trainer, resume where asked, and open the run directory. skips, trace_steps: as the flags give them."""
     phases = Phases(out_dir, int(os.environ.get("RANK", "0")), trace_steps)
     trainer = build_recipe_trainer(recipe, layout, ds_config)
-    grid = trainer.grid
     position, history = _first_position(out_dir, trainer, resume_step, skips) if resume_run else (RunPosition().skip(skips), ())
     resumed_step = position.step if resume_run else None
-    if grid.rank == 0:
-        _write_files(recipe, layout, sizes, ds_config, out_dir, resumed_step, position.skips)
-    log = _open_log(recipe, grid, out_dir, resumed_step)
+    if trainer.grid.rank == 0:
+        write_run_files(
+            out_dir,
+            recipe_to_dict(recipe),
+            ds_config,
+            layout=layout,
+            sizes=sizes,
+            resumed_step=resumed_step,
+            data={name: data_identity(from_root(name)) for name in data_folders(recipe)},
+            skips=position.skips,
+        )
+    log = _open_log(recipe, out_dir, resumed_step) if trainer.grid.rank == 0 else None
     saver = Saver(out_dir, trainer, recipe, log)
     monitor = RunMonitor(trainer, recipe, out_dir, resumed_step=resumed_step, log=log)
     recovery = Recovery(recipe, out_dir, trainer, saver, monitor, log)
     recovery.start(position, history, resumed=resume_run)
     phases.start(trainer)
-    leave = LeaveRequest()
-    batches = open_reader(recipe, grid, position.skips)
-    last_step, skips_in_a_row = min(recipe.steps, max_steps or recipe.steps), 0
-    before = _evaluate(recipe, trainer) if position.step == 0 and recipe.evaluation.every_steps else None
-    if log is not None and before is not None:
-        log.write({"step": 0} | before)
-    while position.step < last_step:
-        step = position.step + 1
-        phases.enter(step, "data")
-        started = time.perf_counter()
-        seqs = global_seqs_at(recipe.batch, position.consumed_seqs)
-        trainer.set_global_seqs(seqs)
-        # dropout: the same on the tensor ranks of one place, and a function of the step alone, so that resuming repeats it
-        torch.manual_seed(name_seed(recipe.seed, f"step {step}, data {grid.data_rank}, stage {grid.pipeline_rank}"))
-        micro_batches = batches.next(position.consumed_seqs, seqs)
-        tokens = seqs * recipe.batch.seq_len
-        lr = learning_rate_at(recipe, step, (position.consumed_seqs + seqs) * recipe.batch.seq_len) * recovery.lr_factor(step)
-        votes = (leave.wanted(), grid.rank == 0 and saver.due_by_time())
-        phases.enter(step, "step")
-        monitor.before_step(step)
-        result = trainer.train_step(micro_batches, lr, tokens, votes, recovery.norm_ceiling())
-        phases.enter(step, "log")
-        leaving, time_to_save = result.votes
-        position = position.after_step(seqs, skipped=result.skipped)
-        skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
-        record = _record(recipe, position, result, lr, tokens, time.perf_counter() - started, batches.wait_seconds)
-        with recovery.box_at_end(position):
-            record |= monitor.after_step(step, result, micro_batches, tokens)
-        if due(recipe.evaluation.every_steps, step) or (recipe.evaluation.every_steps and step == last_step):
-            phases.enter(step, "evaluate")
-            record |= _evaluate(recipe, trainer)
-        record |= recovery.observe(record)
-        if log is not None:
-            log.write(record | saver.report())
-        back = recovery.decide(position, _hopeless(step, result, skips_in_a_row, recipe, monitor), skipped=result.skipped)
-        if back is not None:
-            position, skips_in_a_row = back, 0
-            batches.close()
-            batches = open_reader(recipe, grid, position.skips)
-            continue
-        if leaving or time_to_save or step == last_step or saver.due(step):
-            phases.enter(step, "save")
-            saver.save(position)
-        if leaving:
-            break
-    phases.enter(position.step, "end")
-    saver.finish()
-    monitor.close()
-    batches.close()
-    if log is not None:
-        if position.step < last_step:
-            log.note(f"asked to leave ({leave.name or 'another rank'}): saved step {position.step}; go on with --resume")
-        log.close()
-    return position.step >= last_step
+    last_step = min(recipe.steps, max_steps or recipe.steps)
+    return Run(recipe, trainer, position, last_step, phases, saver, monitor, recovery, StopRequest(), log)
 
 
-def _write_files(
-    recipe: Recipe,
-    layout: Layout,
-    sizes: Sizes,
-    ds_config: dict[str, Any],
-    out_dir: Path,
-    resumed_step: int | None,
-    skips: tuple[tuple[int, int], ...],
-) -> None:
-    write_run_files(
-        out_dir,
-        recipe_to_dict(recipe),
-        ds_config,
-        layout=layout,
-        sizes=sizes,
-        resumed_step=resumed_step,
-        data={name: data_identity(from_root(name)) for name in data_folders(recipe)},
-        skips=skips,
-    )
+def end_run(run: Run, position: RunPosition) -> None:
+    """Wait for the last checkpoint and close what `start_run` opened."""
+    run.phases.enter(position.step, "end")
+    run.saver.finish()
+    run.monitor.close()
+    if run.log is not None:
+        if position.step < run.last_step:
+            cause = run.stop.name or "a signal to another rank"
+            run.log.note(f"stopped by {cause} after saving step {position.step}; continue with --resume")
+        run.log.close()
 
 
 def _first_position(
     out_dir: Path, trainer: Trainer, resume_step: int | None, skips: tuple[tuple[int, int], ...]
 ) -> tuple[RunPosition, tuple[Rewind, ...]]:
-    """Where a resumed run goes on, the sequences that its rewinds left out left out again; and those rewinds."""
+    """Resume. Returns the position, without the sequences that the run's rewinds skip, and those rewinds."""
     history = read_history(out_dir)
     position = resume(out_dir, trainer, last_step=resume_step)
     return position.skip((*skips, *skips_ahead(history, position.consumed_seqs, position.skips))), history
 
 
-def _note_changed_data(out_dir: Path, log: RunLog) -> None:
-    """Folders that were prepared again since the start before: the order stays, but what it orders is something else."""
-    starts = json.loads((out_dir / "run.json").read_text())["starts"]
+def _open_log(recipe: Recipe, out_dir: Path, resumed_step: int | None) -> RunLog:
+    manifest = json.loads((out_dir / "run.json").read_text())
+    config = json.loads((out_dir / "recipe.json").read_text())
+    log = RunLog(
+        out_dir,
+        name=recipe.name,
+        run_steps=recipe.steps,
+        resumed_step=resumed_step,
+        config=config,
+        run_id=manifest["run_id"],
+    )
+    starts = manifest["starts"]
     before = starts[-2]["data"] if len(starts) > 1 else {}
     for name, identity in starts[-1]["data"].items():
-        if before.get(name, identity) != identity:
+        if before.get(name, identity) != identity:  # the order stays, but what it orders is something else
             log.note(f"data={name} was prepared again since this run's last start: its sequences are not those read before")
+    return log
+
+
+def seed_dropout(seed: int, step: int, grid: Grid) -> None:
+    """Seed torch by the step alone, so that resuming repeats it, and alike on the tensor ranks of one place."""
+    torch.manual_seed(name_seed(seed, f"step {step}, data {grid.data_rank}, stage {grid.pipeline_rank}"))
+
+
+def write_record(run: Run, record: dict[str, Any]) -> None:
+    """Write a line of metrics.jsonl on rank 0, with what the saver has to report since the line before."""
+    if run.log is not None:
+        run.log.write(record | run.saver.report())
 
 
 def open_reader(recipe: Recipe, grid: Grid, skips: tuple[tuple[int, int], ...]) -> Prefetcher:
-    """The micro batches of this rank, step by step. Stages that look at none of them read none."""
+    """Open this rank's micro batches, step by step. Stages that use none of them read none."""
     stream = open_train(recipe.data, recipe.batch.seq_len)
     reads = grid.is_first_stage or grid.is_last_stage or recipe.mask_documents
 
@@ -222,8 +258,8 @@ def open_reader(recipe: Recipe, grid: Grid, skips: tuple[tuple[int, int], ...]) 
     return Prefetcher(read, following)
 
 
-def _evaluate(recipe: Recipe, trainer: Trainer) -> dict[str, float]:
-    """{"val_loss": on the held-out split}; with a blend the mean over its folders, and "val_loss/FOLDER" for each."""
+def evaluate(recipe: Recipe, trainer: Trainer) -> dict[str, float]:
+    """Return {"val_loss": on the held-out split}; with a blend the mean over its folders, and "val_loss/FOLDER" for each."""
     seqs, grid = recipe.evaluation.seqs, trainer.grid
     losses = {}
     for name, stream in open_validation(recipe.data, recipe.batch.seq_len).items():
@@ -235,7 +271,7 @@ def _evaluate(recipe: Recipe, trainer: Trainer) -> dict[str, float]:
     return {"val_loss": mean} | (losses if len(losses) > 1 else {})
 
 
-def _record(
+def step_record(
     recipe: Recipe, position: RunPosition, result: StepResult, lr: float, tokens: int, seconds: float, wait_seconds: float
 ) -> dict[str, Any]:
     record = {
@@ -259,29 +295,12 @@ def _record(
     return record
 
 
-def _hopeless(step: int, result: StepResult, skips_in_a_row: int, recipe: Recipe, monitor: RunMonitor) -> tuple[int, str] | None:
-    """Since which step going on is useless, and why. Equal on every rank, because the numbers are."""
-    if monitor.nonfinite is not None and skips_in_a_row >= recipe.monitor.max_nonfinite_steps:
-        return step - skips_in_a_row + 1, f"{skips_in_a_row} steps in a row were not finite: {monitor.nonfinite}"
+def hopeless(run: Run, step: int, result: StepResult, skips_in_a_row: int) -> tuple[int, str] | None:
+    """Return since which step the run is useless, and why; None while it is not. Equal on every rank: the numbers are."""
+    if run.monitor.nonfinite is not None and skips_in_a_row >= run.recipe.monitor.max_nonfinite_steps:
+        return step - skips_in_a_row + 1, f"{skips_in_a_row} steps in a row were not finite: {run.monitor.nonfinite}"
     if not result.skipped and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         return step, f"loss is {result.loss} and the gradient norm {result.grad_norm}"
     if skips_in_a_row >= SKIPS_IN_A_ROW:
         return step - skips_in_a_row + 1, f"{skips_in_a_row} steps in a row overflowed, loss scale {result.loss_scale}"
     return None
-
-
-def _open_log(recipe: Recipe, grid: Grid, out_dir: Path, resumed_step: int | None) -> RunLog | None:
-    if grid.rank != 0:
-        return None
-    manifest = json.loads((out_dir / "run.json").read_text())
-    config = json.loads((out_dir / "recipe.json").read_text())
-    log = RunLog(
-        out_dir,
-        name=recipe.name,
-        run_steps=recipe.steps,
-        resumed_step=resumed_step,
-        config=config,
-        run_id=manifest["run_id"],
-    )
-    _note_changed_data(out_dir, log)
-    return log

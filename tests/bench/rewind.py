@@ -33,7 +33,7 @@ from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.recipe import ROOT, Recipe, derive_sizes
 from recipes.common.run_dir.black_box import read_boxes
 from recipes.common.run_dir.metrics import read_metrics
-from recipes.common.train import train
+from recipes.common.train import start_run, train
 from tools.common.console import FAILED, GOOD, UsageError, exit_code, table
 from tools.common.forked_ranks import run_ranks
 from tools.common.recipe_io import load_recipe
@@ -143,7 +143,7 @@ def _train(recipe: Recipe, out_dir: Path) -> None:
     sizes = derive_sizes(recipe, layout, 1)
     ds_config = merge_ds_config(ds_config, recipe, sizes, sizes.accumulation)
     with out_dir.with_suffix(".log").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        train(recipe, layout, sizes, ds_config, out_dir, resume_run=False)
+        train(start_run(recipe, layout, sizes, ds_config, out_dir, resume_run=False))
 
 
 def final_loss(out_dir: Path, good: str) -> float:

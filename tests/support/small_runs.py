@@ -20,7 +20,7 @@ from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.data.shards import tokenizer_hash
 from recipes.common.recipe import Layout, Recipe, derive_sizes
 from recipes.common.run_dir.metrics import read_metrics
-from recipes.common.train import train
+from recipes.common.train import start_run, train
 from tests.support.tiny import VOCAB, ds_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import run_ranks
 
@@ -61,7 +61,7 @@ def train_run(recipe: Recipe, out_dir: Path, layout: Layout, world_size: int, *,
 def _train(recipe: Recipe, out_dir: str, layout: Layout, world_size: int, resume: bool, steps: int) -> None:
     sizes = derive_sizes(recipe, layout, world_size)
     config = merge_ds_config(ds_config(recipe.deepspeed), recipe, sizes, sizes.accumulation)
-    train(recipe, layout, sizes, config, Path(out_dir), resume_run=resume, max_steps=steps)
+    train(start_run(recipe, layout, sizes, config, Path(out_dir), resume_run=resume, max_steps=steps))
 
 
 def run(
@@ -92,7 +92,7 @@ def _run(
     sizes = derive_sizes(recipe, layout, world_size)
     config = merge_ds_config(config, recipe, sizes, sizes.accumulation)
     starts = {"resume_run": resume, "resume_step": resume_step, "max_steps": max_steps, "skips": skips}
-    train(recipe, layout, sizes, config, Path(out_dir), **starts)
+    train(start_run(recipe, layout, sizes, config, Path(out_dir), **starts))
 
 
 def masters(out_dir: Path, kind: str = "master") -> dict[str, np.ndarray]:

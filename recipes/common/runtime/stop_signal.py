@@ -10,7 +10,7 @@ import threading
 GRACE_SECONDS = 20.0  # a rank that reaches no step boundary for so long is stuck in a collective whose peer is gone
 
 
-class LeaveRequest:
+class StopRequest:
     """Whether this process was asked to leave. The ranks agree through the step's votes, so that all save the same step.
 
     A Python signal handler does not run while the main thread waits inside a collective, so a thread listens too: when no
@@ -30,7 +30,7 @@ class LeaveRequest:
             signal.signal(number, self._note)
         threading.Thread(target=self._listen, args=(listen,), name="signal listener", daemon=True).start()
 
-    def wanted(self) -> bool:
+    def requested(self) -> bool:
         """Asked at every step boundary."""
         self._boundary.set()
         return self.name is not None

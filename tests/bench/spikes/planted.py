@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 from recipes.common.config.ds_config import load_ds_config, merge_ds_config
 from recipes.common.recipe import AdamW, Batch, Checkpoints, Constant, Layout, Monitor, Recipe, derive_sizes
 from recipes.common.runtime.exits import TrainingError
-from recipes.common.train import train
+from recipes.common.train import start_run, train
 from tests.bench.spikes import planted_faults as faults
 from tests.bench.spikes.planted_data import VOCAB, bad_sequence, position_of, write_language
 from tests.support.fp16 import allow_fp16
@@ -134,7 +134,7 @@ def _train(planted: Planted, recipe: Recipe, run_dir: str, data: str, resume: bo
         contextlib.redirect_stderr(quiet),
         contextlib.suppress(TrainingError),  # the run saw that it was hopeless and stopped, on every rank alike
     ):
-        train(recipe, planted.layout, sizes, config, Path(run_dir), resume_run=resume, max_steps=steps)
+        train(start_run(recipe, planted.layout, sizes, config, Path(run_dir), resume_run=resume, max_steps=steps))
 
 
 def inject(planted: Planted, data: Path, *, resumed: bool) -> None:

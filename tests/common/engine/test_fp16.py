@@ -15,7 +15,7 @@ from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.recipe import AdamW, Checkpoints, Evaluation, Layout, derive_sizes
 from recipes.common.run_dir.metrics import describe, read_metrics
-from recipes.common.train import SKIPS_IN_A_ROW, train
+from recipes.common.train import SKIPS_IN_A_ROW, start_run, train
 from tests.support.fp16 import allow_fp16, fp16_config
 from tests.support.tiny import tiny_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import RankError, run_ranks
@@ -120,4 +120,4 @@ def _train(recipe, world_size, out_dir, resume, max_steps, device):
     layout, config = check_recipe(recipe, world_size, check_machine=True)
     sizes = derive_sizes(recipe, layout, world_size)
     config = merge_ds_config(config, recipe, sizes, sizes.accumulation)
-    train(recipe, layout, sizes, config, Path(out_dir), resume_run=resume, max_steps=max_steps)
+    train(start_run(recipe, layout, sizes, config, Path(out_dir), resume_run=resume, max_steps=max_steps))
