@@ -1,7 +1,7 @@
-"""`report RUN`: one HTML file that works offline, of a run directory or of a log that `scan` reads.
+"""`report RUN`: writes one HTML file that works offline, from a run directory or a log that `scan` reads.
 
-Loss, gradient norm, learning rate and loss scale on one axis with the events shaded, the worst data rank, update ratios, and
-which layer moved first. Steps that a rewind undid are drawn too.
+It shows loss, gradient norm, learning rate and loss scale on one axis of steps with the events shaded, the worst data rank,
+update ratios, and which layer moved first. Steps that a roll-back undid are drawn too.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ import numpy as np
 
 from recipes.common.anomalies.rewinds import read_history
 from tools.common.console import GOOD, UsageError
+from tools.common.html_page import fill, script_json
 from tools.common.logs.run_numbers import Numbers, is_run, read_numbers
 from tools.spikes.report_page.columns import Columns
 from tools.spikes.report_page.events import describe_source, figures, hint, list_events
 from tools.spikes.report_page.heat_map import heat_map, read_slice
 
+PAGE = Path(__file__).parent / "report_page"
+SCRIPTS = ("numbers.js", "series.js", "charts.js", "heat_map.js", "page.js")
 NO_MAP = ("step_time", "drift")  # signals that no layer explains
-MOST_MAPS = 12  # events with a map of layers; those that call for something come first
+MOST_MAPS = 12  # events with a map of layers; actionable ones come first
 BLUE, GREEN, ORANGE, VIOLET, TEAL, BROWN = "#1c5fb0", "#0b7a4b", "#d9480f", "#6741d9", "#0c8599", "#846358"
 
-# title, unit, height, look, and the series: column, name in the key, colour
+# title, unit, height in pixels, style, and the series: column, name in the key, colour
 PANELS = (
     ("Loss", "nats", 220, {"settles": True}, (("loss", "training", BLUE), ("val_loss", "validation", GREEN))),
     ("Gradient norm", "before clipping", 110, {"log": True}, (("grad_norm", "norm", ORANGE),)),
@@ -39,7 +42,7 @@ PANELS = (
     ("Step time", "seconds", 70, {"zero": True}, (("seconds", "seconds", BROWN),)),
 )
 DOTS = {"val_loss": {"dots": True, "hollow": True, "size": 3.5}, "loss_max_rank": {"dots": True, "crowd": True, "size": 1.6}}
-UNDONE = ("loss", "grad_norm", "update_ratio")  # drawn for steps that were left behind, too
+UNDONE = ("loss", "grad_norm", "update_ratio")  # also drawn for steps that were undone
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +57,7 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def report(source: Path, out: Path | None = None) -> Path:
-    """Write the page and give its path. Raises UsageError for what cannot be read or written."""
+    """Write the page and return its path. Raises UsageError if `source` cannot be read or the page not be written."""
     if not source.exists():
         raise UsageError(f"{source}: no such run directory or log")
     columns = Columns()
@@ -68,24 +71,13 @@ def report(source: Path, out: Path | None = None) -> Path:
 
 
 def fill_page(facts: dict[str, Any], columns: Columns) -> str:
-    folder = Path(__file__).parent / "report_page"
     fillings = {
         "__TITLE__": html.escape(f"{facts['name']}: training report"),
-        "__FACTS__": json.dumps(facts, allow_nan=False, separators=(",", ":")).replace("</", "<\\/"),
+        "__FACTS__": script_json(facts),
         "__COLUMNS__": columns.encoded(),
-        "__SCRIPT__": (folder / "page.js").read_text(encoding="utf-8"),
+        "__SCRIPT__": "\n".join((PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS),
     }
-    head, *pieces = _split((folder / "page.html").read_text(encoding="utf-8"), list(fillings))
-    return head + "".join(fillings[name] + rest for name, rest in pieces)
-
-
-def _split(page: str, names: list[str]) -> Iterator[Any]:
-    """The template between its places, so that what one is filled with is never searched for the next."""
-    places = sorted((page.index(name), name) for name in names)
-    yield page[: places[0][0]]
-    for number, (at, name) in enumerate(places):
-        end = places[number + 1][0] if number + 1 < len(places) else len(page)
-        yield name, page[at + len(name) : end]
+    return fill(PAGE / "page.html", fillings)
 
 
 def page_facts(source: Path, numbers: Numbers, columns: Columns) -> dict[str, Any]:
@@ -103,13 +95,12 @@ def page_facts(source: Path, numbers: Numbers, columns: Columns) -> dict[str, An
         "events_hint": hint(events),
         "panels": list(panels(numbers, columns)),
         "heat": list(maps(source, events)),
-        "footer": "Each line is the mean of what falls on one pixel, the band behind it from the lowest to the highest value.",
     }
 
 
 def panels(numbers: Numbers, columns: Columns) -> Iterator[dict[str, Any]]:
     table = numbers.table
-    for title, unit, height, look, wanted in PANELS:
+    for title, unit, height, style, wanted in PANELS:
         series = [
             {"label": label, "color": color, **DOTS.get(column, {}), **columns.series(table["step"], table[column])}
             for column, label, color in wanted
@@ -121,7 +112,7 @@ def panels(numbers: Numbers, columns: Columns) -> Iterator[dict[str, Any]]:
             if wanted[0][0] in UNDONE and wanted[0][0] in branch:
                 name = "undone" if number == 0 else ""
                 series.append({"label": name, **columns.series(branch["step"], branch[wanted[0][0]])})
-        yield {"title": title, "unit": unit, "height": height, **look, "series": series}
+        yield {"title": title, "unit": unit, "height": height, **style, "series": series}
 
 
 def maps(source: Path, events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The report of a run: what the page says is what the run wrote, offline, in a real browser."""
+"""The report of a run shows what the run wrote, offline, in a real browser."""
 
 import base64
 import json
@@ -15,6 +15,7 @@ from tests.support.small_runs import call
 from tools.spikes.report_page.columns import Columns, extremes
 
 STEPS, ONSET, REWOUND = 600, 320, (450, 480)
+NAME = "</script><!--<script>"  # ends an element, or keeps it from ending, where it is not escaped
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path: apt-get install chromium")
 LAYERS, FIRST_LAYER = 6, 2
 
@@ -39,7 +40,7 @@ def run(tmp_path_factory):
     undone = [{"step": step, "loss": 5.0, "grad_norm": 3.0} for step in range(REWOUND[0] + 1, REWOUND[1] + 1)]
     write_lines(folder / f"metrics.after_step_{REWOUND[0]:08d}.jsonl", undone)
     batch = {"global_seqs": 4, "seq_len": 16}
-    recipe = {"name": "</script><i>", "model": {"class": "LlamaConfig"}, "num_params": 140_224, "batch": batch}
+    recipe = {"name": NAME, "model": {"class": "LlamaConfig"}, "num_params": 140_224, "batch": batch}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     start = {"time": "2026-11-23T10:00:00+00:00", "resumed_step": None, "sizes": {"tensor": 2, "pipeline": 2, "data": 2}}
     rewind = Rewind(
@@ -88,7 +89,7 @@ def test_the_page_shows_the_run_and_asks_nobody(run, page):
         tab.open(page.as_uri(), "document.body?.dataset.openedMs")
         assert tab.errors == []
         assert tab.value("performance.getEntriesByType('resource').length") == 0
-        assert tab.value("document.getElementById('about').textContent").startswith("</script><i>: Llama, 140,224 parameters")
+        assert tab.value("document.getElementById('about').textContent").startswith(f"{NAME}: Llama, 140,224 parameters")
         rows = tab.value("[...document.querySelectorAll('#events tr')].map(row => row.innerText)")
         assert any(row.startswith("fast recovery") and f"{ONSET}" in row for row in rows), rows
         titles = ["Loss", "Gradient norm", "Learning rate", "Update / weight", "Worst data rank", "Which data rank is worst"]
@@ -102,10 +103,41 @@ def test_the_page_shows_the_run_and_asks_nobody(run, page):
         assert float(shown[0]) == pytest.approx(records[step]["loss"], rel=1e-3)
         assert "0.25" in shown
         assert str(step % 4) in shown
-        # a click on the event looks at it
+        assert tab.value("[document.getElementById('pointer').hidden, document.getElementById('selection').hidden]") == [
+            False,
+            True,
+        ]
+        # a click on the event zooms in on it
         tab.value("[...document.querySelectorAll('#events tr')].find(row => row.innerText.startsWith('fast')).click()")
         first, last = tab.value("view")
         assert first < ONSET < last < STEPS
+
+
+@needs_chromium
+def test_wheel_and_drag_zoom_in_and_a_double_click_shows_the_whole_run(page):
+    with browser() as tab:
+        tab.open(page.as_uri(), "document.body?.dataset.openedMs")
+        left, top, width = tab.value(
+            "(r => [r.x, r.y, r.width])(document.querySelector('.panel canvas').getBoundingClientRect())"
+        )
+        step_at = f"toStep({left} + 300 - document.getElementById('charts').getBoundingClientRect().x, {width})"
+        before = tab.value(step_at)
+        tab.move(left + 300, top + 50, "mouseWheel", deltaX=0, deltaY=-100)
+        first, last = tab.value("view")
+        assert last - first == pytest.approx(STEPS / 1.2, rel=0.01)
+        assert tab.value(step_at) == pytest.approx(before, abs=0.01)  # the step at the pointer stays there
+        wanted = tab.value(f"[toStep(300, {width}), toStep(500, {width})]")
+        tab.move(left + 300, top + 50, "mousePressed", button="left", clickCount=1)
+        tab.move(left + 500, top + 50, button="left", buttons=1)
+        assert tab.value(
+            "(r => [r.left, r.right])(document.getElementById('selection').getBoundingClientRect())"
+        ) == pytest.approx([left + 300, left + 500], abs=1)
+        tab.move(left + 500, top + 50, "mouseReleased", button="left", clickCount=1)
+        assert tab.value("view") == pytest.approx(wanted, abs=0.01)
+        for count in (1, 2):
+            tab.move(left + 500, top + 50, "mousePressed", button="left", clickCount=count)
+            tab.move(left + 500, top + 50, "mouseReleased", button="left", clickCount=count)
+        assert tab.value("view") == [0, STEPS]
 
 
 @needs_chromium

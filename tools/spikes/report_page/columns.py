@@ -1,4 +1,4 @@
-"""Numbers on their way into a report: every series float32, its bytes sorted by weight and deflated, base64 in the page."""
+"""Packs the numbers of a report: float32 series, their bytes sorted by significance, deflated, and base64 in the page."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Any
 
 import numpy as np
 
-MAX_POINTS = 1_000_000  # of a series; beyond, each stretch keeps its lowest and its highest point
+MAX_POINTS = 1_000_000  # of a series; a longer one keeps the lowest and highest point of each block
 
 
 class Columns:
-    """Collects 4-byte columns; a place in the JSON says where each lies."""
+    """Collects 4-byte columns; the JSON of the page says at which index each one begins."""
 
     def __init__(self) -> None:
         self._parts: list[np.ndarray] = []
         self._at = 0
 
     def series(self, steps: np.ndarray, values: np.ndarray) -> dict[str, Any]:
-        """{"x": place, "y": place} of values [n] at steps [n]. Gaps are NaN; few values are kept by themselves."""
+        """Add values [n] at steps [n], NaN where missing, and return where they lie: {"x": ..., "y": ...}."""
         values = np.where(np.isfinite(values), values, np.nan).astype(np.float32)
         known = ~np.isnan(values)
-        if known.mean() < 0.5:
+        if known.mean() < 0.5:  # rare values take less room without their gaps
             steps, values = steps[known], values[known]
         steps, values = extremes(steps, values, MAX_POINTS)
         return {"x": self._steps(steps), "y": self._add(values)}
 
     def encoded(self) -> str:
-        """The bytes of highest weight first: exponents repeat, and deflate finds that."""
+        """Return all columns as text, the most significant bytes first: exponents repeat, and deflate finds that."""
         words = np.concatenate(self._parts) if self._parts else np.zeros(0, np.uint32)
         planes = words.view(np.uint8).reshape(-1, 4).T.tobytes()
         return base64.b64encode(zlib.compress(planes, 1)).decode()
@@ -48,7 +48,7 @@ class Columns:
 
 
 def extremes(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `most` points: the lowest and the highest of every stretch, each at its own step. No peak is lost."""
+    """Return at most about `most` points: the lowest and highest of every block, each at its own step. No peak is lost."""
     if len(values) <= most:
         return steps, values
     size = -(-2 * len(values) // most)

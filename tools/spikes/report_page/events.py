@@ -1,4 +1,4 @@
-"""The words of a report: the events of a run or a log, what was done about them, and the figures at the top."""
+"""Collects the text of a report: the events of a run or a log, what was done about them, and the figures at the top."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from recipes.common.anomalies.rewinds import Rewind, describe_rewind
 from recipes.common.run_dir.black_box import read_boxes
 from tools.common.logs.run_numbers import Table, is_run
 
-LAST_STEPS = 20  # whose mean loss is the run's
-SAME_STEPS = 2  # a live event and one seen in the whole log are the same when their onsets are so near
+LAST_STEPS = 20  # the figure of the training loss is their mean
+SAME_STEPS = 2  # an event seen live and one seen in the whole log are the same if their onsets differ by no more
 
 
 def list_events(source: Path, seen: Sequence[Event]) -> list[dict[str, Any]]:
-    """By onset: what the detectors see in the log as it stands, and what black boxes hold of steps that were undone."""
+    """Return the events by onset: those detected in the log as it stands, and those of undone steps from their black boxes."""
     boxes = read_boxes(source) if is_run(source) else []
     undone = [box for box in boxes if box["reaction"] is not None]
     events = [_from_box(box) for box in undone]
@@ -63,15 +63,15 @@ def _from_box(box: dict[str, Any]) -> dict[str, Any]:
 
 def hint(events: list[dict[str, Any]]) -> str:
     if not events:
-        return "The detectors see none."
+        return "No events were detected."
     return (
-        "Click one to look at it. Red: worth waking somebody, or rewinding. "
-        "Rise: the loss at the peak above what was expected there. Lead: from the first signal to the peak."
+        "Click an event to zoom in on it. Red: calls for action. "
+        "Rise: loss at the peak above the loss expected there. Lead: steps from the first signal to the peak."
     )
 
 
 def figures(table: Table, events: list[dict[str, Any]], rewinds: int) -> list[tuple[str, str]]:
-    """(figure, what it is)"""
+    """Return (figure, what it is) for the top of the page."""
     loss = table["loss"][np.isfinite(table["loss"])]
     shown = [(f"{int(table['step'].max()):,}", "steps")]
     if "consumed_tokens" in table:
@@ -79,7 +79,7 @@ def figures(table: Table, events: list[dict[str, Any]], rewinds: int) -> list[tu
     if loss.size:
         shown.append((f"{loss[-LAST_STEPS:].mean():.4f}", f"training loss, mean of the last {min(LAST_STEPS, loss.size)} steps"))
     if "val_loss" in table and np.isfinite(table["val_loss"]).any():
-        shown.append((f"{table['val_loss'][np.isfinite(table['val_loss'])][-1]:.4f}", "validation loss, the last"))
+        shown.append((f"{table['val_loss'][np.isfinite(table['val_loss'])][-1]:.4f}", "last validation loss"))
     urgent = sum(event["actionable"] for event in events)
     shown.append((f"{urgent} of {len(events)}", "events call for action"))
     if rewinds:
@@ -88,7 +88,7 @@ def figures(table: Table, events: list[dict[str, Any]], rewinds: int) -> list[tu
 
 
 def describe_source(source: Path) -> str:
-    """One line on what was trained, from the run's own files; of a log, its path."""
+    """Return one line on what was trained, from the run's own files, or the path of a log."""
     if not is_run(source):
         return str(source)
     recipe = json.loads((source / "recipe.json").read_text())

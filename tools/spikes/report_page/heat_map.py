@@ -1,4 +1,4 @@
-"""The map of layers and steps around an event: each statistic against its own median before the onset."""
+"""Computes the map of layers and steps around an event: each statistic relative to its own median before the onset."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from recipes.common.monitor.parameter_groups import PARTS, group_of
 from recipes.common.run_dir.tensor_stats import read_stats
 
 STEPS_BEFORE, STEPS_AFTER, LONGEST = 48, 16, 128
-MOST = 3.0  # powers of two either way at which the colours end
-NOT_FINITE = 9.0  # a colour of its own
+MOST = 3.0  # powers of two, either way, at which the colours end
+NOT_FINITE = 9.0  # stands for NaN and Inf, above every clipped value
 STATS = {
     "grad_norm": "gradient norm",
     "update_ratio": "update / weight",
@@ -31,7 +31,7 @@ class Slice:
 
 
 def read_slice(run_dir: Path, box: str | None, onset: int, last: int) -> Slice | None:
-    """The statistics around an event: from its black box (its steps may have been undone since), else from the run's."""
+    """Read the statistics around an event from its black box (its steps may have been undone since), else from the run."""
     first, last = onset - STEPS_BEFORE, min(last, onset + LONGEST) + STEPS_AFTER
     file = run_dir / "events" / (box or "") / "tensor_stats.npz"
     if box and file.is_file():
@@ -51,7 +51,7 @@ def read_slice(run_dir: Path, box: str | None, onset: int, last: int) -> Slice |
 
 
 def heat_map(found: Slice, onset: int) -> dict[str, Any]:
-    """JSON of the map: rows by layer and by part, and for each statistic log2 of value / median before, row by row."""
+    """Return the map as JSON: rows by layer and by part, and for each statistic log2 of value / median before, row by row."""
     layers, parts = _rows(found.names)
     stats = []
     for stat, label in STATS.items():
@@ -71,7 +71,7 @@ def heat_map(found: Slice, onset: int) -> dict[str, Any]:
 
 
 def _rows(names: Sequence[str]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """Row -> indices of its parameters: by layer, from the input to the output; by part of a layer."""
+    """Return row -> indices of its parameters, by layer (from input to output) and by part of a layer."""
     groups = [group_of(name) for name in names]
     outside = {"embedding": "embedding", "norm": "final norm", "head": "head"}
     numbers = sorted({layer for layer, _ in groups if layer is not None})
@@ -85,7 +85,7 @@ def _rows(names: Sequence[str]) -> tuple[dict[str, list[int]], dict[str, list[in
 
 
 def _relative(found: Slice, stat: str, rows: list[list[int]], onset: int) -> list[float | None]:
-    """[rows x steps] flattened: log2 of the row's value over its median before the onset."""
+    """Return log2 of each row's value over its median before the onset, [rows x steps] flattened; None if not recorded."""
     values = np.stack([_joined(found, stat, row) for row in rows])
     before = found.steps < onset - 1
     with np.errstate(all="ignore"):
@@ -101,7 +101,7 @@ def _relative(found: Slice, stat: str, rows: list[list[int]], onset: int) -> lis
 
 
 def _joined(found: Slice, stat: str, row: list[int]) -> np.ndarray:
-    """One number a step for several parameters [n]: norms add up in squares, a ratio is one of norms, a mean square a mean."""
+    """Return one number per step [n] for a row: norms and rms values join by their squares, ratios by their norms."""
     values = {name: array[:, row].astype(np.float64) for name, array in found.values.items()}
 
     def norm(name: str) -> np.ndarray:
