@@ -10,6 +10,7 @@ from recipes.common.recipe import ROOT
 from tests.bench import checkpoint
 from tests.bench.data import make_corpus, make_tokenizer
 from tests.bench.spikes import monitor_overhead
+from tests.support.browser import CHROMIUM
 from tests.support.small_runs import call, call_bench
 from tests.support.synthetic_logs import healthy_loss, write_log
 
@@ -106,6 +107,12 @@ def test_a_planted_cause(monkeypatch):
     assert "1 of 1" in found["scores"]["causes"][0]["value"]
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path: apt-get install chromium")
+def test_report():
+    found = figures(call_bench("report", "--steps", 3000, "--rounds", 1, "--json"))
+    assert 0 < found["pages"]["report"]["megabytes"] < 2
+
+
 @pytest.mark.parametrize(
     ("bench", "flags", "message"),
     [
@@ -113,6 +120,7 @@ def test_a_planted_cause(monkeypatch):
         ("spikes", ("--only", "causes", "--runs", 0), "--runs=0: must be 1 or more"),
         ("checkpoint", ("--folder", "/nowhere"), "there is no such folder"),
         ("timers", ("--layout", "tensors=2"), "--layout"),
+        ("report", ("--steps", 10), "--steps=10: must be 1000 or more"),
         ("rewind", ("--steps", 10), "--steps=10: must be over 28"),
         ("rewind", ("--data", "/nowhere"), "holds no prepared data"),
     ],

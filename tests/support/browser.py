@@ -1,4 +1,4 @@
-"""A page in headless Chromium, driven over its debugging pipe: no driver, no network. Needs a `chromium` on the path."""
+"""Opens pages in headless Chromium, driven over its debugging pipe: no driver, no network. Needs a `chromium` on the path."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Page:
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read, self._number, self._left = write, os.fdopen(read, "rb", buffering=0), 0, b""
         self._session: str | None = None
-        self.errors: list[str] = []  # what the page's own script threw
+        self.errors: list[str] = []  # exceptions that the page's scripts threw
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Runtime", "Page", "Network"):
@@ -43,18 +43,18 @@ class Page:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._left:
-            piece = self._read.read(1 << 20)
-            assert piece, "the browser closed"
-            self._left += piece
+            data = self._read.read(1 << 20)
+            assert data, "the browser closed"
+            self._left += data
         message, _, self._left = self._left.partition(b"\0")
         return json.loads(message)
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression of the page is."""
+        """Return the value of a JavaScript expression in the page."""
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)["result"].get("value")
 
     def open(self, url: str, ready: str, seconds: float = 60.0) -> None:
-        """Wait until the expression `ready` is true."""
+        """Load the page and wait until the expression `ready` is true."""
         self.call("Page.navigate", url=url)
         until = time.monotonic() + seconds
         while not self.value(ready):
@@ -74,8 +74,9 @@ def browser(width: int = 1280, height: int = 1900) -> Iterator[Page]:
     assert CHROMIUM
     to_browser, from_browser = os.pipe(), os.pipe()
     flags = "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --remote-debugging-pipe --disable-dev-shm-usage"
+    flags += " --disable-background-networking --disable-component-update --disable-sync"
 
-    def place() -> None:  # the pipe's ends are 3 and 4 by definition
+    def connect_pipe() -> None:  # Chromium reads from descriptor 3 and writes to 4
         reading, writing = os.dup(to_browser[0]), os.dup(from_browser[1])
         os.dup2(reading, 3)
         os.dup2(writing, 4)
@@ -83,7 +84,7 @@ def browser(width: int = 1280, height: int = 1900) -> Iterator[Page]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
             [CHROMIUM, *flags.split(), f"--window-size={width},{height}", f"--user-data-dir={profile}", "about:blank"],
-            preexec_fn=place,
+            preexec_fn=connect_pipe,
             close_fds=False,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""The report as one HTML page that works offline: no script, no font and no picture from elsewhere."""
+"""Writes the report of a run as one HTML page that works offline and has no script."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tools.common.console import human_bytes
+from tools.common.html_page import fill
 
-MOST_BARS = 64  # of the slowest ranks by their own work, where there are more
-MOST_TALKS = 40
+MOST_BARS = 64  # of more ranks, those that compute longest
+MOST_CALLS = 40
 MOST_STRAGGLERS = 12
-# what a rank computes is blue and green, what it says to others warm, what it waits for grey
+# computing is blue and green, communication warm, waiting grey
 COLOURS = {
     "data": "#846358",
     "forward": "#1c5fb0",
@@ -34,7 +35,7 @@ COMPUTING = ("forward", "backward", "recompute", "weight_gradients", "optimizer"
 
 
 def page_text(facts: dict[str, Any]) -> str:
-    """The page of `tools.throughput.report.gather`'s facts."""
+    """Return the page for the facts that `tools.throughput.report.gather` returns."""
     layout = facts["layout"]
     about = (
         f"tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}, {layout['schedule']}, "
@@ -48,15 +49,12 @@ def page_text(facts: dict[str, Any]) -> str:
         _memory(facts),
     ]
     fillings = {
-        "__TITLE__": f"{facts['name']}: where a step's time goes",
-        "__NAME__": facts["name"],
-        "__ABOUT__": about,
+        "__TITLE__": html.escape(f"{facts['name']}: where a step's time goes"),
+        "__NAME__": html.escape(facts["name"]),
+        "__ABOUT__": html.escape(about),
+        "__BODY__": _figures(facts) + "\n".join(filter(None, sections)),
     }
-    page = (Path(__file__).parent / "report_page.html").read_text(encoding="utf-8")
-    head, body = page.split("__BODY__")
-    for place, text in fillings.items():
-        head = head.replace(place, html.escape(text))
-    return head + _figures(facts) + "\n".join(filter(None, sections)) + body
+    return fill(Path(__file__).parent / "report_page.html", fillings)
 
 
 def _figures(facts: dict[str, Any]) -> str:
@@ -85,14 +83,14 @@ def _parts(facts: dict[str, Any]) -> str:
     bars = []
     for rank in ranks:
         total = sum(rank["parts"].values())
-        pieces = "".join(
+        parts = "".join(
             f'<i style="width:{100 * rank["parts"][part] / longest:.3f}%;background:{COLOURS[part]}" '
             f'title="{_name(part)}: {rank["parts"][part]:.1f} ms, {100 * rank["parts"][part] / total:.1f} %"></i>'
             for part in used
         )
-        place = f"stage {rank['stage']}, data {rank['data_rank']}, tensor {rank['tensor_rank']}"
+        where = f"stage {rank['stage']}, data {rank['data_rank']}, tensor {rank['tensor_rank']}"
         bars.append(
-            f'<div class="bar-row"><span title="{place}">rank {rank["rank"]}</span><div class="stack">{pieces}</div></div>'
+            f'<div class="bar-row"><span title="{where}">rank {rank["rank"]}</span><div class="stack">{parts}</div></div>'
         )
     rows = [
         [_name(part), f"{facts['parts'][part]:.1f}", f"{100 * facts['parts'][part] / facts['step_ms']:.1f} %",
@@ -101,9 +99,9 @@ def _parts(facts: dict[str, Any]) -> str:
     ]  # fmt: skip
     header = ["part", "mean ms", "of the step", "least ms", "most ms", "on rank"]
     hint = (
-        "One bar a rank; point at a piece for its numbers."
+        "One bar per rank; hover over a part for its numbers."
         if len(ranks) == len(facts["ranks"])
-        else f"The {len(ranks)} busiest ranks."
+        else f"The {len(ranks)} ranks that compute longest; hover over a part for its numbers."
     )
     return _section("A step, by rank", hint, f'<div class="keys">{key}</div>{"".join(bars)}{_table(rows, header, 1)}')
 
@@ -118,10 +116,10 @@ def _bubble(facts: dict[str, Any]) -> str:
     if bubble is None:
         return ""
     names = {
-        "formula": "by formula, equal stages",
-        "imbalance": "imbalance of stages",
+        "formula": "by the formula for equal stages",
+        "imbalance": "unequal stages",
         "exposed_p2p": "exposed messages",
-        "warm_up": "warm-up and unevenness",
+        "warm_up": "warm-up and uneven passes",
         "measured": "measured",
     }
     rows = [
@@ -135,32 +133,32 @@ def _bubble(facts: dict[str, Any]) -> str:
     ]
     same = balance["better_cut"] == balance["cut"]
     verdict = (
-        "No other cut is better."
+        "No other partition is faster."
         if same
-        else f"The better cut, Layout({balance['better_field']}), would save {100 * balance['saved_share']:.1f} % of the step."
+        else f"Layout({balance['better_field']}) would save {100 * balance['saved_share']:.1f} % of the step."
     )
-    header = ["stage", "ms a micro batch", "layers", "best layers", "ms expected"]
-    text = _table(rows, ["share of the passes' time", ""], 1) + _table(stages, header, 1)
-    return _section("The pipeline", f"The bubble, and how even the stages are. {verdict}", f'<div class="two">{text}</div>')
+    header = ["stage", "ms per micro batch", "layers", "best layers", "expected ms"]
+    text = _table(rows, ["share of the time of all passes", ""], 1) + _table(stages, header, 1)
+    return _section("The pipeline", f"The bubble and the balance of the stages. {verdict}", f'<div class="two">{text}</div>')
 
 
 def _layers(runs: list[tuple[int, int]]) -> str:
     return ", ".join(f"{start} to {stop - 1}" for start, stop in runs)
 
 
-def _communication(talks: list[dict[str, Any]]) -> str:
+def _communication(calls: list[dict[str, Any]]) -> str:
     def rate(value: float | None) -> str:
         return "" if value is None else f"{value:.3g}"
 
     rates = ("algorithm_gb_s", "bus_gb_s", "best_bus_gb_s")
     rows = [
-        [t["group"], t["op"], human_bytes(t["bytes"]), str(t["ranks"]), f"{t['calls_per_step']:.1f}", f"{t['ms_per_step']:.2f}",
-         f"{t['mean_us']:,.0f}", f"{t['least_us']:,.0f}", *(rate(t[name]) for name in rates)]
-        for t in talks[:MOST_TALKS]
+        [c["group"], c["op"], human_bytes(c["bytes"]), str(c["ranks"]), f"{c['calls_per_step']:.1f}", f"{c['ms_per_step']:.2f}",
+         f"{c['mean_us']:,.0f}", f"{c['least_us']:,.0f}", *(rate(c[name]) for name in rates)]
+        for c in calls[:MOST_CALLS]
     ]  # fmt: skip
-    times = ["calls a step", "ms a step", "mean us", "least us"]
+    times = ["calls per step", "ms per step", "mean us", "least us"]
     header = ["group", "operation", "size", "ranks", *times, "algorithm GB/s", "bus GB/s", "fastest"]
-    hint = "Of a rank, the mean over them. Times hold the waiting for the others; the fastest call had the least of it."
+    hint = "Per rank, averaged over the ranks. Times include waiting for the other ranks, least in the fastest call."
     return _section("Communication", hint, _table(rows, header, 2)) if rows else ""
 
 
@@ -170,8 +168,8 @@ def _stragglers(stragglers: list[dict[str, Any]]) -> str:
          "slow" if s["called"] else "", f"{s['gain_ms']:.1f}"]
         for s in stragglers[:MOST_STRAGGLERS]
     ]  # fmt: skip
-    header = ["rank", "stage", "host", "own work, ms", "than its peers", "score", "", "gain without it, ms"]
-    hint = "By their own work, against the ranks of their stage."
+    header = ["rank", "stage", "host", "computing, ms", "against its peers", "score", "", "gain without it, ms"]
+    hint = "By computing time, against the other ranks of their stage."
     return _section("Slow ranks", hint, _table(rows, header, 3)) if rows else ""
 
 
@@ -180,7 +178,7 @@ def _memory(facts: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for rank in ranks for name in rank["memory"]))
     rows = [[str(r["rank"]), str(r["stage"]), *(human_bytes(r["memory"].get(name, 0)) for name in names)] for r in ranks]
     header = ["rank", "stage", *(_name(name) for name in names)]
-    return _section("Memory", "Sizes of the tensors themselves.", _table(rows, header, 2)) if rows else ""
+    return _section("Memory", "The sizes of the tensors.", _table(rows, header, 2)) if rows else ""
 
 
 def _section(title: str, hint: str, body: str) -> str:
@@ -188,7 +186,7 @@ def _section(title: str, hint: str, body: str) -> str:
 
 
 def _table(rows: Iterable[Sequence[str]], header: Sequence[str], words: int) -> str:
-    """words: how many columns from the left are no numbers."""
+    """words: the number of columns from the left that hold text."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(

@@ -197,8 +197,14 @@ def test_another_programs_log_with_a_restart(tmp_path):
     assert (undone["x"]["start"], undone["x"]["length"]) == (50, 10)
 
 
-def test_mistakes_are_told(tmp_path):
-    for words, told in (([tmp_path / "none"], "no such"), ([tmp_path], "no run directory")):
+def test_metrics_without_a_recipe_are_drawn(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": step, "loss": 3.0, "tokens": 64} for step in range(1, 9)])
+    assert call("spikes", "report", tmp_path).code == 0
+    assert facts_of(tmp_path / "spikes.html")["about"] == str(tmp_path)
+
+
+def test_mistakes_are_reported(tmp_path):
+    for words, message in (([tmp_path / "none"], "no such"), ([tmp_path], "no run directory")):
         made = call("spikes", "report", *words)
         assert made.code == 2
-        assert told in made.err
+        assert message in made.err

@@ -10,6 +10,7 @@ from tests.support.browser import CHROMIUM, browser
 from tests.support.small_runs import call
 from tests.support.tiny import ROOT
 from tools.throughput.bubble import StageTimes, formula_share, simulate
+from tools.throughput.page import page_text
 
 RECIPE = """
 from transformers import LlamaConfig
@@ -104,6 +105,11 @@ def test_the_page_shows_a_bar_for_every_rank(ran):
         assert f"{ran[1]['step_ms']:,.1f} ms" in text and "all_reduce" in text
         assert page.errors == []
     assert "http" not in (ran[0] / "page.html").read_text()
+
+
+def test_names_in_the_page_are_text(ran):
+    page = page_text({**ran[1], "name": "</title><!--<script>__BODY__"})
+    assert "&lt;/title&gt;&lt;!--&lt;script&gt;__BODY__" in page and "<script" not in page and "<!--" not in page
 
 
 def test_report_and_diff_read_the_run_again(ran):

@@ -88,11 +88,12 @@ def figures(table: Table, events: list[dict[str, Any]], rewinds: int) -> list[tu
 
 
 def describe_source(source: Path) -> str:
-    """Return one line on what was trained, from the run's own files, or the path of a log."""
-    if not is_run(source):
+    """Return one line on what was trained, from the run's own files, or the path of what has none."""
+    files = source / "recipe.json", source / "run.json"
+    if not all(file.is_file() for file in files):
         return str(source)
-    recipe = json.loads((source / "recipe.json").read_text())
-    start = json.loads((source / "run.json").read_text())["starts"][-1]
+    recipe, manifest = (json.loads(file.read_text()) for file in files)
+    start = manifest["starts"][-1]
     sizes, batch = start["sizes"], recipe["batch"]
     return (
         f"{recipe['name']}: {recipe['model']['class'].removesuffix('Config')}, {recipe['num_params']:,} parameters · tensor "
