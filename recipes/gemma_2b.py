@@ -6,8 +6,8 @@
 Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 63 GiB, MFU 41%, 12 days; 64 GPUs 60 GiB, MFU 38%, 1.6 days.
 
 Where the numbers come from: shape from arXiv 2403.08295, table 1, and the published config: one key/value head, a vocabulary
-of 256,000 that is a fifth of the model. Its training is not published: learning rate and batch as llama_1b, whose width it
-has.
+of 256,000 that is a fifth of the model. Its training is not published: learning rate and batch are those of llama_1b, which
+has the same width.
 """
 
 import sys

@@ -7,7 +7,7 @@ Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 49 GiB, MFU 3
 
 Where the numbers come from: shape, vocabulary and rotary scaling from Llama 3.2's published config; learning rate, warm-up and
 decay to a tenth from Llama 3 (arXiv 2407.21783, section 3.4) with its peak for the smallest size; batch 2M tokens from
-OLMo 2 1B (arXiv 2501.00656); betas, decay and clipping as both.
+OLMo 2 1B (arXiv 2501.00656); betas, weight decay and clipping as in both.
 """
 
 import sys
@@ -49,7 +49,7 @@ recipe = Recipe(
     tokenizer="/data/llama_1b/tokenizer",
     data="/data/llama_1b/tokens",
     layouts={
-        8: Layout(),  # planned: 9.3 GB a GPU for weights, fp32 gradients and Adam's states; no cut is needed
+        8: Layout(),  # planned: 9.3 GB a GPU for weights, fp32 gradients and Adam's states: nothing needs sharding
         64: Layout(),
     },
     batch=Batch(seq_len=4096, micro_seqs=4, global_seqs=512),  # 2.1M tokens a step

@@ -1,10 +1,10 @@
-"""Llama 1B learns long sequences: 10B tokens at 65,536 after llama_1b, for 8 or 32 80GB GPUs. Measured: not yet.
+"""Llama 1B, continued on long sequences: 10B tokens at 65,536 after llama_1b, for 8 or 32 80GB GPUs. Measured: not yet.
 
     python -m tools.checkpoint from-hf /models/llama_1b /ckpt/llama_1b_long    # llama_1b, as `tools.checkpoint to-hf` exported it
     bash launch/local.sh recipes/llama_1b_long.py --out-dir /ckpt/llama_1b_long --resume
     python recipes/llama_1b_long.py --dry-run --world-size 32                    # check and print, no GPU
 
-The tensor ranks share a sequence, between the blocks too; the loss never holds more than logits_chunk_tokens rows of logits.
+The tensor ranks share a sequence, also outside attention and MLP; the loss holds logits_chunk_tokens rows of logits at most.
 
 Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 38 GiB, MFU 25%, 1.2 days; 32 GPUs 37 GiB, MFU 25%, 7.3 hours.
 

@@ -1,4 +1,4 @@
-"""Llama 8B goes on from published weights: 50B tokens of a domain in batches of 4.2M, for 8 or 64 80GB GPUs. Measured: not yet.
+"""Llama 8B, continued from published weights: 50B tokens of a domain, 4.2M a step, for 8 or 64 80GB GPUs. Measured: not yet.
 
     python -m tools.checkpoint from-hf /models/Meta-Llama-3-8B /ckpt/llama_8b_continued     # the starting checkpoint
     bash launch/local.sh recipes/llama_8b_continued.py --out-dir /ckpt/llama_8b_continued --resume
@@ -8,7 +8,7 @@ The model must be the folder's own: the same fields as its config.json. The data
 
 Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 71 GiB, MFU 40%, 9.4 days; 64 GPUs 61 GiB, MFU 39%, 1.2 days.
 
-Where the numbers come from: warming up again, to a peak below the first training's, and down again from arXiv 2403.08763
+Where the numbers come from: a second warm-up, to a peak below the first training's, and a second decay are from arXiv 2403.08763
 (sections 4 and 5: half the first peak, 1 % of warm-up); mix in 5 % or more of the first training's kind of text against
 forgetting, with data=Blend(weights={...}), as its section 4.2 does.
 """

@@ -1,4 +1,4 @@
-"""Mixtral 8x7B, 46.7B parameters of which 12.9B work on a token, for 64 to 512 80GB GPUs. Measured: not yet.
+"""Mixtral 8x7B, 46.7B parameters of which a token uses 12.9B, for 64 to 512 80GB GPUs. Measured: not yet.
 
     bash launch/hostfile.sh --hostfile hosts recipes/mixtral_8x7b.py --out-dir /ckpt/mixtral_8x7b
     python recipes/mixtral_8x7b.py --dry-run --world-size 128                    # check and print, no GPU
@@ -7,8 +7,8 @@ Planned (H100, not measured; memory a GPU over the stages): 64 GPUs 36 to 60 GiB
 35%, 10 days; 512 GPUs 28 to 53 GiB, MFU 29%, 3.2 days.
 
 Where the numbers come from: shape from arXiv 2401.04088, table 1, and the published config. Its training is not published:
-the learning rate and the 4.2M-token batch are Llama 3's between 8B and 70B (arXiv 2407.21783, table 3). Experts are cut by
-their matrices. The router's auxiliary loss is not trained (README, "Not supported"): watch the router's load.
+the learning rate and the 4.2M-token batch are Llama 3's between 8B and 70B (arXiv 2407.21783, table 3). Each
+expert's matrices are sharded. The router's auxiliary loss is not trained (README, "Not supported"): watch the router's load.
 """
 
 import sys

@@ -8,7 +8,7 @@ Planned (H100, not measured; memory a GPU over the stages): 16 GPUs 69 GiB, MFU 
 
 Where the numbers come from: arXiv 2501.00656, tables 2 to 4, and the published config: normal initialisation of 0.02
 everywhere, norms after the sub-layers, QK norm, z-loss 1e-5, no decay on embeddings, eps 1e-8, 2000 warm-up steps to 3e-4, a
-cosine to 3e-5 over 5T tokens that is cut short at 4T.
+cosine to 3e-5 over 5T tokens that stops at 4T.
 """
 
 import sys

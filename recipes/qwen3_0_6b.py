@@ -9,7 +9,7 @@ GPUs 48 GiB, MFU 24%, 11 hours.
 Where the numbers come from: shape from Qwen3's published config (arXiv 2505.09388). Its learning rate and batch are not
 published: the peak is DeepSeek's rule for this compute, 0.3118 * C^-0.125 (arXiv 2401.02954, section 3.1) with C = 6ND =
 2.1e20 FLOPs, rounded; the batch is its other rule, 0.2920 * C^0.3271 tokens = 1.3M, to a power of two. WSD from arXiv
-2404.06395: going on with more tokens needs no new schedule.
+2404.06395: training on more tokens needs no new schedule.
 """
 
 import sys

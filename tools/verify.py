@@ -28,14 +28,8 @@ from recipes.common.checks.family_trials import cut_problems, sequence_problems
 from recipes.common.checks.model_checks import config_problems, depth_problems
 from recipes.common.checks.recipe_checks import optimizer_problems, option_problems
 from recipes.common.checks.tiny_model import shrink
-from recipes.common.config.ds_config import (
-    ds_config_path,
-    ds_config_problems,
-    load_ds_config,
-    precision,
-    version_problems,
-    zero_stage,
-)
+from recipes.common.config.ds_checks import ds_config_problems, version_problems
+from recipes.common.config.ds_config import ds_config_path, load_ds_config, precision, zero_stage
 from recipes.common.model.decoder import PlanError
 from recipes.common.recipe import AdamW, Layout, Recipe, RecipeError
 from tools.common.console import FAILED, GOOD, CheckError, exit_code

@@ -1,8 +1,8 @@
-"""What a recipe says: frozen dataclasses, plain data, no behaviour beyond arithmetic on their own fields.
+"""Declares what a recipe says: frozen dataclasses of plain data, with no behaviour but arithmetic on their own fields.
 
-The recipe owns what changes what is learned, and the layout; `ds_configs/*.json` own memory and precision.
-Data-parallel size and gradient accumulation are derived (`Sizes`), never typed. Nothing here checks anything:
-`recipes.common.checks.recipe_checks` collects every problem at once.
+The recipe owns what changes the trained model, and the layout; `ds_configs/*.json` own memory and precision. The data-parallel
+size and gradient accumulation are derived (`Sizes`), never typed. Nothing is checked here: `recipes.common.checks.recipe_checks`
+reports every problem at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class RecipeError(ValueError):
-    """The user's mistakes in a recipe, a ds_config, the data or the flags: all of them in one message."""
+    """Raised with all of the user's mistakes in a recipe, a ds_config, the data or the flags, in one message."""
 
     def __init__(self, title: str, problems: list[str]) -> None:
         self.problems = problems
@@ -31,49 +31,53 @@ PIPELINE_SCHEDULES = ("1f1b", "zero_bubble", "zero_bubble_v")  # recipes.common.
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How one replica of the model is cut. Data parallelism fills the rest of the world."""
+    """The parallelism of one replica of the model: tensor x pipeline GPUs. Data parallelism uses all GPUs that remain."""
 
-    tensor: int = 1  # ranks that share each layer's matrices (innermost: keep it inside a node)
-    pipeline: int = 1  # stages, each a run of consecutive layers
-    # activation checkpointing: "none"; "selective", a layer keeps its matrix products and attention and repeats the rest; "full"
+    tensor: int = 1  # tensor-parallel size: GPUs that shard each layer's matrices; best a divisor of the GPUs of a node
+    pipeline: int = 1  # pipeline-parallel size: stages, each with consecutive layers
+    # Activation recomputation. "none": keep all activations. "full": keep each layer's input and run the layer again in the
+    # backward pass. "selective": keep also what matrix products and attention give, and repeat only norms and elementwise work
     recompute: str = "none"
-    recompute_every: int = 1  # recompute every k-th layer: 0, k, 2k, ...
-    sequence_parallel: bool = False  # between attention and MLP, each tensor rank holds its part of the sequence alone
-    # "1f1b"; "zero_bubble", weight gradients fill the bubble; "zero_bubble_v", each stage has two chunks of layers
+    recompute_every: int = 1  # recompute layers 0, k, 2k, ... only
+    sequence_parallel: bool = False  # outside attention and MLP, each tensor rank holds its part of the sequence only
+    # "1f1b": one forward, one backward. "zero_bubble": weight gradients are computed late, to fill the bubble.
+    # "zero_bubble_v": also, each stage has two chunks of layers, one from either end of the model (ZB-V)
     pipeline_schedule: str = "1f1b"
-    # layers of each stage, or of each chunk where a stage has two, in the model's order; (): balanced by cost
+    # Layers of each stage (with "zero_bubble_v": of each chunk), in the model's order. (): balanced by cost
     layers_per_stage: tuple[int, ...] = ()
 
     def recomputed_layers(self, depth: int) -> range:
-        """Return the indices of the recomputed ones among `depth` layers."""
+        """Return the indices of the layers to recompute, among `depth`."""
         return range(0, depth if self.recompute != "none" else 0, self.recompute_every)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Sequences of `seq_len` tokens. `global_seqs` is what one optimizer step sees, at any number of GPUs."""
+    """The sequences of one optimizer step. Gradient accumulation follows: global_seqs / (micro_seqs x data-parallel size)."""
 
-    seq_len: int
-    micro_seqs: int  # sequences in one forward pass of one data rank
-    global_seqs: int
-    # ((until_sequences, global_seqs), ...): while fewer sequences than `until_sequences` are consumed, use this batch
+    seq_len: int  # tokens of a sequence
+    micro_seqs: int  # sequences of a micro batch: one forward and backward pass of one data rank
+    global_seqs: int  # sequences of one optimizer step over all GPUs, the same at any number of them
+    # Batch-size ramp ((until_seqs, global_seqs), ...): until so many sequences have been read in all, use this global_seqs
     ramp: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """Decoupled weight decay (arXiv 1711.05101), kept off norms and biases (parameters of fewer than 2 dimensions)."""
+    """Adam with decoupled weight decay (arXiv 1711.05101), which leaves out norms and biases (fewer than 2 dimensions)."""
 
-    lr: float  # the peak; the schedule scales it
+    lr: float  # the peak learning rate, which the schedule scales
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    decay_embeddings: bool = True
-    clip: float = 1.0  # global gradient norm; 0 turns clipping off
+    decay_embeddings: bool = True  # False: no weight decay on input and output embeddings
+    clip: float = 1.0  # the largest global gradient norm; 0: no clipping
 
 
 @dataclass(frozen=True, kw_only=True)
 class SGD:
+    """Stochastic gradient descent, for comparisons: it shows wrongly scaled gradients, which Adam hides."""
+
     lr: float
     momentum: float = 0.0
     weight_decay: float = 0.0
@@ -83,7 +87,7 @@ class SGD:
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """Linear warm-up, then the peak. Give every length of a schedule in steps, or every length in tokens."""
+    """Linear warm-up, then the peak. A schedule has all its lengths in steps, or all in tokens."""
 
     warmup_steps: int | None = None
     warmup_tokens: int | None = None
@@ -91,7 +95,7 @@ class Constant:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """Linear warm-up, then a line down to `min_lr` at the end of the run (or after `decay_*` counted from step 0)."""
+    """Linear warm-up, then a line down to `min_lr` at the end of the run, or at `decay_*` counted from the run's start."""
 
     warmup_steps: int | None = None
     warmup_tokens: int | None = None
@@ -102,7 +106,7 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
-    """Linear warm-up, then half a cosine to `min_lr` at the end of the run (or after `decay_*` counted from step 0)."""
+    """Linear warm-up, then half a cosine to `min_lr` at the end of the run, or at `decay_*` counted from the run's start."""
 
     warmup_steps: int | None = None
     warmup_tokens: int | None = None
@@ -113,19 +117,19 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True)
 class WSD:
-    """Warm-up, stable, decay (arXiv 2404.06395): the peak is held until the last `cooldown_*` of the run."""
+    """Warm-up, stable, decay (arXiv 2404.06395): the peak until the last `cooldown_*` of the run, then down to `min_lr`."""
 
     warmup_steps: int | None = None
     warmup_tokens: int | None = None
     cooldown_steps: int | None = None
     cooldown_tokens: int | None = None
-    shape: str = "1-sqrt"  # "linear", "cosine" or "1-sqrt" (arXiv 2405.18392)
+    shape: str = "1-sqrt"  # of the cool-down: "linear", "cosine" or "1-sqrt" (arXiv 2405.18392)
     min_lr: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class InverseSqrt:
-    """Linear warm-up, then lr * sqrt(warm-up / now) (arXiv 1706.03762), never under `min_lr`."""
+    """Linear warm-up, then lr * sqrt(warm-up / now) (arXiv 1706.03762), but never below `min_lr`."""
 
     warmup_steps: int | None = None
     warmup_tokens: int | None = None
@@ -138,71 +142,76 @@ Schedule = Constant | Linear | Cosine | WSD | InverseSqrt
 
 @dataclass(frozen=True, kw_only=True)
 class Blend:
-    """Several prepared folders read as one. Weights are shares of the tokens read; they need not sum to one."""
+    """Several prepared folders, read as one in proportion to their weights, which need not sum to one."""
 
     weights: dict[str, float]  # folder, as in Recipe.data -> weight
-    changes: tuple[tuple[int, dict[str, float]], ...] = ()  # ((after_tokens, weights), ...), each replacing the last
+    changes: tuple[tuple[int, dict[str, float]], ...] = ()  # ((after_tokens, weights), ...): the weights from then on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Loss on the held-out split of every folder: before the first step, every `every_steps`, and at the end."""
+    """Measures the loss on the validation split of every folder: before the first step, every `every_steps`, and at the end."""
 
     every_steps: int = 0  # 0: never
-    seqs: int = 256  # sequences from the start of each validation split
+    seqs: int = 256  # sequences to evaluate, from the start of each validation split
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """When to save and what to keep. The last step is always saved."""
+    """When to save a checkpoint, and which to keep. The last step is always saved."""
 
-    every_steps: int = 0  # 0: not by steps
-    every_minutes: float = 0.0  # 0: not by time
-    keep_last: int = 3
-    keep_every_steps: int = 0  # checkpoints at multiples of this are never deleted
+    every_steps: int = 0  # save every so many steps; 0: not by steps
+    every_minutes: float = 0.0  # save when so much time has passed since the last save; 0: not by time
+    keep_last: int = 3  # older checkpoints are deleted
+    keep_every_steps: int = 0  # but those at multiples of this step; 0: none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Monitor:
-    """What is measured while training: statistics go to `tensor_stats/` and the step line (recipes.common.monitor)."""
+    """How often statistics are recorded, in the run's `tensor_stats/` and `metrics.jsonl` (recipes.common.monitor)."""
 
-    every_steps: int = 1  # norms of gradients, weights and updates, by parameter; 0: never
-    activations_every_steps: int = 10  # outputs, attention logits and router load, by layer; 0: never
-    drift_every_steps: int = 100  # whether copies of one parameter are still equal on all ranks; 0: never
-    on_drift: str = "stop"  # or "log"
+    every_steps: int = 1  # norms of gradients, weights and updates, of each parameter; 0: never
+    activations_every_steps: int = 10  # outputs, attention logits and router load, of each layer; 0: never
+    drift_every_steps: int = 100  # compare the copies of replicated parameters between ranks; 0: never
+    on_drift: str = "stop"  # "stop" or "log", when copies differ
     max_nonfinite_steps: int = 3  # a step with a NaN or an infinity is skipped; after so many in a row the run stops
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reaction:
-    """What a run does about an actionable event (recipes.common.anomalies). Every event leaves a black box."""
+    """What a run does about a loss spike or another anomaly that it detects (recipes.common.anomalies).
 
-    # "log"; "skip": a step whose gradient norm is off its curve changes no weight; "rewind": back to a checkpoint before the
-    # onset, the suspect sequences left out
+    Every anomaly is logged, and recorded in a black box.
+    """
+
+    # "log": no more than that. "skip": a step with an abnormal gradient norm updates no weight. "rewind": roll back to a
+    # checkpoint before the anomaly began, and skip the sequences that were read when it did
     action: str = "log"
-    max_rewinds: int = 3  # in a row, without getting past the step that went wrong; then the run stops
-    lr_factor: float = 1.0  # after a rewind the learning rate is multiplied by this ...
+    max_rewinds: int = 3  # rewinds in a row that do not get past the step that went wrong; then the run stops
+    lr_factor: float = 1.0  # after a rewind, multiply the learning rate by this ...
     lr_steps: int = 0  # ... for so many steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    name: str
-    model: PreTrainedConfig  # any transformers config of a decoder
-    num_params: int  # stated, and checked on the meta device: it catches every misspelt model field
+    """Everything that one training run needs to know, but for the machines it runs on."""
+
+    name: str  # the file's own
+    model: PreTrainedConfig  # the transformers config of any decoder
+    num_params: int  # what you expect: the model is counted before a run, which catches misspelt fields
     tokenizer: str  # a Hugging Face tokenizer folder; relative paths start at the repository root
-    data: str | Blend  # folders written by tools.data prepare; relative paths start at the repository root
-    layouts: dict[int, Layout]  # GPUs -> layout
+    data: str | Blend  # a folder written by `tools.data prepare`, or several; relative paths start at the repository root
+    layouts: dict[int, Layout]  # number of GPUs -> layout
     batch: Batch
     optimizer: Optimizer
-    schedule: Schedule
-    steps: int
-    deepspeed: str  # a file in ds_configs/, or a path
-    seed: int = 1234
-    z_loss: float = 0.0  # weight of mean(log Z ** 2) (arXiv 2204.02311, section 5)
-    logits_chunk_tokens: int = 2048  # head and loss are computed this many tokens at a time
+    schedule: Schedule  # of the learning rate
+    steps: int  # optimizer steps of the whole run
+    deepspeed: str  # a file in ds_configs/, or a path: memory, communication and precision
+    seed: int = 1234  # of initial weights, the order of the data, and dropout
+    z_loss: float = 0.0  # weight of the mean of (log Z)^2 in the loss (arXiv 2204.02311, section 5)
+    logits_chunk_tokens: int = 2048  # compute logits and loss for so many tokens at a time: less memory, not other numbers
     attention: str = "sdpa"  # transformers' attn_implementation
-    mask_documents: bool = False  # in packed sequences, attention stays inside each document and positions restart
+    mask_documents: bool = False  # keep attention inside each document of a packed sequence, and restart positions there
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     monitor: Monitor = field(default_factory=Monitor)
@@ -211,13 +220,13 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The numbers that follow from a recipe, a layout and a world size."""
+    """The numbers that follow from a recipe, a layout and a number of GPUs."""
 
-    world: int
+    world: int  # GPUs
     tensor: int
     pipeline: int
     data: int
-    accumulation: int  # micro batches a data rank runs each step, at the full batch
+    accumulation: int  # micro batches of one data rank in a step of the full batch
     tokens_per_step: int
 
 
@@ -227,7 +236,7 @@ def due(every_steps: int, step: int) -> bool:
 
 
 def derive_sizes(recipe: Recipe, layout: Layout, world_size: int) -> Sizes:
-    """Sizes of a recipe that `check` has accepted."""
+    """Return the sizes of a recipe that `check_recipe` has accepted."""
     data = world_size // (layout.tensor * layout.pipeline)
     batch = recipe.batch
     return Sizes(
@@ -241,5 +250,5 @@ def derive_sizes(recipe: Recipe, layout: Layout, world_size: int) -> Sizes:
 
 
 def from_root(path: str) -> Path:
-    """A recipe's path: absolute as it is, relative from the repository root, so that a run may start in any folder."""
+    """Return a path of a recipe, relative ones from the repository root, so that a run may start in any folder."""
     return ROOT / Path(path).expanduser()

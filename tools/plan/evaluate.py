@@ -10,7 +10,8 @@ import numpy as np
 from recipes.common.checks.family_trials import cut_problems, sequence_problems
 from recipes.common.checks.model_checks import depth_problems, group_problems
 from recipes.common.checks.recipe_checks import layout_problems, option_problems
-from recipes.common.config.ds_config import ds_config_path, ds_config_problems, precision
+from recipes.common.config.ds_checks import ds_config_problems
+from recipes.common.config.ds_config import ds_config_path, precision
 from recipes.common.config.lr_schedules import tokens_of_run
 from recipes.common.recipe import PIPELINE_SCHEDULES, RECOMPUTE, Layout
 from tools.common.devices import GIB, Device

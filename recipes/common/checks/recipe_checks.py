@@ -10,14 +10,8 @@ from importlib.metadata import version
 from typing import Any
 
 from recipes.common.checks.model_checks import model_problems
-from recipes.common.config.ds_config import (
-    device_problems,
-    ds_config_path,
-    ds_config_problems,
-    fp16_supported,
-    load_ds_config,
-    version_problems,
-)
+from recipes.common.config.ds_checks import device_problems, ds_config_problems, fp16_supported, version_problems
+from recipes.common.config.ds_config import ds_config_path, load_ds_config
 from recipes.common.config.field_types import type_problems
 from recipes.common.config.lr_schedules import ramp_problems, schedule_problems
 from recipes.common.config.placement import chunk_count

@@ -1,11 +1,11 @@
-"""Which keys a ds_config may have: tables, read by `recipes.common.config.ds_config`. DeepSpeed 0.19.8, runtime/config.py.
+"""Lists the keys that a ds_config may have, for `recipes.common.config.ds_config`. DeepSpeed 0.19.8, runtime/config.py.
 
-Every key is allowed by name or refused by name, with the place where it belongs. To allow one more is one line here.
+Every key is allowed by name or refused by name, with the place where it belongs. To allow one more, add a line here.
 The fields of blocks that DeepSpeed declares with pydantic (bf16, fp16, zero_optimization, comms_logger, ...) are not
-listed: they are taken from DeepSpeed.
+listed: they are read from DeepSpeed.
 """
 
-# what the recipe (or the code) says: key -> where it is set instead
+# Keys that the recipe or the code sets: key -> where
 RECIPE_OWNED = {
     "train_batch_size": "it is batch.global_seqs of the recipe",
     "train_micro_batch_size_per_gpu": "it is batch.micro_seqs of the recipe",
@@ -18,20 +18,20 @@ RECIPE_OWNED = {
     "tensor_parallel": "it is tensor of the recipe's layout",
     "sequence_parallel_size": "the layout is the recipe's, which has tensor, pipeline and data parallelism",
     "expert_parallel": "the layout is the recipe's, which has tensor, pipeline and data parallelism",
-    "data_efficiency": "what is read, and in which order, is the recipe's",
+    "data_efficiency": "which data is read, and in which order, is the recipe's",
     "data_types.param_dtype": "it follows from bf16.enabled and fp16.enabled",
     "pipeline.activation_checkpoint_interval": "it is recompute of the recipe's layout",
     "pipeline.stages": "it is pipeline of the recipe's layout",
-    "pipeline.partition": "stages are cut by cost, embedding and head included",
+    "pipeline.partition": "it is layers_per_stage of the recipe's layout; without it, stages are balanced by cost, head included",
     "pipeline.seed_layers": "initial weights follow from the recipe's seed, equal in every layout",
     "gradient_allreduce_op": "gradients are averaged over the batch; 'sum' would change what is learned",
     "managed_gradient_accumulation": "the training loop relies on DeepSpeed's own boundaries",
 }
-# what must not be set at all: key -> reason
+# Keys that must not be set at all: key -> reason
 REFUSED = {
     "wall_clock_breakdown": "it crashes with pipeline > 1 in DeepSpeed 0.19; metrics.jsonl has the times",
     "flops_profiler": "it turns on wall_clock_breakdown, which crashes with pipeline > 1 in DeepSpeed 0.19",
-    "steps_per_print": "the training loop prints; metrics.jsonl has every step",
+    "steps_per_print": "the training loop prints its own lines; metrics.jsonl has every step",
     "tensorboard": "the run writes metrics.jsonl, TensorBoard and W&B itself",
     "wandb": "the run writes metrics.jsonl, TensorBoard and W&B itself",
     "csv_monitor": "the run writes metrics.jsonl, TensorBoard and W&B itself",
@@ -59,7 +59,7 @@ REFUSED = {
     "zero_optimization.offload_optimizer.super_offload": "it needs DeepSpeedCPUAdam; the optimizer is torch's AdamW",
     "zero_optimization.offload_optimizer.ratio": "it needs DeepSpeedCPUAdam; the optimizer is torch's AdamW",
 }
-# blocks that DeepSpeed itself raises on (runtime/config.py, issue 8489); a test holds this list against DeepSpeed's
+# Blocks that DeepSpeed itself refuses (runtime/config.py, issue 8489); a test compares this list with DeepSpeed's
 REMOVED = {
     "": [
         "amp",
@@ -94,7 +94,7 @@ TOP_LEVEL = {
     "disable_python_gc": bool,
     "log_level": str,
 }
-# nested blocks that DeepSpeed reads without checking them
+# Nested blocks that DeepSpeed reads without checking them
 UNCHECKED_BLOCKS = {
     "data_types": {"grad_accum_dtype": str, "keep_in_fp32_modules": list},
     "pipeline": {"pipe_partitioned": bool, "grad_partitioned": bool, "use_reentrant": bool},
