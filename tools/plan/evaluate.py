@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from recipes.common.checks.family_trials import cut_problems, sequence_problems
+from recipes.common.checks.family_trials import partition_problems, sequence_problems
 from recipes.common.checks.model_checks import depth_problems, group_problems
 from recipes.common.checks.recipe_checks import layout_problems, option_problems
 from recipes.common.config.ds_checks import ds_config_problems
@@ -157,7 +157,7 @@ def pipeline_problems(facts: ModelFacts, cuts: set[Layout]) -> dict[Layout, str]
     file, found = ds_config_path(recipe.deepspeed), {}
     uncut = []
     if any(1 < cut.pipeline <= depth for cut in cuts):  # whether the family survives being cut is asked of a tiny model, once
-        uncut = cut_problems(recipe.model, Layout(pipeline=2), recipe.attention)
+        uncut = partition_problems(recipe.model, Layout(pipeline=2), recipe.attention)
     for cut in cuts:
         problems = option_problems(cut, recipe.batch.seq_len) or depth_problems(cut, depth)
         if not problems:

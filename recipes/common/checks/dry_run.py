@@ -1,4 +1,4 @@
-"""What a run will be, in words: the text of --dry-run."""
+"""Describes a run before it starts: the text of --dry-run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from recipes.common.recipe import Blend, Layout, Reaction, Recipe, Sizes
 
 
 def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
-    """Parameters, layout, batch, schedule and stages of a recipe that `check_recipe` has accepted."""
+    """Describe the parameters, layout, batch, schedule and stages of a recipe that `check_recipe` has accepted."""
     causal = build_empty(recipe.model, recipe.attention)
     stack = find_stack(causal)
     costs, head = layer_costs(causal, stack, recipe.batch.seq_len)
@@ -28,15 +28,15 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
         f"{recipe.batch.micro_seqs} a micro batch x {sizes.data} data ranks x {sizes.accumulation} accumulated",
         f"run         {recipe.steps:,} steps, {tokens_of_run(recipe) / 1e9:,.3f}B tokens, "
         f"{tokens_of_run(recipe) / recipe.num_params:.1f} a parameter",
-        f"learning    {type(recipe.optimizer).__name__} + {type(recipe.schedule).__name__}: " + _rates(recipe),
+        f"optimizer   {type(recipe.optimizer).__name__}, {type(recipe.schedule).__name__}: " + _rates(recipe),
         f"files       data {_data(recipe)}, tokenizer {recipe.tokenizer}, DeepSpeed {recipe.deepspeed} as below",
-        f"trouble     {_reaction(recipe.reaction)}",
-        "stage  layers        share of the cost",
+        f"on anomaly  {_reaction(recipe.reaction)}",
+        "stage  layers        part of the cost",
     ]
-    cut = cut_chunks(costs, head, layout.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
+    chunks = cut_chunks(costs, head, layout.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
     total = sum(costs) + head
-    for index, runs in enumerate(runs_by_rank(cut, layout.pipeline)):
-        has_head = runs[-1] is cut[-1]
+    for index, runs in enumerate(runs_by_rank(chunks, layout.pipeline)):
+        has_head = runs[-1] is chunks[-1]
         cost = sum(costs[i] for run in runs for i in run) + (head if has_head else 0.0)
         parts = ("embedding, " if index == 0 else "") + ", ".join(f"{run[0]}-{run[-1]}" for run in runs)
         lines.append(f"{index:<6} {parts + (', head' if has_head else ''):<24} {100 * cost / total:5.1f} %")
@@ -59,10 +59,10 @@ def _rates(recipe: Recipe) -> str:
 
 def _reaction(reaction: Reaction) -> str:
     if reaction.action != "rewind":
-        skips = "a step whose gradient norm is off its curve changes no weight; " if reaction.action == "skip" else ""
-        return skips + "logged, with a black box"
-    rate = f", the learning rate x {reaction.lr_factor:g} for {reaction.lr_steps:,} steps" if reaction.lr_steps else ""
-    return f"rewind to a checkpoint before it and skip the sequences{rate}; {reaction.max_rewinds} tries, then stop"
+        skips = "skip steps with an abnormal gradient norm; " if reaction.action == "skip" else ""
+        return skips + "log it, with a black box"
+    rate = f", with the learning rate x {reaction.lr_factor:g} for {reaction.lr_steps:,} steps" if reaction.lr_steps else ""
+    return f"rewind to a checkpoint before it and skip its sequences{rate}; {reaction.max_rewinds} tries, then stop"
 
 
 def _data(recipe: Recipe) -> str:

@@ -1,7 +1,7 @@
-"""Does this family survive being cut into stages? Tried on a tiny model of it before a run, rather than believed.
+"""Checks on a tiny model of a family, before a run, that partitioning it or masking its documents does not change its results.
 
-Some decoders pass more between their layers than hidden states (shared keys, indexers, parameters used twice); cut, they would
-train something else without an error.
+Some decoders pass more between their layers than hidden states (shared keys, indexers, parameters used twice); partitioned into
+stages, they would train something else without an error.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _SEQS, _SEQ_LEN = 2, 16
 _ROUNDING = 1e-4  # another mask is another order of summation
 
 
-def cut_problems(config: PreTrainedConfig, layout: Layout, attention: str) -> list[str]:
-    """Empty when the stages, one after another, give what the whole gives to the last bit; else why not, by the family's name."""
+def partition_problems(config: PreTrainedConfig, layout: Layout, attention: str) -> list[str]:
+    """Check that the stages, one after another, give what the whole model gives, to the last bit."""
     family = config.model_type
     if layout.pipeline == 1:
         return []
@@ -35,24 +35,24 @@ def cut_problems(config: PreTrainedConfig, layout: Layout, attention: str) -> li
         tiny = shrink(config, Layout(pipeline=count))
         ids = torch.arange(_SEQS * _SEQ_LEN).view(_SEQS, _SEQ_LEN) % (tiny.vocab_size - 3) + 3
         whole = _run(tiny, attention, 1, ids)
-    except Exception as error:  # whatever a family's own code raises on the tiny model: not proven either way
+    except Exception as error:  # a family's own code may raise anything on the tiny model; nothing is shown then
         return [f"model_type={family}: a tiny model of it does not run ({type(error).__name__}: {error}); {advice}"]
     try:
         difference = (_run(tiny, attention, count, ids) - whole).abs().max().item()
-    except Exception as error:  # as above, but the whole did run: it is the cut that fails
-        return [f"model_type={family} cannot be cut into stages ({type(error).__name__}: {error}); {advice}"]
+    except Exception as error:  # as above, but the whole did run: it is the partition that fails
+        return [f"model_type={family} cannot be partitioned into stages ({type(error).__name__}: {error}); {advice}"]
     if difference == 0.0 and not _shares_layers(tiny, attention):
         return []
     return [
-        f"model_type={family} cannot be cut into stages: its layers share more than hidden states (cut in {count}, a "
+        f"model_type={family} cannot be partitioned into stages: its layers share more than hidden states (in {count} parts, a "
         f"tiny model of it differs by {difference:.1e}, or two layers share weights); {advice}"
     ]
 
 
 def masking_problems(config: PreTrainedConfig, attention: str) -> list[str]:
-    """Empty when two packed documents, told apart by positions that restart, give what each gives alone; else why not.
+    """Check that two packed documents, marked by positions that restart, give what each gives alone.
 
-    State-space and linear-attention layers, for example, carry what they saw over the bounds, whatever the positions say.
+    State-space and linear-attention layers, for example, carry their state across the boundary, whatever the positions are.
     """
     family = config.model_type
     try:
@@ -65,20 +65,20 @@ def masking_problems(config: PreTrainedConfig, attention: str) -> list[str]:
             packed = stage(ids)[:, _SEQ_LEN // 2 :]
             alone = stage(ids[:, _SEQ_LEN // 2 :])
         difference = (packed - alone).abs().max().item()
-    except Exception as error:  # whatever a family's own code raises on the tiny model: not proven
+    except Exception as error:  # a family's own code may raise anything on the tiny model; nothing is shown then
         return [f"mask_documents=True: a tiny {family} does not run with it ({type(error).__name__}: {error}); turn it off"]
     if difference <= _ROUNDING * packed.abs().max().item():
         return []
     return [
-        f"mask_documents=True: model_type={family} does not keep documents apart (in a tiny model of it a document changes by "
-        f"{difference:.1e} with its neighbour); turn it off"
+        f"mask_documents=True: model_type={family} does not keep documents apart (in a tiny model of it, output changes by "
+        f"{difference:.1e} with the neighbouring document); turn it off"
     ]
 
 
 def sequence_problems(config: PreTrainedConfig, layout: Layout, attention: str) -> list[str]:
-    """Empty when, apart from the blocks that gather it, a layer treats each token by itself; else why not, by the family's name.
+    """Check that, outside the blocks that gather the sequence, a layer treats each token by itself.
 
-    Tried on a tiny model: each layer runs on half of the sequence, with its blocks giving half of what they gave for the whole.
+    On a tiny model each layer runs on half of a sequence, with its blocks returning half of what they returned for the whole.
     """
     family, advice = config.model_type, "use sequence_parallel=False"
     if not layout.sequence_parallel or layout.tensor == 1:
@@ -90,7 +90,7 @@ def sequence_problems(config: PreTrainedConfig, layout: Layout, attention: str) 
         difference = _halves_differ(stage, blocks)
     except PlanError as error:
         return [f"sequence_parallel=True: {error}; {advice}"]
-    except Exception as error:  # whatever a family's own code raises on half of a sequence
+    except Exception as error:  # a family's own code may raise anything on half of a sequence
         return [f"sequence_parallel=True: a tiny {family} does not run with it ({type(error).__name__}: {error}); {advice}"]
     if difference == 0.0:
         return []
@@ -101,7 +101,7 @@ def sequence_problems(config: PreTrainedConfig, layout: Layout, attention: str) 
 
 
 def _halves_differ(stage: Stage, blocks: frozenset[str]) -> float:
-    """The largest difference of what blocks are given and layers give, when each layer runs on the sequence's second half."""
+    """Return the largest difference in blocks' inputs and layers' outputs when each layer runs on a sequence's second half."""
     ids = torch.arange(_SEQS * _SEQ_LEN).view(_SEQS, _SEQ_LEN) % (stage.vocab_size - 3) + 3
     second = slice(_SEQ_LEN // 2, None)
     layers = list(stage.causal.get_submodule(stage.stack.layers))
@@ -142,7 +142,7 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def _run(config: PreTrainedConfig, attention: str, pipeline: int, ids: torch.Tensor) -> torch.Tensor:
-    """Hidden states after the last layer, from the stages one after another."""
+    """Return the hidden states after the last layer, from the stages one after another."""
     hidden = ids
     with torch.no_grad():
         for index in range(pipeline):

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from recipes.common.checks.family_trials import cut_problems, masking_problems, sequence_problems
+from recipes.common.checks.family_trials import masking_problems, partition_problems, sequence_problems
 from recipes.common.config.placement import chunk_count
 from recipes.common.data.document_masking import masking_problem
 from recipes.common.model.decoder import PlanError, Stack, find_stack
@@ -57,7 +57,7 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
         problems += group_problems(recipe, causal, stack, layout)
     if not problems and recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
         problems += masking_problems(recipe.model, recipe.attention)
-    return problems or cut_problems(recipe.model, layout, recipe.attention)
+    return problems or partition_problems(recipe.model, layout, recipe.attention)
 
 
 def depth_problems(layout: Layout, depth: int) -> list[str]:
@@ -81,10 +81,10 @@ def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) ->
     """Check that every stage holds both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
     layers = causal.get_submodule(stack.layers)
     kinds = {p.ndim < 2 for p in causal.parameters()}
-    cut = cut_chunks(
+    chunks = cut_chunks(
         *layer_costs(causal, stack, recipe.batch.seq_len), layout.pipeline, layout.pipeline_schedule, layout.layers_per_stage
     )
-    for runs in runs_by_rank(cut, layout.pipeline):
+    for runs in runs_by_rank(chunks, layout.pipeline):
         own = [index for run in runs for index in run]
         if {p.ndim < 2 for index in own for p in layers[index].parameters()} != kinds:
             return [

@@ -1,4 +1,4 @@
-"""A tiny model of the same family with the same options, to try a recipe's numerics in seconds."""
+"""Makes a tiny model of the same family with the same options, to try a recipe's numerics in seconds."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ VOCAB_SIZE = 503  # a prime: no tensor size divides it, as with real vocabularie
 
 
 def shrink(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
-    """The config with small sizes that `layout` still cuts as it cuts the real ones (grouped heads stay grouped or shared)."""
+    """Return the config with small sizes that `layout` shards in the same way (heads stay grouped, or shared between ranks)."""
     names = dict(getattr(type(config), "attribute_map", {}))
     fields = config.to_dict()
     depth = config.num_hidden_layers
@@ -83,7 +83,7 @@ def shrink(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
 
 
 def _heads(config: PreTrainedConfig, tensor: int) -> tuple[int, int]:
-    """Few heads in the real proportion to the tensor size: kv heads divided by it stay so, kv heads below it stay below."""
+    """Return few heads, in the real relation to the tensor size: kv heads that it divides stay so, fewer stay fewer."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if kv_heads == heads:
@@ -95,9 +95,9 @@ def _heads(config: PreTrainedConfig, tensor: int) -> tuple[int, int]:
 
 
 def _representative(values: list[Any], count: int) -> list[Any]:
-    """The first `count` values, the last ones replaced by kinds that would be missing."""
+    """Return the first `count` values, the last of them replaced by kinds that would be missing."""
     kept = values[:count]
     missing = [value for i, value in enumerate(values) if value not in kept and value not in values[:i]]
-    for place, value in zip(reversed(range(count)), missing[: count - 1], strict=False):
-        kept[place] = value
+    for index, value in zip(reversed(range(count)), missing[: count - 1], strict=False):
+        kept[index] = value
     return kept

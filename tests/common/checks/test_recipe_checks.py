@@ -78,7 +78,7 @@ ONE_MISTAKE = {
         {"layouts": {5: Layout(pipeline=5)}},
         [r"^layout pipeline=5 exceeds the model's 4 layers; use 4 stages at most$"],
     ),
-    "too few layers for two runs a stage": (
+    "too few layers for two chunks a stage": (
         3,
         {"layouts": {3: Layout(pipeline=3, pipeline_schedule="zero_bubble_v")}},
         [r"^layout pipeline=3 with pipeline_schedule='zero_bubble_v' needs two chunks .* has 4 layers; use 2 stages"],
@@ -89,12 +89,12 @@ ONE_MISTAKE = {
         {"layouts": {2: Layout(pipeline=2, pipeline_schedule="zb-h1")}},
         [r"^layouts\[2\]\.pipeline_schedule='zb-h1' must be one of '1f1b', 'zero_bubble', 'zero_bubble_v'$"],
     ),
-    "cut of another pipeline": (
+    "partition of another pipeline": (
         2,
         {"layouts": {2: Layout(pipeline=2, layers_per_stage=(2, 1, 1))}},
         [r"^layouts\[2\]\.layers_per_stage=\(2, 1, 1\) must have 2 whole numbers from 1, .* leave it out to have them balanced$"],
     ),
-    "cut of another model": (
+    "partition of another model": (
         2,
         {"layouts": {2: Layout(pipeline=2, layers_per_stage=(3, 2))}},
         [r"^layout layers_per_stage=\(3, 2\) has 5 layers and the model 4; let it sum to 4$"],
@@ -337,12 +337,12 @@ def test_an_empty_batch_is_one_line(data, batch):
 
 
 @pytest.mark.parametrize("config", [GlmMoeDsaConfig(), DeepseekV4Config()], ids=["glm_moe_dsa", "deepseek_v4"])
-def test_a_family_that_cannot_be_cut_is_refused_by_its_name(data, config):
+def test_a_family_that_cannot_be_partitioned_is_refused_by_its_name(data, config):
     count = run_ranks(_count, 1, config)[0]
     recipe = tiny_recipe(data, model=config, num_params=count, layouts=PIPELINE, attention="eager")
     (lines,) = reports((recipe, 2, False))
     assert len(lines) == 1
-    assert lines[0].startswith(f"model_type={config.model_type} cannot be cut into stages")
+    assert lines[0].startswith(f"model_type={config.model_type} cannot be partitioned into stages")
     assert lines[0].endswith("use pipeline=1 (ZeRO 1 to 3 and tensor parallelism remain)")
 
 
