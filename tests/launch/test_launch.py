@@ -75,6 +75,7 @@ def test_quickstart_prints_its_commands_from_any_folder(tmp_path: Path) -> None:
 
 
 SUPERVISE = ["python", str(ROOT / "tools" / "supervise" / "__main__.py")]
+DEEPSPEED = "deepspeed --log_level error"
 POD = {"POD_JOB": "job", "POD_NODES": "2", "POD_SLOTS": "4"}
 
 
@@ -83,10 +84,10 @@ POD = {"POD_JOB": "job", "POD_NODES": "2", "POD_SLOTS": "4"}
     [
         ("local.sh", ["--processes", "2"], {}, ["--processes", "2"],
          "deepspeed --log_level error --hostfile /dev/null --master_port {port} --num_gpus 2"),
-        ("local.sh", ["--restarts", "0"], {}, ["--restarts", "0"], "deepspeed --log_level error --hostfile /dev/null --master_port {port}"),
+        ("local.sh", ["--restarts", "0"], {}, ["--restarts", "0"], f"{DEEPSPEED} --hostfile /dev/null --master_port {{port}}"),
         ("hostfile.sh", ["--spares", "1", "--hostfile", os.devnull], {},
          ["--spares", "1", "--hostfile", os.devnull, "--probe", "ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true"],
-         "deepspeed --log_level error --hostfile {hostfile} --no_ssh_check {force_multi} --master_addr {master} --master_port {port}"),
+         f"{DEEPSPEED} --hostfile {{hostfile}} --no_ssh_check {{force_multi}} --master_addr {{master}} --master_port {{port}}"),
         ("slurm.sbatch", ["--processes", "8", "--min-hosts", "3"], {},
          ["--min-hosts", "3", "--hostfile", "HOSTFILE", "--requeue", "--probe",
           "srun --overlap --immediate=10 --nodes=1 --ntasks=1 --nodelist={host} true"],
