@@ -1,4 +1,4 @@
-"""Fitting and validation: first principles, honest folds, and the numbers on a sample of published rows.
+"""The bench of the planner: first principles, folds that do not leak, and the errors on a sample of published rows.
 
 `published_sample.csv`: runs of BLOOM's developers (bigscience, tr11-176B-ml/chronicles-prequel.md). `vtrain_sample.csv`: every
 sixth measured row of vTrain's single-node table (KAIST). Facts; the sources are in the rows or here.
@@ -14,6 +14,7 @@ import pytest
 from tests.bench.planner.table_cases import time_cases
 from tests.bench.planner.tables import read_rows, recomputed
 from tests.support.small_runs import call_bench
+from tools.plan.coefficients import read_coefficients
 from tools.plan.fitting import fit_map, held_out
 from tools.plan.time_model import FIRST_PRINCIPLES, PRIOR, TERMS, fit_time, step_parts, step_seconds
 
@@ -78,13 +79,13 @@ def test_a_fit_finds_the_terms_that_made_the_times():
     assert found["gemm"] == pytest.approx(0.7, rel=0.2)  # what narrow and short products lose is hard to tell from it here
 
 
-def test_nothing_measured_leaves_first_principles():
+def test_a_fit_of_no_error_leaves_first_principles():
     cases = time_cases(read_rows(VTRAIN)[0][:1])
     fit = fit_time(cases, FIRST_PRINCIPLES.predict(cases))
     assert fit.terms == pytest.approx(PRIOR, rel=1e-6)
 
 
-def test_an_outlier_does_not_lead():
+def test_an_outlier_does_not_move_the_fit():
     x = np.linspace(1, 2, 20)
     y = 3.0 * x
     y[4] *= 50
@@ -168,8 +169,18 @@ def test_every_row_is_held_out_once():
         (VTRAIN.read_text().splitlines()[0] + "\n8,8,,1024,16,24,1024,2,2,2,100\n", "micro batch is empty"),
     ],
 )
-def test_a_file_of_another_kind_is_the_users_mistake(tmp_path, text, part):
+def test_a_file_of_another_kind_is_a_usage_error(tmp_path, text, part):
     path = tmp_path / "rows.csv"
     path.write_text(text)
     called = call_bench("planner", "validate", path)
     assert called.code == 2 and part in called.err and "Traceback" not in called.err
+
+
+def test_a_fit_of_published_tables_is_a_calibration_that_the_planner_reads(tmp_path):
+    out = tmp_path / "fit.json"
+    called = call_bench("planner", "fit", PUBLISHED, VTRAIN, "--out", out, "--json")
+    assert called.code == 0, called.err
+    assert called.json["provenance"]["rows"]["time"] > 120
+    coefficients = read_coefficients(out)
+    assert coefficients.provenance == called.json["provenance"]
+    assert 0 < coefficients.memory_spread < 0.3 and 0 < coefficients.time_spread < 1.0

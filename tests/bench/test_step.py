@@ -1,4 +1,4 @@
-"""The bench runs every side on the same work, proves it by their losses, and says so in a table or as one JSON object."""
+"""The bench of the step runs every side on the same work, and their losses prove it."""
 
 import pytest
 
@@ -67,7 +67,7 @@ def disagreement_of(*losses):
         (("--micro-seqs", 0), "--micro-seqs=0: must be 1 or more"),
     ],
 )
-def test_what_cannot_be_compared_is_said_before_anything_runs(tmp_path, flags, said):
+def test_what_cannot_be_compared_is_rejected_before_anything_runs(tmp_path, flags, said):
     called = bench(tmp_path, *flags)
     assert called.code == 2
     assert said in called.err

@@ -3,8 +3,8 @@
     {"time": {term: value}, "memory": {term: value}, "device_factor": {GPU: factor}, "layer_factor": [[shape, factor], ...],
      "spread": {"time": s, "memory": s}, "provenance": {"date", "rows", ...}}
 
-`spread` is the 90th percentile of relative errors on rows that the fit had not seen. `python -m tools.plan fit` wrote the shipped
-file from published tables.
+`spread` is the 90th percentile of relative errors on rows that the fit had not seen. `python -m tests.bench.planner fit` wrote
+the shipped file from published tables.
 """
 
 from __future__ import annotations

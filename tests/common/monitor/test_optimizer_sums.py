@@ -1,4 +1,4 @@
-"""Sums over the pieces of a flat partition: cut anywhere they are the same, and nothing in them waits for a device."""
+"""Sums over the fragments of a flat partition: they do not depend on where it is split, and none waits for a device."""
 
 import pytest
 import torch

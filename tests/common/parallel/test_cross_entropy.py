@@ -1,4 +1,4 @@
-"""The loss on a cut vocabulary, chunk by chunk, against torch's cross-entropy over full logits: values and gradients."""
+"""The loss on a sharded vocabulary, chunk by chunk, against torch's cross-entropy over full logits: values and gradients."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The cut into stages: what layers cost, and no cut that makes the dearest rank cheaper."""
+"""The partition into stages: what layers cost, and no other partition has a cheaper most expensive rank."""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""The bench of pipeline schedules measures each of them and says so in a table, or as one JSON object."""
+"""`throughput schedules` measures every pipeline schedule, and prints a table or one JSON object."""
 
 from recipes.common.recipe import PIPELINE_SCHEDULES
 from tests.support.small_runs import call

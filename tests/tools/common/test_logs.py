@@ -1,4 +1,4 @@
-"""Logs of other programs, in the very lines they print, give the right numbers; what cannot be read says so in one line."""
+"""Logs of other programs, in the lines they print, give the right numbers; one that cannot be read is reported in one line."""
 
 import gzip
 import json
