@@ -102,7 +102,7 @@ def test_speed(tmp_path):
 
 
 def test_a_planted_cause(monkeypatch):
-    """Made, explained and counted, by the command; `tests/tools/spikes/test_explain.py` tries each cause."""
+    """The command makes a run, explains and counts it; `tests/tools/spikes/test_explain.py` tries each cause."""
     found = figures(call_bench("spikes", "--only", "causes", "--runs", 1, "--json"))
     assert "1 of 1" in found["scores"]["causes"][0]["value"]
 

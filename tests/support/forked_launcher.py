@@ -1,8 +1,8 @@
-"""A launcher for tests: ranks forked from one process that has imported everything, so that a start takes seconds.
+"""Launches ranks for tests, forked from one process that has imported everything: a start takes seconds.
 
     python forked_launcher.py RANKS RECIPE [FLAGS]       # RANKS: a number, or a hostfile whose slots are added up
 
-As launchers do, it ends all ranks when one fails, and then with that one's code. Killed, it ends nobody.
+Like other launchers it ends all ranks when one fails, and exits with that one's code. Killed, it ends none.
 """
 
 import os

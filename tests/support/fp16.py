@@ -1,4 +1,4 @@
-"""fp16 on a CPU: DeepSpeed refuses it on most, and torch computes it on all."""
+"""Allows fp16 on a CPU: DeepSpeed refuses it on most, and torch computes it on all."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The quickstart recipe on tiny data, started as a user starts it: a launcher, ranks of their own, any folder."""
+"""Starts the quickstart recipe on tiny data as a user does: by a launcher, from any folder."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SMALLER = {
 
 
 def copy_repository(folder: Path, *, extra: str = "") -> Path:
-    """A repository in `folder` whose quickstart recipe is smaller and reads data in `folder`; `extra` goes before main(recipe).
+    """Make a repository in `folder` whose quickstart is smaller and reads data in `folder`; `extra` goes before main(recipe).
 
-    Everything but the recipe is the real thing, by links. Gives the recipe's path.
+    All but the recipe is the real thing, by links. Returns the recipe's path.
     """
     write_shards(folder / "data")
     text = (ROOT / "recipes" / "quickstart.py").read_text()

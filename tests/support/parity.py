@@ -1,4 +1,4 @@
-"""Trials of tiny models, and the comparison of a layout with plain one-process transformers."""
+"""Makes trials of tiny models, and compares a layout with plain one-process transformers."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmds with their own configuration. Needs root."""
+"""Runs a Slurm cluster of two nodes on this machine: munged, slurmctld, two slurmds, their own configuration. Needs root."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NODES = ("node1", "node2")
 
 
 def missing() -> str:
-    """Why a cluster cannot be had here; empty when it can."""
+    """Return why a cluster cannot run here; empty if it can."""
     lacking = [name for name in PROGRAMS if _which(name) is None]
     if lacking:
         return f"not installed: {', '.join(lacking)}"
@@ -32,14 +32,14 @@ class Cluster:
     folder: Path
 
     def call(self, *words: object, **options: object) -> str:
-        """A Slurm command's output. Raises CalledProcessError."""
+        """Return a Slurm command's output; assert that it succeeds."""
         variables = {**os.environ, **options.pop("env", {}), "SLURM_CONF": str(self.folder / "slurm.conf")}
         done = subprocess.run([str(w) for w in words], env=variables, capture_output=True, text=True, timeout=60, **options)
         assert done.returncode == 0, (words, done.stdout, done.stderr)
         return done.stdout.strip()
 
     def state(self, job: str) -> str:
-        """As RUNNING or COMPLETED."""
+        """Return a job's state, such as RUNNING or COMPLETED."""
         return self.call("scontrol", "show", "job", job, "--oneliner").partition(" JobState=")[2].split()[0]
 
 

@@ -1,4 +1,4 @@
-"""Small trained runs for the tests of tools that read checkpoints, and a way to call a tool in a process of its own."""
+"""Trains small runs, compares their states, and calls a tool or a bench in a process of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tools.common.forked_ranks import run_ranks
 
 
 def write_data(folder: Path) -> Path:
-    """Token shards with a tokenizer that transformers loads: VOCAB words, w3 to w130 after three special ones."""
+    """Write token shards with a tokenizer that transformers loads: VOCAB words, w3 to w130 after three special ones."""
     write_shards(folder)
     words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
     content = {
@@ -53,7 +53,7 @@ def small_recipe(data: Path, model: PreTrainedConfig, **fields: Any) -> Recipe:
 
 
 def train_run(recipe: Recipe, out_dir: Path, layout: Layout, world_size: int, *, resume: bool = False, steps: int = 2) -> Path:
-    """A whole run on forked ranks. Gives its newest checkpoint."""
+    """Train a whole run on forked ranks in `layout`, unchecked. Returns its newest checkpoint."""
     run_ranks(_train, world_size, recipe, str(out_dir), layout, world_size, resume, steps)
     return out_dir / "checkpoints" / "latest"
 
@@ -119,7 +119,7 @@ class Called:
 
     @property
     def json(self) -> dict[str, Any]:
-        """What --json printed: one object, and nothing else."""
+        """Parse what --json printed: one object, and nothing else."""
         return json.loads(self.out)
 
 

@@ -1,4 +1,4 @@
-"""Stages of tiny models, built in one process."""
+"""Builds the stages of tiny models in one process."""
 
 from collections.abc import Iterator
 from typing import Any

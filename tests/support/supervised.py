@@ -1,4 +1,4 @@
-"""Runs under tools/supervise, for tests that break them: start one, wait for a step, look who is alive, compare the ends."""
+"""Starts runs under tools/supervise for tests that break them, waits for steps, finds who is alive, compares the ends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ recipe = replace(recipe, steps={steps}, checkpoints=Checkpoints(every_steps={eve
 
 
 def recipe_copy(folder: Path, *, steps: int = STEPS, every: int = 10, extra: str = "") -> Path:
-    """A small recipe, `steps` long, that saves every `every` steps."""
+    """Write a small recipe of `steps` steps that saves every `every` steps."""
     return copy_repository(folder, extra=SETTINGS.format(steps=steps, every=every, extra=extra))
 
 

@@ -1,4 +1,4 @@
-"""Loss curves with known trouble: a power law with noise, as healthy runs have it, and what is put on top."""
+"""Makes loss curves with known trouble: a power law with noise, as in healthy runs, and what is added to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def steps_of(points: int = POINTS, every: int = 1) -> np.ndarray:
 
 
 def curve(steps: np.ndarray) -> np.ndarray:
-    """Loss of a small language model: 11 at the start, 3.5 after 8000 steps."""
+    """Return the loss of a small language model: 11 at the start, 3.5 after 8000 steps."""
     return 2.0 + 9.0 * ((steps + 50) / 50) ** -0.35
 
 
@@ -30,7 +30,7 @@ def healthy_norm(seed: int = 0, points: int = POINTS) -> np.ndarray:
 
 
 def bump(at: int, height: float, decay_points: float, points: int = POINTS) -> np.ndarray:
-    """A jump at a point that decays."""
+    """Return a jump at a point that decays."""
     after = np.arange(points) - at
     return np.where(after >= 0, height * np.exp(-np.maximum(after, 0) / decay_points), 0.0)
 

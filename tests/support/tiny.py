@@ -1,4 +1,4 @@
-"""Tiny models and recipes for tests: every width small, nothing that a layout divides by accident."""
+"""Makes tiny models and recipes for tests: every width small, nothing that a layout divides by accident."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ _WIDTHS = {
 
 
 def tiny_config(family: str, **fields: object) -> PreTrainedConfig:
-    """A small config of a transformers model type; `fields` override."""
+    """Return a small config of a transformers model type; `fields` override."""
     default = AutoConfig.for_model(family)
     return AutoConfig.for_model(family, **{k: v for k, v in {**_WIDTHS, **fields}.items() if hasattr(default, k)})
 
@@ -46,7 +46,7 @@ def ds_config(name: str) -> dict:
 
 
 def write_shards(folder: Path, *, tokens: int = 40_000, seed: int = 0) -> None:
-    """A prepared data folder of random ids, as tools.data prepare would leave it, with a tokenizer that is only hashed."""
+    """Write a prepared data folder of random ids, as tools.data prepare would leave it, with a tokenizer that is only hashed."""
     import hashlib
 
     from recipes.common.data.shards import FORMAT, VERSION, tokenizer_hash
@@ -74,7 +74,7 @@ def write_shards(folder: Path, *, tokens: int = 40_000, seed: int = 0) -> None:
 
 
 def tiny_recipe(folder: Path, **fields: object) -> Recipe:
-    """A llama of 4 layers on `folder` (see write_shards), 8 steps; `fields` override."""
+    """Return a recipe: a llama of 4 layers on `folder` (see write_shards), 8 steps; `fields` override."""
     values = {
         "name": "tiny",
         "model": tiny_config("llama"),

@@ -1,4 +1,4 @@
-"""Prepared data in several shards of random tokens, and the same tokens in one array."""
+"""Writes prepared data in several shards of random tokens, and returns the same tokens in one array."""
 
 import hashlib
 import json

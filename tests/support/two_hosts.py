@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces joined by a cable, each with its own name, address and sshd. Needs root.
+"""Runs two hosts on one machine: network namespaces joined by a cable, with own names, addresses and sshds. Needs root.
 
 As on many real machines, each host's own name resolves to loopback; interfaces are called net0 on one and fast0 on the other.
 """
@@ -19,7 +19,7 @@ NAMES, ADDRESSES, INTERFACES = ("alpha", "beta"), ("10.77.0.1", "10.77.0.2"), ("
 
 
 def missing() -> str:
-    """Why the hosts cannot be had here; empty when they can."""
+    """Return why the hosts cannot run here; empty if they can."""
     lacking = [name for name in PROGRAMS if _which(name) is None]
     if lacking:
         return f"not installed: {', '.join(lacking)}"
@@ -36,13 +36,13 @@ class TwoHosts:
     folder: Path
 
     def command(self, host: int, *words: object) -> list[str]:
-        """`words` as they are started on a host."""
+        """Return the command that starts `words` on a host."""
         name = f'hostname {NAMES[host]} && exec "$@"'
         inside = ["ip", "netns", "exec", self.spaces[host], "unshare", "--uts", "sh", "-c", name, "sh"]
         return [*inside, *(str(word) for word in words)]
 
     def environment(self) -> dict[str, str]:
-        """With an `ssh` that knows the key and asks nothing."""
+        """Return variables whose `ssh` knows the key and asks nothing."""
         return {"PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
     def hostfile(self, slots: int, *names: str) -> Path:
@@ -51,7 +51,7 @@ class TwoHosts:
         return path
 
     def set_link(self, host: int, state: str) -> None:
-        """state: "up" or "down"."""
+        """Set a host's link "up" or "down"."""
         _ip("-n", self.spaces[host], "link", "set", INTERFACES[host], state)
 
 
