@@ -7,6 +7,7 @@ starts. tests/launch/test_launch.py does the same for launch/README.md. Links an
 import argparse
 import contextlib
 import importlib
+import inspect
 import io
 import json
 import os
@@ -22,8 +23,9 @@ from unittest.mock import patch
 import pytest
 import transformers.models.llama.modeling_llama  # noqa: F401  imported once, before processes are forked
 
-import recipes.common.train  # noqa: F401
+import recipes.common.train
 from recipes.common.recipe import ROOT
+from tests.test_layering import FLOORS
 from tools.common.forked_ranks import run_ranks
 from tools.common.recipe_io import load_recipe
 
@@ -277,6 +279,22 @@ def test_the_relative_links_of_a_page_exist(page):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", target.read_text(), flags=re.M)
             assert anchor in map(slug, headings), f"{page}: {link}"
+
+
+def test_the_loop_of_the_readme_is_the_loop():
+    (excerpt,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    loop = iter(inspect.getsource(recipes.common.train.train).splitlines())
+    for line in excerpt.splitlines():
+        if line.strip() != "...":
+            assert any(line == own.removeprefix("    ") for own in loop), line
+
+
+def test_the_stairs_of_the_readmes_are_the_stair():
+    names = [name for floor in reversed(FLOORS) for name in floor]
+    (listed,) = re.findall(r"```\n(train\.py.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert sorted(re.findall(r"^(\w+)", listed, flags=re.M)) == sorted(names)
+    (drawn,) = re.findall(r"```\n(\d+   train\.py.*?)```", (ROOT / "recipes/common/README.md").read_text(), flags=re.S)
+    assert [set(re.findall(r"[a-z]\w+(?=/|\.py)", line)) for line in drawn.splitlines()] == [set(f) for f in reversed(FLOORS)]
 
 
 def test_the_readme_is_short():
