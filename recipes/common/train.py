@@ -35,8 +35,8 @@ from recipes.common.monitor.monitor import RunMonitor
 from recipes.common.monitor.phases import Phases
 from recipes.common.parallel.grid import Grid
 from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes, due, from_root
-from recipes.common.run_dir.manifest import recipe_to_dict, write_run_files
-from recipes.common.run_dir.metrics import RunLog
+from recipes.common.run_dir.run_files import recipe_to_dict, write_run_files
+from recipes.common.run_dir.run_log import RunLog
 from recipes.common.runtime.exits import end_rank, guard_rank
 from recipes.common.runtime.stop_signal import StopRequest
 from recipes.common.runtime.supervisor_link import SupervisorLink

@@ -63,7 +63,7 @@ def parse_layout(text: str) -> tuple[Layout, int]:
 
 
 def read_recipe(run: Path) -> Recipe:
-    """Read the recipe that `recipes.common.run_dir.manifest.recipe_to_dict` wrote; fields unknown to an older run get defaults.
+    """Read the recipe that `recipes.common.run_dir.run_files.recipe_to_dict` wrote; fields unknown to an older run get defaults.
 
     Raises UsageError when there is none, or when this version cannot read it.
     """

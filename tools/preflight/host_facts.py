@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.common.recipe import ROOT, Blend, Recipe
-from recipes.common.run_dir.manifest import git_state, package_versions, recipe_to_dict
+from recipes.common.run_dir.run_files import git_state, package_versions, recipe_to_dict
 from tools.common.recipe_io import load_recipe
 
 SOURCES = ("recipes", "ds_configs", "tools", "launch")  # what a run and its launch read

@@ -22,7 +22,7 @@ from recipes.common.config.lr_schedules import learning_rate_at
 from recipes.common.engine.build_trainer import build_recipe_trainer
 from recipes.common.monitor.phases import Phases
 from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes
-from recipes.common.run_dir.manifest import recipe_to_dict, write_run_files
+from recipes.common.run_dir.run_files import recipe_to_dict, write_run_files
 from recipes.common.train import open_reader
 from tools.common.console import UsageError, quiet_transformers
 from tools.common.forked_ranks import RankError, run_ranks

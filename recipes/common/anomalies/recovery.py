@@ -58,7 +58,8 @@ from recipes.common.monitor.monitor import RunMonitor
 from recipes.common.recipe import Recipe
 from recipes.common.run_dir.black_box import BlackBox
 from recipes.common.run_dir.checkpoint_folders import step_folder
-from recipes.common.run_dir.metrics import METRICS, NON_FINITE, RunLog, plain
+from recipes.common.run_dir.metrics import METRICS, NON_FINITE, plain
+from recipes.common.run_dir.run_log import RunLog
 from recipes.common.runtime.exits import TrainingError
 
 MEMORY_STEPS = 4096  # replayed to the detectors after a resume or a rewind

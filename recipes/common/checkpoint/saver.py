@@ -34,8 +34,8 @@ from recipes.common.engine.trainer import Trainer
 from recipes.common.model.sharding import RankShard, rank_shard
 from recipes.common.recipe import Recipe, due, from_root
 from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_checkpoints, step_folder
-from recipes.common.run_dir.manifest import recipe_to_dict
-from recipes.common.run_dir.metrics import RunLog
+from recipes.common.run_dir.run_files import recipe_to_dict
+from recipes.common.run_dir.run_log import RunLog
 
 _POLL_SECONDS = 0.02  # how often the sealing thread looks for the other ranks' reports
 

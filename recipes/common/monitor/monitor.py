@@ -14,7 +14,7 @@ from recipes.common.monitor.nonfinite import NonFinite, find_nonfinite
 from recipes.common.monitor.parameter_stats import STATS, ParameterStats
 from recipes.common.monitor.replica_drift import find_drift
 from recipes.common.recipe import Recipe, due
-from recipes.common.run_dir.metrics import RunLog
+from recipes.common.run_dir.run_log import RunLog
 from recipes.common.run_dir.tensor_stats import ACTIVATIONS, PARAMETERS, StatsWriter
 from recipes.common.runtime.exits import TrainingError
 

@@ -14,7 +14,8 @@ import torch
 from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.recipe import AdamW, Checkpoints, Evaluation, Layout, derive_sizes
-from recipes.common.run_dir.metrics import describe, read_metrics
+from recipes.common.run_dir.metrics import read_metrics
+from recipes.common.run_dir.progress import describe_step
 from recipes.common.train import SKIPS_IN_A_ROW, start_run, train
 from tests.support.fp16 import allow_fp16, fp16_config
 from tests.support.tiny import tiny_config, tiny_recipe, write_shards
@@ -102,8 +103,8 @@ def test_overflows_are_skipped_counted_and_shown(tmp_path, capfd, device, pipeli
     assert {after - before for before, after in pairwise(skipped)} == {0, 1}
     # an overflow's own line shows the scale that it leaves; with no overflow it stays, over the resume too
     assert [record["loss_scale"] for record in records] == [2.0 ** (POWER - count) for count in skipped]
-    assert f"skipped {overflows}" in describe(records[-1])
-    assert f"step {STEPS}/{STEPS} | {describe(records[-1])}" in capfd.readouterr().err
+    assert f"skipped {overflows}" in describe_step(records[-1])
+    assert f"step {STEPS}/{STEPS} | {describe_step(records[-1])}" in capfd.readouterr().err
     state = json.loads((out_dir / "checkpoints" / "latest" / "state.json").read_text())
     assert (state["step"], state["skipped_steps"], state["optimizer_steps"]) == (STEPS, overflows, STEPS - overflows)
 

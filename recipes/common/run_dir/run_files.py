@@ -1,8 +1,8 @@
-"""The files that say what a run is: `recipe.json`, `deepspeed.json`, `run.json`. Written before step 1, rank 0.
+"""Writes the files that say what a run is: `recipe.json`, `deepspeed.json`, `run.json`. Rank 0, before step 1.
 
-All are resolved: nothing else has to be read to know what was trained, how, and with which versions. Each is written
-to a temporary file and renamed, so a reader sees the old file or the new one. A resume keeps what it replaces
-(`recipe.before_step_00000121.json`) and adds itself to `starts` in the manifest.
+All are resolved: nothing else has to be read to know what was trained, how, and with which versions. Each is replaced at once: a
+reader sees the old file or the new one. A resume keeps what it replaces (`recipe.before_step_00000121.json`) and adds itself to
+`starts` in run.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece",
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON can hold it. Each dataclass and the HF config keep their class name under "class".
+    """Return a recipe as JSON can hold it. Each dataclass and the HF config keep their class name under "class".
 
     `config` classes of transformers are read back by CONFIG_MAPPING[d["model_type"]].from_dict(d).
     """
@@ -43,32 +43,31 @@ def write_run_files(
     *,
     layout: Layout,
     sizes: Sizes,
-    hosts: Sequence[str] = (),
     resumed_step: int | None = None,
     data: Mapping[str, str] | None = None,
     skips: Sequence[tuple[int, int]] = (),
 ) -> dict[str, Any]:
-    """Write the three files and return the manifest (its "run_id" is equal over all starts of a run).
+    """Write the three files and return the content of run.json (its "run_id" is equal over all starts of a run).
 
-    recipe: from `recipe_to_dict`. deepspeed: from `merge_ds_config`. hosts: of all ranks, this one's if empty.
-    resumed_step: None for a fresh start. data: the identity of every folder that is read. skips: sequences left out.
+    recipe: from `recipe_to_dict`. deepspeed: from `merge_ds_config`. resumed_step: None for a fresh
+    start. data: the identity of every folder that is read. skips: sequences that are skipped.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, content in (("recipe.json", recipe), ("deepspeed.json", deepspeed)):
         _replace(out_dir / name, content, resumed_step)
     path = out_dir / "run.json"
-    manifest = _read(path) if resumed_step is not None else None
-    if manifest is None:
+    run = _read(path) if resumed_step is not None else None
+    if run is None:
         if path.exists():  # another run's, in a directory used before
             _keep(path, None)
-        manifest = {"run_id": uuid.uuid4().hex[:12], "name": recipe["name"], "starts": []}
-    start = _start(layout, sizes, hosts, resumed_step)
-    manifest["starts"].append(start | {"data": dict(data or {}), "skips": [list(skip) for skip in skips]})
-    write_json(path, manifest)
-    return manifest
+        run = {"run_id": uuid.uuid4().hex[:12], "name": recipe["name"], "starts": []}
+    start = _start(layout, sizes, resumed_step)
+    run["starts"].append(start | {"data": dict(data or {}), "skips": [list(skip) for skip in skips]})
+    write_json(path, run)
+    return run
 
 
-def _start(layout: Layout, sizes: Sizes, hosts: Sequence[str], resumed_step: int | None) -> dict[str, Any]:
+def _start(layout: Layout, sizes: Sizes, resumed_step: int | None) -> dict[str, Any]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed_step": resumed_step,
@@ -77,7 +76,7 @@ def _start(layout: Layout, sizes: Sizes, hosts: Sequence[str], resumed_step: int
         "world_size": sizes.world,
         "layout": dataclasses.asdict(layout) | {"layers_per_stage": list(layout.layers_per_stage)},  # as JSON gives it back
         "sizes": dataclasses.asdict(sizes),
-        "hosts": sorted(set(hosts or [socket.gethostname()])),
+        "host": socket.gethostname(),  # of rank 0
         "device": _device(),
         "git": git_state(),
         "versions": {"python": platform.python_version(), **package_versions()},
@@ -85,7 +84,7 @@ def _start(layout: Layout, sizes: Sizes, hosts: Sequence[str], resumed_step: int
 
 
 def git_state(root: Path = ROOT) -> dict[str, Any]:
-    """Commit of `root`, and whether tracked files differ from it; both null where it is not a checkout."""
+    """Return the commit of `root`, and whether tracked files differ from it; both null where it is not a checkout."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -99,7 +98,7 @@ def git_state(root: Path = ROOT) -> dict[str, Any]:
 
 
 def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
-    """Installed versions, null where a package is missing."""
+    """Return installed versions, null where a package is missing."""
     found: dict[str, str | None] = {}
     for package in packages:
         try:
@@ -133,7 +132,7 @@ def _plain(value: Any) -> Any:
 
 
 def _replace(path: Path, content: Any, resumed_step: int | None) -> None:
-    """Write `content`, and keep the file that it replaces where that one said something else."""
+    """Write `content`, and keep the file that it replaces where that one differs."""
     if path.exists() and _read(path) != json.loads(json.dumps(content)):
         _keep(path, resumed_step)
     write_json(path, content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ from transformers import LlamaConfig
 
 from recipes.common.config.json_files import write_json
 from recipes.common.recipe import WSD, AdamW, Batch, Layout, Recipe, derive_sizes
-from recipes.common.run_dir.manifest import git_state, recipe_to_dict, write_run_files
+from recipes.common.run_dir.run_files import git_state, recipe_to_dict, write_run_files
 
 
 def make_recipe() -> Recipe:
@@ -41,18 +42,17 @@ def start(folder: Path, recipe: Recipe, resumed_step: int | None = None) -> dict
         {"zero_optimization": {"stage": 1}},
         layout=layout,
         sizes=sizes,
-        hosts=["b", "a", "b"],
         resumed_step=resumed_step,
     )
 
 
 def test_the_run_files(tmp_path: Path) -> None:
-    manifest = start(tmp_path / "new" / "run", make_recipe())
+    run = start(tmp_path / "new" / "run", make_recipe())
     folder = tmp_path / "new" / "run"
     assert sorted(path.name for path in folder.iterdir()) == ["deepspeed.json", "recipe.json", "run.json"]
-    assert json.loads((folder / "run.json").read_text()) == manifest
-    (first,) = manifest["starts"]
-    assert (first["world_size"], first["hosts"], first["layout"]["pipeline"]) == (8, ["a", "b"], 2)
+    assert json.loads((folder / "run.json").read_text()) == run
+    (first,) = run["starts"]
+    assert (first["world_size"], first["host"], first["layout"]["pipeline"]) == (8, socket.gethostname(), 2)
     assert first["resumed_step"] is None
     assert first["versions"]["torch"]
     assert first["command"][0] == sys.executable
@@ -81,7 +81,7 @@ def test_the_model_can_be_read_back() -> None:
     assert CONFIG_MAPPING[saved["model_type"]].from_dict(saved).to_dict() == recipe.model.to_dict()
 
 
-def test_a_resume_adds_to_the_manifest_and_keeps_what_it_replaces(tmp_path: Path) -> None:
+def test_a_resume_adds_itself_and_keeps_what_it_replaces(tmp_path: Path) -> None:
     recipe = make_recipe()
     first = start(tmp_path, recipe)
     start(tmp_path, recipe, resumed_step=4)
