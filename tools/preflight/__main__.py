@@ -1,11 +1,11 @@
-"""Look over every host and rank of a job before it trains: code, storage, data, devices, links. Under a minute at 64 ranks.
+"""Check every host and rank of a job before it trains: code, storage, data, devices, links. Under a minute at 64 ranks.
 
     python -m tools.preflight recipes/quickstart.py --processes 8          # this machine, 8 ranks that it starts itself
     deepspeed --hostfile HOSTS tools/preflight recipes/llama_8b.py --out-dir /ckpt/llama_8b
     torchrun ... tools/preflight RECIPE --out-dir DIR                   # as a recipe is started; srun with RANK set as well
 
-Started as a recipe is, with the same words (flags of the run are taken and not looked at). Prints every rank, the slowest
-first, and all problems with their cures. Exit 0 good, 1 a host, rank or link is not, 2 the recipe or the flags are wrong.
+It is started like a recipe, with the same flags (those of the run are accepted and ignored). Prints every rank, the slowest
+first, and all problems with their cures. Exit 0: passed; 1: a host, rank or link is bad; 2: the recipe or the flags are wrong.
 """
 
 from __future__ import annotations
@@ -30,30 +30,35 @@ from recipes.common.runtime.network import choose_interface
 from tools.common.console import FAILED, MISTAKE, CheckError, UsageError
 from tools.common.forked_ranks import RankError, run_ranks
 from tools.common.recipe_io import load_recipe
-from tools.preflight.coordinator import dismiss, lead
+from tools.preflight.coordinator import coordinate, release
 from tools.preflight.problems import Problem
-from tools.preflight.rank_checks import follow
-from tools.preflight.rendezvous import Meeting, announce, collect, enter, this_rank
-from tools.preflight.report import Verdict, as_text, write_verdict
+from tools.preflight.rank_checks import run_checks
+from tools.preflight.rendezvous import Rendezvous, announce, collect, join, this_rank
+from tools.preflight.report import PreflightReport, as_text, write_report
 
-STEPS = 8  # that each end by --step-seconds
+STEPS = 8  # each ends within --step-seconds
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.preflight", description=__doc__.split("\n")[0])
     parser.add_argument("recipe", help="path of a recipe file")
-    parser.add_argument("--out-dir", help="the run directory: space, speed and sharing are looked at (default: the recipe's)")
-    parser.add_argument("--processes", type=int, help="start so many ranks on this machine, without a launcher")
+    parser.add_argument("--out-dir", help="the run directory: its space, speed and sharing are checked (default: the recipe's)")
+    parser.add_argument("--processes", type=int, help="start this many ranks on this machine, without a launcher")
+    parser.add_argument("--hosts", type=_hosts, default=[], metavar="A:8,B:8", help="hosts in order, with the ranks on each")
     parser.add_argument(
-        "--hosts", type=_hosts, default=[], metavar="A:8,B:8", help="names of the hosts, with ranks on each, in order"
+        "--join-seconds", type=float, default=120.0, help="report ranks that have not joined by then (%(default)s)"
     )
     parser.add_argument(
-        "--join-seconds", type=float, default=120.0, help="until a rank that did not come is missing (%(default)s)"
+        "--step-seconds", type=float, default=60.0, help="report a step that takes longer as hanging (%(default)s)"
     )
-    parser.add_argument("--step-seconds", type=float, default=60.0, help="until a step that does not end hangs (%(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--json-file", type=Path, metavar="PATH", help="write the verdict there too, with its bad hosts")
-    for flag in ("--skip", "--max-steps", "--local_rank", "--local-rank"):  # of a run, or from the launcher: the same words do
+    parser.add_argument("--json-file", type=Path, metavar="PATH", help="also write the report there")
+    for flag in (
+        "--skip",
+        "--max-steps",
+        "--local_rank",
+        "--local-rank",
+    ):  # of the run, or from the launcher: accepted and ignored
         parser.add_argument(flag, action="append", help=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
@@ -67,7 +72,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _hosts(text: str) -> list[tuple[str, int]]:
-    """[(host, ranks or 0 where it is not said), ...]"""
+    """Parse A:8,B:8 into [(host, ranks, or 0 if not given), ...]."""
     found = []
     for item in text.split(","):
         host, colon, count = item.partition(":")
@@ -84,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     if not flags.processes:
         code, _ = run_rank(flags)
     else:
-        import_module("recipes.common.train")  # what every recipe imports: before the fork, so that no rank pays for it
+        import_module("recipes.common.train")  # imported before the fork, so that no rank pays for it
         limit = flags.join_seconds + STEPS * flags.step_seconds
         try:
             code, text = run_ranks(run_rank, flags.processes, flags, timeout_seconds=limit)[0]
@@ -100,47 +105,47 @@ def _show(code: int, text: str) -> None:
 
 
 def run_rank(flags: argparse.Namespace) -> tuple[int, str]:
-    """This rank's part by the launcher's environment: (exit code, rank 0's text). A rank that was not forked prints it here."""
-    me, meeting = this_rank(os.environ), None
-    choose_interface()  # as training will
+    """Run this rank's part; return (exit code, rank 0's text). A rank that was not forked prints the text itself."""
+    me, rendezvous = this_rank(os.environ), None
+    choose_interface()  # as training does
     try:
-        meeting = enter(me, os.environ, join_seconds=flags.join_seconds, limit_seconds=flags.step_seconds)
+        rendezvous = join(me, os.environ, join_seconds=flags.join_seconds, limit_seconds=flags.step_seconds)
         if me.rank != 0:
-            return follow(meeting, me, flags.recipe, flags.join_seconds + STEPS * flags.step_seconds), ""
-        verdict = _verdict(meeting, flags)
+            return run_checks(rendezvous, me, flags.recipe, flags.join_seconds + STEPS * flags.step_seconds), ""
+        result = _examine(rendezvous, flags)
     except CheckError as error:
         if me.rank != 0:
             print(f"failed: {error}", file=sys.stderr)
             return FAILED, ""
-        verdict = _no_verdict(flags, FAILED, Problem(check="joining", message=str(error), cure="then start again"))
+        result = _early_report(flags, FAILED, Problem(check="joining", message=str(error), cure="then start again"))
     if flags.json_file is not None:
         try:
-            write_verdict(verdict, flags.json_file)
+            write_report(result, flags.json_file)
         except OSError as error:
-            print(f"preflight: no verdict in {flags.json_file}: {error}", file=sys.stderr)
-    text = json.dumps(verdict.as_json()) if flags.json else as_text(verdict)
-    if verdict.exit_code == MISTAKE:
-        text = f"error: {verdict.problems[0].message}"
+            print(f"preflight: cannot write {flags.json_file}: {error}", file=sys.stderr)
+    text = json.dumps(result.as_json()) if flags.json else as_text(result)
+    if result.exit_code == MISTAKE:
+        text = f"error: {result.problems[0].message}"
     if not flags.processes:
-        _show(verdict.exit_code, text)  # before the others leave: a launcher ends all ranks with the first that fails
-    if meeting is not None:
-        dismiss(meeting, verdict.exit_code)
-    return verdict.exit_code, text
+        _show(result.exit_code, text)  # before the others exit: a launcher ends all ranks with the first that fails
+    if rendezvous is not None:
+        release(rendezvous, result.exit_code)
+    return result.exit_code, text
 
 
-def _verdict(meeting: Meeting, flags: argparse.Namespace) -> Verdict:
-    """Rank 0: of the flags and the recipe first, for they may be wrong on any host; then of all."""
+def _examine(rendezvous: Rendezvous, flags: argparse.Namespace) -> PreflightReport:
+    """Check flags and recipe, then all ranks, on rank 0."""
     try:
-        hosts = _all_counted(flags.hosts, meeting.world_size)
+        hosts = _all_counted(flags.hosts, rendezvous.world_size)
         _writable(flags.json_file)
-        recipe, layout = _checked_recipe(flags.recipe, meeting.world_size)
+        recipe, layout = _checked_recipe(flags.recipe, rendezvous.world_size)
     except (RecipeError, UsageError) as error:
-        announce(meeting, "roster", {"leave": True})
-        if flags.processes:  # forked here, and on their way: without this rank's store they would wait for it
-            collect(meeting, "join", range(1, meeting.world_size), flags.join_seconds)
-        return _no_verdict(flags, MISTAKE, Problem(check="recipe", message=str(error), cure="correct it; no host is to blame"))
-    return lead(
-        meeting,
+        announce(rendezvous, "roster", {"exit": True})
+        if flags.processes:  # forked ranks are joining: keep the store until they have
+            collect(rendezvous, "join", range(1, rendezvous.world_size), flags.join_seconds)
+        return _early_report(flags, MISTAKE, Problem(check="recipe", message=str(error), cure="correct it; no host is at fault"))
+    return coordinate(
+        rendezvous,
         this_rank(os.environ),
         recipe,
         layout,
@@ -151,10 +156,10 @@ def _verdict(meeting: Meeting, flags: argparse.Namespace) -> Verdict:
     )
 
 
-def _no_verdict(flags: argparse.Namespace, code: int, problem: Problem) -> Verdict:
-    """What ends a preflight before a host is looked at."""
+def _early_report(flags: argparse.Namespace, code: int, problem: Problem) -> PreflightReport:
+    """Return the report of a preflight that ends before a host is checked."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return Verdict(recipe=Path(flags.recipe).stem, world_size=world_size, hosts=(), exit_code=code, problems=(problem,))
+    return PreflightReport(recipe=Path(flags.recipe).stem, world_size=world_size, hosts=(), exit_code=code, problems=(problem,))
 
 
 def _writable(json_file: Path | None) -> None:
@@ -165,7 +170,7 @@ def _writable(json_file: Path | None) -> None:
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise UsageError(f"--json-file={json_file} cannot be written ({error}); name a file in a folder of yours") from error
         except OSError:
-            return  # a full or a broken disk is for the checks to name
+            return  # a full or broken disk: the checks report it
 
 
 def _all_counted(hosts: list[tuple[str, int]], world_size: int) -> list[tuple[str, int]]:
@@ -181,7 +186,7 @@ def _checked_recipe(path: str, world_size: int) -> tuple[Recipe, Layout]:
     from recipes.common.checks.recipe_checks import check_recipe
 
     recipe = load_recipe(path)
-    # of a copy: building the model fills in fields of its config
+    # a copy: building the model fills in fields of its config
     return recipe, check_recipe(deepcopy(recipe), world_size, check_machine=False)[0]
 
 
@@ -191,4 +196,4 @@ if __name__ == "__main__":
         code = main()
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(code)  # a thread may hang in a file system or a collective: an orderly exit would wait for it
+    os._exit(code)  # a thread may hang in a file system or a collective, and a normal exit would wait for it

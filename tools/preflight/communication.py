@@ -1,7 +1,7 @@
-"""Collectives in the groups that training uses: is the result right, and how many bytes a second pass?
+"""Runs collectives in the groups that training uses, and checks their results and bandwidth.
 
-Bus bandwidth is that of nccl-tests (PERFORMANCE.md), with the size of the GROUP: what a link carries, whatever the group's
-size. All groups of a kind run at the same time, as they do in a step.
+Bus bandwidth is that of nccl-tests (PERFORMANCE.md), with n the size of the group: what one link carries, whatever the group's
+size. All groups of a kind run at the same time, as in a step.
 
     all_reduce   2 (n - 1) / n * bytes / seconds
     all_gather     (n - 1) / n * bytes of the result / seconds
@@ -26,12 +26,12 @@ from tools.preflight.compute import wait
 
 BYTES = {"cuda": 128 << 20, "cpu": 2 << 20}  # of a rank's buffer
 REPEATS = 5
-PERIOD = 1000  # of the values that are sent: sums of whole numbers under 2^24 are exact in fp32
+PERIOD = 1000  # of the values sent: sums of integers below 2^24 are exact in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One collective in one group, as one rank saw it."""
+class CollectiveTiming:
+    """One collective in one group, as one rank measured it."""
 
     kind: str  # tensor, pipeline, data, hosts
     operation: str  # all_reduce, all_gather, send_recv
@@ -42,7 +42,7 @@ class Measured:
 
 
 def join_group(store: dist.Store, rank: int, world_size: int, device: torch.device, seconds: float) -> None:
-    """The default process group. Its own timeout comes after ours, so that we are the ones to say who hangs."""
+    """Create the default process group. Its timeout is longer than ours, so that we report which rank hangs."""
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -54,9 +54,9 @@ def join_group(store: dist.Store, rank: int, world_size: int, device: torch.devi
 
 
 def collective_facts(layout: Layout, device: torch.device, leaders: list[int], begun: list[str]) -> list[dict[str, Any]]:
-    """Every collective of this rank's groups, measured; then the hosts' first ranks in a ring.
+    """Measure every collective of this rank's groups, then a ring of the hosts' first ranks.
 
-    begun: the name of each is added before it starts, so that a caller who gives up on this knows where it hangs.
+    begun: gets each one's name before it starts, so that a caller that gives up knows where it hangs.
     """
     begun.append("making the groups")
     grid = build_grid(layout, device)
@@ -69,22 +69,22 @@ def collective_facts(layout: Layout, device: torch.device, leaders: list[int], b
             begun.append(f"{kind} all_gather")
             found.append(_all_gather(kind, group, values))
         begun.append(f"the wait for all {kind} groups")
-        dist.barrier()  # kinds one after another: they share links
+        dist.barrier()  # one kind after another: they share links
     stages = dist.get_process_group_ranks(grid.pipeline_group) if grid.pipeline_group is not None else []
     begun.append("pipeline send_recv")
     found += _between_neighbours("pipeline", stages, grid.pipeline_group, values)
     begun.append("send_recv between hosts")
-    if len(leaders) > 2:  # of two hosts the groups say as much
+    if len(leaders) > 2:  # for two hosts the groups show the same
         found += _between_neighbours("hosts", leaders, None, values, closed=True)
     return [asdict(one) for one in found]
 
 
 def _payload(values: torch.Tensor, rank: int) -> torch.Tensor:
-    """What a rank sends: whole numbers that depend on the place and on the rank."""
+    """Return what a rank sends: integers that depend on the position and on the rank."""
     return ((values + rank) % PERIOD).float()
 
 
-def _all_reduce(kind: str, group: dist.ProcessGroup, values: torch.Tensor) -> Measured:
+def _all_reduce(kind: str, group: dist.ProcessGroup, values: torch.Tensor) -> CollectiveTiming:
     ranks = dist.get_process_group_ranks(group)
     own = _payload(values, dist.get_rank())
     expected = torch.zeros_like(own)
@@ -98,7 +98,7 @@ def _all_reduce(kind: str, group: dist.ProcessGroup, values: torch.Tensor) -> Me
     return _measured(kind, "all_reduce", ranks, seconds, 2 * (len(ranks) - 1) / len(ranks) * size / seconds, wrong)
 
 
-def _all_gather(kind: str, group: dist.ProcessGroup, values: torch.Tensor) -> Measured:
+def _all_gather(kind: str, group: dist.ProcessGroup, values: torch.Tensor) -> CollectiveTiming:
     ranks = dist.get_process_group_ranks(group)
     part = values[: len(values) // len(ranks)]
     own = _payload(part, dist.get_rank())
@@ -115,15 +115,15 @@ def _all_gather(kind: str, group: dist.ProcessGroup, values: torch.Tensor) -> Me
 
 
 def pairs(count: int, *, closed: bool) -> list[tuple[int, int, int]]:
-    """Neighbours of a line or a ring of `count` places as (place, next place, turn): the pairs of a turn share no place."""
+    """Return neighbours in a line or a ring of `count` as (index, next index, turn); pairs of one turn are disjoint."""
     line = [(place, place + 1, place % 2) for place in range(count - 1)]
     return [*line, (count - 1, 0, 1 if count % 2 == 0 else 2)] if closed else line
 
 
 def _between_neighbours(
     kind: str, ranks: list[int], group: dist.ProcessGroup | None, values: torch.Tensor, *, closed: bool = False
-) -> list[Measured]:
-    """There and back between neighbours. Every rank of the world calls this, for the barriers; `ranks` may leave it out."""
+) -> list[CollectiveTiming]:
+    """Measure send and receive between neighbours. Every rank of the world must call this, for the barriers."""
     me = dist.get_rank()
     found = []
     for turn in range(3 if closed else 2):
@@ -134,7 +134,7 @@ def _between_neighbours(
     return found
 
 
-def _there_and_back(kind: str, one: int, other: int, group: dist.ProcessGroup | None, values: torch.Tensor) -> Measured:
+def _there_and_back(kind: str, one: int, other: int, group: dist.ProcessGroup | None, values: torch.Tensor) -> CollectiveTiming:
     first = dist.get_rank() == one
     peer = other if first else one
     own, got = _payload(values, dist.get_rank()), torch.empty(len(values), device=values.device)
@@ -154,7 +154,7 @@ def _there_and_back(kind: str, one: int, other: int, group: dist.ProcessGroup | 
 
 
 def _median(work: Callable[[], Any], group: dist.ProcessGroup | None, device: torch.device) -> float:
-    """Seconds of one call. group: whose ranks start together; None where the calls themselves keep them in step."""
+    """Return the median seconds of one call. group: its ranks start together; None where the calls themselves synchronise."""
     taken = []
     for _ in range(REPEATS):
         if group is not None:
@@ -168,12 +168,14 @@ def _median(work: Callable[[], Any], group: dist.ProcessGroup | None, device: to
 
 
 def first_wrong(got: torch.Tensor, expected: torch.Tensor) -> str | None:
-    """The first element that differs, in words."""
+    """Describe the first element that differs."""
     if torch.equal(got, expected):
         return None
     at = int(torch.nonzero(got != expected)[0])
     return f"element {at} is {got[at].item():g} instead of {expected[at].item():g}"
 
 
-def _measured(kind: str, operation: str, ranks: list[int], seconds: float, speed: float, wrong: str | None) -> Measured:
-    return Measured(kind=kind, operation=operation, ranks=tuple(ranks), seconds=seconds, bus_bytes_per_second=speed, wrong=wrong)
+def _measured(kind: str, operation: str, ranks: list[int], seconds: float, speed: float, wrong: str | None) -> CollectiveTiming:
+    return CollectiveTiming(
+        kind=kind, operation=operation, ranks=tuple(ranks), seconds=seconds, bus_bytes_per_second=speed, wrong=wrong
+    )

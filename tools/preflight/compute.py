@@ -1,7 +1,7 @@
-"""The same matrix product on every rank: who is slow, and whose result differs.
+"""Computes the same matrix product on every rank, to find slow ranks and wrong results.
 
-The factors are small whole numbers, so that every order of summation gives the same result: a rank with another one computes
-wrongly. On CPU the time is the rank's own (ranks may share cores); on a GPU it is the wall's.
+The factors are small integers, so every order of summation gives the same result, and a rank with another one computes wrongly.
+Time is the thread's on CPU, where ranks may share cores, and wall time on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REPEATS = {"cuda": 20, "cpu": 9}
 
 
 def device_facts(device_type: str, local_rank: int) -> dict[str, Any]:
-    """The device this rank would train on, or why it has none."""
+    """Return the device this rank would train on, or why it has none."""
     if device_type != "cuda":
         return {"name": platform.machine(), "uuid": None}
     count = torch.cuda.device_count()
@@ -31,7 +31,7 @@ def device_facts(device_type: str, local_rank: int) -> dict[str, Any]:
 
 
 def product_facts(device: torch.device) -> dict[str, Any]:
-    """{"seconds": median of one product, "flops_per_second", "result": a number that depends on every element}."""
+    """Return {"seconds": median of one product, "flops_per_second", "result": a number that depends on every element}."""
     size = SIZES[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # partial sums in bf16 would round
@@ -54,6 +54,6 @@ def _timed(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Rank 0's side of a preflight: meet the ranks, let every step happen, judge the facts, say so."""
+"""Rank 0's side of a preflight: waits for the ranks, starts every step, judges the facts and reports."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tools.preflight.host_facts import recipe_hash
 from tools.preflight.judge_hosts import clock_problems, host_problems, storage_problems
 from tools.preflight.judge_ranks import collective_problems, device_problems, merge_groups, product_problems
 from tools.preflight.problems import Problem, majority, named, span, values_of
-from tools.preflight.rank_checks import measure, tell_device, tell_host, tell_storage
-from tools.preflight.rendezvous import Meeting, Rank, announce, bounded, clock_offsets, collect, host_names
-from tools.preflight.report import Verdict, judge, rank_rows
+from tools.preflight.rank_checks import measure, report_device, report_host, report_storage
+from tools.preflight.rendezvous import RankInfo, Rendezvous, announce, bounded, clock_offsets, collect, host_names
+from tools.preflight.report import PreflightReport, rank_rows, with_exit_code
 from tools.preflight.storage import bytes_needed, open_folder, read_answers
 
 GRACE_SECONDS = 3.0  # after a step's limit, for its report to arrive
@@ -28,7 +28,7 @@ GRACE_SECONDS = 3.0  # after a step's limit, for its report to arrive
 
 @dataclass
 class Findings:
-    """What rank 0 has heard so far."""
+    """What rank 0 has collected so far."""
 
     hosts: list[str]  # by rank
     leaders: list[int]  # the first rank of each host
@@ -53,9 +53,9 @@ def step(found: Findings, name: str) -> Iterator[None]:
     found.seconds[name] = time.monotonic() - started
 
 
-def lead(
-    meeting: Meeting,
-    me: Rank,
+def coordinate(
+    rendezvous: Rendezvous,
+    me: RankInfo,
     recipe: Recipe,
     layout: Layout,
     *,
@@ -63,34 +63,34 @@ def lead(
     out_dir: str,
     given_hosts: list[tuple[str, int]],
     join_seconds: float,
-) -> Verdict:
-    """The verdict over all ranks. Every problem that can be found is in it."""
+) -> PreflightReport:
+    """Run the preflight and return the report on all ranks, with every problem found."""
     started = time.monotonic()
-    joined = _meet(meeting, join_seconds)
-    hosts = host_names(joined, meeting.world_size, given_hosts)
+    joined = _wait_for_ranks(rendezvous, join_seconds)
+    hosts = host_names(joined, rendezvous.world_size, given_hosts)
     found = Findings(hosts=hosts, leaders=[hosts.index(host) for host in dict.fromkeys(hosts)])
     found.seconds["joining"] = time.monotonic() - started
-    missing = [rank for rank in range(meeting.world_size) if rank not in joined]
+    missing = [rank for rank in range(rendezvous.world_size) if rank not in joined]
     if missing:
-        found.problems.append(_absence(meeting, missing, hosts, join_seconds))
-        announce(meeting, "roster", {"leave": True})
+        found.problems.append(_missing_problem(rendezvous, missing, hosts, join_seconds))
+        announce(rendezvous, "roster", {"exit": True})
     else:
         roster = {"leaders": found.leaders}
-        announce(meeting, "roster", roster)
+        announce(rendezvous, "roster", roster)
         with step(found, "hosts"):
-            _hear_hosts(meeting, found, roster, layout, joined, recipe_path)
+            _check_hosts(rendezvous, found, roster, layout, joined, recipe_path)
         with step(found, "storage"):
-            _hear_storage(meeting, found, roster, recipe, out_dir)
+            _check_storage(rendezvous, found, roster, recipe, out_dir)
         with step(found, "devices"):
-            device_type = _hear_devices(meeting, found, me)
+            device_type = _check_devices(rendezvous, found, me)
         with step(found, "measuring"):
-            _hear_measurements(meeting, found, me, layout, device_type)
+            _check_speeds(rendezvous, found, me, layout, device_type)
     groups = merge_groups(found.collectives)
     rows = rank_rows(hosts, layout, products=found.products, groups=groups, storage=found.storage, clocks=found.clocks)
-    return judge(
-        Verdict(
+    return with_exit_code(
+        PreflightReport(
             recipe=recipe.name,
-            world_size=meeting.world_size,
+            world_size=rendezvous.world_size,
             hosts=tuple(dict.fromkeys(hosts)),
             exit_code=0,
             problems=tuple(found.problems),
@@ -104,99 +104,97 @@ def lead(
     )
 
 
-def _meet(meeting: Meeting, join_seconds: float) -> dict[int, Rank]:
+def _wait_for_ranks(rendezvous: Rendezvous, join_seconds: float) -> dict[int, RankInfo]:
     started = time.monotonic()
 
-    def tell(left: list[int]) -> None:
+    def show_missing(missing: list[int]) -> None:
         waited = time.monotonic() - started
-        who = f"rank{'s' * (len(left) > 1)} {span(left)}"
+        who = f"rank{'s' * (len(missing) > 1)} {span(missing)}"
         print(f"preflight: waiting for {who} ({waited:.0f} of {join_seconds:.0f} s)", file=sys.stderr, flush=True)
 
-    told = collect(meeting, "join", range(meeting.world_size), join_seconds, tell)
-    return {rank: Rank(**words) for rank, words in told.items()}
+    joined = collect(rendezvous, "join", range(rendezvous.world_size), join_seconds, show_missing)
+    return {rank: RankInfo(**fields) for rank, fields in joined.items()}
 
 
-def _absence(meeting: Meeting, missing: list[int], hosts: list[str], join_seconds: float) -> Problem:
-    host, port = meeting.address
+def _missing_problem(rendezvous: Rendezvous, missing: list[int], hosts: list[str], join_seconds: float) -> Problem:
+    host, port = rendezvous.address
     known = [hosts[rank] for rank in missing if not hosts[rank].startswith("(")]
     return Problem(
         check="joining",
         hosts=tuple(dict.fromkeys(known)),
         ranks=tuple(missing),
-        message=f"{named(missing, hosts)} did not reach MASTER_ADDR={host} MASTER_PORT={port} in {join_seconds:.0f} s",
-        cure="see that the host is up, that its ranks started (their output), and that it can connect to that address; "
+        message=f"{named(missing, hosts)} did not reach MASTER_ADDR={host} MASTER_PORT={port} within {join_seconds:.0f} s",
+        cure="check that the host is up, that its ranks started (their output), and that it can connect to that address; "
         "--join-seconds waits longer",
     )
 
 
-def _hear_hosts(
-    meeting: Meeting, found: Findings, roster: dict[str, Any], layout: Layout, joined: dict[int, Rank], recipe_path: str
+def _check_hosts(
+    rendezvous: Rendezvous, found: Findings, roster: dict[str, Any], layout: Layout, joined: dict[int, RankInfo], recipe_path: str
 ) -> None:
-    tell_host(meeting, roster, recipe_path)
-    values = _hear(meeting, found, "host facts", found.leaders)
+    report_host(rendezvous, roster, recipe_path)
+    values = _collect_values(rendezvous, found, "host facts", found.leaders)
     found.facts = {found.hosts[rank]: one | {"network": joined[rank].network} for rank, one in values.items()}
     others = [rank for rank in found.leaders[1:] if rank in values]
-    announce(meeting, "clocks", others)
-    offsets = {0: {"offset": 0.0, "uncertainty": 0.0}} | clock_offsets(meeting, others)
+    announce(rendezvous, "clocks", others)
+    offsets = {0: {"offset": 0.0, "uncertainty": 0.0}} | clock_offsets(rendezvous, others)
     found.clocks = {found.hosts[rank]: one for rank, one in offsets.items()}
     ranks_of = {host: [rank for rank, name in enumerate(found.hosts) if name == host] for host in found.facts}
-    found.problems += host_problems(found.facts, layout, meeting.world_size, ranks_of) + clock_problems(found.clocks)
+    found.problems += host_problems(found.facts, layout, rendezvous.world_size, ranks_of) + clock_problems(found.clocks)
     unsampled = [host for host, one in found.facts.items() if "data" in one and not one["data"]["sampled_shards"]]
     if unsampled and not any(problem.check == "data" for problem in found.problems):
-        found.notes.append(f"no shard was compared on {', '.join(unsampled)}: the first was not read in time")
+        found.notes.append(f"no shard was compared on {', '.join(unsampled)}: reading the first took too long")
 
 
-def _hear_storage(meeting: Meeting, found: Findings, roster: dict[str, Any], recipe: Recipe, out_dir: str) -> None:
+def _check_storage(rendezvous: Rendezvous, found: Findings, roster: dict[str, Any], recipe: Recipe, out_dir: str) -> None:
     nonce = secrets.token_hex(8)
     folder = Path(out_dir).expanduser().absolute()
-    opened = bounded(partial(open_folder, folder, nonce), f"making {folder}", meeting.limit_seconds)
-    # a relative folder is each host's own: it starts in the folder that the rank was started in
+    opened = bounded(partial(open_folder, folder, nonce), f"making {folder}", rendezvous.limit_seconds)
+    # pass the folder as given: a relative one depends on where the rank was started
     storage = {"out_dir": out_dir, "nonce": nonce if "value" in opened else ""}
-    announce(meeting, "storage word", storage)
+    announce(rendezvous, "storage word", storage)
     if "error" in opened:
         cure = "correct --out-dir, or its permissions and its mount"
         message = f"host {found.hosts[0]} cannot make {folder}: {opened['error']}"
         found.problems.append(Problem(check="storage", message=message, cure=cure))
         return
-    tell_storage(meeting, roster, storage)
-    values = _hear(meeting, found, "storage", found.leaders)
+    report_storage(rendezvous, roster, storage)
+    values = _collect_values(rendezvous, found, "storage", found.leaders)
     found.storage = {found.hosts[rank]: one for rank, one in values.items()}
     seeing = [found.leaders.index(rank) for rank, one in values.items() if one["sees_word"] and "write_error" not in one]
-    answers = bounded(partial(read_answers, folder, nonce, seeing), "reading the hosts' answers", meeting.limit_seconds)
+    answers = bounded(partial(read_answers, folder, nonce, seeing), "reading the hosts' answers", rendezvous.limit_seconds)
     answered = answers.get("value", {"unseen": [], "saved_bytes": 0})
     unseen = [found.hosts[found.leaders[number]] for number in answered["unseen"]]
     needed = bytes_needed(recipe.num_params, recipe.optimizer, recipe.checkpoints.keep_last, answered["saved_bytes"])
     found.problems += storage_problems(found.storage, unseen, needed, str(folder))
     if "error" in answers:
         message = f"host {found.hosts[0]}: {answers['error']}"
-        found.problems.append(Problem(check="storage", message=message, cure="look at the mount of the output folder"))
+        found.problems.append(Problem(check="storage", message=message, cure="check the mount of the output folder"))
 
 
-def _hear_devices(meeting: Meeting, found: Findings, me: Rank) -> str:
-    """Every rank's device; gives the type that most hosts would train on."""
+def _check_devices(rendezvous: Rendezvous, found: Findings, me: RankInfo) -> str:
+    """Check every rank's device; return the type that most hosts would train on."""
     types = {host: one["device"] for host, one in found.facts.items() if "device" in one}
     device_type = majority(types) if types else "cpu"
-    announce(meeting, "device type", {"type": device_type})
-    tell_device(meeting, me, device_type)
-    found.devices = _hear(meeting, found, "devices", range(meeting.world_size))
+    announce(rendezvous, "device type", {"type": device_type})
+    report_device(rendezvous, me, device_type)
+    found.devices = _collect_values(rendezvous, found, "devices", range(rendezvous.world_size))
     if device_type == "cuda":
         nvidia = {host: one["nvidia"] for host, one in found.facts.items()}
         found.problems += device_problems(found.devices, nvidia, found.hosts)
         for host, one in nvidia.items():
             if one is None:
-                found.notes.append(
-                    f"nvidia-smi does not run on {host}: whether its GPUs are free and without errors is not known"
-                )
+                found.notes.append(f"nvidia-smi does not run on {host}: its GPUs were not checked for other users and errors")
                 continue
             if not one["health_read"]:
-                found.notes.append(f"nvidia-smi on {host} does not tell ECC errors and remapped rows")
+                found.notes.append(f"nvidia-smi on {host} does not report ECC errors and remapped rows")
             if one["xid"] is None:
-                found.notes.append(f"the kernel's messages on {host} may not be read: Xid errors are not known")
+                found.notes.append(f"the kernel's log on {host} cannot be read: Xid errors were not checked")
     return device_type
 
 
-def _hear_measurements(meeting: Meeting, found: Findings, me: Rank, layout: Layout, device_type: str) -> None:
-    ready = all("error" not in found.devices.get(rank, {"error": ""}) for rank in range(meeting.world_size))
+def _check_speeds(rendezvous: Rendezvous, found: Findings, me: RankInfo, layout: Layout, device_type: str) -> None:
+    ready = all("error" not in found.devices.get(rank, {"error": ""}) for rank in range(rendezvous.world_size))
     plan = {
         "measure": ready,
         "device_type": device_type,
@@ -204,37 +202,37 @@ def _hear_measurements(meeting: Meeting, found: Findings, me: Rank, layout: Layo
         "pipeline": layout.pipeline,
         "leaders": found.leaders,
     }
-    announce(meeting, "plan", plan)
+    announce(rendezvous, "plan", plan)
     if not ready:
-        found.notes.append("matrix products and collectives were left out: not every rank answered with a device")
+        found.notes.append("matrix products and collectives were skipped: not every rank has a device")
         return
-    measure(meeting, me, plan)
-    everyone = range(meeting.world_size)
-    found.products = _hear(meeting, found, "compute", everyone)
+    measure(rendezvous, me, plan)
+    everyone = range(rendezvous.world_size)
+    found.products = _collect_values(rendezvous, found, "compute", everyone)
     found.problems += product_problems(found.products, found.hosts, device_type)
-    if meeting.world_size == 1:
+    if rendezvous.world_size == 1:
         return
-    connected = _hear(meeting, found, "process group", everyone)
-    if len(connected) == meeting.world_size:
-        found.collectives = _hear(meeting, found, "communication", everyone)
+    connected = _collect_values(rendezvous, found, "process group", everyone)
+    if len(connected) == rendezvous.world_size:
+        found.collectives = _collect_values(rendezvous, found, "communication", everyone)
     judged = device_type == "cuda"
     found.problems += collective_problems(merge_groups(found.collectives), found.hosts, judge_speed=judged)
     if not judged:
-        found.notes.append("on CPU the speed of groups is shown, not judged: it is that of the cores they wait for")
+        found.notes.append("on CPU the speed of groups is shown but not judged: it depends on the cores they wait for")
 
 
-def _hear(meeting: Meeting, found: Findings, name: str, ranks: list[int] | range) -> dict[int, Any]:
-    seconds = meeting.limit_seconds + GRACE_SECONDS
-    expected = [rank for rank in ranks if rank not in found.silent]  # one that hangs is told and waited for once
-    outcomes = collect(meeting, name, expected, seconds)
+def _collect_values(rendezvous: Rendezvous, found: Findings, name: str, ranks: list[int] | range) -> dict[int, Any]:
+    seconds = rendezvous.limit_seconds + GRACE_SECONDS
+    expected = [rank for rank in ranks if rank not in found.silent]  # a rank that hangs is reported and waited for once
+    outcomes = collect(rendezvous, name, expected, seconds)
     values, problems = values_of(name, outcomes, expected, found.hosts, seconds)
     found.problems += problems
     found.silent |= set(expected) - set(outcomes)
     return values
 
 
-def dismiss(meeting: Meeting, code: int) -> None:
-    """Tell every rank to leave, and serve the store until they have."""
-    announce(meeting, "leave", code)
-    present = [rank for rank in range(1, meeting.world_size) if meeting.store.check([f"join/{rank}"])]
-    collect(meeting, "left", present, GRACE_SECONDS)
+def release(rendezvous: Rendezvous, code: int) -> None:
+    """Send every rank the exit code, and serve the store until they have exited."""
+    announce(rendezvous, "exit code", code)
+    present = [rank for rank in range(1, rendezvous.world_size) if rendezvous.store.check([f"join/{rank}"])]
+    collect(rendezvous, "left", present, GRACE_SECONDS)

@@ -1,6 +1,6 @@
-"""What one host says of itself: code, packages, recipe, data, limits, and what nvidia-smi and the kernel tell of its GPUs.
+"""Gathers the facts of one host: code, packages, recipe, data, limits, and its GPUs by nvidia-smi and the kernel's log.
 
-Gathered once a host, by its first rank, which alone pays for importing transformers and DeepSpeed. Nothing is judged here.
+Only a host's first rank runs it and pays for importing transformers and DeepSpeed. Nothing is judged here.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from recipes.common.recipe import ROOT, Blend, Recipe
 from recipes.common.run_dir.run_files import git_state, package_versions, recipe_to_dict
 from tools.common.recipe_io import load_recipe
 
-SOURCES = ("recipes", "ds_configs", "tools", "launch")  # what a run and its launch read
+SOURCES = ("recipes", "ds_configs", "tools", "launch")  # the code of a run and of its launch
 SHM = Path("/dev/shm")
-XID_SECONDS = 24 * 3600  # older ones belong to jobs before
+XID_SECONDS = 24 * 3600  # older ones belong to earlier jobs
 STAMP = re.compile(r"\[?\s*(\d+\.\d+)")  # of journalctl and dmesg
 HEALTH = {  # nvidia-smi's field -> what a value over 0 (or "Yes") means
     "ecc.errors.uncorrected.volatile.total": "uncorrected ECC errors since the driver started",
@@ -36,8 +36,7 @@ HEALTH = {  # nvidia-smi's field -> what a value over 0 (or "Yes") means
 
 
 def host_facts(recipe_path: str, host: tuple[int, int], seconds: float) -> dict[str, Any]:
-    """Every fact of this host as JSON can hold it. host: (this one, of how many), so that hosts sample
-    other shards."""
+    """Return every fact of this host, as JSON types. host: (index, number of hosts), so that hosts sample different shards."""
     facts: dict[str, Any] = {
         "code": {"commit": git_state()["commit"], "files": source_hashes(ROOT)},
         "versions": {"python": platform.python_version(), **package_versions(), **_built_with()},
@@ -49,7 +48,7 @@ def host_facts(recipe_path: str, host: tuple[int, int], seconds: float) -> dict[
     }
     try:
         recipe, device = _load(recipe_path)
-    except Exception as error:  # an import that fails here and not elsewhere is what is looked for
+    except Exception as error:  # an import may fail on this host alone: that is a finding
         return facts | {"recipe_error": f"{type(error).__name__}: {error}"}
     return facts | {
         "device": device,
@@ -59,19 +58,19 @@ def host_facts(recipe_path: str, host: tuple[int, int], seconds: float) -> dict[
 
 
 def _load(recipe_path: str) -> tuple[Recipe, str]:
-    from deepspeed.accelerator import get_accelerator  # here: seconds of imports that other ranks do without
+    from deepspeed.accelerator import get_accelerator  # here, not above: it takes seconds, which the other ranks save
 
     return load_recipe(recipe_path), get_accelerator().device_name()
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Of the resolved recipe: other defaults of another transformers show as well."""
+    """Hash the resolved recipe, which also shows other defaults of another transformers."""
     text = json.dumps(recipe_to_dict(recipe), sort_keys=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def source_hashes(root: Path) -> dict[str, str]:
-    """{path from the root: the start of its sha256} of all code, committed or not: it is what runs."""
+    """Return {path from the root: start of its sha256} for all code, committed or not: it is what runs."""
     found = {}
     for folder in SOURCES:
         for path in sorted((root / folder).rglob("*")):
@@ -93,7 +92,7 @@ def _built_with() -> dict[str, str | None]:
 
 
 def limits() -> dict[str, Any]:
-    """Open files, locked memory (bytes, -1: no limit), and shared memory that is free (bytes, None where there is none)."""
+    """Return limits: open files, locked memory (bytes, -1: none), free shared memory (bytes, None where there is no /dev/shm)."""
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return {
@@ -106,7 +105,7 @@ def limits() -> dict[str, Any]:
 
 
 def _own_address() -> str | None:
-    """What this host's name resolves to: gloo binds to it unless GLOO_SOCKET_IFNAME names an interface."""
+    """Return what this host's name resolves to: gloo binds to it unless GLOO_SOCKET_IFNAME is set."""
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
@@ -114,7 +113,7 @@ def _own_address() -> str | None:
 
 
 def data_facts(recipe: Recipe, host: tuple[int, int], seconds: float) -> dict[str, Any]:
-    """What training would find wrong with the data here, each folder's identity, and shards whose bytes were compared."""
+    """Return what training would find wrong with the data, each folder's identity, and the sampled shards."""
     from recipes.common.data.batches import recipe_data_problems
     from recipes.common.data.blend import folders
     from recipes.common.data.shards import data_identity
@@ -141,18 +140,18 @@ def data_facts(recipe: Recipe, host: tuple[int, int], seconds: float) -> dict[st
 
 
 def nvidia_facts() -> dict[str, Any] | None:
-    """{"gpus": {uuid: facts}, "driver", "busy": {uuid: [pid, ...]}, "xid": lines or None} by nvidia-smi; None without it."""
+    """Return {"gpus": {uuid: facts}, "busy": {uuid: [pid, ...]}, "xid": lines or None, ...} by nvidia-smi; None without it."""
     base = ("uuid", "name", "driver_version", "memory.used", "memory.total")
     rows = _query("--query-gpu=" + ",".join(base))
     if rows is None:
         return None
-    health = _query("--query-gpu=" + ",".join(("uuid", *HEALTH)))  # apart: an older driver does not know every field
+    health = _query("--query-gpu=" + ",".join(("uuid", *HEALTH)))  # separate: an older driver does not know every field
     apps = _query("--query-compute-apps=gpu_uuid,pid") or []
     return parse_gpus(rows, health) | {"busy": parse_apps(apps), "xid": _xid_lines()}
 
 
 def parse_gpus(rows: list[list[str]], health: list[list[str]] | None) -> dict[str, Any]:
-    """From nvidia-smi's CSV without header and units: memory in MiB."""
+    """Parse nvidia-smi's CSV without header and units; memory is in MiB."""
     gpus: dict[str, dict[str, Any]] = {}
     for uuid, name, driver, used, total in rows:
         gpus[uuid] = {"name": name, "driver": driver, "used_mib": _count(used), "total_mib": _count(total), "faults": []}
@@ -171,7 +170,7 @@ def parse_apps(rows: list[list[str]]) -> dict[str, list[int]]:
 
 
 def parse_xid(kernel_log: str, now: float) -> list[str]:
-    """Lines of the last day like "[ 5123.456789] NVRM: Xid (PCI:0000:3b:00): 79, ..."; the stamp is in seconds, as `now` is."""
+    """Return the last day's lines such as "[ 5123.456789] NVRM: Xid (PCI:0000:3b:00): 79, ..."; stamps and `now` in seconds."""
     recent = []
     for line in kernel_log.splitlines():
         stamp = STAMP.match(line)
@@ -181,7 +180,7 @@ def parse_xid(kernel_log: str, now: float) -> list[str]:
 
 
 def _xid_lines() -> list[str] | None:
-    """None where the kernel's messages may not be read."""
+    """Return Xid errors; None where the kernel's log cannot be read."""
     text = _output("journalctl", "-k", "-o", "short-unix", "--no-pager", "--since", "-24h")
     if text and STAMP.match(text):
         return parse_xid(text, time.time())
@@ -207,7 +206,7 @@ def _count(text: str) -> int | None:
 
 
 def environment_of_interest(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that must be equal on every host, or collectives hang or differ: NCCL's own and those of numerics."""
+    """Return variables that must be equal on every host, or collectives hang or differ: NCCL's and those of numerics."""
     chosen = ("NCCL_", "TORCH_NCCL_", "CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")
     by_host = ("NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_HOSTID", "NCCL_TOPO_FILE")  # may differ
     return {name: value for name, value in sorted(environment.items()) if name.startswith(chosen) and name not in by_host}

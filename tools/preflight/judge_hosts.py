@@ -1,4 +1,4 @@
-"""Facts of all hosts -> problems: code, packages, recipe, clocks, storage, data, limits. Pure: nothing is looked up here."""
+"""Finds problems in the facts of all hosts: code, packages, recipe, clocks, storage, data, limits. Pure."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from recipes.common.recipe import Layout
 from tools.common.console import human_bytes
 from tools.preflight.problems import Problem, by_host, majority, odd_ones
 
-CLOCK_SECONDS = 1.0  # more, and a file on shared storage looks written before it was begun
-SLOW_WRITE = 0.2  # of the hosts' median: all write at once, and shared storage is not fair
+CLOCK_SECONDS = 1.0  # beyond, files on shared storage seem older than their cause
+SLOW_WRITE = 0.2  # of the hosts' median: all write at once, and shared storage serves them unequally
 OWN_FILES = 256  # Python, libraries, logs, the store
 SHM_BYTES = 1 << 30  # NCCL's transport inside a host; its documentation starts containers with --shm-size=1g
 LOCKED_BYTES = 1 << 30  # InfiniBand pins what it sends; NCCL's documentation asks for no limit
 
-Facts = Mapping[str, Mapping[str, Any]]  # host -> what it said, rank 0's host first
+Facts = Mapping[str, Mapping[str, Any]]  # host -> its facts, rank 0's host first
 
 
 def host_problems(facts: Facts, layout: Layout, world_size: int, ranks_of: Mapping[str, Sequence[int]]) -> list[Problem]:
-    """Everything that differs between hosts, or is wrong on one. facts: `host_facts` of each."""
+    """Return what differs between hosts or is wrong on one. facts: each host's `host_facts`."""
     problems = code_problems(facts) + package_problems(facts) + recipe_problems(facts) + data_problems(facts)
     problems += limit_problems(facts, layout, world_size, ranks_of) + network_problems(facts)
     return problems
@@ -32,7 +32,7 @@ def code_problems(facts: Facts) -> list[Problem]:
     commits = {host: one["code"]["commit"] for host, one in facts.items()}
     usual, usual_commit = majority(files), majority(commits)
     count = sum(value == usual for value in files.values())
-    cure = f"check out {usual_commit or 'the same code'} there and remove what is changed (`git status`), or share one checkout"
+    cure = f"check out {usual_commit or 'the same code'} there and revert changes (`git status`), or share one checkout"
     problems = []
     for host, own in files.items():
         if own != usual:
@@ -40,7 +40,7 @@ def code_problems(facts: Facts) -> list[Problem]:
             names = list(dict.fromkeys(other))
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             message = (
-                f"host {host} (commit {_short(commits[host])}) has other contents than {count} of {len(files)} hosts "
+                f"host {host} (commit {_short(commits[host])}) differs from {count} of {len(files)} hosts "
                 f"(commit {_short(usual_commit)}) in {', '.join(names[:3])}{more}"
             )
             problems.append(Problem(check="code", hosts=(host,), message=message, cure=cure))
@@ -64,18 +64,18 @@ def package_problems(facts: Facts) -> list[Problem]:
     variables = list(dict.fromkeys(name for one in facts.values() for name in one["environment"]))
     for name in variables:
         values = {host: one["environment"].get(name) for host, one in facts.items()}
-        problems += odd_ones("environment", name, values, "export it alike on all hosts (launch/env.sh, .deepspeed_env)")
+        problems += odd_ones("environment", name, values, "export the same value on all hosts (launch/env.sh, .deepspeed_env)")
     return problems
 
 
 def recipe_problems(facts: Facts) -> list[Problem]:
     broken = {host: one["recipe_error"] for host, one in facts.items() if "recipe_error" in one}
-    problems = by_host("recipe", broken, list(facts), "repair what the recipe imports there: `pip install -r requirements.txt`")
+    problems = by_host("recipe", broken, list(facts), "repair the installation there: `pip install -r requirements.txt`")
     hashes = {host: one["recipe_hash"][:19] for host, one in facts.items() if "recipe_hash" in one}
     problems += odd_ones("recipe", "the resolved recipe", hashes, "copy the recipe of the other hosts there")
     devices = {host: one["device"] for host, one in facts.items() if "device" in one}
     return problems + odd_ones(
-        "devices", "the device", devices, "set DS_ACCELERATOR alike, and see that `nvidia-smi -L` lists GPUs there"
+        "devices", "the device", devices, "set the same DS_ACCELERATOR, and check that `nvidia-smi -L` lists GPUs there"
     )
 
 
@@ -85,18 +85,18 @@ def data_problems(facts: Facts) -> list[Problem]:
     problems = by_host("data", wrong, list(facts), "mount or copy the data as on the other hosts")
     for name in dict.fromkeys(name for one in data.values() for name in one["identity"]):
         values = {host: one["identity"][name][:19] for host, one in data.items() if name in one["identity"]}
-        problems += odd_ones("data", f"in {name} the manifest", values, "copy the folder of the other hosts there")
+        problems += odd_ones("data", f"{name}/dataset.json", values, "copy the folder of the other hosts there")
     damaged = {host: "; ".join(one["bad_shards"]) for host, one in data.items() if one["bad_shards"]}
     return problems + by_host(
         "data",
         damaged,
         list(facts),
-        "copy the shard again, or run tools.data prepare; `python -m tools.data check DIR` reads all",
+        "copy the shard again, or run tools.data prepare; `python -m tools.data check DIR` checks all",
     )
 
 
 def limit_problems(facts: Facts, layout: Layout, world_size: int, ranks_of: Mapping[str, Sequence[int]]) -> list[Problem]:
-    """Open files for sockets and shards; shared and locked memory where NCCL uses them."""
+    """Check open files, for sockets and shards, and shared and locked memory, where NCCL uses them."""
     replica = layout.tensor * layout.pipeline
     connections = 2 * (world_size + world_size // replica + replica + layout.tensor + layout.pipeline)
     files: dict[str, str] = {}
@@ -122,7 +122,7 @@ def limit_problems(facts: Facts, layout: Layout, world_size: int, ranks_of: Mapp
 
 
 def network_problems(facts: Facts) -> list[Problem]:
-    """gloo binds to what a host's name resolves to; between machines loopback reaches nobody."""
+    """Check that no host's name resolves to loopback: gloo binds to it, and other machines cannot reach it."""
     if len({one["network"] for one in facts.values()}) == 1:
         return []
     looped = {
@@ -134,7 +134,7 @@ def network_problems(facts: Facts) -> list[Problem]:
 
 
 def clock_problems(offsets: Mapping[str, Mapping[str, float]]) -> list[Problem]:
-    """offsets: host -> seconds ahead of rank 0's host, and the uncertainty. The middle of all clocks is taken for right."""
+    """Check clocks against their median. offsets: host -> seconds ahead of rank 0's host, and the uncertainty."""
     ahead = sorted(one["offset"] for one in offsets.values())
     half = len(ahead) // 2
     right = min(ahead[half - 1 : half + 1] if len(ahead) % 2 == 0 else ahead[half : half + 1], key=abs) if ahead else 0.0
@@ -150,10 +150,13 @@ def clock_problems(offsets: Mapping[str, Mapping[str, float]]) -> list[Problem]:
 
 
 def storage_problems(facts: Facts, unseen: Sequence[str], needed_bytes: int, folder: str) -> list[Problem]:
-    """facts: `storage_facts` of each host. unseen: hosts whose answer rank 0 could not read. needed_bytes: free, for this run."""
+    """Check that storage is shared, writable, large and fast enough.
+
+    facts: each host's `storage_facts`. unseen: hosts whose answer rank 0 could not read. needed_bytes: free space for this run.
+    """
     hosts = list(facts)
     blind = [host for host, one in facts.items() if not one["sees_word"] or host in unseen]
-    apart = dict.fromkeys(blind, f"its {folder} is not rank 0's: a file written on one is not seen on the other")
+    apart = dict.fromkeys(blind, f"its {folder} is not rank 0's: a file written on one is not visible on the other")
     problems = by_host(
         "shared storage", apart, hosts, "mount the shared file system there, or give an --out-dir that all hosts share"
     )
@@ -164,7 +167,7 @@ def storage_problems(facts: Facts, unseen: Sequence[str], needed_bytes: int, fol
     }
     problems += by_host("storage", full, hosts, "make room, or give another --out-dir")
     tight = {
-        host: f"{human_bytes(one['free_bytes'])} free at {folder}, the checkpoints that the recipe keeps and one being written "
+        host: f"{human_bytes(one['free_bytes'])} free at {folder}, the recipe's kept checkpoints and one being written "
         f"need {human_bytes(needed_bytes)}"
         for host, one in facts.items()
         if host not in full and host not in blind and one["free_bytes"] is not None and one["free_bytes"] < needed_bytes
@@ -177,6 +180,4 @@ def storage_problems(facts: Facts, unseen: Sequence[str], needed_bytes: int, fol
         for host, speed in speeds.items()
         if speed < SLOW_WRITE * usual
     }
-    return problems + by_host(
-        "storage speed", slow, hosts, "look at its network link to the storage, and at who else writes there"
-    )
+    return problems + by_host("storage speed", slow, hosts, "check its network link to the storage, and what else writes there")

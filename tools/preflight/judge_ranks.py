@@ -1,4 +1,4 @@
-"""Facts of all ranks -> problems: GPUs, a slow or wrong product, slow or wrong collectives. Pure: nothing is looked up here."""
+"""Finds problems in the facts of all ranks: GPUs, slow or wrong products and collectives. Pure."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 from tools.common.console import human_bytes
 from tools.preflight.problems import Problem, by_host, majority, named, odd_ones, span
 
-SLOW_PRODUCT = {"cuda": 0.85, "cpu": 0.5}  # of the ranks' median speed; GPUs of one kind are alike within a few per cent
+SLOW_PRODUCT = {"cuda": 0.85, "cpu": 0.5}  # of the ranks' median speed; GPUs of one kind differ by a few percent
 SLOW_GROUP = 0.5  # of the median of the other groups of its kind
 USED_MIB = 1024  # of a free GPU's memory: the driver and services take less
-PROGRAM_XIDS = (13, 31, 43, 45)  # raised by a program's own faults and its end, not by the GPU (NVIDIA's Xid catalogue)
+PROGRAM_XIDS = (13, 31, 43, 45)  # caused by a program's own faults or its end, not by the GPU (NVIDIA's Xid catalogue)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
-    """One collective of one group, from all its ranks' measurements."""
+class GroupResult:
+    """One collective in one group, merged from all its ranks' measurements."""
 
     kind: str
     operation: str
@@ -30,11 +30,14 @@ class Group:
 
 
 def device_problems(devices: Mapping[int, Mapping[str, Any]], nvidia: Mapping[str, Any], hosts: Sequence[str]) -> list[Problem]:
-    """devices: rank -> `device_facts`. nvidia: host -> `nvidia_facts`. hosts: by rank."""
+    """Check that every rank has its own healthy GPU of one kind.
+
+    devices: rank -> `device_facts`. nvidia: host -> `nvidia_facts`. hosts: by rank.
+    """
     problems = []
     for rank, one in devices.items():
         if "error" in one:
-            cure = "give the job one GPU a rank, and see `nvidia-smi -L` and CUDA_VISIBLE_DEVICES there"
+            cure = "give the job one GPU a rank; check `nvidia-smi -L` and CUDA_VISIBLE_DEVICES there"
             message = f"{named([rank], hosts)}: {one['error']}"
             problems.append(Problem(check="devices", hosts=(hosts[rank],), ranks=(rank,), message=message, cure=cure))
     problems += _shared_devices(devices, hosts)
@@ -44,7 +47,7 @@ def device_problems(devices: Mapping[int, Mapping[str, Any]], nvidia: Mapping[st
     for host in dict.fromkeys(hosts[rank] for rank in odd):
         own = [rank for rank in odd if hosts[rank] == host]
         message = f"{named(own, hosts)}: the device is {devices[own[0]]['name']}, the majority's is {usual}"
-        cure = "give all ranks one kind of device: the slowest sets the pace"
+        cure = "give all ranks the same kind of device: the slowest sets the pace"
         problems.append(Problem(check="devices", hosts=(host,), ranks=tuple(own), message=message, cure=cure))
     return problems + _nvidia_problems(devices, nvidia, hosts)
 
@@ -63,10 +66,10 @@ def _shared_devices(devices: Mapping[int, Mapping[str, Any]], hosts: Sequence[st
 
 
 def _nvidia_problems(devices: Mapping[int, Mapping[str, Any]], nvidia: Mapping[str, Any], hosts: Sequence[str]) -> list[Problem]:
-    """What nvidia-smi and the kernel say of the GPUs that the ranks use."""
+    """Check what nvidia-smi and the kernel report about the GPUs that the ranks use."""
     busy: dict[str, str] = {}
     ill: dict[str, str] = {}
-    told: dict[str, str] = {}
+    errors: dict[str, str] = {}
     drivers: dict[str, str] = {}
     for host, facts in nvidia.items():
         if facts is None:
@@ -79,18 +82,18 @@ def _nvidia_problems(devices: Mapping[int, Mapping[str, Any]], nvidia: Mapping[s
             if facts["busy"].get(uuid):
                 taken.append(f"{uuid} is used by processes {', '.join(map(str, facts['busy'][uuid]))}")
             elif (gpu["used_mib"] or 0) > USED_MIB:
-                taken.append(f"{uuid} has {gpu['used_mib']} MiB in use by processes that cannot be seen from here")
+                taken.append(f"{uuid} has {gpu['used_mib']} MiB in use by processes that are not visible from here")
         faults = [f"{uuid}: {fault}" for uuid, gpu in gpus.items() for fault in gpu["faults"]]
         serious = [line for line in facts["xid"] or [] if _xid(line) not in PROGRAM_XIDS]
-        for found, lines in ((busy, taken), (ill, faults), (told, serious)):
+        for found, lines in ((busy, taken), (ill, faults), (errors, serious)):
             if lines:
                 found[host] = "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
     names = list(nvidia)
     return (
-        by_host("devices", busy, names, "end those processes (`nvidia-smi`), or wait for the job before to leave")
-        + by_host("devices", ill, names, "reset the GPU (`nvidia-smi --gpu-reset`) or leave the host out")
+        by_host("devices", busy, names, "end those processes (`nvidia-smi`), or wait for the previous job to exit")
+        + by_host("devices", ill, names, "reset the GPU (`nvidia-smi --gpu-reset`) or exclude the host")
         + by_host(
-            "devices", told, names, "the kernel reported a GPU error in the last day: drain the host and run `dcgmi diag -r 3`"
+            "devices", errors, names, "the kernel reported a GPU error in the last day: drain the host and run `dcgmi diag -r 3`"
         )
         + odd_ones("devices", "the driver", drivers, "install driver {usual} there")
     )
@@ -102,7 +105,7 @@ def _xid(line: str) -> int | None:
 
 
 def product_problems(products: Mapping[int, Mapping[str, Any]], hosts: Sequence[str], device_type: str) -> list[Problem]:
-    """A rank whose matrix product is slower than most, or another one. products: rank -> `product_facts`."""
+    """Find ranks with a slow or wrong matrix product. products: rank -> `product_facts`."""
     if not products:
         return []
     usual = statistics.median(one["flops_per_second"] for one in products.values())
@@ -114,27 +117,25 @@ def product_problems(products: Mapping[int, Mapping[str, Any]], hosts: Sequence[
                 f"{named([rank], hosts)} multiplies matrices at {one['flops_per_second'] / 1e9:,.1f} GFLOP/s, the median of "
                 f"{len(products)} ranks is {usual / 1e9:,.1f} ({one['flops_per_second'] / usual:.0%}; {least:.0%} is allowed)"
             )
-            cure = "look there for another process (`top`, `nvidia-smi`), heat and power limits (`nvidia-smi -q -d PERFORMANCE`)"
+            cure = "check for other processes (`top`, `nvidia-smi`), heat and power limits (`nvidia-smi -q -d PERFORMANCE`) there"
             problems.append(Problem(check="compute", hosts=(hosts[rank],), ranks=(rank,), message=message, cure=cure))
     right = majority({str(rank): one["result"] for rank, one in products.items()})
     wrong = [rank for rank, one in products.items() if one["result"] != right]
     for rank in wrong:
-        message = (
-            f"{named([rank], hosts)} computes another product of whole numbers than {len(products) - len(wrong)} other ranks"
-        )
-        cure = "take the device out: it computes wrongly in silence (run `dcgmi diag -r 3` there)"
+        message = f"{named([rank], hosts)} computes another product of integers than {len(products) - len(wrong)} other ranks"
+        cure = "remove the device: it computes wrong results silently (run `dcgmi diag -r 3` there)"
         problems.append(Problem(check="compute", hosts=(hosts[rank],), ranks=(rank,), message=message, cure=cure))
     return problems
 
 
-def merge_groups(collectives: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[Group]:
-    """One Group for each collective of each group, in order of kind and ranks. collectives: rank -> `collective_facts`."""
+def merge_groups(collectives: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[GroupResult]:
+    """Return one GroupResult a collective and group, in order of kind and ranks. collectives: rank -> `collective_facts`."""
     seen: dict[tuple, dict[int, Mapping[str, Any]]] = {}
     for rank, measurements in collectives.items():
         for one in measurements:
             seen.setdefault((one["kind"], one["operation"], tuple(one["ranks"])), {})[rank] = one
     return [
-        Group(
+        GroupResult(
             kind=kind,
             operation=operation,
             ranks=ranks,
@@ -145,8 +146,8 @@ def merge_groups(collectives: Mapping[int, Sequence[Mapping[str, Any]]]) -> list
     ]
 
 
-def usual_speed(group: Group, groups: Sequence[Group]) -> float | None:
-    """The median of the other groups with the same collective; None where it is the only one."""
+def usual_speed(group: GroupResult, groups: Sequence[GroupResult]) -> float | None:
+    """Return the median of the other groups with the same collective; None if it is the only one."""
     others = [
         one.bus_bytes_per_second
         for one in groups
@@ -155,8 +156,8 @@ def usual_speed(group: Group, groups: Sequence[Group]) -> float | None:
     return statistics.median(others) if others else None
 
 
-def collective_problems(groups: Sequence[Group], hosts: Sequence[str], *, judge_speed: bool) -> list[Problem]:
-    """Wrong results, and groups slower than their like. judge_speed: no, where ranks wait for cores rather than for links."""
+def collective_problems(groups: Sequence[GroupResult], hosts: Sequence[str], *, judge_speed: bool) -> list[Problem]:
+    """Find wrong results and slow groups. judge_speed: False where ranks wait for cores rather than for links."""
     problems = []
     for kind, operation in dict.fromkeys((one.kind, one.operation) for one in groups):
         alike = [one for one in groups if (one.kind, one.operation) == (kind, operation)]
@@ -178,14 +179,12 @@ def collective_problems(groups: Sequence[Group], hosts: Sequence[str], *, judge_
                 f"{human_bytes(worst.bus_bytes_per_second)}/s, the median of the others is {human_bytes(usual)}/s"
             )
             where = f"host {', '.join(guilty)}" if guilty else "their hosts"
-            cure = (
-                f"look at the links of {where}: `nvidia-smi topo -m`, `ibstat`, `ethtool`; NCCL_DEBUG=INFO shows the path taken"
-            )
+            cure = f"check the links of {where}: `nvidia-smi topo -m`, `ibstat`, `ethtool`; NCCL_DEBUG=INFO shows the path taken"
             problems.append(Problem(check="communication", hosts=guilty, ranks=tuple(worst.ranks), message=message, cure=cure))
     return problems
 
 
-def _wrong_problem(wrong: Sequence[Group], alike: Sequence[Group], hosts: Sequence[str]) -> Problem:
+def _wrong_problem(wrong: Sequence[GroupResult], alike: Sequence[GroupResult], hosts: Sequence[str]) -> Problem:
     first = wrong[0]
     rank, words = next(iter(first.wrong.items()))
     partly = [rank for one in wrong if len(one.wrong) < len(one.ranks) for rank in one.wrong]
@@ -196,12 +195,12 @@ def _wrong_problem(wrong: Sequence[Group], alike: Sequence[Group], hosts: Sequen
         hosts=guilty,
         ranks=tuple(sorted({rank for one in wrong for rank in one.wrong})),
         message=f"{first.operation} among {first.kind} ranks {span(first.ranks)} is wrong: on {named([rank], hosts)} {words}",
-        cure="leave the host out; a link or a device damages data (NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 tell which)",
+        cure="exclude the host; a link or a device corrupts data (NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 show which)",
     )
 
 
 def culprits(bad: Sequence[Sequence[int]], good: Sequence[Sequence[int]], hosts: Sequence[str]) -> tuple[str, ...]:
-    """The fewest hosts that explain the bad groups and are in no good one; two that explain as much are not told apart."""
+    """Return the fewest hosts that explain the bad groups and are in no good one; none where two hosts explain equally many."""
     innocent = {hosts[rank] for ranks in good for rank in ranks}
     left = [{hosts[rank] for rank in ranks} - innocent for ranks in bad]
     found: list[str] = []

@@ -1,4 +1,4 @@
-"""What is wrong, with whom: the form of every finding, and how a majority is told from its odd ones."""
+"""The form of every finding, and the comparison of hosts with their majority."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One finding. `hosts` are to blame, so that a job may go on without them; empty where leaving hosts out cures nothing."""
+    """One finding. `hosts` are at fault, so a job may run without them; empty where excluding hosts does not help."""
 
     check: str
     hosts: tuple[str, ...] = ()
     ranks: tuple[int, ...] = ()
-    message: str  # who, the value, and the majority's value
+    message: str  # which host or rank, its value, the majority's value
     cure: str
 
     def __str__(self) -> str:
@@ -23,12 +23,12 @@ class Problem:
 
 
 def majority(values: Mapping[str, Hashable]) -> Any:
-    """The commonest value. Of equally common ones the first in order, which is rank 0's host's where it is one of them."""
+    """Return the most common value; of equally common ones the first, which favours rank 0's host."""
     return Counter(values.values()).most_common(1)[0][0]
 
 
 def odd_ones(check: str, what: str, values: Mapping[str, Hashable], cure: str) -> list[Problem]:
-    """One problem for each host whose value is not the majority's. `cure` may name {host} and {usual}."""
+    """Return one problem a host whose value is not the majority's. `cure` may contain {host} and {usual}."""
     usual = majority(values) if values else None
     count = sum(value == usual for value in values.values())
     return [
@@ -44,10 +44,10 @@ def odd_ones(check: str, what: str, values: Mapping[str, Hashable], cure: str) -
 
 
 def by_host(check: str, messages: Mapping[str, str], hosts: Sequence[str], cure: str) -> list[Problem]:
-    """One problem for each host with a message; a single one that blames nobody where every host of several has one."""
+    """Return one problem a host with a message; a single one without hosts where every host of several has one."""
     if len(messages) == len(hosts) > 1:
         host, message = next(iter(messages.items()))
-        return [Problem(check=check, message=f"all {len(hosts)} hosts alike; host {host}: {message}", cure=cure)]
+        return [Problem(check=check, message=f"all {len(hosts)} hosts; on host {host}: {message}", cure=cure)]
     return [
         Problem(check=check, hosts=(host,), message=f"host {host}: {message}", cure=cure) for host, message in messages.items()
     ]
@@ -56,7 +56,7 @@ def by_host(check: str, messages: Mapping[str, str], hosts: Sequence[str], cure:
 def values_of(
     step: str, outcomes: Mapping[int, Mapping[str, Any]], expected: Sequence[int], hosts: Sequence[str], seconds: float
 ) -> tuple[dict[int, Any], list[Problem]]:
-    """(what the ranks found, problems of those that failed or said nothing). outcomes: {rank: {"value"} or {"error"}}."""
+    """Return (the ranks' values, problems of ranks that failed or did not report). outcomes: {rank: {"value"} or {"error"}}."""
     problems = []
     silent = [rank for rank in expected if rank not in outcomes]
     if silent:
@@ -65,7 +65,7 @@ def values_of(
                 check=step,
                 hosts=tuple(dict.fromkeys(hosts[rank] for rank in silent)),
                 ranks=tuple(silent),
-                message=f"{named(silent, hosts)} said nothing in {seconds:.0f} s: the process ended or hangs",
+                message=f"{named(silent, hosts)} did not report within {seconds:.0f} s: the process ended or hangs",
                 cure="read its output, and the host's kernel messages (`dmesg`) for a killed process",
             )
         )
@@ -74,7 +74,7 @@ def values_of(
         if rank in outcomes and "error" in outcomes[rank]:
             failed.setdefault(outcomes[rank]["error"], []).append(rank)
     for error, ranks in failed.items():
-        # a rank that cannot talk to another says nothing about which of the two is to blame
+        # when two ranks cannot communicate, either may be at fault
         alone = step not in ("process group", "communication") and len(ranks) < len(expected) / 2
         problems.append(
             Problem(
@@ -90,18 +90,18 @@ def values_of(
 
 CURES = {
     "host facts": "run `python -m tools.preflight RECIPE` alone on that host",
-    "storage": "look at the mount of the output folder there (`findmnt -T DIR`); a hung network file system needs its server",
+    "storage": "check the mount of the output folder there (`findmnt -T DIR`), and its server if it is a network file system",
     "devices": "run `nvidia-smi` there; a GPU that hangs needs a reset or another host",
     "compute": "run `nvidia-smi` there; a GPU that hangs needs a reset or another host",
     "process group": "ranks could not connect: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that reaches the "
     "other hosts (launch/env.sh), and open the firewall between them; NCCL_DEBUG=INFO says more",
-    "communication": "the ranks that hang in an earlier collective than the others, and the links between them, are the first to "
-    "look at; NCCL_DEBUG=INFO shows which link",
+    "communication": "first check the ranks that hang in an earlier collective than the others, and the links between them; "
+    "NCCL_DEBUG=INFO shows which link",
 }
 
 
 def named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """ "ranks 8-15 on host b" of ranks in order."""
+    """Format ranks in order as "ranks 8-15 on host b"."""
     spans: dict[str, list[int]] = {}
     for rank in ranks:
         spans.setdefault(hosts[rank], []).append(rank)
@@ -109,7 +109,7 @@ def named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
 
 
 def span(ranks: Sequence[int]) -> str:
-    """ "0-3,8" of ranks in order."""
+    """Format ranks in order as "0-3,8"."""
     pieces: list[list[int]] = []
     for rank in ranks:
         if pieces and rank == pieces[-1][-1] + 1:

@@ -1,7 +1,7 @@
-"""Where the ranks meet before any process group exists: one TCPStore, words under keys, and nothing that waits for ever.
+"""Exchanges messages between ranks before any process group exists: key-value pairs in a TCPStore; every wait has a timeout.
 
-Every step of a preflight is `bounded`: a hung file system or a collective that a peer never enters is reported as what it is,
-by the rank that hangs in it, and rank 0 names the ranks that said nothing at all.
+Every step of a preflight is `bounded`: a rank that hangs in a file system or in a collective that a peer never enters reports it
+itself, and rank 0 names the ranks that did not report at all.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ import torch.distributed as dist
 
 from tools.common.console import CheckError
 
-WAITING_SECONDS = 5.0  # between two words about who is missing
+WAITING_SECONDS = 5.0  # between two messages about missing ranks
 LONGEST_PAUSE_SECONDS = 0.1
-CLOCK_ROUNDS = 5  # questions to each host's clock; the fastest answer counts
+CLOCK_ROUNDS = 5  # queries of each host's clock; the fastest answer counts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rank:
-    """What a rank says of itself as it joins."""
+class RankInfo:
+    """What a rank reports about itself when it joins."""
 
     rank: int
     local_rank: int
-    local_size: int  # ranks its launcher started on this host; 0 if it does not say
-    node: int | None  # the launcher's number of this host
+    local_size: int  # ranks started on this host; 0 if the launcher does not say
+    node: int | None  # the launcher's index of this host
     hostname: str
     network: str  # equal for ranks that share one machine and one network namespace
 
 
 @dataclass(frozen=True, kw_only=True)
-class Meeting:
-    """This rank's end of the store. `limit_seconds` bounds every step."""
+class Rendezvous:
+    """This rank's connection to the store. `limit_seconds` bounds every step."""
 
     rank: int
     world_size: int
@@ -50,14 +50,14 @@ class Meeting:
     limit_seconds: float
 
 
-def this_rank(environment: Mapping[str, str]) -> Rank:
-    """A rank by the variables of torchrun, DeepSpeed's launcher or srun; rank 0 of 1 without them."""
+def this_rank(environment: Mapping[str, str]) -> RankInfo:
+    """Read this rank from the variables of torchrun, DeepSpeed's launcher or srun; rank 0 of 1 without them."""
 
     def number(*names: str) -> int | None:
         return next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), None)
 
     rank = number("RANK") or 0
-    return Rank(
+    return RankInfo(
         rank=rank,
         local_rank=number("LOCAL_RANK") or 0,
         local_size=number("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE") or 0,
@@ -74,42 +74,42 @@ def _network() -> str:
         return socket.gethostname()
 
 
-def enter(me: Rank, environment: Mapping[str, str], *, join_seconds: float, limit_seconds: float) -> Meeting:
-    """Open the store at MASTER_ADDR:MASTER_PORT (rank 0 serves it, or torchrun's agent does) and say who this rank is.
+def join(me: RankInfo, environment: Mapping[str, str], *, join_seconds: float, limit_seconds: float) -> Rendezvous:
+    """Open the store at MASTER_ADDR:MASTER_PORT (served by rank 0 or torchrun's agent) and report this rank.
 
-    Raises CheckError where rank 0 cannot be reached in `join_seconds`.
+    Raises CheckError if rank 0 cannot be reached within `join_seconds`.
     """
     world_size = int(environment.get("WORLD_SIZE", "1"))
     host, port = environment.get("MASTER_ADDR", "127.0.0.1"), int(environment.get("MASTER_PORT", "0"))
     serves = me.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         if not serves:
-            _knock(host, port, join_seconds)
+            _wait_for_server(host, port, join_seconds)
         limit = timedelta(seconds=limit_seconds)
         store = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=limit)
     except (OSError, RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         reason = str(error).splitlines()[0]
-        doing = "serve" if serves else f"reach rank 0 in {join_seconds:.0f} s at"
-        cure = "is another job on that port?" if serves else f"from this host try `getent hosts {host}`; look at firewalls"
+        doing = "serve" if serves else f"reach rank 0 within {join_seconds:.0f} s at"
+        cure = "is another job on that port?" if serves else f"try `getent hosts {host}` on this host; check firewalls"
         raise CheckError(
             f"rank {me.rank} on host {me.hostname} cannot {doing} MASTER_ADDR={host} MASTER_PORT={port} ({reason}); {cure}; "
-            "MASTER_ADDR must be an address of rank 0's host that the others see"
+            "MASTER_ADDR must be an address of rank 0's host that the others reach"
         ) from None
-    # torchrun's store lives on when it starts the ranks again: words of the start before must not be taken for ours
+    # torchrun's store outlives a restart of the ranks: do not read the previous start's messages
     start = f"preflight {environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    meeting = Meeting(
+    rendezvous = Rendezvous(
         rank=me.rank,
         world_size=world_size,
         store=dist.PrefixStore(start, store),
         address=(host, store.port),
         limit_seconds=limit_seconds,
     )
-    report(meeting, "join", asdict(me))
-    return meeting
+    report(rendezvous, "join", asdict(me))
+    return rendezvous
 
 
-def _knock(host: str, port: int, seconds: float) -> None:
-    """Until something answers there. torch would wait as well, and print its own frames."""
+def _wait_for_server(host: str, port: int, seconds: float) -> None:
+    """Wait until a server answers. torch would wait too, but print its own frames."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -121,54 +121,54 @@ def _knock(host: str, port: int, seconds: float) -> None:
             time.sleep(0.2)
 
 
-def second_client(meeting: Meeting) -> dist.Store:
-    """A connection of its own for the process group: one client's calls wait for each other."""
-    host, port = meeting.address
-    limit = timedelta(seconds=2 * meeting.limit_seconds)
+def second_connection(rendezvous: Rendezvous) -> dist.Store:
+    """Open another connection for the process group: one connection's calls wait for each other."""
+    host, port = rendezvous.address
+    limit = timedelta(seconds=2 * rendezvous.limit_seconds)
     client = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
     return dist.PrefixStore("preflight process group", client)
 
 
-def report(meeting: Meeting, step: str, value: Any) -> None:
-    """Tell rank 0 what this rank found in a step."""
-    meeting.store.set(f"{step}/{meeting.rank}", json.dumps(value))
+def report(rendezvous: Rendezvous, step: str, value: Any) -> None:
+    """Send rank 0 this rank's result of a step."""
+    rendezvous.store.set(f"{step}/{rendezvous.rank}", json.dumps(value))
 
 
 def collect(
-    meeting: Meeting,
+    rendezvous: Rendezvous,
     step: str,
     ranks: Iterable[int],
     seconds: float,
     waiting: Callable[[list[int]], None] = lambda missing: None,
 ) -> dict[int, Any]:
-    """Rank 0: what `ranks` reported of a step, {rank: value}; ranks that say nothing in `seconds` are left out.
+    """Return {rank: value} that `ranks` reported for a step, on rank 0; ranks that do not within `seconds` are missing in it.
 
-    waiting: told every few seconds who is still missing.
+    waiting: called every few seconds with the ranks still missing.
     """
     keys = {rank: f"{step}/{rank}" for rank in ranks}
     deadline = time.monotonic() + seconds
-    while (left := deadline - time.monotonic()) > 0 and not _there(meeting, list(keys.values()), min(left, WAITING_SECONDS)):
-        if missing := [rank for rank, key in keys.items() if not meeting.store.check([key])]:
+    while (left := deadline - time.monotonic()) > 0 and not _all_set(rendezvous, list(keys.values()), min(left, WAITING_SECONDS)):
+        if missing := [rank for rank, key in keys.items() if not rendezvous.store.check([key])]:
             waiting(missing)
-    return {rank: json.loads(meeting.store.get(key)) for rank, key in keys.items() if meeting.store.check([key])}
+    return {rank: json.loads(rendezvous.store.get(key)) for rank, key in keys.items() if rendezvous.store.check([key])}
 
 
-def announce(meeting: Meeting, step: str, value: Any) -> None:
-    """Rank 0: tell every rank."""
-    meeting.store.set(step, json.dumps(value))
+def announce(rendezvous: Rendezvous, step: str, value: Any) -> None:
+    """Send a value to every rank, on rank 0."""
+    rendezvous.store.set(step, json.dumps(value))
 
 
-def hear(meeting: Meeting, step: str, seconds: float) -> Any:
-    """What rank 0 announced. Raises CheckError when rank 0 is gone, silent, or behind a link that is cut."""
+def receive(rendezvous: Rendezvous, step: str, seconds: float) -> Any:
+    """Return what rank 0 announced. Raises CheckError when rank 0 is gone, silent or unreachable."""
     deadline, pause = time.monotonic() + seconds, 0.001
 
     def ask() -> bytes | None:
-        return meeting.store.get(step) if meeting.store.check([step]) else None
+        return rendezvous.store.get(step) if rendezvous.store.check([step]) else None
 
-    reason = f"it said nothing in {seconds:.0f} s"
+    reason = f"no message within {seconds:.0f} s"
     while time.monotonic() < deadline:
-        # the store waits for ever for an answer that a cut link does not bring
-        answer = bounded(ask, "an answer of its store", meeting.limit_seconds)
+        # over a broken link the store would wait for ever
+        answer = bounded(ask, "an answer of its store", rendezvous.limit_seconds)
         if answer.get("value") is not None:
             return json.loads(answer["value"])
         if "error" in answer:
@@ -176,13 +176,13 @@ def hear(meeting: Meeting, step: str, seconds: float) -> Any:
             break
         time.sleep(pause)
         pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
-    raise CheckError(f"rank {meeting.rank} lost rank 0 before {step!r}: {reason}; look at rank 0's output and at the link to it")
+    raise CheckError(f"rank {rendezvous.rank} lost rank 0 before {step!r}: {reason}; check rank 0's output and the link to it")
 
 
-def _there(meeting: Meeting, keys: list[str], seconds: float) -> bool:
-    """Rank 0: whether all keys are set in time. Asked for again and again: a wait of the store that times out prints warnings."""
+def _all_set(rendezvous: Rendezvous, keys: list[str], seconds: float) -> bool:
+    """Return whether all keys are set in time. Polls, since a store's wait that times out prints warnings."""
     deadline, pause = time.monotonic() + seconds, 0.001
-    while not meeting.store.check(keys):
+    while not rendezvous.store.check(keys):
         if time.monotonic() > deadline:
             return False
         time.sleep(pause)
@@ -191,13 +191,13 @@ def _there(meeting: Meeting, keys: list[str], seconds: float) -> bool:
 
 
 def bounded(work: Callable[[], Any], what: str, seconds: float) -> dict[str, Any]:
-    """Run `work` in a thread of its own: {"value": ...}, or {"error": ...} when it raised or was not done in `seconds`."""
+    """Run `work` in a thread; return {"value": ...}, or {"error": ...} if it raised or took longer than `seconds`."""
     found: dict[str, Any] = {}
 
     def run() -> None:
         try:
             found["value"] = work()
-        except OSError as error:  # says itself what and where
+        except OSError as error:  # its text says what and where
             found["error"] = f"{type(error).__name__}: {error}"
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -207,14 +207,14 @@ def bounded(work: Callable[[], Any], what: str, seconds: float) -> dict[str, Any
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    return dict(found) or {"error": f"{what} did not end in {seconds:.0f} s"}
+    return dict(found) or {"error": f"{what} did not end within {seconds:.0f} s"}
 
 
-def host_names(joined: Mapping[int, Rank], world_size: int, given: Sequence[tuple[str, int]]) -> list[str]:
-    """The host of every rank, [world_size], of ranks that never came too.
+def host_names(joined: Mapping[int, RankInfo], world_size: int, given: Sequence[tuple[str, int]]) -> list[str]:
+    """Return the host of every rank, also of ranks that never joined, [world_size].
 
-    given: (host, ranks) in order of ranks, as the launch script knows them. Without it a missing rank's host is told by its
-    neighbours on the same node, or it is one of those in brackets, which are no names.
+    given: (host, ranks) in order of ranks, as the launch script knows them. Without it, a missing rank's host is inferred from
+    its neighbours on the same node, or is a placeholder in brackets.
     """
     if given:
         return [host for host, count in given for _ in range(count)]
@@ -222,7 +222,7 @@ def host_names(joined: Mapping[int, Rank], world_size: int, given: Sequence[tupl
     for one in joined.values():
         nodes.setdefault(one.hostname, set()).add(-1 if one.node is None else one.node)
 
-    def name(one: Rank) -> str:
+    def name(one: RankInfo) -> str:
         several = len(nodes[one.hostname]) > 1  # two nodes of one hostname: containers, network namespaces
         return f"{one.hostname}#{one.node}" if several else one.hostname
 
@@ -237,19 +237,19 @@ def host_names(joined: Mapping[int, Rank], world_size: int, given: Sequence[tupl
     return found
 
 
-def clock_offsets(meeting: Meeting, leaders: Sequence[int]) -> dict[int, dict[str, float]]:
-    """Rank 0: {leader: how far its clock is ahead of rank 0's and how uncertain that is, in seconds} (Cristian 1989)."""
+def clock_offsets(rendezvous: Rendezvous, leaders: Sequence[int]) -> dict[int, dict[str, float]]:
+    """Return {leader: seconds that its clock is ahead of rank 0's, and their uncertainty}, on rank 0 (Cristian 1989)."""
     found = {}
     for leader in leaders:
         best = None
         for turn in range(CLOCK_ROUNDS):
             asked = time.time()
-            announce(meeting, f"clock/{leader}/{turn}", None)
-            told = collect(meeting, f"clock answer {turn}", [leader], meeting.limit_seconds)
+            announce(rendezvous, f"clock/{leader}/{turn}", None)
+            answers = collect(rendezvous, f"clock answer {turn}", [leader], rendezvous.limit_seconds)
             answered = time.time()
-            if leader not in told:
+            if leader not in answers:
                 break
-            offset, error = told[leader] - (asked + answered) / 2, (answered - asked) / 2
+            offset, error = answers[leader] - (asked + answered) / 2, (answered - asked) / 2
             if best is None or error < best["uncertainty"]:
                 best = {"offset": offset, "uncertainty": error}
         if best is not None:
@@ -257,8 +257,8 @@ def clock_offsets(meeting: Meeting, leaders: Sequence[int]) -> dict[int, dict[st
     return found
 
 
-def answer_clock(meeting: Meeting) -> None:
-    """A leader: tell the time when asked, in its turn."""
+def answer_clock(rendezvous: Rendezvous) -> None:
+    """Report the time whenever rank 0 asks, on a host's first rank."""
     for turn in range(CLOCK_ROUNDS):
-        hear(meeting, f"clock/{meeting.rank}/{turn}", 4 * meeting.limit_seconds)
-        report(meeting, f"clock answer {turn}", time.time())
+        receive(rendezvous, f"clock/{rendezvous.rank}/{turn}", 4 * rendezvous.limit_seconds)
+        report(rendezvous, f"clock answer {turn}", time.time())

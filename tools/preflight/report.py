@@ -1,4 +1,4 @@
-"""The verdict: one object for programs, one table for people, slowest ranks first."""
+"""The report of a preflight: one JSON object for programs, one table for people with the slowest ranks first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recipes.common.config.json_files import write_json
 from recipes.common.config.placement import coordinates
 from recipes.common.recipe import Layout
 from tools.common.console import FAILED, GOOD, human_bytes, table
-from tools.preflight.judge_ranks import Group, usual_speed
+from tools.preflight.judge_ranks import GroupResult, usual_speed
 from tools.preflight.problems import Problem
 
 ROWS = 24  # of the table, at most; --json has all
@@ -21,12 +21,12 @@ KINDS = ("tensor", "pipeline", "data")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One rank. Speeds are None where they were not measured; `share` is its worst, relative to the median of its kind."""
+class RankRow:
+    """One rank. Speeds are None where not measured; `share` is the worst of them relative to the median of its kind."""
 
     rank: int
     host: str
-    place: str
+    placement: str
     share: float | None
     flops_per_second: float | None
     bus_bytes_per_second: dict[str, float | None] = field(default_factory=dict)  # by kind, of its groups' all_reduce or send_recv
@@ -35,17 +35,17 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class PreflightReport:
     recipe: str
     world_size: int
     hosts: tuple[str, ...]  # in order of their ranks
     exit_code: int
     problems: tuple[Problem, ...]
-    notes: tuple[str, ...] = ()  # what was not judged, and why
+    notes: tuple[str, ...] = ()  # what was not checked, and why
     layout: Layout | None = None
     recipe_hash: str | None = None
-    rows: tuple[Row, ...] = ()
-    groups: tuple[Group, ...] = ()
+    rows: tuple[RankRow, ...] = ()
+    groups: tuple[GroupResult, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)  # by step
 
     @property
@@ -57,14 +57,14 @@ class Verdict:
         return content | {name: value for name, value in asdict(self).items() if name not in content}
 
 
-def judge(found: Verdict) -> Verdict:
-    """With the exit code that follows from the problems."""
-    return replace(found, exit_code=FAILED if found.problems else GOOD)
+def with_exit_code(report: PreflightReport) -> PreflightReport:
+    """Return the report with the exit code that follows from its problems."""
+    return replace(report, exit_code=FAILED if report.problems else GOOD)
 
 
-def write_verdict(verdict: Verdict, path: Path) -> None:
+def write_report(report: PreflightReport, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, json.loads(json.dumps(verdict.as_json())))
+    write_json(path, json.loads(json.dumps(report.as_json())))
 
 
 def rank_rows(
@@ -72,11 +72,11 @@ def rank_rows(
     layout: Layout,
     *,
     products: Mapping[int, Mapping[str, Any]],
-    groups: Sequence[Group],
+    groups: Sequence[GroupResult],
     storage: Mapping[str, Mapping[str, Any]],
     clocks: Mapping[str, Mapping[str, float]],
-) -> tuple[Row, ...]:
-    """One row a rank, the slowest first."""
+) -> tuple[RankRow, ...]:
+    """Return one row a rank, the slowest first."""
     flops = {rank: one["flops_per_second"] for rank, one in products.items()}
     usual_flops = _median(list(flops.values()))
     writes = {host: one["write_bytes_per_second"] for host, one in storage.items() if one.get("write_bytes_per_second")}
@@ -94,10 +94,10 @@ def rank_rows(
             passing = [one.bus_bytes_per_second for one in own if one.kind == kind and one.operation != "all_gather"]
             speeds[kind] = min(passing, default=None)
         rows.append(
-            Row(
+            RankRow(
                 rank=rank,
                 host=host,
-                place=f"t{place.tensor_rank} p{place.pipeline_rank} d{place.data_rank}",
+                placement=f"t{place.tensor_rank} p{place.pipeline_rank} d{place.data_rank}",
                 share=min(shares, default=None),
                 flops_per_second=flops.get(rank),
                 bus_bytes_per_second=speeds,
@@ -112,43 +112,43 @@ def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def as_text(verdict: Verdict) -> str:
-    """The table, the notes and the problems with their cures."""
-    layout = verdict.layout
+def as_text(report: PreflightReport) -> str:
+    """Format the table, the notes and the problems with their cures."""
+    layout = report.layout
     cut = ""
     if layout is not None:
-        data = verdict.world_size // (layout.tensor * layout.pipeline)
+        data = report.world_size // (layout.tensor * layout.pipeline)
         cut = f", tensor {layout.tensor} x pipeline {layout.pipeline} x data {data}"
-    ranks, hosts = verdict.world_size, len(verdict.hosts)
+    ranks, hosts = report.world_size, len(report.hosts)
     where = f" on {hosts} host{'s' * (hosts != 1)}" if hosts else ""
-    lines = [f"{verdict.recipe}: {ranks} rank{'s' * (ranks != 1)}{where}{cut}"]
-    if verdict.rows:
-        shown = verdict.rows[:ROWS]
-        kinds = [kind for kind in KINDS if any(row.bus_bytes_per_second.get(kind) for row in verdict.rows)]
-        header = ["rank", "host", "place", "of median", "product", *kinds, "write", "clock"]
+    lines = [f"{report.recipe}: {ranks} rank{'s' * (ranks != 1)}{where}{cut}"]
+    if report.rows:
+        shown = report.rows[:ROWS]
+        kinds = [kind for kind in KINDS if any(row.bus_bytes_per_second.get(kind) for row in report.rows)]
+        header = ["rank", "host", "placement", "of median", "product", *kinds, "write", "clock"]
         lines.append(table([_cells(row, kinds) for row in shown], header))
-        if len(verdict.rows) > len(shown):
-            lines.append(f"... and {len(verdict.rows) - len(shown)} faster ranks (--json has all)")
-    lines += [f"note: {note}" for note in verdict.notes]
-    if verdict.seconds:
-        steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in verdict.seconds.items())
-        lines.append(f"{sum(verdict.seconds.values()):.1f} s: {steps}")
-    if not verdict.problems:
+        if len(report.rows) > len(shown):
+            lines.append(f"... and {len(report.rows) - len(shown)} faster ranks (--json has all)")
+    lines += [f"note: {note}" for note in report.notes]
+    if report.seconds:
+        steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in report.seconds.items())
+        lines.append(f"{sum(report.seconds.values()):.1f} s: {steps}")
+    if not report.problems:
         return "\n".join([*lines, "passed"])
-    count = len(verdict.problems)
+    count = len(report.problems)
     lines.append(f"FAILED, {count} problem{'s' * (count > 1)}:")
-    lines += [f"  - {problem}" for problem in verdict.problems]
-    if verdict.bad_hosts:
-        lines.append(f"bad hosts: {', '.join(verdict.bad_hosts)}")
+    lines += [f"  - {problem}" for problem in report.problems]
+    if report.bad_hosts:
+        lines.append(f"bad hosts: {', '.join(report.bad_hosts)}")
     return "\n".join(lines)
 
 
-def _cells(row: Row, kinds: Sequence[str]) -> list[object]:
+def _cells(row: RankRow, kinds: Sequence[str]) -> list[object]:
     flops, clock = row.flops_per_second, row.clock_seconds
     return [
         row.rank,
         row.host,
-        row.place,
+        row.placement,
         "-" if row.share is None else f"{row.share:.0%}",
         "-" if flops is None else f"{flops / 1e12:.1f} TFLOP/s" if flops > 1e12 else f"{flops / 1e9:.1f} GFLOP/s",
         *(_speed(row.bus_bytes_per_second.get(kind)) for kind in kinds),

@@ -1,7 +1,7 @@
-"""The output folder as every host sees it, and the bytes of a few shards.
+"""Tests the output folder from every host, and compares the bytes of a few shards.
 
-Saves need one file system under all hosts: rank 0 writes a word that nobody can guess, every host reads it and writes an answer
-that rank 0 reads. Hosts write their test files at the same time, as they do in a save.
+Saves need one file system under all hosts: rank 0 writes a random word, every host reads it and writes an answer, which rank 0
+reads. Hosts write their test files at the same time, as in a save.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any
 from recipes.common.data.shards import Shard, read_manifest, split_shards
 from recipes.common.recipe import AdamW, Optimizer
 
-WRITE_BYTES = 8 << 30  # by all hosts together, each between the two that follow; less where WRITE_SECONDS are over first
+WRITE_BYTES = 8 << 30  # by all hosts together, each within the next two bounds; less where WRITE_SECONDS are over first
 LEAST_BYTES, MOST_BYTES = 16 << 20, 256 << 20
 WRITE_SECONDS = 3.0
 CHUNK_BYTES = 4 << 20
-FLUSH_BYTES = 32 << 20  # at a time, so that the clock is looked at between
+FLUSH_BYTES = 32 << 20  # between two looks at the clock
 SEEN_SECONDS = 10.0  # a network file system may show a new file late
-SAMPLED_SHARDS = 4  # a host, fewer where the seconds are over first
+SAMPLED_SHARDS = 4  # a host; fewer where the time is over first
 
 
 def open_folder(out_dir: Path, nonce: str) -> dict[str, Any]:
-    """Rank 0: make out_dir/.preflight_NONCE with the word in it."""
+    """Create out_dir/.preflight_NONCE with the word in it, on rank 0."""
     out_dir.mkdir(parents=True, exist_ok=True)
     folder = out_dir / f".preflight_{nonce}"
     folder.mkdir()
@@ -41,9 +41,9 @@ def open_folder(out_dir: Path, nonce: str) -> dict[str, Any]:
 
 
 def storage_facts(out_dir: Path, nonce: str, host: tuple[int, int]) -> dict[str, Any]:
-    """A host's first rank: is rank 0's word here, how much is free, and how fast is a test file written (bytes a second)?
+    """Return whether this host sees rank 0's word, the free bytes, and how fast it writes a test file (bytes a second).
 
-    host: (this one, of how many). Leaves `answer_HOST` in the folder for rank 0. Errors are facts too.
+    Runs on a host's first rank. host: (index, number of hosts). Leaves `answer_HOST` for rank 0. Errors are returned as facts.
     """
     folder = out_dir / f".preflight_{nonce}"
     facts: dict[str, Any] = {
@@ -66,7 +66,7 @@ def storage_facts(out_dir: Path, nonce: str, host: tuple[int, int]) -> dict[str,
 def _see(path: Path, word: str, deadline: float) -> bool:
     while True:
         try:
-            os.listdir(path.parent.parent)  # a network file system looks again at a folder that is listed
+            os.listdir(path.parent.parent)  # listing makes a network file system refresh the folder
             if path.read_text() == word:
                 return True
         except OSError:
@@ -77,9 +77,9 @@ def _see(path: Path, word: str, deadline: float) -> bool:
 
 
 def _write_speed(path: Path, hosts: int) -> float:
-    """Bytes a second into a new file, the flush to disk included. The file is removed."""
+    """Return bytes a second into a new file, which is removed, including the flush to disk."""
     size = min(max(WRITE_BYTES // hosts, LEAST_BYTES), MOST_BYTES)
-    chunk = random.randbytes(CHUNK_BYTES)  # what compresses or repeats would look fast
+    chunk = random.randbytes(CHUNK_BYTES)  # compressible or repeated bytes would look fast
     written, started = 0, time.perf_counter()
     try:
         with path.open("wb", buffering=0) as file:
@@ -94,7 +94,7 @@ def _write_speed(path: Path, hosts: int) -> float:
 
 
 def read_answers(out_dir: Path, nonce: str, hosts: Sequence[int]) -> dict[str, Any]:
-    """Rank 0: {"unseen": hosts whose answer is not to be seen here, "saved_bytes": of checkpoints}. Removes the folder."""
+    """Return {"unseen": hosts whose answer rank 0 cannot see, "saved_bytes": of checkpoints}, and remove the folder."""
     folder = out_dir / f".preflight_{nonce}"
     deadline = time.monotonic() + SEEN_SECONDS
     unseen = [host for host in hosts if not _see(folder / f"answer_{host}", nonce, deadline)]
@@ -103,9 +103,9 @@ def read_answers(out_dir: Path, nonce: str, hosts: Sequence[int]) -> dict[str, A
 
 
 def sample_shards(folders: Sequence[Path], host: tuple[int, int], seconds: float) -> tuple[int, list[str]]:
-    """(shards whose checksums were compared, those that differ): another few on every host. host: (this one, of how many)."""
+    """Return (number of shards compared, those with wrong checksums). host: (index, number of hosts): each samples others."""
     shards = [(folder, shard) for folder in folders for shard in _train_and_validation(folder)]
-    random.Random(0).shuffle(shards)  # equal on every host: each then takes its own part
+    random.Random(0).shuffle(shards)  # the same order on every host, which each starts elsewhere
     number, hosts = host
     turn = number * len(shards) // hosts
     deadline = time.monotonic() + seconds
@@ -116,7 +116,7 @@ def sample_shards(folders: Sequence[Path], host: tuple[int, int], seconds: float
             if digest is None:
                 return compared, bad
             if digest != expected:
-                bad.append(f"{folder / name} has {digest[:19]}..., its manifest says {expected[:19]}...")
+                bad.append(f"{folder / name} has {digest[:19]}..., dataset.json says {expected[:19]}...")
         compared += 1
     return compared, bad
 
@@ -127,7 +127,7 @@ def _train_and_validation(folder: Path) -> list[Shard]:
 
 
 def _digest(path: Path, deadline: float) -> str | None:
-    """None when the time is over before the file is."""
+    """Return the sha256 of a file; None when time runs out."""
     digest = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as file:
@@ -141,7 +141,7 @@ def _digest(path: Path, deadline: float) -> str | None:
 
 
 def bytes_needed(num_params: int, optimizer: Optimizer, keep_last: int, already: int) -> int:
-    """Free bytes that a run must find: `keep_last` checkpoints and the one being written, less those that are there.
+    """Return the free bytes that a run needs: `keep_last` checkpoints and the one being written, less the existing ones.
 
     A checkpoint holds the fp32 master weights and the optimizer's states: two a parameter for Adam, one for momentum.
     """
@@ -150,5 +150,5 @@ def bytes_needed(num_params: int, optimizer: Optimizer, keep_last: int, already:
 
 
 def _bytes_saved(out_dir: Path) -> int:
-    """What checkpoints in the folder take."""
+    """Return the bytes of the checkpoints in the folder."""
     return sum(path.stat().st_size for path in (out_dir / "checkpoints").rglob("*") if path.is_file() and not path.is_symlink())

@@ -9,7 +9,7 @@ from tools.preflight.communication import pairs
 from tools.preflight.host_facts import environment_of_interest, parse_apps, parse_gpus, parse_xid
 from tools.preflight.judge_hosts import clock_problems, host_problems, storage_problems
 from tools.preflight.judge_ranks import (
-    Group,
+    GroupResult,
     collective_problems,
     culprits,
     device_problems,
@@ -18,8 +18,8 @@ from tools.preflight.judge_ranks import (
     usual_speed,
 )
 from tools.preflight.problems import Problem, by_host, majority, span
-from tools.preflight.rendezvous import Rank, host_names, this_rank
-from tools.preflight.report import Verdict, as_text, judge
+from tools.preflight.rendezvous import RankInfo, host_names, this_rank
+from tools.preflight.report import PreflightReport, as_text, with_exit_code
 from tools.preflight.storage import bytes_needed
 
 HOSTS = ["a", "a", "b", "b", "c", "c", "d", "d"]  # by rank
@@ -69,7 +69,7 @@ def test_equal_hosts_have_no_problem():
         ({"recipe_hash": "sha256:other"}, "recipe", ["sha256:other", "3 of 4 hosts have sha256:recipe"]),
         ({"device": "cpu"}, "devices", ["the device cpu", "cuda"]),
         ({"data": {"problems": ["data=tokens: shard x is missing"]}}, "data", ["host b: data=tokens: shard x is missing"]),
-        ({"data": {"identity": {"tokens": "sha256:old"}}}, "data", ["in tokens the manifest sha256:old", "sha256:data"]),
+        ({"data": {"identity": {"tokens": "sha256:old"}}}, "data", ["has tokens/dataset.json sha256:old", "sha256:data"]),
         ({"data": {"bad_shards": ["train_00003.bin has sha256:1"]}}, "data", ["host b: train_00003.bin has sha256:1"]),
         ({"limits": {"open_files": 512}}, "limits", ["host b: 512 open files are allowed, 8 ranks need"]),
         ({"limits": {"shm_free_bytes": 64 << 20}}, "limits", ["67.1 MB free in /dev/shm"]),
@@ -96,7 +96,7 @@ def test_what_is_wrong_everywhere_blames_no_host():
     everywhere = {host: one | {"recipe_error": "ImportError: x"} for host, one in facts().items()}
     problems = host_problems(everywhere, LAYOUT, 8, RANKS_OF)
     assert [problem.hosts for problem in problems] == [()] and problems[0].message.startswith(
-        "all 4 hosts alike; host a: ImportError"
+        "all 4 hosts; on host a: ImportError"
     )
 
 
@@ -239,7 +239,7 @@ def test_a_slow_and_a_wrong_product_are_named():
 def groups(speeds, kind="tensor", operation="all_reduce"):
     """{ranks: GB/s} as Groups."""
     return [
-        Group(kind=kind, operation=operation, ranks=ranks, bus_bytes_per_second=speed * GB, wrong={})
+        GroupResult(kind=kind, operation=operation, ranks=ranks, bus_bytes_per_second=speed * GB, wrong={})
         for ranks, speed in speeds.items()
     ]
 
@@ -303,7 +303,7 @@ def test_pairs_cover_every_neighbour_and_no_turn_uses_a_place_twice(count, close
 
 
 def joined(rank, hostname, node, size=2):
-    return Rank(rank=rank, local_rank=rank % 2, local_size=size, node=node, hostname=hostname, network="n")
+    return RankInfo(rank=rank, local_rank=rank % 2, local_size=size, node=node, hostname=hostname, network="n")
 
 
 def test_a_missing_ranks_host_is_told_by_the_flag_or_by_its_neighbours():
@@ -340,9 +340,9 @@ def test_spans_and_blame_in_words():
     assert [str(problem) for problem in told] == ["data: host b: x; cure it"]
 
 
-def test_the_verdict_counts_each_bad_host_once():
+def test_the_report_counts_each_bad_host_once():
     problems = tuple(Problem(check="c", hosts=hosts, message="m", cure="k") for hosts in (("b",), (), ("d", "b")))
-    verdict = judge(Verdict(recipe="r", world_size=8, hosts=("a", "b", "c", "d"), exit_code=0, problems=problems))
-    assert (verdict.exit_code, verdict.bad_hosts) == (1, ["b", "d"])
-    assert as_text(verdict).splitlines()[-1] == "bad hosts: b, d"
-    assert judge(replace(verdict, problems=())).exit_code == 0
+    report = with_exit_code(PreflightReport(recipe="r", world_size=8, hosts=("a", "b", "c", "d"), exit_code=0, problems=problems))
+    assert (report.exit_code, report.bad_hosts) == (1, ["b", "d"])
+    assert as_text(report).splitlines()[-1] == "bad hosts: b, d"
+    assert with_exit_code(replace(report, problems=())).exit_code == 0

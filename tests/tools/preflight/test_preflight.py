@@ -1,4 +1,4 @@
-"""Real ranks look each other over: a good job passes, and each planted fault is found, with the host that has it."""
+"""Real ranks check each other: a good job passes, and each planted fault is found, with the host that has it."""
 
 import json
 import os
@@ -30,10 +30,10 @@ def recipe(tmp_path_factory):
 
 
 def look(faults, *flags, ranks=4):
-    """(exit code, verdict) of a preflight on forked ranks; faults: {rank: what is planted in it}."""
+    """Return (exit code, report) of a preflight on forked ranks; faults: {rank: what is planted in it}."""
     answers = run_ranks(_look, ranks, faults, [str(flag) for flag in flags])
     codes = {code for code, _ in answers}
-    assert len(codes) == 1, "every rank leaves with the code of the verdict"
+    assert len(codes) == 1, "every rank exits with the code of the report"
     return codes.pop(), json.loads(answers[0][1])
 
 
@@ -189,14 +189,14 @@ def test_a_rank_that_never_joins_is_named_with_its_host(recipe, tmp_path):
     assert [code for code, _ in answers] == [1, 1, 1, None]
     assert found["bad_hosts"] == ["d"] and found["seconds"]["joining"] < 5
     assert "rank 3 on host d" in found["problems"][0]["message"]
-    assert json.loads((tmp_path / "verdict.json").read_text()) == found
+    assert json.loads((tmp_path / "report.json").read_text()) == found
 
 
 def _look_without(absent, recipe, folder):
     if int(os.environ["RANK"]) in absent:
         return None, None
     return _look(
-        {}, [recipe, "--out-dir", folder, "--hosts", HOSTS, "--join-seconds", "2", "--json-file", f"{folder}/verdict.json"]
+        {}, [recipe, "--out-dir", folder, "--hosts", HOSTS, "--join-seconds", "2", "--json-file", f"{folder}/report.json"]
     )
 
 
@@ -209,7 +209,7 @@ def test_a_rank_that_hangs_in_a_collective_does_not_hang_the_rest(recipe, tmp_pa
     assert code == 1 and time.monotonic() - started < 60
     stuck = [one for one in found["problems"] if one["check"] == "communication"]
     hanging = next(one for one in stuck if 3 in one["ranks"])
-    assert hanging["ranks"] == [2, 3] and "did not end in 5 s, the last begun: tensor all_reduce" in hanging["message"]
+    assert hanging["ranks"] == [2, 3] and "did not end within 5 s, the last begun: tensor all_reduce" in hanging["message"]
     waiting = next(one for one in stuck if 0 in one["ranks"])
     assert waiting["ranks"] == [0, 1] and waiting["message"].endswith("the last begun: the wait for all tensor groups")
 
@@ -218,7 +218,7 @@ def test_a_rank_that_ends_on_the_way_is_named(recipe, tmp_path):
     """It joins and says no more: the process is gone, or stopped."""
 
     def leave():
-        preflight.follow = lambda *_: 1
+        preflight.run_checks = lambda *_: 1
 
     def impatient():
         coordinator.GRACE_SECONDS = 1.0
@@ -226,7 +226,7 @@ def test_a_rank_that_ends_on_the_way_is_named(recipe, tmp_path):
     code, found = look({0: impatient, 3: leave}, recipe, "--out-dir", tmp_path, "--hosts", HOSTS, "--step-seconds", "4")
     assert (code, found["bad_hosts"]) == (1, ["d"])
     assert [one["check"] for one in found["problems"]] == ["host facts"]
-    assert "rank 3 on host d said nothing in 5 s" in found["problems"][0]["message"]
+    assert "rank 3 on host d did not report within 5 s" in found["problems"][0]["message"]
 
 
 def test_bandwidth_counts_the_ranks_of_the_group():
@@ -254,7 +254,7 @@ def test_it_starts_ranks_itself_and_prints_a_table(recipe, tmp_path):
     assert called.code == 0
     title, header, *rows = called.out.splitlines()
     assert title == "quickstart: 2 ranks on 1 host, tensor 1 x pipeline 2 x data 1"
-    assert header.split() == ["rank", "host", "place", "of", "median", "product", "pipeline", "write", "clock"]
+    assert header.split() == ["rank", "host", "placement", "of", "median", "product", "pipeline", "write", "clock"]
     assert sorted(row.split()[0] for row in rows[:2]) == ["0", "1"]
     assert rows[-1] == "passed"
 
