@@ -53,12 +53,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--json-file", type=Path, metavar="PATH", help="also write the report there")
-    for flag in (
-        "--skip",
-        "--max-steps",
-        "--local_rank",
-        "--local-rank",
-    ):  # of the run, or from the launcher: accepted and ignored
+    for flag in ("--skip", "--max-steps", "--resume-step", "--trace-steps", "--local_rank", "--local-rank"):  # the run's and the launcher's: ignored
         parser.add_argument(flag, action="append", help=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)

@@ -115,13 +115,13 @@ def _median(values: Sequence[float]) -> float | None:
 def as_text(report: PreflightReport) -> str:
     """Format the table, the notes and the problems with their cures."""
     layout = report.layout
-    cut = ""
+    sizes = ""
     if layout is not None:
         data = report.world_size // (layout.tensor * layout.pipeline)
-        cut = f", tensor {layout.tensor} x pipeline {layout.pipeline} x data {data}"
+        sizes = f", tensor {layout.tensor} x pipeline {layout.pipeline} x data {data}"
     ranks, hosts = report.world_size, len(report.hosts)
     where = f" on {hosts} host{'s' * (hosts != 1)}" if hosts else ""
-    lines = [f"{report.recipe}: {ranks} rank{'s' * (ranks != 1)}{where}{cut}"]
+    lines = [f"{report.recipe}: {ranks} rank{'s' * (ranks != 1)}{where}{sizes}"]
     if report.rows:
         shown = report.rows[:ROWS]
         kinds = [kind for kind in KINDS if any(row.bus_bytes_per_second.get(kind) for row in report.rows)]
