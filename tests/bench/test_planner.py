@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from tests.bench.planner.table_cases import time_cases
+from tests.bench.planner.table_fit import FIRST_PRINCIPLES, fit_time, held_out
 from tests.bench.planner.tables import read_rows, recomputed
 from tests.support.small_runs import call_bench
 from tools.plan.coefficients import read_coefficients
-from tools.plan.fitting import fit_map, held_out
-from tools.plan.time_model import FIRST_PRINCIPLES, PRIOR, TERMS, fit_time, step_parts, step_seconds
+from tools.plan.fitting import fit_map
+from tools.plan.time_model import PRIOR, TERMS, step_parts, step_seconds
 
 HERE = Path(__file__).parent / "planner"
 PUBLISHED, VTRAIN = HERE / "published_sample.csv", HERE / "vtrain_sample.csv"

@@ -1,7 +1,7 @@
-"""What a layer keeps for its backward pass, measured: the model runs forward on tensors that have shapes but no memory.
+"""Measures what each layer saves for its backward pass: runs the model forward on tensors that have shapes but no memory.
 
-Every tensor that autograd saves is counted once, by its storage, so any family, attention and precision is right without a
-formula. A 70B model takes about a second on one core.
+Every storage that autograd saves is counted once, so no family, attention or precision needs a formula. A 70B model takes about
+a second on one core.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from recipes.common.model.decoder import TUPLE_LAYERS, find_stack
 from recipes.common.model.recompute import product_ops
 from recipes.common.pipeline.stage import Placeholder
 
-TRAFFIC_PER_SAVED = 6.0  # a saved byte is written and read about three times, forward and backward
+TRAFFIC_PER_SAVED = 6.0  # bytes moved a saved byte: each is written and read about three times
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBytes:
-    """Of one sequence in one layer. `whole` is held by every tensor rank, `cut` is divided among them."""
+    """Bytes that one layer saves of one sequence."""
 
-    whole: float
-    cut: float
-    products: float  # what matrix products and attention gave, which selective recomputation keeps
+    whole: float  # on every tensor rank
+    sharded: float  # over the tensor ranks
+    products: float  # outputs of matrix products and attention, which selective recomputation keeps
 
 
 def layer_activations(
     config: PreTrainedConfig, *, seq_len: int, dtype: torch.dtype, attention: str, fake: bool = True
 ) -> tuple[LayerBytes, ...]:
-    """Saved bytes of every decoder layer for one sequence. `fake=False` computes for real, to hold the other against.
+    """Return the saved bytes of every decoder layer for one sequence. `fake=False` computes with real tensors, for comparison.
 
-    One layer of each kind runs; in families whose layers cannot be left out, all do.
+    One layer of each kind runs; all do in families whose layers cannot be replaced by placeholders.
     """
     try:
         return _measure(config, seq_len, dtype, attention, fake, every_layer=False)
-    except Exception:  # whatever a family's own code raises over a placeholder; over its own layers it is the user's to see
+    except Exception:  # a family's code may raise anything over a placeholder; over its own layers it reaches the user
         return _measure(config, seq_len, dtype, attention, fake, every_layer=True)
 
 
@@ -66,7 +66,7 @@ def _measure(
 
 
 def _kind(layer: nn.Module) -> tuple:
-    """Layers of one kind save alike: same class, same parts, same shapes, same attention."""
+    """Identify layers that save the same bytes: same class, submodules, shapes and attention window."""
     parts = tuple(
         (name, type(module).__name__, getattr(module, "sliding_window", None)) for name, module in layer.named_modules()
     )
@@ -76,13 +76,13 @@ def _kind(layer: nn.Module) -> tuple:
 def _saved_by_layer(
     causal: nn.Module, layers: nn.ModuleList, chosen: set[int], base: str, seq_len: int
 ) -> tuple[dict[int, list[torch.Tensor]], dict[int, list[torch.Tensor]]]:
-    """By layer: what autograd saves, and what products give."""
+    """Return by layer (tensors that autograd saves, outputs of products)."""
     saved: dict[int, list[torch.Tensor]] = {index: [] for index in chosen}
     products: dict[int, list[torch.Tensor]] = {index: [] for index in chosen}
     open_layer: list[int] = []
     kept = product_ops()
 
-    class SeeProducts(TorchDispatchMode):
+    class RecordProducts(TorchDispatchMode):
         def __torch_dispatch__(self, op: Any, kinds: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
             out = op(*args, **(kwargs or {}))
             if op in kept and open_layer:
@@ -98,14 +98,14 @@ def _saved_by_layer(
         layers[index].register_forward_pre_hook(lambda *_, index=index: open_layer.append(index))
         layers[index].register_forward_hook(lambda *_: open_layer.clear())
     ids = torch.zeros(1, seq_len, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), SeeProducts():
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), RecordProducts():
         causal.get_submodule(base)(input_ids=ids, use_cache=False)
     return saved, products
 
 
 def _layer_bytes(tensors: list[torch.Tensor], products: list[torch.Tensor], parameters: set[int], width: int) -> LayerBytes:
-    """Storages once each. What is as wide as the hidden states lies between blocks, where every tensor rank has it whole."""
-    whole = cut = 0.0
+    """Count each storage once. Tensors as wide as the hidden states lie between blocks: every tensor rank has them whole."""
+    whole = sharded = 0.0
     seen = set(parameters)
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -113,15 +113,18 @@ def _layer_bytes(tensors: list[torch.Tensor], products: list[torch.Tensor], para
             continue
         seen.add(storage._cdata)
         between = tensor.ndim < 4 and tensor.shape[-1:] in ((width,), (1,))
-        whole, cut = (whole + storage.nbytes(), cut) if between else (whole, cut + storage.nbytes())
-    given = {tensor.untyped_storage()._cdata: float(tensor.untyped_storage().nbytes()) for tensor in products}
-    return LayerBytes(whole=whole, cut=cut, products=sum(given.values()))
+        if between:
+            whole += storage.nbytes()
+        else:
+            sharded += storage.nbytes()
+    outputs = {tensor.untyped_storage()._cdata: float(tensor.untyped_storage().nbytes()) for tensor in products}
+    return LayerBytes(whole=whole, sharded=sharded, products=sum(outputs.values()))
 
 
 @contextmanager
 def _without_packing() -> Iterator[None]:
-    """transformers looks into the positions for packed documents, which tensors without values cannot answer, and then keeps a
-    mask [seq_len, seq_len] that a real run of whole sequences does not have."""
+    """Turn off transformers' search for packed documents: tensors without values cannot answer it, and it would then keep a
+    mask [seq_len, seq_len] that a run of whole sequences does not have."""
     name = "find_packed_sequence_indices"
     original = getattr(masking_utils, name)
     setattr(masking_utils, name, lambda position_ids: None)

@@ -1,8 +1,8 @@
-"""`calibrate RECIPE --gpu-type T --out FILE`: two short real runs on this machine move the shipped terms to what it does.
+"""`calibrate RECIPE --gpu-type T --out FILE`: adapts the shipped terms to this machine by two short runs.
 
-Both run the recipe's model in one layout, with one and with two micro batches' size, on random tokens: what grows with the
-batch tells from what does not. A model that is too large for the machine runs with fewer layers (`--layers`). Time counts on any
-device, memory only on GPUs, where the driver says it.
+They run the recipe's model in one layout on random tokens, one with twice the micro batch of the other, which separates what
+grows with the batch from what does not. `--layers` shortens a model that is too large. Time is fitted on any device, memory only
+on GPUs, where the driver reports it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from tools.common.forked_ranks import RankError, run_ranks
 from tools.common.recipe_io import load_recipe, parse_layout
 from tools.plan import memory_model, time_model
 from tools.plan.coefficients import Coefficients, read_coefficients, write_coefficients
+from tools.plan.fitting import fit_map
 from tools.plan.model_cases import Candidate, ModelFacts, memory_case, read_model, time_cases
 
 WARM_UP_STEPS = 2
-MACHINE_WIDTH = 0.5  # a machine's terms lie this close (standard deviation of the logarithm) to the shipped ones
+MACHINE_WIDTH = 0.5  # standard deviation of the logarithm of a machine's terms around the shipped ones
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -58,9 +59,9 @@ def run(flags: argparse.Namespace) -> int:
         raise UsageError(f"--layout={flags.layout}: needs {world} GPUs, this machine has {torch.cuda.device_count()}")
     if kind == "cpu" and device.name != "CPU":
         raise UsageError(f"--gpu-type={device.name}: this machine has no GPU that torch can use; calibrate on one, or for CPU")
-    tries = [_try(recipe, Candidate(layout=layout, data=data, micro_seqs=k * recipe.batch.micro_seqs)) for k in (1, 2)]
+    runs_to_make = [_run_of(recipe, Candidate(layout=layout, data=data, micro_seqs=k * recipe.batch.micro_seqs)) for k in (1, 2)]
     measured = []
-    for tried, candidate in tries:  # all ranks are forked before this process computes anything
+    for tried, candidate in runs_to_make:  # fork all ranks before this process computes anything
         try:
             ranks = run_ranks(measure, world, tried, candidate, kind, flags.steps, timeout_seconds=3600.0)
         except RankError as error:
@@ -69,7 +70,7 @@ def run(flags: argparse.Namespace) -> int:
         measured.append((max(rank["seconds"] for rank in ranks), max(rank["bytes"] for rank in ranks)))
     runs = [
         (read_model(tried, load_ds_config(recipe.deepspeed)), candidate, *figures)
-        for (tried, candidate), figures in zip(tries, measured, strict=True)
+        for (tried, candidate), figures in zip(runs_to_make, measured, strict=True)
     ]
     coefficients, rows = calibrated(runs, device, shipped)
     write_coefficients(flags.out, coefficients)
@@ -82,7 +83,7 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def _shorten(recipe: Recipe, layers: int | None) -> Recipe:
-    """The recipe with its first `layers` layers: the same shapes in less memory."""
+    """Return the recipe with only its first `layers` layers: the same shapes in less memory."""
     if layers is None:
         return recipe
     depth = recipe.model.get_text_config().num_hidden_layers
@@ -93,8 +94,8 @@ def _shorten(recipe: Recipe, layers: int | None) -> Recipe:
     return replace(recipe, model=type(recipe.model).from_dict(fields | per_layer | {"num_hidden_layers": layers}))
 
 
-def _try(recipe: Recipe, candidate: Candidate) -> tuple[Recipe, Candidate]:
-    """The recipe with a batch of two micro batches a stage."""
+def _run_of(recipe: Recipe, candidate: Candidate) -> tuple[Recipe, Candidate]:
+    """Return the recipe with a batch of two micro batches a stage."""
     seqs = candidate.micro_seqs * candidate.data * 2 * candidate.layout.pipeline
     return replace(
         recipe, batch=Batch(seq_len=recipe.batch.seq_len, micro_seqs=candidate.micro_seqs, global_seqs=seqs)
@@ -102,7 +103,7 @@ def _try(recipe: Recipe, candidate: Candidate) -> tuple[Recipe, Candidate]:
 
 
 def measure(recipe: Recipe, candidate: Candidate, kind: str, steps: int) -> dict[str, float]:
-    """On a rank: median seconds of a step, and bytes the driver shows at the peak (0 on CPUs)."""
+    """Return the median seconds of a step and the driver's peak bytes (0 on CPUs), on every rank."""
     batch = recipe.batch
     micro_batches = batch.global_seqs // (candidate.micro_seqs * candidate.data)
     sizes = {"train_micro_batch_size_per_gpu": candidate.micro_seqs, "gradient_accumulation_steps": micro_batches}
@@ -127,7 +128,7 @@ def measure(recipe: Recipe, candidate: Candidate, kind: str, steps: int) -> dict
     seconds = []
     for _ in range(WARM_UP_STEPS + steps):
         started = time.perf_counter()
-        trainer.train_step(list(ids), 1e-6, batch.global_seqs * batch.seq_len)  # reads its loss: it has ended
+        trainer.train_step(list(ids), 1e-6, batch.global_seqs * batch.seq_len)  # returns the loss, so the step has ended
         seconds.append(time.perf_counter() - started)
     peak = 0.0
     if device.type == "cuda":
@@ -139,7 +140,7 @@ def measure(recipe: Recipe, candidate: Candidate, kind: str, steps: int) -> dict
 def calibrated(
     runs: list[tuple[ModelFacts, Candidate, float, float]], device: Device, shipped: Coefficients
 ) -> tuple[Coefficients, list[dict[str, Any]]]:
-    """The shipped terms moved by the runs (facts, candidate, seconds, bytes), and each run before and after."""
+    """Return the shipped terms fitted to the runs (facts, candidate, seconds, bytes), and each run's figures before and after."""
     cases = [time_cases(facts, [candidate], device) for facts, candidate, _, _ in runs]
     stages = [memory_case(facts, candidate, device) for facts, candidate, _, _ in runs]
     seconds, peaks = np.array([r[2] for r in runs]), np.array([r[3] for r in runs])
@@ -147,8 +148,8 @@ def calibrated(
     def predict(terms: np.ndarray) -> np.ndarray:
         return np.array([time_model.step_seconds(terms, case, shipped.factors(device, case))[0] for case in cases])
 
-    widths = np.full(len(shipped.time), MACHINE_WIDTH if device.name != "CPU" else 3.0)  # a CPU's data sheet is a guess
-    terms = time_model.fit_map(predict, seconds, shipped.time, widths, noise=0.02)
+    widths = np.full(len(shipped.time), MACHINE_WIDTH if device.name != "CPU" else 3.0)  # a CPU's peak is a guess
+    terms = fit_map(predict, seconds, shipped.time, widths, noise=0.02)
     memory = memory_model.fit_memory(stages, peaks, shipped.memory) if peaks.all() else shipped.memory
     coefficients = replace(
         shipped,

@@ -1,4 +1,4 @@
-"""What the models' terms are worth: the shipped fit, a machine's calibration, and the file that holds either.
+"""Reads and writes the values of the models' terms: the shipped fit, or a machine's calibration.
 
     {"time": {term: value}, "memory": {term: value}, "device_factor": {GPU: factor}, "layer_factor": [[shape, factor], ...],
      "spread": {"time": s, "memory": s}, "provenance": {"date", "rows", ...}}
@@ -29,19 +29,19 @@ class Coefficients:
     time: np.ndarray
     memory: np.ndarray
     device_factor: dict[str, float]  # GPU -> factor on a layer's time, where tables of that GPU were fitted
-    layer_factor: dict[tuple, float]  # a calibration's: shape of layer -> factor
+    layer_factor: dict[tuple, float]  # shape of layer -> factor, in a calibration
     time_spread: float
     memory_spread: float
     provenance: dict[str, Any]
 
     def factors(self, device: Device, cases: Cases) -> np.ndarray:
-        """The factor [n] on each case's layers."""
+        """Return the factor [n] on each case's layer time."""
         general = self.device_factor.get(device.name, 1.0)
         return np.array([self.layer_factor.get(key, general) for key in cases.keys])
 
 
 def read_coefficients(path: Path | None) -> Coefficients:
-    """The shipped ones when `path` is None. Raises UsageError for a file that is none of ours."""
+    """Read a file of coefficients; the shipped one if `path` is None. Raises UsageError for any other file."""
     path = SHIPPED if path is None else path
     try:
         found = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Judge candidate layouts: what keeps one from running at all, and memory, time and cost of those that can."""
+"""Judges candidate layouts: why one cannot run, or its predicted memory, time and cost."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tools.plan.time_model import step_parts
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A candidate that can run, predicted."""
+    """The prediction for a candidate that can run."""
 
     candidate: Candidate
     memory: MemoryCase
-    stage_bytes: np.ndarray  # [stages]: what the driver would show at the peak
-    peak: tuple[float, float, float]  # bytes of the fullest stage: low, predicted, high (nine of ten)
+    stage_bytes: np.ndarray  # [stages]: as the driver would show at the peak
+    peak: tuple[float, float, float]  # bytes of the fullest stage: low, predicted, high (90% interval)
     parts: dict[str, float]  # seconds of a step
     seconds: float
     tokens_per_second: float
@@ -49,7 +49,7 @@ class Rejected:
 
 
 def candidates(facts: ModelFacts, gpus: int, device: Device) -> list[Candidate]:
-    """Every split of `gpus` with tensor parallelism inside a node, micro batches of powers of two, every option of a layout."""
+    """Return every split of `gpus` with tensor parallelism inside a node, micro batches of powers of two, all layout options."""
     found = []
     for tensor in (size for size in range(1, min(gpus, device.node) + 1) if gpus % size == 0):
         for pipeline in (size for size in range(1, gpus // tensor + 1) if gpus // tensor % size == 0):
@@ -72,12 +72,12 @@ def candidates(facts: ModelFacts, gpus: int, device: Device) -> list[Candidate]:
 def judge(
     facts: ModelFacts, found: Sequence[Candidate], device: Device, coefficients: Coefficients, price: float
 ) -> tuple[list[Plan], list[Rejected]]:
-    """(plans, the fastest safe ones first, then those whose interval reaches the GPU's memory; rejected, in the order given)."""
-    by_cut = pipeline_problems(facts, {_cut_of(candidate.layout) for candidate in found})
+    """Return (plans: the fastest safe ones first, then those whose interval reaches the GPU's memory; the rejected)."""
+    by_pipeline = pipeline_problems(facts, {_pipeline_of(candidate.layout) for candidate in found})
     shared = Layout(tensor=2, sequence_parallel=True)
     shares = any(candidate.layout.sequence_parallel for candidate in found)
     of_sequences = (sequence_problems(facts.recipe.model, shared, facts.recipe.attention) if shares else []) or [""]
-    whys = [_why_not(facts, candidate, by_cut, of_sequences[0]) for candidate in found]
+    whys = [_why_not(facts, candidate, by_pipeline, of_sequences[0]) for candidate in found]
     rejected = [Rejected(candidate, why) for candidate, why in zip(found, whys, strict=True) if why]
     able = [candidate for candidate, why in zip(found, whys, strict=True) if not why]
     fitting, memories = [], []
@@ -146,34 +146,34 @@ def _plan(
     )
 
 
-def _cut_of(layout: Layout) -> Layout:
-    """What of a layout decides where the model is cut."""
+def _pipeline_of(layout: Layout) -> Layout:
+    """Return only the fields of a layout that decide the partition into stages."""
     return Layout(pipeline=layout.pipeline, pipeline_schedule=layout.pipeline_schedule, layers_per_stage=layout.layers_per_stage)
 
 
-def pipeline_problems(facts: ModelFacts, cuts: set[Layout]) -> dict[Layout, str]:
-    """Of each cut: why no layout with it can run, "" when one can: depth, family, ds_config, stages without matrices."""
+def pipeline_problems(facts: ModelFacts, pipelines: set[Layout]) -> dict[Layout, str]:
+    """Return for each pipeline why it cannot run, or "": depth, family, ds_config, stages without matrices."""
     recipe, depth = facts.recipe, len(facts.work.layers)
     file, found = ds_config_path(recipe.deepspeed), {}
-    uncut = []
-    if any(1 < cut.pipeline <= depth for cut in cuts):  # whether the family survives being cut is asked of a tiny model, once
-        uncut = partition_problems(recipe.model, Layout(pipeline=2), recipe.attention)
-    for cut in cuts:
-        problems = option_problems(cut, recipe.batch.seq_len) or depth_problems(cut, depth)
+    of_family = []
+    if any(1 < each.pipeline <= depth for each in pipelines):  # try a tiny model of the family, once
+        of_family = partition_problems(recipe.model, Layout(pipeline=2), recipe.attention)
+    for each in pipelines:
+        problems = option_problems(each, recipe.batch.seq_len) or depth_problems(each, depth)
         if not problems:
-            problems = (uncut if cut.pipeline > 1 else []) + ds_config_problems(facts.ds_config, file, cut)
-            problems += group_problems(recipe, facts.causal, facts.stack, cut)
-        found[cut] = problems[0] if problems else ""
+            problems = (of_family if each.pipeline > 1 else []) + ds_config_problems(facts.ds_config, file, each)
+            problems += group_problems(recipe, facts.causal, facts.stack, each)
+        found[each] = problems[0] if problems else ""
     return found
 
 
-def _why_not(facts: ModelFacts, candidate: Candidate, by_cut: dict[Layout, str], of_sequences: str) -> str:
-    """What rules a candidate out before memory is counted; "" when nothing does."""
+def _why_not(facts: ModelFacts, candidate: Candidate, by_pipeline: dict[Layout, str], of_sequences: str) -> str:
+    """Return what rules a candidate out before memory is counted, or ""."""
     layout, counts = candidate.layout, facts.rank_params(candidate.layout.tensor)
     if isinstance(counts, str):
         return f"tensor={layout.tensor}: {counts}"
-    if by_cut[_cut_of(layout)]:
-        return by_cut[_cut_of(layout)]
+    if by_pipeline[_pipeline_of(layout)]:
+        return by_pipeline[_pipeline_of(layout)]
     if layout.sequence_parallel and of_sequences:
         return of_sequences
     recipe = replace(facts.recipe, batch=replace(facts.recipe.batch, micro_seqs=candidate.micro_seqs))

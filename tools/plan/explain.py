@@ -1,4 +1,4 @@
-"""`explain LAYOUT RECIPE --gpu-type T`: where the memory and time of one layout go."""
+"""`explain LAYOUT RECIPE --gpu-type T`: shows where the memory and time of one layout go."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def run(flags: argparse.Namespace) -> int:
     candidate = Candidate(layout=layout, data=data, micro_seqs=micro_seqs)
     plans, rejected = judge(facts, [candidate], device, coefficients, price)
     if flags.json:
-        verdict = {
+        found = {
             "ranked": [plan_json(plan) for plan in plans],
             "rejected": [candidate_json(candidate) | {"why": r.why} for r in rejected],
         }
-        print(json.dumps({"recipe": facts.recipe.name, "gpu_type": device.name} | verdict))
+        print(json.dumps({"recipe": facts.recipe.name, "gpu_type": device.name} | found))
     elif rejected:
         print(f"{name_of(candidate)} on {candidate.gpus} {device.name}: cannot run\n  {rejected[0].why}")
     else:

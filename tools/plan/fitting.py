@@ -7,7 +7,7 @@ that matter for them, and none at all leaves the first principles. Levenberg-Mar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -56,39 +56,3 @@ def _jacobian(residuals: Callable[[np.ndarray], np.ndarray], x: np.ndarray, step
         shift[index] = step
         columns.append((residuals(x + shift) - residuals(x - shift)) / (2 * step))
     return np.stack(columns, axis=1)
-
-
-def folds(count: int, k: int, seed: int = 0) -> list[np.ndarray]:
-    """Indices of `count` rows in `k` parts of equal size, drawn at random. k >= count leaves one out at a time."""
-    order = np.random.default_rng(seed).permutation(count)
-    return [order[part::k] for part in range(min(k, count))]
-
-
-def held_out(count: int, k: int, fit_and_predict: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """A prediction [count] of every row by a fit that has not seen its fold: fit_and_predict(train rows, test rows)."""
-    predicted = np.empty(count)
-    for test in folds(count, k):
-        train = np.setdiff1d(np.arange(count), test)
-        predicted[test] = fit_and_predict(train, test)
-    return predicted
-
-
-def error_summary(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
-    """Relative errors: mean, median, 90th percentile, largest, and bias (mean with sign)."""
-    relative = predicted / measured - 1
-    size = np.abs(relative)
-    return {
-        "rows": len(measured),
-        "mean": float(size.mean()),
-        "median": float(np.median(size)),
-        "p90": float(np.percentile(size, 90)),
-        "worst": float(size.max()),
-        "bias": float(relative.mean()),
-    }
-
-
-def distinct(keys: Sequence[tuple]) -> tuple[list[tuple], np.ndarray]:
-    """(the distinct keys, sorted; for each key its place among them)."""
-    known = sorted(set(keys))
-    place = {key: index for index, key in enumerate(known)}
-    return known, np.array([place[key] for key in keys], dtype=int)

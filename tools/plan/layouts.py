@@ -1,4 +1,4 @@
-"""`layouts RECIPE... --gpu-type T`: the layouts that recipes state, planned; and the sentence that a recipe's docstring holds."""
+"""`layouts RECIPE... --gpu-type T`: plans the layouts that recipes state, and writes the sentence of a recipe's docstring."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tools.plan.search import add_model_flags, options_of, plan_json, read
 
 @dataclass(frozen=True)
 class Planned:
-    """A layout of a recipe at its number of GPUs: planned, or why it cannot run."""
+    """A recipe's layout at its number of GPUs: its plan, or why it cannot run."""
 
     gpus: int
     layout: Layout
@@ -47,7 +47,7 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def plan_layouts(facts: ModelFacts, device: Device, coefficients: Coefficients, price: float) -> list[Planned]:
-    """Each layout of the recipe, at the recipe's own micro batch."""
+    """Plan each layout of the recipe with the recipe's own micro batch."""
     found = []
     for gpus, layout in facts.recipe.layouts.items():
         data = gpus // (layout.tensor * layout.pipeline)
@@ -58,7 +58,7 @@ def plan_layouts(facts: ModelFacts, device: Device, coefficients: Coefficients, 
 
 
 def sentence(found: Sequence[Planned], device: Device) -> str:
-    """For the docstring of a recipe: memory of the emptiest and the fullest stage, MFU, length of the run."""
+    """Return the sentence for a recipe's docstring: memory of the emptiest and the fullest stage, MFU, length of the run."""
     parts = []
     for entry in found:
         if entry.plan is None:

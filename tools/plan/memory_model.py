@@ -1,9 +1,9 @@
-"""The memory of a pipeline stage by class, and what the driver shows for it.
+"""Predicts the memory of a pipeline stage by class, and the driver's total.
 
-Weights, gradients and optimizer states follow from the precision and the ZeRO stage. Of activations, stage i of p keeps those
-of min(p - i, micro batches) micro batches (1F1B), beside the working set of one layer and of the loss. To that come what
-libraries take (CUDA context, NCCL's buffers, ZeRO's buckets) and what PyTorch's caching allocator holds without using it: much
-while memory is plenty, next to nothing when it runs out.
+Weights, gradients and optimizer states follow from the precision and the ZeRO stage. Stage i of p keeps the activations of
+min(p - i, micro batches) micro batches (1F1B), and needs the working set of one layer and of the loss. Libraries add the CUDA
+context, NCCL's and ZeRO's buffers; PyTorch's caching allocator adds memory that it holds unused: much while memory is plenty,
+almost none when it runs out.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ GROUP_BYTES = 0.5 * GIB  # NCCL's buffers, a process group
 # name -> (value by first principles, width of the prior)
 TERMS: dict[str, tuple[float, float]] = {
     "states": (1.03, 0.15),  # weights, gradients, optimizer: flattening pads and aligns
-    "stored": (1.0, 0.3),  # activations that wait for their backward pass
+    "stored": (1.0, 0.3),  # activations until their backward pass
     "working": (1.0, 0.5),  # one layer's own activations
     "loss": (1.0, 0.5),  # logits and their gradients
     "libraries": (1.0, 0.5),
-    "held": (0.3, 1.0),  # share of freed activations that the allocator keeps
+    "held": (0.3, 1.0),  # the part of freed activations that the allocator keeps
 }
 PRIOR = np.array([value for value, _ in TERMS.values()])
 WIDTHS = np.array([width for _, width in TERMS.values()])
 NOISE = 0.03
-SPREAD = 0.09  # 90th percentile of the relative error where no table says: that of BLOOM in fp16, left out one at a time
+SPREAD = 0.09  # 90th percentile of the relative error without a fit: BLOOM's in fp16, leaving one out at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class StageBytes:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryCase:
-    """A layout's stages, and what they have in common."""
+    """A layout's stages and what they have in common."""
 
     stages: tuple[StageBytes, ...]
     libraries: float  # bytes
@@ -61,12 +61,12 @@ class MemoryCase:
 
 
 def library_bytes(groups: int, bucket_elements: float, gradient_bytes: float) -> float:
-    """CUDA, NCCL, and ZeRO's buckets: of gradients one filling, one sent and one flattened, of 16-bit weights two gathered."""
+    """Return the bytes of CUDA, NCCL and ZeRO's buckets: three of gradients (filling, sent, flattened), two of 16-bit weights."""
     return CONTEXT_BYTES + GROUP_BYTES * groups + bucket_elements * (3.0 * gradient_bytes + 2.0 * 2.0)
 
 
 def stage_totals(terms: np.ndarray, case: MemoryCase) -> np.ndarray:
-    """Bytes [stages] that the driver would show at the peak."""
+    """Return the bytes [stages] that the driver would show at the peak."""
     k = dict(zip(TERMS, terms, strict=True))
     states = np.array([k["states"] * stage.states for stage in case.stages])
     moving = np.array([k["stored"] * s.stored + k["working"] * s.working + k["loss"] * s.loss for s in case.stages])
@@ -75,23 +75,23 @@ def stage_totals(terms: np.ndarray, case: MemoryCase) -> np.ndarray:
 
 
 def peak_bytes(terms: np.ndarray, cases: Sequence[MemoryCase]) -> np.ndarray:
-    """Bytes [n] of each case's fullest stage."""
+    """Return the bytes [n] of each case's fullest stage."""
     return np.array([stage_totals(terms, case).max() for case in cases])
 
 
 def fit_memory(cases: Sequence[MemoryCase], measured: np.ndarray, prior: np.ndarray = PRIOR) -> np.ndarray:
-    """Terms that best explain `measured` bytes [n]."""
+    """Fit the terms to `measured` bytes [n]."""
     return fit_map(lambda terms: peak_bytes(terms, cases), measured, prior, WIDTHS, noise=NOISE)
 
 
 def state_bytes(
     precision: str, zero_stage: int, data: int, *, moments: int = 2, offload: bool = False
 ) -> tuple[float, float, float]:
-    """Bytes a parameter of (weights, gradients, optimizer states), as our ds_configs set DeepSpeed up.
+    """Return the bytes a parameter of (weights, gradients, optimizer states), as our ds_configs set DeepSpeed up.
 
-    `moments`: fp32 states that the optimizer keeps beside the fp32 masters (AdamW 2). Gradients add up in fp32: whole up to
-    ZeRO 1; under ZeRO 2 each rank's own part, beside whole ones in the precision of the weights. `tests/tools/plan/
-    test_memory.py` holds these against the tensors of real engines.
+    moments: fp32 states of the optimizer beside the fp32 master weights (AdamW 2). Gradients accumulate in fp32: whole up to
+    ZeRO 1; under ZeRO 2 each rank's partition, beside whole ones in the weights' precision. `tests/tools/plan/test_memory.py`
+    compares these with the tensors of real engines.
     """
     weights, masters = (4.0 if precision == "fp32" else 2.0), (0.0 if offload else (4.0 + 4.0 * moments) / data)
     if zero_stage == 3:
@@ -100,6 +100,6 @@ def state_bytes(
 
 
 def interval(peak: float, spread: float | None = None) -> tuple[float, float]:
-    """Where nine of ten measured peaks would lie. `spread`: the 90th percentile of relative errors."""
+    """Return the interval of nine in ten measured peaks. spread: the 90th percentile of relative errors."""
     spread = SPREAD if spread is None else spread
     return peak * (1 - spread), peak * (1 + spread)

@@ -1,8 +1,8 @@
-"""A recipe's model in the terms of the two models: real parameter counts, real cuts, measured activations."""
+"""Describes a recipe's model to the memory and the time model: its parameter counts, partition and measured activations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,14 +25,14 @@ from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes, state
 from tools.plan.time_model import Cases
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_LOSS_BYTES = 14.0  # a logit of the chunk at hand: 16 bits, fp32, its exponent, its gradient in fp32 and in 16 bits
-_HEAD_GRADIENT_BYTES = 10.0  # an element of the head: its gradient kept, and rescaled through fp32
-_FP32_REDUCE, _GATHER = 4.0, 2.0
+_LOSS_BYTES = 14.0  # a logit of the current chunk: in 16 bits, in fp32, its exponential, its gradient in fp32 and in 16 bits
+_HEAD_GRADIENT_BYTES = 10.0  # an element of the head: its gradient, and the copy rescaled in fp32
+_FP32_REDUCE, _GATHER = 4.0, 2.0  # bytes a parameter: gradients reduced in fp32, weights gathered in 16 bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A layout on a number of GPUs, with the micro batch it would run."""
+    """A layout with its data-parallel size and micro batch."""
 
     layout: Layout
     data: int
@@ -45,48 +45,78 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """All that planning asks of a recipe's model; read once, for every layout."""
+    """What planning needs of a recipe's model; read once, for every layout."""
 
     recipe: Recipe
     ds_config: dict[str, Any]
     causal: Any
     stack: Stack
     work: ModelWork
-    activations: tuple[LayerBytes, ...]
-    splits: dict[int, dict[str, float] | str] = field(default_factory=dict)  # answers of `rank_params`, kept
-    stages: dict[tuple[int, str, tuple[int, ...]], list[list[int]]] = field(default_factory=dict)  # answers of `own_layers`, kept
+    activations: tuple[LayerBytes, ...]  # by layer
+    params_by_tensor: dict[int, dict[str, float] | str] = field(default_factory=dict)  # results of `rank_params`
+    layers_by_cut: dict[tuple[int, str, tuple[int, ...]], list[list[int]]] = field(default_factory=dict)  # of `own_layers`
 
     @cached_property
     def flops(self) -> float:
-        """A token, forward and backward."""
+        """FLOPs of a token, forward and backward."""
         return training_flops(self.work, self.recipe.batch.seq_len)
 
+    @cached_property
+    def costs(self) -> tuple[list[float], float]:
+        """The cost of each layer and of the head, as the partition counts them."""
+        return layer_costs(self.causal, self.stack, self.recipe.batch.seq_len)
+
+    @cached_property
+    def mean_activations(self) -> tuple[float, float]:
+        """The mean layer's saved bytes of one sequence: whole on every tensor rank, sharded over them."""
+        whole, sharded = (sum(getattr(saved, name) for saved in self.activations) for name in ("whole", "sharded"))
+        return whole / len(self.activations), sharded / len(self.activations)
+
+    @cached_property
+    def heads(self) -> int:
+        return getattr(self.recipe.model.get_text_config(), "num_attention_heads", None) or 1
+
+    @cached_property
+    def head_dim(self) -> int:
+        return getattr(self.recipe.model.get_text_config(), "head_dim", None) or self.work.hidden // self.heads
+
+    @property
+    def activation_width(self) -> int:
+        """Bytes of an activation's element."""
+        return _DTYPES[precision(self.ds_config)].itemsize
+
     def own_layers(self, layout: Layout) -> list[list[int]]:
-        """Of every stage, in the cut that training would choose."""
+        """Return each stage's layers, partitioned as in training."""
         pipeline, schedule = layout.pipeline, layout.pipeline_schedule
-        if (key := (pipeline, schedule, layout.layers_per_stage)) not in self.stages:
-            costs, head = layer_costs(self.causal, self.stack, self.recipe.batch.seq_len)
+        if (key := (pipeline, schedule, layout.layers_per_stage)) not in self.layers_by_cut:
+            costs, head = self.costs
             chunks = cut_chunks(costs, head, pipeline, schedule, layout.layers_per_stage)
-            self.stages[key] = [[index for run in runs for index in run] for runs in runs_by_rank(chunks, pipeline)]
-        return self.stages[key]
+            self.layers_by_cut[key] = [[index for run in runs for index in run] for runs in runs_by_rank(chunks, pipeline)]
+        return self.layers_by_cut[key]
+
+    def stage_loads(self, layout: Layout) -> list[float]:
+        """Return each stage's cost without the head, in mean layers."""
+        costs, _ = self.costs
+        mean = sum(costs) / len(costs)
+        return [sum(costs[i] for i in own) / mean for own in self.own_layers(layout)]
 
     def rank_params(self, tensor: int) -> dict[str, float] | str:
-        """ "embedding", "head", "norm" or a layer's index as text -> parameters on one tensor rank; or why it cannot be cut."""
-        if tensor not in self.splits:
+        """Return {"embedding", "head", "norm" or a layer's index: parameters on one tensor rank}, or why it cannot be sharded."""
+        if tensor not in self.params_by_tensor:
             try:
-                cuts = plan_tensor_parallel(self.causal, self.stack, tensor).shards
+                sharded = plan_tensor_parallel(self.causal, self.stack, tensor).shards
             except PlanError as error:
-                self.splits[tensor] = str(error)
+                self.params_by_tensor[tensor] = str(error)
             else:
-                self.splits[tensor] = _count(self.causal, self.stack, cuts, tensor)
-        return self.splits[tensor]
+                self.params_by_tensor[tensor] = _count(self.causal, self.stack, sharded, tensor)
+        return self.params_by_tensor[tensor]
 
 
-def _count(causal: Any, stack: Stack, cuts: dict[str, Any], tensor: int) -> dict[str, float]:
+def _count(causal: Any, stack: Stack, sharded: Mapping[str, Any], tensor: int) -> dict[str, float]:
     counts: dict[str, float] = {"embedding": 0.0, "head": 0.0, "norm": 0.0}
     first = tuple(f"{name}." for name in stack.before)
     for name, parameter in causal.named_parameters():
-        size = parameter.numel() / (tensor if name in cuts else 1)
+        size = parameter.numel() / (tensor if name in sharded else 1)
         if name.startswith(f"{stack.layers}."):
             part = name[len(stack.layers) + 1 :].partition(".")[0]
         elif name.startswith(f"{stack.head}.") and not stack.tied:
@@ -102,7 +132,7 @@ def _count(causal: Any, stack: Stack, cuts: dict[str, Any], tensor: int) -> dict
 
 
 def read_model(recipe: Recipe, ds_config: dict[str, Any]) -> ModelFacts:
-    """Raises UsageError when the model cannot be built or run."""
+    """Build the model without memory and measure it. Raises UsageError when it cannot be built or run."""
     try:
         causal = build_empty(recipe.model, recipe.attention)
         stack = find_stack(causal)
@@ -115,143 +145,182 @@ def read_model(recipe: Recipe, ds_config: dict[str, Any]) -> ModelFacts:
 
 
 def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> MemoryCase:
-    recipe, layout = facts.recipe, candidate.layout
-    zero, half = zero_stage(facts.ds_config), precision(facts.ds_config)
+    """Return the bytes of every stage of a layout on one tensor rank, and of what all have in common."""
+    layout, optimizer = candidate.layout, facts.recipe.optimizer
     zero_options = facts.ds_config.get("zero_optimization", {})
-    offload = "offload_optimizer" in zero_options
-    moments = 2 if isinstance(recipe.optimizer, AdamW) else int(recipe.optimizer.momentum > 0)
-    weights, gradients, optimizer = state_bytes(half, zero, candidate.data, moments=moments, offload=offload)
-    counts = facts.rank_params(layout.tensor)
-    micro_batches = recipe.batch.global_seqs // (candidate.micro_seqs * candidate.data)
-    width = _DTYPES[half].itemsize
-    shared = layout.tensor if layout.sequence_parallel else 1  # ranks that share what lies between blocks
-    boundary = float(width) * candidate.micro_seqs * recipe.batch.seq_len * facts.work.hidden / shared
-    layer_bytes = [candidate.micro_seqs * (layer.whole / shared + layer.cut / layout.tensor) for layer in facts.activations]
-    recomputed = layout.recomputed_layers(len(facts.activations))
+    weights, gradients, states = state_bytes(
+        precision(facts.ds_config),
+        zero_stage(facts.ds_config),
+        candidate.data,
+        moments=2 if isinstance(optimizer, AdamW) else int(optimizer.momentum > 0),
+        offload="offload_optimizer" in zero_options,
+    )
+    boundary, layers = _boundary_bytes(facts, candidate), _layer_memory(facts, candidate)
+    micro_batches = facts.recipe.batch.global_seqs // (candidate.micro_seqs * candidate.data)
     stages = []
-    for index, own in enumerate(facts.own_layers(layout)):
-        last = index == _head_stage(layout)
-        # a folded schedule fills every rank as 1F1B fills the first
+    for index, (own, params) in enumerate(zip(facts.own_layers(layout), _stage_params(facts, layout), strict=True)):
+        # 1F1B: stage i of p keeps p - i micro batches; a folded schedule fills every rank as 1F1B fills the first
         in_flight = min(layout.pipeline - (0 if layout.pipeline_schedule == FOLDED else index), micro_batches)
-        params = sum(counts[str(i)] for i in own) + (counts["embedding"] if index == 0 else 0.0)
-        params += (counts["norm"] + (counts["head"] if not (facts.stack.tied and index == 0) else 0.0)) if last else 0.0
-        layers = [layer_bytes[i] for i in own]
-        again = [i in recomputed for i in own]
-        held = [boundary + (_product_bytes(facts, candidate, width, i) if layout.recompute == "selective" else 0.0) for i in own]
-        kept = sum(less if repeat else size for size, less, repeat in zip(layers, held, again, strict=True))
+        received = boundary if layout.pipeline > 1 else 0.0
         stages.append(
             StageBytes(
-                weights=weights * params, gradients=gradients * params, optimizer=optimizer * params,
-                stored=in_flight * (kept + (boundary if layout.pipeline > 1 else 0.0)),
-                working=max((size for size, repeat in zip(layers, again, strict=True) if repeat), default=0.0) + 2 * boundary,
-                loss=_loss_bytes(facts, candidate, counts["head"]) if last else 0.0, in_flight=in_flight,
+                weights=weights * params, gradients=gradients * params, optimizer=states * params,
+                stored=in_flight * (sum(layers[i].stored for i in own) + received),
+                working=max((layers[i].recomputed for i in own), default=0.0) + 2 * boundary,
+                loss=_loss_bytes(facts, candidate) if index == _head_stage(layout) else 0.0, in_flight=in_flight,
             )
         )  # fmt: skip
+    libraries = _library_bytes(facts, candidate) if device.name != "CPU" else 0.0
+    return MemoryCase(stages=tuple(stages), libraries=libraries + _gathered_bytes(facts), capacity=device.memory)
+
+
+def _stage_params(facts: ModelFacts, layout: Layout) -> list[float]:
+    """Return the parameters of each stage on one tensor rank. A tied head counts once where the embedding is on its stage."""
+    counts, head = facts.rank_params(layout.tensor), _head_stage(layout)
+    params = [sum(counts[str(i)] for i in own) for own in facts.own_layers(layout)]
+    params[0] += counts["embedding"]
+    params[head] += counts["norm"] + (0.0 if facts.stack.tied and head == 0 else counts["head"])
+    return params
+
+
+@dataclass(frozen=True)
+class _LayerMemory:
+    """A layer's activation bytes of one micro batch on one tensor rank."""
+
+    stored: float  # from its forward to its backward pass
+    recomputed: float = 0.0  # all that its backward pass needs, computed again then
+
+
+def _layer_memory(facts: ModelFacts, candidate: Candidate) -> list[_LayerMemory]:
+    """A recomputed layer stores its input; selective recomputation also its products (arXiv 2205.05198, section 5)."""
+    layout, boundary = candidate.layout, _boundary_bytes(facts, candidate)
+    recomputed = layout.recomputed_layers(len(facts.activations))
+    layers = []
+    for index, saved in enumerate(facts.activations):
+        size = candidate.micro_seqs * (saved.whole / _sequence_ranks(layout) + saved.sharded / layout.tensor)
+        if index in recomputed:
+            products = _product_bytes(facts, candidate, saved) if layout.recompute == "selective" else 0.0
+            layers.append(_LayerMemory(boundary + products, size))
+        else:
+            layers.append(_LayerMemory(size))
+    return layers
+
+
+def _sequence_ranks(layout: Layout) -> int:
+    """Return over how many ranks sequence parallelism shards what lies between blocks."""
+    return layout.tensor if layout.sequence_parallel else 1
+
+
+def _boundary_bytes(facts: ModelFacts, candidate: Candidate) -> float:
+    """Return the bytes of one micro batch's hidden states on one tensor rank."""
+    width, tokens = facts.activation_width, candidate.micro_seqs * facts.recipe.batch.seq_len
+    return float(width) * tokens * facts.work.hidden / _sequence_ranks(candidate.layout)
+
+
+def _product_bytes(facts: ModelFacts, candidate: Candidate, saved: LayerBytes) -> float:
+    """Return the bytes of a layer's products on one tensor rank. Row-parallel ones, attention's and the MLP's last, are whole."""
+    whole = 2.0 * facts.activation_width * facts.recipe.batch.seq_len * facts.work.hidden
+    return candidate.micro_seqs * (whole + max(saved.products - whole, 0.0) / candidate.layout.tensor)
+
+
+def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
+    """Return the bytes of one chunk's logits (parallel.cross_entropy) and of the gradient of the head."""
+    tokens = min(facts.recipe.logits_chunk_tokens, candidate.micro_seqs * facts.recipe.batch.seq_len)
+    tensor = candidate.layout.tensor
+    return _LOSS_BYTES * tokens * facts.work.vocab / tensor + _HEAD_GRADIENT_BYTES * facts.rank_params(tensor)["head"]
+
+
+def _library_bytes(facts: ModelFacts, candidate: Candidate) -> float:
+    options, layout = facts.ds_config.get("zero_optimization", {}), candidate.layout
     groups = 1 + sum(size > 1 for size in (layout.tensor, layout.pipeline, candidate.data))
-    bucket = max(zero_options.get("reduce_bucket_size", 5e8), zero_options.get("allgather_bucket_size", 5e8))
-    live = 2.0 * min(zero_options.get("stage3_max_live_parameters", 1e9), facts.work.params) if zero == 3 else 0.0
-    gpu = device.name != "CPU"
-    libraries = (library_bytes(groups, bucket, 4.0) if gpu else 0.0) + live
-    return MemoryCase(stages=tuple(stages), libraries=libraries, capacity=device.memory)
+    bucket = max(options.get("reduce_bucket_size", 5e8), options.get("allgather_bucket_size", 5e8))
+    return library_bytes(groups, bucket, 4.0)
 
 
-def _product_bytes(facts: ModelFacts, candidate: Candidate, width: int, index: int) -> float:
-    """What a layer's products gave. Two of them, attention's last and the MLP's, are sums to be made over the tensor ranks: each
-    has them whole."""
-    summed = 2.0 * width * facts.recipe.batch.seq_len * facts.work.hidden
-    return candidate.micro_seqs * (summed + max(facts.activations[index].products - summed, 0.0) / candidate.layout.tensor)
-
-
-def _loss_bytes(facts: ModelFacts, candidate: Candidate, head_params: float) -> float:
-    """Count the logits of one chunk of tokens (parallel.cross_entropy), and the gradient of the head."""
-    batch = facts.recipe.batch
-    tokens = min(facts.recipe.logits_chunk_tokens, candidate.micro_seqs * batch.seq_len)
-    return _LOSS_BYTES * tokens * facts.work.vocab / candidate.layout.tensor + _HEAD_GRADIENT_BYTES * head_params
+def _gathered_bytes(facts: ModelFacts) -> float:
+    """Return the bytes of 16-bit parameters that ZeRO 3 holds gathered."""
+    if zero_stage(facts.ds_config) != 3:
+        return 0.0
+    most = facts.ds_config.get("zero_optimization", {}).get("stage3_max_live_parameters", 1e9)
+    return 2.0 * min(most, facts.work.params)
 
 
 def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Device) -> Cases:
-    recipe, work = facts.recipe, facts.work
-    zero, seq_len, count = zero_stage(facts.ds_config), recipe.batch.seq_len, len(work.layers)
-    flash = recipe.attention != "eager"
-    scores = sum(layer.scores * layer.keys(seq_len, causal=flash) for layer in work.layers) / count
-    config = recipe.model.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1
-    head_dim = getattr(config, "head_dim", None) or work.hidden // heads
-    costs, _ = layer_costs(facts.causal, facts.stack, seq_len)
-    mean = sum(costs) / count
-    whole, cut = (sum(getattr(layer, name) for layer in facts.activations) / count for name in ("whole", "cut"))
-
-    def column(of: Any) -> np.ndarray:
-        return np.array([of(candidate) for candidate in candidates], dtype=float)
-
-    def constant(value: float) -> np.ndarray:
-        return np.full(len(candidates), float(value))
-
-    tensor, data = column(lambda c: c.layout.tensor), column(lambda c: c.data)
-    stages = [[sum(costs[i] for i in own) / mean for own in facts.own_layers(c.layout)] for c in candidates]
-    with_head = [_head_stage(c.layout) for c in candidates]
-    without_head = [stage[:head] + stage[head + 1 :] for stage, head in zip(stages, with_head, strict=True)]
-    params = column(lambda c: _largest_stage(facts, c.layout))
-    shared = column(lambda c: c.layout.tensor if c.layout.sequence_parallel else 1.0)
-    repeated = column(lambda c: _repeated(c.layout))
-    products_repeated = column(lambda c: 0.0 if c.layout.recompute == "selective" else _repeated(c.layout))
-    # elementwise work that is repeated beside products that are not: the model counts both by `passes`
-    more_traffic = (3.0 + repeated) / (3.0 + products_repeated)
-    return Cases(
-        tokens=column(lambda c: c.micro_seqs * seq_len),
-        hidden=constant(work.hidden),
-        matrices=constant(sum(layer.matrices for layer in work.layers) / count),
-        scores=constant(scores),
-        misaligned=constant(head_dim % 8 > 0),
-        traffic=TRAFFIC_PER_SAVED * (whole / shared + cut / tensor) / seq_len * more_traffic,
-        head=constant(work.head),
-        passes=3.0 + products_repeated,
-        tensor=tensor,
-        data=data,
-        pipeline=column(lambda c: c.layout.pipeline),
-        micro_batches=column(lambda c: recipe.batch.global_seqs // (c.micro_seqs * c.data)),
-        layers=constant(count),
-        layers_dearest=np.array([max(others, default=0.0) for others in without_head]),
-        layers_last=np.array([stage[head] for stage, head in zip(stages, with_head, strict=True)]),
-        params=params,
-        reduce_bytes=constant(_FP32_REDUCE + (0.0 if zero == 3 else _GATHER)),
-        gather_bytes=constant(2 * _GATHER if zero == 3 else 0.0),
-        updated=params / data if zero else params,
-        overlapped=constant(zero == 3),
-        bubble_share=column(_bubble_share),
-        pipe_share=shared
-        / column(lambda c: 2.0 if c.layout.pipeline_schedule == FOLDED else 1.0),  # a fold sends everything twice
-        peak=constant(device.peak(precision(facts.ds_config))),
-        peak_half=constant(device.peak(precision(facts.ds_config))),
-        bandwidth=constant(device.bandwidth),
-        link=constant(device.link),
-        network=constant(device.network),
-        node=constant(device.node),
-        keys=[(work.hidden, heads, seq_len, c.layout.tensor, c.micro_seqs) for c in candidates],
-    )
+    """Return one row a candidate for the time model."""
+    rows = [_layout_row(facts, candidate) for candidate in candidates]
+    columns = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
+    columns |= {name: np.full(len(rows), float(value)) for name, value in _model_row(facts, device).items()}
+    shapes = [(facts.work.hidden, facts.heads, facts.recipe.batch.seq_len, c.layout.tensor, c.micro_seqs) for c in candidates]
+    return Cases(**columns, keys=shapes)
 
 
-def _bubble_share(candidate: Candidate) -> float:
-    """ZB-H1 (arXiv 2401.10241): of (p - 1)(F + B + W) it leaves (p - 1)(F + B - W); each is as long as a forward pass, and
-    full recomputation adds one. Folded, a stage's pass is two, and half as much is left (`recipes.common.pipeline.schedules`)."""
-    if candidate.layout.pipeline_schedule == ONE_PASS:
+def _model_row(facts: ModelFacts, device: Device) -> dict[str, float]:
+    """Return the fields that do not depend on the layout: the mean layer, the data ranks' exchange, the GPU."""
+    work, seq_len, count = facts.work, facts.recipe.batch.seq_len, len(facts.work.layers)
+    causal = facts.recipe.attention != "eager"  # eager attention computes the masked half as well
+    zero_3 = zero_stage(facts.ds_config) == 3
+    peak = device.peak(precision(facts.ds_config))
+    return {
+        "hidden": work.hidden,
+        "matrices": sum(layer.matrices for layer in work.layers) / count,
+        "scores": sum(layer.scores * layer.keys(seq_len, causal=causal) for layer in work.layers) / count,
+        "misaligned": facts.head_dim % 8 > 0,
+        "head": work.head,
+        "layers": count,
+        "reduce_bytes": _FP32_REDUCE + (0.0 if zero_3 else _GATHER),
+        "gather_bytes": 2 * _GATHER if zero_3 else 0.0,
+        "overlapped": zero_3,
+        "peak": peak,
+        "peak_half": peak,
+        "bandwidth": device.bandwidth,
+        "link": device.link,
+        "network": device.network,
+        "node": device.node,
+    }
+
+
+def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
+    """Return the fields that depend on the layout."""
+    layout, batch = candidate.layout, facts.recipe.batch
+    repeated = _repeated_share(layout)
+    passes = 3.0 + (0.0 if layout.recompute == "selective" else repeated)  # selective recomputation repeats no products
+    elementwise = (3.0 + repeated) / passes  # but all elementwise work, which the time model counts by `passes`
+    whole, sharded = facts.mean_activations
+    saved = whole / _sequence_ranks(layout) + sharded / layout.tensor
+    loads, head = facts.stage_loads(layout), _head_stage(layout)
+    params = max(_stage_params(facts, layout))
+    return {
+        "tokens": candidate.micro_seqs * batch.seq_len,
+        "traffic": TRAFFIC_PER_SAVED * saved / batch.seq_len * elementwise,
+        "passes": passes,
+        "tensor": layout.tensor,
+        "data": candidate.data,
+        "pipeline": layout.pipeline,
+        "micro_batches": batch.global_seqs // (candidate.micro_seqs * candidate.data),
+        "layers_slowest": max(loads[:head] + loads[head + 1 :], default=0.0),
+        "layers_last": loads[head],
+        "params": params,
+        "updated": params / candidate.data if zero_stage(facts.ds_config) else params,
+        "bubble_share": _bubble_share(layout, passes),
+        "pipe_share": _sequence_ranks(layout) / (2.0 if layout.pipeline_schedule == FOLDED else 1.0),  # a fold sends twice
+    }
+
+
+def _bubble_share(layout: Layout, passes: float) -> float:
+    """Return the share of 1F1B's bubble that the schedule leaves.
+
+    1F1B waits (p - 1)(F + B + W), ZB-H1 (p - 1)(F + B - W) (arXiv 2401.10241, table 1), where F, B and W take a forward pass
+    each and recomputation adds to B: `passes` = F + B + W. A folded stage has two passes half as long, which leave half of that.
+    """
+    if layout.pipeline_schedule == ONE_PASS:
         return 1.0
-    passes = 3.0 + (0.0 if candidate.layout.recompute == "selective" else _repeated(candidate.layout))
-    return (passes - 2.0) / passes / (2.0 if candidate.layout.pipeline_schedule == FOLDED else 1.0)
+    return (passes - 2.0) / passes / (2.0 if layout.pipeline_schedule == FOLDED else 1.0)
 
 
-def _repeated(layout: Layout) -> float:
-    """The share of layers that is recomputed."""
+def _repeated_share(layout: Layout) -> float:
+    """Return the share of layers that is recomputed."""
     return 1.0 / layout.recompute_every if layout.recompute != "none" else 0.0
 
 
 def _head_stage(layout: Layout) -> int:
     return rank_of_chunk(layout.pipeline_schedule, layout.pipeline, chunk_count(layout.pipeline_schedule, layout.pipeline) - 1)
-
-
-def _largest_stage(facts: ModelFacts, layout: Layout) -> float:
-    counts, head = facts.rank_params(layout.tensor), _head_stage(layout)
-    sizes = [sum(counts[str(i)] for i in own) for own in facts.own_layers(layout)]
-    sizes[0] += counts["embedding"]
-    sizes[head] += counts["norm"] + (0.0 if facts.stack.tied and head == 0 else counts["head"])
-    return max(sizes)

@@ -1,4 +1,4 @@
-"""`search RECIPE --gpus N --gpu-type T`: every layout ranked, or why not."""
+"""`search RECIPE --gpus N --gpu-type T`: ranks every layout, and says why the others cannot run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def read(path: str, flags: argparse.Namespace) -> tuple[ModelFacts, Device, Coefficients, float]:
-    """What the recipe at `path` and the flags say. Raises RecipeError or UsageError."""
+    """Return what the recipe at `path` and the flags say. Raises RecipeError or UsageError."""
     quiet_transformers()
     device = find_device(flags.gpu_type)
     coefficients = first_principles() if flags.first_principles else read_coefficients(flags.calibration)
@@ -81,7 +81,7 @@ def read(path: str, flags: argparse.Namespace) -> tuple[ModelFacts, Device, Coef
 
 
 def options_of(layout: Layout) -> str:
-    """What is set beside the sizes, as a recipe would say it."""
+    """Return the layout's options beside its sizes, as a recipe writes them."""
     said = [f"recompute={layout.recompute}"] if layout.recompute != "none" else []
     said += [f"recompute_every={layout.recompute_every}"] if layout.recompute_every > 1 else []
     said += ["sequence_parallel"] if layout.sequence_parallel else []
@@ -122,7 +122,7 @@ def _search_text(
         lines += [table(rows, header)]
         if not plans[0].safe:
             lines.append(
-                f"no layout stays under {device.memory / GIB:.0f} GiB with certainty (nine of ten): ! may run out of memory"
+                f"! may run out of memory: every layout's interval (nine of ten) reaches the GPU's {device.memory / GIB:.0f} GiB"
             )
         elif any(not plan.safe for plan in plans[:top]):
             lines.append("! may run out of memory: the interval (nine of ten) reaches the GPU's")
@@ -144,7 +144,7 @@ def _row(plan: Plan) -> list[object]:
 
 
 def plan_text(plan: Plan) -> str:
-    """Memory by stage and class, the step's time by part, and what the run comes to."""
+    """Format memory by stage and class, the step's time by part, and the run's length and cost."""
     rows = []
     for index, (stage, total) in enumerate(zip(plan.memory.stages, plan.stage_bytes, strict=True)):
         classes = (
@@ -177,7 +177,7 @@ def plan_text(plan: Plan) -> str:
     parts = sorted(plan.parts.items(), key=lambda part: -part[1])
     shares = [[PART_NAMES[name], f"{seconds:.4f}", f"{seconds / plan.seconds:.1%}"] for name, seconds in parts if seconds > 0]
     return "\n".join([
-        "memory, GiB a GPU (driver: with what the allocator holds; margin: to out of memory)", table(rows, header),
+        "memory, GiB a GPU (driver: including unused memory that the allocator holds; margin: what is left)", table(rows, header),
         f"nine of ten: {low / GIB:.1f} to {high / GIB:.1f} of {plan.memory.capacity / GIB:.1f} GiB on the fullest stage",
         f"time, {plan.seconds:.3f} s a step", table(shares, ["part", "seconds", "share"]),
         f"{plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}, the run {plan.days:.1f} days, ${plan.cost:,.0f}, "
@@ -186,7 +186,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def _why_nots(rejected: list[Rejected]) -> str:
-    """Rejected layouts by reason: the reasons that differ only in numbers under one line each layout."""
+    """Format the rejected layouts by reason, one line each; all that lack memory share one."""
     groups: dict[str, list[Candidate]] = defaultdict(list)
     for entry in rejected:
         kind = "memory" if entry.why.startswith("memory: ") else entry.why

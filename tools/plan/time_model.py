@@ -1,26 +1,24 @@
-"""The time of a training step from physical terms, for many layouts at once: roofline with fitted efficiencies, and a schedule.
+"""Predicts the time of a training step for many layouts at once: a roofline with fitted efficiencies, and the schedule.
 
-A layer's pass is the larger (smoothly) of what the GPU computes (matrix products, attention, memory traffic) and what the host
-needs to launch it, plus its tensor-parallel all-reduces. A step is 1F1B: the dearest stage for every micro batch, once
-every stage to fill and drain the pipeline, then the gradients' reduction (behind compute where the software hides it: their
-smooth maximum), the optimizer, and a constant. Efficiencies are dimensionless, so that one fitted on one GPU serves another.
+A layer's pass takes the smooth maximum of GPU time (matrix products, attention, memory traffic) and of the host's launches, plus
+its tensor-parallel all-reduces. A step is 1F1B: the slowest stage for every micro batch, every stage once to fill and drain the
+pipeline, then the gradients' reduction (its smooth maximum with compute where the software overlaps them), the optimizer, and a
+constant. Efficiencies are dimensionless, so those fitted on one GPU serve another.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
-
-from tools.plan.fitting import distinct, fit_map
 
 # name -> (value by first principles, width: how far a fit may move it, as the standard deviation of its logarithm)
 TERMS: dict[str, tuple[float, float]] = {
     "gemm": (0.75, 0.2),  # share of the peak that a wide and long matrix product reaches
-    "narrow": (200.0, 1.0),  # columns a tensor rank holds at which that share has halved: a product starts and ends partly idle
-    "short": (200.0, 0.7),  # tokens of a micro batch at which it has halved
+    "narrow": (200.0, 1.0),  # columns of a tensor rank at which that share is half: a product starts and ends partly idle
+    "short": (200.0, 0.7),  # tokens of a micro batch at which it is half
     "attention": (0.4, 0.3),  # share of the peak in attention's products
-    "misaligned": (1.2, 0.2),  # x a layer's time where a head's width is no multiple of 8: matrix units want that
+    "misaligned": (1.2, 0.2),  # factor on a layer's time where a head's width is no multiple of 8, as matrix units need
     "head": (0.65, 0.3),  # share of the peak in the vocabulary's product
     "memory": (0.6, 0.3),  # share of memory bandwidth in everything elementwise
     "launch_seconds": (1e-3, 1.0),  # host time to launch one layer's forward and backward pass
@@ -28,26 +26,23 @@ TERMS: dict[str, tuple[float, float]] = {
     "blend": (3.0, 0.5),  # exponent of the smooth maximum of GPU and host time
     "tensor_latency": (2e-5, 1.0),  # seconds a hop of an all-reduce
     "tensor_link": (0.75, 0.3),  # share of the links in a node, tensor all-reduce
-    "tensor_network": (3.2, 0.5),  # share of one GPU's network, tensor all-reduce over nodes (all adapters serve one ring)
+    "tensor_network": (3.2, 0.5),  # the same between nodes, of one GPU's network (all adapters serve one ring)
     "pipe_latency": (3e-5, 1.0),
     "pipe_rate": (0.8, 0.7),  # share of link or network between stages
     "data_link": (0.5, 0.5),
     "data_network": (0.8, 0.5),  # share of the network of a group's ranks in one node
-    "shard_network": (1.0, 1.0),  # share of one GPU's network, ZeRO 3 and FSDP: many short exchanges over all ranks
+    "shard_network": (1.0, 1.0),  # of one GPU's network, for ZeRO 3 and FSDP: many short exchanges over all ranks
     "optimizer": (1.0, 1.0),  # x 20 bytes a parameter at memory bandwidth
     "constant_seconds": (5e-3, 1.0),
 }
 PRIOR = np.array([value for value, _ in TERMS.values()])
 WIDTHS = np.array([width for _, width in TERMS.values()])
-EFFECT_WIDTH = 0.1  # how far kernels for one shape of layer differ from the terms: chosen by the GPU's libraries, not by us
-NOISE = 0.05
-OVERLAP = 3.0  # exponent of the smooth maximum of compute and of an exchange that hides behind it
-_KEYS = "keys"
+OVERLAP = 3.0  # exponent of the smooth maximum of compute and of an exchange that it overlaps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cases:
-    """One layout a row, every field an array [n]. `Layer` fields are means over the model's layers."""
+    """One layout a row, every field an array [n]. A layer's figures are means over the model's layers."""
 
     tokens: np.ndarray  # of a micro batch
     hidden: np.ndarray
@@ -62,45 +57,41 @@ class Cases:
     pipeline: np.ndarray
     micro_batches: np.ndarray
     layers: np.ndarray  # of the model
-    layers_dearest: np.ndarray  # of the largest stage without the head
+    layers_slowest: np.ndarray  # of the slowest stage without the head
     layers_last: np.ndarray  # of the stage with the head
     params: np.ndarray  # of a rank of the largest stage
     reduce_bytes: np.ndarray  # a parameter of the rank, that the data ranks exchange a step
     gather_bytes: np.ndarray  # a parameter of the rank, gathered every micro batch (ZeRO 3)
     updated: np.ndarray  # parameters whose optimizer states this rank updates
     overlapped: np.ndarray  # whether what the data ranks exchange hides behind compute
-    bubble_share: np.ndarray  # of 1F1B's bubble that the schedule leaves
+    bubble_share: np.ndarray  # the share of 1F1B's bubble that the schedule leaves
     pipe_share: np.ndarray  # tensor ranks that share sending one activation (Megatron scatters it, we do not)
     peak: np.ndarray  # FLOP/s of the layers' matrices
-    peak_half: np.ndarray  # FLOP/s of attention and head, which stay in 16 bits where the layers' matrices have 8
+    peak_half: np.ndarray  # FLOP/s of attention and head, in 16 bits even where the layers' matrices have 8
     bandwidth: np.ndarray
     link: np.ndarray
     network: np.ndarray
     node: np.ndarray
-    keys: list[tuple]  # the shape of the layer that a rank runs: rows that share it share its kernels
-
-    def take(self, rows: np.ndarray) -> Cases:
-        values = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != _KEYS}
-        return Cases(**values, keys=[self.keys[row] for row in rows])
+    keys: list[tuple]  # shapes of the layer that a rank runs: equal shapes run the same kernels
 
 
 def step_parts(terms: np.ndarray, c: Cases, effects: np.ndarray | float = 1.0) -> dict[str, np.ndarray]:
-    """Seconds [n] of a step by part; they sum to the step. `effects` [n] multiply a layer's time (see `fit_time`)."""
+    """Return the seconds [n] of a step by part; they sum to the step. effects [n] multiply a layer's time."""
     k = dict(zip(TERMS, terms, strict=True))
     micro = _micro_batch(k, c, effects)
     layer = sum(micro[name] for name in ("matrices", "attention", "elementwise", "host", "tensor"))
     rest = micro["head"]
     last = c.layers_last * layer + rest
-    dearest = np.maximum(c.layers_dearest * layer, last)
-    steady_layers = np.where(last >= dearest, c.layers_last, c.layers_dearest)
-    steady_head = np.where(last >= dearest, 1.0, 0.0)
-    # every micro batch passes the dearest stage; the others' work on one micro batch is the fill and drain
+    slowest = np.maximum(c.layers_slowest * layer, last)
+    steady_layers = np.where(last >= slowest, c.layers_last, c.layers_slowest)
+    steady_head = np.where(last >= slowest, 1.0, 0.0)
+    # every micro batch takes the slowest stage's time; the other stages' work on one micro batch fills and drains the pipeline
     parts = {name: c.micro_batches * steady_layers * micro[name] for name in ("matrices", "attention", "elementwise", "host")}
     parts["head"] = c.micro_batches * steady_head * rest
     parts["tensor"] = c.micro_batches * steady_layers * micro["tensor"]
     parts["pipeline"] = (c.micro_batches + c.pipeline - 1) * micro["pipe"]
-    parts["bubble"] = np.maximum(c.layers * layer + rest - dearest, 0.0) * c.bubble_share
-    # a ring over nodes goes through the network adapter of each of its ranks in a node
+    parts["bubble"] = np.maximum(c.layers * layer + rest - slowest, 0.0) * c.bubble_share
+    # a ring over nodes uses the network adapter of each of its ranks in a node
     adapters = np.minimum(c.data, np.maximum(c.node / c.tensor, 1.0))
     network = np.where(c.gather_bytes > 0, k["shard_network"], k["data_network"] * adapters) * c.network
     link = k["data_link"] * c.link
@@ -114,7 +105,7 @@ def step_parts(terms: np.ndarray, c: Cases, effects: np.ndarray | float = 1.0) -
 
 
 def _micro_batch(k: dict[str, float], c: Cases, effects: np.ndarray | float) -> dict[str, np.ndarray]:
-    """Seconds of one layer for one micro batch, by part; of the head; of sending to the next stage and back."""
+    """Return the seconds of one micro batch: in one layer by part, in the head, to send to the next stage and back."""
     columns = c.hidden / c.tensor
     rate = k["gemm"] * c.peak * columns / (columns + k["narrow"]) * c.tokens / (c.tokens + k["short"])
     matrices = 2.0 * c.passes * c.tokens * c.matrices / c.tensor / rate
@@ -149,39 +140,3 @@ def _smooth_maximum(a: np.ndarray, b: np.ndarray, exponent: float) -> np.ndarray
 
 def step_seconds(terms: np.ndarray, cases: Cases, effects: np.ndarray | float = 1.0) -> np.ndarray:
     return sum(step_parts(terms, cases, effects).values())
-
-
-@dataclass(frozen=True)
-class TimeFit:
-    terms: np.ndarray
-    effects: dict[tuple, float]  # layer shape -> factor; a shape never measured has 1
-
-    def predict(self, cases: Cases) -> np.ndarray:
-        return step_seconds(self.terms, cases, self.factors(cases))
-
-    def factors(self, cases: Cases) -> np.ndarray:
-        return np.array([self.effects.get(key, 1.0) for key in cases.keys])
-
-
-FIRST_PRINCIPLES = TimeFit(PRIOR, {})
-
-
-def fit_time(
-    cases: Cases,
-    seconds: np.ndarray,
-    prior: np.ndarray = PRIOR,
-    widths: np.ndarray = WIDTHS,
-    effect_width: float = EFFECT_WIDTH,
-) -> TimeFit:
-    """Terms and one factor for each shape of layer. Libraries pick kernels by shape, in jumps that no smooth term follows;
-    the factors' prior holds them near 1, so that a single odd measurement does not become a rule."""
-    shapes, place = distinct(cases.keys)
-    count = len(prior)
-
-    def predict(x: np.ndarray) -> np.ndarray:
-        return step_seconds(x[:count], cases, x[count:][place])
-
-    start = np.concatenate([prior, np.ones(len(shapes))])
-    wide = np.concatenate([widths, np.full(len(shapes), effect_width)])
-    x = fit_map(predict, seconds, start, wide, noise=NOISE)
-    return TimeFit(x[:count], dict(zip(shapes, x[count:].tolist(), strict=True)))

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from tests.bench.planner import table_cases
+from tests.bench.planner.table_fit import TimeFit, fit_time, held_out, take
 from tests.bench.planner.tables import MeasuredRun, read_rows, recomputed
 from tests.bench.planner.validate import FOLDS, PUBLISHED_EFFECT
 from tools.common.console import GOOD, UsageError, table
 from tools.plan import memory_model, time_model
 from tools.plan.coefficients import Coefficients, write_coefficients
-from tools.plan.fitting import held_out
 
 HALF = ("fp16", "bf16")
 DEVICE_ROWS = 10  # a GPU with fewer rows has no factor of its own
@@ -46,10 +46,10 @@ def run(flags: argparse.Namespace) -> int:
 def fit_tables(timed: list[MeasuredRun], weighed: list[MeasuredRun], names: list[str]) -> Coefficients:
     cases, seconds = table_cases.time_cases(timed, by_table=True), np.array([row.seconds for row in timed])
     stages, peaks = [table_cases.memory_case(row) for row in weighed], np.array([row.memory for row in weighed])
-    fit = time_model.fit_time(cases, seconds, effect_width=PUBLISHED_EFFECT)
+    fit = fit_time(cases, seconds, effect_width=PUBLISHED_EFFECT)
 
     def time_of(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-        return time_model.fit_time(cases.take(train), seconds[train], effect_width=PUBLISHED_EFFECT).predict(cases.take(test))
+        return fit_time(take(cases, train), seconds[train], effect_width=PUBLISHED_EFFECT).predict(take(cases, test))
 
     def memory_of(train: np.ndarray, test: np.ndarray) -> np.ndarray:
         terms = memory_model.fit_memory([stages[i] for i in train], peaks[train])
@@ -71,7 +71,7 @@ def fit_tables(timed: list[MeasuredRun], weighed: list[MeasuredRun], names: list
     )
 
 
-def _device_factors(fit: time_model.TimeFit, timed: list[MeasuredRun]) -> dict[str, float]:
+def _device_factors(fit: TimeFit, timed: list[MeasuredRun]) -> dict[str, float]:
     """Return the mean of the tables' factors over the rows of each GPU that has enough of them."""
     factors: dict[str, list[float]] = {}
     for row in timed:

@@ -48,7 +48,7 @@ def time_cases(rows: Sequence[MeasuredRun], *, by_table: bool = False) -> Cases:
         pipeline=pipeline,
         micro_batches=each("micro_batches"),
         layers=layers,
-        layers_dearest=column([max(of[:-1], default=0) for of in stages]),
+        layers_slowest=column([max(of[:-1], default=0) for of in stages]),
         layers_last=column([of[-1] for of in stages]),
         params=params,
         reduce_bytes=np.where(sharded, 2.0, 4.0),

@@ -25,11 +25,10 @@ from pathlib import Path
 import numpy as np
 
 from tests.bench.planner.table_cases import memory_case, time_cases
+from tests.bench.planner.table_fit import FIRST_PRINCIPLES, distinct, error_summary, fit_time, folds, held_out, take
 from tests.bench.planner.tables import MeasuredRun, memory_table, read_rows
 from tools.common.console import GOOD, UsageError, table
-from tools.plan.fitting import distinct, error_summary, folds, held_out
 from tools.plan.memory_model import PRIOR, fit_memory, interval, peak_bytes
-from tools.plan.time_model import FIRST_PRINCIPLES, fit_time
 
 FOLDS = 5
 PUBLISHED_EFFECT = 0.3  # width of a table's factor: software differs more than kernels do
@@ -72,7 +71,7 @@ def _vtrain_times(path: Path, rows: list[MeasuredRun]) -> dict:
     cases, seconds = time_cases(rows), np.array([row.seconds for row in rows])
 
     def predict(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-        return fit_time(cases.take(train), seconds[train]).predict(cases.take(test))
+        return fit_time(take(cases, train), seconds[train]).predict(take(cases, test))
 
     _progress(f"{path.name}: {len(rows)} rows, {2 * FOLDS} fits")
     predicted = held_out(len(rows), FOLDS, predict) if len(rows) > 1 else FIRST_PRINCIPLES.predict(cases)
@@ -92,8 +91,8 @@ def _published_times(path: Path, rows: list[MeasuredRun]) -> list[dict]:
     cases, seconds = time_cases(rows, by_table=True), np.array([row.seconds for row in rows])
 
     def predict(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-        fit = fit_time(cases.take(train), seconds[train], effect_width=PUBLISHED_EFFECT)
-        return fit.predict(cases.take(test))
+        fit = fit_time(take(cases, train), seconds[train], effect_width=PUBLISHED_EFFECT)
+        return fit.predict(take(cases, test))
 
     _progress(f"{path.name}: {len(rows)} rows with times, {FOLDS} fits")
     predicted = held_out(len(rows), FOLDS, predict) if len(rows) > 1 else FIRST_PRINCIPLES.predict(cases)

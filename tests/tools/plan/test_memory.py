@@ -66,7 +66,7 @@ def _activations(family, attention):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_activations_without_memory_are_those_of_a_real_run(family, attention):
     without, real = run_ranks(_activations, 1, family, attention)[0]
-    assert len(real) == 4 and min(layer.whole + layer.cut for layer in real) > 0
+    assert len(real) == 4 and min(layer.whole + layer.sharded for layer in real) > 0
     assert without == real
 
 

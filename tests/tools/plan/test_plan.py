@@ -67,19 +67,19 @@ def test_options_do_what_they_are_for(found):
     """Sequence parallelism shares what lies between blocks; a zero bubble leaves a third of 1F1B's (arXiv 2401.10241),
     folded half of that."""
     plans = {tuple(plan[key] for key in OPTIONS): plan for plan in found["ranked"]}
-    cut = (2, 2, 16, 2, "none", 1)
-    plain, shared = plans[*cut, False, "1f1b"], plans[*cut, True, "1f1b"]
+    layout = (2, 2, 16, 2, "none", 1)
+    plain, shared = plans[*layout, False, "1f1b"], plans[*layout, True, "1f1b"]
     stored = [plan["memory"]["stages"][0]["stored"] for plan in (plain, shared)]
     assert 0.5 < stored[1] / stored[0] < 0.9
-    filled = plans[*cut, False, "zero_bubble"]
+    filled = plans[*layout, False, "zero_bubble"]
     assert filled["parts"]["bubble"] == pytest.approx(plain["parts"]["bubble"] / 3)
     assert filled["memory"] == plain["memory"]
     kept, again = (plans[2, 2, 16, 2, how, 1, False, "1f1b"] for how in ("selective", "full"))
     by_memory = [plan["memory"]["stages"][0]["stored"] for plan in (again, kept, plain)]
     assert by_memory[0] < 0.6 * by_memory[1] < by_memory[1] < 0.9 * by_memory[2]
     assert plain["seconds"] < kept["seconds"] < again["seconds"]
-    folded = plans[*cut, False, "zero_bubble_v"]
-    assert folded["parts"]["bubble"] == pytest.approx(plain["parts"]["bubble"] / 6, rel=0.1)  # its stages may be cut otherwise
+    folded = plans[*layout, False, "zero_bubble_v"]
+    assert folded["parts"]["bubble"] == pytest.approx(plain["parts"]["bubble"] / 6, rel=0.1)  # its partition may differ
     assert folded["parts"]["pipeline"] > 1.5 * plain["parts"]["pipeline"]
     assert {plan["pipeline_schedule"] for plan in found["ranked"] if plan["pipeline"] == 1} == {"1f1b"}
 
