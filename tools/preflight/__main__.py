@@ -37,6 +37,7 @@ from tools.preflight.rendezvous import Rendezvous, announce, collect, join, this
 from tools.preflight.report import PreflightReport, as_text, write_report
 
 STEPS = 8  # each ends within --step-seconds
+RUN_FLAGS = ("--skip", "--max-steps", "--resume-step", "--trace-steps", "--local_rank", "--local-rank")  # accepted and ignored
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -53,7 +54,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--json-file", type=Path, metavar="PATH", help="also write the report there")
-    for flag in ("--skip", "--max-steps", "--resume-step", "--trace-steps", "--local_rank", "--local-rank"):  # the run's and the launcher's: ignored
+    for flag in RUN_FLAGS:
         parser.add_argument(flag, action="append", help=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
