@@ -1,4 +1,4 @@
-"""The pipeline's bubble: by formula, as measured, and what lies between; the balance of the stages, and a better cut."""
+"""Splits the pipeline's bubble into formula, imbalance, messages and warm-up; finds a better partition of the layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tools.throughput.timings import MESSAGES, Timings
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Milliseconds of one micro batch on one rank's layers. `weights` is 0 where a backward pass computes them too."""
+    """Milliseconds of one micro batch on one rank's layers. `weights` is 0 where the backward pass includes it."""
 
     forward: float
     backward: float
@@ -32,30 +32,30 @@ class StageTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class Bubble:
-    """Shares of the passes' time, first to last, the mean over ranks. `formula` + the three differences = `measured`."""
+    """Shares of the time from the first to the last pass, the mean over ranks; the first four sum to `measured`."""
 
-    formula: float  # equal stages, no time to send
-    imbalance: float  # the stages' own times in the schedule, beyond equal ones
-    exposed_p2p: float  # messages that nothing hid
-    warm_up: float  # the rest: filling and draining slower than the median pass, unevenness of passes
+    formula: float  # equal stages, free messages
+    imbalance: float  # added by unequal stages
+    exposed_p2p: float  # messages that nothing overlapped
+    warm_up: float  # the rest: filling and draining slower than the median pass, uneven passes
     measured: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Balance:
-    """Of the stages. ms for one micro batch."""
+    """The balance of the stages, in ms of one micro batch."""
 
     stage_ms: list[float]
-    imbalance: float  # dearest / mean - 1
-    cut: list[list[tuple[int, int]]]  # the runs of layers of each stage, as they are
+    imbalance: float  # slowest / mean - 1
+    cut: list[list[tuple[int, int]]]  # each stage's runs of layers, as trained
     better_cut: list[list[tuple[int, int]]]
     better_stage_ms: list[float]
-    better_field: str  # what a Layout says to be cut so
-    saved_share: float  # of the step, by the better cut
+    better_field: str  # the field of a Layout that gives it
+    saved_share: float  # of the step, by the better partition
 
 
 def stage_times(timings: Timings) -> list[StageTimes]:
-    """Means over the ranks of a stage. Tensor-parallel communication is part of the passes, half in each direction."""
+    """Return means over each stage's ranks. Tensor-parallel communication counts half to each direction's passes."""
     found = []
     for stage in range(timings.pipeline):
         ranks = [rank for rank in timings.ranks if rank.stage == stage]
@@ -71,10 +71,10 @@ def stage_times(timings: Timings) -> list[StageTimes]:
 
 
 def formula_share(pipeline: int, micro_batches: int, times: StageTimes, schedule: str) -> float:
-    """Share of the passes' time in which a stage waits, stages being equal.
+    """Return the share of the passes' time in which a stage waits, for equal stages.
 
-    1F1B: (p - 1) / (m + p - 1) (arXiv 2104.04473, section 2.2.1). Zero bubble: (p - 1)(F + B - W) over m(F + B + W) and itself
-    (arXiv 2401.10241, table 1). Folded: what its schedule leaves where a stage's two runs of layers are equal.
+    1F1B: (p - 1) / (m + p - 1) (arXiv 2104.04473, section 2.2.1). Zero bubble: b / (m(F + B + W) + b) with
+    b = (p - 1)(F + B - W) (arXiv 2401.10241, table 1). Folded: from its schedule, with a stage's two runs of layers equal.
     """
     if schedule == FOLDED:
         return simulate([times] * pipeline, micro_batches, schedule)
@@ -83,9 +83,9 @@ def formula_share(pipeline: int, micro_batches: int, times: StageTimes, schedule
 
 
 def simulate(stages: list[StageTimes], micro_batches: int, schedule: str) -> float:
-    """The share by which stages wait, the mean over them, when passes take these times and messages none.
+    """Return the mean share in which stages wait, when passes take these times and messages none.
 
-    A folded schedule's two runs of layers on a rank are taken to be half of its time each.
+    In a folded schedule each of a rank's two runs of layers takes half of its time.
     """
     count = len(stages)
     chunks = chunk_count(schedule, count)
@@ -97,7 +97,7 @@ def simulate(stages: list[StageTimes], micro_batches: int, schedule: str) -> flo
 
 
 def find_bubble(timings: Timings) -> Bubble | None:
-    """None without a pipeline."""
+    """Return the bubble; None without a pipeline."""
     if timings.pipeline == 1:
         return None
     stages = stage_times(timings)
@@ -119,7 +119,7 @@ def find_bubble(timings: Timings) -> Bubble | None:
 
 
 def find_balance(timings: Timings, recipe: Recipe) -> Balance | None:
-    """None without a pipeline. A layer's time is its share, by cost, of its stage's; what is left is the head's."""
+    """Return the balance; None without a pipeline. A layer's time is proportional to its cost; the head takes the rest."""
     if timings.pipeline == 1:
         return None
     stages = [stage.all for stage in stage_times(timings)]

@@ -1,4 +1,4 @@
-"""`diff A B`: which parts of a step made the difference between two runs, and which communication."""
+"""`diff A B`: shows which parts of a step, and which communication, made the difference between two runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tools.common.console import GOOD, human_bytes, table
 from tools.throughput.report import NAMES
 from tools.throughput.timings import Timings, communication, read_timings
 
-MOST_TALKS = 10
+MOST_ROWS = 10  # of communication
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,14 +26,14 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def compare(first: Timings, second: Timings) -> dict[str, Any]:
-    """Parts in ms a step, the mean over ranks, the largest change first; the changes add up to the step's."""
+    """Return the parts in ms a step, the mean over ranks, the largest change first; the changes sum to the step's."""
     a, b = first.mean(), second.mean()
     parts = [{"part": part, "a_ms": a[part], "b_ms": b[part], "change_ms": b[part] - a[part]} for part in a]
-    talks = [{row_key(row): row for row in communication(each)} for each in (first, second)]
+    kinds = [{row_key(row): row for row in communication(each)} for each in (first, second)]
     changed = []
-    for key in talks[0].keys() | talks[1].keys():
-        ms = [each[key]["ms_per_step"] if key in each else 0.0 for each in talks]
-        row = talks[0].get(key) or talks[1][key]
+    for key in kinds[0].keys() | kinds[1].keys():
+        ms = [each[key]["ms_per_step"] if key in each else 0.0 for each in kinds]
+        row = kinds[0].get(key) or kinds[1][key]
         what = {name: row[name] for name in ("group", "op", "bytes", "ranks")}
         changed.append(what | {"a_ms": ms[0], "b_ms": ms[1], "change_ms": ms[1] - ms[0]})
     layouts = [
@@ -65,11 +65,11 @@ def _text(found: dict[str, Any]) -> str:
         for row in found["parts"]
         if row["a_ms"] or row["b_ms"]
     ]
-    talks = [
+    sent = [
         [row["group"], row["op"], human_bytes(row["bytes"]), row["ranks"], f"{row['a_ms']:.2f}", f"{row['b_ms']:.2f}",
          f"{row['change_ms']:+.2f}"]
-        for row in found["communication"][:MOST_TALKS]
+        for row in found["communication"][:MOST_ROWS]
     ]  # fmt: skip
     text = "\n".join(lines) + "\n\n" + table(rows, ["ms a step", "A", "B", "B - A"])
     header = ["group", "operation", "size", "ranks", "A", "B", "B - A"]
-    return text + ("\n\ncommunication, ms a step\n" + table(talks, header) if talks else "")
+    return text + ("\n\ncommunication, ms a step\n" + table(sent, header) if sent else "")

@@ -1,4 +1,4 @@
-"""`flops RECIPE`: FLOPs a token by every convention in use, side by side; and nine published figures to trust the formulas by."""
+"""`flops RECIPE`: counts FLOPs a token by every convention in use; `--published` checks the formulas on published figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ A100_TFLOPS = 312.0  # dense bf16, NVIDIA A100 data sheet
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A measured step and what its authors made of it: TFLOP/s a GPU by SC21 eq. 3, or MFU and HFU in percent."""
+    """A measured step with its authors' TFLOP/s a GPU by SC21 eq. 3, or MFU and HFU in percent."""
 
     name: str
     source: str
@@ -81,7 +81,7 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def recipe_flops(recipe: Recipe, seq_len: int) -> dict[str, object]:
-    """{"recipe", "seq_len", "params", ..., "conventions": {name: {"flops_per_token", "means"}}}."""
+    """Return {"recipe", "seq_len", "params", ..., "conventions": {name: {"flops_per_token", "means"}}}."""
     try:
         causal = build_empty(recipe.model, recipe.attention)
         work = model_work(causal, find_stack(causal))
@@ -115,12 +115,12 @@ def _text(found: dict) -> str:
         f"a step {found['flops_per_step']:.4g} FLOPs, the run {found['flops_of_run']:.4g} (ours)",
     ]
     if found["uncounted"]:
-        lines.append(f"left out: the recurrence of {', '.join(found['uncounted'])} layers (their projections are counted)")
+        lines.append(f"not counted: the recurrence of {', '.join(found['uncounted'])} layers (their projections are counted)")
     return "\n".join(lines)
 
 
 def published_figures() -> list[dict[str, object]]:
-    """Each published figure, ours, and the relative difference (of MFU and HFU the larger one)."""
+    """Return each published figure, ours, and the relative difference (the larger one of MFU and HFU)."""
     rows = []
     for case in PUBLISHED:
         shape = (case.layers, case.hidden, case.vocab, case.seq_len)

@@ -1,6 +1,6 @@
-"""Of all the time since a run's first start: how much of it trained steps that were kept, and what took the rest, by cause.
+"""`goodput RUN`: how much of the time since a run's first start trained steps that were kept, and what took the rest, by cause.
 
-Reads logs/attempts.jsonl, which the launch scripts' supervisor writes, and the heartbeats of an attempt that still runs.
+Reads logs/attempts.jsonl, written by the launch scripts' supervisor, and the heartbeats of an attempt that still runs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ RUNNING = "running"
 
 
 @dataclass
-class Cause:
-    """What ends of one kind cost. Seconds of wall time."""
+class EndCost:
+    """The cost of all ends with one cause, in seconds of wall time."""
 
     ends: int = 0
-    lost_steps: int = 0  # trained, not saved, trained again
+    lost_steps: int = 0  # trained, but not saved before the end
     lost_seconds: float = 0.0
     noticing_seconds: float = 0.0  # from the last sign of progress to the end of every process
-    down_seconds: float = 0.0  # from there to the next start: waiting, a queue, hosts looked at
+    down_seconds: float = 0.0  # from there to the next start: backoff, a queue, preflight
     restarting_seconds: float = 0.0  # from that start to its first step
 
     @property
@@ -38,17 +38,17 @@ class Cause:
 
 @dataclass
 class Goodput:
-    """All in seconds of wall time; the parts and the causes' add up to `wall_seconds`."""
+    """A run's time in seconds of wall time; the parts and the causes sum to `wall_seconds`."""
 
     wall_seconds: float = 0.0
     training_seconds: float = 0.0  # steps that were kept
-    data_seconds: float = 0.0  # of the loop, waiting for a batch
+    data_seconds: float = 0.0  # waiting for a batch
     evaluating_seconds: float = 0.0
-    saving_seconds: float = 0.0  # in training's way; the writing goes on beside it
+    saving_seconds: float = 0.0  # blocking training; the rest of a save is asynchronous
     first_start_seconds: float = 0.0  # from the first start to its first step
     finishing_seconds: float = 0.0  # after the last step
     last_step: int = 0
-    causes: dict[str, Cause] = field(default_factory=dict)
+    causes: dict[str, EndCost] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -56,7 +56,7 @@ class Goodput:
 
 
 def goodput(records: Sequence[Mapping[str, Any]], beats: Sequence[Beat] = (), now: float = 0.0) -> Goodput:
-    """Account for the time of attempts.jsonl's `records`. beats: of an attempt that has no end yet; now: Unix seconds."""
+    """Account for the time of attempts.jsonl's `records`. beats: of an attempt without an end yet; now: Unix seconds."""
     starts = [record for record in records if record["event"] == "start"]
     ends = {record["attempt"]: record for record in records if record["event"] == "end"}
     result = Goodput()
@@ -82,7 +82,7 @@ def goodput(records: Sequence[Mapping[str, Any]], beats: Sequence[Beat] = (), no
         if end["cause"] in ("finished", RUNNING) and index + 1 == len(starts):
             result.finishing_seconds += end["time"] - last_beat
         else:
-            cause = result.causes.setdefault(end["cause"], Cause())
+            cause = result.causes.setdefault(end["cause"], EndCost())
             cause.ends += 1
             cause.lost_steps += end["lost_steps"]
             cause.lost_seconds += lost
@@ -93,7 +93,7 @@ def goodput(records: Sequence[Mapping[str, Any]], beats: Sequence[Beat] = (), no
 
 
 def _unended(start: Mapping[str, Any], beats: Sequence[Beat], now: float) -> dict[str, Any]:
-    """The end, as of now, of an attempt that still runs."""
+    """Return the end, as of now, of an attempt that still runs."""
     first = min(beats, key=lambda beat: beat.rank, default=None)
     last = first.time if first else start["time"]
     phases = dict(first.phase_seconds) if first else {}
@@ -116,7 +116,7 @@ def run(flags: argparse.Namespace) -> int:
     records = read_attempts(flags.run_dir)
     starts = [record for record in records if record["event"] == "start"]
     if not starts:
-        raise UsageError(f"{flags.run_dir / FILE} tells of no start; only runs started by launch/*.sh (tools/supervise) write it")
+        raise UsageError(f"{flags.run_dir / FILE} has no start; only runs started by launch/*.sh (tools/supervise) write it")
     beats = read_beats(flags.run_dir, since=starts[-1]["time"])
     result = goodput(records, beats, time.time())
     if flags.json:
@@ -128,18 +128,18 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def describe(result: Goodput) -> str:
-    def line(what: str, seconds: float) -> list[object]:
+    def row(what: str, seconds: float) -> list[object]:
         return [what, f"{seconds:.1f}", f"{100 * seconds / max(result.wall_seconds, 1e-9):.1f} %"]
 
     rows = [
-        line("training, kept", result.training_seconds),
-        line("waiting for data", result.data_seconds),
-        line("evaluating", result.evaluating_seconds),
-        line("saving, in the way", result.saving_seconds),
-        line("the first start", result.first_start_seconds),
-        line("finishing", result.finishing_seconds),
-        *(line(f"after {name}", cause.seconds) for name, cause in result.causes.items()),
-        line("all", result.wall_seconds),
+        row("training, kept", result.training_seconds),
+        row("waiting for data", result.data_seconds),
+        row("evaluating", result.evaluating_seconds),
+        row("saving, blocking", result.saving_seconds),
+        row("the first start", result.first_start_seconds),
+        row("finishing", result.finishing_seconds),
+        *(row(f"after {name}", cause.seconds) for name, cause in result.causes.items()),
+        row("all", result.wall_seconds),
     ]
     text = f"goodput {100 * result.share:.1f} %, step {result.last_step}\n\n" + table(rows, ["where", "seconds", "share"])
     if result.causes:

@@ -1,7 +1,7 @@
-"""`run RECIPE`: timed steps of a recipe on this machine, in forked ranks, and the report of where their time went.
+"""`run RECIPE`: times steps of a recipe on this machine, in forked ranks, and reports where their time went.
 
-The recipe's own step as `recipes.common.train` takes it, without evaluation, monitor and checkpoints; the last steps are traced.
-Tokens are the recipe's data, or random ones.
+It takes the step of `recipes.common.train` without evaluation, monitor and checkpoints, on the recipe's data or random tokens,
+and traces the last steps.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run(flags: argparse.Namespace) -> int:
     if flags.micro_batches:
         batch = replace(batch, global_seqs=flags.micro_batches * data * batch.micro_seqs)
     recipe = replace(recipe, batch=batch, layouts={world: layout})
-    problems = run_ranks(_problems, 1, recipe, world, not flags.random_tokens)[0]  # in a rank, as all that computes
+    problems = run_ranks(_problems, 1, recipe, world, not flags.random_tokens)[0]  # in a forked rank, like all computing
     if problems:
         raise RecipeError(f"recipe {recipe.name!r} in the layout {flags.layout}", problems)
     out_dir = (flags.out or Path("runs") / f"throughput_{recipe.name}").expanduser().resolve()
@@ -89,7 +89,7 @@ def _problems(recipe: Recipe, world: int, here: bool) -> list[str]:
 
 
 def train_steps(recipe: Recipe, out_dir: str, steps: int, trace_steps: range, random_tokens: bool) -> float:
-    """On every rank: train, with timing below `out_dir`. Gives the last loss."""
+    """Train with timing below `out_dir`, on every rank; return the last loss."""
     world, rank, out = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), Path(out_dir)
     layout: Layout = recipe.layouts[world]
     sizes = derive_sizes(recipe, layout, world)
@@ -124,5 +124,5 @@ def train_steps(recipe: Recipe, out_dir: str, steps: int, trace_steps: range, ra
 
 
 def merged_config(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
-    """What DeepSpeed is given for `recipe` at these sizes."""
+    """Return the config that DeepSpeed gets for `recipe` at these sizes."""
     return merge_ds_config(load_ds_config(recipe.deepspeed), recipe, sizes, sizes.accumulation)

@@ -1,4 +1,4 @@
-"""`report RUN`: where each millisecond of a step went, on each rank; what was sent; what the pipeline waits for; who is slow."""
+"""`report RUN`: shows where each millisecond of a step went on each rank: parts, communication, bubble, memory, slow ranks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tools.throughput.bubble import find_balance, find_bubble
 from tools.throughput.stragglers import rank_stragglers
 from tools.throughput.timings import Timings, communication, read_timings
 
-MOST_RANKS = 8  # with a column of their own; beyond, a column is a stage's mean
-MOST_TALKS = 14
+MOST_RANKS = 8  # with a column each; with more ranks a column is a stage's mean
+MOST_KINDS = 14  # of communication
 MOST_STRAGGLERS = 5
 NAMES = {"weight_gradients": "weight gradients", "data_parallel": "data parallel", "all_ranks": "all ranks"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory, of a run that goes on or has ended")
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory; the run may be training")
     add_output_flags(parser)
 
 
@@ -32,7 +32,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write the traced steps for ui.perfetto.dev or chrome://tracing"
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page that needs nothing else")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as one HTML page")
 
 
 def run(flags: argparse.Namespace) -> int:
@@ -40,7 +40,7 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def show(run_dir: Path, flags: argparse.Namespace) -> int:
-    """Print the report of `run_dir` as `flags` (of add_output_flags) ask, and write the files that they name."""
+    """Print the report of `run_dir` and write the files that `flags` (of add_output_flags) name."""
     timings = read_timings(run_dir)
     facts = gather(timings)
     for path, text in (
@@ -60,7 +60,7 @@ def show(run_dir: Path, flags: argparse.Namespace) -> int:
 
 
 def gather(timings: Timings) -> dict[str, Any]:
-    """Everything the report says, as JSON holds it. Times in milliseconds a step unless named otherwise."""
+    """Return all that the report shows, as JSON types. Times are milliseconds a step unless named otherwise."""
     mean = timings.mean()
     step = sum(mean.values())
     bubble = find_bubble(timings)
@@ -104,7 +104,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"{layout['schedule']}, {facts['micro_batches']} micro batches, {facts['device']}; {facts['steps']} steps to step "
         f"{facts['last_step']}\na step {facts['step_ms']:.1f} ms; the named parts are {100 * facts['named_share']:.1f} % of it",
         _parts_table(facts),
-        _talk_table(facts["communication"]),
+        _communication_table(facts["communication"]),
     ]
     if facts["bubble"]:
         blocks += [_bubble_text(facts["bubble"]), _balance_text(facts["balance"])]
@@ -113,7 +113,7 @@ def _text(facts: dict[str, Any]) -> str:
 
 
 def columns(facts: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """(heading, ms by part): of every rank, or the means of the stages."""
+    """Return (heading, ms by part) of every rank, or of every stage's mean."""
     ranks = facts["ranks"]
     if len(ranks) <= MOST_RANKS:
         return [(f"rank {rank['rank']}", rank["parts"]) for rank in ranks]
@@ -138,22 +138,21 @@ def _parts_table(facts: dict[str, Any]) -> str:
     return table(rows, ["ms a step", "mean", *(heading for heading, _ in shown)])
 
 
-def _talk_table(talks: list[dict[str, Any]]) -> str:
+def _communication_table(kinds: list[dict[str, Any]]) -> str:
     def rate(value: float | None) -> str:
         return "-" if value is None else f"{value:.3g}"
 
     rows = [
         [t["group"], t["op"], human_bytes(t["bytes"]), t["ranks"], f"{t['calls_per_step']:.1f}", f"{t['ms_per_step']:.2f}",
          f"{t['mean_us']:.0f}", rate(t["algorithm_gb_s"]), rate(t["bus_gb_s"]), rate(t["best_bus_gb_s"])]
-        for t in talks[:MOST_TALKS]
+        for t in kinds[:MOST_KINDS]
     ]  # fmt: skip
     header = ["group", "operation", "size", "ranks", "calls", "ms a step", "mean us", "alg GB/s", "bus GB/s", "fastest"]
-    more = f"\nand {len(talks) - MOST_TALKS} kinds more (--json has them)" if len(talks) > MOST_TALKS else ""
-    return f"communication of a rank (times hold the waiting for others)\n{table(rows, header)}{more}" if rows else ""
+    more = f"\nand {len(kinds) - MOST_KINDS} kinds more (--json has them)" if len(kinds) > MOST_KINDS else ""
+    return f"communication of a rank (times include waiting for others)\n{table(rows, header)}{more}" if rows else ""
 
 
 def _layers_text(runs: list[tuple[int, int]]) -> str:
-    """Of one stage."""
     return " and ".join(f"{start}-{stop - 1}" for start, stop in runs)
 
 
@@ -161,21 +160,21 @@ def _bubble_text(bubble: dict[str, float]) -> str:
     percent = {name: f"{100 * value:+.1f} %" for name, value in bubble.items()}
     return (
         f"bubble {100 * bubble['measured']:.1f} % of the passes' time; by formula {100 * bubble['formula']:.1f} %, "
-        f"imbalance of stages {percent['imbalance']}, exposed messages {percent['exposed_p2p']}, "
-        f"warm-up and unevenness {percent['warm_up']}"
+        f"unequal stages {percent['imbalance']}, exposed messages {percent['exposed_p2p']}, "
+        f"warm-up and uneven passes {percent['warm_up']}"
     )
 
 
 def _balance_text(balance: dict[str, Any]) -> str:
-    def cut(stages: list[list[tuple[int, int]]]) -> str:
+    def layers(stages: list[list[tuple[int, int]]]) -> str:
         return " | ".join(map(_layers_text, stages))
 
     ms = ", ".join(f"{value:.2f}" for value in balance["stage_ms"])
-    text = f"stages take {ms} ms a micro batch, the dearest {100 * balance['imbalance']:.1f} % above the mean"
-    text += f"\nlayers {cut(balance['cut'])}"
+    text = f"stages take {ms} ms a micro batch, the slowest {100 * balance['imbalance']:.1f} % above the mean"
+    text += f"\nlayers {layers(balance['cut'])}"
     if balance["better_cut"] == balance["cut"]:
-        return text + ": no better cut"
-    better = f"{cut(balance['better_cut'])}, Layout({balance['better_field']}),"
+        return text + ": no better partition"
+    better = f"{layers(balance['better_cut'])}, Layout({balance['better_field']}),"
     return f"{text}; {better} would save {100 * balance['saved_share']:.1f} % of the step"
 
 
@@ -195,5 +194,5 @@ def _straggler_text(stragglers: list[dict[str, Any]]) -> str:
          "SLOW" if s["called"] else "", f"{s['gain_ms']:.1f}"]
         for s in stragglers[:MOST_STRAGGLERS]
     ]  # fmt: skip
-    header = ["rank", "stage", "host", "compute ms", "than peers", "score", "", "gain ms"]
-    return f"slow ranks, by their own work (gain: of a step, were it as its peers)\n{table(rows, header)}"
+    header = ["rank", "stage", "host", "compute ms", "vs peers", "score", "", "gain ms"]
+    return f"slow ranks, by their own compute time (gain: a step, if the rank were as fast as its peers)\n{table(rows, header)}"

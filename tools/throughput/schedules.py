@@ -1,7 +1,7 @@
-"""`schedules`: the step time and the bubble of pipeline schedules against 1F1B's, on this machine's CPU.
+"""`schedules`: measures the step time and the bubble of pipeline schedules against 1F1B's, on this machine's CPU.
 
-The engines live side by side in the same ranks and take turns, step by step, so that whatever else the machine does hits all
-alike. A rank is one thread. The bubble is what a rank's thread did not compute in, as a share of the step, the mean over ranks.
+The engines share the ranks and take turns step by step, so other load on the machine affects all of them. A rank is one thread;
+the bubble is the share of the step in which it did not compute, the mean over ranks.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Medians over the rounds. `ratio` is of paired steps: 1F1B's time over this schedule's, above 1 is faster."""
+class ScheduleTiming:
+    """A schedule's medians over the rounds. `ratio`: 1F1B's time over this schedule's in paired steps; above 1 is faster."""
 
     schedule: str
     step_seconds: float
     ratio: float
     bubble_share: float
-    busy_seconds: list[float]  # by stage, the seconds of a step in which its thread computed
+    busy_seconds: list[float]  # by stage: seconds of a step in which its thread computed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What is trained: a llama with hardly any head, so that its stages are equal and the schedule alone makes the bubble."""
+class BenchCase:
+    """The model and batch: a llama with a tiny head, so that stages are equal and the schedule alone makes the bubble."""
 
     pipeline: int = 2
     micro_batches: int = 4
@@ -67,16 +67,16 @@ class Shape:
         )
 
 
-def measure_schedules(shape: Shape, schedules: tuple[str, ...] = PIPELINE_SCHEDULES) -> list[Measured]:
-    """Train by each of `schedules` (the first is what the others are held against) in turns on `shape.pipeline` ranks."""
-    ranks = run_ranks(_rank, shape.pipeline, shape, schedules, timeout_seconds=1800.0)
+def measure_schedules(case: BenchCase, schedules: tuple[str, ...] = PIPELINE_SCHEDULES) -> list[ScheduleTiming]:
+    """Train by each of `schedules` in turns on `case.pipeline` ranks; compare them with the first."""
+    ranks = run_ranks(_rank, case.pipeline, case, schedules, timeout_seconds=1800.0)
     steps = {name: [max(times) for times in zip(*(rank[name]["seconds"] for rank in ranks), strict=True)] for name in schedules}
     base, found = steps[schedules[0]], []
     for schedule, seconds in steps.items():
         busy = [rank[schedule]["busy"] for rank in ranks]
         idle = [1 - statistics.mean(each) / step for step, *each in zip(seconds, *busy, strict=True)]
         found.append(
-            Measured(
+            ScheduleTiming(
                 schedule=schedule,
                 step_seconds=statistics.median(seconds),
                 ratio=statistics.median(b / s for b, s in zip(base, seconds, strict=True)),
@@ -87,16 +87,16 @@ def measure_schedules(shape: Shape, schedules: tuple[str, ...] = PIPELINE_SCHEDU
     return found
 
 
-def _rank(shape: Shape, schedules: tuple[str, ...]) -> dict[str, dict[str, list[float]]]:
-    libc = ctypes.CDLL(None)  # freed memory is kept, as launch/env.sh has it
+def _rank(case: BenchCase, schedules: tuple[str, ...]) -> dict[str, dict[str, list[float]]]:
+    libc = ctypes.CDLL(None)  # keep freed memory, as launch/env.sh does
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
     libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
-    trainers = {schedule: _trainer(shape, schedule) for schedule in schedules}
+    trainers = {schedule: _trainer(case, schedule) for schedule in schedules}
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, shape.vocab, (shape.micro_batches, shape.micro_seqs, shape.seq_len + 1), generator=generator)
+    tokens = torch.randint(0, case.vocab, (case.micro_batches, case.micro_seqs, case.seq_len + 1), generator=generator)
     scored = tokens[:, :, 1:].numel()
     times: dict[str, dict[str, list[float]]] = {schedule: {"seconds": [], "busy": []} for schedule in schedules}
-    for step in range(WARM_STEPS + shape.rounds):
+    for step in range(WARM_STEPS + case.rounds):
         order = schedules if step % 2 else schedules[::-1]
         for schedule in order:
             dist.barrier()
@@ -106,42 +106,42 @@ def _rank(shape: Shape, schedules: tuple[str, ...]) -> dict[str, dict[str, list[
                 times[schedule]["seconds"].append(time.perf_counter() - started)
                 times[schedule]["busy"].append(time.thread_time() - worked)
         if dist.get_rank() == 0 and sys.stderr.isatty():
-            print(f"\rround {step + 1} of {WARM_STEPS + shape.rounds}", end="", file=sys.stderr)
+            print(f"\rround {step + 1} of {WARM_STEPS + case.rounds}", end="", file=sys.stderr)
     return times
 
 
-def _trainer(shape: Shape, schedule: str) -> Trainer:
-    layout = Layout(pipeline=shape.pipeline, pipeline_schedule=schedule)
+def _trainer(case: BenchCase, schedule: str) -> Trainer:
+    layout = Layout(pipeline=case.pipeline, pipeline_schedule=schedule)
     config = load_ds_config("zero1_fp32.json") | {
-        "train_micro_batch_size_per_gpu": shape.micro_seqs,
-        "gradient_accumulation_steps": shape.micro_batches,
+        "train_micro_batch_size_per_gpu": case.micro_seqs,
+        "gradient_accumulation_steps": case.micro_batches,
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,
     }
-    return build_trainer(shape.model(), layout, AdamW(lr=1e-4), config, device_type="cpu", seq_len=shape.seq_len)
+    return build_trainer(case.model(), layout, AdamW(lr=1e-4), config, device_type="cpu", seq_len=case.seq_len)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    for name, value in asdict(Shape()).items():
+    for name, value in asdict(BenchCase()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="default: %(default)s")
 
 
 def run(flags: argparse.Namespace) -> int:
-    shape = Shape(**{name: getattr(flags, name) for name in asdict(Shape())})
-    chunks = {schedule: chunk_count(schedule, shape.pipeline) for schedule in PIPELINE_SCHEDULES}
+    case = BenchCase(**{name: getattr(flags, name) for name in asdict(BenchCase())})
+    chunks = {schedule: chunk_count(schedule, case.pipeline) for schedule in PIPELINE_SCHEDULES}
     most = max(chunks, key=chunks.get)
-    if shape.layers < chunks[most]:
-        raise UsageError(f"--layers={shape.layers}: {most} cuts them into {chunks[most]} runs; give as many or more")
-    found = measure_schedules(shape)
+    if case.layers < chunks[most]:
+        raise UsageError(f"--layers={case.layers}: {most} needs at least {chunks[most]}, one for each of its chunks")
+    found = measure_schedules(case)
     if flags.json:
-        print(json.dumps({"shape": asdict(shape), "schedules": [asdict(each) for each in found]}))
+        print(json.dumps({"case": asdict(case), "schedules": [asdict(each) for each in found]}))
         return GOOD
     rows = [
         [each.schedule, f"{each.step_seconds:.3f}", f"{each.ratio:.3f}", f"{100 * each.bubble_share:.1f} %"]
         + [f"{seconds:.3f}" for seconds in each.busy_seconds]
         for each in found
     ]
-    stages = [f"stage {index} busy s" for index in range(shape.pipeline)]
-    print(f"{shape.pipeline} stages, {shape.micro_batches} micro batches, {shape.rounds} rounds; medians of paired steps")
-    print(table(rows, ["schedule", "step s", "times 1f1b", "bubble", *stages]))
+    stages = [f"stage {index} busy s" for index in range(case.pipeline)]
+    print(f"{case.pipeline} stages, {case.micro_batches} micro batches, {case.rounds} rounds; medians of paired steps")
+    print(table(rows, ["schedule", "step s", "speed / 1f1b", "bubble", *stages]))
     return GOOD

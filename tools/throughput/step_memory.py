@@ -1,8 +1,8 @@
-"""What lives inside a step alone: activations, logits and gradients, counted on the tensors themselves, on any device.
+"""Counts the memory that lives only inside a step: activations, logits and gradients, from the tensors, on any device.
 
-Activations are what autograd keeps for the backward passes of the micro batches in flight, and the inputs of the layers, which
-recomputation keeps by itself: each storage once, weights not counted. Not seen are what sequence parallelism keeps as a part, to
-be gathered again, the products that recomputation keeps, and the factors that a zero-bubble schedule keeps after a backward pass.
+Activations are what autograd saves for the micro batches in flight, and the layer inputs that recomputation saves: each storage
+once, without weights. Not counted are the shards that sequence parallelism saves and gathers again, the products that selective
+recomputation saves, and the factors that a zero-bubble schedule keeps after a backward pass.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from recipes.common.engine.trainer import Trainer
 
 
 class LiveBytes:
-    """Bytes of the storages that somebody holds, now and at most."""
+    """Counts the bytes of storages that something holds, now and at the peak."""
 
     def __init__(self, ignored: set[int]) -> None:
         self.peak = 0
         self._now, self._ignored, self._holders = 0, ignored, {}
 
     def hold(self, tensor: torch.Tensor, holder: object) -> None:
-        """`tensor`'s storage lives as long as `holder`."""
+        """Count `tensor`'s storage for as long as `holder` lives."""
         storage = tensor.untyped_storage()
         address, size = storage.data_ptr(), storage.nbytes()
         if address not in self._ignored and size:
@@ -50,7 +50,7 @@ class _Saved:
 
 @contextmanager
 def count_step(trainer: Trainer) -> Iterator[dict[str, int]]:
-    """Fills in the bytes of "activations", "logits" and "gradients" of the step that is taken inside."""
+    """Fill in the bytes of "activations", "logits" and "gradients" of the step taken inside."""
     stage = trainer.stage
     owned = {tensor.untyped_storage().data_ptr() for tensor in (*stage.parameters(), *stage.buffers())}
     live, found = LiveBytes(owned), {"activations": 0, "logits": 0, "gradients": 0}

@@ -1,4 +1,4 @@
-"""What a run's timing files say, put together over ranks: parts of the step, communication, memory."""
+"""Reads a run's timing files and merges them over ranks: parts of the step, communication, memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from recipes.common.run_dir.timing_files import FOLDER, RankTiming, read_timing
 from recipes.common.runtime.step_clock import COMPUTE, COOL_DOWN, PARTS, PIPELINE, TENSOR, WARM_UP, CommKey
 from tools.common.console import UsageError
 
-WARM_STEPS = 2  # of a start, left out of the report
+WARM_STEPS = 2  # at the start of a run, left out of the report
 BUBBLE = "bubble"
-LEAST_BYTES = 1024  # of a message whose time is not latency alone
+LEAST_BYTES = 1024  # smaller messages take only latency
 MESSAGES = ("pipeline_warm_up", "pipeline_steady", "pipeline_cool_down")
-# ring algorithms: bytes that pass each link, as a share of those that CommKey counts (nccl-tests, PERFORMANCE.md), n in the group
+# ring algorithms: bytes that pass each link over the bytes that CommKey counts, for n ranks (nccl-tests, PERFORMANCE.md)
 BUS_FACTORS = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "all_gather": lambda n: (n - 1) / n,
@@ -35,25 +35,25 @@ BUS_FACTORS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rank:
-    """One rank's steps. Milliseconds a step; `steps` counts what a row covers."""
+class RankSteps:
+    """One rank's rows of timing, each the mean of `steps` steps; times are milliseconds a step."""
 
     rank: int
     stage: int
     data_rank: int
     tensor_rank: int
     host: str
-    layers: list[tuple[int, int]]  # runs of them, start and stop
-    last_steps: np.ndarray  # [rows] the step a row ends with
-    steps: np.ndarray  # [rows]
-    parts: np.ndarray  # [rows, parts] ms a step
-    transfer_ms: float  # a step, of messages between stages, had nobody waited
-    talks: list[tuple[CommKey, int, float, float]]  # how many, us in all, least us
-    talk_steps: int
+    layers: list[tuple[int, int]]  # runs, as (start, stop)
+    last_steps: np.ndarray  # [rows]: the last step of each
+    steps: np.ndarray  # [rows]: how many each covers
+    parts: np.ndarray  # [rows, parts]: ms a step
+    transfer_ms: float  # a step, of messages between stages without the waiting
+    comm: list[tuple[CommKey, int, float, float]]  # calls, us in all, least us of a call
+    comm_steps: int  # that these cover
     memory: dict[str, int]
 
     def mean(self) -> dict[str, float]:
-        """ms a step by part, summing to the step; the pipeline's parts told as `pipeline` (messages) and `bubble` (waiting)."""
+        """Return ms a step by part, which sum to the step; the pipeline's are split into `pipeline` (messages) and `bubble`."""
         means = dict(zip(PARTS, np.average(self.parts, axis=0, weights=self.steps).tolist(), strict=True))
         messages = sum(means.pop(part) for part in MESSAGES)
         transfer = min(self.transfer_ms, messages)
@@ -65,12 +65,12 @@ class Rank:
         return shown
 
     def waiting(self) -> dict[str, float]:
-        """ms a step in messages between stages and waiting for them, by place."""
+        """Return ms a step in messages between stages and waiting for them, by their place in the schedule."""
         means = np.average(self.parts, axis=0, weights=self.steps)
         return {name: float(means[PARTS.index(name)]) for name in (WARM_UP, PIPELINE, COOL_DOWN)}
 
     def compute(self) -> np.ndarray:
-        """[rows] ms a step of the rank's own work."""
+        """Return the rank's own work [rows], in ms a step."""
         return self.parts[:, [PARTS.index(part) for part in COMPUTE]].sum(axis=1)
 
 
@@ -83,25 +83,25 @@ class Timings:
     schedule: str
     device: str
     micro_batches: int
-    ranks: list[Rank]
+    ranks: list[RankSteps]
 
     def step_ms(self) -> float:
         return float(np.mean([sum(rank.mean().values()) for rank in self.ranks]))
 
     def mean(self) -> dict[str, float]:
-        """ms a step by part, the mean over ranks."""
+        """Return ms a step by part, the mean over ranks."""
         means = [rank.mean() for rank in self.ranks]
         return {part: float(np.mean([mean[part] for mean in means])) for part in means[0]}
 
 
 def read_timings(run: Path) -> Timings:
-    """Raises UsageError for a directory without timing, or with timing that cannot be used."""
+    """Read a run's timing. Raises UsageError for a directory without usable timing."""
     if not run.is_dir():
         raise UsageError(f"{run}: no such run directory")
     try:
         found = read_timing(run)
     except FileNotFoundError as error:
-        raise UsageError(f"{error}: runs write it as they train; {run} is no run directory, or an older version's") from None
+        raise UsageError(f"{error}: runs write it as they train; {run} is not a run directory, or an older version's") from None
     except ValueError as error:
         raise UsageError(str(error)) from None
     start = found[0].start
@@ -127,15 +127,15 @@ def read_timings(run: Path) -> Timings:
     )
 
 
-def _rank(timing: RankTiming, layout: Layout, least: dict[tuple, float]) -> Rank:
+def _rank(timing: RankTiming, layout: Layout, least: dict[tuple, float]) -> RankSteps:
     start, rank = timing.start, timing.start["rank"]
     rows = timing.rows[WARM_STEPS:] if len(timing.rows) > WARM_STEPS else timing.rows
     table = np.array(rows, dtype=float)
     place = coordinates(rank, start["world"], layout)
     transfer = sum(
-        count * min(least[_link(rank, talk)], total / count) for talk, count, total, _ in timing.talks if "pipeline" in talk.group
+        count * min(least[_link(rank, key)], total / count) for key, count, total, _ in timing.talks if "pipeline" in key.group
     )
-    return Rank(
+    return RankSteps(
         rank=rank,
         stage=place.pipeline_rank,
         data_rank=place.data_rank,
@@ -146,53 +146,53 @@ def _rank(timing: RankTiming, layout: Layout, least: dict[tuple, float]) -> Rank
         steps=table[:, 1],
         parts=table[:, 3:] / table[:, 1:2] / 1e3,
         transfer_ms=transfer / max(timing.talk_steps, 1) / 1e3,
-        talks=timing.talks,
-        talk_steps=timing.talk_steps,
+        comm=timing.talks,
+        comm_steps=timing.talk_steps,
         memory=_with_workspace(timing.memory),
     )
 
 
 def _runs(layers: list[Any]) -> list[tuple[int, int]]:
-    """Of runs from before folded schedules too, which wrote their one run as it is."""
+    """Return the runs of layers; files from before folded schedules hold a single one."""
     return [tuple(layers)] if isinstance(layers[0], int) else [tuple(run) for run in layers]
 
 
 def _with_workspace(memory: dict[str, int]) -> dict[str, int]:
-    """On a GPU, what the step's peak holds beside the classes that were counted."""
+    """Add "workspace", on a GPU: the step's peak without the classes that were counted."""
     if "step_peak_allocated" not in memory or "activations" not in memory:
         return memory
     counted = sum(size for name, size in memory.items() if name not in ("step_peak_allocated", "reserved"))
     return memory | {"workspace": max(memory["step_peak_allocated"] - counted, 0)}
 
 
-def _link(rank: int, talk: CommKey) -> tuple:
-    """What shares a time of transfer: a size over a link, in both directions, or a collective of a size."""
-    ends = tuple(sorted((rank, talk.peer))) if talk.peer >= 0 else ()
-    return talk.group, talk.op, talk.bytes, talk.ranks, ends
+def _link(rank: int, key: CommKey) -> tuple:
+    """Identify what takes the same time to transfer: a size over a link in both directions, or a collective of a size."""
+    ends = tuple(sorted((rank, key.peer))) if key.peer >= 0 else ()
+    return key.group, key.op, key.bytes, key.ranks, ends
 
 
 def _least_by_link(found: list[RankTiming]) -> dict[tuple, float]:
-    """us: the shortest of a kind ever seen is one for which nobody had to wait, at either end."""
+    """Return the shortest time of each link in us: one in which neither end had to wait."""
     least: dict[tuple, float] = defaultdict(lambda: float("inf"))
     for timing in found:
-        for talk, _, _, shortest in timing.talks:
-            key = _link(timing.start["rank"], talk)
-            least[key] = min(least[key], shortest)
+        for key, _, _, shortest in timing.talks:
+            link = _link(timing.start["rank"], key)
+            least[link] = min(least[link], shortest)
     return least
 
 
 def communication(timings: Timings) -> list[dict[str, float | int | str | None]]:
-    """A row for each group, operation and size; GB/s as nccl-tests has them, of all calls and of the fastest.
+    """Return one row a group, operation and size, with nccl-tests' GB/s of all calls and of the fastest.
 
-    What goes on beside the computation ("isend", "awaited") has no bandwidth: only the waiting for it is timed. Nor has what is
-    too small for any.
+    Messages that overlap computation ("isend", "awaited") have no bandwidth, since only the wait for them is timed; nor have
+    those below LEAST_BYTES.
     """
     merged: dict[tuple[str, str, int, int], list[float]] = {}
     for rank in timings.ranks:
-        for talk, count, total, shortest in rank.talks:
-            entry = merged.setdefault(talk[:4], [0.0, 0.0, float("inf")])
-            entry[0] += count / rank.talk_steps
-            entry[1] += total / rank.talk_steps
+        for key, count, total, shortest in rank.comm:
+            entry = merged.setdefault(key[:4], [0.0, 0.0, float("inf")])
+            entry[0] += count / rank.comm_steps
+            entry[1] += total / rank.comm_steps
             entry[2] = min(entry[2], shortest)
     rows = []
     for (group, op, count_bytes, ranks), (count, total, shortest) in merged.items():

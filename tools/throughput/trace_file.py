@@ -1,7 +1,7 @@
-"""Traced steps in the trace event format that ui.perfetto.dev and chrome://tracing open: a track a rank, arrows for messages.
+"""Writes traced steps in the format of ui.perfetto.dev and chrome://tracing: one track a rank, arrows for messages.
 
-The k-th message that a rank sends to another in a step is the k-th that the other receives from it. Ranks' times are those of
-their hosts' clocks.
+The k-th message that a rank sends to another in a step is the k-th that the other receives from it. Each rank's times are by its
+host's clock.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tools.common.console import UsageError
 from tools.throughput.timings import Timings
 
 _SENDS = {"send": "blocking", "isend": "posted"}
-_RECEIVES = {"recv": "blocking", "irecv": "posted"}  # a posted message is received where it is waited for
+_RECEIVES = {"recv": "blocking", "irecv": "posted"}  # a posted message counts as received when it is waited for
 
 
 def trace_text(run_dir: Path, timings: Timings) -> str:
-    """The JSON object. Raises UsageError for a run without traced steps."""
+    """Return the JSON text. Raises UsageError for a run without traced steps."""
     traces = read_trace(run_dir)
     if not traces:
         raise UsageError(f"{run_dir} has no traced steps: start it with --trace-steps FIRST:STOP, or use `run`")
@@ -35,21 +35,21 @@ def trace_events(traces: dict[int, list[dict[str, Any]]], timings: Timings) -> l
     received: dict[tuple, list[float]] = defaultdict(list)
     for rank, steps in traces.items():
         place = next((each for each in timings.ranks if each.rank == rank), None)
-        if place is None:  # of an older, larger start
+        if place is None:  # from an earlier start with more ranks
             continue
         name = f"rank {rank}: stage {place.stage}, data {place.data_rank}, tensor {place.tensor_rank}"
         events.append({"ph": "M", "pid": 0, "tid": rank, "name": "thread_name", "args": {"name": name}})
         events.append({"ph": "M", "pid": 0, "tid": rank, "name": "thread_sort_index", "args": {"sort_index": rank}})
         for step in steps:
-            for part, talk, began, length in step["spans"]:
+            for part, comm, began, length in step["spans"]:
                 start, micros = (step["began"] - zero + began) / 1e3, length / 1e3
-                title = f"step {step['step']}" if part == OTHER else part if talk is None else f"{talk.op} {talk.group}"
+                title = f"step {step['step']}" if part == OTHER else part if comm is None else f"{comm.op} {comm.group}"
                 event = {"ph": "X", "pid": 0, "tid": rank, "name": title, "cat": part, "ts": start, "dur": micros}
-                events.append(event | ({"args": talk._asdict()} if talk else {}))
-                if talk is not None and talk.op in _SENDS:
-                    sent[step["step"], rank, talk.peer, _SENDS[talk.op]].append(start)
-                elif talk is not None and talk.op in _RECEIVES:
-                    received[step["step"], talk.peer, rank, _RECEIVES[talk.op]].append(start + micros)
+                events.append(event | ({"args": comm._asdict()} if comm else {}))
+                if comm is not None and comm.op in _SENDS:
+                    sent[step["step"], rank, comm.peer, _SENDS[comm.op]].append(start)
+                elif comm is not None and comm.op in _RECEIVES:
+                    received[step["step"], comm.peer, rank, _RECEIVES[comm.op]].append(start + micros)
     for key, starts in sent.items():
         step, source, target, kind = key
         for number, (start, end) in enumerate(zip(starts, received.get(key, ()), strict=False)):

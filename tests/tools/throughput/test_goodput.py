@@ -10,7 +10,7 @@ import pytest
 from recipes.common.recipe import ROOT
 from recipes.common.run_dir.heartbeat import Beat
 from tools.common.console import UsageError
-from tools.throughput.goodput import Cause, goodput, run
+from tools.throughput.goodput import EndCost, goodput, run
 
 PHASES = {"start": 4.0, "data": 1.0, "step": 50.0, "log": 0.5, "evaluate": 2.0, "save": 0.5, "end": 0.0}  # 58 s
 RECORDS = [
@@ -32,7 +32,7 @@ def test_every_second_is_counted_once():
     assert (found.data_seconds, found.evaluating_seconds, found.saving_seconds) == (2.0, 4.0, 1.0)
     assert (found.first_start_seconds, found.finishing_seconds) == (10.0, 2.0)
     assert found.causes == {
-        "rank_lost": Cause(
+        "rank_lost": EndCost(
             ends=1, lost_steps=20, lost_seconds=10.0, noticing_seconds=6.0, down_seconds=5.0, restarting_seconds=10.0
         )
     }
@@ -62,5 +62,5 @@ def test_the_verb_reads_a_run(tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["goodput"], result["causes"]["rank_lost"]["seconds"]) == (91.0 / 141.0, 31.0)
-    with pytest.raises(UsageError, match="tells of no start; only runs started by launch"):
+    with pytest.raises(UsageError, match="has no start; only runs started by launch"):
         run(argparse.Namespace(run_dir=tmp_path / "none", json=False))

@@ -6,7 +6,7 @@ from tests.support.small_runs import call
 TINY = ("--hidden", 64, "--layers", 4, "--seq-len", 32, "--micro-seqs", 1, "--rounds", 2)
 
 
-def test_every_schedule_is_held_against_1f1b():
+def test_every_schedule_is_compared_with_1f1b():
     called = call("throughput", "schedules", *TINY, "--json")
     assert called.code == 0, called.err
     found = {row["schedule"]: row for row in called.json["schedules"]}
@@ -18,7 +18,7 @@ def test_every_schedule_is_held_against_1f1b():
         assert 0 < row["bubble_share"] < 1
 
 
-def test_too_few_layers_are_told():
+def test_too_few_layers_are_refused():
     called = call("throughput", "schedules", "--layers", 3)
     assert called.code == 2
-    assert "--layers=3: zero_bubble_v cuts them into 4 runs" in called.err
+    assert "--layers=3: zero_bubble_v needs at least 4" in called.err

@@ -16,7 +16,7 @@ from tools.common.forked_ranks import run_ranks
 from tools.common.parity import Trial, build_trial_trainer, rank_batches
 from tools.throughput import stragglers
 from tools.throughput.stragglers import WINDOW_STEPS, judge, rank_stragglers
-from tools.throughput.timings import Rank, Timings, read_timings
+from tools.throughput.timings import RankSteps, Timings, read_timings
 
 WINDOWS = 10_000
 
@@ -134,8 +134,8 @@ def test_all_ranks_of_a_run_share_the_false_calls():
         return {"stage": stage, "last_steps": steps, "steps": np.ones_like(steps), "parts": compute}
 
     def run(places):
-        rest = {"data_rank": 0, "tensor_rank": 0, "host": "h", "layers": (0, 1), "transfer_ms": 0.0, "talks": [], "memory": {}}
-        ranks = [Rank(rank=rank, talk_steps=0, **rest, **place) for rank, place in enumerate(places)]
+        rest = {"data_rank": 0, "tensor_rank": 0, "host": "h", "layers": (0, 1), "transfer_ms": 0.0, "comm": [], "memory": {}}
+        ranks = [RankSteps(rank=rank, comm_steps=0, **rest, **place) for rank, place in enumerate(places)]
         facts = {"run": Path(), "data": 2, "tensor": 1, "schedule": "1f1b", "device": "cpu", "micro_batches": 1}
         return rank_stragglers(Timings(pipeline=len(places) // 2, ranks=ranks, **facts))
 
