@@ -45,7 +45,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What planning needs of a recipe's model; read once, for every layout."""
+    """The properties of a recipe's model that planning needs; read once, for every layout."""
 
     recipe: Recipe
     ds_config: dict[str, Any]

@@ -28,7 +28,7 @@ GRACE_SECONDS = 3.0  # after a step's limit, for its report to arrive
 
 @dataclass
 class Findings:
-    """What rank 0 has collected so far."""
+    """The results that rank 0 has collected so far."""
 
     hosts: list[str]  # by rank
     leaders: list[int]  # the first rank of each host

@@ -29,7 +29,7 @@ CLOCK_ROUNDS = 5  # queries of each host's clock; the fastest answer counts
 
 @dataclass(frozen=True, kw_only=True)
 class RankInfo:
-    """What a rank reports about itself when it joins."""
+    """A rank as it reports itself when it joins."""
 
     rank: int
     local_rank: int

@@ -31,7 +31,7 @@ def say(text: str) -> None:
 
 @dataclass
 class Observed:
-    """What is known of the attempt so far."""
+    """The state of the attempt so far."""
 
     events: list[RankEvent] = field(default_factory=list)
     hosts: dict[str, set[int]] = field(default_factory=dict)  # host -> its ranks, those that ended included

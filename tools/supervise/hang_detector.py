@@ -13,7 +13,7 @@ from recipes.common.run_dir.heartbeat import PHASES, Beat
 # A stack with one of these among its innermost Python frames waits for other ranks: it reached the collective.
 _WAITING = re.compile(r"/(torch/distributed|deepspeed/comm|deepspeed/runtime/pipe/p2p)[/.]|in _sum_over_ranks\b")
 _LONG_PHASES = ("start", "evaluate", "save", "end")  # their length does not follow from a step's
-_INNERMOST = 3  # frames that are looked at
+_INNERMOST = 3  # frames that decide
 _MEDIAN_STEPS = 10.0  # without progress
 
 
