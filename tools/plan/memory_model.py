@@ -90,8 +90,8 @@ def state_bytes(
     """Return the bytes a parameter of (weights, gradients, optimizer states), as our ds_configs set DeepSpeed up.
 
     moments: fp32 states of the optimizer beside the fp32 master weights (AdamW 2). Gradients accumulate in fp32: whole up to
-    ZeRO 1; under ZeRO 2 each rank's partition, beside whole ones in the weights' precision. `tests/tools/plan/test_memory_model.py`
-    compares these with the tensors of real engines.
+    ZeRO 1; under ZeRO 2 each rank's partition, beside whole ones in the weights' precision.
+    `tests/tools/plan/test_memory_model.py` compares these with the tensors of real engines.
     """
     weights, masters = (4.0 if precision == "fp32" else 2.0), (0.0 if offload else (4.0 + 4.0 * moments) / data)
     if zero_stage == 3:

@@ -56,7 +56,7 @@ def test_the_verb_reads_a_run(tmp_path, capsys):
     assert run(argparse.Namespace(run_dir=tmp_path, json=False)) == 0
     text = capsys.readouterr().out
     assert text.startswith("goodput 64.5 %, step 180\n")
-    assert "after rank_lost 31.0 22.0 %".split() in [line.split() for line in text.splitlines()]
+    assert ["after", "rank_lost", "31.0", "22.0", "%"] in [line.split() for line in text.splitlines()]
     command = [sys.executable, "-m", "tools.throughput", "goodput", str(tmp_path), "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
