@@ -54,7 +54,7 @@ class ModelFacts:
     work: ModelWork
     activations: tuple[LayerBytes, ...]  # by layer
     params_by_tensor: dict[int, dict[str, float] | str] = field(default_factory=dict)  # results of `rank_params`
-    layers_by_cut: dict[tuple[int, str, tuple[int, ...]], list[list[int]]] = field(default_factory=dict)  # of `own_layers`
+    layers_by_pipeline: dict[tuple[int, str, tuple[int, ...]], list[list[int]]] = field(default_factory=dict)  # of `own_layers`
 
     @cached_property
     def flops(self) -> float:
@@ -88,11 +88,11 @@ class ModelFacts:
     def own_layers(self, layout: Layout) -> list[list[int]]:
         """Return each stage's layers, partitioned as in training."""
         pipeline, schedule = layout.pipeline, layout.pipeline_schedule
-        if (key := (pipeline, schedule, layout.layers_per_stage)) not in self.layers_by_cut:
+        if (key := (pipeline, schedule, layout.layers_per_stage)) not in self.layers_by_pipeline:
             costs, head = self.costs
             chunks = cut_chunks(costs, head, pipeline, schedule, layout.layers_per_stage)
-            self.layers_by_cut[key] = [[index for run in runs for index in run] for runs in runs_by_rank(chunks, pipeline)]
-        return self.layers_by_cut[key]
+            self.layers_by_pipeline[key] = [[index for run in runs for index in run] for runs in runs_by_rank(chunks, pipeline)]
+        return self.layers_by_pipeline[key]
 
     def stage_loads(self, layout: Layout) -> list[float]:
         """Return each stage's cost without the head, in mean layers."""

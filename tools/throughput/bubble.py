@@ -47,8 +47,8 @@ class Balance:
 
     stage_ms: list[float]
     imbalance: float  # slowest / mean - 1
-    cut: list[list[tuple[int, int]]]  # each stage's runs of layers, as trained
-    better_cut: list[list[tuple[int, int]]]
+    partition: list[list[tuple[int, int]]]  # each stage's runs of layers, as trained
+    better_partition: list[list[tuple[int, int]]]
     better_stage_ms: list[float]
     better_field: str  # the field of a Layout that gives it
     saved_share: float  # of the step, by the better partition
@@ -123,16 +123,16 @@ def find_balance(timings: Timings, recipe: Recipe) -> Balance | None:
     if timings.pipeline == 1:
         return None
     stages = [stage.all for stage in stage_times(timings)]
-    cut = [next(rank.layers for rank in timings.ranks if rank.stage == stage) for stage in range(timings.pipeline)]
+    partition = [next(rank.layers for rank in timings.ranks if rank.stage == stage) for stage in range(timings.pipeline)]
     causal = build_empty(recipe.model, recipe.attention)
     costs, _ = layer_costs(causal, find_stack(causal), recipe.batch.seq_len)
     with_head = rank_of_chunk(timings.schedule, timings.pipeline, chunk_count(timings.schedule, timings.pipeline) - 1)
 
-    def by_stage(layers: list[float], cut: list[list[tuple[int, int]]], head: float) -> list[float]:
-        times = [sum(sum(layers[start:stop]) for start, stop in runs) for runs in cut]
+    def by_stage(layers: list[float], partition: list[list[tuple[int, int]]], head: float) -> list[float]:
+        times = [sum(sum(layers[start:stop]) for start, stop in runs) for runs in partition]
         return [time + head * (stage == with_head) for stage, time in enumerate(times)]
 
-    shares = by_stage(costs, cut, 0.0)
+    shares = by_stage(costs, partition, 0.0)
     rate = (sum(stages) - stages[with_head]) / (sum(shares) - shares[with_head])
     head = max(stages[with_head] - rate * shares[with_head], 0.0)
     if not head:
@@ -140,13 +140,13 @@ def find_balance(timings: Timings, recipe: Recipe) -> Balance | None:
     layers = [rate * cost for cost in costs]
     chunks = cut_chunks(layers, head, timings.pipeline, timings.schedule)
     better = [[(run.start, run.stop) for run in runs] for runs in runs_by_rank(chunks, timings.pipeline)]
-    current, predicted = by_stage(layers, cut, head), by_stage(layers, better, head)
+    current, predicted = by_stage(layers, partition, head), by_stage(layers, better, head)
     saved = max(current) - max(predicted)
     return Balance(
         stage_ms=stages,
         imbalance=max(stages) / float(np.mean(stages)) - 1,
-        cut=cut,
-        better_cut=better,
+        partition=partition,
+        better_partition=better,
         better_stage_ms=predicted,
         better_field=f"layers_per_stage={tuple(len(chunk) for chunk in chunks)}",
         saved_share=saved * timings.micro_batches / timings.step_ms(),

@@ -128,10 +128,10 @@ def _bubble(facts: dict[str, Any]) -> str:
     stages = [
         [str(stage), f"{ms:.2f}", _layers(runs), _layers(better), f"{better_ms:.2f}"]
         for stage, (ms, runs, better, better_ms) in enumerate(
-            zip(balance["stage_ms"], balance["cut"], balance["better_cut"], balance["better_stage_ms"], strict=True)
+            zip(balance["stage_ms"], balance["partition"], balance["better_partition"], balance["better_stage_ms"], strict=True)
         )
     ]
-    same = balance["better_cut"] == balance["cut"]
+    same = balance["better_partition"] == balance["partition"]
     verdict = (
         "No other partition is faster."
         if same

@@ -171,10 +171,10 @@ def _balance_text(balance: dict[str, Any]) -> str:
 
     ms = ", ".join(f"{value:.2f}" for value in balance["stage_ms"])
     text = f"stages take {ms} ms a micro batch, the slowest {100 * balance['imbalance']:.1f} % above the mean"
-    text += f"\nlayers {layers(balance['cut'])}"
-    if balance["better_cut"] == balance["cut"]:
+    text += f"\nlayers {layers(balance['partition'])}"
+    if balance["better_partition"] == balance["partition"]:
         return text + ": no better partition"
-    better = f"{layers(balance['better_cut'])}, Layout({balance['better_field']}),"
+    better = f"{layers(balance['better_partition'])}, Layout({balance['better_field']}),"
     return f"{text}; {better} would save {100 * balance['saved_share']:.1f} % of the step"
 
 

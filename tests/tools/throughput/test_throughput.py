@@ -72,7 +72,7 @@ def test_the_difference_to_the_formula_is_told_apart(ran):
     assert bubble["formula"] == pytest.approx(1 / 6)
     assert sum(bubble[name] for name in ("formula", "imbalance", "exposed_p2p", "warm_up")) == pytest.approx(bubble["measured"])
     balance = ran[1]["balance"]
-    assert balance["cut"] == [[[0, 2]], [[2, 4]]]
+    assert balance["partition"] == [[[0, 2]], [[2, 4]]]
     assert max(balance["stage_ms"]) == pytest.approx((1 + balance["imbalance"]) * sum(balance["stage_ms"]) / 2)
 
 
