@@ -99,7 +99,10 @@ def page_facts(source: Path, numbers: Numbers, columns: Columns) -> dict[str, An
 
 
 def panels(numbers: Numbers, columns: Columns) -> Iterator[dict[str, Any]]:
-    table = numbers.table
+    table = dict(numbers.table)
+    if not np.nansum(table.get("loss_excess", 0)):  # one data rank has no worst one
+        table.pop("loss_max_rank", None)
+        table.pop("loss_excess", None)
     for title, unit, height, style, wanted in PANELS:
         series = [
             {"label": label, "color": color, **DOTS.get(column, {}), **columns.series(table["step"], table[column])}

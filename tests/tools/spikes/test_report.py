@@ -198,9 +198,12 @@ def test_another_programs_log_with_a_restart(tmp_path):
 
 
 def test_metrics_without_a_recipe_are_drawn(tmp_path):
-    write_lines(tmp_path / "metrics.jsonl", [{"step": step, "loss": 3.0, "tokens": 64} for step in range(1, 9)])
+    alone = {"loss": 3.0, "loss_max": 3.0, "loss_max_rank": 0}  # one data rank
+    write_lines(tmp_path / "metrics.jsonl", [{"step": step, "tokens": 64, **alone} for step in range(1, 9)])
     assert call("spikes", "report", tmp_path).code == 0
-    assert facts_of(tmp_path / "spikes.html")["about"] == str(tmp_path)
+    facts = facts_of(tmp_path / "spikes.html")
+    assert facts["about"] == str(tmp_path)
+    assert [panel["title"] for panel in facts["panels"]] == ["Loss"]
 
 
 def test_mistakes_are_reported(tmp_path):
