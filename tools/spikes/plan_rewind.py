@@ -80,10 +80,11 @@ def plan_rewind(folder: Path, event: str, *, margin_steps: int | None = None, sk
 
 
 def _event_at(records: dict[int, dict[str, Any]], step: int) -> Event | None:
-    """Return the detectors' event that holds the step, or begins next to it."""
+    """Return the detectors' event that holds the step, or begins next to it; slow steps have no suspect sequences."""
     steps = np.array(sorted(records))
     columns = {name: np.array([float(records[s].get(name, np.nan)) for s in steps]) for name in COLUMNS}
-    near = [e for e in scan(steps, columns) if e.onset_step - LOOK_AHEAD <= step <= max(e.peak_step, e.onset_step) + LOOK_BACK]
+    events = [e for e in scan(steps, columns) if e.kind != "hardware_suspect"]
+    near = [e for e in events if e.onset_step - LOOK_AHEAD <= step <= max(e.peak_step, e.onset_step) + LOOK_BACK]
     return min(near, key=lambda e: abs(e.onset_step - step), default=None)
 
 

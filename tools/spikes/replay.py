@@ -24,9 +24,9 @@ from recipes.common.checks.recipe_checks import option_problems
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.data.batches import open_train, step_micro_batches
 from recipes.common.engine.build_trainer import build_recipe_trainer
-from recipes.common.model.initial_weights import name_seed
 from recipes.common.recipe import Layout, Recipe, RecipeError, derive_sizes
 from recipes.common.run_dir.metrics import read_metrics
+from recipes.common.train import seed_dropout
 from tools.common.console import FAILED, GOOD, UsageError, table
 from tools.common.forked_ranks import RankError, run_ranks
 from tools.common.recipe_io import parse_layout, read_recipe
@@ -182,12 +182,12 @@ def _replay_rank(plan: ReplayPlan) -> tuple[list[float], list[float]]:
     stream = open_train(recipe.data, recipe.batch.seq_len)
     losses, norms = [], []
     for record in plan.steps:
-        step, seqs = record["step"], record["tokens"] // recipe.batch.seq_len
+        seqs = record["tokens"] // recipe.batch.seq_len
         consumed = record["consumed_seqs"] - seqs
         if plan.other_batch_at is not None and record is plan.steps[-1]:
             consumed = plan.other_batch_at
         trainer.set_global_seqs(seqs)
-        torch.manual_seed(name_seed(recipe.seed, f"step {step}, data {grid.data_rank}, stage {grid.pipeline_rank}"))
+        seed_dropout(recipe.seed, record["step"], grid)
         micro_batches = step_micro_batches(
             stream,
             seed=recipe.seed,

@@ -137,6 +137,14 @@ def test_a_rewind_rolls_back_before_the_event_and_skips_what_its_steps_read(run_
     assert wider["sequences_skipped"] == 20 * PLANTED.global_seqs
 
 
+def test_slow_steps_before_an_event_are_not_its_onset(run_dir, tmp_path):
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    records = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    slow = [record | {"seconds": 0.01 * record["step"] if AT - 10 <= record["step"] < AT - 1 else 0.1} for record in records]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in slow))
+    assert spikes("plan-rewind", copy, AT, "--json").json["suspect_steps"] == [AT - 1, AT]
+
+
 def test_without_a_checkpoint_before_the_event_the_run_cannot_roll_back(run_dir):
     called = spikes("plan-rewind", run_dir, 4)
     assert called.code == 1 and "cannot roll back" in called.out
