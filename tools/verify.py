@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from tools/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from transformers import PreTrainedConfig
@@ -32,10 +30,12 @@ from recipes.common.config.ds_checks import ds_config_problems, version_problems
 from recipes.common.config.ds_config import ds_config_path, load_ds_config, precision, zero_stage
 from recipes.common.model.decoder import PlanError
 from recipes.common.recipe import AdamW, Layout, Recipe, RecipeError
-from tools.common.console import FAILED, GOOD, CheckError, exit_code
+from tools.common.console import FAILED, GOOD, CheckError, exit_code, quiet_transformers
 from tools.common.forked_ranks import RankError, run_ranks
-from tools.common.parity import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain
 from tools.common.recipe_io import load_recipe, parse_layout
+
+with redirect_stdout(sys.stderr):  # DeepSpeed logs on what is stdout when it is imported
+    from tools.common.parity import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain
 
 # (loss and gradient norm, relative; gradients and parameters, absolute). bf16 rounds at 2^-9 and Adam's first steps turn a
 # rounded gradient's sign into a whole step, so parameters may differ by twice the distance they can travel, and by their own
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: argparse.Namespace) -> int:
+    quiet_transformers()
     recipe = load_recipe(flags.recipe)
     layout, data = parse_layout(flags.layout)
     trial = make_trial(recipe, layout, data, steps=flags.steps, seq_len=flags.seq_len, device=flags.device)

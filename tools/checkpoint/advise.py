@@ -52,11 +52,17 @@ class Advice:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="a run directory: use its measured times")
     parser.add_argument(
-        "--mtbf-hours", type=float, required=True, help="mean time between failures of the job: a node's, over the nodes"
+        "--mtbf-hours",
+        type=float,
+        required=True,
+        metavar="H",
+        help="mean time between failures of the job: a node's, over the nodes",
     )
-    parser.add_argument("--save-seconds", type=float, help="from the start of a save to its end")
-    parser.add_argument("--stall-seconds", type=float, help="how long training stands still for a save (default: all of it)")
-    parser.add_argument("--step-seconds", type=float, help="time of a training step, to give the interval in steps")
+    parser.add_argument("--save-seconds", type=float, metavar="S", help="from the start of a save to its end")
+    parser.add_argument(
+        "--stall-seconds", type=float, metavar="S", help="how long training stands still for a save (default: all of it)"
+    )
+    parser.add_argument("--step-seconds", type=float, metavar="S", help="time of a training step, to give the interval in steps")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ class Difference:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", type=Path, metavar="A", help="a checkpoint")
     parser.add_argument("b", type=Path, metavar="B", help="another")
-    parser.add_argument("--top", type=int, default=20, help="rows to print (default: %(default)s; --json has all)")
+    parser.add_argument("--top", type=int, default=20, metavar="N", help="rows to print (default: %(default)s; --json has all)")
 
 
 def run(args: argparse.Namespace) -> int:

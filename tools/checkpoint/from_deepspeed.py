@@ -58,8 +58,8 @@ class Model:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a folder global_stepN, or the one with `latest` in it")
     parser.add_argument("out", type=Path, metavar="OUT", help="the run directory to make")
-    parser.add_argument("--model", type=Path, help="a folder with the model's config.json (default: FOLDER)")
-    parser.add_argument("--tokenizer", type=Path, help="a tokenizer folder to keep with it (default: the model's)")
+    parser.add_argument("--model", type=Path, metavar="HF_FOLDER", help="a folder with the model's config.json (default: FOLDER)")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="a tokenizer folder to keep with it (default: the model's)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -47,7 +47,9 @@ class Import:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="MODEL_FOLDER", help="a Hugging Face model folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="the run directory to make")
-    parser.add_argument("--tokenizer", type=Path, help="a tokenizer folder to keep with it (default: MODEL_FOLDER's own)")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="a tokenizer folder to keep with it (default: MODEL_FOLDER's own)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

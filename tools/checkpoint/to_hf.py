@@ -43,8 +43,8 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/latest, or one of its steps")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make; it must not exist, or be empty")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
-    parser.add_argument("--shard-size", default="5GB", help="the largest file (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights (default: %(default)s)")
+    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="size of the largest file (default: %(default)s)")
     parser.add_argument("--no-verify", action="store_true", help="check file sizes only, and nothing of what was written")
     limit = human_bytes(hf_check.LOGITS_LIMIT_BYTES)
     parser.add_argument("--verify-logits", action="store_true", help=f"compare logits also over {limit} of fp32 weights")

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 from tools.common.console import exit_code
@@ -32,7 +33,8 @@ def run_tool(name: str, description: str, verbs: Mapping[str, Verb], argv: Seque
     added = {verb: parsers.add_parser(verb, help=each.help, formatter_class=as_written) for verb, each in verbs.items()}
     called = next((word for word in words if not word.startswith("-")), None)
     if called in verbs:
-        module = importlib.import_module(verbs[called].module)
+        with redirect_stdout(sys.stderr):  # DeepSpeed logs on what is stdout when it is imported
+            module = importlib.import_module(verbs[called].module)
         module.add_flags(added[called])
         added[called].add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
         added[called].description = module.__doc__

@@ -48,10 +48,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation-fraction", type=float, default=0.01, metavar="F", help="share of documents held out (default: %(default)s)"
     )
-    parser.add_argument("--suffix", action="append", default=[], help="only files with this ending, read as text; repeatable")
+    parser.add_argument(
+        "--suffix", action="append", metavar="END", default=[], help="only files with this ending, read as text; repeatable"
+    )
     parser.add_argument("--exclude", nargs="*", default=[], metavar="NAME", help="folder names to leave out at any depth")
     parser.add_argument(
-        "--text-key", default="text", help="the JSON field or table column with the document (default: %(default)s)"
+        "--text-key",
+        default="text",
+        metavar="NAME",
+        help="the JSON field or table column with the document (default: %(default)s)",
     )
     parser.add_argument("--each-line", action="store_true", help="take each line of a text file, not the file, as a document")
     parser.add_argument(

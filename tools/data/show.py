@@ -23,11 +23,17 @@ TEXT_SHOWN = 300  # characters of each document, unless --full
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run directory, or prepared data with --seq-len and --seed")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--step", type=int, help="counts from 1, as in metrics.jsonl")
+    which.add_argument("--step", type=int, metavar="N", help="counts from 1, as in metrics.jsonl")
     which.add_argument("--sequences", metavar="A:B", help="sequences by their place in the order, from A up to B (exclusive)")
-    parser.add_argument("--rank", type=int, help="only what this data rank read of the step")
-    parser.add_argument("--seq-len", type=int, help="for prepared data without a run")
-    parser.add_argument("--seed", type=int, default=1234, help="for prepared data without a run (default: %(default)s)")
+    parser.add_argument("--rank", type=int, metavar="N", help="only what this data rank read of the step")
+    parser.add_argument("--seq-len", type=int, metavar="N", help="tokens in a sequence, for prepared data without a run")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1234,
+        metavar="N",
+        help="seed of the order, for prepared data without a run (default: %(default)s)",
+    )
     parser.add_argument("--full", action="store_true", help="print whole texts")
 
 

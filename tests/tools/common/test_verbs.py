@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import os
 import subprocess
 import sys
 
@@ -55,3 +56,12 @@ def test_a_verb_that_only_reads_loads_no_torch(words, tmp_path):
 def test_an_unknown_verb_is_the_users_mistake(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "tools" / "data", "lst"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "invalid choice: 'lst'" in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("words", [["verify"], ["throughput", "schedules"]])
+def test_what_deepspeed_logs_stays_off_stdout(words, tmp_path):
+    """It warns, on what is stdout while it is imported, that it found no accelerator: --json would not be JSON."""
+    command = [sys.executable, "-m", f"tools.{words[0]}", *words[1:], "--help"]
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stdout
