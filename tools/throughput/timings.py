@@ -133,7 +133,7 @@ def _rank(timing: RankTiming, layout: Layout, least: dict[tuple, float]) -> Rank
     table = np.array(rows, dtype=float)
     place = coordinates(rank, start["world"], layout)
     transfer = sum(
-        count * min(least[_link(rank, key)], total / count) for key, count, total, _ in timing.talks if "pipeline" in key.group
+        count * min(least[_link(rank, key)], total / count) for key, count, total, _ in timing.comms if "pipeline" in key.group
     )
     return RankSteps(
         rank=rank,
@@ -145,9 +145,9 @@ def _rank(timing: RankTiming, layout: Layout, least: dict[tuple, float]) -> Rank
         last_steps=table[:, 0].astype(int),
         steps=table[:, 1],
         parts=table[:, 3:] / table[:, 1:2] / 1e3,
-        transfer_ms=transfer / max(timing.talk_steps, 1) / 1e3,
-        comm=timing.talks,
-        comm_steps=timing.talk_steps,
+        transfer_ms=transfer / max(timing.comm_steps, 1) / 1e3,
+        comm=timing.comms,
+        comm_steps=timing.comm_steps,
         memory=_with_workspace(timing.memory),
     )
 
@@ -175,7 +175,7 @@ def _least_by_link(found: list[RankTiming]) -> dict[tuple, float]:
     """Return the shortest time of each link in us: one in which neither end had to wait."""
     least: dict[tuple, float] = defaultdict(lambda: float("inf"))
     for timing in found:
-        for key, _, _, shortest in timing.talks:
+        for key, _, _, shortest in timing.comms:
             link = _link(timing.start["rank"], key)
             least[link] = min(least[link], shortest)
     return least

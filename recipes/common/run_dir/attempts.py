@@ -1,4 +1,4 @@
-"""logs/attempts.jsonl: one line for each start of a run's ranks and one for each end, and how far the run had come."""
+"""Writes and reads `logs/attempts.jsonl`: a line for each start of a run's ranks, and for each end with how far it came."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from recipes.common.run_dir.heartbeat import Beat, read_beats
 from recipes.common.run_dir.metrics import METRICS, read_metrics
 
 FILE = "logs/attempts.jsonl"
-GONE = "supervisor_lost"  # the cause of an attempt whose end nobody wrote
+GONE = "supervisor_lost"  # the cause of an attempt whose end was not recorded
 
 
 def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
-    """Every record, in order; a line that was cut is left out."""
+    """Return every record, in order; a truncated line is left out."""
     path = run_dir / FILE
     records = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
@@ -30,12 +30,12 @@ def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def sealed_step(run_dir: Path) -> int:
-    """Of the newest sealed checkpoint; 0 without one."""
+    """Return the step of the newest sealed checkpoint; 0 without one."""
     return max((checkpoint_step(seal.parent) for seal in _seals(run_dir)), default=0)
 
 
 def sealed_time(run_dir: Path) -> float:
-    """Unix seconds at which the last checkpoint was sealed; 0 without one. A later one is progress: runs may go back in steps."""
+    """Return the Unix seconds of the last seal; 0 without one. A later one is progress: in steps, runs may go back."""
     return max((seal.stat().st_mtime for seal in _seals(run_dir)), default=0.0)
 
 
@@ -44,28 +44,28 @@ def _seals(run_dir: Path) -> list[Path]:
 
 
 def has_begun(run_dir: Path) -> bool:
-    """Whether the ranks of this job, in the first attempt or one after it, got as far as noting their start in the manifest.
+    """Whether the ranks of this job, in the first attempt or one after it, have recorded their start in run.json.
 
-    From then on the checkpoints are the job's own; before, its flags have still to be obeyed as they were given.
+    From then on the checkpoints are the job's own; before, its flags must be followed as they were given.
     """
     firsts = [r["time"] for r in read_attempts(run_dir) if r["event"] == "start" and r["cause"] == "first"]
     try:
         starts = json.loads((run_dir / "run.json").read_text())["starts"]
     except (OSError, ValueError):
         return False
-    # the manifest's times are whole seconds
+    # the times in run.json are whole seconds
     return bool(firsts) and any(datetime.fromisoformat(start["time"]).timestamp() >= int(firsts[-1]) for start in starts)
 
 
 def begin_attempt(run_dir: Path, world_size: int | None, hosts: Mapping[str, int], cause: str, resumed_step: int = 0) -> int:
-    """Record a start, and the end of one that was left open; gives the number, from 1.
+    """Record a start, and the end of one that was left open. Return its number, from 1.
 
     cause: why it is made: "first", "asked", or the cause of the end before. resumed_step: 0 for a fresh start.
     """
     records = read_attempts(run_dir)
     if records and records[-1]["event"] == "start":
         end_attempt(
-            run_dir, records[-1]["attempt"], GONE, "no end was written: the supervisor or its machine went away", lost=True
+            run_dir, records[-1]["attempt"], GONE, "no end was recorded: the supervisor or its machine was lost", lost=True
         )
     number = max((record["attempt"] for record in records), default=0) + 1
     _append(
@@ -84,7 +84,7 @@ def begin_attempt(run_dir: Path, world_size: int | None, hosts: Mapping[str, int
 
 
 def end_attempt(run_dir: Path, number: int, cause: str, detail: str, *, lost: bool = False) -> dict[str, Any]:
-    """Record an end, with what the attempt's time went to. lost: long ago; the last heartbeat stands for the end."""
+    """Record an end, and where the attempt's time went. lost: it ended long ago, at its last heartbeat."""
     start = next((r for r in read_attempts(run_dir) if r["event"] == "start" and r["attempt"] == number), None)
     began = start["time"] if start else 0.0
     beats = read_beats(run_dir, since=began)
@@ -109,7 +109,7 @@ def end_attempt(run_dir: Path, number: int, cause: str, detail: str, *, lost: bo
 
 
 def _steps_after(run_dir: Path, sealed: int) -> tuple[int, float]:
-    """The last step in metrics.jsonl, and the seconds of the steps after `sealed`: they will be trained again."""
+    """Return the last step in metrics.jsonl, and the seconds of the steps after `sealed`, which will be repeated."""
     last, seconds = 0, 0.0
     if (run_dir / METRICS).exists():
         for record in read_metrics(run_dir):

@@ -1,13 +1,13 @@
-"""Black boxes: what a run knew when something happened, kept in `events/`, whatever becomes of the run.
+"""Writes and reads black boxes: what a run had recorded when an event happened, kept in `events/` whatever becomes of the run.
 
     events/step_00000123_diverged/
-        event.json             the event, what was done about it, where the run was
+        event.json             the event, the reaction, the run's position
         metrics_window.jsonl   the last 256 records, in the order they were made: steps that were later undone too
-        tensor_stats.npz       the statistics of every parameter over the same steps, where the run keeps them
-        sequences.json         for the steps around the onset: which sequences they read, and where these lie in the data
+        tensor_stats.npz       the statistics of every parameter over the same steps, if the run records them
+        sequences.json         for the steps around the onset: the sequences that they read, and where these lie in the data
 
-Written by rank 0 under a hidden name and renamed, so that what has a name is whole. An event that goes on is written again as
-more is known. Nothing here ends a run: what cannot be written is said on stderr.
+Rank 0 writes a box under a hidden name and renames it, so that a box that has its name is whole. An event that lasts is written
+again as more is known. Nothing here ends a run: what cannot be written is reported on stderr.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from recipes.common.config.json_files import write_json
 from recipes.common.run_dir.metrics import Note, Value, encode
 
 WINDOW_STEPS = 256
-MAX_BOXES = 64  # the oldest of those that called for nothing go first
+MAX_BOXES = 64  # beyond, the oldest are deleted, those that are not actionable first
 MAX_SEQUENCE_STEPS = 8
 
 Locate = Callable[[int], dict[str, Any]]  # a step -> the sequences it read, and where they lie
 
 
 class BlackBox:
-    """The last records of one run, and the folder to leave them in."""
+    """Keeps the last records of one run, and writes them into boxes."""
 
     def __init__(self, out_dir: Path, locate: Locate, note: Note) -> None:
-        """locate: what a step read. note: says a line to people."""
+        """locate: returns what a step read. note: prints a line for people."""
         self._events = out_dir / "events"
         self._out_dir, self._locate, self._note = out_dir, locate, note
         self._records: deque[Mapping[str, Value]] = deque(maxlen=WINDOW_STEPS)
@@ -45,7 +45,7 @@ class BlackBox:
         self._records.append(record)
 
     def write(self, kind: str, onset_step: int, last_step: int, content: Mapping[str, Any]) -> Path | None:
-        """Leave a box for the event that began at `onset_step`; `content` becomes event.json. None where it failed."""
+        """Write a box for the event that began at `onset_step`; `content` becomes event.json. Return None where it failed."""
         folder = self._events / f"step_{onset_step:08d}_{kind}"
         hidden = folder.with_name(f".{folder.name}")
         try:
@@ -58,14 +58,14 @@ class BlackBox:
             write_json(hidden / "sequences.json", {"steps": {str(step): self._locate(step) for step in steps}})
             write_json(hidden / "event.json", dict(content))
             self._replace(hidden, folder, onset_step, last_step)
-        except Exception as error:  # a box is worth less than the run that it is about
+        except Exception as error:  # a box is worth less than its run
             shutil.rmtree(hidden, ignore_errors=True)
-            self._note(f"{folder} could not be written: {type(error).__name__}: {error}")
+            self._note(f"writing {folder} failed: {type(error).__name__}: {error}")
             return None
         return folder
 
     def _replace(self, hidden: Path, folder: Path, onset_step: int, last_step: int) -> None:
-        """Under its name, in place of what was known of the event before; a later try of the same steps gets a new name."""
+        """Rename a box to its name, in place of an earlier one of the event; a later try of the same steps gets a new name."""
         number, target = 1, folder
         earlier = [path for path in self._events.glob(f"step_{onset_step:08d}_*") if not _was_undone(path)]
         while target.exists() and target not in earlier:
@@ -79,7 +79,7 @@ class BlackBox:
             shutil.rmtree(self._events / box["folder"])
 
     def _write_stats(self, folder: Path) -> None:
-        """A slice of tensor_stats/, as plain arrays."""
+        """Write a slice of tensor_stats/, as plain arrays."""
         steps = [int(record["step"]) for record in self._records]
         if not steps or not (self._out_dir / "tensor_stats").is_dir():
             return
@@ -91,7 +91,7 @@ class BlackBox:
 
 
 def read_boxes(out_dir: Path) -> list[dict[str, Any]]:
-    """event.json of every box of a run, by onset; "folder" is the box's name."""
+    """Return event.json of every box of a run, by onset; "folder" is the box's name."""
     boxes = []
     for path in sorted((out_dir / "events").glob("step_*/event.json")):
         boxes.append(json.loads(path.read_text()) | {"folder": path.parent.name})
@@ -99,5 +99,5 @@ def read_boxes(out_dir: Path) -> list[dict[str, Any]]:
 
 
 def _was_undone(folder: Path) -> bool:
-    """The steps of this box were left by a rewind: the same numbers later are other steps."""
+    """Whether a rewind undid the steps of this box: the same numbers later are other steps."""
     return json.loads((folder / "event.json").read_text()).get("reaction") is not None

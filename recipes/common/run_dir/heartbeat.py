@@ -1,6 +1,6 @@
-"""Where each rank is, in a small file of its own: logs/heartbeat/rank_00003.json, written over in place at every phase.
+"""Writes and reads where each rank is: logs/heartbeat/rank_00003.json, overwritten in place at every phase.
 
-tools/supervise sees a hang in them, and tells which rank is behind; tools/throughput counts where a run's time went.
+tools/supervise detects hangs with them, and which rank is behind; tools/throughput counts where a run's time went.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BYTES = 1024  # one write inside one page: a reader sees the old line or the ne
 
 
 class Heartbeat:
-    """This rank's file. An entry costs one write of a kilobyte into the page cache (measured: 8 microseconds)."""
+    """This rank's file. `enter` costs one write of a kilobyte into the page cache (measured: 8 microseconds)."""
 
     def __init__(self, out_dir: Path, rank: int) -> None:
         folder = out_dir / FOLDER
@@ -60,7 +60,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Beat:
-    """What one rank's file says."""
+    """The content of one rank's file."""
 
     rank: int
     host: str
@@ -69,11 +69,11 @@ class Beat:
     phase: str
     time: float  # Unix seconds, by that host's clock, at which `phase` began
     step_seconds: float  # of the last whole step; 0 before there is one
-    phase_seconds: Mapping[str, float]  # so far, without the phase that goes on
+    phase_seconds: Mapping[str, float]  # so far, without the current phase
 
 
 def read_beats(out_dir: Path, since: float = 0.0) -> list[Beat]:
-    """The newest beat of every rank, by rank. Files from before `since` (Unix seconds) are another start's."""
+    """Return the newest beat of every rank, by rank. Files from before `since` (Unix seconds) are another start's."""
     beats = []
     for path in (out_dir / FOLDER).glob("rank_*.json"):
         try:

@@ -1,13 +1,13 @@
-"""Where each rank's time went: `timing/rank_00003.jsonl`, appended to by every rank, read by tools.throughput.
+"""Writes and reads where each rank's time went: `timing/rank_00003.jsonl`, read by tools.throughput.
 
-    {"start": {...}}                    one a start of the process: its place, the layout, the host
+    {"start": {...}}                    one a start of the process: its coordinates, the layout, the host
     [step, steps, micro_batches, ...]   microseconds by PARTS, summed over the `steps` steps that end with `step`
-    {"talks": [...], "steps": n}        since the one before: group, op, bytes, ranks, peer, how many, us in all, the least us
+    {"comms": [...], "steps": n}        since the one before: group, op, bytes, ranks, peer, how many, us in all, the least us
     {"memory": {...}}                   bytes by class, once the optimizer's states exist
 
 A row a step for the first THIN_AFTER steps of a start, then one for every THIN_STEPS: half a million steps are 6 MB a rank. Lines
-leave the process every FLUSH_SECONDS, all that `kill -9` can lose; a line that it cut is not read.
-Steps chosen by --trace-steps go to `timing/trace_00003.jsonl`, every span of them (`Trace`).
+leave the process every FLUSH_SECONDS, which is all that `kill -9` can lose; a truncated line is not read.
+Every span of the steps chosen by --trace-steps goes to `timing/trace_00003.jsonl`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from recipes.common.runtime.step_clock import PARTS, CommKey, Span, StepTimes
 
 FOLDER = "timing"
 THIN_AFTER, THIN_STEPS = 1000, 10
-FIRST_TALKS, TALKS_ROWS = 2, 50  # rows after which communication is written: first, so that warming up stays apart; then
+FIRST_COMM_ROWS, COMM_ROWS = 2, 50  # rows after which communication is written: first, so that warming up stays apart; then
 FLUSH_SECONDS = 5.0  # 10,000 ranks write to one file system
 
 
@@ -35,8 +35,8 @@ class TimingWriter:
         self._lines: list[str] = []
         self._written = time.monotonic()
         self._rows, self._row, self._row_steps = 0, [0.0] * len(PARTS), 0
-        self._talks: dict[CommKey, list[int]] = {}
-        self._talk_steps, self._next_talks = 0, FIRST_TALKS
+        self._comms: dict[CommKey, list[int]] = {}
+        self._comm_steps, self._next_comms = 0, FIRST_COMM_ROWS
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file = (self._folder / f"rank_{rank:05d}.jsonl").open("ab", buffering=0)
         self.add({"start": {**start, "rank": rank, "time": round(time.time(), 3), "parts": PARTS}})
@@ -45,16 +45,16 @@ class TimingWriter:
     def step(self, times: StepTimes) -> None:
         self._row = [total + times.parts[part] / 1e3 for total, part in zip(self._row, PARTS, strict=True)]
         self._row_steps += 1
-        self._talk_steps += 1
-        for talk, (count, total, least) in times.talks.items():
-            entry = self._talks.setdefault(talk, [0, 0, least])
-            self._talks[talk] = [entry[0] + count, entry[1] + total, min(entry[2], least)]
+        self._comm_steps += 1
+        for comm, (count, total, least) in times.comms.items():
+            entry = self._comms.setdefault(comm, [0, 0, least])
+            self._comms[comm] = [entry[0] + count, entry[1] + total, min(entry[2], least)]
         if self._row_steps >= (THIN_STEPS if self._rows >= THIN_AFTER else 1):
             self.add([times.step, self._row_steps, times.micro_batches, *map(round, self._row)])
             self._rows, self._row, self._row_steps = self._rows + 1, [0.0] * len(PARTS), 0
-            if self._rows >= self._next_talks:
-                self._next_talks = self._rows + TALKS_ROWS
-                self._add_talks()
+            if self._rows >= self._next_comms:
+                self._next_comms = self._rows + COMM_ROWS
+                self._add_comms()
         if times.marks:
             self._trace(times)
         if time.monotonic() - self._written >= FLUSH_SECONDS:
@@ -64,7 +64,7 @@ class TimingWriter:
         self._lines.append(json.dumps(line, separators=(",", ":")))
 
     def close(self) -> None:
-        self._add_talks()
+        self._add_comms()
         self.flush()
         self._file.close()
 
@@ -76,16 +76,16 @@ class TimingWriter:
             pass
         self._lines, self._written = [], time.monotonic()
 
-    def _add_talks(self) -> None:
-        if self._talk_steps:
+    def _add_comms(self) -> None:
+        if self._comm_steps:
             rows = [
-                [*talk, count, round(total / 1e3), round(least / 1e3, 1)] for talk, (count, total, least) in self._talks.items()
+                [*comm, count, round(total / 1e3), round(least / 1e3, 1)] for comm, (count, total, least) in self._comms.items()
             ]
-            self.add({"talks": rows, "steps": self._talk_steps})
-        self._talks, self._talk_steps = {}, 0
+            self.add({"comms": rows, "steps": self._comm_steps})
+        self._comms, self._comm_steps = {}, 0
 
     def _trace(self, times: StepTimes) -> None:
-        spans = [[what.part, what.talk, began, length] for what, began, length in _spans(times.marks)]
+        spans = [[what.part, what.comm, began, length] for what, began, length in _spans(times.marks)]
         line = json.dumps({"step": times.step, "began": times.began, "spans": spans}, separators=(",", ":"))
         try:
             with (self._folder / f"trace_{self._rank:05d}.jsonl").open("a") as file:
@@ -95,15 +95,15 @@ class TimingWriter:
 
 
 @dataclass(frozen=True)
-class Phase:
+class PhaseSpan:
     part: str
-    talk: None = None
+    comm: None = None
 
 
-def _spans(marks: list[tuple[Span | str | None, int]]) -> Iterator[tuple[Span | Phase, int, int]]:
-    """(what, begin, length) in ns since the step began, outer ones before inner ones at equal begins."""
+def _spans(marks: list[tuple[Span | str | None, int]]) -> Iterator[tuple[Span | PhaseSpan, int, int]]:
+    """Return (what, begin, length) in ns since the step began, outer ones before inner ones at equal begins."""
     stack: list[tuple[Span, int]] = []
-    found: list[tuple[Span | Phase, int, int]] = []
+    found: list[tuple[Span | PhaseSpan, int, int]] = []
     phase: tuple[str, int] | None = None
     for what, stamp in marks:
         if what is None:
@@ -111,7 +111,7 @@ def _spans(marks: list[tuple[Span | str | None, int]]) -> Iterator[tuple[Span | 
             found.append((span, began, stamp - began))
         elif isinstance(what, str):
             if phase is not None:
-                found.append((Phase(phase[0]), phase[1], stamp - phase[1]))
+                found.append((PhaseSpan(phase[0]), phase[1], stamp - phase[1]))
             phase = what, stamp
         else:
             stack.append((what, stamp))
@@ -124,13 +124,13 @@ class RankTiming:
 
     start: dict[str, Any]
     rows: list[list[int]] = field(default_factory=list)  # [step, steps, micro_batches, us by part]
-    talks: list[tuple[CommKey, int, float, float]] = field(default_factory=list)  # how many, us in all, least us
-    talk_steps: int = 0
+    comms: list[tuple[CommKey, int, float, float]] = field(default_factory=list)  # how many, us in all, least us
+    comm_steps: int = 0
     memory: dict[str, int] = field(default_factory=dict)
 
 
 def read_timing(run_dir: Path) -> list[RankTiming]:
-    """The newest start of every rank, by rank. Raises ValueError with what is wrong; FileNotFoundError without any.
+    """Return the newest start of every rank, by rank. Raises ValueError with what is wrong; FileNotFoundError without any.
 
     The first steps' communication is left out where there is later one.
     """
@@ -146,19 +146,19 @@ def read_timing(run_dir: Path) -> list[RankTiming]:
 
 
 def read_trace(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
-    """rank -> its traced steps: {"step", "began": Unix ns, "spans": [[part, talk, begin, length], ...]}."""
+    """Return rank -> its traced steps: {"step", "began": Unix ns, "spans": [[part, comm, begin, length], ...]}."""
     traces = {}
     for path in sorted((run_dir / FOLDER).glob("trace_*.jsonl")):
         steps = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         for step in steps:
-            step["spans"] = [(part, talk and CommKey(*talk), began, length) for part, talk, began, length in step["spans"]]
+            step["spans"] = [(part, comm and CommKey(*comm), began, length) for part, comm, began, length in step["spans"]]
         newest = {step["step"]: step for step in steps}  # a step that was run again is there twice
         traces[int(path.stem.rpartition("_")[2])] = [newest[step] for step in sorted(newest)]
     return traces
 
 
 def _read_rank(path: Path) -> RankTiming | None:
-    found, talks = None, []
+    found, comms = None, []
     with path.open() as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
@@ -168,15 +168,15 @@ def _read_rank(path: Path) -> RankTiming | None:
                 if isinstance(content, list):
                     found.rows.append(content)
                 elif "start" in content:
-                    found, talks = RankTiming(content["start"]), []
-                elif "talks" in content:
-                    talks.append(content)
+                    found, comms = RankTiming(content["start"]), []
+                elif "comms" in content:
+                    comms.append(content)
                 elif "memory" in content:
                     found.memory |= {name: max(size, found.memory.get(name, 0)) for name, size in content["memory"].items()}
             except (ValueError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number} is not what a run writes: {error}") from None
+                raise ValueError(f"{path}, line {number} is not a line of a timing file: {error}") from None
     if found is not None:
-        for piece in talks[1:] if len(talks) > 1 else talks:
-            found.talk_steps += piece["steps"]
-            found.talks += [(CommKey(*row[:5]), *row[5:]) for row in piece["talks"]]
+        for piece in comms[1:] if len(comms) > 1 else comms:
+            found.comm_steps += piece["steps"]
+            found.comms += [(CommKey(*row[:5]), *row[5:]) for row in piece["comms"]]
     return found

@@ -51,10 +51,10 @@ class CommKey(NamedTuple):
 class Span:
     """A context manager that stamps its begin and its end. It holds no state: one serves every use, nested ones too."""
 
-    __slots__ = ("_clock", "part", "talk")
+    __slots__ = ("_clock", "comm", "part")
 
-    def __init__(self, clock: Clock, part: str, talk: CommKey | None) -> None:
-        self._clock, self.part, self.talk = clock, part, talk
+    def __init__(self, clock: Clock, part: str, comm: CommKey | None) -> None:
+        self._clock, self.part, self.comm = clock, part, comm
 
     def __enter__(self) -> None:
         self._clock.mark(self)
@@ -74,7 +74,7 @@ class StepTimes:
     began: int  # Unix
     micro_batches: int
     parts: dict[str, int]  # by PARTS; they add up to the step
-    talks: dict[CommKey, list[int]]  # how many, all of their time, the shortest
+    comms: dict[CommKey, list[int]]  # how many, all of their time, the shortest
     marks: list[tuple[Span | str | None, int]]  # since the step began; empty unless asked for
 
 
@@ -134,12 +134,12 @@ class Clock:
                 return
             self._pending.pop(0)
             times = self._read(marks)
-            parts, talks = account(times, pipelined=self._place.pipeline > 1)
+            parts, comms = account(times, pipelined=self._place.pipeline > 1)
             forwards = sum(type(what) is Span and what.part == FORWARD for what, _ in times)
             micro_batches = forwards // (2 if self._place.folded else 1)  # each passes a folded rank twice
             start = times[0][1]
             kept = [(what, stamp - start) for what, stamp in times] if keep else []
-            self._taken.append(StepTimes(step, began, micro_batches, parts, talks, kept))
+            self._taken.append(StepTimes(step, began, micro_batches, parts, comms, kept))
 
     def taken(self) -> list[StepTimes]:
         """The steps accounted for since the last call."""
@@ -173,10 +173,10 @@ class Clock:
             event.record(self._stream)
             self._marks.append((what, event))
 
-    def _span(self, part: str, talk: CommKey | None) -> Span:
-        span = self._spans.get((part, talk))
+    def _span(self, part: str, comm: CommKey | None) -> Span:
+        span = self._spans.get((part, comm))
         if span is None:
-            span = self._spans[part, talk] = Span(self, part, talk)
+            span = self._spans[part, comm] = Span(self, part, comm)
         return span
 
     def _describe(self, ranks: list[int]) -> tuple[str, str, int]:
@@ -205,7 +205,7 @@ CLOCK = Clock()
 
 
 def account(marks: list[tuple[Span | str | None, int]], *, pipelined: bool) -> tuple[dict[str, int], dict[CommKey, list[int]]]:
-    """(ns by part, talks) of one step's marks: each moment goes to the innermost open span, or to the loop's phase.
+    """(ns by part, comms) of one step's marks: each moment goes to the innermost open span, or to the loop's phase.
 
     Recomputing is what runs again inside a backward pass. pipelined: tell waiting before the first forward pass and after the
     last backward pass from the rest.
@@ -215,7 +215,7 @@ def account(marks: list[tuple[Span | str | None, int]], *, pipelined: bool) -> t
         whats = enumerate(what for what, _ in marks)
         last_backward = max((i for i, what in whats if type(what) is Span and what.part in (BACKWARD, WEIGHTS)), default=0)
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
-    talks: dict[CommKey, list[int]] = defaultdict(lambda: [0, 0, 1 << 62])
+    comms: dict[CommKey, list[int]] = defaultdict(lambda: [0, 0, 1 << 62])
     stack, begun, forwards, before = [OTHER], [], 0, marks[0][1]
     for index, (what, stamp) in enumerate(marks):
         parts[stack[-1]] += stamp - before
@@ -223,8 +223,8 @@ def account(marks: list[tuple[Span | str | None, int]], *, pipelined: bool) -> t
         if what is None:
             stack.pop()
             span, began = begun.pop()
-            if span.talk is not None:
-                entry = talks[span.talk]
+            if span.comm is not None:
+                entry = comms[span.comm]
                 entry[0], entry[1], entry[2] = entry[0] + 1, entry[1] + stamp - began, min(entry[2], stamp - began)
         elif type(what) is str:
             stack[0] = what
@@ -237,7 +237,7 @@ def account(marks: list[tuple[Span | str | None, int]], *, pipelined: bool) -> t
                 part = WARM_UP if not forwards else COOL_DOWN if index > last_backward else PIPELINE
             stack.append(part)
             begun.append((what, stamp))
-    return parts, dict(talks)
+    return parts, dict(comms)
 
 
 def num_bytes(tensor: torch.Tensor) -> int:

@@ -28,7 +28,7 @@ def write(folder, steps, mark=0.0, resumed_step=None):
 
 
 def test_what_is_read_is_what_was_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_stats, "PIECE_STEPS", 4)
+    monkeypatch.setattr(tensor_stats, "FILE_STEPS", 4)
     write(tmp_path, range(1, 11))
     layers = StatsWriter(tmp_path, ACTIVATIONS, ("0", "2"))
     layers.append(5, {"activation_rms": np.array([0.5, 1.5])})
@@ -87,7 +87,7 @@ def test_kill_9_loses_no_record_that_was_appended(tmp_path):
 
 
 def test_a_resume_replaces_the_steps_that_it_repeats(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_stats, "PIECE_STEPS", 4)
+    monkeypatch.setattr(tensor_stats, "FILE_STEPS", 4)
     write(tmp_path, range(1, 11))
     write(tmp_path, [], resumed_step=6)
     assert read_stats(tmp_path, 1, 99).steps.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]  # nothing new yet

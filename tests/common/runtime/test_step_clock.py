@@ -8,7 +8,7 @@ import torch
 from recipes.common.config.placement import coordinates
 from recipes.common.monitor.phases import Phases
 from recipes.common.recipe import AdamW, Layout
-from recipes.common.run_dir.timing_files import FIRST_TALKS, THIN_AFTER, THIN_STEPS, TimingWriter, read_timing, read_trace
+from recipes.common.run_dir.timing_files import FIRST_COMM_ROWS, THIN_AFTER, THIN_STEPS, TimingWriter, read_timing, read_trace
 from recipes.common.runtime.step_clock import (
     BACKWARD,
     CLOCK,
@@ -43,13 +43,13 @@ def test_each_moment_goes_to_the_innermost_span():
         (None, 15), (None, 16), (None, 20), (RECEIVE, 21), (None, 24), (SPANS[BACKWARD], 25), (SPANS[RECOMPUTE], 26), (None, 30),
         (None, 33), (RECEIVE, 35), (None, 40), (HOST, 42), (OTHER, 50),
     ]  # fmt: skip
-    parts, talks = account(marks, pipelined=True)
+    parts, comms = account(marks, pipelined=True)
     assert sum(parts.values()) == 50
     # what is recomputed is told apart only inside the backward pass: in the forward pass it is run for the first time
     assert parts == dict.fromkeys(PARTS, 0) | {
         DATA: 5, WARM_UP: 4, FORWARD: 7, TENSOR: 2, PIPELINE: 3, BACKWARD: 4, RECOMPUTE: 4, COOL_DOWN: 5, HOST: 8, OTHER: 8,
     }  # fmt: skip
-    assert talks == {CommKey("pipeline", "recv", 100, 2, 1): [3, 12, 3]}
+    assert comms == {CommKey("pipeline", "recv", 100, 2, 1): [3, 12, 3]}
 
 
 class FakeEvent:
@@ -105,10 +105,10 @@ def test_an_exception_closes_its_spans():
 def test_long_runs_write_a_row_for_ten_steps_and_a_cut_line_is_not_read(tmp_path):
     writer = TimingWriter(tmp_path, 0, {"world": 1})
     steps = THIN_AFTER + 5 * THIN_STEPS
-    talk = CommKey("data", "all_reduce", 8, 2, -1)
+    comm = CommKey("data", "all_reduce", 8, 2, -1)
     for step in range(1, steps + 1):
         parts = dict.fromkeys(PARTS, 0) | {FORWARD: 2000, BACKWARD: 1000 * step}
-        writer.step(StepTimes(step, 0, 4, parts, {talk: [3, 3000, 500 + step]}, []))
+        writer.step(StepTimes(step, 0, 4, parts, {comm: [3, 3000, 500 + step]}, []))
     writer.close()
     path = tmp_path / "timing/rank_00000.jsonl"
     path.write_bytes(path.read_bytes() + b"[1234,1,4,")
@@ -120,9 +120,9 @@ def test_long_runs_write_a_row_for_ten_steps_and_a_cut_line_is_not_read(tmp_path
     assert timing.rows[-1][backward] == sum(range(steps - THIN_STEPS + 1, steps + 1))
     assert sum(row[1] for row in timing.rows) == steps
     # the first steps warm up: their communication is left out
-    assert timing.talk_steps == steps - FIRST_TALKS
-    assert sum(count for _, count, _, _ in timing.talks) == 3 * timing.talk_steps
-    assert min(least for _, _, _, least in timing.talks) == round((500 + FIRST_TALKS + 1) / 1e3, 1)
+    assert timing.comm_steps == steps - FIRST_COMM_ROWS
+    assert sum(count for _, count, _, _ in timing.comms) == 3 * timing.comm_steps
+    assert min(least for _, _, _, least in timing.comms) == round((500 + FIRST_COMM_ROWS + 1) / 1e3, 1)
     assert path.stat().st_size < 150_000
 
 
@@ -219,9 +219,9 @@ def test_parts_are_those_that_the_layout_has(timed):
 def _calls(timing, **wanted):
     """Calls a step of what matches."""
     matching = (
-        count for talk, count, _, _ in timing.talks if all(getattr(talk, name) == value for name, value in wanted.items())
+        count for comm, count, _, _ in timing.comms if all(getattr(comm, name) == value for name, value in wanted.items())
     )
-    return sum(matching) / timing.talk_steps
+    return sum(matching) / timing.comm_steps
 
 
 def test_bytes_are_those_of_the_formulas(timed):
@@ -244,7 +244,7 @@ def test_bytes_are_those_of_the_formulas(timed):
             assert _calls(timing, op="isend", bytes=activation) == _calls(timing, op="irecv", bytes=activation) == MICRO
         if name == "data":
             assert _calls(timing, group="data", op="all_reduce", bytes=weights) == 1
-            gathered = [talk.bytes for talk, *_ in timing.talks if talk.op == "all_gather_into_tensor"]
+            gathered = [comm.bytes for comm, *_ in timing.comms if comm.op == "all_gather_into_tensor"]
             assert sum(set(gathered)) == weights
             assert dict(zip(PARTS, timing.rows[-1][3:], strict=True))[DATA_PARALLEL] > 0
 

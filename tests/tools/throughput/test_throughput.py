@@ -123,13 +123,13 @@ def test_report_and_diff_read_the_run_again(ran):
 def write_run(folder, parts_by_rank, *, pipeline=1, steps=20):
     """Timing files of a made-up run: ms by part and rank."""
     folder.mkdir()
-    talks = {CommKey("data", "all_reduce", 6_000_000, 4, -1): [2, 8_000_000, 3_000_000]}
+    comms = {CommKey("data", "all_reduce", 6_000_000, 4, -1): [2, 8_000_000, 3_000_000]}
     for rank, parts in enumerate(parts_by_rank):
         start = {"world": len(parts_by_rank), "pipeline": pipeline, "data": len(parts_by_rank) // pipeline, "tensor": 1}
         writer = TimingWriter(folder, rank, start | {"schedule": "1f1b", "layers": [0, 4], "host": "made_up", "device": "cpu"})
         for step in range(1, steps + 1):
             full = dict.fromkeys(PARTS, 0) | {part: round(ms * 1e6) for part, ms in parts.items()}
-            writer.step(StepTimes(step, 0, 4, full, talks, []))
+            writer.step(StepTimes(step, 0, 4, full, comms, []))
         writer.close()
     return folder
 
