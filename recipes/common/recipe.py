@@ -158,7 +158,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """When to save a checkpoint, and which to keep. The last step is always saved."""
+    """Says when to save a checkpoint, and which to keep. The last step is always saved."""
 
     every_steps: int = 0  # save every so many steps; 0: not by steps
     every_minutes: float = 0.0  # save when so much time has passed since the last save; 0: not by time
@@ -168,7 +168,7 @@ class Checkpoints:
 
 @dataclass(frozen=True, kw_only=True)
 class Monitor:
-    """How often statistics are recorded, in the run's `tensor_stats/` and `metrics.jsonl` (recipes.common.monitor)."""
+    """Says how often statistics are recorded, in the run's `tensor_stats/` and `metrics.jsonl` (recipes.common.monitor)."""
 
     every_steps: int = 1  # norms of gradients, weights and updates, of each parameter; 0: never
     activations_every_steps: int = 10  # outputs, attention logits and router load, of each layer; 0: never
@@ -179,7 +179,7 @@ class Monitor:
 
 @dataclass(frozen=True, kw_only=True)
 class Reaction:
-    """What a run does about a loss spike or another anomaly that it detects (recipes.common.anomalies).
+    """Says what a run does about a loss spike or another anomaly that it detects (recipes.common.anomalies).
 
     Every anomaly is logged, and recorded in a black box.
     """
@@ -231,7 +231,7 @@ class Sizes:
 
 
 def due(every_steps: int, step: int) -> bool:
-    """Whether what a recipe asks for every so many steps (0: never) falls on `step`."""
+    """Return whether what a recipe asks for every so many steps (0: never) falls on `step`."""
     return every_steps > 0 and step % every_steps == 0
 
 

@@ -152,7 +152,7 @@ def _run(config: PreTrainedConfig, attention: str, pipeline: int, ids: torch.Ten
 
 
 def _shares_layers(config: PreTrainedConfig, attention: str) -> bool:
-    """Whether one parameter belongs to two layers: its gradient would be lost between stages."""
+    """Return whether one parameter belongs to two layers: its gradient would be lost between stages."""
     stage = build_stage(plan_model(config, attention=attention), one_process(), seq_len=_SEQ_LEN)
     owners: dict[int, set[int]] = {}
     for index, layer in enumerate(stage.causal.get_submodule(stage.stack.layers)):

@@ -52,7 +52,7 @@ def device_problems(config: dict[str, Any], file: str, fp16_supported: bool) -> 
 
 
 def fp16_supported() -> bool:
-    """Whether DeepSpeed accepts fp16 on this machine's accelerator. Imports DeepSpeed."""
+    """Return whether DeepSpeed accepts fp16 on this machine's accelerator. Imports DeepSpeed."""
     from deepspeed.accelerator import get_accelerator
 
     return bool(get_accelerator().is_fp16_supported())

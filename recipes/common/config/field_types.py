@@ -46,7 +46,7 @@ def _value_problems(value: Any, hint: Any, name: str) -> Iterator[str]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether `value` itself is a `hint`; the values of a dict and the fields of a dataclass are checked one by one."""
+    """Return whether `value` itself is a `hint`; the values of a dict and the fields of a dataclass are checked one by one."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (UnionType, Union):
         return any(_fits(value, option) for option in inner)

@@ -18,7 +18,7 @@ SHAPES = ("linear", "cosine", "1-sqrt")
 
 
 def in_tokens(schedule: Schedule) -> bool:
-    """Whether a schedule that `schedule_problems` has accepted has its lengths in tokens; else in steps."""
+    """Return whether a schedule that `schedule_problems` has accepted has its lengths in tokens; else in steps."""
     return schedule.warmup_tokens is not None
 
 

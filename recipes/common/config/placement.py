@@ -24,12 +24,12 @@ class Coordinates:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank has the embedding."""
+        """Return whether this rank has the embedding."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank has the head and the loss."""
+        """Return whether this rank has the head and the loss."""
         return self.pipeline_rank == (0 if self.folded else self.pipeline - 1)
 
 

@@ -41,7 +41,7 @@ class Stack:
 def find_stack(causal: PreTrainedModel) -> Stack:
     """Find the parts of `causal` (a ForCausalLM, on any device).
 
-    Raises PlanError if it has no single stack of `num_hidden_layers` layers, or if its other parts cannot be told apart.
+    Raises PlanError if it has no single stack of `num_hidden_layers` layers, or if its other parts cannot be identified.
     """
     base_name = next((name for name, child in causal.named_children() if isinstance(child, PreTrainedModel)), None)
     if base_name is None:

@@ -44,7 +44,7 @@ class ShardSpec:
 
 @dataclass(frozen=True)
 class RankShard:
-    """What one tensor rank holds of a tensor: the whole of it, or its shard."""
+    """The part of a tensor that one tensor rank holds: all of it, or its shard."""
 
     spec: ShardSpec | None = None  # None: the whole
     rank: int = 0

@@ -43,7 +43,7 @@ def _keep_whole(module: nn.Module, label: str) -> dict[str, ShardSpec]:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorStyle:
-    """What the tensor ranks do with a module, or a parameter that a plan names by itself, of one style."""
+    """Describes what the tensor ranks do with a module of one style, or with a parameter that a plan names by itself."""
 
     # How it shards: (module, its name and style for messages) -> a ShardSpec for each sharded parameter of its own, and
     # (parameter, label) -> its ShardSpec. None: the style is not defined for modules, or not for parameters
@@ -57,12 +57,12 @@ class TensorStyle:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether it shards any parameter; else it only communicates."""
+        """Return whether it shards any parameter; else it only communicates."""
         return self.shard_module is not _keep_whole
 
     @property
     def output_stays_sharded(self) -> bool:
-        """Whether what follows reads this rank's outputs alone, so that heads must not be split between ranks."""
+        """Return whether what follows reads this rank's outputs alone, so that heads must not be split between ranks."""
         return self.in_block == COLUMN and self.connect is None
 
 

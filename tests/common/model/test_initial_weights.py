@@ -35,8 +35,8 @@ def _layouts_that_differ(config):
         for tensor_rank in range(tensor):
             for stage in stages_of(config, pipeline, tensor, tensor_rank):
                 for name, shard in stage.hf_named_parameters():
-                    cut = stage.tensor_plan.shards.get(name) if tensor > 1 else None
-                    wanted = whole[name] if cut is None else cut.take(whole[name], tensor_rank, tensor)
+                    spec = stage.tensor_plan.shards.get(name) if tensor > 1 else None
+                    wanted = whole[name] if spec is None else spec.take(whole[name], tensor_rank, tensor)
                     if not shard.equal(wanted):
                         failed.append((pipeline, tensor, tensor_rank, name))
     return failed

@@ -65,7 +65,7 @@ def _gather_partial():
 
 
 def _split():
-    """Every rank goes on with its own columns."""
+    """Every rank continues with its own columns."""
     group, rank, size = _group()
     x, weight = tensors(WIDTH, 2)
     mine, plain = x.clone().requires_grad_(), x.clone().requires_grad_()

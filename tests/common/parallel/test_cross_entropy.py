@@ -31,14 +31,14 @@ def _compare(vocab, ignored):
     weight, bias = torch.randn(vocab, WIDTH, generator=generator), torch.randn(vocab, generator=generator)
     targets = torch.randint(0, vocab, (SEQS, SEQ_LEN), generator=generator)
     targets[0, :ignored] = IGNORED
-    cut = ShardSpec(0)
-    return {case: _differences(case, hidden, weight, bias, targets, cut, rank, size, group) for case in CASES}
+    shard = ShardSpec(0)
+    return {case: _differences(case, hidden, weight, bias, targets, shard, rank, size, group) for case in CASES}
 
 
-def _differences(case, hidden, weight, bias, targets, cut, rank, size, group):
+def _differences(case, hidden, weight, bias, targets, shard, rank, size, group):
     chunk_tokens, z_loss, kind = case
     vocab = len(weight)
-    mine = [cut.take(whole, rank, size).requires_grad_() for whole in (weight, bias)]
+    mine = [shard.take(whole, rank, size).requires_grad_() for whole in (weight, bias)]
     received = hidden.clone().requires_grad_()
     total, (cross_entropy, log_z_squared, log_z), largest = vocabulary_loss(
         lambda x: _logits(kind, x, *mine),
@@ -65,10 +65,10 @@ def _differences(case, hidden, weight, bias, targets, cut, rank, size, group):
         "largest logit": (largest, logits[scored].max()),
         "total": (total, wanted + z_loss * squares),
         "gradient of hidden": (received.grad, plain[0].grad),
-        "gradient of the head": (mine[0].grad, cut.take(plain[1].grad, rank, size)),  # zero in the padding
+        "gradient of the head": (mine[0].grad, shard.take(plain[1].grad, rank, size)),  # zero in the padding
     }
     if kind == "bias":
-        pairs["gradient of the bias"] = (mine[1].grad, cut.take(plain[2].grad, rank, size))
+        pairs["gradient of the bias"] = (mine[1].grad, shard.take(plain[2].grad, rank, size))
     return {name: ((a - b).abs().max() / b.abs().max().clamp(min=1.0)).item() for name, (a, b) in pairs.items()}
 
 
