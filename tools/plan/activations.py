@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from recipes.common.model.decoder import TUPLE_LAYERS, find_stack
 from recipes.common.model.recompute import product_ops
-from recipes.common.pipeline.stage import Placeholder
+from recipes.common.pipeline.placeholders import Placeholder
 
 TRAFFIC_PER_SAVED = 6.0  # bytes moved a saved byte: each is written and read about three times
 

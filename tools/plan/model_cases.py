@@ -16,7 +16,7 @@ from recipes.common.model.decoder import PlanError, Stack, find_stack
 from recipes.common.model.flops import ModelWork, layer_costs, model_work, training_flops
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
-from recipes.common.pipeline.partition import cut_chunks, runs_by_rank
+from recipes.common.pipeline.partition import chunks_by_rank, partition_layers
 from recipes.common.recipe import AdamW, Layout, Recipe
 from tools.common.console import UsageError
 from tools.common.devices import Device
@@ -90,8 +90,10 @@ class ModelFacts:
         pipeline, schedule = layout.pipeline, layout.pipeline_schedule
         if (key := (pipeline, schedule, layout.layers_per_stage)) not in self.layers_by_pipeline:
             costs, head = self.costs
-            chunks = cut_chunks(costs, head, pipeline, schedule, layout.layers_per_stage)
-            self.layers_by_pipeline[key] = [[index for run in runs for index in run] for runs in runs_by_rank(chunks, pipeline)]
+            chunks = partition_layers(costs, head, pipeline, schedule, layout.layers_per_stage)
+            self.layers_by_pipeline[key] = [
+                [index for chunk in own for index in chunk] for own in chunks_by_rank(chunks, pipeline)
+            ]
         return self.layers_by_pipeline[key]
 
     def stage_loads(self, layout: Layout) -> list[float]:

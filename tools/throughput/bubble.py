@@ -10,8 +10,8 @@ from recipes.common.config.placement import FOLDED, chunk_count, rank_of_chunk
 from recipes.common.model.decoder import find_stack
 from recipes.common.model.flops import layer_costs
 from recipes.common.model.initial_weights import build_empty
-from recipes.common.pipeline.partition import cut_chunks, runs_by_rank
-from recipes.common.pipeline.schedules import Costs, finish_times, plan_passes
+from recipes.common.pipeline.partition import chunks_by_rank, partition_layers
+from recipes.common.pipeline.schedules import Costs, finish_times, order_passes
 from recipes.common.recipe import Recipe
 from recipes.common.runtime.step_clock import BACKWARD, FORWARD, PARTS, RECOMPUTE, TENSOR, WEIGHTS
 from tools.throughput.timings import MESSAGES, Timings
@@ -92,7 +92,7 @@ def simulate(stages: list[StageTimes], micro_batches: int, schedule: str) -> flo
     owners = [stages[rank_of_chunk(schedule, count, chunk)] for chunk in range(chunks)]
     share = count / chunks
     costs = tuple(Costs(share * s.forward, share * s.backward, share * s.weights) for s in owners)
-    span = max(finish_times(plan_passes(schedule, count, micro_batches, costs), costs))
+    span = max(finish_times(order_passes(schedule, count, micro_batches, costs), costs))
     return 1 - sum(stage.all for stage in stages) * micro_batches / count / span if span else 0.0
 
 
@@ -138,8 +138,8 @@ def find_balance(timings: Timings, recipe: Recipe) -> Balance | None:
     if not head:
         rate = sum(stages) / sum(shares)
     layers = [rate * cost for cost in costs]
-    chunks = cut_chunks(layers, head, timings.pipeline, timings.schedule)
-    better = [[(run.start, run.stop) for run in runs] for runs in runs_by_rank(chunks, timings.pipeline)]
+    chunks = partition_layers(layers, head, timings.pipeline, timings.schedule)
+    better = [[(chunk.start, chunk.stop) for chunk in own] for own in chunks_by_rank(chunks, timings.pipeline)]
     current, predicted = by_stage(layers, partition, head), by_stage(layers, better, head)
     saved = max(current) - max(predicted)
     return Balance(

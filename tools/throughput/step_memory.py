@@ -76,7 +76,7 @@ def count_step(trainer: Trainer) -> Iterator[dict[str, int]]:
 
     layers = stage.causal.get_submodule(stage.stack.layers)
     with ExitStack() as hooks:
-        for index in stage.own:
+        for index in stage.own_layers:
             hooks.callback(layers[index].register_forward_pre_hook(keep_input, with_kwargs=True).remove)
         if stage.is_last:
             hooks.callback(stage.causal.get_submodule(stage.stack.head).register_forward_hook(see_logits).remove)

@@ -10,7 +10,7 @@ from recipes.common.model.decoder import find_stack
 from recipes.common.model.flops import layer_costs
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.linears import deferrable_fraction
-from recipes.common.pipeline.partition import cut_chunks, runs_by_rank
+from recipes.common.pipeline.partition import chunks_by_rank, partition_layers
 from recipes.common.recipe import Blend, Layout, Reaction, Recipe, Sizes
 
 
@@ -33,9 +33,9 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
         f"on anomaly  {_reaction(recipe.reaction)}",
         "stage  layers        part of the cost",
     ]
-    chunks = cut_chunks(costs, head, layout.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
+    chunks = partition_layers(costs, head, layout.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
     total = sum(costs) + head
-    for index, runs in enumerate(runs_by_rank(chunks, layout.pipeline)):
+    for index, runs in enumerate(chunks_by_rank(chunks, layout.pipeline)):
         has_head = runs[-1] is chunks[-1]
         cost = sum(costs[i] for run in runs for i in run) + (head if has_head else 0.0)
         parts = ("embedding, " if index == 0 else "") + ", ".join(f"{run[0]}-{run[-1]}" for run in runs)

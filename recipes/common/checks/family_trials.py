@@ -61,7 +61,7 @@ def masking_problems(config: PreTrainedConfig, attention: str) -> list[str]:
         half = torch.arange(_SEQ_LEN // 2).repeat(2).view(1, _SEQ_LEN)
         stage = build_stage(plan_model(tiny, attention=attention), one_process(), seq_len=_SEQ_LEN).eval()
         with torch.no_grad():
-            stage.place_documents([half])
+            stage.set_positions([half])
             packed = stage(ids)[:, _SEQ_LEN // 2 :]
             alone = stage(ids[:, _SEQ_LEN // 2 :])
         difference = (packed - alone).abs().max().item()

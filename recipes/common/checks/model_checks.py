@@ -13,7 +13,7 @@ from recipes.common.model.decoder import PlanError, Stack, find_stack
 from recipes.common.model.flops import layer_costs
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
-from recipes.common.pipeline.partition import cut_chunks, runs_by_rank
+from recipes.common.pipeline.partition import chunks_by_rank, partition_layers
 from recipes.common.recipe import Layout, Recipe
 
 
@@ -81,10 +81,10 @@ def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) ->
     """Check that every stage holds both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
     layers = causal.get_submodule(stack.layers)
     kinds = {p.ndim < 2 for p in causal.parameters()}
-    chunks = cut_chunks(
+    chunks = partition_layers(
         *layer_costs(causal, stack, recipe.batch.seq_len), layout.pipeline, layout.pipeline_schedule, layout.layers_per_stage
     )
-    for runs in runs_by_rank(chunks, layout.pipeline):
+    for runs in chunks_by_rank(chunks, layout.pipeline):
         own = [index for run in runs for index in run]
         if {p.ndim < 2 for index in own for p in layers[index].parameters()} != kinds:
             return [

@@ -31,6 +31,7 @@ from recipes.common.pipeline.stage import Stage
 from recipes.common.pipeline.tied_embeddings import TiedHead, gradient_of
 from recipes.common.recipe import Optimizer
 from recipes.common.runtime.step_clock import BACKWARD, CLOCK, FORWARD, OPTIMIZER, num_bytes
+from recipes.common.runtime.supervisor_link import WAITING_FUNCTION
 
 Labels = tuple[torch.Tensor, torch.Tensor]
 
@@ -55,6 +56,17 @@ class StepResult:
     skip_reason: str | None  # OVERFLOW, NONFINITE or TOO_HIGH
     votes: tuple[bool, ...]  # for each vote that was cast, whether any rank said yes
     statistics: np.ndarray  # of Trainer.statistics, summed over all ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSums:
+    """Sums over all ranks, of one step or evaluation. Only the last stage adds losses."""
+
+    losses: np.ndarray  # [3]: cross-entropy, log(Z)^2 and log(Z), as the stage sums them
+    cross_entropy_by_rank: np.ndarray  # [data]: each data rank's own
+    max_logit_by_rank: np.ndarray  # [data]
+    votes: np.ndarray  # [votes]: how many ranks voted yes
+    statistics: np.ndarray  # [n]: see Trainer.statistics
 
 
 class PipelineStages(PipelineModule):
@@ -162,9 +174,9 @@ class Trainer:
             if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "bf16_optimizer.py":
                 raise
             finite = False
-        losses, by_rank, counts, statistics = self._sum_over_ranks(votes)
-        losses, by_rank = losses / (len(micro_batches) * self.grid.data), by_rank / [[len(micro_batches)], [1.0]]
-        worst = int(np.argmax(by_rank[0]))  # the first NaN, where there is one
+        sums = self._sum_over_ranks(votes)
+        losses, by_rank = sums.losses / (len(micro_batches) * self.grid.data), sums.cross_entropy_by_rank / len(micro_batches)
+        worst = int(np.argmax(by_rank))  # the first NaN, where there is one
         skipped = self.engine.skipped_steps > skipped_before
         overflowed = self.engine.fp16_enabled() and np.isfinite(losses[0])
         refused, norm = self._gate.refused_norm, float(self.engine.get_global_grad_norm() or 0.0)
@@ -173,15 +185,15 @@ class Trainer:
             loss=float(losses[0]),
             log_z_squared=float(losses[1]),
             log_z=float(losses[2]),
-            max_logit=float(by_rank[1].max()),
-            loss_max=float(by_rank[0, worst]),
+            max_logit=float(sums.max_logit_by_rank.max()),
+            loss_max=float(by_rank[worst]),
             loss_max_rank=worst,
             grad_norm=refused if refused is not None else norm if finite else float("nan"),
             loss_scale=self._loss_scale(),
             skipped=skipped,
             skip_reason=reason if skipped else None,
-            votes=tuple(count > 0 for count in counts),
-            statistics=statistics,
+            votes=tuple(count > 0 for count in sums.votes),
+            statistics=sums.statistics,
         )
 
     def _loss_scale(self) -> float:
@@ -190,7 +202,7 @@ class Trainer:
     def run_micro_batches(self, micro_batches: list[torch.Tensor], scored_tokens: int) -> None:
         """Forward, backward and the optimizer's step. DeepSpeed leaves the step out where the gradient norm is not finite."""
         self._clear_losses()
-        self._place_documents(micro_batches)
+        self._set_document_positions(micro_batches)
         batches = self._batches(micro_batches, len(micro_batches) * self.grid.data / scored_tokens)
         if self.grid.pipeline > 1:
             self.engine.train_batch(batches)
@@ -208,7 +220,7 @@ class Trainer:
         """Mean cross-entropy over `scored_tokens` targets; each item is ids [micro_seqs, seq_len + 1] and which rows count."""
         self._clear_losses()
         weight = 1.0 / scored_tokens
-        self._place_documents([tokens for tokens, _ in micro_batches])
+        self._set_document_positions([tokens for tokens, _ in micro_batches])
         batches = self._batches((tokens for tokens, _ in micro_batches), weight, [rows for _, rows in micro_batches])
         if self._executor is not None:
             self._executor.evaluate(batches, len(micro_batches))
@@ -220,7 +232,7 @@ class Trainer:
                 for ids, labels in batches:
                     self.engine(ids, labels)
             self.engine.train()
-        return float(self._sum_over_ranks(measure=False)[0][0])
+        return float(self._sum_over_ranks(measure=False).losses[0])
 
     def _clear_losses(self) -> None:
         self.stage.loss_sums.zero_()
@@ -238,31 +250,38 @@ class Trainer:
             ids = tokens[:, :-1].contiguous().to(device, non_blocking=True)
             yield ids, (targets.contiguous().to(device, non_blocking=True), scale)
 
-    def _place_documents(self, micro_batches: list[torch.Tensor]) -> None:
+    def _set_document_positions(self, micro_batches: list[torch.Tensor]) -> None:
         """Tell the stage, whichever it is, where documents start. Every stage reads the data, so nothing has to be sent."""
         if self.document_end is not None:
             positions = (document_positions(tokens[:, :-1], self.document_end) for tokens in micro_batches)
-            self.stage.place_documents(p.to(self.grid.device, non_blocking=True) for p in positions)
+            self.stage.set_positions(p.to(self.grid.device, non_blocking=True) for p in positions)
 
-    def _sum_over_ranks(self, votes: tuple[bool, ...] = (), *, measure: bool = True) -> list[np.ndarray]:
-        """The one reduction of a step, on every rank: [loss sums [3] over all data ranks, cross-entropy and largest logit of each
-        data rank [2, data], votes, statistics]. The last stage has the losses."""
+    def _sum_over_ranks(self, votes: tuple[bool, ...] = (), *, measure: bool = True) -> StepSums:
+        """Make the one reduction of a step, on every rank. measure: with the step's statistics."""
         losses = self.stage.loss_sums
-        by_rank = losses.new_zeros(2, self.grid.data)  # a slot each: summed with zeros it stays what it is
+        cross_entropy, max_logit = losses.new_zeros(2, self.grid.data)  # a slot each: summed with zeros it stays what it is
         if self.grid.is_last_stage and self.grid.tensor_rank == 0:
-            by_rank[0, self.grid.data_rank], by_rank[1, self.grid.data_rank] = losses[0], self.stage.max_logit
+            cross_entropy[self.grid.data_rank], max_logit[self.grid.data_rank] = losses[0], self.stage.max_logit
         else:
             losses = torch.zeros_like(losses)
-        statistics = self.statistics() if measure and self.statistics is not None else losses.new_zeros(0)
-        parts = [losses, by_rank.flatten(), losses.new_tensor(votes), statistics]
-        sums = torch.cat(parts)
+        parts = {
+            "losses": losses,
+            "cross_entropy_by_rank": cross_entropy,
+            "max_logit_by_rank": max_logit,
+            "votes": losses.new_tensor(votes),
+            "statistics": self.statistics() if measure and self.statistics is not None else losses.new_zeros(0),
+        }
+        sums = torch.cat(list(parts.values()))
         if dist.get_world_size() > 1:
             with CLOCK.collective("all_reduce", num_bytes(sums), None):
                 dist.all_reduce(sums)
         CLOCK.settle()  # while a GPU still works on what the next line waits for
-        losses, by_rank, counts, statistics = np.split(sums.cpu().numpy(), np.cumsum([part.numel() for part in parts[:-1]]))
-        return [losses, by_rank.reshape(2, -1), counts, statistics]
+        fields = sums.cpu().split([part.numel() for part in parts.values()])
+        return StepSums(**{name: values.numpy() for name, values in zip(parts, fields, strict=True)})
 
     def hf_shards(self) -> dict[str, torch.Tensor]:
         """Hugging Face name -> this rank's shard of the weights the model computes with."""
         return {name: parameter.detach() for name, parameter in self.stage.hf_named_parameters()}
+
+
+assert WAITING_FUNCTION in vars(Trainer), "a hang report finds waiting ranks by this function's name"

@@ -53,7 +53,7 @@ class LayerStats:
         self._clear()
         layers = self._stage.causal.get_submodule(self._stage.stack.layers)
         # on every tensor rank: each has the same values, or its part of the sequence, and means and ratios are right either way
-        for index in self._stage.own:
+        for index in self._stage.own_layers:
             # before the stage's own hook, which takes the output of its last layer away
             self._handles.append(layers[index].register_forward_hook(self._output_hook(index), prepend=True))
         for index, router, place in _routers(self._stage):

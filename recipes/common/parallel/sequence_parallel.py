@@ -46,13 +46,13 @@ def shard_sequence(
     stack: Stack,
     plan: TensorPlan,
     chunks: tuple[range, ...],
-    stand_ins: dict[str, nn.Module],
+    placeholders: dict[str, nn.Module],
     grid: Grid,
     recomputed: range,
 ) -> None:
     """Let this stage's layers, and the final norm, run on this rank's part of the sequence.
 
-    chunks, stand_ins: as in Stage. Call it after `apply_tensor_parallel` and before `recompute` wraps the layers.
+    chunks, placeholders: as in Stage. Call it after `apply_tensor_parallel` and before `recompute` wraps the layers.
     """
     layers = causal.get_submodule(stack.layers)
     own = [index for chunk in chunks for index in chunk]
@@ -67,7 +67,7 @@ def shard_sequence(
             last = causal.get_submodule(stack.after[-1]) if stack.after else layers[chunk[-1]]
             last.register_forward_hook(partial(_gather_output, grid.tensor_group))
         else:
-            following = stand_ins.get(f"{stack.layers}.{chunk[-1] + 1}", layers[chunk[-1] + 1])
+            following = placeholders.get(f"{stack.layers}.{chunk[-1] + 1}", layers[chunk[-1] + 1])
             following.register_forward_pre_hook(partial(_whole_shape, grid.tensor), with_kwargs=True)
     outside = [f"{stack.layers}.{index}." for index in own] + [f"{name}." for name in stack.after]
     inside = [f"{name}." for name in plan.blocks]

@@ -21,7 +21,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from recipes.common.config.placement import chunk_count, chunks_of_rank, rank_of_chunk
 from recipes.common.parallel.grid import Grid
-from recipes.common.pipeline.schedules import FORWARD, INPUTS, Message, Pass, forward_passes, needs, plan_passes, sent_messages
+from recipes.common.pipeline.schedules import FORWARD, INPUTS, Message, Pass, forward_passes, needs, order_passes, sent_messages
 from recipes.common.pipeline.stage import Stage
 from recipes.common.runtime.step_clock import BACKWARD, CLOCK, DATA, PIPELINE, WEIGHTS, num_bytes
 from recipes.common.runtime.step_clock import FORWARD as FORWARD_TIME
@@ -92,7 +92,7 @@ class PipelineExecutor:
     def __init__(self, engine: PipelineEngine, stage: Stage, grid: Grid) -> None:
         schedule = stage.schedule
         self._engine, self._stage, self._grid, self._schedule = engine, stage, grid, schedule
-        self._plan = cache(lambda count: self._own_part(plan_passes(schedule, grid.pipeline, count, stage.pass_costs)))
+        self._plan = cache(lambda count: self._own_part(order_passes(schedule, grid.pipeline, count, stage.pass_costs)))
         self._chunks = chunk_count(schedule, grid.pipeline)
         self._own = chunks_of_rank(schedule, grid.pipeline, grid.pipeline_rank)
         self._like: torch.Tensor | None = None

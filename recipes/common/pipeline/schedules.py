@@ -3,17 +3,20 @@
 A model is a row of chunks of layers. A pass is one micro batch through one chunk: F forward, B the gradient of its input, W those
 of its weights (in 1F1B, B computes both and there is no W). With "1f1b" (arXiv 2104.04473) and "zero_bubble" (ZB-H1, arXiv
 2401.10241) each rank has one chunk. With "zero_bubble_v" (ZB-V, arXiv 2405.15362) rank r of p has two, r and 2p - 1 - r: the row
-is folded, so that the first rank has the first layers and the last ones, and a micro batch turns at the last rank.
+is folded, so that the first rank has the first layers and the last ones, and a micro batch turns at the last rank. Two ranks,
+three micro batches, chunks a to d, all passes equally long:
+
+    rank 0  F0a F1a F2a F0d B0d W0d F1d B1d B0a W1d W0a  .  F2d B2d B1a W2d W1a B2a W2a      chunks a and d
+    rank 1   .  F0b F0c F1b F1c B0c B0b W0c B1c W1c F2b F2c B1b W0b B2c W2c B2b W1b W2b      chunks b and c
 
 Bubbles, where every chunk's passes take F, B and W on a rank: 1F1B (p - 1)(F + B + W), ZB-H1 (p - 1)(F + B - W), and ZB-V,
-where F = B = W, (p - 1)F / 2: what it takes until the last rank has something to do. No schedule keeps more activations in
-flight on a rank than 1F1B does on its first stage.
+where F = B = W, (p - 1)F / 2: the time until the last rank has its first input. No schedule keeps more activations in flight on
+a rank than 1F1B does on its first stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from recipes.common.config.placement import FOLDED, ZERO_BUBBLE, chunk_count, chunks_of_rank, rank_of_chunk
@@ -28,15 +31,18 @@ class Pass(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Of one micro batch in one chunk, in any unit of time."""
+    """Costs of one micro batch's passes through one chunk, in any unit of time."""
 
     forward: float
     inputs: float
     weights: float
 
+    def of(self, kind: str) -> float:
+        return self[(FORWARD, INPUTS, WEIGHTS).index(kind)]
+
 
 class Message(NamedTuple):
-    """What a pass needs of another rank: the activation (FORWARD) or the gradient (INPUTS) that `chunk` is given."""
+    """What a pass needs from another rank: the activation (FORWARD) or the gradient (INPUTS) that enters `chunk`."""
 
     kind: str
     micro_batch: int
@@ -44,48 +50,48 @@ class Message(NamedTuple):
 
 
 def needs(step: Pass, chunks: int) -> Pass | None:
-    """The pass, of whatever rank, that must be over before `step` can begin; None for those that read the data."""
-    kind, i, chunk = step
+    """Return the pass, of whatever rank, that must be over before `step` can begin; None for those that read the data."""
+    kind, micro_batch, chunk = step
     if kind == FORWARD:
-        return Pass(FORWARD, i, chunk - 1) if chunk else None
+        return Pass(FORWARD, micro_batch, chunk - 1) if chunk else None
     if kind == INPUTS:
-        return Pass(INPUTS, i, chunk + 1) if chunk < chunks - 1 else Pass(FORWARD, i, chunk)
-    return Pass(INPUTS, i, chunk)
+        return Pass(INPUTS, micro_batch, chunk + 1) if chunk < chunks - 1 else Pass(FORWARD, micro_batch, chunk)
+    return Pass(INPUTS, micro_batch, chunk)
 
 
-def plan_passes(schedule: str, pipeline: int, micro_batches: int, costs: tuple[Costs, ...] = ()) -> list[list[Pass]]:
-    """The passes of every rank, in order. `costs` of every chunk shape "zero_bubble_v"; without them all passes are as long."""
+def order_passes(schedule: str, pipeline: int, micro_batches: int, costs: tuple[Costs, ...] = ()) -> list[list[Pass]]:
+    """Return the passes of every rank, in order. The chunks' `costs` shape "zero_bubble_v"; by default all passes are equal."""
     if schedule != FOLDED:
         return [list(_one_chunk(pipeline, rank, micro_batches, schedule == ZERO_BUBBLE)) for rank in range(pipeline)]
     costs = costs or (Costs(1.0, 1.0, 1.0),) * (2 * pipeline)
     # several ways to be greedy, each best somewhere: the shortest is taken, the first of equals
-    plans = [_Folded(pipeline, micro_batches, costs, owed, eager).plan() for owed in (1, 2, pipeline, 2 * pipeline)
-             for eager in (False, True)]  # fmt: skip
-    return min(plans, key=lambda plan: plan.span).order
+    found = [
+        _Folded(pipeline, micro_batches, costs, max_deferred, forward_first).order()
+        for max_deferred in (1, 2, pipeline, 2 * pipeline)
+        for forward_first in (False, True)
+    ]
+    return min(found, key=lambda each: each[0])[1]
 
 
-def _one_chunk(pipeline: int, rank: int, micro_batches: int, split: bool) -> Iterator[Pass]:
-    """A rank that owes the weight gradients of up to `rank` micro batches until the last forward pass."""
-    ahead, made_up = min(pipeline - rank, micro_batches), 0
+def _one_chunk(pipeline: int, rank: int, micro_batches: int, zero_bubble: bool) -> Iterator[Pass]:
+    """Yield the passes of a rank with one chunk. With zero_bubble it defers up to `rank` weight gradients to the last forward."""
+    ahead, computed = min(pipeline - rank, micro_batches), 0
     yield from (Pass(FORWARD, i, rank) for i in range(ahead))
     for i in range(micro_batches):
         yield Pass(INPUTS, i, rank)
-        if split and (i + ahead >= micro_batches or i + 1 - made_up > rank):
-            yield Pass(WEIGHTS, made_up, rank)
-            made_up += 1
+        if zero_bubble and (i + ahead >= micro_batches or i + 1 - computed > rank):
+            yield Pass(WEIGHTS, computed, rank)
+            computed += 1
         if i + ahead < micro_batches:
             yield Pass(FORWARD, i + ahead, rank)
-    yield from (Pass(WEIGHTS, i, rank) for i in range(made_up, micro_batches) if split)
-
-
-@dataclass(frozen=True)
-class Plan:
-    span: float  # from the first pass to the end of the last
-    order: list[list[Pass]]  # by rank
+    yield from (Pass(WEIGHTS, i, rank) for i in range(computed, micro_batches) if zero_bubble)
 
 
 def forward_passes(schedule: str, pipeline: int, rank: int, micro_batches: int) -> list[Pass]:
-    """An evaluation's. On the way up a rank lets as many micro batches go before as there are ranks between it and the turn."""
+    """Return a rank's forward passes of an evaluation, in order.
+
+    In the upward half rank r starts p - 1 - r micro batches late, so that it never blocks the downward half.
+    """
     chunks = chunks_of_rank(schedule, pipeline, rank)
     late = pipeline - 1 - rank
     passes = [(k if chunk == rank else k + late, chunk, k) for chunk in chunks for k in range(micro_batches)]
@@ -93,92 +99,97 @@ def forward_passes(schedule: str, pipeline: int, rank: int, micro_batches: int) 
 
 
 class _Folded:
-    """A greedy schedule of two chunks a rank: whoever can begin first does, by rank of its passes' urgency.
+    """Builds a greedy order of two chunks a rank: the pass that can start first runs; ties are broken by priority.
 
-    `owed`: weight gradients that a rank may owe before it makes one up. `eager`: forward passes go before backward ones.
+    max_deferred: weight gradients that a rank may defer before it computes one. forward_first: forward passes go before backward
+    ones.
     """
 
-    def __init__(self, pipeline: int, micro_batches: int, costs: tuple[Costs, ...], owed: int, eager: bool) -> None:
-        self.pipeline, self.micro_batches, self.costs, self.owed, self.eager = pipeline, micro_batches, costs, owed, eager
+    def __init__(
+        self, pipeline: int, micro_batches: int, costs: tuple[Costs, ...], max_deferred: int, forward_first: bool
+    ) -> None:
+        self.pipeline, self.micro_batches, self.costs = pipeline, micro_batches, costs
+        self.max_deferred, self.forward_first = max_deferred, forward_first
         self.chunks = 2 * pipeline
-        self.done: dict[Pass, float] = {}
-        self.counts = {kind: [0] * self.chunks for kind in (FORWARD, INPUTS, WEIGHTS)}
-        self.clocks, self.order = [0.0] * pipeline, [[] for _ in range(pipeline)]
+        self.done: dict[Pass, float] = {}  # when each ended
+        self.counts = {kind: [0] * self.chunks for kind in (FORWARD, INPUTS, WEIGHTS)}  # passes begun, by chunk
+        self.clocks, self.passes = [0.0] * pipeline, [[] for _ in range(pipeline)]
 
-    def plan(self) -> Plan:
+    def order(self) -> tuple[float, list[list[Pass]]]:
+        """Return (when the last pass ends, the passes of every rank)."""
         nexts = [self._next(rank) for rank in range(self.pipeline)]
         while any(nexts):
             rank = min((rank for rank, option in enumerate(nexts) if option), key=lambda rank: nexts[rank][0])
             start, _, step = nexts[rank]
-            self.clocks[rank] = self.done[step] = start + self.costs[step.chunk]["FBW".index(step.kind)]
+            self.clocks[rank] = self.done[step] = start + self.costs[step.chunk].of(step.kind)
             self.counts[step.kind][step.chunk] += 1
-            self.order[rank].append(step)
+            self.passes[rank].append(step)
             for other in {rank, max(rank - 1, 0), min(rank + 1, self.pipeline - 1)}:
                 nexts[other] = self._next(other)
-        return Plan(max(self.clocks), self.order)
+        return max(self.clocks), self.passes
 
     def _next(self, rank: int) -> tuple[float, tuple[int, int], Pass] | None:
-        """(when it can begin, its urgency, what): the first that can begin, by urgency among those; None if nothing can."""
-        begun, given, made_up = (self.counts[kind] for kind in (FORWARD, INPUTS, WEIGHTS))
+        """Return (when it can start, its priority, the pass) of what a rank runs next; None if nothing can start."""
+        forward, inputs, weights = (self.counts[kind] for kind in (FORWARD, INPUTS, WEIGHTS))
         own = chunks_of_rank(FOLDED, self.pipeline, rank)
-        waiting = [chunk for chunk in own if given[chunk] > made_up[chunk]]
-        owed = sum(given[chunk] - made_up[chunk] for chunk in own)
+        deferred = {chunk: inputs[chunk] - weights[chunk] for chunk in own if inputs[chunk] > weights[chunk]}
         options = []
-        if waiting:
-            chunk = max(waiting, key=lambda c: (given[c] - made_up[c], c))
-            options.append((self.clocks[rank], (2, -chunk), Pass(WEIGHTS, made_up[chunk], chunk)))
-            if owed > self.owed:
+        if deferred:
+            chunk = max(deferred, key=lambda chunk: (deferred[chunk], chunk))
+            options.append((self.clocks[rank], (2, -chunk), Pass(WEIGHTS, weights[chunk], chunk)))
+            if sum(deferred.values()) > self.max_deferred:
                 return options[0]
-        in_flight = sum(begun[chunk] - made_up[chunk] for chunk in own)
+        in_flight = sum(forward[chunk] - weights[chunk] for chunk in own)
         for chunk in own:
-            # as many as fill 1F1B's first stage; the way down leaves a place, without which the way up could not be gone
-            room = self.chunks if chunk >= self.pipeline else self.chunks - 1
-            if in_flight < room:
-                options += self._option(Pass(FORWARD, begun[chunk], chunk), 0 if self.eager else 1)
-            options += self._option(Pass(INPUTS, given[chunk], chunk), 1 if self.eager else 0)
+            # at most as many activations as 1F1B's first stage holds; downward passes keep one slot free, or upward passes could
+            # deadlock
+            max_in_flight = self.chunks if chunk >= self.pipeline else self.chunks - 1
+            if in_flight < max_in_flight:
+                options += self._option(Pass(FORWARD, forward[chunk], chunk), 0 if self.forward_first else 1)
+            options += self._option(Pass(INPUTS, inputs[chunk], chunk), 1 if self.forward_first else 0)
         return min(options) if options else None
 
-    def _option(self, step: Pass, urgency: int) -> list[tuple[float, tuple[int, int], Pass]]:
+    def _option(self, step: Pass, priority: int) -> list[tuple[float, tuple[int, int], Pass]]:
         if step.micro_batch == self.micro_batches:
             return []
-        own = Pass(FORWARD, step.micro_batch, step.chunk)
-        wanted = [before for before in (needs(step, self.chunks), own if step.kind == INPUTS else None) if before]
-        if any(before not in self.done for before in wanted):
+        own_forward = Pass(FORWARD, step.micro_batch, step.chunk)
+        needed = [before for before in (needs(step, self.chunks), own_forward if step.kind == INPUTS else None) if before]
+        if any(before not in self.done for before in needed):
             return []
         rank = rank_of_chunk(FOLDED, self.pipeline, step.chunk)
-        start = max([self.clocks[rank], *(self.done[before] for before in wanted)])
-        return [(start, (urgency, -step.chunk), step)]
+        start = max([self.clocks[rank], *(self.done[before] for before in needed)])
+        return [(start, (priority, -step.chunk), step)]
 
 
-def finish_times(plan: list[list[Pass]], costs: tuple[Costs, ...]) -> list[float]:
-    """When each rank is done, if passes take `costs` of their chunk and messages no time. AssertionError for a deadlock."""
+def finish_times(orders: list[list[Pass]], costs: tuple[Costs, ...]) -> list[float]:
+    """Return when each rank is done, if passes take `costs` of their chunk and messages no time. AssertionError: a deadlock."""
     done: dict[Pass, float] = {}
-    clocks, places = [0.0] * len(plan), [0] * len(plan)
+    clocks, places = [0.0] * len(orders), [0] * len(orders)
     moved = True
     while moved:
         moved = False
-        for rank, order in enumerate(plan):
+        for rank, order in enumerate(orders):
             while places[rank] < len(order):
                 step = order[places[rank]]
                 before = needs(step, len(costs))
                 if before is not None and before not in done:
                     break
-                begun = max(clocks[rank], done[before] if before else 0.0)
-                clocks[rank] = done[step] = begun + costs[step.chunk]["FBW".index(step.kind)]
+                start = max(clocks[rank], done[before] if before else 0.0)
+                clocks[rank] = done[step] = start + costs[step.chunk].of(step.kind)
                 places[rank] += 1
                 moved = True
-    assert all(place == len(order) for place, order in zip(places, plan, strict=True)), "deadlock"
+    assert all(place == len(order) for place, order in zip(places, orders, strict=True)), "deadlock"
     return clocks
 
 
 def sent_messages(order: list[Pass], schedule: str, pipeline: int) -> list[tuple[int, Message]]:
-    """(to which rank, what) for every message that a rank with these passes sends, in order."""
+    """Return (receiving rank, message) for every message that a rank with these passes sends, in order."""
     chunks, found = chunk_count(schedule, pipeline), []
-    for kind, i, chunk in order:
+    for kind, micro_batch, chunk in order:
         target = chunk + 1 if kind == FORWARD else chunk - 1
         if kind == WEIGHTS or not 0 <= target < chunks:
             continue
-        here, there = (rank_of_chunk(schedule, pipeline, c) for c in (chunk, target))
-        if here != there:
-            found.append((there, Message(kind, i, target)))
+        own_rank, target_rank = (rank_of_chunk(schedule, pipeline, each) for each in (chunk, target))
+        if own_rank != target_rank:
+            found.append((target_rank, Message(kind, micro_batch, target)))
     return found

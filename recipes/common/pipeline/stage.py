@@ -1,9 +1,9 @@
-"""A pipeline stage: the Hugging Face model with the other stages' layers taken out.
+"""Builds a pipeline stage: the Hugging Face model without the other stages' layers.
 
-The ForCausalLM is built whole without memory; layers of other stages become placeholders that hand their hidden states on, so
-that indices, layer types and masks keep their meaning. A later stage puts the received activation in front of its first own
-layer, so what a family does before the layers (embedding scale, learned positions, dropout) happens once, on the first stage.
-Parameter names are Hugging Face names.
+The ForCausalLM is built whole without memory; layers of other stages become placeholders that return their input, so that
+indices, layer types and masks keep their meaning. A later stage injects the received activation before its first own layer, so
+what a family does before the layers (embedding scale, learned positions, dropout) happens once, on the first stage. Parameter
+names are Hugging Face names.
 
 A folded schedule gives a rank two chunks of layers. While one of them runs, placeholders stand where the other's layers are.
 """
@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from recipes.common.config.placement import ONE_PASS
-from recipes.common.model.decoder import TUPLE_LAYERS, Stack, find_stack
+from recipes.common.model.decoder import Stack, find_stack
 from recipes.common.model.flops import attention_costs, layer_costs
 from recipes.common.model.initial_weights import build_empty, draw_weights
 from recipes.common.model.linears import defer_weight_gradients, route_products
@@ -31,113 +31,69 @@ from recipes.common.parallel.cross_entropy import vocabulary_loss
 from recipes.common.parallel.grid import Grid
 from recipes.common.parallel.sequence_parallel import shard_sequence
 from recipes.common.parallel.tensor_parallel import apply_tensor_parallel, plan_tensor_parallel
-from recipes.common.pipeline.partition import cut_chunks, pass_costs, runs_by_rank
+from recipes.common.pipeline.partition import chunks_by_rank, partition_layers, pass_costs
+from recipes.common.pipeline.placeholders import PlaceholderBase, PlaceholderEmbedding, Slot, chunk_of, take_out
 from recipes.common.pipeline.schedules import Costs
 from recipes.common.recipe import Layout
 
 NO_OPTIONS = Layout()
 
 
-class Placeholder(nn.Module):
-    """A layer or norm of another stage: hands on what it is given. Plain attributes (layer_idx, attention_type) remain."""
+@dataclass(frozen=True)
+class PlannedModel:
+    """A whole ForCausalLM on the meta device, the names of its parts, and how its parameters are sharded."""
 
-    def __init__(self, original: nn.Module, *, as_tuple: bool = False) -> None:
-        super().__init__()
-        self.as_tuple = as_tuple
-        for name, value in vars(original).items():
-            if not name.startswith("_") and not isinstance(value, nn.Module | torch.Tensor) and not hasattr(self, name):
-                setattr(self, name, value)
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, None]:
-        return (hidden_states, None) if self.as_tuple else hidden_states
+    causal: PreTrainedModel
+    stack: Stack
+    tensor_plan: TensorPlan
 
 
-class PlaceholderEmbedding(nn.Module):
-    """An embedding of the first stage, seen from a later one: zeros that the received activation will replace."""
+def plan_model(config: PreTrainedConfig, layout: Layout = NO_OPTIONS, *, attention: str = "sdpa") -> PlannedModel:
+    """Build the model without memory and plan its sharding over the layout's tensor ranks.
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width, self.dtype = width, torch.float32
-
-    def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros(*ids.shape, self.width, dtype=self.dtype, device=ids.device)
-
-
-class _Hidden:
-    """What a ForCausalLM expects of its base model, with nothing but the hidden states in it."""
-
-    def __init__(self, last_hidden_state: torch.Tensor) -> None:
-        self.last_hidden_state = last_hidden_state
-
-    def __getitem__(self, index: int) -> torch.Tensor | None:
-        return self.last_hidden_state if index == 0 else None
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
-class _BaseStandIn(nn.Module):
-    """Stands where the base model was while the head runs: gives back the hidden states it is given."""
-
-    def forward(self, input_ids: None = None, inputs_embeds: torch.Tensor | None = None, **kwargs: Any) -> _Hidden:
-        return _Hidden(inputs_embeds)
-
-
-class _Place:
-    """Where a module of one chunk is, and what stands there while another chunk runs."""
-
-    def __init__(self, stage: Stage, name: str, stand_in: nn.Module) -> None:
-        parent, _, self._child = name.rpartition(".")
-        self._modules = stage.causal.get_submodule(parent)._modules
-        self._own, self._stand_in = self._modules[self._child], stand_in
-        if parent == stage.stack.layers:
-            self._chunk = next(i for i, chunk in enumerate(stage.chunks) if int(self._child) in chunk)
-        else:
-            self._chunk = 0 if name in stage.stack.before else len(stage.chunks) - 1
-
-    def fill(self, chunk: int) -> None:
-        self._modules[self._child] = self._own if chunk == self._chunk else self._stand_in
-
-    def restore(self) -> None:
-        self._modules[self._child] = self._own
+    Raises PlanError when the family cannot be sharded so; `check` has asked before any process group exists.
+    """
+    causal = build_empty(config, attention)
+    stack = find_stack(causal)
+    tensor_plan = plan_tensor_parallel(causal, stack, layout.tensor, sequence_parallel=layout.sequence_parallel)
+    return PlannedModel(causal, stack, tensor_plan)
 
 
 class Stage(nn.Module):
-    """What one (pipeline, tensor) place holds, and its forward pass. Build it with `build_stage`."""
+    """Holds the modules of one (pipeline, tensor) place and runs them. Build it with `build_stage`."""
 
     def __init__(
         self,
-        causal: PreTrainedModel,
-        stack: Stack,
-        tensor_plan: TensorPlan,
+        model: PlannedModel,
         grid: Grid,
         chunks: tuple[range, ...],
         *,
         whole_shapes: dict[str, tuple[int, ...]],
         z_loss: float,
         chunk_tokens: int,
-        schedule: str = ONE_PASS,
-        pass_costs: tuple[Costs, ...] = (),
-        weight_grad_stores: tuple[WeightGradStore, ...] = (),
-        stand_ins: dict[str, nn.Module] | None = None,
+        schedule: str,
+        pass_costs: tuple[Costs, ...],
+        weight_grad_stores: tuple[WeightGradStore, ...],
+        placeholders: dict[str, nn.Module],
     ) -> None:
-        """chunks: the layers of each, by index, in the model's order.
+        """model: with this stage's modules alone. chunks: the layers of each, by index, in the model's order.
 
         whole_shapes: of every parameter of the whole model, by Hugging Face name.
         pass_costs: of every chunk of the model, this rank's or not.
-        weight_grad_stores: where each chunk's linears put off their weight gradients to, for a schedule that makes them up.
-        stand_ins: by name, what stands where a layer or norm of this rank is while another chunk than its own runs.
+        weight_grad_stores: each chunk's, for a schedule that defers weight gradients.
+        placeholders: for this rank's own layers and norms, by name, while another chunk than theirs runs.
         """
         super().__init__()
-        self.causal, self.stack, self.tensor_plan, self.chunks = causal, stack, tensor_plan, chunks
-        self.own = tuple(index for chunk in chunks for index in chunk)
+        causal, stack = model.causal, model.stack
+        self.causal, self.stack, self.tensor_plan, self.chunks = causal, stack, model.tensor_plan, chunks
+        self.own_layers = tuple(index for chunk in chunks for index in chunk)
         self.is_first, self.is_last = grid.is_first_stage, grid.is_last_stage
         self.grid, self.z_loss, self.chunk_tokens = grid, z_loss, chunk_tokens
         self.vocab_size = causal.config.get_text_config().vocab_size
         self.whole_shapes, self.weight_grad_stores = whole_shapes, weight_grad_stores
         self.schedule, self.pass_costs = schedule, pass_costs
-        self._places = [_Place(self, name, module) for name, module in (stand_ins or {}).items()]
-        self.place_documents([])
+        self._slots = [Slot(causal, name, module, chunk_of(name, stack, chunks)) for name, module in placeholders.items()]
+        self.set_positions([])
         self._received: torch.Tensor | None = None
         self._sent: torch.Tensor | None = None
         # over the micro batches of a step, on the last stage: cross-entropy, log(Z)^2 and log(Z), summed and weighted
@@ -150,33 +106,38 @@ class Stage(nn.Module):
             if not (self.is_last and chunk is chunks[-1]):
                 layers[chunk[-1]].register_forward_hook(self._capture)
 
-    def place_documents(self, positions: Iterable[torch.Tensor]) -> None:
-        """RunPosition ids [micro_seqs, seq_len] of the micro batches to come, in order; none: positions count from 0."""
+    def set_positions(self, positions: Iterable[torch.Tensor]) -> None:
+        """Set the position ids [micro_seqs, seq_len] of the micro batches to come, in order; none: positions count from 0."""
         positions = list(positions)
         self._positions = [deque(positions) for _ in self.chunks]
 
     def hf_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(Hugging Face name, this rank's shard). A tied head goes by the embedding's name, on every stage."""
+        """Yield (Hugging Face name, this rank's shard). A tied head goes by the embedding's name, on every stage."""
         for name, parameter in self.causal.named_parameters():
             tied = self.stack.tied and name == f"{self.stack.head}.weight"
             yield (f"{self.stack.embedding}.weight" if tied else name), parameter
 
     def persistent_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, tensor) of the constants that a family's state dict holds; the same in every layout."""
+        """Return (Hugging Face name, tensor) of the constants that a family's state dict holds; the same in every layout."""
         names = set(self.causal.state_dict())
         return ((name, buffer) for name, buffer in self.causal.named_buffers() if name in names)
 
     def forward(self, x: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor] | None = None, chunk: int = 0) -> torch.Tensor:
-        """First chunk of the model: x is ids [micro_seqs, seq_len]; later ones: the hidden states that the chunk before gave.
+        """Run one of this rank's chunks. Returns its hidden states; with `labels` (for the model's last chunk alone) the loss.
 
-        chunk: of this rank's. Gives the hidden states to hand on; with `labels` (the model's last chunk alone has them) the loss,
-        see `loss`.
+        x: ids [micro_seqs, seq_len] for the model's first chunk, else the hidden states of the chunk before. For example rank 0
+        of 2, folded, with layers 0 and 1 in chunk 0, layers 6 and 7 in chunk 1 (layers 2 to 5 are the other rank's):
+
+                         embedding  0  1  2  3  4  5  6  7  norm  head
+            chunk 0 runs     E      0  1> .  .  .  .  .  .   .     -     ids in; layer 1's hidden states are captured
+            chunk 1 runs     .      .  .  .  .  .  . >6  7   N     H     x is injected before layer 6; the model's own output
+            . a placeholder: returns its input (the embedding's: zeros)     > _capture, _inject     - not called
         """
         is_last = self.is_last and chunk == len(self.chunks) - 1
         base = self.causal.get_submodule(self.stack.base)
         positions = {"position_ids": self._positions[chunk].popleft()} if self._positions[chunk] else {}
-        for place in self._places:
-            place.fill(chunk)
+        for slot in self._slots:
+            slot.fill(chunk)
         try:
             if self.is_first and chunk == 0:
                 out = base(input_ids=x, use_cache=False, **positions)
@@ -185,19 +146,19 @@ class Stage(nn.Module):
                 for module in base.modules():
                     if isinstance(module, PlaceholderEmbedding):
                         module.dtype = x.dtype
-                # only its shape and type count; what is handed on need not look like an embedding, nor hold the whole sequence
+                # only its shape and type count; hidden states need not look like an embedding, nor hold the whole sequence
                 seq_len = x.shape[1] * (self.tensor_plan.size if self.tensor_plan.blocks else 1)
                 embedded = x.new_zeros(x.shape[0], seq_len, self.causal.config.get_text_config().hidden_size)
                 out = base(inputs_embeds=embedded, use_cache=False, **positions)
         finally:
             self._received = None
-            for place in self._places:
-                place.restore()
+            for slot in self._slots:
+                slot.restore()
         hidden, self._sent = (out.last_hidden_state if is_last else self._sent), None
         return hidden if labels is None else self.loss(hidden, labels)
 
     def loss(self, hidden: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """labels: (targets [micro_seqs, seq_len], weight []): the sum over the scored tokens times `weight`.
+        """Return `weight` times the sum of the losses over the scored tokens. labels: (targets [micro_seqs, seq_len], weight []).
 
         With weight = micro batches / scored tokens in the global batch, DeepSpeed's mean over micro batches and data ranks is
         the mean over tokens, however they are spread.
@@ -222,18 +183,18 @@ class Stage(nn.Module):
         return total * (weight + 0.0 * total.detach())
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Everything the ForCausalLM has beside its base model; of tied weights, what the head computes with."""
+        """Return the ForCausalLM's parameters outside its base model; of tied weights, the one the head computes with."""
         weight = self.causal.get_output_embeddings().weight
         of_base = {id(p) for p in self.causal.get_submodule(self.stack.base).parameters()}
         return [weight, *(p for p in self.causal.parameters() if id(p) not in of_base and p is not weight)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The ForCausalLM's own forward from the final hidden states on, so that soft-caps and logit scales are the family's."""
+        """Run the ForCausalLM's own forward from the final hidden states on: soft-caps and logit scales are the family's."""
         modules, name = self.causal._modules, self.stack.base
-        base, stand_in = modules[name], _BaseStandIn()
+        base, placeholder = modules[name], PlaceholderBase()
         for part in self.stack.layers.split(".")[1:-1]:  # some families call `self.model.decoder` rather than `self.model`
-            object.__setattr__(stand_in, part, stand_in)
-        modules[name] = stand_in
+            object.__setattr__(placeholder, part, placeholder)
+        modules[name] = placeholder
         try:
             return self.causal(inputs_embeds=hidden, use_cache=False).logits
         finally:
@@ -246,26 +207,6 @@ class Stage(nn.Module):
 
     def _capture(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._sent = output[0] if isinstance(output, tuple) else output
-
-
-@dataclass(frozen=True)
-class PlannedModel:
-    """A whole ForCausalLM on the meta device, the names of its parts, and how its parameters are sharded."""
-
-    causal: PreTrainedModel
-    stack: Stack
-    tensor_plan: TensorPlan
-
-
-def plan_model(config: PreTrainedConfig, layout: Layout = NO_OPTIONS, *, attention: str = "sdpa") -> PlannedModel:
-    """Build the model without memory and plan its sharding over the layout's tensor ranks.
-
-    Raises PlanError when the family cannot be sharded so; `check` has asked before any process group exists.
-    """
-    causal = build_empty(config, attention)
-    stack = find_stack(causal)
-    tensor_plan = plan_tensor_parallel(causal, stack, layout.tensor, sequence_parallel=layout.sequence_parallel)
-    return PlannedModel(causal, stack, tensor_plan)
 
 
 def build_stage(
@@ -281,70 +222,59 @@ def build_stage(
 ) -> Stage:
     """Turn `model` into this rank's stage with its initial weights, on the CPU in fp32. One model makes one stage.
 
-    layout: its options; the sizes are the grid's. torch_linears: with torch's own products, as what Trifold is held against.
+    layout: its options; the sizes are the grid's. torch_linears: use torch's own products, as Trifold's oracles do.
     """
     causal, stack, tensor_plan = model.causal, model.stack, model.tensor_plan
     assert tensor_plan.size == grid.tensor, (tensor_plan.size, grid.tensor)
-    shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
-    recomputed = layout.recomputed_layers(len(causal.get_submodule(stack.layers)))
-    costs, head_cost = layer_costs(causal, stack, seq_len)
-    cut = cut_chunks(costs, head_cost, grid.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
-    by_pass = pass_costs(costs, attention_costs(causal, stack, seq_len), head_cost, cut, recomputed)
-    chunks = runs_by_rank(cut, grid.pipeline)[grid.pipeline_rank]
-    weights = {"seed": seed, "shards": tensor_plan.shards, "rank": grid.tensor_rank, "size": grid.tensor}
-    embedding = causal.get_submodule(stack.embedding)
-    stand_ins = _take_out(causal, stack, chunks, first=grid.is_first_stage, last=grid.is_last_stage)
-    draw_weights(causal, causal, "", **weights)
-    if grid.is_last_stage and stack.tied:
-        if not grid.is_first_stage:  # the embedding was taken out, but its weight is the head's
-            draw_weights(causal, embedding, stack.embedding, **weights)
-        causal.get_submodule(stack.head).weight = embedding.weight
+    # The order matters.
+    # 1. Measure the model while it is whole.
     layers = causal.get_submodule(stack.layers)
+    shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
+    recomputed = layout.recomputed_layers(len(layers))
+    (costs, head_cost), attention = layer_costs(causal, stack, seq_len), attention_costs(causal, stack, seq_len)
+    all_chunks = partition_layers(costs, head_cost, grid.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
+    chunks = chunks_by_rank(all_chunks, grid.pipeline)[grid.pipeline_rank]
+    own_layers = {index: layers[index] for chunk in chunks for index in chunk}
+    # 2. Take out what is other ranks': only what is left gets memory.
+    embedding = causal.get_submodule(stack.embedding)
+    placeholders = take_out(causal, stack, chunks, first=grid.is_first_stage, last=grid.is_last_stage)
+    # 3. Draw this rank's shards of the weights, and only then tie the head to them.
+    _draw_stage(model, grid, embedding, seed)
+    # 4. Route plain linears' products, before their forwards are wrapped; a store takes gradients of routed products.
     stores = tuple(WeightGradStore() for _ in chunks) if layout.pipeline_schedule != ONE_PASS else ()
     if stores or not torch_linears:
         route_products(causal, by_torch=torch_linears)
     for chunk, store in zip(chunks, stores, strict=False):
         for index in chunk:
-            defer_weight_gradients(layers[index], store)
+            defer_weight_gradients(own_layers[index], store)
+    # 5. Wrap modules in the collectives of tensor parallelism.
     apply_tensor_parallel(causal, tensor_plan, stack, grid)
+    # 6. Shard the sequence around these modules.
     if tensor_plan.blocks:
-        shard_sequence(causal, stack, tensor_plan, chunks, stand_ins, grid, recomputed)
-    for index in (index for chunk in chunks for index in chunk):
+        shard_sequence(causal, stack, tensor_plan, chunks, placeholders, grid, recomputed)
+    # 7. Recompute whole layers, their collectives included.
+    for index, layer in own_layers.items():
         if index in recomputed:
-            recompute(layers[index], keep_products=layout.recompute == "selective")
-    of_schedule = {
-        "schedule": layout.pipeline_schedule,
-        "pass_costs": by_pass,
-        "weight_grad_stores": stores,
-        "stand_ins": stand_ins,
-    }
-    of_loss = {"z_loss": z_loss, "chunk_tokens": chunk_tokens}
-    return Stage(causal, stack, tensor_plan, grid, chunks, whole_shapes=shapes, **of_loss, **of_schedule)
+            recompute(layer, keep_products=layout.recompute == "selective")
+    return Stage(
+        model,
+        grid,
+        chunks,
+        whole_shapes=shapes,
+        z_loss=z_loss,
+        chunk_tokens=chunk_tokens,
+        schedule=layout.pipeline_schedule,
+        pass_costs=pass_costs(costs, attention, head_cost, all_chunks, recomputed),
+        weight_grad_stores=stores,
+        placeholders=placeholders,
+    )
 
 
-def _take_out(
-    causal: PreTrainedModel, stack: Stack, chunks: tuple[range, ...], *, first: bool, last: bool
-) -> dict[str, nn.Module]:
-    """Put placeholders where other ranks' layers and norms are. Gives those for this rank's own, where it has several chunks."""
-    layers, stand_ins = causal.get_submodule(stack.layers), {}
-    names = [f"{stack.layers}.{index}" for index in range(len(layers))]
-    own = {names[index] for chunk in chunks for index in chunk}
-    own |= {*(stack.before if first else ()), *(stack.after if last else ())}
-    for name in (*names, *stack.before, *stack.after):
-        if name not in own:
-            causal.set_submodule(name, _absent(causal, stack, name))
-        elif len(chunks) > 1:
-            stand_ins[name] = _absent(causal, stack, name)
-    if not last:
-        for name, _ in list(causal.named_children()):
-            if name != stack.base:  # the head, and whatever a family keeps beside it
-                causal._modules[name] = None
-    return stand_ins
-
-
-def _absent(causal: PreTrainedModel, stack: Stack, name: str) -> nn.Module:
-    module = causal.get_submodule(name)
-    if name in stack.before and isinstance(module, nn.Embedding):
-        return PlaceholderEmbedding(getattr(module, "embedding_dim", causal.config.get_text_config().hidden_size))
-    of_layers = name.rpartition(".")[0] == stack.layers
-    return Placeholder(module, as_tuple=of_layers and causal.config.model_type in TUPLE_LAYERS)
+def _draw_stage(model: PlannedModel, grid: Grid, embedding: nn.Module, seed: int) -> None:
+    causal, stack = model.causal, model.stack
+    options = {"seed": seed, "shards": model.tensor_plan.shards, "rank": grid.tensor_rank, "size": grid.tensor}
+    draw_weights(causal, causal, "", **options)
+    if grid.is_last_stage and stack.tied:
+        if not grid.is_first_stage:  # the embedding was taken out, but its weight is the head's
+            draw_weights(causal, embedding, stack.embedding, **options)
+        causal.get_submodule(stack.head).weight = embedding.weight

@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 
 SUPERVISOR = "TRIFOLD_SUPERVISOR"  # HOST:PORT:TOKEN
+# the trainer's function in which a rank waits for all others: where a GPU computes, no frame of torch.distributed shows that
+WAITING_FUNCTION = "_sum_over_ranks"
 _PR_SET_PDEATHSIG = 1
 
 

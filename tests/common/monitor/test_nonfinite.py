@@ -81,7 +81,7 @@ def run_planted(trial, where, data_rank):
     stats = ParameterStats(trainer, trial.optimizer.clip)
     plant = Plant(trainer, trial, once=where == "once")
     grid, stage = trainer.grid, trainer.stage
-    victim = stage.causal.model.layers[2].mlp.up_proj if 2 in stage.own else None
+    victim = stage.causal.model.layers[2].mlp.up_proj if 2 in stage.own_layers else None
     if grid.data_rank == data_rank and grid.tensor_rank == 0 and victim is not None:
         if where in ("output", "once"):
             plant.in_output(victim)

@@ -8,7 +8,7 @@ import pytest
 from recipes.common.model.decoder import find_stack
 from recipes.common.model.flops import layer_costs
 from recipes.common.model.initial_weights import build_empty
-from recipes.common.pipeline.partition import balance_stages, cut_chunks, fold_stages, pass_costs
+from recipes.common.pipeline.partition import balance_folded, balance_stages, partition_layers, pass_costs
 from recipes.common.pipeline.schedules import Costs
 from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks
@@ -71,7 +71,7 @@ def test_no_fold_is_better():
         count = rng.randint(2, 9)
         layers, head = [rng.choice((1.0, 2.0, rng.random() + 0.5)) for _ in range(count)], rng.choice((0.0, 1.0, 4.0, 30.0))
         for pipeline in range(1, count // 2 + 1):
-            chunks = fold_stages(layers, head, pipeline)
+            chunks = balance_folded(layers, head, pipeline)
             assert len(chunks) == 2 * pipeline and all(len(own) > 0 for own in chunks)
             assert [i for own in chunks for i in own] == list(range(count))
             cuts = itertools.combinations(range(1, count), 2 * pipeline - 1)
@@ -85,12 +85,12 @@ def test_no_fold_is_better():
     [(8, 0.0, 2, [2, 2, 2, 2]), (8, 2.0, 2, [2, 2, 3, 1]), (4, 9.0, 2, [1, 1, 1, 1]), (80, 0.0, 8, [5] * 16)],
 )
 def test_a_rank_of_a_fold_has_two_runs_as_equal_as_can_be(layers, head, pipeline, lengths):
-    assert [len(own) for own in fold_stages([1.0] * layers, head, pipeline)] == lengths
+    assert [len(own) for own in balance_folded([1.0] * layers, head, pipeline)] == lengths
 
 
 def test_a_stated_cut_is_taken():
-    assert cut_chunks([1.0] * 4, 9.0, 2, "1f1b", (1, 3)) == [range(0, 1), range(1, 4)]
-    assert cut_chunks([1.0] * 4, 9.0, 2, "1f1b") == [range(0, 3), range(3, 4)]
+    assert partition_layers([1.0] * 4, 9.0, 2, "1f1b", (1, 3)) == [range(0, 1), range(1, 4)]
+    assert partition_layers([1.0] * 4, 9.0, 2, "1f1b") == [range(0, 3), range(3, 4)]
 
 
 def test_a_pass_costs_what_it_computes():

@@ -15,7 +15,7 @@ from recipes.common.pipeline.schedules import (
     finish_times,
     forward_passes,
     needs,
-    plan_passes,
+    order_passes,
     sent_messages,
 )
 from recipes.common.recipe import PIPELINE_SCHEDULES
@@ -33,7 +33,7 @@ def evenly(schedule, pipeline, costs=(1.0, 1.0, 1.0)):
 @pytest.mark.parametrize(("schedule", "pipeline", "micro_batches"), EACH)
 def test_every_pass_is_run_once_by_its_rank_and_micro_batches_in_order(schedule, pipeline, micro_batches):
     """In order by chunk: gradients are added up as 1F1B adds them."""
-    for rank, order in enumerate(plan_passes(schedule, pipeline, micro_batches, evenly(schedule, pipeline, UNEVEN))):
+    for rank, order in enumerate(order_passes(schedule, pipeline, micro_batches, evenly(schedule, pipeline, UNEVEN))):
         kinds = (FORWARD, INPUTS) if schedule == ONE_PASS else (FORWARD, INPUTS, WEIGHTS)
         own = chunks_of_rank(schedule, pipeline, rank)
         assert all(rank_of_chunk(schedule, pipeline, chunk) == rank for chunk in own)
@@ -47,7 +47,7 @@ def test_every_pass_is_run_once_by_its_rank_and_micro_batches_in_order(schedule,
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_no_order_of_messages_can_block(schedule, pipeline, micro_batches, ahead):
     """As on NCCL: between two ranks, what goes one way moves one message after another, when both have come to it."""
-    plan = plan_passes(schedule, pipeline, micro_batches, evenly(schedule, pipeline, UNEVEN))
+    plan = order_passes(schedule, pipeline, micro_batches, evenly(schedule, pipeline, UNEVEN))
     runs_to_its_end(plan, schedule, pipeline, ahead)
 
 
@@ -106,7 +106,7 @@ def bubble(schedule, pipeline, micro_batches, costs):
     """Time that the last rank to end lost, where every chunk takes the same."""
     of_chunks = evenly(schedule, pipeline, costs)
     work = micro_batches * sum(costs) * len(of_chunks) / pipeline
-    return max(finish_times(plan_passes(schedule, pipeline, micro_batches, of_chunks), of_chunks)) - work
+    return max(finish_times(order_passes(schedule, pipeline, micro_batches, of_chunks), of_chunks)) - work
 
 
 FULL = [depth for depth in DEPTHS if depth[1] >= depth[0]]
@@ -138,7 +138,7 @@ def test_a_folded_pipeline_is_no_worse_than_one_run_of_layers(pipeline, micro_ba
 def test_no_rank_keeps_more_than_1f1bs_first_stage(schedule, pipeline, micro_batches):
     """In layers' activations, the model having as many as chunks; what weight gradients wait for counts with the folded one."""
     chunks = chunk_count(schedule, pipeline)
-    for rank, order in enumerate(plan_passes(schedule, pipeline, micro_batches, evenly(schedule, pipeline, UNEVEN))):
+    for rank, order in enumerate(order_passes(schedule, pipeline, micro_batches, evenly(schedule, pipeline, UNEVEN))):
         kept = most = owed = most_owed = 0
         for kind, _, _ in order:
             kept += (

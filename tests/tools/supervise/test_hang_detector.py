@@ -4,6 +4,7 @@ import pytest
 
 from recipes.common.engine.trainer import Trainer
 from recipes.common.run_dir.heartbeat import Beat
+from recipes.common.runtime.supervisor_link import WAITING_FUNCTION
 from tools.supervise.hang_detector import HangLimits, RecentSteps, find_culprits, hang_seconds, is_waiting, main_thread_frames
 
 
@@ -33,7 +34,7 @@ Current thread 0x02 (most recent call first):
   File "/r/recipes/common/engine/trainer.py", line 200 in train_step
 """
 WAITS = STACK.format(innermost='/v/torch/distributed/distributed_c10d.py", line 3034 in all_reduce')
-SUMS = STACK.format(innermost='/r/recipes/common/engine/trainer.py", line 255 in _sum_over_ranks')
+SUMS = STACK.format(innermost='/r/recipes/common/engine/trainer.py", line 255 in ' + WAITING_FUNCTION)
 BUSY = STACK.format(innermost='/r/recipes/common/data/shards.py", line 88 in read')
 
 
@@ -42,7 +43,7 @@ def test_stacks_show_which_rank_waits_for_others():
     assert is_waiting(WAITS)
     assert is_waiting(SUMS)
     assert not is_waiting(BUSY)
-    assert hasattr(Trainer, "_sum_over_ranks")  # its name in a stack stands for a wait inside the all-reduce
+    assert callable(getattr(Trainer, WAITING_FUNCTION))  # its name in a stack stands for a wait inside the all-reduce
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from recipes.common.recipe import ROOT
 from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
 from recipes.common.run_dir.heartbeat import read_beats
+from recipes.common.runtime.supervisor_link import WAITING_FUNCTION
 from tests.support.small_runs import assert_same_state
 from tests.support.supervised import (
     FORKED,
@@ -71,7 +72,7 @@ def test_a_killed_rank_a_killed_launcher_and_a_stopped_rank(straight, tmp_path):
     assert "rank 0" not in hung["detail"]
     stacks = run_dir / "logs" / "stacks" / "attempt_3"
     assert (
-        "_sum_over_ranks" in (stacks / "rank_00000.txt").read_text()
+        WAITING_FUNCTION in (stacks / "rank_00000.txt").read_text()
         or "torch/distributed" in (stacks / "rank_00000.txt").read_text()
     )
     assert finished["cause"] == "finished"
