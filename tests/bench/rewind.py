@@ -49,6 +49,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.rewind", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=160, help="of each run (default: %(default)s)")
     parser.add_argument("--seq-len", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--eval-seqs", type=int, default=128, help="validation sequences (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=8e-3, help="(default: %(default)s, twice the quickstart's)")
     parser.add_argument("--data", type=Path, default=ROOT / "runs/quickstart_data", help="the good text (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/rewind", help="(default: %(default)s)")
@@ -115,7 +116,7 @@ def recipe_text(flags: argparse.Namespace, *, seed: int, bad: Path | None = None
         "global_seqs=32": f"global_seqs={GLOBAL_SEQS}",
         "lr=4e-3": f"lr={flags.lr}",
         "steps=300": f"steps={flags.steps}, reaction=Reaction(action={action!r})",
-        "Evaluation(every_steps=100, seqs=128)": "Evaluation(every_steps=100000, seqs=128)",
+        "Evaluation(every_steps=100, seqs=128)": f"Evaluation(every_steps=100000, seqs={flags.eval_seqs})",
         "Checkpoints(every_steps=100)": f"Checkpoints(every_steps={max(flags.steps // 16, 8)}, keep_last=3)",
     }
     text = (ROOT / "recipes" / "quickstart.py").read_text()
