@@ -18,10 +18,12 @@ if not __package__:
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import shutil
 import subprocess
+from typing import Any
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 
@@ -53,6 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=8e-3, help="(default: %(default)s, twice the quickstart's)")
     parser.add_argument("--data", type=Path, default=ROOT / "runs/quickstart_data", help="the good text (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/rewind", help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else there")
     return parser.parse_args(argv)
 
 
@@ -68,20 +71,30 @@ def run(flags: argparse.Namespace) -> int:
         "planted, logged": recipe_text(flags, seed=1234, **planted),
         "planted, rewound": recipe_text(flags, seed=1234, action="rewind", **planted),
     }
-    rows, losses, header = [], {}, ["run", "final val loss", "worst step", "reported live"]
+    found: dict[str, dict[str, Any]] = {}
     for name, text in runs.items():
         out_dir = train_once(flags.out, name.replace(", ", "_").replace(" ", "_"), text)
-        losses[name] = final_loss(out_dir, flags.data.name)
-        rows.append([name, f"{losses[name]:.4f}", f"{worst_loss(out_dir):.2f}", "; ".join(reported_live(out_dir)) or "-"])
-        print(f"{name}: final val loss {losses[name]:.4f}", file=sys.stderr, flush=True)
+        loss = final_loss(out_dir, flags.data.name)
+        found[name] = {"val_loss": loss, "worst_loss": worst_loss(out_dir), "reported_live": reported_live(out_dir)}
+        print(f"{name}: final val loss {loss:.4f}", file=sys.stderr, flush=True)
+    noise = abs(found["clean"]["val_loss"] - found["clean, another seed"]["val_loss"])
+    cost = found["planted, rewound"]["val_loss"] - found["clean"]["val_loss"]
     rewound = flags.out / "planted_rewound"
-    noise = abs(losses["clean"] - losses["clean, another seed"])
-    cost = losses["planted, rewound"] - losses["clean"]
-    print(table(rows, header))
-    print(f"another seed moves the final loss by {noise:.4f}; the bad document, rewound, by {cost:+.4f}")
-    print(f"history: {'; '.join(map(describe_rewind, read_history(rewound)))}", flush=True)
-    subprocess.run([sys.executable, "-m", "tools.spikes", "report", str(rewound)], cwd=ROOT, check=True)
-    return GOOD if cost <= NOISE_FACTOR * noise and read_history(rewound) else FAILED
+    rewinds = [describe_rewind(rewind) for rewind in read_history(rewound)]
+    report = [sys.executable, "-m", "tools.spikes", "report", str(rewound)]
+    subprocess.run(report, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    if flags.json:
+        print(json.dumps({"runs": found, "seed_noise": noise, "cost": cost, "rewinds": rewinds}))
+    else:
+        rows = [[name, *map(_cell, figures.values())] for name, figures in found.items()]
+        print(table(rows, ["run", "final val loss", "worst step", "reported live"]))
+        print(f"another seed moves the final loss by {noise:.4f}; the bad document, rewound, by {cost:+.4f}")
+        print(f"rewinds: {'; '.join(rewinds)}\nreport: {rewound / 'spikes.html'}")
+    return GOOD if cost <= NOISE_FACTOR * noise and rewinds else FAILED
+
+
+def _cell(value: float | list[str]) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "; ".join(value) or "-"
 
 
 def prepare_bad_document(folder: Path, tokenizer_folder: Path) -> Path:

@@ -73,12 +73,13 @@ def test_rewind(tmp_path):
     flags = ("--tokenizer", tmp_path / "tokenizer", "--validation-fraction", 0.1, "--workers", 1, "--out", tmp_path / "good")
     assert call("data", "prepare", tmp_path / "corpus.jsonl", *flags).code == 0
     tiny = ("--steps", 30, "--seq-len", 16, "--eval-seqs", 16)
-    called = call_bench("rewind", *tiny, "--data", tmp_path / "good", "--out", tmp_path / "out")
+    called = call_bench("rewind", *tiny, "--data", tmp_path / "good", "--out", tmp_path / "out", "--json")
     assert called.code in (0, 1), called.err
-    rows = {row[0]: row[1:3] for row in (re.split(r"  +", line) for line in called.out.splitlines()) if len(row) == 4}
-    assert list(rows) == ["run", "clean", "clean, another seed", "planted, logged", "planted, rewound"]
-    assert rows["clean"] != rows["clean, another seed"]
-    assert "the bad document, rewound, by" in called.out and "history:" in called.out
+    runs = called.json["runs"]
+    assert list(runs) == ["clean", "clean, another seed", "planted, logged", "planted, rewound"]
+    assert runs["clean"]["val_loss"] != runs["clean, another seed"]["val_loss"]
+    assert runs["planted, logged"]["worst_loss"] > runs["clean"]["worst_loss"] + 1.0
+    assert (tmp_path / "out" / "planted_rewound" / "spikes.html").is_file()
 
 
 def test_monitor(monkeypatch):
