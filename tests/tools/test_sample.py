@@ -1,4 +1,4 @@
-"""The loss that tools.sample measures in plain transformers is the run's own, and it writes text."""
+"""tools.sample measures the run's own loss in plain transformers, and generates text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    """A run of 4 steps at tensor 2 x pipeline 2 x data 2, and its export."""
+    """Train a run of 4 steps at tensor 2 x pipeline 2 x data 2, and its export."""
     folder = tmp_path_factory.mktemp("run")
     checkpoint = train_run(small_recipe(data, tiny_config("llama")), folder, Layout(tensor=2, pipeline=2), 8, steps=4)
     assert call("checkpoint", "to-hf", checkpoint, folder / "hf").code == 0
@@ -53,7 +53,7 @@ def test_prompts_and_seeds(run, data):
 
 
 def test_a_prompt_longer_than_the_context(run, data):
-    """64 positions: the prompt loses its start, and never is the model asked for a 65th."""
+    """Check that with 64 positions a long prompt loses its start, and no 65th token is generated."""
     done = call("sample", run / "hf", "--data", data, "--prompt", "w5 " * 100, "--tokens", 30)
     assert done.code == 0, done.err
     assert call("sample", run / "hf", "--data", data, "--prompt", "w5", "--tokens", 500).code == 0

@@ -1,4 +1,4 @@
-"""The numerics gate passes what is right, and fails what is wrong in ways that training alone would not show."""
+"""The numerics gate passes correct training, and fails faults that training alone would not show."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ SHORT = ["--steps", "2", "--seq-len", "16"]
 
 
 def call(*flags, fault=None):
-    """(exit code, stdout, stderr) of the tool; `fault` is planted before it forks its ranks."""
+    """Return (exit code, stdout, stderr) of the tool; `fault` is planted before it forks its ranks."""
     return run_ranks(_call, 1, [*flags, *SHORT], fault)[0]
 
 
@@ -51,21 +51,21 @@ def test_the_quickstart_passes(layout):
 
 
 def no_all_reduce():
-    """A row's partial sums are not summed."""
+    """Leave out the sum of a row's partial results."""
     import recipes.common.parallel.tensor_styles as module
 
     module.reduce_from = lambda x, group: x
 
 
 def no_gradient_sum():
-    """The gradient of a column's input is one rank's part only: forward is right."""
+    """Leave out the sum of the gradient of a column's input: forward is right."""
     import recipes.common.parallel.tensor_parallel as module
 
     module.copy_to = lambda x, group: x
 
 
 def doubled_loss():
-    """Gradients on the scale of 1/accumulation, as DeepSpeed 0.18.3 had: clipping and Adam hide it."""
+    """Scale gradients by 1/accumulation, as DeepSpeed 0.18.3 did: clipping and Adam hide it."""
     import recipes.common.pipeline.stage as module
 
     loss = module.Stage.loss
@@ -73,7 +73,7 @@ def doubled_loss():
 
 
 def untied():
-    """The gradients of a tied weight are not summed over stages: its copies drift apart."""
+    """Leave out the sum of a tied weight's gradients over stages: its copies drift apart."""
     import recipes.common.engine.trainer as module
 
     module.PipelineStages.get_tied_weights_and_groups = lambda self: []

@@ -1,4 +1,4 @@
-"""tools.checkpoint: what it lists, verifies, measures, compares and advises is so."""
+"""tools.checkpoint lists, verifies, inspects, compares and advises correctly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOUR = 3600.0
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run with checkpoints of steps 2 and 4 at tensor 2 x pipeline 2."""
+    """Train a run with checkpoints of steps 2 and 4 at tensor 2 x pipeline 2."""
     data = write_data(tmp_path_factory.mktemp("data") / "tokens")
     folder = tmp_path_factory.mktemp("run")
     recipe = small_recipe(
@@ -156,7 +156,7 @@ def test_diff_names_what_one_side_lacks(tmp_path):
 
 
 def lost(interval: float, stall: float, mtbf: float) -> float:
-    """Daly's exact model without restart time: wall time over useful time, minus 1."""
+    """Return the lost share by Daly's exact model without restart time: wall time over useful time, minus 1."""
     return mtbf * math.expm1((interval + stall) / mtbf) / interval - 1
 
 

@@ -1,4 +1,4 @@
-"""Converted equals trained: an exported folder gives the run's own validation loss in plain transformers, and generates."""
+"""An exported folder has the run's own validation loss in plain transformers, and generates."""
 
 from pathlib import Path
 

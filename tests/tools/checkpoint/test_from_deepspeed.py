@@ -1,4 +1,4 @@
-"""What DeepSpeed saved itself becomes, bit for bit, the checkpoint that we would have saved at that moment."""
+"""A converted DeepSpeed checkpoint equals, bit for bit, the checkpoint that our run would have saved at that moment."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def data(tmp_path_factory):
 
 
 def _both(recipe: Recipe, out: Path, layout: Layout, world: int) -> None:
-    """Two steps, then DeepSpeed's checkpoint and ours of the same moment; then more steps in which ours is the oracle."""
+    """Train two steps, save DeepSpeed's checkpoint and ours, and train on: our run is the oracle."""
     from recipes.common.engine.build_trainer import build_recipe_trainer
 
     sizes = derive_sizes(recipe, layout, world)
@@ -116,7 +116,7 @@ def test_training_goes_on_from_it_as_from_ours(data, tmp_path):
 
 
 def _plain_hf(out: Path) -> dict[str, torch.Tensor]:
-    """A user of DeepSpeed who never heard of us: a Hugging Face model, ZeRO 1; also converted to a universal checkpoint."""
+    """Save as a user of plain DeepSpeed would: a Hugging Face model, ZeRO 1; also converted to a universal checkpoint."""
     import deepspeed
     from deepspeed.checkpoint import ds_to_universal
 

@@ -1,4 +1,4 @@
-"""Any Hugging Face folder becomes a checkpoint that training goes on from in any layout, or everything wrong is said at once."""
+"""Any Hugging Face folder becomes a checkpoint from which any layout resumes, or all errors are reported together."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def data(tmp_path_factory):
 
 
 def _make(name: str, folder: Path, options: dict) -> dict[str, torch.Tensor]:
-    """A folder that transformers saved, and the model's own tensors by name."""
+    """Save a folder by transformers; return the model's own tensors by name."""
     family, fields = FAMILIES[name]
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(tiny_config(family, **fields), dtype=torch.float32)
@@ -99,7 +99,7 @@ def test_every_kind_of_folder(tmp_path, name):
 
 
 def _rewrite(source: Path, target: Path, how: str) -> None:
-    """The same weights as other programs write them."""
+    """Write the same weights as other programs do."""
     tensors = load_file(source / "model.safetensors")
     target.mkdir()
     shutil.copyfile(source / "config.json", target / "config.json")
@@ -232,7 +232,7 @@ def test_mistakes_are_one_message(tmp_path):
     ("name", "layout", "world"), [("tied", Layout(tensor=2, pipeline=2), 8), ("experts", Layout(tensor=2), 4)]
 )
 def test_training_goes_on_from_it(data, tmp_path, name, layout, world):
-    """The first loss of the run is the folder's own in plain transformers, in a layout that nothing was saved in."""
+    """Check that the run's first loss is the folder's own in plain transformers, in a layout that nothing was saved in."""
     make(name, tmp_path / "hf")
     assert call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run", "--tokenizer", data / "tokenizer").code == 0
     family, fields = FAMILIES[name]

@@ -1,4 +1,4 @@
-"""What to-hf writes is what plain transformers would have saved, and nothing half-made or damaged gets a name."""
+"""to-hf writes what plain transformers would have saved, and publishes nothing incomplete or damaged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    """One checkpoint a family, saved at tensor 2 x pipeline 2; made when first asked for."""
+    """Return one checkpoint a family, saved at tensor 2 x pipeline 2 when first asked for."""
     made = {}
 
     def checkpoint(name: str) -> Path:
@@ -54,7 +54,7 @@ def runs(data, tmp_path_factory):
 
 
 def _saved_by_transformers(checkpoint: Path, folder: Path) -> dict[str, tuple[str, torch.Tensor]]:
-    """The oracle: a plain model with the checkpoint's weights, saved by transformers itself."""
+    """Save the oracle: a plain model with the checkpoint's weights, by transformers itself."""
     from transformers import AutoConfig
 
     reader = Reader(checkpoint)
@@ -106,7 +106,7 @@ def test_shards_and_dtypes(runs, tmp_path, dtype):
 
 
 def test_optimizer_states_are_not_needed(runs, tmp_path):
-    """Only weights are read: a verified export works where every optimizer state is overwritten."""
+    """Check that only weights are read: a verified export works with every optimizer state overwritten."""
     import shutil
 
     folder = tmp_path / "c"
@@ -169,7 +169,7 @@ def test_mistakes_are_one_message(runs, tmp_path):
 
 
 def _export_wrongly(checkpoint: Path, out: Path, mistake: str) -> str:
-    """Verification must find what a wrong exporter writes."""
+    """Export with a planted mistake, which verification must find."""
     if mistake == "bytes":
         write = ShardsWriter.write
 

@@ -202,7 +202,7 @@ WRONG = {
     "empty": ("", "is empty"),
     "text": ("hello\nworld\n", "Known: "),
     "no loss": ("step,perplexity\n1,2\n", "no loss among step, perplexity"),
-    "no rows": ("step,loss\n", "without a single step"),
+    "no rows": ("step,loss\n", "without any step"),
     "cut short": (gzip.compress(b"step,loss\n1,3.5\n" * 1000)[:-20], "cannot be read"),
     "several W&B runs": ('"Step","a - train/loss","b - train/loss"\n1,2,3\n', "2 W&B runs"),
     "no archive": (b"not packed", "cannot be read"),

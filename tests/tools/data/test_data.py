@@ -1,4 +1,4 @@
-"""`tools.data` against what was written: every token of every sequence comes from the document it names."""
+"""tools.data show, check and stats agree with what was written: every token comes from the document that is named."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ SEQ_LEN = 64
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Two sources, one of JSON lines and one of text files: (folder, {(file, offset): text})."""
+    """Prepare two sources, one of JSON lines and one of text files: (folder, {(file, offset): text})."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefghij"), 5)) for _ in range(300)]
@@ -40,7 +40,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def run_folder(prepared, tmp_path):
-    """A run of three steps of 8 sequences, the last on two data ranks after a resume."""
+    """Write a run of three steps of 8 sequences, the last on two data ranks after a resume."""
     recipe = {"data": str(prepared[0]), "seed": 77, "batch": {"seq_len": SEQ_LEN, "micro_seqs": 2}}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     starts = [{"resumed_step": None, "sizes": {"data": 1}}, {"resumed_step": 2, "sizes": {"data": 2}}]
@@ -81,7 +81,7 @@ def test_every_token_comes_from_the_document_it_names(prepared, run_folder, caps
 
 
 def test_show_names_what_each_rank_read(prepared, run_folder, capsys):
-    """Step 3 ran on two data ranks: `show` and the reader agree on every one."""
+    """Check that `show` and the reader agree on every data rank of step 3."""
     stream = open_split(prepared[0], "train", SEQ_LEN)
     rows = show(capsys, run_folder, "--step", 3)
     assert [row["position"] for row in rows] == sequence_position(77, np.arange(16, 24), stream.num_positions).tolist()
@@ -94,6 +94,12 @@ def test_show_names_what_each_rank_read(prepared, run_folder, capsys):
         positions = np.array([row["position"] for row in mine])
         assert np.array_equal(np.concatenate(read), stream.read(positions))
     assert {row["rank"] for row in show(capsys, run_folder, "--step", 2)} == {0}
+
+
+def test_show_leaves_out_the_sequences_that_the_run_skipped(run_folder, capsys):
+    starts = json.loads((run_folder / "run.json").read_text())["starts"]
+    (run_folder / "run.json").write_text(json.dumps({"starts": [*starts[:-1], starts[-1] | {"skips": [[2, 5]]}]}))
+    assert [row["sequence"] for row in show(capsys, run_folder, "--sequences", "0:4")] == [0, 1, 5, 6]
 
 
 def test_show_for_people_and_its_mistakes(prepared, run_folder, capsys):

@@ -1,4 +1,4 @@
-"""Exact duplicates against a set that remembers everything."""
+"""Deduplication drops the same documents as a set of all of them."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Best-fit packing of lengths against an oracle that looks at every bin."""
+"""Best-fit packing equals an oracle that looks at every bin."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from tools.data.packing import best_fit, pack
 
 
 def slow_best_fit(lengths, size):
-    """Longest first, each into the fullest bin that takes it: how full the bins are."""
+    """Put the longest first, each into the fullest bin that takes it; return how full the bins are."""
     bins = []
     for length in sorted(lengths, reverse=True):
         fitting = [number for number, used in enumerate(bins) if used + length <= size]

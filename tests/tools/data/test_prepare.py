@@ -1,4 +1,4 @@
-"""Preparation against an oracle: SentencePiece's own ids for every document, found again through the shards."""
+"""Prepared shards hold SentencePiece's own ids for every document, whatever the input's format."""
 
 import gzip
 import json
@@ -55,7 +55,7 @@ def random_text(rng, words=400):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A folder of text and JSON lines, and {(file, offset): text}."""
+    """Write a folder of text and JSON lines, and {(file, offset): text}."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     documents = {}
@@ -84,7 +84,7 @@ def prepared(corpus, tmp_path_factory):
 
 
 def read_documents(out):
-    """(split, file path, offset) -> ids, with the manifest's counts checked on the way."""
+    """Return {(split, file path, offset): ids}, and check the manifest's counts."""
     manifest = read_manifest(out)
     paths = [json.loads(line)["path"] for line in (out / "files.jsonl").read_text().splitlines()]
     found = {}
@@ -204,7 +204,7 @@ def test_mistakes_are_one_message_and_no_traceback(tmp_path):
 
 
 def texts_of(out):
-    """Every document's text, by decoding the shards: {(split, file, offset): text}."""
+    """Decode the shards: {(split, file, offset): text}."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer" / "tokenizer.model"))
     return {key: processor.decode(ids[:-1]) for key, ids in read_documents(out).items()}
 

@@ -1,4 +1,4 @@
-"""`kill -9` of a preparation, again and again: it goes on, and ends with the same bytes."""
+"""A preparation killed by `kill -9` again and again continues, and ends with the same bytes."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def random_text(rng):
 
 
 def run(arguments, timeout):
-    """Whether the command ended by itself within `timeout` seconds; it alone, not its workers, is killed if not."""
+    """Return whether the command ended within `timeout` seconds; if not, kill it alone, not its workers."""
     command = [sys.executable, str(ROOT / "tools" / "data"), "prepare", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

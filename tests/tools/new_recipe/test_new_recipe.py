@@ -1,4 +1,4 @@
-"""A recipe for a size that nobody published: it is sound, near the wish, and says where each number is from."""
+"""A recipe for a size that nobody published is valid, near the wanted size, and names the source of each number."""
 
 import ast
 import os
@@ -35,7 +35,7 @@ def words(like, out, params="3e9", tokens="60e9", gpus=64, *more):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """{like: (file, what the tool printed as JSON)}."""
+    """Write the recipes; return {like: (file, what the tool printed as JSON)}."""
     folder, found = tmp_path_factory.mktemp("made"), {}
     for like, (params, tokens, gpus, more) in WISHES.items():
         out = folder / f"wish_{like}.py"
@@ -72,7 +72,7 @@ def test_the_recipe_is_sound_and_near_the_wish(made, like):
 
 @pytest.mark.parametrize("like", WISHES)
 def test_every_number_says_where_it_is_from(made, like):
-    """On its own line, or on the comment lines right above its field."""
+    """Look for the source on the number's own line, or on the comment lines right above its field."""
     text = made[like][0].read_text()
     lines, checked = text.splitlines(), 0
     tree = ast.parse(text)
@@ -87,7 +87,7 @@ def test_every_number_says_where_it_is_from(made, like):
 
 
 def fields_of(node):
-    """The keywords of Recipe(...), and in place of `model` those of the config."""
+    """Yield the keywords of Recipe(...), and in place of `model` those of the config."""
     for field in node.keywords:
         if field.arg == "model":
             yield from fields_of(field.value)
@@ -120,7 +120,7 @@ def test_a_family_takes_its_nearest_recipe(tmp_path):
 
 
 def test_the_next_command_is_true(tmp_path):
-    """Written outside of recipes/ it has to be moved there; the line that says so runs as it stands."""
+    """Run the printed command, which moves a recipe written elsewhere to recipes/."""
     for name in ("recipes", "ds_configs"):
         (tmp_path / name).mkdir()
     for name in ("recipes/common", "recipes/__init__.py", "recipes/gpt2_124m.py"):

@@ -1,4 +1,4 @@
-"""The numbers of one run, as the readers of logs hand them on, and the names that programs have for them."""
+"""Holds the numbers of one run, as every log reader returns them, and the names that programs give them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tools.common.console import UsageError
 
 COLUMNS = ("loss", "grad_norm", "lr", "loss_scale", "seconds")
 
-# What programs call the numbers, in lower case, with blanks for underscores and hyphens. The first that a file has is taken.
+# names of the numbers in lower case, with blanks for underscores and hyphens; the first that a file has is taken
 NAMES = {
     "step": ("step", "iteration", "iter", "global step", "steps", "trainer/global step", " step"),
     "loss": (
@@ -60,16 +60,16 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Log:
-    """One run's numbers in the order written. A step that goes back is a restart from a checkpoint."""
+    """One run's numbers in the order written. Where the step goes back, the run restarted from a checkpoint."""
 
-    name: str  # the file, and the run in it where there are several
-    source: str  # what wrote it, in words
+    name: str  # the file, and the run in it if it holds several
+    source: str  # what wrote it, for messages
     steps: np.ndarray  # [n] int64; a step logged twice in a row is here once, with the later numbers
-    columns: dict[str, np.ndarray]  # of COLUMNS, those that the log has: [n]. As `AnomalyDetector.feed` takes them
-    resumes: tuple[int, ...] = ()  # steps of checkpoints that the log says it went on from
+    columns: dict[str, np.ndarray]  # those of COLUMNS that the log has: [n]. As `AnomalyDetector.feed` takes them
+    resumes: tuple[int, ...] = ()  # steps of checkpoints from which the log says it resumed
 
     def final(self) -> Log:
-        """Without what a restart threw away: steps only go up, and the later line wins."""
+        """Return the log without the steps that a restart repeated: steps only rise, and the later line wins."""
         never = np.iinfo(np.int64).max
         least_after = np.minimum.accumulate(np.append(self.steps[1:], never)[::-1])[::-1]
         kept = self.steps < least_after
@@ -77,25 +77,25 @@ class Log:
 
 
 def open_text(path: Path) -> TextIO:
-    """A text file, packed with gzip or not. Bytes that are no UTF-8 do not stop the reading of a log."""
+    """Open a text file, gzipped or not; bytes that are not UTF-8 are replaced."""
     if path.suffix == ".gz":
         return io.TextIOWrapper(gzip.open(path), encoding="utf-8", errors="replace")
     return path.open(encoding="utf-8", errors="replace", newline="")
 
 
 def plain_name(name: str) -> str:
-    """A column's name as NAMES spells it."""
+    """Spell a column's name as NAMES does."""
     return re.sub(r"[_-]+", " ", name.strip().strip('"').lower())
 
 
 def build_log(
     name: str, source: str, steps: Sequence[float], columns: dict[str, Sequence[float | None]], resumes: Sequence[int] = ()
 ) -> Log:
-    """A Log of rows. None: the row lacks the number; NaN: it was not finite. Rows without a loss or a step are left out."""
+    """Build a Log from rows. None: the row lacks the number; NaN: it was not finite. Rows without loss or step are left out."""
     missing = {key: np.array([value is None for value in values]) for key, values in columns.items()}
     arrays = {key: np.array([np.nan if v is None else v for v in values], dtype=float) for key, values in columns.items()}
     for key in arrays:
-        if key != "loss":  # the detectors' way to say "not finite", where NaN says "unknown"
+        if key != "loss":  # for the detectors infinity is "not finite", NaN "unknown"
             arrays[key][np.isnan(arrays[key]) & ~missing[key]] = np.inf
     return build_arrays(name, source, np.asarray(steps, dtype=float), arrays, ~missing["loss"], resumes)
 
@@ -108,12 +108,12 @@ def build_arrays(
     has_loss: np.ndarray,
     resumes: Sequence[int] = (),
 ) -> Log:
-    """As build_log, of arrays in the detectors' way."""
+    """Build a Log as build_log does, from arrays in the detectors' convention."""
     kept = np.isfinite(steps) & has_loss
     steps = steps[kept].astype(np.int64)
     last_of_step = np.append(steps[1:] != steps[:-1], True) if len(steps) else np.zeros(0, dtype=bool)
     columns = {key: values[kept][last_of_step] for key, values in columns.items()}
     columns = {key: values for key, values in columns.items() if key == "loss" or not np.isnan(values).all()}
     if not len(steps):
-        raise UsageError(f"{name}: {source} without a single step that has a loss")
+        raise UsageError(f"{name}: {source} without any step that has a loss")
     return Log(name, source, steps[last_of_step], columns, tuple(resumes))

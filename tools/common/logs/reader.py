@@ -1,4 +1,4 @@
-"""Read the numbers of a training run from whatever it left: our run directory, other programs' logs, tables, event files."""
+"""Reads the numbers of a training run from a run directory, other programs' logs, tables, or event files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tools.common.logs.text_logs import read_text
 
 
 def read_logs(path: Path) -> list[Log]:
-    """The runs in a run directory, log, table or event file: one, but for tables that name several.
+    """Read the runs in a run directory, log, table or event file: one, except in tables that name several.
 
     UsageError where there is none, with what was looked for.
     """
@@ -19,7 +19,7 @@ def read_logs(path: Path) -> list[Log]:
         raise UsageError(f"{path}: no such file or run directory")
     try:
         return _read(path)
-    except (OSError, EOFError) as error:  # a packed file that was cut short, too
+    except (OSError, EOFError) as error:  # truncated gzip files too
         raise UsageError(f"{path} cannot be read: {error}") from None
 
 
@@ -40,8 +40,8 @@ def _read(path: Path) -> list[Log]:
 
 
 def read_log(path: Path) -> Log:
-    """The run in a file that holds one."""
+    """Read the run in a file that holds one. Raises UsageError when it holds several."""
     logs = read_logs(path)
     if len(logs) > 1:
-        raise UsageError(f"{path} holds {len(logs)} runs ({', '.join(log.name for log in logs[:3])} ...): one is needed")
+        raise UsageError(f"{path} holds {len(logs)} runs ({', '.join(log.name for log in logs[:3])} ...); give a file with one")
     return logs[0]

@@ -1,4 +1,4 @@
-"""The numbers of a run or a log as columns: its steps as they stand, and those that a rewind or a restart left behind."""
+"""Reads the numbers of a run or a log as columns: its final steps, and those that a rewind or a restart undid."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Table = dict[str, np.ndarray]  # column -> [n], NaN where a step lacks it; "step
 
 @dataclass(frozen=True)
 class Numbers:
-    """What is drawn of a run or a log."""
+    """The numbers of a run or a log, for drawing."""
 
-    table: Table  # the steps as they stand
-    undone: tuple[Table, ...]  # stretches that were left behind
-    events: tuple[Event, ...]  # what the detectors see in it
+    table: Table  # the final steps
+    undone: tuple[Table, ...]  # stretches that were undone
+    events: tuple[Event, ...]  # found by the detectors
 
 
 def is_run(source: Path) -> bool:
@@ -35,13 +35,13 @@ def is_run(source: Path) -> bool:
 
 
 def read_numbers(source: Path) -> Numbers:
-    """Of a run directory or a log. Raises UsageError where there is nothing to draw."""
+    """Read a run directory or a log. Raises UsageError when it has no step with a loss."""
     if is_run(source):
         return _read_run(source)
     log = read_log(source)
     final = log.final()
     events = tuple(scan(log.steps, log.columns, log.resumes))
-    return Numbers({"step": final.steps, **final.columns}, tuple(_thrown_away(log)), events)
+    return Numbers({"step": final.steps, **final.columns}, tuple(_repeated(log)), events)
 
 
 def _read_run(run: Path) -> Numbers:
@@ -61,15 +61,15 @@ def _read_run(run: Path) -> Numbers:
 
 
 def _resumes(run: Path) -> tuple[int, ...]:
-    """Steps of the checkpoints that the run went on from: by a person, or by itself."""
+    """Return the steps of the checkpoints from which the run resumed, by a user or by itself."""
     path = run / "run.json"
     starts = json.loads(path.read_text())["starts"] if path.is_file() else []
     by_hand = {start["resumed_step"] for start in starts if start.get("resumed_step")}
     return tuple(sorted(by_hand | {rewind.to_step for rewind in read_history(run)}))
 
 
-def _thrown_away(log: Log) -> Iterator[Table]:
-    """The stretches of a log that a restart from a checkpoint did again."""
+def _repeated(log: Log) -> Iterator[Table]:
+    """Yield the stretches of a log that a restart from a checkpoint repeated."""
     least_after = np.minimum.accumulate(np.append(log.steps[1:], np.iinfo(np.int64).max)[::-1])[::-1]
     lost = np.flatnonzero(log.steps >= least_after)
     for part in np.split(lost, np.flatnonzero((np.diff(lost) > 1) | (np.diff(log.steps[lost]) <= 0)) + 1) if len(lost) else ():
@@ -77,7 +77,7 @@ def _thrown_away(log: Log) -> Iterator[Table]:
 
 
 def to_table(records: Iterable[Mapping[str, Any]]) -> Table:
-    """Columns of every field that is a number."""
+    """Return columns of every field that is a number."""
     rows = list(records)
     names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, int | float))
     table = {name: np.array([row.get(name, np.nan) for row in rows], dtype=float) for name in names}
@@ -85,7 +85,7 @@ def to_table(records: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def branches(records: Iterable[Mapping[str, Any]]) -> list[Table]:
-    """A file of lines moved aside may hold several tries at the same steps, one after another."""
+    """Separate the tries at the same steps that a file of undone lines may hold, one after another."""
     tries: list[list[Mapping[str, Any]]] = []
     for record in records:
         if not tries or record["step"] <= tries[-1][-1]["step"]:

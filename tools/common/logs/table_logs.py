@@ -1,4 +1,4 @@
-"""Tables of a run's numbers: our metrics.jsonl and others' JSON lines, CSV, W&B's CSV export, TensorBoard event files."""
+"""Reads tables of a run's numbers: metrics.jsonl and other JSON lines, CSV, W&B's CSV export, TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from recipes.common.run_dir.metrics import METRICS, NON_FINITE
 from tools.common.console import UsageError
 from tools.common.logs.log import COLUMNS, NAMES, Log, build_arrays, build_log, open_text, plain_name
 
-RUN_COLUMNS = ("file", "run")  # text columns that tell apart the runs in one table
+RUN_COLUMNS = ("file", "run")  # text columns that name the runs in one table
 WANDB_BOUNDS = ("__MIN", "__MAX")  # beside each of its columns
 
 
 def read_folder(folder: Path) -> Log:
-    """A run directory, or one with TensorBoard event files."""
+    """Read a run directory, or a folder with TensorBoard event files."""
     if (folder / METRICS).is_file():
         return read_json_lines(folder / METRICS, str(folder))
     for place in (folder, folder / "tensorboard"):
@@ -30,7 +30,7 @@ def read_folder(folder: Path) -> Log:
 
 
 def read_json_lines(path: Path, name: str | None = None) -> Log:
-    """One JSON object a line, with a step and a loss under any name in NAMES. A last line that was cut is left out."""
+    """Read one JSON object a line, with a step and a loss under any name in NAMES. A truncated last line is left out."""
     rows: list[dict[str, object]] = []
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
@@ -40,7 +40,7 @@ def read_json_lines(path: Path, name: str | None = None) -> Log:
                 if not line.endswith("\n"):
                     break
                 if line.strip():
-                    raise UsageError(f"{path}, line {number}, is no JSON: {error}") from None
+                    raise UsageError(f"{path}, line {number}, is not JSON: {error}") from None
                 continue
             if isinstance(row, dict):
                 rows.append(row)
@@ -53,7 +53,7 @@ def read_json_lines(path: Path, name: str | None = None) -> Log:
 
 
 def _resumes(run_dir: Path) -> list[int]:
-    """Steps after which a run's processes started again, where its launcher wrote them down."""
+    """Return the steps from which a run's processes restarted, if its launcher recorded them."""
     path = run_dir / "logs" / "attempts.jsonl"
     if not path.is_file():
         return []
@@ -68,7 +68,7 @@ def is_header(line: str) -> bool:
 
 
 def read_csv(path: Path) -> list[Log]:
-    """A table with a header; one Log for each run that a text column `file` or `run` names."""
+    """Read a table with a header: one Log for each run that a text column `file` or `run` names."""
     with open_text(path) as file:
         header = next(csv.reader(file))
         keys = {column: header.index(name) for column, name in _pick(_wandb_names(header, path), path).items()}
@@ -79,10 +79,10 @@ def read_csv(path: Path) -> list[Log]:
                 return [log]
         runs: dict[str, list[list[str]]] = defaultdict(list)
         for row in csv.reader(file):
-            if len(row) == len(header):  # the last line of a table that is being written may be short
+            if len(row) == len(header):  # the last line of a table still being written may be short
                 runs["" if run_column is None else row[run_column]].append(row)
     if not runs:
-        raise UsageError(f"{path}: a table without a single step")
+        raise UsageError(f"{path}: a table without any step")
     logs = []
     for run, rows in runs.items():
         cells = {column: [_float(row[at]) for row in rows] for column, at in keys.items()}
@@ -92,7 +92,7 @@ def read_csv(path: Path) -> list[Log]:
 
 
 def _read_numbers(path: Path, keys: dict[str, int]) -> Log | None:
-    """A table of numbers only, five times as fast; None where a cell is empty or text."""
+    """Read a table of numbers only, five times as fast; None if a cell is empty or text."""
     with open_text(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's, where there are no rows
         next(file)
@@ -111,7 +111,7 @@ def _read_numbers(path: Path, keys: dict[str, int]) -> Log | None:
 
 
 def _wandb_names(header: list[str], path: Path) -> dict[str, str]:
-    """The header's cells by their plain names, W&B's "RUN - train/loss" without the run."""
+    """Map plain names to the header's cells, W&B's "RUN - train/loss" without the run."""
     names: dict[str, str] = {}
     runs = set()
     for cell in header:
@@ -122,12 +122,12 @@ def _wandb_names(header: list[str], path: Path) -> dict[str, str]:
             runs.add(run)
         names.setdefault(name if dash else cell, cell)
     if len(runs) > 1:
-        raise UsageError(f"{path} is an export of {len(runs)} W&B runs ({', '.join(sorted(runs)[:3])}): export one run a file")
+        raise UsageError(f"{path} is an export of {len(runs)} W&B runs ({', '.join(sorted(runs)[:3])}); export one run a file")
     return names
 
 
 def _pick(names: dict[str, str], path: Path) -> dict[str, str]:
-    """Our name of each number -> the file's own key for it. `names`: names as the file has them -> keys."""
+    """Return {our name of a number: the file's key for it}. names: {name in the file: key}."""
     plain = {plain_name(name): key for name, key in reversed(names.items())}
     keys = {column: next((plain[name] for name in NAMES[column] if name in plain), None) for column in ("step", *COLUMNS)}
     absent = [column for column in ("step", "loss") if keys[column] is None]
@@ -138,14 +138,14 @@ def _pick(names: dict[str, str], path: Path) -> dict[str, str]:
 
 
 def read_tensorboard(path: Path) -> Log:
-    """Scalars of an event file, or of all in a folder. Where a run went back, TensorBoard keeps the later values."""
+    """Read the scalars of an event file, or of all in a folder. Where a run went back, TensorBoard keeps the later values."""
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
     from tensorboard.util import tensor_util
 
     events = EventAccumulator(str(path), size_guidance={SCALARS: 0, TENSORS: 0}).Reload()
     tags = {tag: tag for tag in [*events.Tags()["scalars"], *events.Tags()["tensors"]]}
     if not tags:
-        raise UsageError(f"{path}: TensorBoard events without a scalar")
+        raise UsageError(f"{path}: TensorBoard events without scalars")
     keys = _pick({"step": "step", **tags}, path)
     table: dict[int, dict[str, float]] = defaultdict(dict)
     for column, tag in keys.items():
@@ -163,7 +163,7 @@ def read_tensorboard(path: Path) -> Log:
 
 
 def _float(cell: object) -> float | None:
-    """A cell's number; None where it is empty or no number. "NaN" and the like are numbers that are not finite."""
+    """Return a cell's number; None if it is empty or text. "NaN" and the like are numbers that are not finite."""
     if isinstance(cell, str):
         cell = cell.strip()
         if cell in NON_FINITE:

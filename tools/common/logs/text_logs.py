@@ -1,4 +1,4 @@
-"""Text logs of other programs, as they print them. Each format's source is named beside it."""
+"""Reads text logs as other programs print them. Each format's source is named beside it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SNIFF_LINES = 2000  # after the first line of a known format: a log may hold two
 
 @dataclass(frozen=True)
 class Format:
-    """A line that starts a step, and where its numbers are, in it and (if `block`) in the lines up to the next step."""
+    """Patterns of the line that starts a step, and of the numbers in it and (if `block`) in the lines up to the next step."""
 
     name: str
     step: re.Pattern[str]
@@ -94,7 +94,7 @@ FORMATS = (
 )
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-# DeepSpeed says it between the steps: runtime/fp16/loss_scaler.py, fused_optimizer.py
+# printed by DeepSpeed between the steps: runtime/fp16/loss_scaler.py, fused_optimizer.py
 SCALE = number_after(r"(?:Attempted loss scale: \S+, reducing|(?:Reducing|Increasing) dynamic loss scale from \S+) to ")
 RESUMES = (
     (re.compile(r"loaded checkpoint .*at iteration (\d+)"), 0),  # Megatron
@@ -103,7 +103,7 @@ RESUMES = (
 
 
 def read_text(path: Path) -> Log:
-    """The steps of a text log. UsageError names the formats where it is none of them."""
+    """Read the steps of a text log. Raises UsageError, with the known formats, when it is none of them."""
     with open_text(path) as file:
         found = sniff(file)
     if found is None:
@@ -121,7 +121,7 @@ def read_text(path: Path) -> Log:
 
 
 def sniff(lines: Iterable[str]) -> Format | None:
-    """The richest format among those that the first lines with steps are in."""
+    """Return the richest of the formats of the first lines with steps."""
     lines = iter(lines)
     present: set[str] = set()
     for line in lines:
@@ -139,7 +139,7 @@ def _formats_of(line: str) -> set[str]:
 
 
 def parse(lines: Iterable[str], found: Format) -> tuple[list[tuple[int, dict[str, float]]], list[int]]:
-    """(step, its numbers) of each step in order, and the steps that the log resumed after."""
+    """Return (step, its numbers) of each step in order, and the steps after which the log resumed."""
     rows: list[tuple[int, dict[str, float]]] = []
     resumes: list[int] = []
     scale: float | None = None
@@ -165,6 +165,6 @@ def parse(lines: Iterable[str], found: Format) -> tuple[list[tuple[int, dict[str
 
 
 def _plain(lines: Iterable[str]) -> Iterator[str]:
-    """Without colours. A progress bar's carriage returns separate lines too."""
+    """Yield the lines without colours. A progress bar's carriage returns separate lines too."""
     for line in lines:
         yield from COLOURS.sub("", line).rstrip("\r\n").split("\r")
