@@ -1,4 +1,4 @@
-"""What the detectors read: stretches of logged points, and the healthy curve that loss and gradient norm have followed so far."""
+"""Holds what the detectors read: stretches of logged points, and the healthy curve of loss and gradient norm so far."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Points:
     steps: np.ndarray  # int64
     columns: dict[str, np.ndarray]  # fp64 by name: a missing value is NaN, one that was not finite is infinite
     sparse: np.ndarray  # bool: the log leaves out the steps on both sides
-    after_gap: bool = False  # so many steps are left out before these that the curve before tells nothing
+    after_gap: bool = False  # so many steps are missing before these that the earlier curve predicts nothing
     opened: np.ndarray = field(init=False)  # bool: a spike began here
     off_curve: np.ndarray = field(init=False)  # bool: loss or gradient norm off its curve
     new_level: np.ndarray = field(init=False)  # bool: from here on the loss follows another curve
@@ -46,7 +46,7 @@ class Curve:
         self._history, self._kept = np.empty((3, 2 * HISTORY)), 0  # step, loss, log norm
 
     def begin(self, *, midway: bool) -> None:
-        """Called before the first point. midway: the log begins in the middle of a run, which is judged at once."""
+        """Call before the first point. midway: the log begins in the middle of a run, and is judged at once."""
         self.loss.begins_midway = self.norm.begins_midway = midway
 
     def level(self) -> Level | None:
@@ -89,7 +89,7 @@ class Curve:
         self._history[:, : known.shape[1]], self._kept = known, known.shape[1]
 
     def forget(self) -> None:
-        """Start again from nothing: the points so far tell nothing about the next."""
+        """Start again from nothing: the points so far do not predict the next."""
         for window in (self.loss, self.norm):
             window.begins_midway = True
             window.refill(np.empty(0))

@@ -26,7 +26,7 @@ from recipes.common.anomalies.slow_trends import SlowTrends
 from recipes.common.anomalies.step_time import StepTime
 
 BEGINNING_STEPS = 100  # a log whose first step is later shows a run that is under way: it is judged at once
-GAP_STEPS = 1024  # times the usual distance of logged steps: what came before tells nothing
+GAP_STEPS = 1024  # times the usual distance of logged steps: the earlier curve predicts nothing
 
 
 class Detector(Protocol):

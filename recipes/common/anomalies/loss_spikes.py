@@ -39,7 +39,7 @@ PERSISTS, LEAST_SHARE = 3, 0.03  # points in a row, and share of the loss: less 
 SPARSE_Z, SPARSE_SHARE = 10.0, 0.05  # far above: in robust deviations, and in the loss's share
 DEAD_POINTS = 32  # not finite in a row: it does not come back
 FAR_SHARE = 0.1  # of the loss: other data raises it by less, a divergence by more
-YOUNG_SHARE = 0.25  # of the loss: what a log of a few lines must show, because it does not tell how noisy it is
+YOUNG_SHARE = 0.25  # of the loss: what a log of a few lines must show, because it does not show how noisy it is
 LOST_POINTS = 8 * DIVERGED_POINTS  # a level kept for so long is the new curve
 NOISIER = 3.0  # times the spread before: the curve did not move, its noise did
 LINK_POINTS = 16  # a gradient norm leads the loss by a few steps, not more
@@ -55,7 +55,7 @@ class LossSpikes:
         self._curve, self._open, self._scale = curve, None, LossScale()
         self._events = NewEvents()
         self._scale_event: tuple[int, int] | None = None  # onset step and number of the last fall that became an event
-        self._point = 0  # points seen
+        self._point = 0  # points so far
         self._resume_point: int | None = None
 
     def add(self, points: Points) -> list[Event]:
@@ -128,8 +128,8 @@ class LossSpikes:
         onset, fall = self._scale.recent_fall(self._point)
         if fall < SCALE_LEAD_FALL:
             return OpenEvent(self._events.number(), step, "loss", level, resumed, peak_step=step, norm_peak_step=step)
-        told = self._scale_event is not None and self._scale_event[0] == onset
-        number = self._scale_event[1] if told else self._events.number()
+        reported = self._scale_event is not None and self._scale_event[0] == onset
+        number = self._scale_event[1] if reported else self._events.number()
         return OpenEvent(number, onset, "loss_scale", level, resumed, peak_step=step, norm_peak_step=step, scale_fall=fall)
 
     def _judge_scale(self, step: int, value: float) -> None:
@@ -218,7 +218,7 @@ class LossSpikes:
         return True
 
     def _end(self) -> None:
-        """The log, or this attempt at it, ends: judge the open event by what was seen."""
+        """Close the open event, judged by its points so far: the log, or this attempt, ends."""
         if self._open is not None:
             self._close(self._open)
 

@@ -1,4 +1,4 @@
-"""What is known of a spike that has not ended: peaks, runs of points off the curve, the last losses."""
+"""Collects what is known of a spike that has not ended: peaks, runs of points off the curve, the last losses."""
 
 from __future__ import annotations
 

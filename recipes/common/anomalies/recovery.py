@@ -1,7 +1,7 @@
 """Automatic recovery, as the recipe says: log an anomaly, skip the step, or rewind.
 
 Every rank pushes the same numbers into the same detectors and comes to the same decision, so nothing is sent for it. A rewind
-goes back to a checkpoint before the onset, in the same process, and leaves out the sequences that the suspect steps read. It is
+returns to a checkpoint before the onset, in the same process, and skips the sequences that the suspect steps read. It is
 what PaLM's team did by hand (arXiv 2204.02311, section 5.1). A run that rewinds equals, bitwise, one that is resumed from that
 checkpoint with --resume-step and --skip.
 

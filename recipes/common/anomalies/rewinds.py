@@ -31,7 +31,7 @@ class Rewind:
     onset_step: int
     from_step: int  # the last step before going back
     to_step: int  # of the checkpoint
-    skipped: tuple[int, int]  # sequences left out from now on, by index (recipes.common.data.order.kept_index)
+    skipped: tuple[int, int]  # sequences skipped from now on, by index (recipes.common.data.order.kept_index)
     lr_factor: float  # on the learning rate of the steps after to_step ...
     lr_until_step: int  # ... up to and including this one
 
@@ -127,5 +127,5 @@ def describe_rewind(rewind: Rewind) -> str:
     rate = f", learning rate x {rewind.lr_factor:g} up to step {rewind.lr_until_step}" if rewind.lr_factor != 1.0 else ""
     return (
         f"{rewind.kind} from step {rewind.onset_step}: from step {rewind.from_step} back to {rewind.to_step}, sequences "
-        f"{start}:{stop} left out{rate}"
+        f"{start}:{stop} skipped{rate}"
     )

@@ -1,8 +1,8 @@
-"""Level and spread of a noisy curve from its last healthy values: medians, so that outliers do not shift them.
+"""Estimates level and spread of a noisy curve from its last healthy values by medians, so that outliers do not shift them.
 
-The curve's fall is taken out first, by the line through the medians of the window's quarters. A rise is not: it is what
-the detectors look for. Values the detectors flag are never put in ("quarantine"), so one spike or NaN cannot
-hide the next; means and deviations of raw values, the usual rule, are blind for a whole window after each.
+The curve's fall is removed first, by the line through the medians of the window's quarters. A rise is not: it is what the
+detectors look for. Values that the detectors flag never enter ("quarantine"), so one spike or NaN cannot hide the next; means and
+deviations of raw values, the usual rule, are blind for a whole window after each.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ MAD_TO_SD = 1.4826  # from a median absolute deviation to a standard deviation, 
 
 
 class RobustWindow:
-    """What the next value should be, from at most SIZE accepted ones: `center`, give or take `scale`, or `fall` lower."""
+    """Predicts the next value from at most SIZE accepted ones: `center`, give or take `scale`, or `fall` lower."""
 
     def __init__(self, prior: float, floor: float, relative: bool, few: int = 1) -> None:
-        """prior: the scale to expect before values tell; floor: the least scale; both in shares of the center if `relative`.
+        """prior: the scale to expect while values are few; floor: the least scale; both in shares of the center if `relative`.
 
-        few: values that do, with the prior, where the first one was not the run's first.
+        few: values that are enough, with the prior, for a log that begins in the middle of a run.
         """
         self._prior, self._floor, self._relative, self._few = prior, floor, relative, few
         self.begins_midway = False
@@ -46,7 +46,7 @@ class RobustWindow:
         return self.count >= (1 if self.begins_midway else ENOUGH)
 
     def z(self, value: float) -> float:
-        """Robust deviations off the curve; 0 while too little is known.
+        """Return the robust deviations off the curve; 0 while too little is known.
 
         A value is high when it is above what was just there, and low when it is below where the fall would have led:
         the fall of a young run slows down all the time, so a line drawn on is too low for it.
@@ -56,7 +56,7 @@ class RobustWindow:
         return (max(value - self.center, 0.0) + min(value - self.center + self.fall, 0.0)) / self.scale
 
     def accept(self, values: np.ndarray) -> None:
-        """Values [n] in order, n at most `due`: the estimates hold until then."""
+        """Add values [n] in order, n at most `due`: the estimates hold until then."""
         n = len(values)
         if self._end + n > 2 * SIZE:
             self._buffer[:SIZE] = self._buffer[self._end - SIZE : self._end]
@@ -84,7 +84,7 @@ class RobustWindow:
             self.fall = float((knots[0] - knots[3]) / (3 * quarter) * (0.5 * quarter + self.due))
         spread = MAD_TO_SD * np.sort(np.abs(values - line))[n // 2]
         unit = abs(self.center) if self._relative else 1.0
-        if n < SIZE // 4:  # as if the prior had been seen in four values
+        if n < SIZE // 4:  # as if four values had shown the prior
             spread = np.sqrt((n * spread**2 + 4 * (self._prior * unit) ** 2) / (n + 4))
         else:  # rounded values: steps of the last digit are no deviation
             gaps = np.diff(newest[-1])

@@ -25,7 +25,7 @@ RISE_NATS, RISE_NOISE, RISE_BLOCKS = 0.05, 6.0, 3  # over the best: at least, an
 CLIMB_SHARE, CLIMB_BLOCKS = 0.15, 16  # over the lowest of so many blocks, in the loss's share: no rise but a divergence
 SPOILT = 0.25  # share of a block inside spikes, which are events of their own
 PLATEAU_NATS, PLATEAU_BLOCKS = 0.02, 64  # less than this is no progress; a plateau is 4096 steps at least
-BEGINNING_NATS = 5.0  # a log that begins lower goes on with a run of unknown age: how long is long, nobody knows
+BEGINNING_NATS = 5.0  # a log that begins lower continues a run of unknown age, whose plateaus cannot be judged
 
 
 class SlowTrends:
@@ -71,7 +71,7 @@ class SlowTrends:
         return self._events.take()
 
     def _forget(self) -> None:
-        """From here on the curve is another one: there is no best level yet."""
+        """Start a new curve, which has no best level yet."""
         self._recent: deque[tuple[int, float, float]] = deque(maxlen=LEVEL_BLOCKS)  # first step, median, spread of each block
         self._levels: deque[tuple[int, float]] = deque(maxlen=MEMORY_LEVELS)  # last step and level
         self._best = math.inf

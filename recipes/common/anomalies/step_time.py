@@ -93,7 +93,7 @@ class StepTime:
         return Event(onset, peak, end, 0.0, "hardware_suspect", False, "step_time", lead, evidence, self._number)
 
     def _end(self) -> None:
-        """The slow steps end, or have lasted so long that they are the new usual."""
+        """Close the event: the slow steps ended, or lasted so long that they are the new usual."""
         if self._open:
             self._events.append(self._event(ended=True))
             if len(self._kept) == SLOW_KEPT:

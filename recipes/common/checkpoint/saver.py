@@ -37,7 +37,7 @@ from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_ch
 from recipes.common.run_dir.run_files import recipe_to_dict
 from recipes.common.run_dir.run_log import RunLog
 
-_POLL_SECONDS = 0.02  # how often the sealing thread looks for the other ranks' reports
+_POLL_SECONDS = 0.02  # between the sealing thread's checks for the other ranks' reports
 
 
 class Saver:

@@ -103,7 +103,7 @@ def _terms(
 
     Dot products take one pass each, and are more exact than sums of squares.
     """
-    on_cpu = weight.device.type == "cpu"  # it can look, without waiting, whether there is anything to count
+    on_cpu = weight.device.type == "cpu"  # here a check whether there is anything to count waits for nothing
     tiny = None
     if spread is None:
         quotient, relative = direction, gradient

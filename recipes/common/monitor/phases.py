@@ -17,7 +17,7 @@ MEMORY_STEP = 2  # of a start: the optimizer's states exist
 
 
 class Phases:
-    """Call `enter` at every phase of the loop (recipes.common.run_dir.heartbeat.PHASES), `start` once the trainer is built."""
+    """One rank's phases (recipes.common.run_dir.heartbeat.PHASES). `start` it once the trainer is built, `enter` every phase."""
 
     def __init__(self, out_dir: Path, rank: int, trace_steps: range = range(0)) -> None:
         """trace_steps: steps of which every span is kept."""

@@ -9,7 +9,7 @@ import pytest
 
 from recipes.common.anomalies import recovery
 from recipes.common.anomalies.events import Event
-from recipes.common.anomalies.rewinds import Rewind, lr_factor_at, read_history, tries_at
+from recipes.common.anomalies.rewinds import read_history
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.checks.recipe_checks import reaction_problems
 from recipes.common.data.order import sequence_position
@@ -220,8 +220,9 @@ def test_tries_are_bounded_and_the_error_names_them(data, tmp_path, monkeypatch)
     monkeypatch.setattr(recovery, "AnomalyDetector", Always)
     recipe = recipe_on(data, reaction=Reaction(action="rewind", max_rewinds=2, lr_factor=0.5, lr_steps=2))
     words = (
-        r"TrainingError: step 6: diverged from step 6; tried: diverged from step 6: from step 6 back to 4, sequences 16:24 left "
-        r"out, learning rate x 0.5 up to step 6; tried: .*from step 6 back to 2, sequences 24:40 left out.*; the last checkpoint"
+        r"TrainingError: step 6: diverged from step 6; tried: diverged from step 6: from step 6 back to 4, sequences 16:24 "
+        r"skipped, learning rate x 0.5 up to step 6; tried: .*from step 6 back to 2, sequences 24:40 skipped.*; "
+        r"the last checkpoint"
     )
     with pytest.raises(RankError, match=words):
         run(recipe, 1, tmp_path)
@@ -247,23 +248,6 @@ def test_without_a_checkpoint_before_it_the_run_goes_on_and_says_so(data, tmp_pa
     records = run(recipe, 1, tmp_path)
     assert sorted(records) == list(range(1, BAD_STEP + 2))
     assert "cannot rewind, no checkpoint is from before it" in capfd.readouterr().err
-
-
-def entry(from_step, to_step, **fields):
-    values = {"kind": "diverged", "onset_step": from_step, "skipped": (0, 1), "lr_factor": 1.0, "lr_until_step": 0}
-    return Rewind(from_step=from_step, to_step=to_step, **(values | fields))
-
-
-def test_a_run_that_gets_past_the_step_starts_counting_anew():
-    first, second, third = entry(100, 80), entry(105, 60), entry(300, 280)
-    assert tries_at((first,), onset_step=101) == ()
-    assert tries_at((first, second), onset_step=99) == (first, second)
-    assert tries_at((first, second, third), onset_step=299) == (third,)
-
-
-def test_stretches_of_a_lower_rate_multiply():
-    history = (entry(9, 4, lr_factor=0.5, lr_until_step=10), entry(9, 2, lr_factor=0.5, lr_until_step=6))
-    assert [lr_factor_at(history, step) for step in (2, 3, 5, 7, 11)] == [1.0, 0.5, 0.25, 0.5, 1.0]
 
 
 @pytest.mark.parametrize(

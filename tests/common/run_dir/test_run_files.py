@@ -9,10 +9,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from transformers import LlamaConfig
 
-from recipes.common.config.json_files import write_json
 from recipes.common.recipe import WSD, AdamW, Batch, Layout, Recipe, derive_sizes
 from recipes.common.run_dir.run_files import git_state, recipe_to_dict, write_run_files
 
@@ -96,15 +94,6 @@ def test_a_resume_adds_itself_and_keeps_what_it_replaces(tmp_path: Path) -> None
     other = start(tmp_path, recipe)
     assert other["run_id"] != first["run_id"]
     assert json.loads((tmp_path / "run.before_step_00000001.json").read_text())["run_id"] == first["run_id"]
-
-
-def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_git_state_outside_a_checkout(tmp_path: Path) -> None:
