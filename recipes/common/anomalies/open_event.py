@@ -14,7 +14,7 @@ QUARTER = DIVERGED_POINTS // 4
 
 
 @dataclass
-class Run:
+class Streak:
     """Points in a row for which something held: up to now, and the longest so far."""
 
     now: int = 0
@@ -47,10 +47,10 @@ class OpenEvent:
     scale_fall: float = 1.0
     # runs
     points: int = 0
-    off: Run = field(default_factory=Run)  # loss or norm
-    loss_off: Run = field(default_factory=Run)
-    norm_off: Run = field(default_factory=Run)
-    not_finite: Run = field(default_factory=Run)
+    off: Streak = field(default_factory=Streak)  # loss or norm
+    loss_off: Streak = field(default_factory=Streak)
+    norm_off: Streak = field(default_factory=Streak)
+    not_finite: Streak = field(default_factory=Streak)
     calm: int = 0  # points since the last one off
     last_off_step: int = 0
     last_norm_off: int = 0  # in points
