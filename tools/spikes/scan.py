@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from recipes.common.anomalies.detector import scan
+from recipes.common.anomalies.detector import judge_log
 from recipes.common.anomalies.events import MEASURES, Event
 from tools.common.console import GOOD, UsageError, progress_bar, table
 from tools.common.logs.reader import read_logs
@@ -32,6 +33,7 @@ class Scanned:
     last_step: int
     signals: tuple[str, ...]
     events: tuple[Event, ...]
+    failures: tuple[str, ...] = ()  # of detectors
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +42,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     found = list(scan_files(flags.logs))
+    for scanned in found:
+        for failure in scanned.failures:
+            print(f"{scanned.file}: {failure}", file=sys.stderr)
     if flags.json:
         objects = [as_json(scanned) for scanned in found]
         print(json.dumps(objects[0] if len(objects) == 1 else {"files": objects}, allow_nan=False))
@@ -72,7 +77,7 @@ def _shown(items: Iterable[Any], total: int) -> Iterator[Any]:
 def scan_file(path: Path) -> Scanned:
     """Scan all runs of a file together: a table of several is rare, and steps tell them apart."""
     logs = read_logs(path)
-    events = [event for log in logs for event in scan(log.steps, log.columns, log.resumes)]
+    findings = [judge_log(log.steps, log.columns, log.resumes) for log in logs]
     return Scanned(
         file=str(path),
         source=logs[0].source,
@@ -80,7 +85,8 @@ def scan_file(path: Path) -> Scanned:
         first_step=min(int(log.steps.min()) for log in logs),
         last_step=max(int(log.steps.max()) for log in logs),
         signals=tuple(dict.fromkeys(name for log in logs for name in log.columns)),
-        events=tuple(events),
+        events=tuple(event for found in findings for event in found.events),
+        failures=tuple(dict.fromkeys(failure for found in findings for failure in found.failures)),
     )
 
 

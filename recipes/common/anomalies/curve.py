@@ -9,6 +9,7 @@ import numpy as np
 from recipes.common.anomalies.robust_window import ENOUGH, RobustWindow
 
 HISTORY = 1024  # accepted points kept for a step back to a checkpoint
+LEAST_LOSS = 0.1  # nats: shares of a loss nearer to zero, or at it, are those of this one. A share of nothing is nothing
 
 
 @dataclass
@@ -40,9 +41,9 @@ class Curve:
     """Windows of the last healthy losses and log gradient norms. `LossSpikes` keeps it; the other detectors may read it."""
 
     def __init__(self) -> None:
-        self.loss = RobustWindow(prior=0.02, floor=0.001, relative=True, few=3)
+        self.loss = RobustWindow(prior=0.02, floor=0.001, least_unit=LEAST_LOSS, few=3)
         # a norm has to double (exp(8 * 0.1) = 2.2): logs round it, and single healthy steps reach 1.5 times the usual
-        self.norm = RobustWindow(prior=0.15, floor=0.1, relative=False)
+        self.norm = RobustWindow(prior=0.15, floor=0.1, least_unit=None)
         self._history, self._kept = np.empty((3, 2 * HISTORY)), 0  # step, loss, log norm
 
     def begin(self, *, midway: bool) -> None:

@@ -12,8 +12,8 @@ events.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ from recipes.common.anomalies.slow_trends import SlowTrends
 from recipes.common.anomalies.step_time import StepTime
 
 BEGINNING_STEPS = 100  # a log whose first step is later shows a run that is under way: it is judged at once
+LARGEST = 3.5e38  # beyond fp32: squares and differences of what is below are finite
 GAP_STEPS = 1024  # times the usual distance of logged steps: the earlier curve predicts nothing
 
 
@@ -58,6 +59,8 @@ class AnomalyDetector:
         self._curve = Curve()
         self._detectors = [make(self._curve) for make in detectors]
         self._columns = tuple({name: None for detector in detectors for name in detector.columns})
+        self.failures: list[str] = []  # of detectors that raised, which are off since: a bug in one ends no run
+        self._off: set[int] = set()
         self._last_steps: list[int] = []  # two; none before the first point
         self._found: list[Event] = []
 
@@ -71,15 +74,14 @@ class AnomalyDetector:
     def feed(self, steps: np.ndarray, columns: Mapping[str, np.ndarray]) -> list[Event]:
         """Take many steps [n] at once, with the same events as `push` of each.
 
-        A loss that is NaN was not finite; another number that is NaN is missing, and infinite where it was not finite.
+        A loss that is NaN was not finite; another number that is NaN is missing, and infinite where it was not finite. What is
+        beyond LARGEST counts as infinite, a loss scale that is none (zero, below, infinite) as missing.
         """
         steps = np.asarray(steps)
         if not len(steps):
             return []
         unknown = np.full(len(steps), np.nan)
-        known = {name: np.asarray(columns.get(name, unknown), dtype=float) for name in self._columns}
-        if "loss" in known:
-            known["loss"] = np.where(np.isnan(known["loss"]), np.inf, known["loss"])
+        known = {name: _judgeable(name, np.asarray(columns.get(name, unknown), dtype=float)) for name in self._columns}
         if not self._last_steps:
             self._curve.begin(midway=int(steps[0]) > BEGINNING_STEPS)
             self._last_steps = [int(steps[0]) - 1, int(steps[0])]
@@ -94,26 +96,36 @@ class AnomalyDetector:
             part = slice(start, end)
             columns_of_part = {name: values[part] for name, values in known.items()}
             points = Points(steps[part], columns_of_part, sparse[part], after_gap=bool(leap[start]))
-            self._collect(detector.add(points) for detector in self._detectors)
+            self._collect(lambda detector, points=points: detector.add(points))
         return self._take()
 
     def resumed(self, step: int) -> None:
         """What follows was computed from the checkpoint of `step`: forget the points after it."""
-        self._collect(detector.resumed(step) for detector in self._detectors)
+        self._collect(lambda detector: detector.resumed(step))
 
     def norm_limit(self) -> float:
         """Return the gradient norm at which an event would open at the next step; infinite while too little is known."""
-        return math.exp(self._curve.norm.high) if self._curve.norm.ready else math.inf
+        if not self._curve.norm.ready or self._curve.norm.high > math.log(LARGEST):
+            return math.inf
+        return math.exp(self._curve.norm.high)
 
     def finish(self) -> list[Event]:
         """The log ends here: return what was still open as it ended there."""
-        self._collect(detector.finish() for detector in self._detectors)
+        self._collect(lambda detector: detector.finish())
         return self._take()
 
-    def _collect(self, found: Iterable[list[Event]]) -> None:
+    def _collect(self, ask: Callable[[Detector], list[Event]]) -> None:
         """Keep events, in the detectors' order, until the next return; their numbers become unique over all detectors."""
         count = len(self._detectors)
-        for index, events in enumerate(found):
+        for index, detector in enumerate(self._detectors):
+            if index in self._off:
+                continue
+            try:
+                events = ask(detector)
+            except Exception as error:  # whatever it is: training, and the other detectors, are worth more than this one
+                self._off.add(index)
+                self.failures.append(f"{type(detector).__name__} failed and is off: {type(error).__name__}: {error}")
+                continue
             self._found += [replace(event, number=event.number * count + index) for event in events]
 
     def _take(self) -> list[Event]:
@@ -121,7 +133,28 @@ class AnomalyDetector:
         return taken
 
 
+def _judgeable(name: str, values: np.ndarray) -> np.ndarray:
+    """Return the numbers of a column as the detectors take them: finite below LARGEST, infinite, or (but for a loss) NaN."""
+    values = np.where(np.abs(values) > LARGEST, np.inf, values)  # a loss of minus infinity is a loss that is not finite
+    if name == "loss":
+        return np.where(np.isnan(values), np.inf, values)
+    return np.where((values > 0) & (values < np.inf), values, np.nan) if name == "loss_scale" else values
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the detectors say of a whole log."""
+
+    events: tuple[Event, ...]  # each once, in order of onset
+    failures: tuple[str, ...]  # of detectors that raised and were off from there on
+
+
 def scan(steps: np.ndarray, columns: Mapping[str, np.ndarray], resumes: Sequence[int] = ()) -> list[Event]:
+    """Return the events of a log. As `judge_log`, which also says which detectors failed."""
+    return list(judge_log(steps, columns, resumes).events)
+
+
+def judge_log(steps: np.ndarray, columns: Mapping[str, np.ndarray], resumes: Sequence[int] = ()) -> Findings:
     """Return every event of a log, once, in order of onset. steps [n] in the order written; columns as for `feed`.
 
     A step number that goes back is a resume from a checkpoint: what was seen before it stays an event of the log. resumes:
@@ -136,4 +169,5 @@ def scan(steps: np.ndarray, columns: Mapping[str, np.ndarray], resumes: Sequence
             start = end
     found += detector.feed(steps[start:], {name: values[start:] for name, values in columns.items()})
     newest = {event.number: event for event in [*found, *detector.finish()]}
-    return sorted(newest.values(), key=lambda event: (event.onset_step, event.first_signal))
+    events = sorted(newest.values(), key=lambda event: (event.onset_step, event.first_signal))
+    return Findings(tuple(events), tuple(detector.failures))

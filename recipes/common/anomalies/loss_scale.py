@@ -20,7 +20,7 @@ class LossScale:
         self._top, self._onset = math.nan, 0  # before the falls in a row, and the step of the first
 
     def push(self, point: int, step: int, value: float) -> float:
-        """Return how many times lower it is than before the falls in a row; 1 where it did not fall now."""
+        """Return how many times lower it is than before the falls in a row; 1 where it did not fall now. value: above zero."""
         before, self.value = self.value, value
         if math.isnan(before) or value == before:
             return 1.0

@@ -156,14 +156,14 @@ class LossSpikes:
             event.kind = "slow_recovery"
         if event.actionable_step is not None or event.sign < 0:
             return
-        if self._curve.loss.count < ENOUGH and event.excess < YOUNG_SHARE * event.level and not event.not_finite.longest:
+        if self._curve.loss.count < ENOUGH and event.excess < YOUNG_SHARE * event.loss_size and not event.not_finite.longest:
             return
         above = event.loss_z >= OPEN_Z
-        quiet = event.norm_known and event.norm_z < OFF_Z and event.excess < FAR_SHARE * event.level
-        high = event.excess >= LEAST_SHARE * event.level and not quiet
+        quiet = event.norm_known and event.norm_z < OFF_Z and event.excess < FAR_SHARE * event.loss_size
+        high = event.excess >= LEAST_SHARE * event.loss_size and not quiet
         persists = above and high and event.loss_off.now >= PERSISTS
         together = above and event.norm_z >= OPEN_Z and event.norm_off.longest > 1
-        far = sparse and event.loss_z >= SPARSE_Z and event.excess >= SPARSE_SHARE * event.level
+        far = sparse and event.loss_z >= SPARSE_Z and event.excess >= SPARSE_SHARE * event.loss_size
         if event.not_finite.longest or persists or together or far:
             event.actionable_step = step
             if far and event.kind == "outlier_batch":
@@ -187,15 +187,15 @@ class LossSpikes:
         norm_quiet = event.points - event.last_norm_off > QUARTER or event.last_norm_off == 0
         around = sum(loss < event.level for loss in event.losses) / len(event.losses)
         noisier = spread > NOISIER * self._curve.loss.scale and 0.25 < around < 0.75
-        steady = abs(level - event.early) <= max(2 * spread, 0.02 * event.level)
-        near = event.sign < 0 or (steady and excess < FAR_SHARE * event.level)
+        steady = abs(level - event.early) <= max(2 * spread, 0.02 * event.loss_size)
+        near = event.sign < 0 or (steady and excess < FAR_SHARE * event.loss_size)
         ripe = event.points % DIVERGED_POINTS == 0
         if (norm_quiet and (noisier or (ripe and near))) or (ripe and event.loss_z < OFF_Z):
             event.kind = "resume_artefact" if event.after_resume else "data_regime_shift"
             return self._close_at_new_level(event)
         if event.points >= LOST_POINTS:
             return self._close_at_new_level(event)
-        if ripe and event.sign > 0 and excess >= max(event.largest_median / 2, FAR_SHARE * event.level):
+        if ripe and event.sign > 0 and excess >= max(event.largest_median / 2, FAR_SHARE * event.loss_size):
             event.kind = "diverged"
             if event.actionable_step is None:
                 event.actionable_step = event.last_off_step

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from statistics import median
 
+from recipes.common.anomalies.curve import LEAST_LOSS
 from recipes.common.anomalies.events import DIVERGED_POINTS, Event
 
 OFF_Z = 4.0  # still off: half of what opens
@@ -59,6 +60,11 @@ class OpenEvent:
     losses: list[float] = field(default_factory=list)  # the last QUARTER finite ones
     early: float = math.nan  # median of the first QUARTER
     largest_median: float = 0.0
+
+    @property
+    def loss_size(self) -> float:
+        """Return what shares of the loss are shares of; NaN where the level is not known."""
+        return max(abs(self.level), LEAST_LOSS)
 
     def add(self, step: int, loss: float, *, excess: float, loss_z: float, norm_z: float) -> bool:
         """Count one point and return whether it is off the curve.

@@ -84,6 +84,7 @@ class Recovery:
         self._new: list[Event] = []  # of the newest step
         self._open: dict[int, Event] = {}  # by number: events that have not ended
         self._skipped_in_a_row = 0
+        self._told: set[str] = set()  # failures of detectors
         self._detector = AnomalyDetector()
         self._step_time = AnomalyDetector((StepTime,))
 
@@ -119,6 +120,7 @@ class Recovery:
                 self._open.pop(event.number, None)
         if self._log is not None:  # rank 0's clock is its own: nothing is decided by it
             self._new += self._step_time.push(step, record)
+            self._say_failures()
         fields = history_fields(self.history, step)
         if self._new:
             fields["event"] = ", ".join(dict.fromkeys(event.kind for event in self._new))
@@ -240,6 +242,13 @@ class Recovery:
         tries = "".join(f"; tried: {describe_rewind(rewind)}" for rewind in tried)
         saved = self._saver.last_saved
         return what + tries + (f"; the last checkpoint is {saved}" if saved else "; no checkpoint was saved")
+
+    def _say_failures(self) -> None:
+        """Say once of each detector that raised that it is off; a rewind starts it again, with the same numbers before it."""
+        for failure in [*self._detector.failures, *self._step_time.failures]:
+            if failure not in self._told:
+                self._told.add(failure)
+                self._note(f"monitor: {failure}")
 
     def _note(self, text: str) -> None:
         if self._log is not None:

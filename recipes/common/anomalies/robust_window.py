@@ -20,12 +20,13 @@ MAD_TO_SD = 1.4826  # from a median absolute deviation to a standard deviation, 
 class RobustWindow:
     """Predicts the next value from at most SIZE accepted ones: `center`, give or take `scale`, or `fall` lower."""
 
-    def __init__(self, prior: float, floor: float, relative: bool, few: int = 1) -> None:
-        """prior: the scale to expect while values are few; floor: the least scale; both in shares of the center if `relative`.
+    def __init__(self, prior: float, floor: float, least_unit: float | None, few: int = 1) -> None:
+        """prior: the scale to expect while values are few; floor: the least scale; both in shares of the center's size, or of
+        `least_unit` where the center is nearer to zero. Without a `least_unit` they are absolute.
 
         few: values that are enough, with the prior, for a log that begins in the middle of a run.
         """
-        self._prior, self._floor, self._relative, self._few = prior, floor, relative, few
+        self._prior, self._floor, self._least_unit, self._few = prior, floor, least_unit, few
         self.begins_midway = False
         self._accepted = 0
         self.refill(np.empty(0))
@@ -83,7 +84,7 @@ class RobustWindow:
             self.center = float(newest[-1, quarter // 2])
             self.fall = float((knots[0] - knots[3]) / (3 * quarter) * (0.5 * quarter + self.due))
         spread = MAD_TO_SD * np.sort(np.abs(values - line))[n // 2]
-        unit = abs(self.center) if self._relative else 1.0
+        unit = 1.0 if self._least_unit is None else max(abs(self.center), self._least_unit)
         if n < SIZE // 4:  # as if four values had shown the prior
             spread = np.sqrt((n * spread**2 + 4 * (self._prior * unit) ** 2) / (n + 4))
         else:  # rounded values: steps of the last digit are no deviation

@@ -14,7 +14,7 @@ from statistics import fmean, median
 
 import numpy as np
 
-from recipes.common.anomalies.curve import Curve, Points
+from recipes.common.anomalies.curve import LEAST_LOSS, Curve, Points
 from recipes.common.anomalies.events import Event, NewEvents
 from recipes.common.anomalies.robust_window import MAD_TO_SD
 
@@ -107,7 +107,8 @@ class SlowTrends:
         self._blocks += 1
         self._recent.append((self._first_step, middle, spread))
         lowest = min(middle for _, middle, _ in islice(self._recent, max(len(self._recent) - CLIMB_BLOCKS, 0), None))
-        if middle - lowest >= CLIMB_SHARE * lowest and (self._rise is None or self._rise.kind == "slow_rise"):
+        climbs = middle - lowest >= CLIMB_SHARE * max(abs(lowest), LEAST_LOSS)
+        if climbs and (self._rise is None or self._rise.kind == "slow_rise"):
             self._diverge(step, lowest, middle - lowest)
         elif self._rise is not None and self._rise.kind == "diverged":
             self._follow_climb(step, middle)

@@ -12,6 +12,7 @@ from recipes.common.anomalies.robust_window import RobustWindow
 
 SLOW_Z, SLOW_SHARE = 3.0, 0.03  # a slow step: in robust deviations, and over the usual at least
 SLOW_RUN, VERY_SLOW_RUN, VERY_SLOW = 5, 2, 2.0  # points in a row that open an event; fewer, of so many times SLOW_Z
+LEAST_SECONDS = 1e-9  # a step that took less, or less than nothing, was not timed
 SLOW_CALM, SLOW_KEPT = 16, 128  # points: that end it, after which slow is the new usual
 
 
@@ -23,14 +24,14 @@ class StepTime:
     def __init__(self, curve: Curve) -> None:
         self._events = NewEvents()
         self._number = 0
-        self._window = RobustWindow(prior=0.01, floor=0.005, relative=True)
+        self._window = RobustWindow(prior=0.01, floor=0.005, least_unit=LEAST_SECONDS)
         self._window.begins_midway = True
         self._slow: list[tuple[int, float]] = []  # step and seconds: the run that may open an event, then all of the event's
         self._open = False
         self._calm, self._kept = 0, []
 
     def add(self, points: Points) -> list[Event]:
-        known = np.isfinite(points.columns["seconds"])
+        known = np.isfinite(points.columns["seconds"]) & (points.columns["seconds"] >= LEAST_SECONDS)
         steps, seconds = points.steps[known], points.columns["seconds"][known]
         at = 0
         while at < len(seconds):

@@ -32,6 +32,8 @@ def diverged(step, delta):
 class HalfANat:
     """Stands in for the detectors: half a nat above the best loss so far is a divergence, seen at once."""
 
+    failures = ()
+
     def __init__(self, detectors=None):
         self.best = np.inf
         self.of_step_time = detectors is not None
