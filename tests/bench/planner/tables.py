@@ -105,7 +105,7 @@ def memory_table(row: MeasuredRun) -> str:
 def read_rows(path: Path) -> tuple[list[MeasuredRun], int]:
     """Return (rows of a CSV that say enough to be predicted, number of others). Raises UsageError for a file of other columns."""
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a byte order mark
             records = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path}: cannot be read ({error})") from error

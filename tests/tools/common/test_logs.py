@@ -1,7 +1,9 @@
 """Logs of other programs, in the lines they print, give the right numbers; one that cannot be read is reported in one line."""
 
+import bz2
 import gzip
 import json
+import lzma
 
 import numpy as np
 import pytest
@@ -197,7 +199,155 @@ def test_tensorboard_events_are_read_and_a_restart_keeps_the_later(tmp_path):
         assert log.columns["loss"].tolist()[:2] == [3.5, 3.25] and log.columns["grad_norm"][0] == 0.5
 
 
+def test_megatron_lines_without_a_loss_count_where_it_was_not_finite(tmp_path):
+    path = tmp_path / "train.log"
+    lost = line(2, "", "nan").replace("lm loss:  | ", "")
+    scaled = lost.replace("loss scale: 1.0", "loss scale: 65536.0").replace("skipped iterations:   0", "skipped iterations:   1")
+    counted = scaled.replace(" |\n", " | number of nan iterations:   1 |\n")
+    numbered = [text.replace(f"{2:8d}/", f"{step:8d}/") for step, text in enumerate((scaled, counted), start=3)]
+    path.write_text("".join([line(1, "2.5E+00"), lost, *numbered, line(5, "2.5E+00")]))
+    log = read_log(path)  # step 3 is an overflow that the loss scaler took care of
+    assert log.steps.tolist() == [1, 2, 4, 5]
+    assert np.isnan(log.columns["loss"]).tolist() == [False, True, True, False]
+    path.write_text(lost + lost.replace(f"{2:8d}/", f"{3:8d}/"))
+    assert np.isnan(read_log(path).columns["loss"]).all()  # not one line with a loss
+
+
+TITAN = "{rank}[titan] 2025-05-28 21:13:37,816 - root - INFO - step: {step:2d}  loss: {loss:.4f}  memory: 36.90GiB  tps: 4\n"
+
+
+@pytest.mark.parametrize("prefix", ["[rank{}]:", "[default{}]:", "[node-3:{}]:", "{}: "])
+def test_ranks_in_one_log_are_one_run(tmp_path, prefix):
+    """Two ranks, the second one or two lines ahead at times, restart from step 3; rank 7 alone has the loss."""
+    path = tmp_path / "train.log"
+    order = [(7, 1), (0, 1), (0, 2), (0, 3), (7, 2), (7, 3), (7, 4), (7, 5), (0, 4), (0, 5)]
+    rows = [*order, *[(rank, step) for step in (4, 5, 6) for rank in (0, 7)]]
+    texts = [
+        TITAN.format(rank=prefix.format(rank), step=step, loss=(10 - step - at / 100) if rank == 7 else -1)
+        for at, (rank, step) in enumerate(rows)
+    ]
+    path.write_text("".join(texts))
+    log = read_log(path)
+    assert log.steps.tolist() == [1, 2, 3, 4, 5, 4, 5, 6]
+    assert log.columns["loss"].tolist() == [9.0, 7.96, 6.95, 5.94, 4.93, 5.89, 4.87, 3.85]
+
+
+def test_lines_that_do_not_name_their_rank_are_told_by_their_numbers(tmp_path):
+    path = tmp_path / "train.log"
+    path.write_text("".join(TITAN.format(rank="", step=s, loss=10 - s) for s in (1, 2, 3, 1, 2, 3, 4, 5, 4, 5)))
+    assert read_log(path).steps.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_log_of_a_rank_without_the_loss_says_so(tmp_path):
+    path = tmp_path / "train.log"
+    path.write_text("".join(TITAN.format(rank="[rank0]:", step=s, loss=-1) for s in (1, 2, 3)))
+    with pytest.raises(UsageError, match="without the last pipeline stage"):
+        read_log(path)
+
+
+NANOTRON = (
+    "[0434:0]:10/17/2025 16:31:56 [INFO|DP=0|PP=1|TP=0]: iteration: {step} / 600 | consumed_tokens: 85.8G | "
+    "elapsed_time_per_iteration_ms: 11.5K | tokens_per_sec: 22.8K | global_batch_size: 64 | lm_loss: {loss} | lr: 1e-05 | "
+    "model_tflops_per_gpu: 38.3 | hardware_tflops_per_gpu: 38.3 | grad_norm: 1.25K | cuda_memory_allocated: 90.9M\n"
+)  # huggingface/nanotron issue 390 and pull request 23
+NEMO = (
+    "Training epoch 1, iteration {step}/149 | lr: 1e-05 | consumed_samples: 121 | global_batch_size: 1 | global_step: {step} | "
+    "reduced_train_loss: {loss} | train_step_timing in s: 11.5 | val_loss: 4.106\n"
+)  # NVIDIA/bionemo pull request 740
+NEMO_BAR = (
+    "\rEpoch 0:   1%|          | {step}/77225 [9:07:58<878:01:48, 41.36s/it, loss=3.1, v_num=, reduced_train_loss={loss}0, "
+    "global_step={step}.0, consumed_samples=1.63e+6]"
+)  # NVIDIA/NeMo-Framework-Launcher issue 55
+
+
+@pytest.mark.parametrize("text", [NANOTRON, NEMO, NEMO_BAR], ids=["nanotron", "NeMo", "NeMo's bar"])
+def test_lines_of_further_programs_give_their_numbers(tmp_path, text):
+    path = tmp_path / "train.log"
+    path.write_text("".join(text.format(step=step, loss=loss) for step, loss in [(1, 3.5), (2, 3.25), (3, "nan")]))
+    log = read_log(path)
+    assert log.steps.tolist() == [1, 2, 3]
+    np.testing.assert_equal(log.columns["loss"], [3.5, 3.25, np.nan])
+    if text == NANOTRON:
+        assert (log.columns["grad_norm"][0], log.columns["seconds"][0]) == (1250.0, 11.5)
+
+
+FACE = "{'loss': %s, 'grad_norm': 1.5, 'learning_rate': 1e-04, 'epoch': 0.01}"
+STEPS_OF_FACE = {
+    "no bar": ([FACE + "\n"] * 3, [1, 2, 3]),
+    "text in quotes": ([FACE.replace("%s", "'%s'").replace("1.5", "'1.5'") + "\n"] * 3, [1, 2, 3]),
+    "a bar that lags": ([f"  {n}/60" + FACE + "\n" for n in (0, 1, 2)], [1, 2, 3]),
+    "every tenth": ([f"\r 5%|5  | {n}/60 [00:01<00:30, 1.2it/s]" + FACE + "\n" for n in (10, 20, 30)], [10, 20, 30]),
+    "resumed, lagging": ([f"\r 5%|5  | {n}/600 [00:01<00:30]\n" + FACE + "\n" for n in (509, 520, 529)], [510, 520, 530]),
+    "a restart": ([f"\r | {n}/60 [00:01<00:30]\n" + FACE + "\n" for n in (10, 20, 30, 20, 30)], [10, 20, 30, 20, 30]),
+    "an evaluation": (
+        ["\r | 10/60 [00:01<00:30]\n" + FACE + "\n", "\r | 7/8 [00:01<00:30]{'eval_loss': 9.0, 'epoch': 0.01}\n"]
+        + [f"\r | {n}/60 [00:01<00:30]\n" + FACE + "\n" for n in (20, 30)],
+        [10, 20, 30],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS_OF_FACE)
+def test_hugging_face_lines_are_numbered_by_their_progress_bar(tmp_path, name):
+    texts, steps = STEPS_OF_FACE[name]
+    losses = iter(np.arange(3.5, 0, -0.25))
+    path = tmp_path / "out.txt"
+    path.write_text("".join(text.replace("%s", str(next(losses))) if "%s" in text else text for text in texts))
+    log = read_log(path)
+    assert log.steps.tolist() == steps
+    assert log.columns["loss"].tolist() == [3.5 - 0.25 * i for i in range(len(steps))] and log.columns["grad_norm"][0] == 1.5
+
+
+HISTORY = [{"step": 10, "loss": 3.5, "epoch": 0.1}, {"step": 10, "eval_loss": 9.0}, {"step": 20, "loss": 3.25}]
+DOCUMENTS = {
+    "trainer state": json.dumps({"best_metric": None, "global_step": 20, "log_history": HISTORY}, indent=2),
+    "trainer state in one line": json.dumps({"global_step": 20, "log_history": HISTORY}),
+    "a list": json.dumps(HISTORY),
+    "a list over lines": json.dumps(HISTORY, indent=1),
+    "lines with lists in them": "".join(json.dumps(row | {"groups": [{"lr": 1.0}]}) + "\n" for row in HISTORY),
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress, bz2.compress], ids=["plain", "gz", "xz", "bz2"])
+def test_json_gives_its_numbers_however_it_is_packed(tmp_path, name, pack):
+    path = tmp_path / "trainer_state.json"  # packed or not, its name does not say
+    path.write_bytes(pack(DOCUMENTS[name].encode()))
+    log = read_log(path)
+    assert (log.steps.tolist(), log.columns["loss"].tolist()) == ([10, 20], [3.5, 3.25])
+    if pack is bytes:
+        assert read_log(tmp_path).steps.tolist() == [10, 20]  # a checkpoint's folder
+
+
+COUNTERS = {
+    "W&B's history": ",_step,train/loss,train/global_step\n0,0,3.5,10\n1,1,3.25,20\n",
+    "W&B's export": '"Step","run-1 - train/loss","run-1 - train/global_step"\n"0","3.5","10"\n"1","3.25","20"\n',
+    "Lightning": "epoch,step,train_loss,trainer/global_step\n0,0,3.5,10\n0,1,3.25,20\n",
+    "a counter of other rows": "step,train/global_step,loss,eval\n10,,3.5,\n15,15,,1\n20,,3.25,\n",
+    "tabs": "step\tloss\n10\t3.5\n20\t3.25\n",
+    "semicolons": "step;loss;note\n10;3.5;a\n20;3.25;b\n",
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", COUNTERS)
+def test_the_steps_of_a_table_are_those_of_the_optimizer(tmp_path, name, encoding):
+    path = tmp_path / "history.csv"
+    path.write_text(COUNTERS[name], encoding=encoding)
+    log = read_log(path)
+    assert (log.steps.tolist(), log.columns["loss"].tolist()) == ([10, 20], [3.5, 3.25])
+
+
 WRONG = {
+    "binary": (b"\x01\x02\x00\x03" * 50, "a binary file"),
+    "a checkpoint": (b"PK\x03\x04" + bytes(60), "a zip archive"),
+    "packed twice": (gzip.compress(gzip.compress(b"step,loss\n1,2\n")), "packed with gzip twice"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(60), "packed with zstd"),
+    "a web page": ("<!DOCTYPE html>\n<html></html>\n", "a web page"),
+    "JSON without losses": ('{\n "a": 1,\n "b": [1, 2]\n}\n', "it holds: a, b"),
+    "JSON, deep": ("[" * 100_000, "nested too deep"),
+    "empty, packed": (gzip.compress(b""), "is empty"),
+    "steps that are none": ("step,loss\n1e300,2\nnan,3\n", "without any step"),
     "no such file": (None, "no such file"),
     "empty": ("", "is empty"),
     "text": ("hello\nworld\n", "Known: "),

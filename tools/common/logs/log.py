@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
@@ -16,9 +12,22 @@ from tools.common.console import UsageError
 
 COLUMNS = ("loss", "grad_norm", "lr", "loss_scale", "seconds")
 
+LARGEST_STEP = 2**50  # beyond it is no count of steps
+
 # names of the numbers in lower case, with blanks for underscores and hyphens; the first that a file has is taken
 NAMES = {
-    "step": ("step", "iteration", "iter", "global step", "steps", "trainer/global step", " step"),
+    "step": (  # a counter of the optimizer's steps before the logger's own ("_step" of W&B, "Step" of its exports)
+        "global step",
+        "train/global step",
+        "trainer/global step",
+        "step",
+        "iteration",
+        "iter",
+        "steps",
+        "train/step",
+        "train/iteration",
+        " step",
+    ),
     "loss": (
         "loss",
         "lm loss",
@@ -33,6 +42,8 @@ NAMES = {
         "train/train loss",
         "train loss/step",
         "train/samples/train loss",
+        "reduced train loss",
+        "train loss step",
     ),
     "grad_norm": (
         "grad norm",
@@ -54,7 +65,15 @@ NAMES = {
         "learning rate/learning rate",
     ),
     "loss_scale": ("loss scale", "loss scale/loss scale", "train/loss scale", "train/samples/loss scale"),
-    "seconds": ("seconds", "step time", "step time s", "step seconds", "iteration time", "iteration time/iteration time"),
+    "seconds": (
+        "seconds",
+        "step time",
+        "step time s",
+        "step seconds",
+        "iteration time",
+        "iteration time/iteration time",
+        "train step timing in s",
+    ),
 }
 
 
@@ -74,13 +93,6 @@ class Log:
         least_after = np.minimum.accumulate(np.append(self.steps[1:], never)[::-1])[::-1]
         kept = self.steps < least_after
         return Log(self.name, self.source, self.steps[kept], {n: c[kept] for n, c in self.columns.items()}, self.resumes)
-
-
-def open_text(path: Path) -> TextIO:
-    """Open a text file, gzipped or not; bytes that are not UTF-8 are replaced."""
-    if path.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8", errors="replace")
-    return path.open(encoding="utf-8", errors="replace", newline="")
 
 
 def plain_name(name: str) -> str:
@@ -109,7 +121,7 @@ def build_arrays(
     resumes: Sequence[int] = (),
 ) -> Log:
     """Build a Log as build_log does, from arrays in the detectors' convention."""
-    kept = np.isfinite(steps) & has_loss
+    kept = (np.abs(steps) <= LARGEST_STEP) & has_loss
     steps = steps[kept].astype(np.int64)
     last_of_step = np.append(steps[1:] != steps[:-1], True) if len(steps) else np.zeros(0, dtype=bool)
     columns = {key: values[kept][last_of_step] for key, values in columns.items()}

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import lzma
+import re
+import zlib
 from pathlib import Path
 
 from tools.common.console import UsageError
-from tools.common.logs.log import Log, open_text
-from tools.common.logs.table_logs import is_header, read_csv, read_folder, read_json_lines, read_tensorboard
+from tools.common.logs.json_logs import read_json
+from tools.common.logs.log import Log
+from tools.common.logs.log_open import open_text
+from tools.common.logs.table_logs import is_header, read_csv, read_folder, read_tensorboard
 from tools.common.logs.text_logs import read_text
+
+# a value, or the first line of one; not "[rank0]: ..." and not Python's {'loss': ...}
+JSON_START = re.compile(r"\s*(?:\{\s*(?:$|\"|\})|\[\s*(?:$|[\[{\"]))")
 
 
 def read_logs(path: Path) -> list[Log]:
@@ -19,7 +27,7 @@ def read_logs(path: Path) -> list[Log]:
         raise UsageError(f"{path}: no such file or run directory")
     try:
         return _read(path)
-    except (OSError, EOFError) as error:  # truncated gzip files too
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:  # a packed file that was cut short, too
         raise UsageError(f"{path} cannot be read: {error}") from None
 
 
@@ -32,8 +40,8 @@ def _read(path: Path) -> list[Log]:
         first = next((line for line in file if line.strip()), "")
     if not first:
         raise UsageError(f"{path} is empty")
-    if first.lstrip().startswith("{"):
-        return [read_json_lines(path)]
+    if JSON_START.match(first):
+        return [read_json(path)]
     if is_header(first):
         return read_csv(path)
     return [read_text(path)]

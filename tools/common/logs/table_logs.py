@@ -1,9 +1,8 @@
-"""Reads tables of a run's numbers: metrics.jsonl and other JSON lines, CSV, W&B's CSV export, TensorBoard event files."""
+"""Reads tables of a run's numbers: CSV, W&B's CSV export, TensorBoard event files."""
 
 from __future__ import annotations
 
 import csv
-import json
 import math
 import warnings
 from collections import defaultdict
@@ -11,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes.common.run_dir.metrics import METRICS, NON_FINITE
+from recipes.common.run_dir.metrics import METRICS
 from tools.common.console import UsageError
-from tools.common.logs.log import COLUMNS, NAMES, Log, build_arrays, build_log, open_text, plain_name
+from tools.common.logs.json_logs import TRAINER_STATE, read_json
+from tools.common.logs.log import NAMES, Log, build_arrays, build_log, plain_name
+from tools.common.logs.log_open import delimiter_of, open_text
+from tools.common.logs.names import number_of, pick, step_key
 
 RUN_COLUMNS = ("file", "run")  # text columns that name the runs in one table
 WANDB_BOUNDS = ("__MIN", "__MAX")  # beside each of its columns
@@ -22,82 +24,60 @@ WANDB_BOUNDS = ("__MIN", "__MAX")  # beside each of its columns
 def read_folder(folder: Path) -> Log:
     """Read a run directory, or a folder with TensorBoard event files."""
     if (folder / METRICS).is_file():
-        return read_json_lines(folder / METRICS, str(folder))
+        return read_json(folder / METRICS, str(folder))
     for place in (folder, folder / "tensorboard"):
         if place.is_dir() and any("tfevents" in path.name for path in place.iterdir()):
             return read_tensorboard(place)
-    raise UsageError(f"{folder} is no run directory: it has neither {METRICS} nor TensorBoard event files")
-
-
-def read_json_lines(path: Path, name: str | None = None) -> Log:
-    """Read one JSON object a line, with a step and a loss under any name in NAMES. A truncated last line is left out."""
-    rows: list[dict[str, object]] = []
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                if not line.endswith("\n"):
-                    break
-                if line.strip():
-                    raise UsageError(f"{path}, line {number}, is not JSON: {error}") from None
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
-    keys = _pick({key: key for row in rows[:100] for key in row}, path)
-    steps = [_float(row.get(keys["step"])) for row in rows]
-    columns = {column: [_float(row.get(key)) for row in rows] for column, key in keys.items() if column != "step"}
-    steps = [math.nan if step is None else step for step in steps]
-    source = "a run's metrics" if path.name == METRICS else "JSON lines"
-    return build_log(name or str(path), source, steps, columns, _resumes(path.parent))
-
-
-def _resumes(run_dir: Path) -> list[int]:
-    """Return the steps from which a run's processes restarted, if its launcher recorded them."""
-    path = run_dir / "logs" / "attempts.jsonl"
-    if not path.is_file():
-        return []
-    records = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [record["resumed_step"] for record in records if isinstance(record, dict) and record.get("resumed_step")]
+    if (folder / TRAINER_STATE).is_file():
+        return read_json(folder / TRAINER_STATE, str(folder))
+    raise UsageError(f"{folder} is no run directory: it has neither {METRICS} nor TensorBoard event files nor {TRAINER_STATE}")
 
 
 def is_header(line: str) -> bool:
     """Whether a table's first line names a step and a loss."""
-    names = {plain_name(cell) for cell in next(csv.reader([line]))}
+    try:
+        names = {plain_name(cell) for cell in next(csv.reader([line], delimiter=delimiter_of(line)))}
+    except csv.Error:
+        return False
     return len(names) > 1 and any(name in names for name in NAMES["step"])
 
 
 def read_csv(path: Path) -> list[Log]:
     """Read a table with a header: one Log for each run that a text column `file` or `run` names."""
     with open_text(path) as file:
-        header = next(csv.reader(file))
-        keys = {column: header.index(name) for column, name in _pick(_wandb_names(header, path), path).items()}
+        first = next(line for line in file if line.strip())
+        delimiter = delimiter_of(first)
+        header = next(csv.reader([first], delimiter=delimiter))
+        names = {name: header.index(cell) for name, cell in _wandb_names(header, path).items()}
+        keys = pick(names, path)
         run_column = next((i for i, name in enumerate(header) if plain_name(name) in RUN_COLUMNS), None)
         if run_column is None:
-            log = _read_numbers(path, keys)
+            log = _read_numbers(path, keys, delimiter)
             if log is not None:
                 return [log]
         runs: dict[str, list[list[str]]] = defaultdict(list)
-        for row in csv.reader(file):
+        for row in csv.reader((line.replace("\0", "") for line in file), delimiter=delimiter):
             if len(row) == len(header):  # the last line of a table still being written may be short
                 runs["" if run_column is None else row[run_column]].append(row)
     if not runs:
         raise UsageError(f"{path}: a table without any step")
     logs = []
     for run, rows in runs.items():
-        cells = {column: [_float(row[at]) for row in rows] for column, at in keys.items()}
+        losses = [number_of(row[keys["loss"]]) for row in rows]
+        steps_at = step_key(names, losses, lambda at, rows=rows: [row[at] for row in rows])
+        cells = {column: [number_of(row[at]) for row in rows] for column, at in (keys | {"step": steps_at}).items()}
         steps = [math.nan if step is None else step for step in cells.pop("step")]
         logs.append(build_log(f"{path}:{run}" if run else str(path), "a table", steps, cells))
     return logs
 
 
-def _read_numbers(path: Path, keys: dict[str, int]) -> Log | None:
+def _read_numbers(path: Path, keys: dict[str, int], delimiter: str) -> Log | None:
     """Read a table of numbers only, five times as fast; None if a cell is empty or text."""
     with open_text(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's, where there are no rows
-        next(file)
+        next(line for line in file if line.strip())
         try:
-            numbers = np.loadtxt(file, delimiter=",", usecols=list(keys.values()), ndmin=2, comments=None)
+            numbers = np.loadtxt(file, delimiter=delimiter, usecols=list(keys.values()), ndmin=2, comments=None)
         except ValueError:
             return None
     if not len(numbers):
@@ -126,17 +106,6 @@ def _wandb_names(header: list[str], path: Path) -> dict[str, str]:
     return names
 
 
-def _pick(names: dict[str, str], path: Path) -> dict[str, str]:
-    """Return {our name of a number: the file's key for it}. names: {name in the file: key}."""
-    plain = {plain_name(name): key for name, key in reversed(names.items())}
-    keys = {column: next((plain[name] for name in NAMES[column] if name in plain), None) for column in ("step", *COLUMNS)}
-    absent = [column for column in ("step", "loss") if keys[column] is None]
-    if absent:
-        known = "; ".join(f"{column}: {', '.join(name.strip() for name in NAMES[column][:6])}" for column in absent)
-        raise UsageError(f"{path} has no {' and no '.join(absent)} among {', '.join(list(names)[:12])}. Known names: {known}")
-    return {column: key for column, key in keys.items() if key is not None}
-
-
 def read_tensorboard(path: Path) -> Log:
     """Read the scalars of an event file, or of all in a folder. Where a run went back, TensorBoard keeps the later values."""
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
@@ -146,7 +115,7 @@ def read_tensorboard(path: Path) -> Log:
     tags = {tag: tag for tag in [*events.Tags()["scalars"], *events.Tags()["tensors"]]}
     if not tags:
         raise UsageError(f"{path}: TensorBoard events without scalars")
-    keys = _pick({"step": "step", **tags}, path)
+    keys = pick({"step": "step", **tags}, path)
     table: dict[int, dict[str, float]] = defaultdict(dict)
     for column, tag in keys.items():
         if column == "step":
@@ -160,17 +129,3 @@ def read_tensorboard(path: Path) -> Log:
     steps = sorted(table)
     columns = {column: [table[step].get(column) for step in steps] for column in keys if column != "step"}
     return build_log(str(path), "TensorBoard events", steps, columns)
-
-
-def _float(cell: object) -> float | None:
-    """Return a cell's number; None if it is empty or text. "NaN" and the like are numbers that are not finite."""
-    if isinstance(cell, str):
-        cell = cell.strip()
-        if cell in NON_FINITE:
-            return NON_FINITE[cell]
-    if cell is None or cell == "" or isinstance(cell, bool):
-        return None
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
-        return None
