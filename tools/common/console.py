@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from recipes.common.recipe import RecipeError
 
 GOOD, FAILED, MISTAKE = 0, 1, 2
 SHOW_AFTER_SECONDS = 2.0  # a progress bar for work that takes longer
+# what a terminal obeys, or what turns the text around it: escape sequences, C1 controls, marks of writing direction
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LINE_SECONDS = 0.2, 5.0  # between refreshes: on a terminal, in a log file
 
 
@@ -38,14 +41,19 @@ def exit_code(work: Callable[[], int]) -> int:
     try:
         return work()
     except (UsageError, RecipeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return MISTAKE
     except (CheckError, CheckpointError) as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {printable(str(error))}", file=sys.stderr)
         return FAILED
     except BrokenPipeError:  # `... | head` has seen enough
         sys.stderr.close()
         return GOOD
+
+
+def printable(text: str) -> str:
+    """Return a text from a file as a terminal may get it: control characters are shown as escapes; newlines and tabs stay."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def progress_bar(name: str, total: int, unit: str = "B") -> tqdm:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from recipes.common.data.shards import read_manifest
-from tools.common.console import GOOD, UsageError, as_usage_error
+from tools.common.console import GOOD, UsageError, as_usage_error, printable
 from tools.data.lookup import DataOrder, describe, read_run, read_step
 
 TEXT_SHOWN = 300  # characters of each document, unless --full
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"sequences": rows}))
     else:
-        print("\n".join(show_lines(rows, args.full)))
+        print(printable("\n".join(show_lines(rows, args.full))))
     return GOOD
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from recipes.common.data.shards import read_manifest, split_shards
-from tools.common.console import GOOD, as_usage_error, progress_bar
+from tools.common.console import GOOD, as_usage_error, printable, progress_bar
 
 MAX_HASHED = 1 << 24  # documents compared with each other; of more, a sample chosen by content
 HISTOGRAM_BINS = 40  # powers of two
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"repeats: {found['repeated_documents']:.2%} of documents, {found['repeated_tokens']:.2%} of tokens")
     print(f"{'source (both splits)':<50}{'documents':>12}{'tokens':>18}")
     for source in found["sources"]:
-        print(f"{source['name'][-48:]:<50}{source['documents']:>12,}{source['tokens']:>18,}")
+        print(f"{printable(source['name'])[-48:]:<50}{source['documents']:>12,}{source['tokens']:>18,}")
     return GOOD
 
 

@@ -22,7 +22,7 @@ from recipes.common.data.document_masking import document_positions
 from recipes.common.data.shards import read_manifest
 from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
 from tools.checkpoint.hf_check import plain_model, set_weights
-from tools.common.console import GOOD, UsageError, progress_bar, quiet_transformers, table
+from tools.common.console import GOOD, UsageError, printable, progress_bar, quiet_transformers, table
 from tools.common.recipe_io import read_recipe
 from tools.data.lookup import DataOrder, describe, read_run, read_step
 from tools.spikes.batch_stats import most_repeated, oddities, ordinary_sequences, sequence_stats, step_tokens
@@ -44,7 +44,7 @@ def run(flags: argparse.Namespace) -> int:
     if flags.json:
         print(json.dumps(found))
     else:
-        print(_report(found, flags.top))
+        print(printable(_report(found, flags.top)))
     return GOOD
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from recipes.common.anomalies.detector import scan
 from recipes.common.anomalies.events import KINDS
-from tools.common.console import GOOD, UsageError, table
+from tools.common.console import GOOD, UsageError, printable, table
 from tools.common.logs.log import Log
 from tools.common.logs.reader import read_log
 
@@ -39,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     found = compare_runs(*flags.runs)
-    print(json.dumps(found) if flags.json else _report(found))
+    print(json.dumps(found) if flags.json else printable(_report(found)))
     return GOOD
 
 

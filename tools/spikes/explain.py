@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.common.console import GOOD, quiet_transformers
+from tools.common.console import GOOD, printable, quiet_transformers
 from tools.spikes.evidence import data as evidence_data
 from tools.spikes.evidence import machine as evidence_machine
 from tools.spikes.evidence import optimizer as evidence_optimizer
@@ -64,7 +64,7 @@ def run(flags: argparse.Namespace) -> int:
     if flags.json:
         print(json.dumps(_as_json(case, ranked)))
     else:
-        print(_report(case, ranked))
+        print(printable(_report(case, ranked)))
     return GOOD
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from recipes.common.anomalies.detector import scan
-from recipes.common.anomalies.events import Event
+from recipes.common.anomalies.events import KINDS, Event
 from recipes.common.anomalies.rewinds import suspect_steps
 from recipes.common.data.order import kept_index
 from recipes.common.run_dir.black_box import read_boxes
 from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_checkpoints
 from recipes.common.run_dir.metrics import read_metrics
-from tools.common.console import FAILED, GOOD, UsageError
+from tools.common.console import FAILED, GOOD, UsageError, printable
 from tools.common.logs.log import COLUMNS
 from tools.data.lookup import read_run
 from tools.spikes.evidence.case import LOOK_AHEAD, LOOK_BACK, event_step
@@ -36,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     plan = plan_rewind(flags.run, flags.event, margin_steps=flags.margin_steps, skip_steps=flags.skip_steps)
-    print(json.dumps(plan) if flags.json else _report(plan))
+    print(json.dumps(plan) if flags.json else printable(_report(plan)))
     return GOOD if plan["checkpoint"] else FAILED
 
 
@@ -80,12 +80,15 @@ def plan_rewind(folder: Path, event: str, *, margin_steps: int | None = None, sk
 
 
 def _event_at(records: dict[int, dict[str, Any]], step: int) -> Event | None:
-    """Return the detectors' event that holds the step, or begins next to it; slow steps have no suspect sequences."""
+    """Return the spike that holds the step, or begins next to it: one that a rewind cures before others.
+
+    Slow steps, a plateau or a slow rise at the same time have no suspect sequences, and may have begun long before.
+    """
     steps = np.array(sorted(records))
     columns = {name: np.array([float(records[s].get(name, np.nan)) for s in steps]) for name in COLUMNS}
-    events = [e for e in scan(steps, columns) if e.kind != "hardware_suspect"]
-    near = [e for e in events if e.onset_step - LOOK_AHEAD <= step <= max(e.peak_step, e.onset_step) + LOOK_BACK]
-    return min(near, key=lambda e: abs(e.onset_step - step), default=None)
+    spikes = [e for e in scan(steps, columns) if KINDS[e.kind].is_spike]
+    near = [e for e in spikes if e.onset_step - LOOK_AHEAD <= step <= max(e.peak_step, e.onset_step) + LOOK_BACK]
+    return min(near, key=lambda e: (not KINDS[e.kind].cured_by_rewind, abs(e.onset_step - step)), default=None)
 
 
 def _sequences(
@@ -112,7 +115,7 @@ def _command(folder: Path, step: int, skip: tuple[int, int]) -> str:
 
 def _report(plan: dict[str, Any]) -> str:
     event, (first, last) = plan["event"], plan["suspect_steps"]
-    kind = f" ({event['class']})" if event["class"] else ": the detectors find no event there"
+    kind = f" ({event['class']})" if event["class"] else ": the detectors find no spike there"
     lines = [
         f"event at step {event['onset_step']}{kind}",
         f"suspects: steps {first} to {last}, sequences {plan['skip'][0]}:{plan['skip'][1]} ({plan['sequences_skipped']})",

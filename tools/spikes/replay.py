@@ -27,7 +27,7 @@ from recipes.common.engine.build_trainer import build_recipe_trainer
 from recipes.common.recipe import Layout, Recipe, RecipeError, derive_sizes
 from recipes.common.run_dir.metrics import read_metrics
 from recipes.common.train import seed_dropout
-from tools.common.console import FAILED, GOOD, UsageError, table
+from tools.common.console import FAILED, GOOD, UsageError, printable, table
 from tools.common.forked_ranks import RankError, run_ranks
 from tools.common.recipe_io import parse_layout, read_recipe
 from tools.data.lookup import read_run
@@ -78,7 +78,7 @@ def run(flags: argparse.Namespace) -> int:
     if flags.json:
         print(json.dumps(found))
     else:
-        print(_report(found))
+        print(printable(_report(found)))
     return GOOD if found["reproducible"] else FAILED
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from recipes.common.anomalies.detector import judge_log
 from recipes.common.anomalies.events import MEASURES, Event
-from tools.common.console import GOOD, UsageError, progress_bar, table
+from tools.common.console import GOOD, UsageError, printable, progress_bar, table
 from tools.common.logs.reader import read_logs
 
 SINGLES_SHOWN = 10  # one-batch outliers listed: a noisy log has hundreds
@@ -44,12 +44,12 @@ def run(flags: argparse.Namespace) -> int:
     found = list(scan_files(flags.logs))
     for scanned in found:
         for failure in scanned.failures:
-            print(f"{scanned.file}: {failure}", file=sys.stderr)
+            print(printable(f"{scanned.file}: {failure}"), file=sys.stderr)
     if flags.json:
         objects = [as_json(scanned) for scanned in found]
         print(json.dumps(objects[0] if len(objects) == 1 else {"files": objects}, allow_nan=False))
         return GOOD
-    print("\n\n".join(as_text(scanned) for scanned in found))
+    print(printable("\n\n".join(as_text(scanned) for scanned in found)))
     return GOOD
 
 

@@ -7,10 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
+from recipes.common.anomalies.events import Event
 from recipes.common.data.order import kept_index
 from recipes.common.run_dir.metrics import read_metrics
 from tests.bench.spikes.planted import Planted, make_run
 from tests.support.small_runs import call
+from tools.spikes import plan_rewind
 from tools.spikes.evidence.causes import BAD_DOCUMENT
 
 AT, STEPS = 33, 40
@@ -143,6 +145,21 @@ def test_slow_steps_before_an_event_are_not_its_onset(run_dir, tmp_path):
     slow = [record | {"seconds": 0.01 * record["step"] if AT - 10 <= record["step"] < AT - 1 else 0.1} for record in records]
     (copy / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in slow))
     assert spikes("plan-rewind", copy, AT, "--json").json["suspect_steps"] == [AT - 1, AT]
+
+
+def test_a_rewind_is_planned_for_the_spike_though_slow_steps_and_a_slow_rise_last(monkeypatch):
+    def event(kind, onset, peak):
+        return Event(onset, peak, None, 1.0, kind, True, "loss", peak - onset)
+
+    found = [event("hardware_suspect", 33, 34), event("slow_rise", 5, 40), event("outlier_batch", 33, 33)]
+    monkeypatch.setattr(plan_rewind, "scan", lambda steps, columns: found)
+    records = {step: {"loss": 2.0} for step in range(1, 41)}
+    assert plan_rewind._event_at(records, 33) is found[2]
+    cured = event("fast_recovery", 31, 35)
+    found.append(cured)
+    assert plan_rewind._event_at(records, 33) is cured
+    del found[2:]
+    assert plan_rewind._event_at(records, 33) is None
 
 
 def test_without_a_checkpoint_before_the_event_the_run_cannot_roll_back(run_dir):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.synthetic_logs import bump, healthy_loss, write_log
-from tools.common.console import GOOD, MISTAKE
+from tools.common.console import GOOD, MISTAKE, printable
 from tools.spikes.__main__ import main
 from tools.spikes.compare import coincident
 
@@ -90,3 +90,21 @@ def test_spikes_that_fall_together_are_the_data(a, b, verdict):
     found = coincident(a, b, 1500)
     assert found.verdict == verdict and found.verdict == coincident(b, a, 1500).verdict
     assert set(found.shared) == set(a) & set(b)
+
+
+def test_what_a_terminal_obeys_is_shown_escaped(tmp_path, capfd):
+    """A table's run names itself with an escape sequence, and so does a file that is no log."""
+    hostile = "a\x1b]0;owned\x07\x9b31m"
+    (tmp_path / "log.csv").write_text("step,loss,run\n" + "".join(f"{step},2.5,{hostile}\n" for step in range(1, 9)))
+    (tmp_path / f"{hostile}.txt").write_text(f"{hostile}\n")
+    assert main(["scan", str(tmp_path / "log.csv")]) == GOOD
+    assert main(["scan", str(tmp_path / f"{hostile}.txt")]) == MISTAKE
+    out, err = capfd.readouterr()
+    assert not {"\x1b", "\x07", "\x9b"} & set(out + err) and "a\\x1b]0;owned\\x07" in err
+    assert printable("ab\n\tc\u202e\r") == "ab\n\tc\\u202e\\r"
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e300])
+def test_a_scan_of_any_loss_is_good(tmp_path, capsys, value):
+    assert main(["scan", "--json", str(write_log(tmp_path / "log.csv", np.full(300, value)))]) == GOOD
+    json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
