@@ -369,3 +369,24 @@ def test_what_cannot_be_read_is_one_clear_message(tmp_path, name):
     with pytest.raises(UsageError, match=message) as error:
         read_logs(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_damaged_logs_are_read_or_refused_and_nothing_else(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    sources = [*TABLES.values(), *COUNTERS.values(), *DOCUMENTS.values(), line(1, "2.5") * 3, FACE * 3, NEMO * 2, TITAN * 2]
+    odd = [b"nan", b"1e300", b"-1", b"9" * 30, b"\n", b"\r", b'"', b"{", b"[", b"\xef\xbb\xbf", b"\0", b",", b"e9999", b"\xff"]
+    path = tmp_path / "log"
+    for _ in range(50):
+        content = sources[rng.integers(len(sources))].encode()
+        for _ in range(rng.integers(1, 6)):
+            start, stop = sorted(rng.integers(0, len(content) + 1, 2))
+            added = odd[rng.integers(len(odd))] if rng.random() < 0.5 else b""
+            content = content[:start] + added + content[start if added else stop :]
+        path.write_bytes(content)
+        try:
+            logs = read_logs(path)
+        except UsageError as error:
+            assert str(path) in str(error)
+        else:
+            assert all(len(log.steps) for log in logs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import csv
 import gzip
 import io
 import json
@@ -72,7 +71,7 @@ def describe(path: Path) -> str:
     if start.lstrip()[:14].lower().startswith(("<!doctype", "<html")):
         return "a web page"
     line = start.lstrip().split("\n", 1)[0].strip()
-    names = next(csv.reader([line], delimiter=delimiter_of(line)), [])
+    names = line.split(delimiter_of(line))
     if len(names) > 2 and all(name.strip() and not name.strip()[0].isdigit() for name in names):
         return f"text that begins with the columns {', '.join(names[:8])}, or with words"
     return f"text that begins with {json.dumps(line[:60], ensure_ascii=False)}"

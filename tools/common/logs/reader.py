@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import lzma
 import re
 import zlib
@@ -27,7 +28,7 @@ def read_logs(path: Path) -> list[Log]:
         raise UsageError(f"{path}: no such file or run directory")
     try:
         return _read(path)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:  # a packed file that was cut short, too
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:  # a packed file that was cut short, too
         raise UsageError(f"{path} cannot be read: {error}") from None
 
 
