@@ -66,6 +66,12 @@ def test_a_row_does_not_see_itself(tmp_path):
     assert sum(a != b for a, b in zip(*found, strict=True)) > 5
 
 
+def test_a_table_with_a_byte_order_mark_is_read_as_without(tmp_path):
+    marked = tmp_path / "table.csv"
+    marked.write_bytes(b"\xef\xbb\xbf" + VTRAIN.read_bytes())
+    assert len(read_rows(marked)[0]) == len(read_rows(VTRAIN)[0]) > 0
+
+
 def test_a_fit_finds_the_terms_that_made_the_times():
     cases = time_cases(read_rows(VTRAIN)[0])
     truth = (
