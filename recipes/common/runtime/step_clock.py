@@ -79,7 +79,7 @@ class StepTimes:
 
 
 class Clock:
-    """Keeps the account. Call `start`, then in each step `begin_step`, `phase` at each new one, `end_step`; `taken` has results."""
+    """Keeps the account. Call `start`; in each step `begin_step`, `phase` at each new one, `end_step`; `taken` has results."""
 
     def __init__(self) -> None:
         self._spans: dict[tuple[str, CommKey | None], Span] = {}
