@@ -223,7 +223,7 @@ def _open_log(recipe: Recipe, out_dir: Path, resumed_step: int | None) -> RunLog
 
 
 def seed_dropout(seed: int, step: int, grid: Grid) -> None:
-    """Seed torch by the step alone, so that resuming repeats it, and alike on the tensor ranks of one place."""
+    """Seed torch by the step alone, so that resuming repeats it, and alike on the tensor ranks of a data rank's stage."""
     torch.manual_seed(name_seed(seed, f"step {step}, data {grid.data_rank}, stage {grid.pipeline_rank}"))
 
 

@@ -75,7 +75,7 @@ class PipelineStages(PipelineModule):
     def __init__(self, stage: Stage, topology: PipeModelDataParallelTopology) -> None:
         self._tied: list[tuple[torch.nn.Parameter, dist.ProcessGroup]] = []
         self.tied_head: TiedHead | None = None  # embedding and head on this rank
-        # one place per stage; only this rank's is built
+        # an entry for each stage; only this rank's is built
         layers = [stage] * topology.get_dim("pipe")
         super().__init__(layers, topology=topology, loss_fn=stage.loss, partition_method="uniform")
         if stage.stack.tied and stage.grid.tie_group is not None and (stage.is_first or stage.is_last):

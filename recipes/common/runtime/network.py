@@ -47,9 +47,9 @@ def interface_towards(target: str) -> str | None:
 
 def address_towards(target: str) -> str:
     """Return this host's own address on the route to `target`, a name or an address. Raises OSError without a route."""
-    family, kind, protocol, _, place = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
+    family, kind, protocol, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
-        probe.connect(place)
+        probe.connect(address)
         return probe.getsockname()[0]
 
 
