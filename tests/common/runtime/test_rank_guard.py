@@ -1,4 +1,4 @@
-"""The process beside a rank that ends it when its supervisor is gone."""
+"""The process beside a rank kills it when its supervisor is gone."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import socket
 from recipes.common.runtime import rank_guard
 
 
-def test_a_silent_supervisor_is_left(monkeypatch):
+def test_a_rank_whose_supervisor_is_silent_is_killed(monkeypatch):
     monkeypatch.setattr(rank_guard, "SILENCE_SECONDS", 0.3)
     monkeypatch.setattr(rank_guard, "SIGN_OF_LIFE_SECONDS", 0.1)
     killed = []
