@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 in the middle of a run: every rank saves the same step and exits cleanly; the resumed run is equal to the bit."""
+"""SIGTERM and SIGUSR1 in the middle of a run: every rank saves one step and exits cleanly; resumed, it is equal to the bit."""
 
 import os
 import signal
