@@ -72,7 +72,7 @@ def main(recipe: Recipe) -> None:
     start = {"resume_run": flags.resume, "resume_step": flags.resume_step, "max_steps": flags.max_steps, "skips": flags.skip}
     with guard_rank(out_dir, rank, link.report_exit):
         finished = train(start_run(recipe, layout, sizes, ds_config, out_dir, **start, trace_steps=flags.trace_steps))
-        end_rank(lambda: link.report_exit("finished" if finished else "left"))
+        end_rank(lambda: link.report_exit("finished" if finished else "stopped"))
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _open_log(recipe: Recipe, out_dir: Path, resumed_step: int | None) -> RunLog
 
 
 def seed_dropout(seed: int, step: int, grid: Grid) -> None:
-    """Seed torch by the step alone, so that resuming repeats it, and alike on the tensor ranks of one place."""
+    """Seed torch by the step alone, so that resuming repeats it, and alike on the tensor ranks of a data rank's stage."""
     torch.manual_seed(name_seed(seed, f"step {step}, data {grid.data_rank}, stage {grid.pipeline_rank}"))
 
 
@@ -291,7 +291,7 @@ def step_record(
     if result.loss_scale != 1.0 or position.skipped_steps:
         record |= {"loss_scale": result.loss_scale, "skipped_steps": position.skipped_steps}
     if result.skip_reason == TOO_HIGH:
-        record["skip_reason"] = "gradient norm off its curve"
+        record["skip_reason"] = "abnormal gradient norm"
     return record
 
 

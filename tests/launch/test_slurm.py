@@ -41,7 +41,7 @@ def test_a_job_goes_on_when_it_is_queued_again(cluster, straight, tmp_path):
     assert "saved step" in output(run_dir)
     requeued, warned, finished = ends(run_dir)
     assert requeued["sealed_step"] >= 10
-    assert (warned["cause"], warned["lost_steps"]) == ("left", 0)
+    assert (warned["cause"], warned["lost_steps"]) == ("stopped", 0)
     assert 22 <= warned["sealed_step"] == saved
     assert finished["cause"] == "finished"
     assert losses(run_dir) == losses(uninterrupted)

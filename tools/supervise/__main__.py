@@ -32,7 +32,7 @@ from recipes.common.run_dir.attempts import begin_attempt, end_attempt, has_begu
 from recipes.common.runtime.supervisor_link import SUPERVISOR
 from tools.common.console import FAILED, MISTAKE, UsageError, exit_code
 from tools.supervise.attempt import POLL_SECONDS, run_attempt, say
-from tools.supervise.endings import EXIT_CODES, HOST_LOST, LEFT, PREFLIGHT, USER_ERROR, Ending, RestartPolicy, is_restarted
+from tools.supervise.endings import EXIT_CODES, HOST_LOST, PREFLIGHT, STOPPED, USER_ERROR, Ending, RestartPolicy, is_restarted
 from tools.supervise.hang_detector import HangLimits
 from tools.supervise.hosts import RecipeFacts, choose_hosts, own_address, probe_hosts, read_hostfile, read_recipe
 from tools.supervise.launcher import fill_words, run_preflight, write_exports
@@ -80,7 +80,7 @@ def _supervise(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, sto
     while True:
         ending = _attempt(flags, facts, run_dir, cause, stops)
         say(f"attempt ended: {ending.cause}: {ending.detail}")
-        if ending.cause == LEFT or (stops.times and is_restarted(ending.cause)):
+        if ending.cause == STOPPED or (stops.times and is_restarted(ending.cause)):
             return _stop(flags, stops, run_dir, sealed_before)
         if not is_restarted(ending.cause):
             return EXIT_CODES[ending.cause]
@@ -203,7 +203,7 @@ def _stop(flags: argparse.Namespace, stops: StopRequests, run_dir: Path, sealed_
         subprocess.call(["scontrol", "requeue", job])
     elif flags.requeue and by == "SIGUSR1":
         say("not requeued: no new checkpoint was saved within the time limit, nor would be the next time; raise --time")
-    return EXIT_CODES[LEFT]
+    return EXIT_CODES[STOPPED]
 
 
 def flags_of_attempt(given: list[str], run_dir: Path, cause: str) -> list[str]:

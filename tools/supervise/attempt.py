@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from recipes.common.run_dir.heartbeat import Beat, read_beats
-from tools.supervise.endings import HANG, LAUNCHER, LEFT, RANK_LOST, Ending, is_restarted, judge
+from tools.supervise.endings import HANG, LAUNCHER, RANK_LOST, STOPPED, Ending, is_restarted, judge
 from tools.supervise.hang_detector import HangLimits, RecentSteps, find_culprits, hang_seconds, slowest_rank
 from tools.supervise.rank_links import RankEvent, RankLinks
 
@@ -53,7 +53,9 @@ class Observed:
 
     def failed(self) -> bool:
         """Return whether a rank ended in a way that the others cannot continue after."""
-        return any(e.kind in ("lost", "silent") or (e.kind == "end" and e.word not in ("finished", "left")) for e in self.events)
+        return any(
+            e.kind in ("lost", "silent") or (e.kind == "end" and e.word not in ("finished", "stopped")) for e in self.events
+        )
 
 
 def run_attempt(
@@ -88,7 +90,7 @@ def run_attempt(
                     say("stop requested before the first step: nothing new to save")
                     break
                 say(f"stop requested: ranks save and exit within {stop_seconds:.0f} s")
-                links.send("leave")
+                links.send("stop")
             if stop_requests() > 1:
                 deadline = now
             if (seen.failed() or code is not None) and (deadline is None or deadline > now + GRACE_SECONDS):
@@ -106,7 +108,7 @@ def run_attempt(
         return hang
     ending = judge(seen.events, launcher.returncode, seen.hosts)
     if stopping and is_restarted(ending.cause):
-        return Ending(LEFT, f"stopped on request, before it had saved: {ending.detail}")
+        return Ending(STOPPED, f"stopped on request, before it had saved: {ending.detail}")
     if ending.cause == LAUNCHER and seen.hosts:
         return Ending(RANK_LOST, f"the launcher exited with code {launcher.returncode} and left its ranks behind")
     return ending

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from tools.supervise.rank_links import RankEvent
 
-FINISHED, LEFT, USER_ERROR, NUMBERS = "finished", "left", "user_error", "training_error"
+FINISHED, STOPPED, USER_ERROR, NUMBERS = "finished", "stopped", "user_error", "training_error"
 RANK_LOST, HOST_LOST, HANG, FAILED, LAUNCHER = "rank_lost", "host_lost", "hang", "rank_failed", "launcher_failed"
 PREFLIGHT = "preflight_failed"
 
-EXIT_CODES = {FINISHED: 0, USER_ERROR: 2, NUMBERS: 3, LEFT: 75}  # 75: sysexits' "try again later". All others end in 1
+EXIT_CODES = {FINISHED: 0, USER_ERROR: 2, NUMBERS: 3, STOPPED: 75}  # 75: sysexits' "try again later". All others end in 1
 _RESTARTED = (RANK_LOST, HOST_LOST, HANG, FAILED, LAUNCHER, PREFLIGHT)
 _SAME_HOST_SECONDS = 2.0  # a host that is lost takes its ranks within this time
 
@@ -63,8 +63,8 @@ def judge(events: Sequence[RankEvent], code: int | None, ranks_by_host: dict[str
     if "peer_lost" in by_word:
         first = by_word["peer_lost"]
         return Ending(RANK_LOST, f"rank {first.rank} on {first.host} lost a peer: {first.detail}")
-    if "left" in by_word:
-        return Ending(LEFT, "stopped on request, after saving")
+    if "stopped" in by_word:
+        return Ending(STOPPED, "stopped on request, after saving")
     if code == 0:
         return Ending(FINISHED, "reached the last step")
     return Ending(LAUNCHER, f"the launcher exited with code {code} before any rank did; see its output above")

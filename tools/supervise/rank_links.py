@@ -16,9 +16,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.common.runtime.rank_guard import SILENCE_SECONDS
-
-_SIGN_OF_LIFE_SECONDS = 1.0  # between two of the supervisor's own
+from recipes.common.runtime.rank_guard import SIGN_OF_LIFE_SECONDS, SILENCE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class RankLinks:
         return {each.rank: each.host for each in self._connections.values() if each.rank is not None}
 
     def send(self, word: str) -> None:
-        """Send "leave", "stacks" or "die" to every rank; "" is a sign of life."""
+        """Send "stop", "stacks" or "die" to every rank; "" is a sign of life."""
         for each in list(self._connections.values()):
             with contextlib.suppress(OSError):  # the next poll finds it closed
                 each.socket.sendall(f"{word}\n".encode())
@@ -82,7 +80,7 @@ class RankLinks:
             for each in self._connections.values():
                 each.last_heard = now
         self._last_poll = now
-        if now - self._last_sign > _SIGN_OF_LIFE_SECONDS:
+        if now - self._last_sign > SIGN_OF_LIFE_SECONDS:
             self._last_sign = now
             self.send("")
         for each in [each for each in self._connections.values() if now - each.last_heard > SILENCE_SECONDS]:

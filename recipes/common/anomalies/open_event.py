@@ -1,4 +1,4 @@
-"""Collects what is known of a spike that has not ended: peaks, runs of points off the curve, the last losses."""
+"""Collects what is known of a spike that has not ended: peaks, streaks of points off the curve, the last losses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Streak:
 
 @dataclass
 class OpenEvent:
-    """A spike that lasts. Runs and counts are in points."""
+    """A spike that lasts. Streaks and counts are in points."""
 
     # what it is
     number: int
@@ -46,7 +46,7 @@ class OpenEvent:
     norm_z: float = 0.0
     excess: float = 0.0  # of the loss at its peak, in the event's direction
     scale_fall: float = 1.0
-    # runs
+    # streaks
     points: int = 0
     off: Streak = field(default_factory=Streak)  # loss or norm
     loss_off: Streak = field(default_factory=Streak)

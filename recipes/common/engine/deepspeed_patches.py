@@ -1,7 +1,7 @@
-"""Everything of DeepSpeed's that Trifold replaces, in one place. What stands in is in the modules named here.
+"""Replaces functions of DeepSpeed: all of them here, by what the modules named in this table define.
 
-In the process, where DeepSpeed leaves no other way. Several trainers may share one: each replacement finds its engine's state in
-what DeepSpeed hands it, and without any does what DeepSpeed's own does.
+In the process, where DeepSpeed allows no other way. Several trainers may share one: each replacement finds its engine's state in
+its arguments, and without any does what DeepSpeed's own does.
     deepspeed.ops.__compatible_ops__             empty: no compiler is looked for at start
     torch.compile, while Muon is imported        off: Muon is unused
     deepspeed.comm.comm.cdb                      deepspeed_timers.TimedBackend: collectives on the clock
@@ -31,7 +31,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from recipes.common.engine.deepspeed_timers import TimedBackend, timed_instructions
-from recipes.common.engine.gradient_norm import NormGate, norm_of_partitions, norm_of_place
+from recipes.common.engine.gradient_norm import NormGate, norm_of_partitions, norm_of_replicated
 from recipes.common.parallel.grid import Grid
 from recipes.common.pipeline.executor import OneStep, PipelineExecutor, RunPasses
 
@@ -41,7 +41,7 @@ assert hasattr(bf16_optimizer, "get_global_norm_of_tensors"), "DeepSpeed's bf16 
 
 
 def patch_start() -> None:
-    """Skip two things that cost seconds at a start and serve nothing in training; before DeepSpeed is initialised."""
+    """Skip two things that cost seconds at a start and that training does not use. Call it before DeepSpeed is initialised."""
     # on CPU DeepSpeed would look for compilers and build an extension (25 s, and a stale lock hangs the next run)
     deepspeed.ops.__compatible_ops__ = {}
     # ZeRO imports DeepSpeed's Muon optimizer, which compiles three functions as it is imported: 2.4 s a rank
@@ -54,7 +54,7 @@ def patch_start() -> None:
 
 
 def patch_engine(engine: DeepSpeedEngine, grid: Grid, executor: PipelineExecutor | None) -> NormGate:
-    """Replace what the table above says, for this engine. Returns the gate of its steps."""
+    """Replace the functions of the table above for this engine. Returns the gate of its steps."""
     gate = NormGate(grid.device)
     _patch_norm(engine.optimizer, grid, gate)
     if not isinstance(comm.cdb, TimedBackend):
@@ -75,8 +75,8 @@ def _patch_norm(optimizer: Any, grid: Grid, gate: NormGate) -> None:
     ZeRO 3 and offloaded gradients keep DeepSpeed's norm (they know no pipeline); the gate holds for them too.
     """
     if isinstance(optimizer, BF16_Optimizer):
-        # the engine's own mpu is all that DeepSpeed hands this function
-        optimizer.mpu.trifold_norm = lambda gradients: gate.checked(norm_of_place(gradients, grid), INVALID)
+        # the engine's own mpu is all that identifies it in this function's arguments
+        optimizer.mpu.trifold_norm = lambda gradients: gate.checked(norm_of_replicated(gradients, grid), INVALID)
         bf16_optimizer.get_global_norm_of_tensors = _bf16_norm
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         theirs = optimizer.scaled_global_norm

@@ -19,12 +19,12 @@ _PARTS = {
     schedule.LoadMicroBatch: DATA,
     schedule.ForwardPass: FORWARD,
     schedule.BackwardPass: BACKWARD,
-    # the gradients' way into the optimizer is its work; what is sent meanwhile is told apart
+    # reducing gradients is the optimizer's work; the collectives inside are counted apart
     schedule.ReduceGrads: OPTIMIZER,
     schedule.ReduceTiedGrads: OPTIMIZER,
     schedule.OptimizerStep: OPTIMIZER,
 }
-# the argument that holds all of what is moved, by name and place
+# the argument that holds the whole of what is sent, by name and position
 _WHOLE = {
     "all_reduce": ("tensor", 0),
     "reduce": ("tensor", 0),
@@ -37,7 +37,7 @@ _WHOLE = {
     "all_reduce_coalesced": ("tensors", 0),
     "all_gather_coalesced": ("output_tensors", 0),
 }
-_GROUP_PLACE = {"all_reduce": 2, "all_reduce_coalesced": 2}  # where DeepSpeed hands the group over by place
+_GROUP_POSITION = {"all_reduce": 2, "all_reduce_coalesced": 2}  # where DeepSpeed passes the group by position
 
 
 Instruction = Callable[..., None]  # called as DeepSpeed's engine calls it: with the engine and named arguments
@@ -57,7 +57,7 @@ def _timed(span: Span, run: Instruction) -> Instruction:
 
 
 class TimedBackend:
-    """DeepSpeed's communication backend with spans around what moves tensors; all else is the backend's own."""
+    """Wraps DeepSpeed's communication backend: spans around what sends tensors; all else is the backend's own."""
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
@@ -66,7 +66,7 @@ class TimedBackend:
         found = getattr(self._backend, name)
         if name in _WHOLE:
             found = _timed_collective(name, found)
-            setattr(self, name, found)  # the next call finds it without asking
+            setattr(self, name, found)  # the next call finds it at once
         return found
 
     def send(self, tensor: torch.Tensor, dst: int, **options: Any) -> Any:
@@ -79,7 +79,7 @@ class TimedBackend:
 
 
 class TimedWork:
-    """A collective under way: the waiting for it is what it exposes."""
+    """Wraps an asynchronous collective: only waiting for it takes the step's time."""
 
     def __init__(self, work: Any, span: Span) -> None:
         self._work, self._span = work, span
@@ -93,16 +93,16 @@ class TimedWork:
 
 
 def _timed_collective(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    argument, place = _WHOLE[name]
-    group_place = _GROUP_PLACE.get(name)
+    argument, position = _WHOLE[name]
+    group_position = _GROUP_POSITION.get(name)
 
     def timed(*arguments: Any, **named: Any) -> Any:
-        moved = named[argument] if argument in named else arguments[place]
-        count = num_bytes(moved) if isinstance(moved, torch.Tensor) else sum(num_bytes(each) for each in moved)
-        by_place = group_place is not None and len(arguments) > group_place
-        group = arguments[group_place] if by_place else named.get("group")
-        last = arguments[group_place + 1] if by_place and len(arguments) > group_place + 1 else False
-        if last or named.get("async_op"):
+        whole = named[argument] if argument in named else arguments[position]
+        count = num_bytes(whole) if isinstance(whole, torch.Tensor) else sum(num_bytes(each) for each in whole)
+        by_position = group_position is not None and len(arguments) > group_position
+        group = arguments[group_position] if by_position else named.get("group")
+        is_async = arguments[group_position + 1] if by_position and len(arguments) > group_position + 1 else False
+        if is_async or named.get("async_op"):
             work = run(*arguments, **named)
             return work if work is None else TimedWork(work, CLOCK.collective(f"{name}, awaited", count, group))
         with CLOCK.collective(name, count, group):

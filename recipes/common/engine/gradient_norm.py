@@ -1,4 +1,4 @@
-"""The gradient norm of the whole model, to the same last bit in every layout; and a gate for steps whose norm is too high.
+"""Computes the gradient norm of the whole model, to the same last bit in every layout, and judges whether it is too high.
 
 DeepSpeed rounds each rank's sum of squares to fp32 before it adds up ranks, so the norm, and with clipping every weight, depends
 in its last bits on which rank holds what; and it asks four groups one after another. Here squares are added up in fp64 on all
@@ -21,13 +21,13 @@ from recipes.common.parallel.grid import Grid
 from recipes.common.runtime.step_clock import CLOCK, num_bytes
 
 
-def norm_of_place(gradients: Iterable[torch.Tensor], grid: Grid) -> torch.Tensor:
-    """Return the norm where every data rank has all gradients of its (pipeline, tensor) place, each element once."""
+def norm_of_replicated(gradients: Iterable[torch.Tensor], grid: Grid) -> torch.Tensor:
+    """Return the norm where data ranks have equal gradients: those that this tensor rank of this stage has to count."""
     return _norm(list(gradients), grid.model_group, grid)
 
 
 def norm_of_partitions(optimizer: DeepSpeedZeroOptimizer, grid: Grid) -> torch.Tensor:
-    """Return the norm where every rank has gradients of its own: a partition of those of its (pipeline, tensor) place."""
+    """Return the norm where data ranks have different partitions of the gradients (ZeRO)."""
     return _norm(list(_counted_once(optimizer, grid)), dist.group.WORLD, grid)
 
 

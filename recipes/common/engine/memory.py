@@ -1,4 +1,4 @@
-"""A rank's memory by what it holds: weights, gradients, the optimizer's states, activations."""
+"""Counts a rank's memory by what it holds: weights, gradients, optimizer states."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from recipes.common.engine.trainer import Trainer
 
 
 def memory_by_class(trainer: Trainer) -> dict[str, int]:
-    """Bytes that this rank holds between steps, each storage once; on a GPU also the allocator's peaks.
+    """Return the bytes that this rank holds between steps, each storage once; on a GPU also the allocator's peaks.
 
-    weights: what the model computes with. master_weights: fp32 copies that the optimizer steps. optimizer: its states.
-    gradients: buffers that stay between steps (what lives inside a step alone is `step_peak_allocated`'s on a GPU).
+    weights: those the model computes with. master_weights: fp32 copies that the optimizer updates. optimizer: its states.
+    gradients: buffers that stay between steps (memory within a step is in `step_peak_allocated` on a GPU).
     """
     seen: set[int] = set()
     stage, engine = trainer.stage, trainer.engine

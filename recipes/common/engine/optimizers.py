@@ -1,4 +1,4 @@
-"""The optimizers of a recipe, as torch's: DeepSpeed's own would be compiled at start, and torch's fused one is as fast."""
+"""Builds a recipe's optimizer from torch's: DeepSpeed's own would be compiled at start, and torch's fused one is as fast."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNIT = 16  # elements: the 64 bytes that torch's kernel for CPUs works on at a 
 def build_optimizer(
     groups: list[dict[str, Any]], optimizer: Optimizer, device: torch.device, *, offload: bool
 ) -> torch.optim.Optimizer:
-    """groups: of parameters. offload: the optimizer's states are in host memory."""
+    """Build the optimizer of these parameter groups. offload: its states are in host memory."""
     if not isinstance(optimizer, AdamW):
         return torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum)
     kind = torch.optim.AdamW if device.type == "cuda" and not offload else WholeUnitsAdamW
@@ -23,10 +23,10 @@ def build_optimizer(
 
 
 class WholeUnitsAdamW(torch.optim.AdamW):
-    """torch's fused AdamW for CPUs, to bits that do not depend on where in a flat partition an element lies.
+    """Runs torch's fused AdamW for CPUs to bits that do not depend on where in a flat partition an element lies.
 
-    The kernel rounds the last few elements of a tensor, which do not fill a unit, otherwise than all others. Here they are
-    updated in a unit that is filled up with zeros.
+    The kernel rounds the last few elements of a tensor, which do not fill a unit, differently from all others. Here they are
+    updated in a unit filled up with zeros.
     """
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class WholeUnitsAdamW(torch.optim.AdamW):
 
 
 def _fused(tensors: list[torch.Tensor], step: torch.Tensor, group: dict[str, Any]) -> None:
-    """tensors: weights, gradients and the two moments."""
+    """Update `tensors` in place: weights, gradients and the two moments."""
     weights, gradients, first, second = ([t] for t in tensors)
     if tensors[0].numel():
         torch._fused_adamw_(

@@ -1,4 +1,4 @@
-"""Starting DeepSpeed and the process group."""
+"""Starts DeepSpeed and the process group."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from recipes.common.runtime.network import choose_interface, free_port
 
 
 def start_distributed(device_type: str) -> torch.device:
-    """Join the process group that the launcher's environment describes; alone when there is none. Gives this rank's device."""
-    # DeepSpeed calls collectives by the names that torch 2.13 deprecates: once a rank is noise enough to hide a real warning
+    """Join the process group that the launcher's environment describes, or start one alone. Returns this rank's device."""
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates: a warning a rank is enough noise to hide a real one
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())  # nobody else is to come
+        os.environ["MASTER_PORT"] = str(free_port())  # no other rank will join
     choose_interface()
     patch_start()
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -39,7 +39,7 @@ def start_distributed(device_type: str) -> torch.device:
 
 @contextlib.contextmanager
 def quiet_deepspeed() -> Iterator[None]:
-    """DeepSpeed prints its topology, stages and options while it is built; errors still pass."""
+    """Silence DeepSpeed, which prints its topology, stages and options while it is built; errors still pass."""
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""DeepSpeed around a stage: its engine, one training step, one evaluation. The same calls with a pipeline and without.
+"""Wraps a stage in DeepSpeed's engine: one training step, one evaluation, by the same calls with a pipeline and without.
 
 `train_step` is `engine.train_batch()` under the pipeline engine; without it, accumulate, forward, backward and step.
 """
@@ -35,26 +35,26 @@ from recipes.common.runtime.supervisor_link import WAITING_FUNCTION
 
 Labels = tuple[torch.Tensor, torch.Tensor]
 
-OVERFLOW = "overflow"  # of fp16 gradients under a loss scale that is too large: the scale falls and training goes on
+OVERFLOW = "overflow"  # of fp16 gradients under a loss scale that is too large: the scale falls and training continues
 TOO_HIGH = "too_high"  # a gradient norm over the ceiling that the caller gave
 NONFINITE = "nonfinite"  # a NaN or an infinity in the loss or the gradients
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """One optimizer step, equal on every rank."""
+    """Results of one optimizer step, equal on every rank."""
 
     loss: float  # cross-entropy, the mean over the scored tokens of the global batch
     log_z_squared: float  # mean of log(Z)^2, what the z-loss weighs
     log_z: float  # mean of log(Z)
     max_logit: float  # over the scored tokens of the global batch
     loss_max: float  # the worst data rank's own loss (a NaN counts as worst)
-    loss_max_rank: int  # and which it is
+    loss_max_rank: int  # that data rank
     grad_norm: float  # over the whole model, before clipping
     loss_scale: float  # 1.0 unless fp16
     skipped: bool  # the weights and the optimizer's state did not change, on any rank
     skip_reason: str | None  # OVERFLOW, NONFINITE or TOO_HIGH
-    votes: tuple[bool, ...]  # for each vote that was cast, whether any rank said yes
+    votes: tuple[bool, ...]  # of each vote, whether any rank said yes
     statistics: np.ndarray  # of Trainer.statistics, summed over all ranks
 
 
@@ -70,12 +70,12 @@ class StepSums:
 
 
 class PipelineStages(PipelineModule):
-    """One stage a rank. DeepSpeed asks three things of it: the layers, the loss, and which weights are tied over stages."""
+    """Gives DeepSpeed's pipeline engine one stage a rank: the layers, the loss, and which weights are tied over stages."""
 
     def __init__(self, stage: Stage, topology: PipeModelDataParallelTopology) -> None:
         self._tied: list[tuple[torch.nn.Parameter, dist.ProcessGroup]] = []
         self.tied_head: TiedHead | None = None  # embedding and head on this rank
-        # one place per stage; only this rank's is built
+        # an entry for each stage; only this rank's is built
         layers = [stage] * topology.get_dim("pipe")
         super().__init__(layers, topology=topology, loss_fn=stage.loss, partition_method="uniform")
         if stage.stack.tied and stage.grid.tie_group is not None and (stage.is_first or stage.is_last):
@@ -85,17 +85,17 @@ class PipelineStages(PipelineModule):
             self._tied = [(weight, stage.grid.tie_group)]
 
     def get_tied_weights_and_groups(self) -> list[tuple[SimpleNamespace, dist.ProcessGroup]]:
-        """Asked once a step, when the gradients are whole: the engine sums `grad` over the group (under bf16 `_hp_grad`).
+        """Return the gradients that the engine sums over a group, once a step: `grad`, or `_hp_grad` under bf16.
 
-        fp16 gradients add up in `grad_accum`, which the engine does not look at: the copies of the weight would drift apart.
+        fp16 gradients add up in `grad_accum`, which the engine does not read: the copies of the weight would drift apart.
         """
         if self.tied_head is not None:
-            self.tied_head.give()
+            self.tied_head.add_gradient()
         return [(SimpleNamespace(grad=gradient_of(w), _hp_grad=gradient_of(w)), group) for w, group in self._tied]
 
 
 def parameter_groups(stage: Stage, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """[decayed, not decayed]: two groups, in this order, on every rank (DeepSpeed's norms deadlock when ranks differ, #1522).
+    """Return [decayed, not decayed], in this order on every rank (DeepSpeed's norms deadlock when ranks differ, #1522).
 
     Not decayed: parameters of fewer than two dimensions (norms, biases) and, by choice, the embeddings.
     """
@@ -103,19 +103,19 @@ def parameter_groups(stage: Stage, optimizer: Optimizer) -> list[dict[str, Any]]
     groups: list[list[torch.nn.Parameter]] = [[], []]
     for name, parameter in stage.hf_named_parameters():
         if parameter.requires_grad:
-            kept_off = parameter.ndim < 2 or (name in embeddings and not optimizer.decay_embeddings)
-            groups[kept_off].append(parameter)
+            not_decayed = parameter.ndim < 2 or (name in embeddings and not optimizer.decay_embeddings)
+            groups[not_decayed].append(parameter)
     decays = (optimizer.weight_decay, 0.0)
     return [{"params": p, "weight_decay": d} for p, d in zip(groups, decays, strict=True) if p]
 
 
 class Trainer:
-    """A stage, its optimizer and DeepSpeed's engine. It holds them together; the loop and the state of a run are elsewhere."""
+    """Holds a stage, its optimizer and DeepSpeed's engine, and trains. The loop and the state of a run are elsewhere."""
 
     def __init__(
         self, stage: Stage, grid: Grid, optimizer: Optimizer, ds_config: dict[str, Any], document_end: int | None = None
     ) -> None:
-        """document_end: the id that ends a document, when attention is to stay inside documents."""
+        """document_end: the id that ends a document, where attention stays inside documents."""
         self.stage, self.grid, self.document_end = stage, grid, document_end
         offload = "offload_optimizer" in ds_config.get("zero_optimization", {})
         # DeepSpeed knows optimizers by their class; tests hold ours to torch's
@@ -141,11 +141,11 @@ class Trainer:
         self.statistics: Callable[[], torch.Tensor] | None = None
 
     def set_global_seqs(self, global_seqs: int) -> None:
-        """The batch ramp: the micro batch stays, its number changes."""
+        """Change the number of micro batches in a step (a batch ramp); their size stays."""
         accumulation = global_seqs // (self.micro_seqs * self.grid.data)
         if accumulation != self.accumulation:
             self.engine.set_train_batch_size(global_seqs)
-            self.engine.micro_steps = 0  # it is counted modulo the accumulation: the old count would end a step too early
+            self.engine.micro_steps = 0  # counted modulo the accumulation: the old count would end a step too early
             self.accumulation = accumulation
 
     def train_step(
@@ -156,11 +156,11 @@ class Trainer:
         votes: tuple[bool, ...] = (),
         norm_ceiling: float = math.inf,
     ) -> StepResult:
-        """One optimizer step. micro_batches: this data rank's, each [micro_seqs, seq_len + 1] ids, on the CPU.
+        """Take one optimizer step. micro_batches: this data rank's, each [micro_seqs, seq_len + 1] ids, on the CPU.
 
-        scored_tokens: targets in the global batch. votes: what this rank wants to happen after the step; they travel with the
-        losses. norm_ceiling: with a higher gradient norm the step is left out. The result is read from the device: the one wait
-        of a step.
+        scored_tokens: targets in the global batch. votes: yes-or-no questions that any rank may answer yes; they are summed with
+        the losses. norm_ceiling: the step is skipped if its gradient norm is higher. Reading the result is a step's one wait for
+        the device.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -170,7 +170,7 @@ class Trainer:
         try:
             self.run_micro_batches(micro_batches, scored_tokens)
         except AssertionError as error:
-            # BF16_Optimizer meets a norm that is not a number with a bare assertion, on every rank alike, before the step
+            # BF16_Optimizer fails on a norm that is not a number with a bare assertion, on every rank alike, before the step
             if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "bf16_optimizer.py":
                 raise
             finite = False
@@ -200,7 +200,7 @@ class Trainer:
         return float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if self.engine.fp16_enabled() else 1.0
 
     def run_micro_batches(self, micro_batches: list[torch.Tensor], scored_tokens: int) -> None:
-        """Forward, backward and the optimizer's step. DeepSpeed leaves the step out where the gradient norm is not finite."""
+        """Run forward, backward and the optimizer's step, which DeepSpeed skips where the gradient norm is not finite."""
         self._clear_losses()
         self._set_document_positions(micro_batches)
         batches = self._batches(micro_batches, len(micro_batches) * self.grid.data / scored_tokens)
@@ -217,7 +217,7 @@ class Trainer:
                     self.engine.step()
 
     def evaluate(self, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], scored_tokens: int) -> float:
-        """Mean cross-entropy over `scored_tokens` targets; each item is ids [micro_seqs, seq_len + 1] and which rows count."""
+        """Return the mean cross-entropy over `scored_tokens` targets; a micro batch: ids [micro_seqs, seq_len + 1], row mask."""
         self._clear_losses()
         weight = 1.0 / scored_tokens
         self._set_document_positions([tokens for tokens, _ in micro_batches])
@@ -251,13 +251,13 @@ class Trainer:
             yield ids, (targets.contiguous().to(device, non_blocking=True), scale)
 
     def _set_document_positions(self, micro_batches: list[torch.Tensor]) -> None:
-        """Tell the stage, whichever it is, where documents start. Every stage reads the data, so nothing has to be sent."""
+        """Give any stage the positions of its micro batches. Every stage reads the data, so nothing has to be sent."""
         if self.document_end is not None:
             positions = (document_positions(tokens[:, :-1], self.document_end) for tokens in micro_batches)
             self.stage.set_positions(p.to(self.grid.device, non_blocking=True) for p in positions)
 
     def _sum_over_ranks(self, votes: tuple[bool, ...] = (), *, measure: bool = True) -> StepSums:
-        """Make the one reduction of a step, on every rank. measure: with the step's statistics."""
+        """Reduce a step's results over all ranks, in its one collective of this kind. measure: with the step's statistics."""
         losses = self.stage.loss_sums
         cross_entropy, max_logit = losses.new_zeros(2, self.grid.data)  # a slot each: summed with zeros it stays what it is
         if self.grid.is_last_stage and self.grid.tensor_rank == 0:
@@ -275,12 +275,12 @@ class Trainer:
         if dist.get_world_size() > 1:
             with CLOCK.collective("all_reduce", num_bytes(sums), None):
                 dist.all_reduce(sums)
-        CLOCK.settle()  # while a GPU still works on what the next line waits for
+        CLOCK.settle()  # while a GPU still computes what the next line waits for
         fields = sums.cpu().split([part.numel() for part in parts.values()])
         return StepSums(**{name: values.numpy() for name, values in zip(parts, fields, strict=True)})
 
     def hf_shards(self) -> dict[str, torch.Tensor]:
-        """Hugging Face name -> this rank's shard of the weights the model computes with."""
+        """Return Hugging Face name -> this rank's shard of the weights that the model computes with."""
         return {name: parameter.detach() for name, parameter in self.stage.hf_named_parameters()}
 
 

@@ -1,7 +1,7 @@
-"""Where DeepSpeed keeps this rank's part of the state: flat fp32 partitions, and which parameter elements lie in them.
+"""Finds this rank's part of the training state in DeepSpeed: flat fp32 partitions, and which parameter elements lie in them.
 
-The one module that reaches into DeepSpeed's ZeRO optimizers (0.19.3 and later): BF16_Optimizer, DeepSpeedZeroOptimizer (stages
-1 and 2) and DeepSpeedZeroOptimizer_Stage3.
+The one module that reads the internals of DeepSpeed's ZeRO optimizers (0.19.3 and later): BF16_Optimizer,
+DeepSpeedZeroOptimizer (stages 1 and 2) and DeepSpeedZeroOptimizer_Stage3.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MASTER = "master"  # the fp32 weights; optimizer states keep torch's names (exp_
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, stop) of the flattened local shard of a parameter lie at `offset` of a partition's flat tensors."""
+    """Elements [start, stop) of a parameter's flattened local shard, at `offset` of a partition's flat tensors."""
 
     name: str
     start: int
@@ -30,14 +30,14 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Partition:
-    """Flat fp32 tensors of one length, by kind, and what lies in them."""
+    """Flat fp32 tensors of one length, by kind, and the fragments in them."""
 
     states: dict[str, torch.Tensor]
     fragments: tuple[Fragment, ...]
 
 
 def partitions(trainer: Trainer) -> list[Partition]:
-    """This rank's whole state. The tensors are DeepSpeed's own: writing to them changes the run (then call `publish`)."""
+    """Return this rank's whole state. The tensors are DeepSpeed's own: writing to them changes the run (then call `publish`)."""
     flats, fragments = _locate(trainer)
     found = []
     for index, flat in enumerate(flats):
@@ -50,12 +50,12 @@ def partitions(trainer: Trainer) -> list[Partition]:
 
 
 def locate(trainer: Trainer) -> list[tuple[torch.Tensor, list[Fragment]]]:
-    """(flat fp32 tensor, what lies in it): the weights' alone. The tensors are the optimizer's parameters."""
+    """Return (flat fp32 tensor of weights, its fragments) pairs. The tensors are the optimizer's parameters."""
     return list(zip(*_locate(trainer), strict=True))
 
 
 def optimizer_steps(trainer: Trainer) -> int:
-    """Adam's own step counter, which corrects its bias; 0 for optimizers without one."""
+    """Return Adam's own step counter, which corrects its bias; 0 for optimizers without one."""
     for state in trainer.optimizer.state.values():
         if "step" in state:
             return int(state["step"])
@@ -63,7 +63,7 @@ def optimizer_steps(trainer: Trainer) -> int:
 
 
 def create_states(trainer: Trainer, kinds: list[str], steps: int) -> None:
-    """Give every partition zeroed optimizer states of these kinds, and the step counter, as if steps had been taken."""
+    """Give every partition zeroed optimizer states of these kinds, and a step counter as if `steps` had been taken."""
     for flat in _locate(trainer)[0]:
         state: dict[str, Any] = {kind: torch.zeros_like(flat, requires_grad=False) for kind in kinds}
         if isinstance(trainer.optimizer, torch.optim.AdamW):
@@ -73,13 +73,13 @@ def create_states(trainer: Trainer, kinds: list[str], steps: int) -> None:
 
 
 def drop_states(trainer: Trainer) -> None:
-    """Forget the optimizer's states: it makes them anew at its next step."""
+    """Delete the optimizer's states: its next step creates new ones."""
     for flat in _locate(trainer)[0]:
         trainer.optimizer.state.pop(flat, None)
 
 
 def publish(trainer: Trainer) -> None:
-    """Copy the fp32 weights into those the model computes with, on every rank that holds them."""
+    """Copy the fp32 weights into those that the model computes with, on every rank that holds them."""
     zero = trainer.engine.optimizer
     if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         zero.update_lp_params()
@@ -96,7 +96,7 @@ def publish(trainer: Trainer) -> None:
 
 
 def scaler_state(trainer: Trainer) -> dict[str, float | int | bool]:
-    """fp16's loss scaler: its plain numbers. Empty in other precisions."""
+    """Return the plain numbers of fp16's loss scaler; empty in other precisions."""
     if not trainer.engine.fp16_enabled():
         return {}
     scaler = trainer.engine.optimizer.loss_scaler
@@ -110,7 +110,7 @@ def restore_scaler(trainer: Trainer, state: dict[str, float | int | bool]) -> No
 
 
 def _locate(trainer: Trainer) -> tuple[list[torch.Tensor], list[list[Fragment]]]:
-    """The flat fp32 tensors, and the fragments in each."""
+    """Return the flat fp32 tensors, and the fragments in each."""
     zero = trainer.engine.optimizer
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         return _locate_stage3(trainer, zero)
@@ -119,7 +119,7 @@ def _locate(trainer: Trainer) -> tuple[list[torch.Tensor], list[list[Fragment]]]
     fragments: list[list[Fragment]] = [[] for _ in flats]
     for name, parameter in trainer.stage.hf_named_parameters():
         mapping = parameter._hp_mapping
-        if mapping is not None:  # None: all of it is in other data ranks' partitions
+        if mapping is not None:  # else all of it is in other data ranks' partitions
             local, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
             fragment = Fragment(name, local.start, local.start + local.numel, flat.start)
             fragments[mapping.param_group_index].append(fragment)

@@ -1,10 +1,10 @@
 """Runs a zero-bubble schedule (`schedules`) in DeepSpeed's pipeline engine: passes, and the messages between them.
 
-A backward pass gives the input's gradient and puts off the weights' (recipes.common.model.linears), which a later pass makes up.
-Everything is sent as soon as it is there and received ahead of the pass that needs it, beside the computation. What goes to later
-ranks and what goes to earlier ones are two groups: within one, two ranks' messages arrive in the order in which they were sent,
-the receiver asks for them in that order, and the sender waits for nothing until the step's end. So a schedule in which no pass
-needs a later one cannot deadlock, on NCCL's streams neither.
+A backward pass computes the input's gradient and defers the weights' (recipes.common.model.weight_grad_store) to a later pass.
+Everything is sent as soon as it exists and received ahead of the pass that needs it, beside the computation. Messages to later
+ranks and to earlier ones use two groups: within one, two ranks' messages arrive in the order in which they were sent, the
+receiver posts its receives in that order, and the sender waits for nothing until the step's end. So a schedule in which no pass
+needs a later one cannot deadlock, not even on NCCL streams.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from recipes.common.runtime.step_clock import FORWARD as FORWARD_TIME
 
 Batch = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]  # ids, labels (see Stage)
 
-AHEAD = 1  # passes ahead of which a message is asked for
+AHEAD = 1  # passes ahead of which a receive is posted
 
 
 class RunPasses(ds_schedule.PipeInstruction):
-    """All passes of a step, and the end of all messages."""
+    """Runs all passes of a step and waits for all messages."""
 
 
 class OneStep(ds_schedule.PipeSchedule):
+    """DeepSpeed's schedule of a step whose passes the executor runs."""
+
     def num_pipe_buffers(self) -> int:
         return 0  # DeepSpeed's own buffers stay unused
 
@@ -44,27 +46,27 @@ class OneStep(ds_schedule.PipeSchedule):
 
 
 class Mailbox:
-    """This rank's messages of one round of passes."""
+    """Sends and receives this rank's messages of one round of passes."""
 
-    def __init__(self, grid: Grid, coming: dict[int, tuple[Message, ...]], like: torch.Tensor | None) -> None:
-        """coming: by sending stage, what it sends here, in its order. like: what a message looks like, None until it is known."""
-        self.like, self._grid = like, grid
-        self._coming = {stage: deque(messages) for stage, messages in coming.items()}  # those that are not asked for yet
-        self._sender = {message: stage for stage, messages in coming.items() for message in messages}
-        self._expected: dict[Message, tuple[torch.Tensor, dist.Work]] = {}
-        self._sent: list[tuple[torch.Tensor, dist.Work]] = []  # kept alive until it has left
+    def __init__(self, grid: Grid, incoming: dict[int, tuple[Message, ...]], template: torch.Tensor | None) -> None:
+        """incoming: by sending stage, its messages to this rank in order. template: of a message's shape; None until known."""
+        self.template, self._grid = template, grid
+        self._incoming = {stage: deque(messages) for stage, messages in incoming.items()}  # those without a receive yet
+        self._sender = {message: stage for stage, messages in incoming.items() for message in messages}
+        self._receiving: dict[Message, tuple[torch.Tensor, dist.Work]] = {}
+        self._sending: list[tuple[torch.Tensor, dist.Work]] = []  # the tensors are kept alive until they are sent
 
-    def ask(self, message: Message) -> None:
-        """Receive `message`, and what its sender sends before it, beside the computation. Asking again does nothing."""
+    def post_receive(self, message: Message) -> None:
+        """Receive `message`, and what its sender sends before it, beside the computation. A second call does nothing."""
         stage = self._sender[message]
         group = self._grid.down_group if stage < self._grid.pipeline_rank else self._grid.up_group
-        while self.like is not None and message not in self._expected and message in self._coming[stage]:
-            tensor = torch.empty_like(self.like)
+        while self.template is not None and message not in self._receiving and message in self._incoming[stage]:
+            tensor = torch.empty_like(self.template)
             work = dist.irecv(tensor, self._grid.rank_of_stage(stage), group=group)
-            self._expected[self._coming[stage].popleft()] = tensor, work
+            self._receiving[self._incoming[stage].popleft()] = tensor, work
 
-    def take(self, message: Message) -> torch.Tensor:
-        tensor, work = self._expected.pop(message)
+    def wait_for(self, message: Message) -> torch.Tensor:
+        tensor, work = self._receiving.pop(message)
         with CLOCK.message("irecv", num_bytes(tensor), self._grid.rank_of_stage(self._sender[message])):
             work.wait()
         return tensor
@@ -74,44 +76,43 @@ class Mailbox:
         target, downward = self._grid.rank_of_stage(stage), stage > self._grid.pipeline_rank
         with CLOCK.message("isend", num_bytes(tensor), target):
             work = dist.isend(tensor, target, group=self._grid.down_group if downward else self._grid.up_group)
-        self._sent = [(kept, under_way) for kept, under_way in self._sent if not under_way.is_completed()]
-        self._sent.append((tensor, work))
+        self._sending = [(kept, under_way) for kept, under_way in self._sending if not under_way.is_completed()]
+        self._sending.append((tensor, work))
 
-    def settle(self) -> None:
-        """Everything sent has left, and nothing waits."""
+    def finish(self) -> None:
+        """Wait until everything is sent, and check that everything was received."""
         with CLOCK.span(PIPELINE):
-            for _, work in self._sent:
+            for _, work in self._sending:
                 work.wait()
-        self._sent.clear()
-        assert not any(self._coming.values()) and not self._expected, "the schedule left a message behind"
+        self._sending.clear()
+        assert not any(self._incoming.values()) and not self._receiving, "the schedule left a message behind"
 
 
 class PipelineExecutor:
-    """One rank's passes: training, as DeepSpeed's engine asks for a step, and evaluation."""
+    """Runs one rank's passes, for DeepSpeed's engine in a training step and for an evaluation."""
 
     def __init__(self, engine: PipelineEngine, stage: Stage, grid: Grid) -> None:
         schedule = stage.schedule
         self._engine, self._stage, self._grid, self._schedule = engine, stage, grid, schedule
-        self._plan = cache(lambda count: self._own_part(order_passes(schedule, grid.pipeline, count, stage.pass_costs)))
+        self._order = cache(lambda count: self._own_part(order_passes(schedule, grid.pipeline, count, stage.pass_costs)))
         self._chunks = chunk_count(schedule, grid.pipeline)
         self._own = chunks_of_rank(schedule, grid.pipeline, grid.pipeline_rank)
-        self._like: torch.Tensor | None = None
-        self._tells_shape = True
+        self._template: torch.Tensor | None = None
+        self._must_send_shape = True
         self._clear()
 
     def _clear(self) -> None:
-        # by (micro batch, chunk): what a forward pass was given and gave; by message: what one chunk here gives another
-        self._kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._handed: dict[Message, torch.Tensor] = {}
+        self._kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # (micro batch, chunk) -> input and output
+        self._local: dict[Message, torch.Tensor] = {}  # messages from one of this rank's chunks to the other
         self._loaded: dict[int, Batch] = {}
         self._next_load = 0
 
     def train(self) -> None:
-        self._run(*self._plan(self._engine.micro_batches), self._engine.data_iterator)
+        self._run(*self._order(self._engine.micro_batches), self._engine.data_iterator)
         assert not self._kept and not any(map(len, self._stage.weight_grad_stores)), "the schedule left a gradient behind"
 
     def evaluate(self, batches: Iterator[Batch], count: int) -> None:
-        """Forward passes alone, of `count` micro batches. The losses are where the stage adds them up."""
+        """Run the forward passes of `count` micro batches. The stage adds up their losses."""
         orders = [forward_passes(self._schedule, self._grid.pipeline, rank, count) for rank in range(self._grid.pipeline)]
         self._stage.eval()
         with torch.no_grad():
@@ -119,42 +120,42 @@ class PipelineExecutor:
         self._stage.train()
 
     def _own_part(self, orders: list[list[Pass]]) -> tuple[list[Pass], dict[int, tuple[Message, ...]]]:
-        """Of the passes of all ranks: this rank's, and what each neighbour sends it."""
+        """Return this rank's passes, and the messages that each neighbour sends it, from the passes of all ranks."""
         here, pipeline = self._grid.pipeline_rank, self._grid.pipeline
-        coming = {
+        incoming = {
             stage: tuple(message for to, message in sent_messages(orders[stage], self._schedule, pipeline) if to == here)
             for stage in (here - 1, here + 1)
             if 0 <= stage < pipeline
         }
-        return orders[here], coming
+        return orders[here], incoming
 
-    def _run(self, order: list[Pass], coming: dict[int, tuple[Message, ...]], batches: Iterator[Batch]) -> None:
+    def _run(self, order: list[Pass], incoming: dict[int, tuple[Message, ...]], batches: Iterator[Batch]) -> None:
         self._clear()
         self._batches = batches
-        mail = Mailbox(self._grid, coming, self._like)
+        mail = Mailbox(self._grid, incoming, self._template)
         run = {FORWARD: self._forward, INPUTS: self._input_gradients}
         for index, step in enumerate(order):
             self._learn_shape(step, mail)
             for following in order[index : index + AHEAD + 1]:
                 if (message := self._message(following)) is not None:
-                    mail.ask(message)
+                    mail.post_receive(message)
             if step.kind in run:
                 run[step.kind](step, mail)
             else:
                 self._weight_gradients(step)
-        mail.settle()
+        mail.finish()
 
     def _message(self, step: Pass) -> Message | None:
-        """What `step` needs of another rank."""
+        """Return what `step` needs from another rank, if anything."""
         before = needs(step, self._chunks)
         if before is None or before.chunk in self._own:
             return None
         return Message(step.kind, step.micro_batch, step.chunk)
 
     def _learn_shape(self, step: Pass, mail: Mailbox) -> None:
-        """Before the first activation comes, its sender says what it looks like: all others, and gradients, look like it."""
-        if mail.like is None and self._message(step) is not None:
-            mail.like = self._like = self._engine._recv_tensor_meta(self._grid.pipeline_rank - 1)
+        """Receive the shape of the first activation before it: all others, and gradients, have the same."""
+        if mail.template is None and self._message(step) is not None:
+            mail.template = self._template = self._engine._recv_tensor_meta(self._grid.pipeline_rank - 1)
 
     def _forward(self, step: Pass, mail: Mailbox) -> None:
         _, i, chunk = step
@@ -169,13 +170,13 @@ class PipelineExecutor:
         if last or not self._stage.is_last:
             self._loaded.pop(i, None)
         if not last:
-            if mail.like is None:
-                mail.like = self._like = torch.empty_like(out, memory_format=torch.contiguous_format)
-            self._give(Message(FORWARD, i, chunk + 1), out, mail)
+            if mail.template is None:
+                mail.template = self._template = torch.empty_like(out, memory_format=torch.contiguous_format)
+            self._deliver(Message(FORWARD, i, chunk + 1), out, mail)
 
     def _input_gradients(self, step: Pass, mail: Mailbox) -> None:
         _, i, chunk = step
-        # a tensor of its own for each micro batch: a residual stream's gradient, which the queue keeps, is the received one
+        # a tensor of its own for each micro batch: a residual stream's gradient, which the store keeps, is the received one
         gradient = None if chunk == self._chunks - 1 else self._receive(step, mail)
         x, out = self._kept.pop((i, chunk))
         self._stage.weight_grad_stores[self._own.index(chunk)].begin()
@@ -185,10 +186,10 @@ class PipelineExecutor:
             else:
                 _backward_through(self._engine, out, gradient)
         if chunk:
-            self._give(Message(INPUTS, i, chunk - 1), x.grad, mail)
+            self._deliver(Message(INPUTS, i, chunk - 1), x.grad, mail)
 
     def _weight_gradients(self, step: Pass) -> None:
-        self._engine._running_engine_backward = True  # else DeepSpeed's hooks take it for a backward pass of the user's
+        self._engine._running_engine_backward = True  # else DeepSpeed's hooks take this for the user's own backward pass
         try:
             with CLOCK.span(WEIGHTS):
                 self._stage.weight_grad_stores[self._own.index(step.chunk)].compute_oldest()
@@ -203,22 +204,22 @@ class PipelineExecutor:
 
     def _receive(self, step: Pass, mail: Mailbox) -> torch.Tensor:
         message = Message(step.kind, step.micro_batch, step.chunk)
-        tensor = self._handed.pop(message) if message in self._handed else mail.take(message)
+        tensor = self._local.pop(message) if message in self._local else mail.wait_for(message)
         return tensor.requires_grad_(torch.is_grad_enabled()) if step.kind == FORWARD else tensor
 
-    def _give(self, message: Message, tensor: torch.Tensor, mail: Mailbox) -> None:
+    def _deliver(self, message: Message, tensor: torch.Tensor, mail: Mailbox) -> None:
         target = rank_of_chunk(self._schedule, self._grid.pipeline, message.chunk)
         if target == self._grid.pipeline_rank:
-            self._handed[message] = tensor.detach()
+            self._local[message] = tensor.detach()
             return
-        if message == Message(FORWARD, 0, self._own[0] + 1) and self._tells_shape:
-            self._tells_shape = False
+        if message == Message(FORWARD, 0, self._own[0] + 1) and self._must_send_shape:
+            self._must_send_shape = False
             self._engine._send_tensor_meta(tensor, target)
         mail.send(target, tensor)
 
 
 def _backward_through(engine: PipelineEngine, out: torch.Tensor, gradient: torch.Tensor) -> None:
-    """What the engine does on stages that have no loss."""
+    """Run a backward pass as the engine does on stages that have no loss."""
     if engine.using_bf16_optimizer:
         engine.optimizer.clear_lp_grads()
     engine._running_engine_backward = True

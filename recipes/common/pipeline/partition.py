@@ -99,10 +99,10 @@ def balance_folded(layers: list[float], head: float, pipeline: int) -> list[rang
     return [range(start, stop) for start, stop in pairwise([*starts, *stops[-2::-1]])]
 
 
-def _lengths(prefix: list[float], place: int, budget: float, most: int, *, forward: bool) -> range:
-    """Return numbers of layers, 1 to `most`, that cost about `budget` from `place` on (or back)."""
+def _lengths(prefix: list[float], start: int, budget: float, most: int, *, forward: bool) -> range:
+    """Return numbers of layers, 1 to `most`, that cost about `budget` from `start` on (or back)."""
     even = 0
-    while even < most and abs(prefix[place + even if forward else place - even] - prefix[place]) < budget:
+    while even < most and abs(prefix[start + even if forward else start - even] - prefix[start]) < budget:
         even += 1
     return range(max(1, even - _AROUND), min(most, even + _AROUND) + 1)
 

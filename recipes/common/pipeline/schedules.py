@@ -42,7 +42,7 @@ class Costs(NamedTuple):
 
 
 class Message(NamedTuple):
-    """What a pass needs from another rank: the activation (FORWARD) or the gradient (INPUTS) that enters `chunk`."""
+    """An input that a pass needs from another rank: the activation (FORWARD) or the gradient (INPUTS) that enters `chunk`."""
 
     kind: str
     micro_batch: int
@@ -164,21 +164,21 @@ class _Folded:
 def finish_times(orders: list[list[Pass]], costs: tuple[Costs, ...]) -> list[float]:
     """Return when each rank is done, if passes take `costs` of their chunk and messages no time. AssertionError: a deadlock."""
     done: dict[Pass, float] = {}
-    clocks, places = [0.0] * len(orders), [0] * len(orders)
+    clocks, positions = [0.0] * len(orders), [0] * len(orders)
     moved = True
     while moved:
         moved = False
         for rank, order in enumerate(orders):
-            while places[rank] < len(order):
-                step = order[places[rank]]
+            while positions[rank] < len(order):
+                step = order[positions[rank]]
                 before = needs(step, len(costs))
                 if before is not None and before not in done:
                     break
                 start = max(clocks[rank], done[before] if before else 0.0)
                 clocks[rank] = done[step] = start + costs[step.chunk].of(step.kind)
-                places[rank] += 1
+                positions[rank] += 1
                 moved = True
-    assert all(place == len(order) for place, order in zip(places, orders, strict=True)), "deadlock"
+    assert all(position == len(order) for position, order in zip(positions, orders, strict=True)), "deadlock"
     return clocks
 
 

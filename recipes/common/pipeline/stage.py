@@ -60,7 +60,7 @@ def plan_model(config: PreTrainedConfig, layout: Layout = NO_OPTIONS, *, attenti
 
 
 class Stage(nn.Module):
-    """Holds the modules of one (pipeline, tensor) place and runs them. Build it with `build_stage`."""
+    """Holds the modules of one pipeline rank, sharded for one tensor rank, and runs them. Build it with `build_stage`."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""Tied embeddings over the stages of a pipeline: one weight, used by the first layers and by the head, with one gradient.
+"""Ties embedding and head over the stages of a pipeline: one weight with one gradient.
 
-Where they are on two ranks, each has a copy and the gradients are summed between them. On a folded pipeline they are on one rank
-and share the weight itself; the head's gradient is kept apart until the step's end, so that sums are made in the same order.
+On two ranks, each has a copy and the gradients are summed between them. On a folded pipeline one rank has both, which share the
+weight itself; the head's gradient is kept apart until the step's end, so that sums are made in the same order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from recipes.common.pipeline.stage import Stage
 
 
 def gradient_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
-    """Where DeepSpeed adds up the gradient of `weight`: under bf16 and fp16 beside it, in fp32."""
+    """Return the tensor in which DeepSpeed adds up the gradient of `weight`: an fp32 one beside it under bf16 and fp16."""
     for name in ("_hp_grad", "grad_accum"):
         if getattr(weight, name, None) is not None:
             return getattr(weight, name)
@@ -20,7 +20,7 @@ def gradient_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
 
 
 class TiedHead:
-    """Of a rank that has the embedding and the head. Made once the engine has put the weights where they stay."""
+    """Keeps the head's gradient apart, on a rank that has embedding and head. Create it after DeepSpeed has moved the weights."""
 
     def __init__(self, stage: Stage) -> None:
         head = stage.causal.get_submodule(stage.stack.head)
@@ -36,8 +36,8 @@ class TiedHead:
         self._sum.add_(alias.grad)
         alias.grad = None
 
-    def give(self) -> None:
-        """At the end of a step's passes: add the head's gradient to the embedding's."""
+    def add_gradient(self) -> None:
+        """Add the head's gradient to the embedding's, at the end of a step's passes."""
         assert self._alias.data_ptr() == self._weight.data_ptr(), "the engine has moved the embedding"
         gradient_of(self._weight).view(-1).add_(self._sum.view(-1))  # DeepSpeed keeps some of them flat
         self._sum.zero_()

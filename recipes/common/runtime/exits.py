@@ -1,7 +1,7 @@
-"""One rank fails, and its own traceback is the last thing on the screen.
+"""Ends a rank: when one fails, its traceback is the last thing on the screen.
 
-The others fail too, an instant later, with a broken connection: that is noise. Each rank leaves its traceback in `logs/`; one
-that finds an earlier failure of this start there says a single line instead of its own.
+The others fail too, an instant later, with a broken connection: that is noise. Each rank writes its traceback to `logs/`; one
+that finds an earlier failure of this start there prints a single line instead of its own.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ FAILED, NUMBERS = 1, 3  # exit codes
 
 
 class TrainingError(RuntimeError):
-    """The numbers say that going on is useless; the message says which, and from where to resume."""
+    """Continuing is useless; the message says which numbers show it, and from where to resume."""
 
 
 @contextmanager
-def guard_rank(out_dir: Path, rank: int, say: Callable[[str, str], None] = lambda word, detail: None) -> Iterator[None]:
+def guard_rank(out_dir: Path, rank: int, report: Callable[[str, str], None] = lambda word, detail: None) -> Iterator[None]:
     """End the process on any exception: exit code 1 (3: a TrainingError), its traceback in out_dir/logs/rank_N.traceback.
 
-    say: gets a word for the kind of end and the error in a line (recipes.common.runtime.supervisor_link).
-
-    The process ends at once, without an orderly exit: that would wait for peers that are gone.
+    report: called with the exit word and the error in a line (SupervisorLink.report_exit). The process ends at once: an orderly
+    exit would wait for peers that are gone.
     """
     logs = out_dir / "logs"
     started = time.time()
@@ -57,12 +56,12 @@ def guard_rank(out_dir: Path, rank: int, say: Callable[[str, str], None] = lambd
         sys.stdout.flush()
         numbers = isinstance(error, TrainingError)
         word = "training_error" if numbers else "peer_lost" if lost_a_peer else "failed"
-        say(word, f"{type(error).__name__}: {error}")
+        report(word, f"{type(error).__name__}: {error}")
         os._exit(NUMBERS if numbers else FAILED)
 
 
-def end_rank(say: Callable[[], None] = lambda: None) -> NoReturn:
-    """A finished rank leaves with code 0, when all have finished, and takes nothing apart. say: called between the two.
+def end_rank(report: Callable[[], None] = lambda: None) -> NoReturn:
+    """End a finished rank with code 0 once all have finished, without cleaning up. report: called just before.
 
     An orderly exit runs the destructors of torch's communication threads; now and then one aborts, and a finished run would
     end with an error.
@@ -70,14 +69,14 @@ def end_rank(say: Callable[[], None] = lambda: None) -> NoReturn:
     import torch.distributed as dist
 
     dist.barrier()
-    say()
+    report()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
 def _is_lost_peer(error: BaseException) -> bool:
-    """torch.distributed reports a vanished peer as a plain RuntimeError raised in the backend (gloo) or as a DistError (NCCL)."""
+    """Return whether torch.distributed lost a peer: a plain RuntimeError raised in its backend (gloo) or a DistError (NCCL)."""
     import torch.distributed as dist
 
     if isinstance(error, dist.DistError):

@@ -1,7 +1,7 @@
-"""Which network interface a rank talks on, where the host's name does not say it; and a free port to meet at.
+"""Chooses the network interface that a rank uses, where the host's name does not give it; and a free port for a rendezvous.
 
 gloo binds to what the host name resolves to: 127.0.1.1 on many machines, nothing in some containers. The interface by which this
-host reaches rank 0's is right on every host, whatever each calls it. NCCL looks at the interfaces itself, and is left alone.
+host reaches rank 0's is right on every host, whatever its name there. NCCL chooses by itself.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import MutableMapping
 
 import psutil
 
-_PORTS = range(10240, 32768)  # from 32768 on the kernel hands them to outgoing connections: free when asked, taken when used
-_ELSEWHERE = "192.0.2.1"  # RFC 5737: nobody's; asking for the route to it sends nothing
+_PORTS = range(10240, 32768)  # from 32768 on the kernel gives them to outgoing connections: free when asked, taken when used
+_ELSEWHERE = "192.0.2.1"  # RFC 5737, for documentation; asking for the route to it sends nothing
 
 
 def choose_interface(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -25,14 +25,14 @@ def choose_interface(environment: MutableMapping[str, str] = os.environ) -> None
     here = int(environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE") or world)
     for target in (environment["MASTER_ADDR"], _ELSEWHERE):
         name = interface_towards(target)
-        # on rank 0's own host its name may resolve to loopback, where the others cannot come
+        # on rank 0's own host its name may resolve to loopback, which the others cannot reach
         if name is not None and (here == world or name != "lo"):
             environment["GLOO_SOCKET_IFNAME"] = name
             return
 
 
 def interface_towards(target: str) -> str | None:
-    """The interface whose address this host would use to reach `target`; None without a route or a name for it."""
+    """Return the interface whose address this host would use to reach `target`; None without a route or a name for it."""
     try:
         own = address_towards(target)
     except OSError:
@@ -46,15 +46,15 @@ def interface_towards(target: str) -> str | None:
 
 
 def address_towards(target: str) -> str:
-    """This host's own address on its way to `target`, a name or an address. Raises OSError without a route."""
-    family, kind, protocol, _, place = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
+    """Return this host's own address on the route to `target`, a name or an address. Raises OSError without a route."""
+    family, kind, protocol, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
-        probe.connect(place)
+        probe.connect(address)
         return probe.getsockname()[0]
 
 
 def free_port() -> int:
-    """A port on which nobody listens, drawn so that two who ask at one time do not meet. Raises OSError where there is none."""
+    """Return a port on which nobody listens, drawn so that two callers at one time differ. Raises OSError if there is none."""
     for port in random.SystemRandom().sample(_PORTS, 100):
         with socket.socket() as probe:
             try:

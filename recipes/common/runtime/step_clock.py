@@ -1,12 +1,12 @@
-"""Where the time of a step goes, on this rank: spans around what a step is made of, and an account of them.
+"""Measures where the time of a step goes, on this rank: spans around the parts of a step, and an account of them.
 
-A rank does one thing at a time, so the account is a partition: every moment of a step belongs to the innermost open span, and
-the parts add up to the step. A span costs two stamps. On CPUs a stamp is the clock; on GPUs it is a CUDA event in the stream,
-read while the next step runs, so that nothing waits. What runs in another stream beside the computation is not timed: it is
-exposed only where the computation waits for it.
+A rank does one thing at a time, so every moment of a step belongs to the innermost open span, and the parts add up to the step.
+A span costs two stamps. On CPUs a stamp is the clock; on GPUs it is a CUDA event in the stream, read while the next step runs, so
+that nothing waits. What runs in another stream beside the computation is not timed: it is exposed only where the computation
+waits for it.
 
-There is one clock a process, because autograd runs the collectives of a backward pass in threads of its own and hands them
-nothing. It stands still until `start`, and between `pause` and the next phase.
+There is one clock a process: autograd runs backward collectives in its own threads, which see no context. It is off until
+`start`, and between `end_step` and the next phase.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ DATA, FORWARD, BACKWARD, RECOMPUTE, WEIGHTS = "data", "forward", "backward", "re
 OPTIMIZER, TENSOR, DATA_PARALLEL, ALL_RANKS = "optimizer", "tensor", "data_parallel", "all_ranks"
 WARM_UP, PIPELINE, COOL_DOWN = "pipeline_warm_up", "pipeline_steady", "pipeline_cool_down"
 HOST, EVALUATE, SAVE, OTHER = "host", "evaluate", "save", "other"
-# Of a step. The three of the pipeline are messages between stages and the waiting for them: before the first forward pass, after
-# the last backward pass, and between. tensor, data_parallel: exposed communication in that group. host: the loop after the step.
-# other: inside the step, in no span.
+# The parts of a step. The three of the pipeline are messages between stages and waiting for them: before the first forward pass,
+# after the last backward pass, and between. tensor, data_parallel: exposed communication in that group. host: the loop after the
+# step. other: inside the step, in no span.
 PARTS = (
     DATA, FORWARD, BACKWARD, RECOMPUTE, WEIGHTS, OPTIMIZER, TENSOR, DATA_PARALLEL, ALL_RANKS, WARM_UP, PIPELINE, COOL_DOWN,
     HOST, EVALUATE, SAVE, OTHER,
 )  # fmt: skip
-COMPUTE = (FORWARD, BACKWARD, RECOMPUTE, WEIGHTS, OPTIMIZER)  # a rank's own work: what a slow rank is told by
+COMPUTE = (FORWARD, BACKWARD, RECOMPUTE, WEIGHTS, OPTIMIZER)  # a rank's own work, by which a slow rank is recognised
 
 Stamp = Any  # ns, or a CUDA event
 
@@ -43,13 +43,13 @@ class CommKey(NamedTuple):
 
     group: str  # the axes along which its ranks differ: "tensor", "data", "pipeline", "tensor x data", ...
     op: str  # as torch.distributed names it
-    bytes: int  # of the whole: what an all-gather gives, what a reduce-scatter takes, else the tensor
+    bytes: int  # of the whole: an all-gather's output, a reduce-scatter's input, else the tensor
     ranks: int  # of the group
     peer: int  # the other rank of a message, -1 for a collective
 
 
 class Span:
-    """A context manager that stamps its begin and its end. It holds no state: one serves every use, nested ones too."""
+    """Stamps its begin and its end, as a context manager. It holds no state: one serves every use, nested ones too."""
 
     __slots__ = ("_clock", "comm", "part")
 
@@ -79,12 +79,12 @@ class StepTimes:
 
 
 class Clock:
-    """See the module. `start`, then for each step `begin_step`, `phase` as often as wanted, `end_step`; `taken` gives results."""
+    """Keeps the account. Call `start`; in each step `begin_step`, `phase` at each new one, `end_step`; `taken` has results."""
 
     def __init__(self) -> None:
         self._spans: dict[tuple[str, CommKey | None], Span] = {}
         self._groups: dict[Any, tuple[str, str, int]] = {}
-        self._place: Coordinates | None = None
+        self._coordinates: Coordinates | None = None
         self._stream: Any = None  # on GPUs, the one that computes
         self._events: list[Any] = []  # to be used again
         self._marks: list[Mark] = []
@@ -93,21 +93,21 @@ class Clock:
         self._pending: list[tuple[int, int, bool, list[Mark]]] = []
         self._taken: list[StepTimes] = []
 
-    def start(self, place: Coordinates, device: torch.device) -> None:
+    def start(self, coordinates: Coordinates, device: torch.device) -> None:
         self.__init__()
-        self._place = place
+        self._coordinates = coordinates
         if device.type == "cuda":
             self._stream = torch.cuda.current_stream(device)
 
     def begin_step(self, step: int, *, keep_marks: bool = False) -> None:
-        """Nothing but the waiting for data has been done for `step`; on a GPU nothing is under way."""
-        self._marks, self._running = [], self._place is not None
+        """Call before any work of `step` but loading its data; the GPU must be idle."""
+        self._marks, self._running = [], self._coordinates is not None
         self._step, self._keep_marks, self._began = step, keep_marks, time.time_ns()
         self.phase(DATA)
 
     def phase(self, part: str, *, spans: bool = True) -> None:
-        """What follows, where no span is open, is `part`. spans: whether any may open."""
-        if self._place is not None:
+        """Count what follows, where no span is open, as `part`. spans: whether any may open."""
+        if self._coordinates is not None:
             self._running = True
             self.mark(part)
             self._running = spans
@@ -122,9 +122,9 @@ class Clock:
             self.settle()
 
     def settle(self, *, wait: bool = False) -> None:
-        """Account for steps that have ended. On a GPU: call it where the host is about to wait for the device anyway.
+        """Account for steps that have ended. On a GPU, call it where the host is about to wait for the device anyway.
 
-        wait: for the last one too.
+        wait: wait for the last step too.
         """
         while self._pending:
             step, began, keep, marks = self._pending[0]
@@ -134,15 +134,15 @@ class Clock:
                 return
             self._pending.pop(0)
             times = self._read(marks)
-            parts, comms = account(times, pipelined=self._place.pipeline > 1)
+            parts, comms = account(times, pipelined=self._coordinates.pipeline > 1)
             forwards = sum(type(what) is Span and what.part == FORWARD for what, _ in times)
-            micro_batches = forwards // (2 if self._place.folded else 1)  # each passes a folded rank twice
+            micro_batches = forwards // (2 if self._coordinates.folded else 1)  # each passes a folded rank twice
             start = times[0][1]
             kept = [(what, stamp - start) for what, stamp in times] if keep else []
             self._taken.append(StepTimes(step, began, micro_batches, parts, comms, kept))
 
     def taken(self) -> list[StepTimes]:
-        """The steps accounted for since the last call."""
+        """Return the steps accounted for since the last call."""
         taken, self._taken = self._taken, []
         return taken
 
@@ -150,7 +150,7 @@ class Clock:
         return self._span(part, None)
 
     def collective(self, op: str, count: int, group: dist.ProcessGroup | None) -> Span:
-        """Around a collective over `group` (None: all ranks) of `count` bytes, as CommKey counts them."""
+        """Return the span of a collective over `group` (None: all ranks) of `count` bytes, as CommKey counts them."""
         if not self._running:
             return self._span(OTHER, None)
         known = self._groups.get(group)
@@ -160,7 +160,7 @@ class Clock:
         return self._span(part, CommKey(name, op, count, ranks, -1))
 
     def message(self, op: str, count: int, peer: int) -> Span:
-        """Around sending `count` bytes to the rank `peer`, receiving them from it, or waiting for either."""
+        """Return the span of sending `count` bytes to the rank `peer`, receiving them from it, or waiting for either."""
         return self._span(PIPELINE, CommKey("pipeline", op, count, 2, peer))
 
     def mark(self, what: Span | str | None) -> None:
@@ -180,11 +180,11 @@ class Clock:
         return span
 
     def _describe(self, ranks: list[int]) -> tuple[str, str, int]:
-        """(part, name, size) of a group of ranks."""
-        places = [rank_coordinates(self._place, rank) for rank in ranks]
+        """Return (part, name, size) of a group of ranks."""
+        coordinates = [rank_coordinates(self._coordinates, rank) for rank in ranks]
         axes = [
             axis
-            for axis, column in zip(("pipeline", "data", "tensor"), zip(*places, strict=True), strict=True)
+            for axis, column in zip(("pipeline", "data", "tensor"), zip(*coordinates, strict=True), strict=True)
             if len(set(column)) > 1
         ]
         # DeepSpeed reduces over its data ranks even where that is one
@@ -205,10 +205,10 @@ CLOCK = Clock()
 
 
 def account(marks: list[tuple[Span | str | None, int]], *, pipelined: bool) -> tuple[dict[str, int], dict[CommKey, list[int]]]:
-    """(ns by part, comms) of one step's marks: each moment goes to the innermost open span, or to the loop's phase.
+    """Return (ns by part, comms) of one step's marks: each moment goes to the innermost open span, or to the loop's phase.
 
-    Recomputing is what runs again inside a backward pass. pipelined: tell waiting before the first forward pass and after the
-    last backward pass from the rest.
+    A forward pass is a recomputation inside a backward pass. pipelined: count waiting before the first forward pass and after
+    the last backward pass apart from the rest.
     """
     last_backward = 0
     if pipelined:

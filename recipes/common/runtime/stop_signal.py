@@ -1,4 +1,4 @@
-"""Leaving on request: SIGTERM and SIGUSR1 (Slurm's warning before the time limit) save a checkpoint and end the run cleanly."""
+"""Stops a run on request: SIGTERM and SIGUSR1 (Slurm's warning before the time limit) save a checkpoint and end it cleanly."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import signal
 import socket
 import threading
 
-GRACE_SECONDS = 20.0  # a rank that reaches no step boundary for so long is stuck in a collective whose peer is gone
+GRACE_SECONDS = 20.0  # a rank that reaches no step boundary in this time is stuck in a collective whose peer is gone
 
 
 class StopRequest:
-    """Whether this process was asked to leave. The ranks agree through the step's votes, so that all save the same step.
+    """Knows whether this process was asked to stop. The ranks agree through the step's votes, so that all save the same step.
 
-    A Python signal handler does not run while the main thread waits inside a collective, so a thread listens too: when no
-    step boundary is reached in `GRACE_SECONDS` it ends the process.
+    A Python signal handler does not run while the main thread waits inside a collective, so a thread listens too: it ends the
+    process when no step boundary is reached in `GRACE_SECONDS`.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self._boundary = threading.Event()
         if threading.current_thread() is not threading.main_thread():
-            return  # signals belong to the main thread; a caller in another one does without
+            return  # Python handles signals in the main thread only
         listen, wake = socket.socketpair()
         wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
@@ -31,7 +31,7 @@ class StopRequest:
         threading.Thread(target=self._listen, args=(listen,), name="signal listener", daemon=True).start()
 
     def requested(self) -> bool:
-        """Asked at every step boundary."""
+        """Return whether to stop. Call it at every step boundary."""
         self._boundary.set()
         return self.name is not None
 

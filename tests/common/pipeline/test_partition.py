@@ -14,12 +14,12 @@ from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks
 
 
-def dearest(layers, head, stages):
-    burdens = [0.0] * (len(stages) - 1) + [head]
-    return max(sum(layers[i] for i in own) + burden for own, burden in zip(stages, burdens, strict=True))
+def most_expensive_stage(layers, head, stages):
+    heads = [0.0] * (len(stages) - 1) + [head]
+    return max(sum(layers[i] for i in own) + extra for own, extra in zip(stages, heads, strict=True))
 
 
-def test_no_cut_is_better():
+def test_no_partition_is_better():
     rng = random.Random(0)
     for _ in range(200):
         count = rng.randint(1, 8)
@@ -29,9 +29,11 @@ def test_no_cut_is_better():
             assert len(stages) == pipeline
             assert all(len(own) > 0 for own in stages)  # a stage without a layer would have nothing to hand on
             assert [i for own in stages for i in own] == list(range(count))
-            cuts = itertools.combinations(range(1, count), pipeline - 1)
-            every = ([range(a, b) for a, b in itertools.pairwise((0, *cut, count))] for cut in cuts)
-            assert dearest(layers, head, stages) == pytest.approx(min(dearest(layers, head, option) for option in every))
+            boundaries = itertools.combinations(range(1, count), pipeline - 1)
+            every = ([range(a, b) for a, b in itertools.pairwise((0, *inner, count))] for inner in boundaries)
+            assert most_expensive_stage(layers, head, stages) == pytest.approx(
+                min(most_expensive_stage(layers, head, option) for option in every)
+            )
 
 
 @pytest.mark.parametrize(
@@ -59,10 +61,10 @@ def _costs():
     return found
 
 
-def dearest_fold(layers, head, chunks):
-    runs = [sum(layers[i] for i in chunk) for chunk in chunks]
-    runs[-1] += head
-    return max(first + last for first, last in zip(runs, runs[::-1], strict=True))
+def most_expensive_rank(layers, head, chunks):
+    costs = [sum(layers[i] for i in chunk) for chunk in chunks]
+    costs[-1] += head
+    return max(first + last for first, last in zip(costs, costs[::-1], strict=True))
 
 
 def test_no_fold_is_better():
@@ -74,21 +76,21 @@ def test_no_fold_is_better():
             chunks = balance_folded(layers, head, pipeline)
             assert len(chunks) == 2 * pipeline and all(len(own) > 0 for own in chunks)
             assert [i for own in chunks for i in own] == list(range(count))
-            cuts = itertools.combinations(range(1, count), 2 * pipeline - 1)
-            every = ([range(a, b) for a, b in itertools.pairwise((0, *cut, count))] for cut in cuts)
-            best = min(dearest_fold(layers, head, option) for option in every)
-            assert dearest_fold(layers, head, chunks) == pytest.approx(best)
+            boundaries = itertools.combinations(range(1, count), 2 * pipeline - 1)
+            every = ([range(a, b) for a, b in itertools.pairwise((0, *inner, count))] for inner in boundaries)
+            best = min(most_expensive_rank(layers, head, option) for option in every)
+            assert most_expensive_rank(layers, head, chunks) == pytest.approx(best)
 
 
 @pytest.mark.parametrize(
     ("layers", "head", "pipeline", "lengths"),
     [(8, 0.0, 2, [2, 2, 2, 2]), (8, 2.0, 2, [2, 2, 3, 1]), (4, 9.0, 2, [1, 1, 1, 1]), (80, 0.0, 8, [5] * 16)],
 )
-def test_a_rank_of_a_fold_has_two_runs_as_equal_as_can_be(layers, head, pipeline, lengths):
+def test_a_rank_of_a_fold_has_two_chunks_as_equal_as_can_be(layers, head, pipeline, lengths):
     assert [len(own) for own in balance_folded([1.0] * layers, head, pipeline)] == lengths
 
 
-def test_a_stated_cut_is_taken():
+def test_the_layouts_layers_per_stage_are_taken():
     assert partition_layers([1.0] * 4, 9.0, 2, "1f1b", (1, 3)) == [range(0, 1), range(1, 4)]
     assert partition_layers([1.0] * 4, 9.0, 2, "1f1b") == [range(0, 3), range(3, 4)]
 

@@ -1,4 +1,4 @@
-"""One rank fails: the job is over in seconds, and that rank's own traceback is the last one on the screen."""
+"""When one rank fails, the job ends in seconds, and that rank's own traceback is the last one on the screen."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The timers: a step's parts are a partition of it, what is sent is counted to the byte, and nothing that is learned changes."""
+"""The clock: a step's parts add up to it, communication is counted to the byte, and nothing that is learned changes."""
 
 import json
 

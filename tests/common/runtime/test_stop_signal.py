@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 in the middle of a run: every rank saves the same step and leaves cleanly, and --resume goes on bitwise."""
+"""SIGTERM and SIGUSR1 in the middle of a run: every rank saves one step and exits cleanly; resumed, it is equal to the bit."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def records(out_dir: Path) -> dict[int, tuple[float, float]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_leaves_with_a_checkpoint_and_goes_on_bitwise(straight, tmp_path, number):
+def test_a_signal_stops_the_run_after_saving_and_the_resumed_run_is_bitwise_equal(straight, tmp_path, number):
     recipe, uninterrupted = straight
     job = get_context("fork").Process(target=_job, args=(recipe, tmp_path, number))
     job.start()

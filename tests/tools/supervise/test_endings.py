@@ -16,7 +16,7 @@ def event(kind: str, rank: int, word: str = "", detail: str = "", at: float = 0.
     ("events", "code", "cause", "detail", "hosts"),
     [
         ([event("end", r, "finished") for r in range(4)], 0, "finished", "reached the last step", ()),
-        ([event("end", r, "left") for r in range(4)], 143, "left", "stopped on request", ()),
+        ([event("end", r, "stopped") for r in range(4)], 143, "stopped", "stopped on request", ()),
         ([event("end", 0, "user_error")], 2, "user_error", "see the message above", ()),
         ([], 2, "user_error", "see the message above", ()),
         ([], 255, "launcher_failed", "the launcher exited with code 255", ()),
@@ -40,4 +40,4 @@ def test_waits_double_up_to_a_bound_and_end():
     policy = RestartPolicy(limit=5, first_wait_seconds=5.0, longest_wait_seconds=30.0)
     assert [policy.wait_seconds(count) for count in range(1, 7)] == [5.0, 10.0, 20.0, 30.0, 30.0, None]
     assert RestartPolicy(limit=0).wait_seconds(1) is None
-    assert not any(is_restarted(cause) for cause in ("finished", "left", "user_error", "training_error"))
+    assert not any(is_restarted(cause) for cause in ("finished", "stopped", "user_error", "training_error"))

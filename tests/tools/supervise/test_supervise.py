@@ -101,7 +101,7 @@ def test_a_killed_supervisor_takes_all_down_and_one_asked_to_end_saves(straight,
     assert "stopped by SIGTERM" in output(run_dir)
 
     assert supervise(recipe, run_dir, flags=("--resume",)).wait(120) == 0, output(run_dir)
-    assert [end["cause"] for end in ends(run_dir)] == ["supervisor_lost", "left", "finished"]
+    assert [end["cause"] for end in ends(run_dir)] == ["supervisor_lost", "stopped", "finished"]
     assert_same_run(uninterrupted, run_dir)
 
 
