@@ -38,7 +38,7 @@ def test_a_job_goes_on_when_it_is_queued_again(cluster, straight, tmp_path):
     wait_until(lambda: "scontrol requeue" in output(run_dir), what=lambda: output(run_dir)[-3000:])
     saved = max(losses(run_dir))
     wait_until(lambda: cluster.state(job) == "COMPLETED", what=lambda: output(run_dir)[-3000:])
-    assert "saved step" in output(run_dir)
+    assert "after saving step" in output(run_dir)
     requeued, warned, finished = ends(run_dir)
     assert requeued["sealed_step"] >= 10
     assert (warned["cause"], warned["lost_steps"]) == ("stopped", 0)
