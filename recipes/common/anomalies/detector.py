@@ -142,7 +142,7 @@ def _judgeable(name: str, values: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Findings:
+class LogFindings:
     """What the detectors say of a whole log."""
 
     events: tuple[Event, ...]  # each once, in order of onset
@@ -154,7 +154,7 @@ def scan(steps: np.ndarray, columns: Mapping[str, np.ndarray], resumes: Sequence
     return list(judge_log(steps, columns, resumes).events)
 
 
-def judge_log(steps: np.ndarray, columns: Mapping[str, np.ndarray], resumes: Sequence[int] = ()) -> Findings:
+def judge_log(steps: np.ndarray, columns: Mapping[str, np.ndarray], resumes: Sequence[int] = ()) -> LogFindings:
     """Return every event of a log, once, in order of onset. steps [n] in the order written; columns as for `feed`.
 
     A step number that goes back is a resume from a checkpoint: what was seen before it stays an event of the log. resumes:
@@ -170,4 +170,4 @@ def judge_log(steps: np.ndarray, columns: Mapping[str, np.ndarray], resumes: Seq
     found += detector.feed(steps[start:], {name: values[start:] for name, values in columns.items()})
     newest = {event.number: event for event in [*found, *detector.finish()]}
     events = sorted(newest.values(), key=lambda event: (event.onset_step, event.first_signal))
-    return Findings(tuple(events), tuple(detector.failures))
+    return LogFindings(tuple(events), tuple(detector.failures))
