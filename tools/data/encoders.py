@@ -19,7 +19,11 @@ TRICKY = ["", " ", "\r\n\t ", "\0", "</s><|endoftext|><s>", "é漢字🙂\u200d"
 
 
 def reference_tokenizer(tokenizer_file: str) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(tokenizer_file)
+    """Return the tokenizer of a tokenizer.json, which takes control tokens in a text as text. Raises UsageError."""
+    try:
+        tokenizer = Tokenizer.from_file(tokenizer_file)
+    except Exception as error:  # the library raises no other kind
+        raise UsageError(f"{tokenizer_file}: the `tokenizers` library cannot read it: {error}") from error
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -15,7 +15,7 @@ from recipes.common.data.order import kept_index
 from recipes.common.data.shards import ORIGIN, TokenStream, open_split, read_manifest
 from recipes.common.recipe import Blend, from_root
 from tools.common.console import UsageError
-from tools.data.inputs import COMPRESSED_ENDINGS
+from tools.data.compressed import compression
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,4 +168,6 @@ def offset_unit(file: dict) -> str:
         return "row"
     if file["kind"] == "hub":
         return "shard << 40 | row"
-    return "line" if file["path"].endswith(COMPRESSED_ENDINGS) else "byte"
+    if file["kind"] == "json":
+        return "document"
+    return "line" if compression(file["path"]) else "byte"

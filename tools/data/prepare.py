@@ -23,20 +23,19 @@ from pathlib import Path
 
 from recipes.common.config.json_files import write_json
 from recipes.common.data.shards import FORMAT, VERSION, tokenizer_hash
-from tools.common.console import GOOD, UsageError, as_usage_error
+from tools.common.console import GOOD, UsageError, as_usage_error, printable
 from tools.data.dedup import find_duplicates, hashes_path
 from tools.data.encoders import FAST, REFERENCE, choose_encoder, reference_tokenizer
-from tools.data.inputs import InputFile, list_files, plan_units
+from tools.data.inputs import Choice, InputFile, list_files, plan_units
 from tools.data.shard_writer import SPLITS, Job, Work, files_listing, hash_unit, write_unit
-from tools.data.tokenizer import end_token, file_hash, find_tokenizer, make_tokenizer, sample_texts
+from tools.data.tokenizer import check_knows, end_token, file_hash, make_tokenizer, sample_texts
+from tools.data.tokenizer_file import find_tokenizer
 from tools.data.workers import do_all
 
 CHECK_BYTES = 2 << 20  # text on which a fast encoder must equal the reference before the run
-
-
 SHARD_FILE = re.compile(r"(train|validation)_\d{5,}\.(bin|ends|origins)")
-INPUT_HELP = """text, JSON lines (.jsonl, .ndjson; all also .gz, .zst), Parquet, a folder of those, a dataset saved by
-`datasets`, or hub:NAME[:CONFIG[:SPLIT]] (streamed)"""
+INPUT_HELP = """text, JSON (lines, an array or objects: .jsonl, .ndjson, .json), all also .gz, .zst, .xz or .bz2; Parquet, a
+folder of those, a dataset saved by `datasets`, or hub:NAME[:CONFIG[:SPLIT]] (streamed)"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +57,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="the JSON field or table column with the document (default: %(default)s)",
     )
+    parser.add_argument("--json-as-text", action="store_true", help="take a .json file as a text, not as objects with a text")
     parser.add_argument("--each-line", action="store_true", help="take each line of a text file, not the file, as a document")
     parser.add_argument(
         "--bad", choices=("fail", "skip"), default="fail", help="what to do with unreadable documents (default: %(default)s)"
@@ -93,14 +93,24 @@ def prepare(args: argparse.Namespace) -> dict:
         raise UsageError(f"--best-fit {args.best_fit}: must be a sequence length, or 0")
     if args.workers < 1:
         raise UsageError(f"--workers {args.workers}: must be at least 1")
-    files = list_files(args.inputs, args.suffix, args.exclude, args.text_key, args.each_line)
+    choice = Choice(
+        suffixes=tuple(args.suffix),
+        excluded=tuple(args.exclude),
+        text_key=args.text_key,
+        each_line=args.each_line,
+        json_as_text=args.json_as_text,
+        skip_bad=args.bad == "skip",
+    )
+    files, left_out = list_files(args.inputs, choice)
+    for line in left_out:
+        print(printable(line), file=sys.stderr)
     fingerprint = inputs_fingerprint(args, files)
     finished = args.out / "dataset.json"
     if finished.is_file():
         manifest = json.loads(finished.read_text())
         if manifest.get("inputs_hash") == fingerprint:
             shutil.rmtree(args.out / "unfinished", ignore_errors=True)
-            return summarise(args.out, manifest, already=True)
+            return summarise(args.out, manifest, left_out, already=True)
         raise UsageError(f"{args.out} holds data prepared from other inputs or options; choose another --out or delete it")
     if args.out.exists() and not (args.out / "unfinished").is_dir() and any(args.out.iterdir()):
         raise UsageError(f"--out {args.out} holds other files; choose a new folder")
@@ -113,7 +123,7 @@ def prepare(args: argparse.Namespace) -> dict:
         clear_leftovers(args.out, fingerprint)
         manifest = run_units(args, files, fingerprint)
     shutil.rmtree(args.out / "unfinished")
-    return summarise(args.out, manifest, already=False)
+    return summarise(args.out, manifest, left_out, already=False)
 
 
 def inputs_fingerprint(args: argparse.Namespace, files: list[InputFile]) -> str:
@@ -169,6 +179,7 @@ def make_job(args: argparse.Namespace, folder: Path, sample: list[str]) -> tuple
     tokenizer_file = str(folder / "tokenizer.json")
     tokenizer = reference_tokenizer(tokenizer_file)
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    check_knows(tokenizer, sample)
     encoder, why = choose_encoder(args.encoder, tokenizer_file, sample)
     print(f"encoder: {encoder}, {why}", file=sys.stderr)
     job = Job(
@@ -244,13 +255,14 @@ def command(args: argparse.Namespace) -> list[str]:
     words += ["--tokenizer", args.tokenizer] if args.tokenizer else ["--train-tokenizer", str(args.train_tokenizer)]
     words += ["--validation-fraction", str(args.validation_fraction), "--text-key", args.text_key, "--bad", args.bad]
     words += [word for suffix in args.suffix for word in ("--suffix", suffix)]
+    words += ["--json-as-text"] if args.json_as_text else []
     words += ["--each-line"] if args.each_line else []
     words += ["--dedup"] if args.dedup else []
     words += ["--best-fit", str(args.best_fit)] if args.best_fit else []
     return words + (["--exclude", *args.exclude] if args.exclude else [])
 
 
-def summarise(out: Path, manifest: dict, already: bool) -> dict:
+def summarise(out: Path, manifest: dict, left_out: list[str], already: bool) -> dict:
     return {
         "out": str(out),
         "already": already,
@@ -261,6 +273,7 @@ def summarise(out: Path, manifest: dict, already: bool) -> dict:
             for split, found in manifest["splits"].items()
         },
         "counts": manifest["counts"],
+        "left_out": left_out,
     }
 
 

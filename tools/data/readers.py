@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
-import io
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from tools.data.inputs import COMPRESSED_ENDINGS, InputFile, InputRange, open_hub
+from tools.data.compressed import compression, damage_of, open_bytes, wrong_kind
+from tools.data.inputs import InputFile, InputRange, open_hub, table_problem
+from tools.data.json_values import json_values
 
 MAX_DOCUMENT_BYTES = 256 << 20  # a longer document would be longer than a shard
 ROWS = 1000  # read at once from a table
+FIELDS_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,30 +26,32 @@ class Document:
 
 
 def read_range(file: InputFile, part: InputRange, text_key: str) -> Iterator[Document]:
-    """Yield the documents of one range, in order."""
-    if file.kind == "parquet":
-        yield from _parquet(file.path, part, text_key)
-    elif file.kind == "dataset":
+    """Yield the documents of one range, in order. The last one may say that the file is cut or damaged after the one before."""
+    if file.kind == "dataset":
         yield from _disk_dataset(file.path, part, text_key)
     elif file.kind == "hub":
         yield from _hub_dataset(file, part, text_key)
+    elif problem := wrong_kind(file.path):
+        if not part.start:  # once a file
+            yield Document(text=None, offset=0, problem=problem)
     else:
-        with open_bytes(file.path) as stream:
-            if file.kind == "text":
-                yield _decoded(stream.read(MAX_DOCUMENT_BYTES + 1), 0)
-            else:
-                yield from _lines(stream, file, part, text_key)
+        last = part.start
+        try:
+            for document in _parquet(file, part, text_key) if file.kind == "parquet" else _documents(file, part, text_key):
+                yield document
+                last = document.offset
+        except Exception as error:  # whatever a decompressor raises; what is no damage is raised again
+            yield Document(text=None, offset=last, problem=f"the file is {damage_of(error, file.path)} after this place")
 
 
-def open_bytes(path: str) -> BinaryIO:
-    """Open the file, decompressed according to its ending."""
-    if path.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.endswith(".zst"):
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 20)
-    return open(path, "rb", buffering=1 << 20)
+def _documents(file: InputFile, part: InputRange, text_key: str) -> Iterator[Document]:
+    with open_bytes(file.path) as stream:
+        if file.kind == "text":
+            yield _decoded(stream.read(MAX_DOCUMENT_BYTES + 1).removeprefix(codecs.BOM_UTF8), 0)
+        elif file.kind == "json":
+            yield from _values(stream, text_key)
+        else:
+            yield from _lines(stream, file, part, text_key)
 
 
 def _decoded(raw: bytes, offset: int) -> Document:
@@ -61,7 +65,7 @@ def _decoded(raw: bytes, offset: int) -> Document:
 
 def _lines(stream: BinaryIO, file: InputFile, part: InputRange, text_key: str) -> Iterator[Document]:
     """Yield the lines that begin inside the range, but for blank ones."""
-    compressed = file.path.endswith(COMPRESSED_ENDINGS)
+    compressed = bool(compression(file.path))
     at = 0
     if part.start:
         stream.seek(part.start - 1)
@@ -73,7 +77,9 @@ def _lines(stream: BinaryIO, file: InputFile, part: InputRange, text_key: str) -
             return
         number += 1
         offset, size = (number, 0) if compressed else (at, len(line))
-        at += len(line)
+        if not at:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        at += size or len(line)
         if len(line) > MAX_DOCUMENT_BYTES:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(MAX_DOCUMENT_BYTES)
@@ -87,16 +93,32 @@ def _lines(stream: BinaryIO, file: InputFile, part: InputRange, text_key: str) -
 
 def _json_document(line: bytes, offset: int, text_key: str, size: int) -> Document:
     try:
-        record = json.loads(line)
-        if not isinstance(record, dict):
-            return Document(text=None, offset=offset, problem="broken JSON line: not an object")
+        record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         return Document(text=None, offset=offset, problem="not UTF-8")
     except (ValueError, RecursionError) as error:
         return Document(text=None, offset=offset, problem=f"broken JSON line: {error}")
+    return _record(record, offset, text_key, size)
+
+
+def _record(record: Any, offset: int, text_key: str, size: int = 0) -> Document:
+    if not isinstance(record, dict):
+        return Document(text=None, offset=offset, problem=f"broken JSON line: not an object but {type(record).__name__}")
     if text_key not in record:
-        return Document(text=None, offset=offset, problem=f"no field {text_key!r}")
+        there = ", ".join(repr(key) for key in [*record][:FIELDS_SHOWN]) or "none"
+        return Document(text=None, offset=offset, problem=f"no field {text_key!r} (there is {there}); choose with --text-key")
     return _checked(record[text_key], offset, text_key, size)
+
+
+def _values(stream: BinaryIO, text_key: str) -> Iterator[Document]:
+    """Yield the objects of one array, or objects over several lines, by their numbers from 1."""
+    number = 0
+    try:
+        for number, value in enumerate(json_values(stream), start=1):
+            yield _record(value, number, text_key)
+    except ValueError as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"broken JSON: {error}"
+        yield Document(text=None, offset=number + 1, problem=f"{reason}; nothing after document {number} is read")
 
 
 def _checked(text: object, offset: int, text_key: str, size: int = 0) -> Document:
@@ -109,16 +131,23 @@ def _checked(text: object, offset: int, text_key: str, size: int = 0) -> Documen
     return Document(text=text, offset=offset, bytes=size)
 
 
-def _parquet(path: str, part: InputRange, text_key: str) -> Iterator[Document]:
+def _parquet(file: InputFile, part: InputRange, text_key: str) -> Iterator[Document]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
-        row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
-        groups = list(range(part.start, part.stop))
-        for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=[text_key]):
-            for text in batch.column(0).to_pylist():
-                yield _checked(text, row, text_key)
-                row += 1
+    if not file.parts:  # an empty table, or none
+        if problem := table_problem(file.path, text_key):
+            yield Document(text=None, offset=0, problem=problem)
+        return
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as table:
+            row = sum(table.metadata.row_group(group).num_rows for group in range(part.start))
+            groups = list(range(part.start, part.stop))
+            for batch in table.iter_batches(batch_size=ROWS, row_groups=groups, columns=[text_key]):
+                for text in batch.column(0).to_pylist():
+                    yield _checked(text, row, text_key)
+                    row += 1
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        raise EOFError(str(error)) from error
 
 
 def _disk_dataset(path: str, part: InputRange, text_key: str) -> Iterator[Document]:

@@ -20,14 +20,27 @@ SPACE = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
 BPE = 2  # TrainerSpec.ModelType
 LINES_PER_SENTENCE = 16  # newlines stay inside a sentence, so pieces may hold them
+SENTENCE_CHARACTERS = 1 << 15  # the trainer drops sentences over max_sentence_length bytes, and fails for words over 65,535
 
 
 def sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Split documents into runs of lines: the trainer wants sentences far smaller than a document."""
+    """Split documents into runs of lines, and fold long ones: the trainer wants sentences far smaller than a document."""
     for text in texts:
         lines = text.splitlines(keepends=True)
         for start in range(0, len(lines), LINES_PER_SENTENCE):
-            yield "".join(lines[start : start + LINES_PER_SENTENCE]).replace("\0", "")
+            yield from _folded("".join(lines[start : start + LINES_PER_SENTENCE]).replace("\0", ""))
+
+
+def _folded(sentence: str) -> Iterator[str]:
+    """Yield pieces of SENTENCE_CHARACTERS at most, cut before a space where there is one."""
+    start = 0
+    while len(sentence) - start > SENTENCE_CHARACTERS:
+        stop = start + SENTENCE_CHARACTERS
+        space = sentence.rfind(" ", start + 1, stop)
+        stop = stop if space < 0 else space
+        yield sentence[start:stop]
+        start = stop
+    yield sentence[start:]
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, threads: int) -> bytes:
@@ -114,7 +127,10 @@ def write_folder(model: bytes, folder: Path, sample: list[str]) -> None:
 
     Raises ValueError if a document of `sample` gets other ids than from SentencePiece, or is not decoded exactly.
     """
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise ValueError(f"not a SentencePiece model ({str(error).splitlines()[0]})") from error
     tokenizer = to_hugging_face(model)
     check_equal(processor, tokenizer, sample)
     folder.mkdir(parents=True, exist_ok=True)

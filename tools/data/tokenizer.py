@@ -1,9 +1,8 @@
-"""Finds, converts or trains the tokenizer of a preparation, and copies it beside the shards."""
+"""Converts or trains the tokenizer of a preparation, and copies it beside the shards."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -14,38 +13,16 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from recipes.common.config.json_files import read_json
 from tools.common.console import UsageError
 from tools.data.inputs import InputFile, InputRange
 from tools.data.readers import read_range
 from tools.data.sentencepiece_bpe import train_bpe, write_folder
+from tools.data.tokenizer_file import COPIED
 
 SAMPLE_BYTES = 16 << 20  # text that a tokenizer is trained on
 SAMPLE_SEED = 20
 CHECKED_DOCUMENTS = 200  # encoded both ways when a SentencePiece model is converted to tokenizer.json
-COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "chat_template.jinja")
-
-
-def find_tokenizer(name: str) -> Path:
-    """Return the file that defines the tokenizer `name`: a tokenizer.json, or a SentencePiece .model.
-
-    A `name` that is no path is looked up on the Hugging Face hub (its files are fetched once, into the hub's cache).
-    """
-    path = Path(name)
-    if path.is_file() and (path.name == "tokenizer.json" or path.suffix == ".model"):
-        return path
-    for found in (path / "tokenizer.json", path / "tokenizer.model"):
-        if found.is_file():
-            return found
-    if not path.exists() and name.count("/") <= 1 and not name.startswith((".", "/")):
-        import huggingface_hub
-
-        try:
-            folder = huggingface_hub.snapshot_download(name, allow_patterns=list(COPIED))
-        except Exception as error:  # offline, unknown, gated: the library raises many kinds
-            raise UsageError(f"--tokenizer {name}: no such path, and the hub answered: {error}") from error
-        if (Path(folder) / "tokenizer.json").is_file():
-            return Path(folder) / "tokenizer.json"
-    raise UsageError(f"--tokenizer {name}: neither a folder with tokenizer.json or tokenizer.model, nor such a file")
 
 
 def file_hash(path: Path) -> str:
@@ -118,12 +95,23 @@ def _texts_of(files: list, unit: list[InputRange], text_key: str, limit_bytes: i
 def end_token(folder: Path, tokenizer: Tokenizer) -> int:
     """Return the id that ends each document: `eos_token` of tokenizer_config.json. Raises UsageError without one."""
     config = folder / "tokenizer_config.json"
-    token = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
-    token = token["content"] if isinstance(token, dict) else token
-    found = tokenizer.token_to_id(token) if token else None
+    token = read_json(config).get("eos_token") if config.is_file() else None
+    token = token.get("content") if isinstance(token, dict) else token
+    found = tokenizer.token_to_id(token) if isinstance(token, str) and token else None
     if found is None:
         raise UsageError(
             f"the tokenizer has no end token: set eos_token in tokenizer_config.json beside its tokenizer.json "
             f"(eos_token={token!r} is not one of its tokens)"
         )
     return found
+
+
+def check_knows(tokenizer: Tokenizer, sample: list[str]) -> None:
+    """Raise UsageError for a tokenizer that turns text to nothing, or into its unknown token alone."""
+    model = tokenizer.model
+    unknown = tokenizer.token_to_id(model.unk_token) if getattr(model, "unk_token", None) else getattr(model, "unk_id", None)
+    texts = [text for text in sample if text.strip()][:CHECKED_DOCUMENTS]
+    ids = {id for encoding in tokenizer.encode_batch(texts, add_special_tokens=False) for id in encoding.ids}
+    if texts and not ids - {unknown}:
+        became = "its unknown token" if ids else "nothing"
+        raise UsageError(f"the tokenizer turns the text into {became}: it was made for another language or is not whole")

@@ -1,11 +1,43 @@
-"""Reads and writes JSON strictly: a file is whole or absent, and an object has no key twice."""
+"""Reads and writes JSON strictly: a file is whole or absent, no key is given twice, and what is wrong is told in one line."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Kind = TypeVar("Kind", dict, list)
+_KINDS = {dict: "an object", list: "a list"}
+
+
+class JsonError(ValueError):
+    """A file that does not hold the JSON that belongs there; the message names the file and says what is wrong."""
+
+
+def read_json(path: Path, kind: type[Kind] = dict, *, unique: bool = False) -> Kind:
+    """Return the content of a JSON file, of the kind at its top. unique: no object may have a key twice.
+
+    Raises JsonError for anything else, and OSError for a file that cannot be read.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise JsonError(f"{path}: not UTF-8 at its byte {error.start}, so no JSON") from None
+    return parse_json(text, str(path), kind, unique=unique)
+
+
+def parse_json(text: str | bytes, name: str, kind: type[Kind] = dict, *, unique: bool = False) -> Kind:
+    """Return the content of a JSON text, of the kind at its top. Raises JsonError, calling the text `name`."""
+    try:
+        content = json.loads(text, object_pairs_hook=unique_keys if unique else None)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        empty = " (it is empty)" if not text.strip() else ""
+        raise JsonError(f"{name}: no JSON{empty}: {reason}") from None
+    if not isinstance(content, kind):
+        raise JsonError(f"{name}: holds {type(content).__name__} where {_KINDS[kind]} belongs")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:

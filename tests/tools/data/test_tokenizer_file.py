@@ -1,0 +1,91 @@
+"""A tokenizer that cannot be used is refused before any work, with what to do."""
+
+import base64
+import json
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from tools.common.console import UsageError
+from tools.data import __main__ as data
+from tools.data.encoders import reference_tokenizer
+from tools.data.sentencepiece_bpe import SENTENCE_CHARACTERS, sentences, train_bpe
+from tools.data.tokenizer import check_knows
+from tools.data.tokenizer_file import find_tokenizer
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 499723\n"
+TIKTOKEN = "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+
+
+@pytest.mark.parametrize(
+    "name, content, cure",
+    [
+        ("tokenizer.model", TIKTOKEN, "a tiktoken file.*give the Hugging Face folder"),
+        ("qwen.tiktoken", TIKTOKEN, "a tiktoken file.*give the Hugging Face folder"),
+        ("tokenizer.model", POINTER, "Git LFS pointer.*git lfs pull"),
+        ("tokenizer.json", POINTER, "Git LFS pointer.*git lfs pull"),
+        ("tokenizer.model", "", "empty; fetch it again"),
+        ("tokenizer.json", "", "empty; fetch it again"),
+        ("tokenizer.json", '{"model": {"vocab": {"a"', "no JSON.*fetch it again"),
+        ("tokenizer.json", "[" * 100_000, "nested too deeply"),
+        ("tokenizer.json", "[]", "holds list where an object belongs"),
+        ("tokenizer.json", "{}", "it has no model"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "its vocabulary is empty"),
+        ("vocab.json", "{}", "write a tokenizer.json with: python -c"),
+        ("notes.txt", "", "there is notes.txt"),
+    ],
+)
+def test_what_is_no_tokenizer_is_named_with_the_cure(tmp_path, capsys, name, content, cure):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=cure):
+        find_tokenizer(str(tmp_path))
+    (tmp_path / "a.txt").write_text("text")
+    assert data.main(["prepare", str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.count("error: ") == 1
+
+
+def test_a_file_that_the_library_cannot_read_is_named(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"model": {"type": "New", "vocab": {"a": 0}}}')
+    with pytest.raises(UsageError, match=r"tokenizer.json: the `tokenizers` library cannot read it"):
+        reference_tokenizer(str(path))
+
+
+def test_a_sentencepiece_model_that_is_none_is_one_message(tmp_path, capsys):
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x05ab\xff\xff" * 20)
+    (tmp_path / "a.txt").write_text("text")
+    assert data.main(["prepare", str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "not a SentencePiece model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("eos", [5, ["</s>"], {"content": 3}, {}, "no such token"])
+def test_an_end_token_of_a_wrong_kind_is_one_message(tmp_path, capsys, eos):
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "text": 1, "</s>": 2}, unk_token="[UNK]"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    (tmp_path / "a.txt").write_text("text")
+    assert data.main(["prepare", str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "the tokenizer has no end token: set eos_token" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_knows_nothing_of_the_text_is_refused():
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "known": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    check_knows(tokenizer, ["", "known", "other"])
+    check_knows(tokenizer, [])
+    with pytest.raises(UsageError, match="turns the text into its unknown token"):
+        check_knows(tokenizer, ["some other words"])
+    with pytest.raises(UsageError, match="turns the text into nothing"):
+        check_knows(Tokenizer(models.BPE({"</s>": 0}, [])), ["some words"])
+
+
+def test_long_lines_are_folded_and_take_part_in_training():
+    words = " ".join(f"w{number % 97}" for number in range(40_000))  # one line of 150 kB
+    texts = [words, "漢" * 100_000, "short\nlines\n" * 40, "x" * SENTENCE_CHARACTERS]
+    pieces = [list(sentences([text])) for text in texts]
+    assert ["".join(found) for found in pieces] == texts
+    assert max(len(piece) for found in pieces for piece in found) <= SENTENCE_CHARACTERS
+    assert all(piece.startswith(" ") for piece in pieces[0][1:])
+    assert len(pieces[2]) == 5 and len(pieces[3]) == 1
+    assert len(train_bpe(texts, 290, threads=1)) > 1000
