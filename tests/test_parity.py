@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from transformers import AutoConfig
 
-from recipes.common.recipe import PIPELINE_SCHEDULES, SGD, AdamW
+from recipes.common.checks.tiny_model import shrink
+from recipes.common.recipe import PIPELINE_SCHEDULES, SGD, AdamW, Layout
 from tests.support.parity import ADAMW, LOSS_BOUND, assert_equal, both, trial_of
 from tests.support.tiny import FAMILIES, ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
@@ -33,6 +35,22 @@ def test_gradients_of_every_family(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adamw_of_every_family(family):
     assert_equal(trial_of(tiny_config(family), 2, 2, 1, global_seqs=2))
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"), [("minicpm3", {}), ("deepseek_v2", {"num_experts_per_tok": 2}), ("deepseek_v3", {})]
+)
+def test_gradients_of_latent_attention(family, fields):
+    """Its rotary key goes past the sharded projections (minicpm3, deepseek_v2), or its projections stay whole (deepseek_v3)."""
+    config = shrink(AutoConfig.for_model(family, **fields), Layout(tensor=2))
+    assert_equal(gradient_trial(trial_of(config, 1, 2, 1, global_seqs=2)))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble_v"])
+@pytest.mark.parametrize("family", ["gptj", "gpt_neo"])
+def test_gradients_of_layers_that_return_tuples(family, schedule):
+    config = shrink(AutoConfig.for_model(family, attention_dropout=0.0), Layout(pipeline=2))
+    assert_equal(gradient_trial(trial_of(config, 2, 1, 1, global_seqs=2, pipeline_schedule=schedule)))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])

@@ -97,10 +97,8 @@ def _with_hidden(args: tuple, kwargs: dict[str, Any], hidden: torch.Tensor) -> t
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
-def _gather_output(group: dist.ProcessGroup, module: nn.Module, args: tuple, output: Any) -> Any:
+def _gather_output(group: dist.ProcessGroup, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
     """Gather for the head and the loss, which are the same on every rank of the group."""
-    if isinstance(output, tuple):
-        return gather_sequence(output[0], group), *output[1:]
     return gather_sequence(output, group)
 
 

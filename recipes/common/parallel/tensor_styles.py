@@ -134,11 +134,10 @@ def _connect_embedding(module: nn.Module, setting: Setting) -> None:
 def _connect_experts(module: nn.Module, setting: Setting) -> None:
     forward, group = module.forward, setting.grid.tensor_group
 
-    def run(hidden: torch.Tensor, *routing: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+    def run(hidden: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
         # routing weights are floats that multiply every rank's shard of the experts; expert indices are integers
         routing = tuple(copy_to(r, group) if r.is_floating_point() else r for r in routing)
-        named = {k: copy_to(r, group) if r.is_floating_point() else r for k, r in named.items()}
-        return reduce_from(forward(copy_to(hidden, group), *routing, **named), group)
+        return reduce_from(forward(copy_to(hidden, group), *routing), group)
 
     module.forward = run
 
