@@ -30,8 +30,10 @@ def _taking_turns(trials):
     return [list(steps) for steps in zip(*rounds, strict=True)]
 
 
-@pytest.mark.parametrize("other", ["zero1_bf16.json", "zero1_fp32.json", "zero3_fp32.json"])
-@pytest.mark.parametrize("own", ["zero1_bf16.json", "zero1_fp32.json"])
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [("zero1_bf16.json", "zero1_bf16.json"), ("zero1_bf16.json", "zero3_fp32.json"), ("zero1_fp32.json", "zero1_bf16.json")],
+)
 def test_two_trainers_in_one_process_keep_their_own_norm_and_gate(own, other):
     """A pipeline, whose norm is summed over stages, and then data parallelism: each as when it is alone, to the last bit."""
     first = Trial(

@@ -109,9 +109,7 @@ def whole_weights(trainer):
 
 
 LAYOUTS = [
-    (2, 2, 2, "zero1_fp32.json"),
     (2, 2, 2, "zero1_bf16.json"),
-    (1, 1, 2, "zero2_bf16.json"),
     (1, 1, 2, "zero2_fp32.json"),
     (1, 1, 2, "zero3_bf16.json"),
 ]

@@ -53,15 +53,13 @@ def assert_same_bits(trial, schedules=FILLED):
             assert [rank[what] for rank in filled] == [rank[what] for rank in plain], (schedule, what)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("pipeline", [2, 3, 4])
+@pytest.mark.parametrize(("pipeline", "precision"), [(2, "bf16"), (3, "fp32"), (4, "bf16")])
 def test_same_bits_at_every_depth(pipeline, precision):
     assert_same_bits(trial_of(pipeline, precision=precision))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_same_bits_with_tensor_and_data_ranks_ties_and_recomputation(precision):
-    assert_same_bits(trial_of(2, 2, 2, precision=precision, tied=True, recompute="full"))
+def test_same_bits_with_tensor_and_data_ranks_ties_and_recomputation():
+    assert_same_bits(trial_of(2, 2, 2, precision="bf16", tied=True, recompute="full"))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "mixtral", "phi3"])
