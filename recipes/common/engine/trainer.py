@@ -231,7 +231,6 @@ class Trainer:
             with torch.no_grad():
                 for ids, labels in batches:
                     self.engine(ids, labels)
-            self.engine.train()
         return float(self._sum_over_ranks(measure=False).losses[0])
 
     def _clear_losses(self) -> None:

@@ -142,11 +142,6 @@ def _connect_experts(module: nn.Module, setting: Setting) -> None:
     module.forward = run
 
 
-def _all_reduce_output(module: nn.Module, setting: Setting) -> None:
-    forward, group = module.forward, setting.grid.tensor_group
-    module.forward = lambda *args, **kwargs: reduce_from(forward(*args, **kwargs), group)
-
-
 def _connect_latent_key(module: nn.Module, setting: Setting) -> None:
     """Sum the gradient of DeepSeek's rotary key, the end of the latent: each rank's heads use it past the sharded projections."""
     forward, rope, group = module.forward, setting.config.qk_rope_head_dim, setting.grid.tensor_group
@@ -188,7 +183,6 @@ STYLES: dict[str, TensorStyle] = {
     "rowwise_rep": _SPLITTING_ROW,
     "embedding_rowwise": TensorStyle(shard_module=_shard_rows, may_pad=True, connect=_connect_embedding),
     "moe_tp_experts": TensorStyle(connect=_connect_experts),
-    "all_reduce": TensorStyle(connect=_all_reduce_output),
     "mla_kv_a_proj": TensorStyle(connect=_connect_latent_key),
     "replicated_with_grad_allreduce": TensorStyle(connect=_sum_gradients, in_block=INSIDE),
     "local_params": TensorStyle(),  # parameters named beside it are sharded; nothing is exchanged

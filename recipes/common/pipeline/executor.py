@@ -112,12 +112,11 @@ class PipelineExecutor:
         assert not self._kept and not any(map(len, self._stage.weight_grad_stores)), "the schedule left a gradient behind"
 
     def evaluate(self, batches: Iterator[Batch], count: int) -> None:
-        """Run the forward passes of `count` micro batches. The stage adds up their losses."""
+        """Run the forward passes of `count` micro batches. The stage adds up their losses; DeepSpeed's next step trains again."""
         orders = [forward_passes(self._schedule, self._grid.pipeline, rank, count) for rank in range(self._grid.pipeline)]
         self._stage.eval()
         with torch.no_grad():
             self._run(*self._own_part(orders), batches)
-        self._stage.train()
 
     def _own_part(self, orders: list[list[Pass]]) -> tuple[list[Pass], dict[int, tuple[Message, ...]]]:
         """Return this rank's passes, and the messages that each neighbour sends it, from the passes of all ranks."""

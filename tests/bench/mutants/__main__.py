@@ -46,7 +46,7 @@ HARMLESS = Path(__file__).parent / "harmless.json"
 WANTED = 0.98
 HANGS = "hangs"
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-STILL_SECONDS = 20.0  # in which a judge's processes compute nothing: they wait for each other, and the line is found
+STILL_SECONDS = 30.0  # in which a judge's processes compute nothing: they wait for each other, and the line is found
 ENDLESS_SECONDS = 60.0  # of processor time, and ten times what the judge took on the tree as it is
 TEST_SECONDS = 60.0  # of tests for one line, beside those of its own module
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
-import random
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,7 @@ _SWAPPED_NAMES = {
     "MAX": "SUM", "SUM": "MAX", "min": "max", "max": "min", "any": "all", "all": "any", "amax": "amin",
     "popleft": "pop", "appendleft": "append",
 }  # fmt: skip
+_NOT_NUMBERS = ("strict", "encoding", "flush", "timeout", "async_op", "non_blocking")  # keywords whose values are left alone
 _OPERATORS = {ast.Add: "-", ast.Sub: "+"}
 _FACTORS = (ast.Mult, ast.Div, ast.FloorDiv, ast.Mod)
 _BOUNDS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
@@ -86,19 +87,24 @@ class Mutation:
 
 
 def draw(root: Path, count: int, seed: int) -> list[Mutation]:
-    """Draw mutations from all of the scope: first a kind, then one of that kind, at most one of a kind a line."""
+    """Draw mutations from all of the scope, as many of each kind, at most one of a kind a line.
+
+    Each has its own random number, of the seed and its text: a change of the code elsewhere leaves it drawn.
+    """
     by_kind: dict[str, list[Mutation]] = {}
-    for file in SCOPE:
-        for mutation in find(root, file):
-            by_kind.setdefault(mutation.kind, []).append(mutation)
-    rng, drawn, taken = random.Random(seed), [], set()
+    for mutation in (mutation for file in SCOPE for mutation in find(root, file)):
+        by_kind.setdefault(mutation.kind, []).append(mutation)
+    for mutations in by_kind.values():
+        mutations.sort(key=lambda each: hashlib.blake2b(repr((seed, each.key)).encode()).digest(), reverse=True)
+    drawn: list[Mutation] = []
+    taken: set[tuple[str, str, int]] = set()
     while len(drawn) < count and any(by_kind.values()):
-        kind = rng.choice(sorted(kind for kind, left in by_kind.items() if left))
-        mutation = by_kind[kind].pop(rng.randrange(len(by_kind[kind])))
-        if (mutation.file, mutation.line, kind) not in taken and _is_another_program(root, mutation):
-            taken.add((mutation.file, mutation.line, kind))
-            drawn.append(mutation)
-    return drawn
+        for kind in sorted(kind for kind, left in by_kind.items() if left):
+            mutation = by_kind[kind].pop()
+            if (kind, mutation.file, mutation.line) not in taken and _is_another_program(root, mutation):
+                taken.add((kind, mutation.file, mutation.line))
+                drawn.append(mutation)
+    return drawn[:count]
 
 
 def _is_another_program(root: Path, mutation: Mutation) -> bool:
@@ -264,7 +270,8 @@ class _Finder(ast.NodeVisitor):
             if keyword.arg in ("group", "op", "partial", "dim"):
                 others = [self._text(each) for each in (*node.args, *(k for k in node.keywords if k is not keyword))]
                 self._add("group or operation", node, f"{self._text(node.func)}({', '.join(others)})")
-        self.generic_visit(node)
+        for child in (node.func, *node.args, *(k.value for k in node.keywords if k.arg not in _NOT_NUMBERS)):
+            self.visit(child)
 
     @staticmethod
     def _called(node: ast.Call) -> str:

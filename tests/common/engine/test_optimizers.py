@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from recipes.common.engine import trainer
 from recipes.common.engine.optimizers import WholeUnitsAdamW, build_optimizer
 from recipes.common.recipe import SGD, AdamW
+from tests.support.parity import trial_of
+from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
+from tools.common.parity import build_trial_trainer
 
 RATES = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 LENGTH, STEPS = 1000, 4
@@ -42,14 +46,32 @@ def test_elements_are_updated_alike_wherever_they_lie():
 
 def kinds():
     found = []
-    for each in (AdamW(lr=1e-3), SGD(lr=1e-3)):
+    for each, device, offload in (
+        (AdamW(lr=1e-3), "cpu", False),
+        (AdamW(lr=1e-3), "cuda", False),
+        (AdamW(lr=1e-3), "cuda", True),
+        (SGD(lr=1e-3), "cpu", False),
+    ):
         groups = [{"params": [torch.nn.Parameter(torch.zeros(3))], "weight_decay": 0.0}]
-        found.append(type(build_optimizer(groups, each, torch.device("cpu"), offload=False)).__name__)
+        found.append(type(build_optimizer(groups, each, torch.device(device), offload=offload)).__name__)
     return found
 
 
 def test_the_recipes_optimizer_is_built():
-    assert run_ranks(kinds, 1)[0] == ["WholeUnitsAdamW", "SGD"]
+    assert run_ranks(kinds, 1)[0] == ["WholeUnitsAdamW", "AdamW", "WholeUnitsAdamW", "SGD"]
+
+
+def asked_for(name):
+    """What a trainer of this ds_config says of offload."""
+    asked = []
+    trainer.build_optimizer = lambda *args, offload: asked.append(offload) or build_optimizer(*args, offload=offload)
+    build_trial_trainer(trial_of(tiny_config("llama", num_hidden_layers=1), 1, 1, 1, deepspeed=ds_config(name)))
+    return asked
+
+
+@pytest.mark.parametrize(("name", "offload"), [("zero3_offload_bf16.json", True), ("zero3_bf16.json", False)])
+def test_states_in_host_memory_are_updated_there(name, offload):
+    assert run_ranks(asked_for, 1, name) == [[offload]]
 
 
 def without_gradient():

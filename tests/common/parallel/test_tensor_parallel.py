@@ -1,13 +1,20 @@
-"""What a plan shards in each family, and which shapes it refuses."""
+"""What a plan shards in each family, which shapes it refuses, and what sharded modules keep."""
 
+import contextlib
 import re
 
 import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from recipes.common.engine.startup import start_distributed
 from recipes.common.model.decoder import PlanError, find_stack
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.sharding import ShardSpec
+from recipes.common.parallel.grid import build_grid
 from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
+from recipes.common.pipeline.stage import build_stage, plan_model
+from recipes.common.recipe import Layout
 from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks
 
@@ -95,3 +102,22 @@ def test_ranks_that_share_a_key_value_head(kv_heads, size, ranks):
 def _ranks_per_head(config, size):
     causal = build_empty(config, "eager")
     return plan_tensor_parallel(causal, find_stack(causal), size).ranks_per_kv_head
+
+
+def _inputs_kept():
+    """Whether the first MLP's input is still there after a forward pass, and after one that an exception has stopped."""
+    layout = Layout(tensor=2)
+    planned = plan_model(tiny_config("llama"), layout, attention="eager")
+    stage = build_stage(planned, build_grid(layout, start_distributed("cpu")), layout, seq_len=16)
+    mlp, inputs = stage.causal.model.layers[0].mlp, []
+    mlp.register_forward_pre_hook(lambda module, args: inputs.append(StorageWeakRef(args[0].untyped_storage())))
+    with torch.no_grad():
+        stage(torch.arange(3, 35).view(2, 16))
+        mlp.down_proj.forward = None  # cannot be called
+        with contextlib.suppress(TypeError):
+            stage(torch.arange(3, 35).view(2, 16))
+    return [not storage.expired() for storage in inputs]
+
+
+def test_columns_that_share_an_input_keep_it_during_the_call_alone():
+    assert run_ranks(_inputs_kept, 2) == [[False, False]] * 2

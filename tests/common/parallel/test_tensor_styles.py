@@ -5,7 +5,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoConfig
 
+from recipes.common.checks.tiny_model import shrink
 from recipes.common.engine.startup import start_distributed
 from recipes.common.model.decoder import PlanError, find_stack
 from recipes.common.model.initial_weights import build_empty
@@ -15,8 +17,10 @@ from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from recipes.common.parallel.tensor_plans import BUILT_IN_TENSOR
 from recipes.common.parallel.tensor_styles import shard_embedding
 from recipes.common.recipe import Layout
+from tests.support.parity import assert_equal, trial_of
 from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks
+from tools.common.parity import gradient_trial
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -41,6 +45,15 @@ def _embedding(padding):
     (found * scale).sum().backward()
     (wanted * scale).sum().backward()
     return [found.equal(wanted), module.weight.grad.allclose(ShardSpec(0).take(plain.grad, rank, size))]
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "granitemoe_swa", "exaone4"])
+def test_gradients_of_styles_that_few_families_have(family):
+    """Banks sharded by packed inputs, parameters of a module that communicates, and gradients summed inside a block."""
+    styles = {"llama4_text": "packed_rowwise", "granitemoe_swa": "local_params", "exaone4": "replicated_with_grad_allreduce"}
+    config = shrink(AutoConfig.for_model(family, attention_dropout=0.0), Layout(tensor=2))
+    assert styles[family] in type(config).base_model_tp_plan.values()
+    assert_equal(gradient_trial(trial_of(config, 1, 2, 1, global_seqs=2)))
 
 
 @pytest.mark.parametrize(
