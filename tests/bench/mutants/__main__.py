@@ -114,6 +114,8 @@ def _judge(
     try:
         for work, names in (("run_gates", gates), ("run_tests", tests)):
             for name, passed, message, _ in _said(copy, work, names, baseline) if names else ():
+                if name == judges.PYTEST and message == judges.NO_SUCH_TEST:
+                    raise UsageError("--baseline names tests that are no more: write a new one")
                 if not passed:
                     found, said = name, message
                     break

@@ -28,6 +28,7 @@ with redirect_stdout(sys.stderr):
 ROOT = Path(__file__).resolve().parents[3]
 Said = tuple[str, bool, str, float]  # judge, whether it found nothing wrong, what it says, seconds
 Say = Callable[[Said], None]
+PYTEST, NO_SUCH_TEST = "pytest", "no such test"
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def run_tests(names: list[str], say: Say, calls: Path | None = None) -> None:
     os.environ["SLOT_HELD"] = "1"
     code = pytest.main([*options, *first, *names], plugins=[reporter])
     if code not in (0, 1):  # a module of tests that cannot even be imported
-        say(("pytest", False, f"exit {int(code)}", 0.0))
+        say((PYTEST, False, NO_SUCH_TEST if code == pytest.ExitCode.USAGE_ERROR else f"exit {int(code)}", 0.0))
 
 
 class _Reporter:
