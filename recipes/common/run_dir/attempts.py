@@ -46,15 +46,22 @@ def _seals(run_dir: Path) -> list[Path]:
 def has_begun(run_dir: Path) -> bool:
     """Whether the ranks of this job, in the first attempt or one after it, have recorded their start in run.json.
 
-    From then on the checkpoints are the job's own; before, its flags must be followed as they were given.
+    From then on the checkpoints are the job's own; before, its flags must be followed as they were given. A job without a record
+    of a first start was only ever told to continue.
     """
-    firsts = [r["time"] for r in read_attempts(run_dir) if r["event"] == "start" and r["cause"] == "first"]
+    firsts = [r for r in read_attempts(run_dir) if r["event"] == "start" and r["cause"] == "first"]
+    return not firsts or _run_starts(run_dir) != firsts[-1].get("run_starts")
+
+
+def _run_starts(run_dir: Path) -> list[Any] | None:
+    """Return run.json's run and how often its ranks have started: another value, another start. None without the file."""
     try:
-        starts = json.loads((run_dir / "run.json").read_text())["starts"]
-    except (OSError, ValueError):
-        return False
-    # the times in run.json are whole seconds
-    return bool(firsts) and any(datetime.fromisoformat(start["time"]).timestamp() >= int(firsts[-1]) for start in starts)
+        run = json.loads((run_dir / "run.json").read_text())
+        return [run["run_id"], len(run["starts"])]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError):
+        return []  # damaged: it was written
 
 
 def begin_attempt(run_dir: Path, world_size: int | None, hosts: Mapping[str, int], cause: str, resumed_step: int = 0) -> int:
@@ -78,6 +85,7 @@ def begin_attempt(run_dir: Path, world_size: int | None, hosts: Mapping[str, int
             "hosts": list(hosts),
             "resumed_step": resumed_step,
             "cause": cause,
+            "run_starts": _run_starts(run_dir),
         },
     )
     return number
