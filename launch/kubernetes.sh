@@ -75,7 +75,7 @@ text="$(< "$here/kubernetes.yaml")"
 text="$(sed '1s/ launch\/kubernetes.sh fills.*$//' <<< "$text")"
 declare -A values=(
     [NAME]="$name" [NODES]="$nodes" [SLOTS]="$slots" [IMAGE]="$image" [CLAIM]="$claim" [REPOSITORY]="$repository"
-    [RESTARTS]="$restarts" [RESOURCES]="$resources" [WORDS]="$(json_list "${supervisor[@]}" "$recipe" "${recipe_flags[@]}")"
+    [SECRET]="$name-secret" [RESTARTS]="$restarts" [RESOURCES]="$resources" [WORDS]="$(json_list "${supervisor[@]}" "$recipe" "${recipe_flags[@]}")"
 )
 for key in "${!values[@]}"; do
     text="${text//"@$key@"/"${values[$key]}"}"

@@ -28,7 +28,13 @@ POD = {
             "workingDir": str,
             "command": [str],
             "args": [str],
-            "env": [{"name": str, "value?": str, "valueFrom?": {"fieldRef": {"fieldPath": str}}}],
+            "env": [
+                {
+                    "name": str,
+                    "value?": str,
+                    "valueFrom?": {"fieldRef?": {"fieldPath": str}, "secretKeyRef?": {"name": str, "key": str}},
+                }
+            ],
             "ports": [{"containerPort": int}],
             "resources": {"limits": dict},
             "volumeMounts": [{"name": str, "mountPath": str}],
@@ -128,6 +134,7 @@ def test_two_pods_train_as_one_machine_does(straight, tmp_path):
         "POD_HOSTS": "localhost,127.0.0.1",
         "POD_NODES": "2",
         "POD_SLOTS": "1",
+        "TRIFOLD_SECRET": "k" * 64,
         "VIRTUAL_ENV": sys.prefix,
     }
     shutil.copytree(uninterrupted, tmp_path / "run", symlinks=True)  # the first start got to step 20

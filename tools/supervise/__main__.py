@@ -14,6 +14,7 @@ SIGTERM, SIGINT or SIGUSR1 (the ranks save; exit 75). Exit 0: trained to the end
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -29,13 +30,25 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from recipes.common.run_dir.attempts import begin_attempt, end_attempt, has_begun, sealed_step, sealed_time
+from recipes.common.runtime.authenticated_link import SECRET, SECRET_FILE, SecretError, read_secret
+from recipes.common.runtime.network import address_to_listen
 from recipes.common.runtime.supervisor_link import SUPERVISOR
 from tools.common.console import FAILED, MISTAKE, UsageError, exit_code
 from tools.supervise.attempt import POLL_SECONDS, run_attempt, say
-from tools.supervise.endings import EXIT_CODES, HOST_LOST, PREFLIGHT, STOPPED, USER_ERROR, Ending, RestartPolicy, is_restarted
+from tools.supervise.endings import (
+    EXIT_CODES,
+    HOST_LOST,
+    LAUNCHER,
+    PREFLIGHT,
+    STOPPED,
+    USER_ERROR,
+    Ending,
+    RestartPolicy,
+    is_restarted,
+)
 from tools.supervise.hang_detector import HangLimits
 from tools.supervise.hosts import RecipeFacts, choose_hosts, own_address, probe_hosts, read_hostfile, read_recipe
-from tools.supervise.launcher import fill_words, run_preflight, write_exports
+from tools.supervise.launcher import fill_words, run_preflight, secret_file, write_exports
 from tools.supervise.rank_links import RankLinks
 
 NO_RUN = ("--dry-run", "--help", "-h")  # flags of a recipe that start no run
@@ -104,7 +117,7 @@ def _supervise(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, sto
 def _join(flags: argparse.Namespace, run_dir: Path, stops: StopRequests) -> int:
     """Start this machine's ranks once, for a supervisor on another machine that watches them."""
     with tempfile.TemporaryDirectory(prefix="trifold-") as folder:
-        environment = os.environ | {SUPERVISOR: flags.join}
+        environment = os.environ | {SUPERVISOR: flags.join, SECRET: _given_secret()}
         command = fill_words(flags.launcher, Path(folder), {}, flags.master)
         if flags.preflight:
             code, _ = run_preflight(command, environment, flags.recipe, run_dir, {}, stops.count)
@@ -133,30 +146,56 @@ class Launch:
 
 def _attempt(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, cause: str, stops: StopRequests) -> Ending:
     """Run the ranks once on the good hosts; record it in logs/attempts.jsonl."""
-    with tempfile.TemporaryDirectory(prefix="trifold-") as folder:
-        links: RankLinks | None = None
-        try:
-            links = RankLinks(flags.token, flags.report_port)
-            launch = _prepare_launch(flags, facts, run_dir, Path(folder), links, cause, stops)
-            if isinstance(launch, Ending):
-                return launch
-            words = flags_of_attempt(flags.recipe_flags, run_dir, cause)
-            command = [*launch.command, flags.recipe, *words]
-            world_size, hosts = sum(launch.hosts.values()) or flags.processes, launch.hosts or {socket.gethostname(): 0}
-            number = begin_attempt(run_dir, world_size, hosts, cause, _resumed_step(words, run_dir))
-            say(f"attempt {number}: {shlex.join(command)}")
-            stacks = run_dir / "logs" / "stacks" / f"attempt_{number}"
-            limits = HangLimits(flags.hang_seconds, flags.long_phase_seconds)
-            ending = run_attempt(command, launch.environment, links, run_dir, stacks, limits, flags.stop_seconds, stops.count)
-        finally:
-            if links is not None:
-                links.close()
+    with tempfile.TemporaryDirectory(prefix="trifold-") as folder, contextlib.ExitStack() as undo:
+        launch = _prepare_launch(flags, facts, run_dir, Path(folder), cause, stops)
+        if isinstance(launch, Ending):
+            return launch
+        address = flags.address or own_address(list(launch.hosts))
+        links = undo.enter_context(contextlib.closing(_listen(address, flags.report_port)))
+        try:  # a launcher shows the environment on command lines: other hosts read a file that they share
+            path = undo.enter_context(secret_file(run_dir / "logs", links.secret)) if launch.hosts else ""
+        except OSError as error:
+            return Ending(LAUNCHER, f"cannot write the ranks' secret to {run_dir / 'logs'}: {error.strerror}")
+        words = flags_of_attempt(flags.recipe_flags, run_dir, cause)
+        command = [*launch.command, flags.recipe, *words]
+        world_size, hosts = sum(launch.hosts.values()) or flags.processes, launch.hosts or {socket.gethostname(): 0}
+        number = begin_attempt(run_dir, world_size, hosts, cause, _resumed_step(words, run_dir))
+        environment = launch.environment | {SUPERVISOR: f"{address}:{links.port}"}
+        if path:
+            environment[SECRET_FILE] = path
+            environment["DS_ENV_FILE"] = write_exports(Path(folder) / "environment", environment)
+        else:
+            environment[SECRET] = links.secret
+        say(f"attempt {number}: {shlex.join(command)}")
+        stacks = run_dir / "logs" / "stacks" / f"attempt_{number}"
+        limits = HangLimits(flags.hang_seconds, flags.long_phase_seconds)
+        ending = run_attempt(command, environment, links, run_dir, stacks, limits, flags.stop_seconds, stops.count)
     end_attempt(run_dir, number, ending.cause, ending.detail)
     return ending
 
 
+def _listen(address: str, port: int) -> RankLinks:
+    """Listen for the ranks' guards on the interface of `address`."""
+    interface = address_to_listen(address)
+    if not interface:
+        say(f"{address} is the address of no interface here: listening on all")
+    try:
+        return RankLinks(interface, port, _given_secret() if {SECRET, SECRET_FILE} & set(os.environ) else None)
+    except OSError as error:
+        where = f"{interface or 'every interface'}, port {port}"
+        raise UsageError(f"cannot listen on {where}: {error.strerror}; is another supervisor there? see --report-port") from None
+
+
+def _given_secret() -> str:
+    """Return the secret of the environment, which several machines' scripts share. Raises UsageError where it is none."""
+    try:
+        return read_secret(os.environ, wait_seconds=0)
+    except SecretError as error:
+        raise UsageError(str(error)) from None
+
+
 def _prepare_launch(
-    flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, folder: Path, links: RankLinks, cause: str, stops: StopRequests
+    flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, folder: Path, cause: str, stops: StopRequests
 ) -> Launch | Ending:
     """Return a launch on hosts that answer and pass preflight; an ending where too few do."""
     hosts = read_hostfile(Path(flags.hostfile)) if flags.hostfile else {}
@@ -174,8 +213,7 @@ def _prepare_launch(
                 f"--hostfile {flags.hostfile}: {len(hosts)} hosts with {sum(hosts.values())} ranks, {flags.spares} spare; the "
                 f"recipe has layouts for {list(facts.layouts or ())} ranks: change the slots, --spares, or add a layout"
             )
-        address = flags.address or own_address(list(chosen))
-        environment = os.environ | {SUPERVISOR: f"{address}:{links.port}:{links.token}"}
+        environment = {name: value for name, value in os.environ.items() if name not in (SUPERVISOR, SECRET, SECRET_FILE)}
         if chosen:
             environment["DS_ENV_FILE"] = write_exports(folder / "environment", environment)
         if not flags.preflight:
@@ -260,8 +298,8 @@ def _parse_flags() -> argparse.Namespace:
     add("--master", help="rank 0's address (default: the first host's, as the others reach it)")
     add("--address", help="this machine's address, as the ranks reach it (default: found)")
     add("--report-port", type=int, default=0, metavar="PORT", help="port on which the ranks report (default: any free one)")
-    add("--token", help="what a rank must send to be accepted (default: random)")
-    add("--join", metavar="HOST:PORT:TOKEN", help="start this machine's ranks once, for the supervisor at that address")
+    add("--join", metavar="HOST:PORT",
+        help=f"start this machine's ranks once, for the supervisor there; both have the job's secret in {SECRET}")  # fmt: skip
     add = parser.add_argument_group("restarts").add_argument
     add("--restarts", type=int, default=5, metavar="N", help="give up after N in a row without a new checkpoint (%(default)s)")
     add("--backoff-seconds", type=float, default=5.0, metavar="S", help="wait before the first; doubles up to 300 (%(default)s)")

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from recipes.common.run_dir.heartbeat import Beat, read_beats
+from recipes.common.runtime.processes import is_unended_child, kill_session
+from tools.common.console import printable
 from tools.supervise.endings import HANG, LAUNCHER, RANK_LOST, STOPPED, Ending, is_restarted, judge
 from tools.supervise.hang_detector import HangLimits, RecentSteps, find_culprits, hang_seconds, slowest_rank
 from tools.supervise.rank_links import RankEvent, RankLinks
@@ -26,7 +26,7 @@ LAUNCHER_SECONDS = 2.0  # for a launcher whose ranks are gone: with 10 s of sile
 
 
 def say(text: str) -> None:
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    print(f"launch: {printable(text)}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -81,8 +81,8 @@ def run_attempt(
     try:
         while True:
             seen.add(links.poll(POLL_SECONDS))
-            code, now = launcher.poll(), time.monotonic()
-            if code is not None and not links.ranks():
+            ended, now = not is_unended_child(launcher.pid), time.monotonic()  # reaped at the end: its session keeps its number
+            if ended and not links.ranks():
                 break
             if stop_requests() and not stopping:
                 stopping, deadline = True, now + stop_seconds
@@ -93,7 +93,7 @@ def run_attempt(
                 links.send("stop")
             if stop_requests() > 1:
                 deadline = now
-            if (seen.failed() or code is not None) and (deadline is None or deadline > now + GRACE_SECONDS):
+            if (seen.failed() or ended) and (deadline is None or deadline > now + GRACE_SECONDS):
                 # the silence already took its seconds: the other hosts must not wait longer
                 silent = any(event.kind == "silent" for event in seen.events)
                 deadline = now if silent else now + GRACE_SECONDS
@@ -124,17 +124,15 @@ def _end_all(launcher: subprocess.Popen[bytes], links: RankLinks, seen: Observed
     """Leave no process behind: end ranks on every host by their guards, the launcher and its children here by its session."""
     links.send("die")
     end = time.monotonic() + LAUNCHER_SECONDS
-    while time.monotonic() < end and (links.ranks() or launcher.poll() is None):
+    while time.monotonic() < end and (links.ranks() or is_unended_child(launcher.pid)):
         seen.add([event for event in links.poll(POLL_SECONDS) if event.kind in ("stacks", "state") or not seen.failed()])
     links.disconnect()
-    if launcher.poll() is None:
-        launcher.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            launcher.wait(LAUNCHER_SECONDS)
-    for pid in psutil.pids():  # the launcher leads a session, which holds its children, whoever adopted them
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.getsid(pid) == launcher.pid:
-                os.kill(pid, signal.SIGKILL)
+    if is_unended_child(launcher.pid):
+        os.kill(launcher.pid, signal.SIGTERM)  # not reaped yet: the number is its own
+        end = time.monotonic() + LAUNCHER_SECONDS
+        while time.monotonic() < end and is_unended_child(launcher.pid):
+            time.sleep(0.02)
+    kill_session(launcher.pid)  # which holds its children, whoever adopted them
     launcher.wait()
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from recipes.common.recipe import ROOT
+from recipes.common.runtime.authenticated_link import SECRET_FILE
 from recipes.common.runtime.network import free_port
 from recipes.common.runtime.supervisor_link import SUPERVISOR
 from tools.supervise.hosts import is_here, master_address, write_hostfile
@@ -44,13 +47,29 @@ def fill_words(words: str, folder: Path, hosts: Mapping[str, int], master: str |
 
 def write_exports(path: Path, environment: Mapping[str, str]) -> str:
     """Write DeepSpeed's environment file for the other hosts: what launch/env.sh names, then the user's own .deepspeed_env."""
-    names = [SUPERVISOR, *environment.get(EXPORTS, "").split()]
+    names = [SUPERVISOR, SECRET_FILE, *environment.get(EXPORTS, "").split()]
     lines = [f"{name}={environment[name]}\n" for name in names if "\n" not in environment.get(name, "\n")]
     for own in (Path.home() / ".deepspeed_env", Path(".deepspeed_env")):
         if own.is_file():
             lines += [f"{line}\n" for line in own.read_text().splitlines() if "=" in line]
     path.write_text("".join(lines))
     return str(path)
+
+
+@contextlib.contextmanager
+def secret_file(folder: Path, secret: str) -> Iterator[str]:
+    """Write the job's secret to a new file of mode 0600 in `folder`, which all hosts share; remove it at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("secret_*.txt"):  # by a supervisor that was killed
+        left.unlink(missing_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix="secret_", suffix=".txt", dir=folder)  # O_EXCL, 0600
+    try:
+        with open(descriptor, "w", encoding="ascii") as file:
+            file.write(secret + "\n")
+        yield name
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
 
 
 def run_preflight(

@@ -37,7 +37,7 @@ def interface_towards(target: str) -> str | None:
         own = address_towards(target)
     except OSError:
         return None
-    if own.startswith("127."):
+    if _is_loopback(own):
         return "lo" if "lo" in psutil.net_if_addrs() else None
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address.partition("%")[0] == own for address in addresses):
@@ -51,6 +51,25 @@ def address_towards(target: str) -> str:
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)
         return probe.getsockname()[0]
+
+
+def address_to_listen(name: str) -> str:
+    """Return the address of the interface here that others reach by `name`; "" (all interfaces) where that cannot be told.
+
+    A host's own name may resolve to loopback on itself, which the others cannot reach, or to an address that a router translates.
+    """
+    try:
+        found = [entry[4][0] for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
+    except OSError:
+        return ""
+    if name == "localhost" or (found[0] == name and _is_loopback(name)):
+        return next((address for address in found if "." in address), found[0])
+    own = {address.address.partition("%")[0] for addresses in psutil.net_if_addrs().values() for address in addresses}
+    return next((address for address in found if address in own and not _is_loopback(address)), "")
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
 
 
 def free_port() -> int:

@@ -16,7 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-SUPERVISOR = "TRIFOLD_SUPERVISOR"  # HOST:PORT:TOKEN
+from recipes.common.runtime.authenticated_link import SECRET, SECRET_FILE
+
+SUPERVISOR = "TRIFOLD_SUPERVISOR"  # HOST:PORT; the secret comes by authenticated_link.SECRET or SECRET_FILE
 # the trainer's function in which a rank waits for all others: where a GPU computes, no frame of torch.distributed shows that
 WAITING_FUNCTION = "_sum_over_ranks"
 _PR_SET_PDEATHSIG = 1
@@ -42,6 +44,8 @@ class SupervisorLink:
         guard = Path(__file__).with_name("rank_guard.py")
         command = [sys.executable, "-I", "-S", str(guard), address, str(rank), str(os.getpid()), str(stacks)]
         self._guard = subprocess.Popen(command, stdin=report, stdout=subprocess.DEVNULL, pass_fds=[stacks])
+        for name in (SECRET, SECRET_FILE):  # its guard has them now: programs that the rank starts get none
+            os.environ.pop(name, None)
         os.close(report)
         os.close(stacks)
 

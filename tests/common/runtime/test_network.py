@@ -1,10 +1,12 @@
 """Interfaces and ports that a run finds by itself."""
 
 import socket
+from types import SimpleNamespace
 
 import pytest
 
-from recipes.common.runtime.network import choose_interface, free_port, interface_towards
+from recipes.common.runtime import network
+from recipes.common.runtime.network import address_to_listen, choose_interface, free_port, interface_towards
 
 
 @pytest.mark.skipif("lo" not in dict(map(reversed, socket.if_nameindex())), reason="no loopback interface called lo")
@@ -19,6 +21,23 @@ def test_gloo_gets_the_interface_that_reaches_rank_0():
     users = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "4", "GLOO_SOCKET_IFNAME": "ib0"}
     choose_interface(users)
     assert users["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "expected"),
+    [
+        ("127.0.0.1", ["127.0.0.1"], "127.0.0.1"),
+        ("localhost", ["::1", "127.0.0.1"], "127.0.0.1"),
+        ("own-name", ["127.0.1.1"], ""),  # as Debian has it: the others resolve it to something else
+        ("own-name", ["127.0.1.1", "10.1.2.3"], "10.1.2.3"),
+        ("translated", ["203.0.113.9"], ""),  # a router's address, which is not ours
+    ],
+)
+def test_a_supervisor_listens_where_the_others_reach_it_and_nowhere_else(monkeypatch, name, found, expected):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: [(0, 0, 0, "", (address, 0)) for address in found])
+    here = [SimpleNamespace(address=address) for address in ("127.0.0.1", "127.0.1.1", "10.1.2.3", "fe80::1%eth0")]
+    monkeypatch.setattr(network.psutil, "net_if_addrs", lambda: {"all": here})
+    assert address_to_listen(name) == expected
 
 
 def test_a_free_port_is_none_that_outgoing_connections_get():

@@ -1,22 +1,39 @@
-"""The process beside a rank kills it when its supervisor is gone."""
+"""The process beside a rank kills it when its supervisor is gone, or is no longer the one that proved itself."""
 
-import json
 import os
 import socket
 
+import pytest
+
 from recipes.common.runtime import rank_guard
+from recipes.common.runtime.authenticated_link import AuthenticatedLink
+from recipes.common.runtime.processes import KnownProcess
 
 
-def test_a_rank_whose_supervisor_is_silent_is_killed(monkeypatch):
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "no message from the supervisor in 0 s"),
+        (
+            b"\0\0\0\2{}" + bytes(32),
+            "the connection to the supervisor was tampered with: a message was changed, repeated or left out",
+        ),
+    ],
+    ids=["silent", "tampered with"],
+)
+def test_a_rank_whose_supervisor_is_gone_is_killed(monkeypatch, data, why):
     monkeypatch.setattr(rank_guard, "SILENCE_SECONDS", 0.3)
     monkeypatch.setattr(rank_guard, "SIGN_OF_LIFE_SECONDS", 0.1)
     killed = []
-    monkeypatch.setattr(rank_guard, "_kill", lambda pid, rank, why: killed.append((pid, rank, why)))
+    monkeypatch.setattr(rank_guard, "_kill", lambda process, rank, why: killed.append((process.pid, rank, why)))
     ours, theirs = socket.socketpair()
     stdin, stacks = os.pipe(), os.pipe()
     monkeypatch.setattr(rank_guard, "REPORT_FD", stdin[0])
-    rank_guard.serve(ours, {"hello": "t"}, pid=77, rank=5, stacks=stacks[0])
-    assert killed == [(77, 5, "no message from the supervisor in 0 s")]
-    assert json.loads(theirs.recv(100).split(b"\n")[0]) == {"hello": "t"}
+    supervisor, guard = (AuthenticatedLink("s" * 32, is_supervisor=yes) for yes in (True, False))
+    guard.receive(supervisor.receive(guard.receive(supervisor.greeting())[1])[1])
+    theirs.send(data)
+    rank_guard.serve(ours, guard, {"rank": 5}, KnownProcess(77, None, None), 5, stacks[0])
+    assert killed == [(77, 5, why)]
+    assert supervisor.receive(theirs.recv(100))[0][0] == {"rank": 5}
     for file in (*stdin, *stacks):
         os.close(file)

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from recipes.common.runtime.authenticated_link import SECRET, SECRET_FILE, read_secret
 from recipes.common.runtime.supervisor_link import SUPERVISOR
 from tools.supervise.hosts import read_hostfile
-from tools.supervise.launcher import fill_words, write_exports
+from tools.supervise.launcher import fill_words, secret_file, write_exports
 
 
 def test_the_launchers_words_are_filled_in(tmp_path, monkeypatch):
@@ -21,6 +22,28 @@ def test_other_hosts_get_what_env_names_and_the_users_own_file(tmp_path, monkeyp
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n\n# a remark\n")
-    variables = {SUPERVISOR: "h:1:t", "TRIFOLD_EXPORTS": "NCCL_DEBUG LINES", "NCCL_DEBUG": "WARN", "LINES": "a\nb", "PATH": "/"}
+    variables = {
+        SUPERVISOR: "h:1",
+        SECRET: "s",
+        SECRET_FILE: "/f",
+        "TRIFOLD_EXPORTS": "NCCL_DEBUG LINES",
+        "NCCL_DEBUG": "WARN",
+        "LINES": "a\nb",
+        "PATH": "/",
+    }
     lines = Path(write_exports(tmp_path / "out", variables)).read_text().splitlines()
-    assert lines == ["TRIFOLD_SUPERVISOR=h:1:t", "NCCL_DEBUG=WARN", "NCCL_DEBUG=INFO", "NCCL_DEBUG=INFO"]  # the last one holds
+    assert lines == [
+        "TRIFOLD_SUPERVISOR=h:1",
+        "TRIFOLD_SECRET_FILE=/f",
+        "NCCL_DEBUG=WARN",
+        *["NCCL_DEBUG=INFO"] * 2,
+    ]  # the last one holds
+
+
+def test_the_secret_is_in_a_file_of_its_owner_while_it_is_needed(tmp_path):
+    (tmp_path / "secret_left.txt").touch()
+    with secret_file(tmp_path, "s" * 40) as name:
+        assert list(tmp_path.iterdir()) == [Path(name)]
+        assert Path(name).stat().st_mode & 0o777 == 0o600
+        assert read_secret({SECRET_FILE: name}) == "s" * 40
+    assert list(tmp_path.iterdir()) == []
