@@ -55,6 +55,7 @@ from recipes.common.data.batches import open_train
 from recipes.common.data.order import kept_index
 from recipes.common.engine.trainer import Trainer
 from recipes.common.monitor.monitor import RunMonitor
+from recipes.common.parallel.json_messages import broadcast_json
 from recipes.common.recipe import Recipe
 from recipes.common.run_dir.black_box import BlackBox
 from recipes.common.run_dir.checkpoint_folders import step_folder
@@ -92,10 +93,8 @@ class Recovery:
         """Call at a start of the process. Collective: rank 0 reads what the detectors were given before, for all."""
         self.history, self._skips = history, position.skips
         if resumed:
-            recent = [read_recent(self._out_dir, position.step) if self._log is not None else []]
-            if dist.get_world_size() > 1:
-                dist.broadcast_object_list(recent, src=0, device=self._trainer.grid.device)
-            self._recent.extend(recent[0])
+            recent = read_recent(self._out_dir, position.step) if self._log is not None else []
+            self._recent.extend((step, values) for step, values in broadcast_json(recent, self._trainer.grid.device))
             self._restart_detector(position.step)
 
     def lr_factor(self, step: int) -> float:
@@ -172,10 +171,10 @@ class Recovery:
         """Return the next try; None where no checkpoint is from before the event."""
         self._saver.finish()  # the newest may still be on its way to the disk
         suspects = suspect_steps(event, position.step, tries)
-        to_step = [checkpoint_before(self._out_dir, suspects[0], tries) if self._log is not None else None]
-        if dist.get_world_size() > 1:  # a shared file system may show the ranks different moments
-            dist.broadcast_object_list(to_step, src=0, device=self._trainer.grid.device)
-        if to_step[0] is None:
+        to_step = checkpoint_before(self._out_dir, suspects[0], tries) if self._log is not None else None
+        # a shared file system may show the ranks different moments
+        to_step = broadcast_json(to_step, self._trainer.grid.device)
+        if to_step is None:
             self._note(f"{event.kind} from step {event.onset_step}: cannot rewind, no checkpoint is from before it")
             return None
         reaction = self._recipe.reaction
@@ -183,10 +182,10 @@ class Recovery:
             kind=event.kind,
             onset_step=event.onset_step,
             from_step=position.step,
-            to_step=to_step[0],
+            to_step=to_step,
             skipped=sequences_of_steps(self._recipe.batch, suspects, position.skips),
             lr_factor=reaction.lr_factor,
-            lr_until_step=to_step[0] + reaction.lr_steps,
+            lr_until_step=to_step + reaction.lr_steps,
         )
 
     def _rewind(self, plan: Rewind) -> RunPosition:

@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
@@ -25,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
 from recipes.common.monitor.parameter_groups import group_of
+from recipes.common.parallel.json_messages import gather_json
 
 # in the order in which one causes the next
 WEIGHT, ACTIVATION, LOSS, GRADIENT, UNREPEATED = "weight", "activation", "loss", "gradient", "unrepeated"
@@ -93,9 +93,12 @@ def find_nonfinite(trainer: Trainer, micro_batches: list[torch.Tensor], scored_t
     search.judge_loss()
     grid = trainer.grid
     own = _RankReport(grid.pipeline_rank, grid.data_rank, grid.tensor_rank, search.findings, dict(search.gradients))
-    reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, own)
+    reports = [_received(fields) for fields in gather_json(asdict(own), grid.device)]
     return _first(reports, len(micro_batches), trainer.micro_seqs, grid.data, set(trainer.stage.tensor_plan.shards))
+
+
+def _received(fields: dict[str, Any]) -> _RankReport:
+    return _RankReport(**{**fields, "findings": [_Finding(**finding) for finding in fields["findings"]]})
 
 
 class _Search:

@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
+from recipes.common.parallel.json_messages import gather_json
 
 _CHUNK = 1 << 20
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed number
@@ -60,7 +60,7 @@ def find_drift(trainer: Trainer) -> list[Drift]:
     count = torch.tensor([float(len(differing))], device=trainer.grid.device)
     if dist.get_world_size() > 1:
         dist.all_reduce(count)
-    return _agree(differing) if count.item() else []
+    return _agree(differing, trainer.grid.device) if count.item() else []
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
@@ -103,20 +103,17 @@ def _largest_difference(tensor: torch.Tensor, group: dist.ProcessGroup) -> float
     return float((high - low).abs().max())
 
 
-def _agree(differing: list[tuple[str, dist.ProcessGroup, str, int, float]]) -> list[Drift]:
+def _agree(differing: list[tuple[str, dist.ProcessGroup, str, int, float]], device: torch.device) -> list[Drift]:
     """Gather what differs from all ranks, and name the ranks whose copy is the odd one."""
     mine = [
-        (across, tuple(dist.get_process_group_ranks(group)), name, value, largest)
-        for across, group, name, value, largest in differing
+        (across, dist.get_process_group_ranks(group), name, value, largest) for across, group, name, value, largest in differing
     ]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
     sums: dict[tuple[str, tuple[int, ...], str], dict[int, int]] = defaultdict(dict)
     largest_of = {}
-    for rank, items in enumerate(found):
+    for rank, items in enumerate(gather_json(mine, device)):
         for across, group, name, value, largest in items:
-            sums[across, group, name][rank] = value
-            largest_of[across, group, name] = largest
+            sums[across, tuple(group), name][rank] = value
+            largest_of[across, tuple(group), name] = largest
     drifts = []
     for key, by_rank in sums.items():
         (value, most), *_ = Counter(by_rank.values()).most_common(1)

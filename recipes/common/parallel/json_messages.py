@@ -1,4 +1,4 @@
-"""Sends plain values between ranks as JSON in tensors: what arrives is data. torch's object collectives unpickle, which runs code.
+"""Sends plain values between ranks as JSON in tensors: what arrives is data. torch's object collectives unpickle: that runs code.
 
 Values are what JSON has; a tuple arrives as a list. Numbers arrive as they were, to the last bit; NaN and infinities too.
 """
