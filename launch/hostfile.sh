@@ -41,4 +41,7 @@ take_words "$@"
 # give up a dead connection, and a host that does not answer, after 10 s: ssh itself waits for minutes
 export PDSH_SSH_ARGS_APPEND="-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2 ${PDSH_SSH_ARGS_APPEND:-}"
 supervisor+=(--hostfile "$hostfile" --probe 'ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true')
-supervise deepspeed --log_level "${TRIFOLD_LAUNCHER_LOG_LEVEL:-error}" --hostfile '{hostfile}' --no_ssh_check '{force_multi}' --master_addr '{master}' --master_port '{port}'
+# DeepSpeed would put these on pdsh's command line, passwords included
+unset "${!MLFLOW_@}"
+# from /: DeepSpeed writes the current folder into what the other hosts' shells read; {packed} knows the true one
+supervise env --chdir=/ deepspeed --log_level "${TRIFOLD_LAUNCHER_LOG_LEVEL:-error}" --hostfile '{hostfile}' --no_ssh_check '{force_multi}' --master_addr '{master}' --master_port '{port}' '{packed}'

@@ -32,7 +32,11 @@ HELP
 # Parses the words before the recipe. own_flag NAME VALUE, a function of the script, handles the script's own flags: it sets $took
 # to the number of words it used, and leaves it 0 for a flag that it does not know.
 take_words() {
+    local word
     print="" supervisor=() recipe_flags=()
+    for word in "$@"; do
+        [[ "$word" != *[[:cntrl:]]* ]] || fail "a word with a newline or another control character: $(printf '%q' "$word")"
+    done
     while (($#)); do
         took=0
         own_flag "$@"

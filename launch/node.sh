@@ -29,6 +29,10 @@ esac
 (($# >= 5)) || fail "needs HOSTS, SLOTS, MASTER, PORT and RECIPE, got $# words"
 IFS=, read -r -a hosts <<< "$1"
 slots="$2" master="$3" port="$4"
+[[ "$slots" =~ ^[1-9][0-9]*$ && "$port" =~ ^[0-9]+$ ]] || fail "SLOTS='$slots' and PORT='$port' must be numbers"
+for host in "${hosts[@]}" "$master"; do
+    [[ "$host" =~ ^[A-Za-z0-9_:][A-Za-z0-9_.:-]*$ ]] || fail "'$host' is no host's name or address"
+done
 shift 4
 
 node_rank="${NODE_RANK:-}"
@@ -50,7 +54,7 @@ source "$here/venv.sh"
 # shellcheck source=launch/env.sh
 source "$here/env.sh"
 hostfile="$(mktemp)" # one on each machine: /tmp is not shared
-printf "%s slots=$slots\n" "${hosts[@]}" > "$hostfile"
+for host in "${hosts[@]}"; do echo "$host slots=$slots"; done > "$hostfile"
 trap 'rm -f "$hostfile"' EXIT
 # shellcheck source=launch/lib_group.sh
 source "$here/lib_group.sh"

@@ -87,7 +87,8 @@ POD = {"POD_JOB": "job", "POD_NODES": "2", "POD_SLOTS": "4"}
         ("local.sh", ["--restarts", "0"], {}, ["--restarts", "0"], f"{DEEPSPEED} --hostfile /dev/null --master_port {{port}}"),
         ("hostfile.sh", ["--spares", "1", "--hostfile", os.devnull], {},
          ["--spares", "1", "--hostfile", os.devnull, "--probe", "ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true"],
-         f"{DEEPSPEED} --hostfile {{hostfile}} --no_ssh_check {{force_multi}} --master_addr {{master}} --master_port {{port}}"),
+         f"env --chdir=/ {DEEPSPEED} --hostfile {{hostfile}} --no_ssh_check {{force_multi}} --master_addr {{master}} "
+         "--master_port {port} {packed}"),
         ("slurm.sbatch", ["--processes", "8", "--min-hosts", "3"], {},
          ["--min-hosts", "3", "--hostfile", "HOSTFILE", "--requeue", "--probe",
           "srun --overlap --immediate=10 --nodes=1 --ntasks=1 --nodelist={host} true"],
@@ -165,6 +166,9 @@ def test_the_commands_of_the_readme_are_understood(tmp_path: Path, command: str)
         ("hostfile.sh", ["--hostfile", "none", "recipes/quickstart.py"], "there is no hostfile none"),
         ("hostfile.sh", ["--spares", "-1"], "--spares needs a number, got '-1'"),
         ("slurm.sbatch", ["recipes/quickstart.py"], "start it with sbatch"),
+        ("local.sh", ["recipes/quickstart.py", "--out-dir", "a\nb"], "a newline or another control character: $'a\\nb'"),
+        ("node.sh", ["a", "%s", "h", "1", "r"], "SLOTS='%s' and PORT='1' must be numbers"),
+        ("node.sh", ["a,-oProxyCommand=x", "8", "h", "1", "r"], "'-oProxyCommand=x' is no host's name or address"),
         ("pod.sh", ["recipes/quickstart.py"], "POD_NODES='', POD_SLOTS='' and JOB_COMPLETION_INDEX='' must be numbers"),
         ("node.sh", ["a", "8"], "needs HOSTS, SLOTS, MASTER, PORT and RECIPE, got 2 words"),
     ],
@@ -185,13 +189,35 @@ def environment(extra: dict[str, str]) -> dict[str, str]:
 
 
 def test_env_keeps_what_the_user_set() -> None:
-    found = environment({"OMP_NUM_THREADS": "5", "NCCL_IB_HCA": "mlx5", "WANDB_API_KEY": "secret", "VIRTUAL_ENV": "/v"})
+    found = environment(
+        {"OMP_NUM_THREADS": "5", "NCCL_IB_HCA": "mlx5", "WANDB_API_KEY": "s", "HF_TOKEN": "s", "VIRTUAL_ENV": "/v"}
+    )
     assert found["OMP_NUM_THREADS"] == "5"
     assert found["TORCH_EXTENSIONS_DIR"] == "/v/torch_extensions"
     exports = found["TRIFOLD_EXPORTS"].split()
     assert {"OMP_NUM_THREADS", "NCCL_IB_HCA", "TORCH_EXTENSIONS_DIR"} <= set(exports)
-    assert not {"WANDB_API_KEY", "PATH", "VIRTUAL_ENV"} & set(exports)
+    assert not {"WANDB_API_KEY", "HF_TOKEN", "PATH", "VIRTUAL_ENV"} & set(exports)
+    assert exports == environment({})["TRIFOLD_EXPORTS"].split()  # a list of names, whatever is set
     assert environment({})["OMP_NUM_THREADS"] == "1"
+
+
+def test_slurm_finds_the_repository_whatever_its_path(tmp_path: Path) -> None:
+    """sbatch runs a copy of the script elsewhere; Slurm tells where it was, followed by the words, without quotes."""
+    folder = tmp_path / "my  code (1)"
+    shutil.copytree(ROOT / "launch", folder / "launch")
+    spool = shutil.copy(ROOT / "launch/slurm.sbatch", tmp_path / "slurm_script")
+    recipe = tmp_path / "a recipe.py"
+    recipe.touch()
+    said = f"   Command={folder}/launch/slurm.sbatch --print {recipe}\n   WorkDir=/somewhere else"
+    fake_command(tmp_path, "scontrol", f'[[ "$*" == "show job 7" ]] && echo "{said}" || echo " NodeAddr=10.0.0.1 "\n')
+    variables = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n"}
+    done = run("bash", spool, "--print", "--processes", 2, recipe, env=variables)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert words[1] == f"{folder}/tools/supervise/__main__.py"
+    assert f"{folder}/launch/node.sh" in shlex.split(words[words.index("--launcher") + 1])
+    (folder / "launch" / "lib_supervised.sh").unlink()
+    assert "cannot find the folder that it was submitted from" in run("bash", spool, recipe, env=variables).stderr
 
 
 def group_script(command: str) -> str:

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ from tools.supervise.endings import (
 )
 from tools.supervise.hang_detector import HangLimits
 from tools.supervise.hosts import RecipeFacts, choose_hosts, own_address, probe_hosts, read_hostfile, read_recipe
-from tools.supervise.launcher import fill_words, run_preflight, secret_file, write_exports
+from tools.supervise.launcher import complete, fill_words, run_preflight, secret_file, write_exports
 from tools.supervise.rank_links import RankLinks
 
 NO_RUN = ("--dry-run", "--help", "-h")  # flags of a recipe that start no run
@@ -72,6 +73,9 @@ class StopRequests:
 def main() -> int:
     flags = _parse_flags()
     recipe = Path(flags.recipe)
+    for word in (flags.recipe, *flags.recipe_flags):
+        if any(unicodedata.category(letter) == "Cc" for letter in word):
+            raise UsageError(f"{word!r}: a word with a newline or another control character; leave it out")
     if not recipe.is_file():
         raise UsageError(f"there is no recipe file {recipe}")
     facts = read_recipe(recipe)
@@ -124,7 +128,7 @@ def _join(flags: argparse.Namespace, run_dir: Path, stops: StopRequests) -> int:
             if code:
                 return code
         cause = "asked" if flags.resume_first else "first"
-        command += [flags.recipe, *flags_of_attempt(flags.recipe_flags, run_dir, cause)]
+        command = complete(command, [flags.recipe, *flags_of_attempt(flags.recipe_flags, run_dir, cause)], environment)
         job = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         passed_on = 0
         while job.poll() is None:
@@ -157,7 +161,7 @@ def _attempt(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, cause
         except OSError as error:
             return Ending(LAUNCHER, f"cannot write the ranks' secret to {run_dir / 'logs'}: {error.strerror}")
         words = flags_of_attempt(flags.recipe_flags, run_dir, cause)
-        command = [*launch.command, flags.recipe, *words]
+        command = complete(launch.command, [flags.recipe, *words], launch.environment)
         world_size, hosts = sum(launch.hosts.values()) or flags.processes, launch.hosts or {socket.gethostname(): 0}
         number = begin_attempt(run_dir, world_size, hosts, cause, _resumed_step(words, run_dir))
         environment = launch.environment | {SUPERVISOR: f"{address}:{links.port}"}

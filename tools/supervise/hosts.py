@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shlex
 import socket
 import subprocess
@@ -14,6 +15,8 @@ from recipes.common.runtime.network import address_towards
 from tools.common.console import UsageError
 
 _PROBE_SECONDS = 20.0
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,252}")
+_SLOTS = re.compile(r"[1-9][0-9]{0,5}")
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,38 @@ def _whole_keys(node: ast.expr | None) -> tuple[int, ...] | None:
 def read_hostfile(path: Path) -> dict[str, int]:
     """Return host -> ranks, in order. DeepSpeed's format: lines of `HOST slots=N`; # begins a comment."""
     hosts: dict[str, int] = {}
+    problems = []
     try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UsageError(f"--hostfile {path}: {error.strerror}") from None
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--hostfile {path}: {getattr(error, 'strerror', None) or 'it is not a text'}") from None
     for number, line in enumerate(lines, start=1):
         words = line.partition("#")[0].split()
         if not words:
             continue
         slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
-        if not slots.isdigit() or int(slots) < 1 or words[0] in hosts:
-            raise UsageError(f"--hostfile {path}, line {number}: {line.strip()!r} must be `HOST slots=N`, each host once")
-        hosts[words[0]] = int(slots)
+        if not _SLOTS.fullmatch(slots) or words[0] in hosts:
+            problems.append(f"line {number}: {line.strip()[:80]!r} must be `HOST slots=N`, each host once")
+        elif problem := host_problem(words[0]):
+            problems.append(f"line {number}: {problem}")
+        else:
+            hosts[words[0]] = int(slots)
+    if problems:
+        raise UsageError(f"--hostfile {path}, " + "; ".join(problems))
     if not hosts:
         raise UsageError(f"--hostfile {path} names no host; write lines of `HOST slots=N`")
     return hosts
+
+
+def host_problem(name: str) -> str:
+    """Return what is wrong with a host's name or IPv4 address, which ssh, pdsh and a shell are to take for nothing else."""
+    if "@" in name:
+        host = name.partition("@")[2][:80]
+        return f"{name[:80]!r} names a user; write the host alone, and `Host {host}` with `User` in ~/.ssh/config"
+    if not _HOST.fullmatch(name):
+        what = "letters, digits, `.`, `_` and `-`, and no `.` or `-` at the beginning"
+        return f"{name[:80]!r} is no host name: {what}; ports belong into ~/.ssh/config"
+    return ""
 
 
 def write_hostfile(path: Path, hosts: Mapping[str, int]) -> None:

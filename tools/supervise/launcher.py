@@ -5,26 +5,32 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from recipes.common.recipe import ROOT
 from recipes.common.runtime.authenticated_link import SECRET_FILE
 from recipes.common.runtime.network import free_port
 from recipes.common.runtime.supervisor_link import SUPERVISOR
+from tools.common.console import UsageError
+from tools.supervise import packed_words
 from tools.supervise.hosts import is_here, master_address, write_hostfile
 
+PACKED = "{packed}"
 EXPORTS = "TRIFOLD_EXPORTS"  # names of the variables that other hosts get; set by launch/env.sh
 
 
 def fill_words(words: str, folder: Path, hosts: Mapping[str, int], master: str | None) -> list[str]:
     """Return the launcher's words with {hostfile}, {hosts}, {nodes}, {master}, {port} and {force_multi} filled in.
 
-    Each attempt gets a new port, unless MASTER_PORT is set: the previous one may still be in TIME_WAIT.
+    Each attempt gets a new port, unless MASTER_PORT is set: the previous one may still be in TIME_WAIT. Raises UsageError for a
+    value that is no host or port.
     """
     hostfile = folder / "hostfile"
     write_hostfile(hostfile, hosts)
@@ -37,22 +43,44 @@ def fill_words(words: str, folder: Path, hosts: Mapping[str, int], master: str |
         "{port}": os.environ.get("MASTER_PORT") or str(free_port()),
         "{force_multi}": "" if alone else "--force_multi",  # else DeepSpeed takes a single host for this one
     }
-    filled = []
-    for word in shlex.split(words):
-        for name, value in values.items():
-            word = word.replace(name, value)
-        filled += [word] if word else []
-    return filled
+    if not re.fullmatch(r"[0-9]{1,5}", values["{port}"]):
+        raise UsageError(f"MASTER_PORT={values['{port}'][:80]!r} must be a port's number")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*|::1", values["{master}"]):  # IPv6 too
+        raise UsageError(f"--master={values['{master}'][:80]!r} must be a host's name or address")
+    name = re.compile("|".join(re.escape(name) for name in values))
+    filled = [name.sub(lambda found: values[found[0]], word) for word in shlex.split(words)]
+    return [word for word in filled if word]
+
+
+def complete(launcher: Sequence[str], program: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """Return the whole command: the launcher's words, then those of a program.
+
+    Where the launcher's last word is {packed}, shells of other hosts read the command, and the program's words are packed.
+    """
+    if launcher[-1:] != [PACKED]:
+        return [*launcher, *program]
+    script = str(Path(packed_words.__file__).resolve())
+    if problems := packed_words.unsafe_for_deepspeed(environment, [script, sys.executable]):
+        raise UsageError("\n".join(problems))
+    return [*launcher[:-1], script, packed_words.pack(os.getcwd(), program)]
 
 
 def write_exports(path: Path, environment: Mapping[str, str]) -> str:
-    """Write DeepSpeed's environment file for the other hosts: what launch/env.sh names, then the user's own .deepspeed_env."""
+    """Write DeepSpeed's environment file for the other hosts: what launch/env.sh names, then the user's own .deepspeed_env.
+
+    Their shells read the values between double quotes, and get them quoted for that.
+    """
     names = [SUPERVISOR, SECRET_FILE, *environment.get(EXPORTS, "").split()]
-    lines = [f"{name}={environment[name]}\n" for name in names if "\n" not in environment.get(name, "\n")]
+    given = [(name, environment[name]) for name in names if "\n" not in environment.get(name, "\n")]
     for own in (Path.home() / ".deepspeed_env", Path(".deepspeed_env")):
-        if own.is_file():
-            lines += [f"{line}\n" for line in own.read_text().splitlines() if "=" in line]
-    path.write_text("".join(lines))
+        for number, line in enumerate(own.read_text().splitlines() if own.is_file() else [], start=1):
+            name, equals, value = line.partition("=")
+            if not equals:
+                continue
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name.strip()):
+                raise UsageError(f"{own}, line {number}: {name[:80]!r} is no name of a variable; write NAME=VALUE")
+            given.append((name.strip(), value.strip()))
+    path.write_text("".join(f"{name}={packed_words.in_double_quotes(value)}\n" for name, value in given))
     return str(path)
 
 
@@ -86,7 +114,9 @@ def run_preflight(
     words = [str(ROOT / "tools" / "preflight" / "__main__.py"), recipe, "--out-dir", str(run_dir), "--json-file", str(report)]
     if hosts:
         words += ["--hosts", ",".join(f"{host}:{slots}" for host, slots in hosts.items())]
-    job = subprocess.Popen([*command, *words], env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True)
+    job = subprocess.Popen(
+        complete(command, words, environment), env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         while job.poll() is None and not stop_requests():
             try:

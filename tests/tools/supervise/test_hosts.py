@@ -1,5 +1,7 @@
 """Which hosts take part in an attempt."""
 
+import re
+
 import pytest
 
 from recipes.common.recipe import ROOT
@@ -42,9 +44,24 @@ def test_a_recipe_is_read_from_its_source(tmp_path):
         ("a slots=2\na slots=2\n", "line 2: 'a slots=2' must be `HOST slots=N`, each host once"),
         ("a 2x\n", "line 1: 'a 2x' must be"),
         ("a slots=0\n", "line 1: 'a slots=0' must be"),
+        ("a slots=٣\n", "line 1: 'a slots=٣' must be"),
+        ("-oProxyCommand=reboot slots=2\nb slots=1\n$(reboot) slots=1\n", "line 1: '-oProxyCommand=reboot' is no host name"),
+        ("a slots=1\n`x` slots=1\n;x slots=1", "line 3: ';x' is no host name"),  # all at once
+        ("root@a slots=2\n", "line 1: 'root@a' names a user; write the host alone, and `Host a` with `User` in ~/.ssh/config"),
+        ("a[1-3] slots=2\n", "is no host name"),
+        ("a:22 slots=2\n", "ports belong into ~/.ssh/config"),
+        ("ä slots=2\n", "is no host name"),
     ],
 )
 def test_a_wrong_hostfile_is_refused(tmp_path, text, message):
     (tmp_path / "hosts").write_text(text)
-    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        read_hostfile(tmp_path / "hosts")
+
+
+def test_names_and_addresses_of_hosts_are_read(tmp_path):
+    (tmp_path / "hosts").write_text("node-1.gpu_rack.example.com slots=8\n10.0.0.2   slots=4 # a remark\n")
+    assert read_hostfile(tmp_path / "hosts") == {"node-1.gpu_rack.example.com": 8, "10.0.0.2": 4}
+    (tmp_path / "hosts").write_bytes(b"\xff\xfe slots=2\n")
+    with pytest.raises(UsageError, match="it is not a text"):
         read_hostfile(tmp_path / "hosts")
