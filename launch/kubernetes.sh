@@ -9,9 +9,11 @@ source "$here/lib_supervised.sh"
 
 usage() {
     cat << 'HELP'
-usage: bash launch/kubernetes.sh --nodes N --gpus N --image IMAGE --claim CLAIM [OPTIONS] RECIPE [FLAGS of the recipe] | kubectl apply -f -
+usage: bash launch/kubernetes.sh --nodes N --gpus N --image IMAGE --claim CLAIM [OPTIONS] RECIPE [FLAGS of the recipe]
 
-Prints launch/kubernetes.yaml, a JobSet, filled in. It only prints, with or without --print. Needs the JobSet controller.
+Prints launch/kubernetes.yaml, a JobSet, filled in. Needs the JobSet controller, and the Secret NAME-secret, by which the pods know
+each other (launch/README.md, Trust).
+  --apply             create the Secret, with a new random value, and the JobSet, instead of printing it
   --nodes N           pods, one a node
   --gpus N            GPUs, and ranks, in each pod; 0: pods without GPUs, with --processes ranks
   --processes N       ranks in each pod (default: --gpus)
@@ -24,9 +26,13 @@ HELP
     echo "Here --restarts counts all restarts of the JobSet, not those in a row."
 }
 
-nodes="" gpus="" image="" claim="" repository=/shared/trifold name="" processes=""
+nodes="" gpus="" image="" claim="" repository=/shared/trifold name="" processes="" apply=""
 own_flag() {
     case "$1" in
+        --apply)
+            apply=yes took=1
+            return 0
+            ;;
         --nodes | --gpus | --processes)
             [[ "${2:-}" =~ ^[0-9]+$ ]] || fail "$1 needs a number, got '${2:-}'"
             printf -v "${1#--}" '%s' "$2"
@@ -44,14 +50,25 @@ own_flag() {
     took=2
 }
 
-# Prints the words as a JSON list, which is also YAML.
-json_list() {
-    local word line=""
-    for word in "$@"; do
-        word="${word//\\/\\\\}"
-        line+="${line:+, }\"${word//\"/\\\"}\""
-    done
-    printf '[%s]' "$line"
+# Prints the template with a value for each @KEY@, as JSON writes it, which is YAML. The words of the pods follow the values.
+fill_template() {
+    python3 - "$here/kubernetes.yaml" "$@" << 'FILL'
+import json, re, sys
+
+path, name, nodes, slots, gpus, image, claim, repository, restarts, *words = sys.argv[1:]
+if odd := [word for word in sys.argv[1:] if not word.isprintable()]:
+    print(f"launch/kubernetes.sh: {odd[0]!a} holds a character that YAML cannot carry", file=sys.stderr)
+    sys.exit(2)
+values = {
+    "NAME": name, "SECRET": name + "-secret", "IMAGE": image, "CLAIM": claim, "REPOSITORY": repository,
+    "NODES": int(nodes), "NODES_TEXT": str(int(nodes)), "SLOTS_TEXT": str(int(slots)), "RESTARTS": int(restarts),
+    "RESOURCES": {"nvidia.com/gpu": int(gpus)} if int(gpus) else {},
+    "WORDS": [word.replace("$", "$$") for word in words],  # Kubernetes puts variables in the place of $(NAME) in arguments
+}
+text = open(path, encoding="utf-8").read().replace(" launch/kubernetes.sh fills in the @WORDS@.", "", 1)
+sys.stdout.reconfigure(encoding="utf-8")
+print(re.sub(r"@([A-Z_]+)@", lambda key: json.dumps(values[key[1]], ensure_ascii=False), text), end="")
+FILL
 }
 
 restarts=20
@@ -68,16 +85,15 @@ if [[ -z "$name" ]]; then
     name="${name//_/-}" # a DNS name
 fi
 [[ "$name" =~ ^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$ ]] || fail "--name $name must be a DNS name: lower case letters, digits, -"
-resources="{}"
-((gpus == 0)) || resources="{nvidia.com/gpu: $gpus}"
+command -v python3 > /dev/null || fail "needs python3, which writes the YAML"
 
-text="$(< "$here/kubernetes.yaml")"
-text="$(sed '1s/ launch\/kubernetes.sh fills.*$//' <<< "$text")"
-declare -A values=(
-    [NAME]="$name" [NODES]="$nodes" [SLOTS]="$slots" [IMAGE]="$image" [CLAIM]="$claim" [REPOSITORY]="$repository"
-    [SECRET]="$name-secret" [RESTARTS]="$restarts" [RESOURCES]="$resources" [WORDS]="$(json_list "${supervisor[@]}" "$recipe" "${recipe_flags[@]}")"
-)
-for key in "${!values[@]}"; do
-    text="${text//"@$key@"/"${values[$key]}"}"
-done
-printf '%s\n' "$text"
+text="$(fill_template "$name" "$nodes" "$slots" "$gpus" "$image" "$claim" "$repository" "$restarts" "${supervisor[@]}" "$recipe" "${recipe_flags[@]}")"
+if [[ -z "$apply" || -n "$print" ]]; then
+    printf '%s\n' "$text"
+    exit 0
+fi
+# through pipes: the secret is on no command line and in no file
+python3 -c 'import secrets; print(secrets.token_hex(32), end="")' \
+    | kubectl create secret generic "$name-secret" --from-file=secret=/dev/stdin --dry-run=client --output=json \
+    | kubectl apply --filename -
+kubectl apply --filename - <<< "$text"

@@ -1,6 +1,7 @@
 """launch/kubernetes.sh prints a JobSet that the API would take, and what its pods run trains as everywhere else."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -76,13 +77,13 @@ def misfits(value: object, schema: object, where: str = "") -> list[str]:
     return found + [text for name in value if name in fields for text in misfits(value[name], fields[name], f"{where}.{name}")]
 
 
-def render(*words: object) -> subprocess.CompletedProcess:
+def render(*words: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     command = ["bash", ROOT / "launch/kubernetes.sh", *words]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60)
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60, env=env)
 
 
 def test_the_job_set_fits_the_api_and_says_what_was_asked():
-    flags = ["--out-dir", '/shared/a "b"\\c', "--max-steps", 5]
+    flags = ["--out-dir", '/shared/a "b"\\c: {x} # - @NAME@ é', "--max-steps", 5]
     done = render(*WORDS, "--restarts", 7, "--hang-seconds", 20, "recipes/quickstart.py", *flags)
     assert done.returncode == 0, done.stderr
     job_set = yaml.safe_load(done.stdout)
@@ -95,11 +96,16 @@ def test_the_job_set_fits_the_api_and_says_what_was_asked():
     container = job["template"]["spec"]["containers"][0]
     assert container["args"] == ["--hang-seconds", "20", "recipes/quickstart.py", *map(str, flags)]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
-    assert {v["name"]: v.get("value") for v in container["env"]}["POD_NODES"] == "3"
+    variables = {v["name"]: v.get("value", v.get("valueFrom")) for v in container["env"]}
+    assert variables["POD_NODES"] == "3"
+    assert variables["TRIFOLD_SECRET"] == {"secretKeyRef": {"name": "quickstart-secret", "key": "secret"}}
     # restartPolicy Never is what podFailurePolicy demands; volumes and mounts name each other
     assert job["template"]["spec"]["restartPolicy"] == "Never"
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in job["template"]["spec"]["volumes"]}
-    assert "@" not in done.stdout.replace("@WORDS@", "")
+    expanding = yaml.safe_load(render(*WORDS, "recipes/quickstart.py", "--out-dir", "/$(TRIFOLD_SECRET)/$$x").stdout)
+    (job,) = expanding["spec"]["replicatedJobs"]
+    words = job["template"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert words[-1] == "/$$(TRIFOLD_SECRET)/$$$$x"  # $$ is Kubernetes' way to write one $
 
 
 def test_the_schema_finds_misfits():
@@ -119,12 +125,35 @@ def test_the_schema_finds_misfits():
         ([*WORDS, "--image", "a b", "recipes/quickstart.py"], "--image needs a name or a path without blanks"),
         ([*WORDS, "--name", "Upper", "recipes/quickstart.py"], "--name Upper must be a DNS name"),
         ([*WORDS, "recipes/none.py"], "there is no file recipes/none.py"),
+        ([*WORDS, "recipes/quickstart.py", "--out-dir", "a\nb: c"], "a newline or another control character"),
+        ([*WORDS, "recipes/quickstart.py", "--out-dir", "a\u2028b"], "holds a character that YAML cannot carry"),
     ],
 )
 def test_wrong_words_are_refused(words, message):
     done = render(*words)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
+
+
+def test_apply_makes_a_new_secret_that_no_command_line_and_no_file_shows(tmp_path):
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f"""#!/bin/sh
+echo "$@" >> {tmp_path}/words
+if [ "$1" = create ]; then cat > {tmp_path}/secret; echo made from it; else cat >> {tmp_path}/applied; fi
+""")
+    kubectl.chmod(0o755)
+    variables = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    secrets = []
+    for _ in range(2):
+        done = render("--apply", *WORDS, "recipes/quickstart.py", env=variables)
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        secrets.append((tmp_path / "secret").read_text())
+        assert len(secrets[-1]) == 64
+        assert secrets[-1] not in (tmp_path / "words").read_text() + (tmp_path / "applied").read_text() + done.stderr
+    assert secrets[0] != secrets[1]
+    applied = (tmp_path / "applied").read_text()
+    assert (applied.count("made from it\n"), applied.count("kind: JobSet")) == (2, 2)
+    assert "create secret generic quickstart-secret --from-file=secret=/dev/stdin" in (tmp_path / "words").read_text()
 
 
 def test_two_pods_train_as_one_machine_does(straight, tmp_path):

@@ -43,7 +43,7 @@ def new_secret() -> str:
 
 def read_secret(environment: Mapping[str, str], wait_seconds: float = _FILE_SECONDS) -> str:
     """Return the job's secret from the environment or from the file named there."""
-    secret, path = environment.get(SECRET, ""), environment.get(SECRET_FILE, "")
+    secret, path = environment.get(SECRET, "").strip(), environment.get(SECRET_FILE, "")
     if not secret and not path:
         raise SecretError(f"neither {SECRET} nor {SECRET_FILE} is set; the launcher must hand on the supervisor's environment")
     end = time.monotonic() + wait_seconds
