@@ -170,7 +170,7 @@ def _attempt(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, cause
             environment["DS_ENV_FILE"] = write_exports(Path(folder) / "environment", environment)
         else:
             environment[SECRET] = links.secret
-        say(f"attempt {number}: {shlex.join(command)}")
+        say(f"attempt {number}: {shlex.join([*launch.command, flags.recipe, *words])}")
         stacks = run_dir / "logs" / "stacks" / f"attempt_{number}"
         limits = HangLimits(flags.hang_seconds, flags.long_phase_seconds)
         ending = run_attempt(command, environment, links, run_dir, stacks, limits, flags.stop_seconds, stops.count)
