@@ -1,30 +1,19 @@
 # shellcheck shell=bash
-# Library: run_in_group COMMAND... runs it in a process group of its own and leaves no process of it behind.
-# On SIGTERM the single-node `deepspeed` runner exits alone and orphans its workers, which keep the GPUs.
+# Library: run_in_group COMMAND... runs it in a process group of its own and leaves no process of it behind
+# (tools/supervise/process_group.py, which knows processes by more than their numbers). Passes signals on.
 
-# Ends the group: SIGTERM, so that ranks may finish a checkpoint, and SIGKILL after STOP_SECONDS (60).
-stop_group() {
-    local group="$1" seconds
-    kill -TERM -- "-$group" 2> /dev/null || return 0
-    for ((seconds = 0; seconds < ${STOP_SECONDS:-60} * 5; seconds++)); do
-        kill -0 -- "-$group" 2> /dev/null || return 0
-        sleep 0.2
-    done
-    kill -KILL -- "-$group" 2> /dev/null || true
-}
+process_group="$(dirname "${BASH_SOURCE[0]}")/../tools/supervise/process_group.py"
 
 run_in_group() {
-    local group status=0
-    set -m # job control: the next background job gets a process group
-    "$@" < /dev/null &
-    group=$!
-    set +m
-    # shellcheck disable=SC2064 # expand now: the variable is out of scope when the trap runs
-    trap "trap '' INT TERM HUP; stop_group $group; exit 143" TERM HUP
-    # shellcheck disable=SC2064
-    trap "trap '' INT TERM HUP; stop_group $group; exit 130" INT
-    wait "$group" || status=$?
+    local status=0
+    "$(command -v python || command -v python3)" "$process_group" "$@" < /dev/null &
+    trap 'kill -TERM %% 2> /dev/null' TERM HUP # the job, not its number: bash knows whether it has ended
+    trap 'kill -INT %% 2> /dev/null' INT
+    wait %% || status=$?
+    while kill -0 %% 2> /dev/null; do # a signal ended the wait, not the job
+        status=0
+        wait %% || status=$?
+    done
     trap - INT TERM HUP
-    stop_group "$group" # ranks that outlived the launcher
     return "$status"
 }

@@ -6,6 +6,7 @@ The launch scripts call it. At every attempt these words of --launcher are fille
   {hostfile}      a file of the chosen hosts, lines of `HOST slots=N`       {hosts}   their names, comma-separated
   {nodes}         how many they are                                         {master}  the address of rank 0's host
   {force_multi}   --force_multi for several hosts, else nothing             {port}    a free port, new at every attempt
+  {packed}        last: the recipe and its flags in one word, where shells of other hosts read the command
 
 Restarted: a lost rank or host, a hang, an exception. Not restarted: a configuration error (exit 2), a diverged run (exit 3),
 SIGTERM, SIGINT or SIGUSR1 (the ranks save; exit 75). Exit 0: trained to the end; 1: gave up.

@@ -48,10 +48,26 @@ def open_process(pid: int) -> KnownProcess | None:
 
 def start_of(pid: int) -> str | None:
     """Return when a process started, in the kernel's ticks since its boot."""
+    stat = _stat(pid)
+    return stat[19] if stat else None
+
+
+def living_members(group: int) -> list[int]:
+    """Return the processes of a group that have not ended."""
+    found = [(pid, _stat(pid)) for pid in _numbers()]
+    return [pid for pid, stat in found if stat and int(stat[2]) == group and stat[0] not in "ZX"]
+
+
+def _numbers() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()] if os.path.isdir("/proc") else []
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat from the state on; empty where there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def is_unended_child(pid: int) -> bool:
@@ -61,8 +77,8 @@ def is_unended_child(pid: int) -> bool:
 
 def kill_session(leader: int) -> None:
     """End every process of the session of a child that was not reaped yet, whoever adopted them."""
-    for name in os.listdir("/proc") if os.path.isdir("/proc") else []:
-        if not name.isdigit() or (process := open_process(int(name))) is None:
+    for pid in _numbers():
+        if (process := open_process(pid)) is None:
             continue
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.getsid(process.pid) == leader:  # asked after it was opened: a number's next owner is not what we signal
