@@ -19,7 +19,6 @@ from recipes.common.config.lr_schedules import seqs_after
 from recipes.common.data.order import kept_index
 from recipes.common.recipe import Batch, Reaction
 from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_checkpoints
-from recipes.common.run_dir.run_files import read_run
 
 Skips = tuple[tuple[int, int], ...]
 
@@ -38,13 +37,11 @@ class Rewind:
 
 
 def read_history(out_dir: Path) -> tuple[Rewind, ...]:
-    """Return the rewinds of a run so far, in order; none where run.json is damaged: what they skip is in the checkpoints, too."""
-    entries = (read_run(out_dir) or {}).get("history", [])
+    """Return the rewinds of a run so far, in order."""
+    path = out_dir / "run.json"
+    entries = json.loads(path.read_text()).get("history", []) if path.is_file() else []
     names = Rewind.__dataclass_fields__
-    try:
-        return tuple(Rewind(**{k: tuple(v) if k == "skipped" else v for k, v in e.items() if k in names}) for e in entries)
-    except TypeError:  # a damaged name
-        return ()
+    return tuple(Rewind(**{k: tuple(v) if k == "skipped" else v for k, v in e.items() if k in names}) for e in entries)
 
 
 def append_history(out_dir: Path, rewind: Rewind, skips: Skips) -> None:

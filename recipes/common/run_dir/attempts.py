@@ -12,7 +12,7 @@ from typing import Any
 
 from recipes.common.run_dir.checkpoint_folders import SEAL, checkpoint_step, sealed_checkpoints
 from recipes.common.run_dir.heartbeat import Beat, read_beats
-from recipes.common.run_dir.metrics import read_metrics
+from recipes.common.run_dir.metrics import METRICS, read_metrics
 
 FILE = "logs/attempts.jsonl"
 GONE = "supervisor_lost"  # the cause of an attempt whose end was not recorded
@@ -119,7 +119,7 @@ def end_attempt(run_dir: Path, number: int, cause: str, detail: str, *, lost: bo
 def _steps_after(run_dir: Path, sealed: int) -> tuple[int, float]:
     """Return the last step in metrics.jsonl, and the seconds of the steps after `sealed`, which will be repeated."""
     last, seconds = 0, 0.0
-    with contextlib.suppress(OSError, ValueError, TypeError):  # not yet there; or damaged, which the next start sets aside
+    if (run_dir / METRICS).exists():
         for record in read_metrics(run_dir):
             last = record["step"]
             if last > sealed:

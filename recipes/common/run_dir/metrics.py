@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
-DAMAGED = "metrics.damaged_lines"  # lines that a disk damaged, set aside by a start
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 Value = float | int | str | None
@@ -67,22 +66,15 @@ class MetricsWriter:
         self._file.close()
 
     def _open_after(self, step: int, what: str) -> None:
-        damaged = set_damaged_aside(self._out_dir)
-        if damaged:
-            self._note(f"{METRICS}: {damaged} damaged lines are now in {DAMAGED}; the steps that they held are not recorded")
         moved = rewind_metrics(self._out_dir, step)
         self._file = (self._out_dir / METRICS).open("ab", buffering=0)
-        self._written = self._file.seek(0, os.SEEK_END)
         if moved is not None:
             self._note(f"{METRICS}: {what} are now in {moved.name}")
 
     def _write(self, line: bytes) -> None:
         self._waiting += line
         try:
-            if self._refused:  # how much of it the disk took before it refused is not known
-                os.ftruncate(self._file.fileno(), self._written)
-            count = self._file.write(self._waiting)  # an unbuffered write may take a part
-            self._waiting, self._written = self._waiting[count:], self._written + count
+            self._waiting = self._waiting[self._file.write(self._waiting) :]  # an unbuffered write may take a part
             self._refused = False
         except OSError as error:
             if not self._refused:
@@ -110,29 +102,9 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 record = json.loads(line)
                 record["step"] += 0
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
+            except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path}, line {number} is not a record of a step: {one_line(error)}") from None
             yield {key: NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in record.items()}
-
-
-def set_damaged_aside(out_dir: Path) -> int:
-    """Move whole lines that are no record of a step to DAMAGED. Return how many."""
-    path = out_dir / METRICS
-    if not path.exists():
-        return 0
-    with path.open("rb") as file:
-        damaged = [line for line in file if line.endswith(b"\n") and _step_of(line) == math.inf]
-    if not damaged:
-        return 0
-    kept = path.with_suffix(".jsonl.new")
-    with path.open("rb") as old, kept.open("wb") as new, (out_dir / DAMAGED).open("ab") as aside:
-        aside.writelines(damaged)
-        new.writelines(line for line in old if not line.endswith(b"\n") or _step_of(line) != math.inf)
-        for file in (aside, new):
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(kept, path)
-    return len(damaged)
 
 
 def rewind_metrics(out_dir: Path, step: int) -> Path | None:
@@ -174,12 +146,11 @@ def plain(value: Value) -> Value:
 
 
 def _step_of(line: bytes) -> float:
-    """Return the step of a line; a truncated or damaged line counts as later than all."""
+    """Return the step of a line; a truncated line counts as later than all."""
     try:
-        step = json.loads(line)["step"] if line.endswith(b"\n") else None
-    except (ValueError, TypeError, KeyError, RecursionError):
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, KeyError):
         return math.inf
-    return step if type(step) is int else math.inf
 
 
 def one_line(error: Exception) -> str:

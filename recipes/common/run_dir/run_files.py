@@ -56,27 +56,15 @@ def write_run_files(
     for name, content in (("recipe.json", recipe), ("deepspeed.json", deepspeed)):
         _replace(out_dir / name, content, resumed_step)
     path = out_dir / "run.json"
-    run = read_run(out_dir) if resumed_step is not None else None
+    run = _read(path) if resumed_step is not None else None
     if run is None:
-        if path.exists():  # another run's, in a directory used before, or damaged
-            if resumed_step is not None:
-                print(f"{path} is damaged: it is set aside, and this run's record begins anew", file=sys.stderr, flush=True)
-            _keep(path, resumed_step)
+        if path.exists():  # another run's, in a directory used before
+            _keep(path, None)
         run = {"run_id": uuid.uuid4().hex[:12], "name": recipe["name"], "starts": []}
     start = _start(layout, sizes, resumed_step)
     run["starts"].append(start | {"data": dict(data or {}), "skips": [list(skip) for skip in skips]})
     write_json(path, run)
     return run
-
-
-def read_run(out_dir: Path) -> dict[str, Any] | None:
-    """Return the content of run.json; None where there is none, or where it is damaged (the next start sets it aside)."""
-    run = _read(out_dir / "run.json")
-    try:
-        whole = isinstance(run["run_id"], str) and all(isinstance(s, dict) for s in (*run["starts"], *run.get("history", ())))
-        return run if whole else None
-    except (TypeError, KeyError, AttributeError):
-        return None
 
 
 def _start(layout: Layout, sizes: Sizes, resumed_step: int | None) -> dict[str, Any]:
@@ -160,5 +148,5 @@ def _keep(path: Path, resumed_step: int | None) -> None:
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from recipes.common.run_dir.attempts import begin_attempt, end_attempt, sealed_step, sealed_time
+from recipes.common.run_dir.attempts import begin_attempt, sealed_step, sealed_time
 from tools.supervise.__main__ import flags_of_attempt
 
 
@@ -35,9 +35,3 @@ def test_a_job_that_was_only_ever_told_to_continue_continues(tmp_path, cause):
     (tmp_path / "checkpoints" / "step_00000200").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_00000200" / "checksums.json").touch()
     assert flags_of_attempt([], tmp_path, cause) == ["--resume"]
-
-
-def test_an_end_is_recorded_beside_damaged_metrics(tmp_path):
-    number = begin_attempt(tmp_path, 2, {"a": 2}, "first")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "seconds": 2.0}\n{"step": 2, "sec\n{"step": 3, "seconds": 2.0}\n')
-    assert end_attempt(tmp_path, number, "rank_lost", "killed")["lost_seconds"] == 2.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from recipes.common.recipe import ROOT
-from recipes.common.run_dir.metrics import DAMAGED, MetricsWriter, encode, read_metrics, rewind_metrics
+from recipes.common.run_dir.metrics import MetricsWriter, encode, read_metrics, rewind_metrics
 
 
 def open_metrics(folder: Path, resumed_step: int | None = None, notes: list[str] | None = None) -> MetricsWriter:
@@ -119,38 +118,6 @@ def test_a_bad_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
     with pytest.raises(ValueError, match="line 2 is not a record of a step"):
         steps_in(path)
-
-
-def test_damaged_lines_are_named_and_set_aside_and_the_start_goes_on(tmp_path: Path) -> None:
-    damaged = [b"\0" * 30 + b"\n", b'{"step": 2, "lo\n', b'{"step": "2"}\n', b"[3]\n", b"[" * 100_000 + b"\n", b"\xff\n"]
-    good = [encode({"step": step, "loss": 1.0}) for step in (1, 3, 4)]
-    (tmp_path / "metrics.jsonl").write_bytes(b"".join([good[0], *damaged, *good[1:], b'{"step": 5, "lo']))
-    notes: list[str] = []
-    log = open_metrics(tmp_path, 3, notes)
-    log.append({"step": 4, "loss": 0.5})
-    log.close()
-    assert steps_in(tmp_path) == [1, 3, 4]
-    assert (tmp_path / DAMAGED).read_bytes() == b"".join(damaged)
-    assert (tmp_path / "metrics.after_step_00000003.jsonl").read_bytes() == good[2] + b'{"step": 5, "lo\n'
-    assert notes[0].startswith("metrics.jsonl: 6 damaged lines are now in metrics.damaged_lines")
-
-
-def test_a_write_that_failed_halfway_leaves_no_half_line(tmp_path: Path) -> None:
-    log = open_metrics(tmp_path)
-    log.append({"step": 1, "loss": 1.0})
-    own = log._file
-
-    class Failing:  # some bytes arrive, then the disk fails: nobody tells how many
-        def write(self, data: bytes) -> int:
-            own.write(data[:7])
-            raise OSError(errno.EIO, "Input/output error")
-
-    log._file = Failing()
-    log.append({"step": 2, "loss": 1.0})
-    log._file = own
-    log.append({"step": 3, "loss": 1.0})
-    log.close()
-    assert steps_in(tmp_path) == [1, 2, 3]
 
 
 FULL_FOR_A_WHILE = """

@@ -9,12 +9,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from transformers import LlamaConfig
 
-from recipes.common.anomalies.rewinds import read_history
 from recipes.common.recipe import WSD, AdamW, Batch, Layout, Recipe, derive_sizes
-from recipes.common.run_dir.run_files import git_state, read_run, recipe_to_dict, write_run_files
+from recipes.common.run_dir.run_files import git_state, recipe_to_dict, write_run_files
 
 
 def make_recipe() -> Recipe:
@@ -96,29 +94,6 @@ def test_a_resume_adds_itself_and_keeps_what_it_replaces(tmp_path: Path) -> None
     other = start(tmp_path, recipe)
     assert other["run_id"] != first["run_id"]
     assert json.loads((tmp_path / "run.before_step_00000001.json").read_text())["run_id"] == first["run_id"]
-
-
-DAMAGED = ("", "\0\0", '{"run_id": "a', "[]", '{"run_id": "a"}', '{"run_id": "a", "starts": [1]}', '{"run_id": 1, "starts": []}',
-           '{"run_id": "a", "starts": [], "history": 3}', "[" * 100_000)  # fmt: skip
-
-
-@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_run_file_is_named_and_set_aside_and_the_start_goes_on(tmp_path: Path, capsys, content: str) -> None:
-    start(tmp_path, make_recipe())
-    for name in ("run.json", "recipe.json"):
-        (tmp_path / name).write_text(content)
-    assert read_run(tmp_path) is None and read_history(tmp_path) == ()
-    again = start(tmp_path, make_recipe(), resumed_step=4)
-    assert [item["resumed_step"] for item in again["starts"]] == [4] and read_run(tmp_path) == again
-    assert (tmp_path / "run.before_step_00000005.json").read_text() == content
-    assert f"{tmp_path / 'run.json'} is damaged: it is set aside" in capsys.readouterr().err
-
-
-def test_a_damaged_history_is_none(tmp_path: Path) -> None:
-    start(tmp_path, make_recipe())
-    run = read_run(tmp_path) | {"history": [{"kind": "diverged", "onset_ste": 4}]}
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    assert read_history(tmp_path) == ()
 
 
 def test_git_state_outside_a_checkout(tmp_path: Path) -> None:
