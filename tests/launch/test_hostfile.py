@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from recipes.common.recipe import ROOT
@@ -34,6 +36,13 @@ def hosts():
         yield there
 
 
+def listening(pid: int) -> set[str]:
+    """The addresses on which a process listens, as the kernel writes them."""
+    files = {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()}
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in files}
+
+
 def test_two_hosts_train_as_one_and_go_on_after_a_cut_cable(hosts, tmp_path):
     recipe = recipe_copy(tmp_path, steps=STEPS, every=10)
     run_dir = tmp_path / "two"
@@ -48,6 +57,11 @@ def test_two_hosts_train_as_one_and_go_on_after_a_cut_cable(hosts, tmp_path):
 
     beats = wait_for_step(job, run_dir, 12)
     assert [beat.host for beat in beats] == [NAMES[0], NAMES[0], NAMES[1], NAMES[1]]  # tensor inside a host, pipeline across
+    (secret,) = (run_dir / "logs").glob("secret_*.txt")
+    assert secret.stat().st_mode & 0o777 == 0o600
+    shown = " ".join(word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or [])
+    assert secret.read_text().strip() not in shown + output(run_dir)
+    assert listening(job.pid) == {"01004D0A"}  # 10.77.0.1, no other interface
     everyone = processes_of(run_dir)
     began = time.time()
     hosts.set_link(1, "down")
@@ -57,6 +71,7 @@ def test_two_hosts_train_as_one_and_go_on_after_a_cut_cable(hosts, tmp_path):
     assert job.wait(120) == 0, output(run_dir)
     assert_all_end(everyone, 1)
     assert "host nowhere does not answer: excluded" in output(run_dir)
+    assert not secret.exists()
     cut, *_, finished = ends(run_dir)
     assert cut["cause"] == "host_lost", cut
     assert "host beta with ranks [2, 3]" in cut["detail"]

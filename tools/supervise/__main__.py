@@ -34,6 +34,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 from recipes.common.run_dir.attempts import begin_attempt, end_attempt, has_begun, sealed_step, sealed_time
 from recipes.common.runtime.authenticated_link import SECRET, SECRET_FILE, SecretError, read_secret
 from recipes.common.runtime.network import address_to_listen
+from recipes.common.runtime.processes import signal_child
 from recipes.common.runtime.supervisor_link import SUPERVISOR
 from tools.common.console import FAILED, MISTAKE, UsageError, exit_code
 from tools.supervise.attempt import POLL_SECONDS, run_attempt, say
@@ -136,7 +137,7 @@ def _join(flags: argparse.Namespace, run_dir: Path, stops: StopRequests) -> int:
             time.sleep(POLL_SECONDS)
             if stops.times > passed_on:  # the launcher passes it on; then every rank of the job saves and exits
                 passed_on = stops.times
-                os.killpg(job.pid, signal.SIGTERM)
+                signal_child(job.pid, signal.SIGTERM, group=True)
     return job.returncode if job.returncode >= 0 else FAILED
 
 

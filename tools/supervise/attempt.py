@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes.common.run_dir.heartbeat import Beat, read_beats
-from recipes.common.runtime.processes import is_unended_child, kill_session
+from recipes.common.runtime.processes import is_unended_child, kill_session, signal_child
 from tools.common.console import printable
 from tools.supervise.endings import HANG, LAUNCHER, RANK_LOST, STOPPED, Ending, is_restarted, judge
 from tools.supervise.hang_detector import HangLimits, RecentSteps, find_culprits, hang_seconds, slowest_rank
@@ -128,7 +127,7 @@ def _end_all(launcher: subprocess.Popen[bytes], links: RankLinks, seen: Observed
         seen.add([event for event in links.poll(POLL_SECONDS) if event.kind in ("stacks", "state") or not seen.failed()])
     links.disconnect()
     if is_unended_child(launcher.pid):
-        os.kill(launcher.pid, signal.SIGTERM)  # not reaped yet: the number is its own
+        signal_child(launcher.pid, signal.SIGTERM)
         end = time.monotonic() + LAUNCHER_SECONDS
         while time.monotonic() < end and is_unended_child(launcher.pid):
             time.sleep(0.02)

@@ -17,6 +17,7 @@ from pathlib import Path
 from recipes.common.recipe import ROOT
 from recipes.common.runtime.authenticated_link import SECRET_FILE
 from recipes.common.runtime.network import free_port
+from recipes.common.runtime.processes import signal_child
 from recipes.common.runtime.supervisor_link import SUPERVISOR
 from tools.common.console import UsageError
 from tools.supervise import packed_words
@@ -125,7 +126,7 @@ def run_preflight(
                 continue
     finally:
         if job.poll() is None:
-            os.killpg(job.pid, signal.SIGTERM)
+            signal_child(job.pid, signal.SIGTERM, group=True)
             job.wait()
     try:
         found = json.loads(report.read_text())

@@ -9,7 +9,6 @@ asked to end. Exit: the command's code; 143 after SIGTERM and SIGHUP, 130 after 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from recipes.common.runtime.processes import is_unended_child, living_members
+from recipes.common.runtime.processes import is_unended_child, living_members, signal_child
 
 _POLL_SECONDS = 0.05
 
@@ -43,13 +42,11 @@ def end_group(leader: int, seconds: float) -> None:
     """End every process of a child's group. The child was not reaped: until then its group's number is no other's."""
     if not living_members(leader):
         return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGTERM)
+    signal_child(leader, signal.SIGTERM, group=True)
     end = time.monotonic() + seconds
     while time.monotonic() < end and living_members(leader):
         time.sleep(_POLL_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
+    signal_child(leader, signal.SIGKILL, group=True)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,12 @@ def is_unended_child(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
+def signal_child(pid: int, number: int, *, group: bool = False) -> None:
+    """Signal a child, or the process group that it leads. Only before it was reaped: until then the number is no other's."""
+    with contextlib.suppress(ProcessLookupError):
+        (os.killpg if group else os.kill)(pid, number)
+
+
 def kill_session(leader: int) -> None:
     """End every process of the session of a child that was not reaped yet, whoever adopted them."""
     for pid in _numbers():

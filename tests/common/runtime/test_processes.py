@@ -1,5 +1,6 @@
 """A process is known by more than its number."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from recipes.common.runtime import processes
 from recipes.common.runtime.processes import KnownProcess, is_unended_child, kill_session, open_process
+from tests.test_layering import SOURCE, name_of, parse
 
 SLEEPER = [sys.executable, "-c", "import time; print(flush=True); time.sleep(1000)"]
 
@@ -29,6 +31,13 @@ def test_a_signal_reaches_the_process_that_was_opened_and_no_other(monkeypatch, 
     own = processes.start_of(os.getpid())
     assert not KnownProcess(os.getpid(), None, str(int(own) - 1)).send(signal.SIGKILL)  # our number, another start
     assert not KnownProcess(os.getpid(), None, None).send(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("path", SOURCE, ids=name_of)
+def test_no_process_is_signalled_by_a_number_alone(path):
+    """Popen's own methods know whether a child was reaped; everything else goes through recipes/common/runtime/processes.py."""
+    if name_of(path) != "recipes/common/runtime/processes.py":
+        assert not {ast.unparse(node) for node in ast.walk(parse(path))} & {"os.kill", "os.killpg", "psutil.Process"}
 
 
 def test_a_session_ends_whole_with_the_number_of_its_leader_kept():

@@ -1,12 +1,15 @@
 """The process beside a rank kills it when its supervisor is gone, or is no longer the one that proved itself."""
 
+import contextlib
 import os
 import socket
+import threading
+import time
 
 import pytest
 
 from recipes.common.runtime import rank_guard
-from recipes.common.runtime.authenticated_link import AuthenticatedLink
+from recipes.common.runtime.authenticated_link import AuthenticatedLink, new_secret
 from recipes.common.runtime.processes import KnownProcess
 
 
@@ -37,3 +40,31 @@ def test_a_rank_whose_supervisor_is_gone_is_killed(monkeypatch, data, why):
     assert supervisor.receive(theirs.recv(100))[0][0] == {"rank": 5}
     for file in (*stdin, *stacks):
         os.close(file)
+
+
+GREETING = AuthenticatedLink(new_secret(), is_supervisor=True).greeting()
+
+
+@pytest.mark.parametrize("begins", [b"", GREETING[:30], GREETING, b"die\n" * 40, GREETING + bytes(32), b"\xff" * 70_000])
+@pytest.mark.parametrize("goes_on", ["silent", "slow", "closed"])
+def test_who_answers_without_the_secret_is_left_in_time(monkeypatch, begins, goes_on):
+    """Whatever it sends, however slowly: the guard neither waits for ever nor raises nor believes it."""
+    monkeypatch.setattr(rank_guard, "SILENCE_SECONDS", 0.2)
+    guards, theirs = socket.socketpair()
+    sender = threading.Thread(target=answer, args=(theirs, begins, goes_on), daemon=True)
+    sender.start()
+    assert not rank_guard._prove(guards, AuthenticatedLink("s" * 32, is_supervisor=False))
+    guards.close()
+    sender.join(10)
+    theirs.close()
+    assert not sender.is_alive()
+
+
+def answer(connection: socket.socket, begins: bytes, goes_on: str) -> None:
+    with contextlib.suppress(OSError):
+        connection.sendall(begins)
+        for _ in range(200 if goes_on == "slow" else 0):
+            connection.sendall(b"x")
+            time.sleep(0.02)
+        if goes_on == "closed":
+            connection.shutdown(socket.SHUT_RDWR)
