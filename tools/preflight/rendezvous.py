@@ -150,7 +150,7 @@ def collect(
     while (left := deadline - time.monotonic()) > 0 and not _all_set(rendezvous, list(keys.values()), min(left, WAITING_SECONDS)):
         if missing := [rank for rank, key in keys.items() if not rendezvous.store.check([key])]:
             waiting(missing)
-    return {rank: json.loads(rendezvous.store.get(key)) for rank, key in keys.items() if rendezvous.store.check([key])}
+    return {rank: _parsed(step, rendezvous.store.get(key)) for rank, key in keys.items() if rendezvous.store.check([key])}
 
 
 def announce(rendezvous: Rendezvous, step: str, value: Any) -> None:
@@ -170,13 +170,23 @@ def receive(rendezvous: Rendezvous, step: str, seconds: float) -> Any:
         # over a broken link the store would wait for ever
         answer = bounded(ask, "an answer of its store", rendezvous.limit_seconds)
         if answer.get("value") is not None:
-            return json.loads(answer["value"])
+            return _parsed(step, answer["value"])
         if "error" in answer:
             reason = answer["error"]
             break
         time.sleep(pause)
         pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
     raise CheckError(f"rank {rendezvous.rank} lost rank 0 before {step!r}: {reason}; check rank 0's output and the link to it")
+
+
+def _parsed(step: str, message: bytes) -> Any:
+    try:
+        return json.loads(message)
+    except (ValueError, RecursionError):
+        raise CheckError(
+            f"a message about {step!r} in this job's store is not JSON: another program wrote it; let only the job's hosts reach "
+            "MASTER_PORT (launch/README.md, Trust)"
+        ) from None
 
 
 def _all_set(rendezvous: Rendezvous, keys: list[str], seconds: float) -> bool:

@@ -158,8 +158,10 @@ def _attempt(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, cause
             return launch
         address = flags.address or own_address(list(launch.hosts))
         links = undo.enter_context(contextlib.closing(_listen(address, flags.report_port)))
-        try:  # a launcher shows the environment on command lines: other hosts read a file that they share
-            path = undo.enter_context(secret_file(run_dir / "logs", links.secret)) if launch.hosts else ""
+        try:  # a launcher shows the environment on command lines: other hosts read a file
+            given = os.environ.get(SECRET_FILE, "")
+            if launch.hosts and not given:
+                given = undo.enter_context(secret_file(run_dir / "logs", links.secret))
         except OSError as error:
             return Ending(LAUNCHER, f"cannot write the ranks' secret to {run_dir / 'logs'}: {error.strerror}")
         words = flags_of_attempt(flags.recipe_flags, run_dir, cause)
@@ -167,8 +169,8 @@ def _attempt(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, cause
         world_size, hosts = sum(launch.hosts.values()) or flags.processes, launch.hosts or {socket.gethostname(): 0}
         number = begin_attempt(run_dir, world_size, hosts, cause, _resumed_step(words, run_dir))
         environment = launch.environment | {SUPERVISOR: f"{address}:{links.port}"}
-        if path:
-            environment[SECRET_FILE] = path
+        if launch.hosts:
+            environment[SECRET_FILE] = given
             environment["DS_ENV_FILE"] = write_exports(Path(folder) / "environment", environment)
         else:
             environment[SECRET] = links.secret
@@ -195,9 +197,13 @@ def _listen(address: str, port: int) -> RankLinks:
 def _given_secret() -> str:
     """Return the secret of the environment, which several machines' scripts share. Raises UsageError where it is none."""
     try:
-        return read_secret(os.environ, wait_seconds=0)
+        secret = read_secret(os.environ, wait_seconds=0)
     except SecretError as error:
         raise UsageError(str(error)) from None
+    file = Path(os.environ.get(SECRET_FILE, ""))
+    if file.is_file() and file.stat().st_mode & 0o077:
+        raise UsageError(f"{SECRET_FILE}={file}: other users may read the secret; run `chmod 600` on it")
+    return secret
 
 
 def _prepare_launch(

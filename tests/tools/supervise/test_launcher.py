@@ -13,6 +13,7 @@ import pytest
 from recipes.common.runtime.authenticated_link import SECRET, SECRET_FILE, read_secret
 from recipes.common.runtime.supervisor_link import SUPERVISOR
 from tools.common.console import UsageError
+from tools.supervise.__main__ import _given_secret
 from tools.supervise.hosts import read_hostfile
 from tools.supervise.launcher import complete, fill_words, secret_file, write_exports
 
@@ -56,6 +57,19 @@ def test_the_secret_is_in_a_file_of_its_owner_while_it_is_needed(tmp_path):
         assert Path(name).stat().st_mode & 0o777 == 0o600
         assert read_secret({SECRET_FILE: name}) == "s" * 40
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_secret_of_the_users_own_is_one_that_nobody_else_reads(tmp_path, monkeypatch):
+    path = tmp_path / "secret"
+    path.write_text("m" * 32)
+    monkeypatch.setenv(SECRET_FILE, str(path))
+    with pytest.raises(UsageError, match=f"{path}: other users may read the secret; run `chmod 600` on it"):
+        _given_secret()
+    path.chmod(0o600)
+    assert _given_secret() == "m" * 32
+    monkeypatch.setenv(SECRET_FILE, str(tmp_path / "none"))
+    with pytest.raises(UsageError, match="No such file"):
+        _given_secret()
 
 
 @pytest.mark.parametrize(("name", "value"), [("MASTER_PORT", "1; reboot"), ("MASTER_PORT", "$(reboot)"), ("--master", "-oA=b")])
