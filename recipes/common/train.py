@@ -7,7 +7,8 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,29 @@ import torch
 
 from recipes.common.anomalies.recovery import Recovery
 from recipes.common.anomalies.rewinds import Rewind, read_history, skips_ahead
+from recipes.common.checkpoint.changes import check_resume, flag_problems
 from recipes.common.checkpoint.files import out_dir_problems
 from recipes.common.checkpoint.position import RunPosition
+from recipes.common.checkpoint.reorder import first_order
 from recipes.common.checkpoint.resume import resume
 from recipes.common.checkpoint.saver import Saver
 from recipes.common.checks.dry_run import describe_run
 from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.config.arguments import parse_flags
 from recipes.common.config.ds_config import merge_ds_config
+from recipes.common.config.field_effects import NEEDS_CONSENT
+from recipes.common.config.field_types import type_problems
 from recipes.common.config.lr_schedules import global_seqs_at, learning_rate_at
 from recipes.common.data.batches import open_train, open_validation, step_micro_batches, validation_micro_batches
-from recipes.common.data.blend import data_folders
 from recipes.common.data.prefetcher import Prefetcher
-from recipes.common.data.shards import data_identity
 from recipes.common.engine.build_trainer import build_recipe_trainer
 from recipes.common.engine.trainer import TOO_HIGH, StepResult, Trainer
 from recipes.common.model.initial_weights import name_seed
 from recipes.common.monitor.monitor import RunMonitor
 from recipes.common.monitor.phases import Phases
 from recipes.common.parallel.grid import Grid
-from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes, due, from_root
+from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes, due
+from recipes.common.run_dir.checkpoint_folders import step_folder
 from recipes.common.run_dir.run_files import recipe_to_dict, write_run_files
 from recipes.common.run_dir.run_log import RunLog
 from recipes.common.runtime.exits import end_rank, guard_rank
@@ -55,6 +59,8 @@ def main(recipe: Recipe) -> None:
     link = SupervisorLink(rank)
     out_dir = Path(flags.out_dir).expanduser().resolve()
     found = [] if flags.dry_run else out_dir_problems(out_dir, flags.resume, flags.resume_step)
+    if flags.resume and not flags.dry_run and not type_problems(recipe):
+        found += flag_problems(recipe, out_dir, flags.resume_step, flags.accept)
     try:
         layout, ds_config = check_recipe(recipe, world_size, check_machine=not flags.dry_run, flag_problems=found)
     except RecipeError as error:
@@ -69,9 +75,10 @@ def main(recipe: Recipe) -> None:
             print(describe_run(recipe, layout, sizes))
             print(json.dumps(ds_config, indent=2))
         return
-    start = {"resume_run": flags.resume, "resume_step": flags.resume_step, "max_steps": flags.max_steps, "skips": flags.skip}
+    start = {name: getattr(flags, name) for name in ("resume_step", "max_steps", "accept", "trace_steps")}
     with guard_rank(out_dir, rank, link.report_exit):
-        finished = train(start_run(recipe, layout, sizes, ds_config, out_dir, **start, trace_steps=flags.trace_steps))
+        run = start_run(recipe, layout, sizes, ds_config, out_dir, resume_run=flags.resume, skips=flags.skip, **start)
+        finished = train(run)
         end_rank(lambda: link.report_exit("finished" if finished else "stopped"))
 
 
@@ -95,7 +102,7 @@ def train(run: Run) -> bool:
     """Train to the run's last step. Returns whether it was reached: False after a request to stop."""
     recipe, trainer, phases, recovery = run.recipe, run.trainer, run.phases, run.recovery
     position, skips_in_a_row = run.position, 0
-    batches = open_reader(recipe, trainer.grid, position.skips)
+    batches = open_reader(recipe, trainer.grid, position)
     if position.step == 0 and recipe.evaluation.every_steps:
         write_record(run, {"step": 0} | evaluate(recipe, trainer))
     while position.step < run.last_step:
@@ -104,7 +111,7 @@ def train(run: Run) -> bool:
         started = time.perf_counter()
         seqs = global_seqs_at(recipe.batch, position.consumed_seqs)
         tokens = seqs * recipe.batch.seq_len
-        lr = learning_rate_at(recipe, step, position.consumed_seqs * recipe.batch.seq_len + tokens) * recovery.lr_factor(step)
+        lr = learning_rate_at(recipe, step, position.consumed_tokens(recipe.batch.seq_len) + tokens) * recovery.lr_factor(step)
         trainer.set_global_seqs(seqs)
         seed_dropout(recipe.seed, step, trainer.grid)
         micro_batches = batches.next(position.consumed_seqs, seqs)
@@ -131,7 +138,7 @@ def train(run: Run) -> bool:
         if rewound is not None:
             position, skips_in_a_row = rewound, 0
             batches.close()
-            batches = open_reader(recipe, trainer.grid, position.skips)
+            batches = open_reader(recipe, trainer.grid, position)
             continue
         if stopping or time_to_save or step == run.last_step or run.saver.due(step):
             phases.enter(step, "save")
@@ -154,12 +161,16 @@ def start_run(
     resume_step: int | None = None,
     max_steps: int | None = None,
     skips: tuple[tuple[int, int], ...] = (),
+    accept: Sequence[str] = (),
     trace_steps: range = range(0),
 ) -> Run:
-    """Build this rank's trainer, resume where asked, and open the run directory. skips, trace_steps: as the flags give them."""
+    """Build this rank's trainer, resume where asked, and open the run directory. The last three are as the flags give them."""
     phases = Phases(out_dir, int(os.environ.get("RANK", "0")), trace_steps)
     trainer = build_recipe_trainer(recipe, layout, ds_config)
-    position, history = _first_position(out_dir, trainer, resume_step, skips) if resume_run else (RunPosition().skip(skips), ())
+    changes, position, history = [], RunPosition(order=first_order(recipe)).skip(skips), ()
+    if resume_run:
+        position, history = _first_position(recipe, out_dir, trainer, resume_step, skips)
+        changes = check_resume(recipe, out_dir, step_folder(out_dir, position.step), accept)
     resumed_step = position.step if resume_run else None
     if trainer.grid.rank == 0:
         write_run_files(
@@ -169,10 +180,15 @@ def start_run(
             layout=layout,
             sizes=sizes,
             resumed_step=resumed_step,
-            data={name: data_identity(from_root(name)) for name in data_folders(recipe)},
+            data={name: reading.identity for name, reading in position.order.readings.items()},
             skips=position.skips,
+            order=asdict(position.order),
+            accepted=[change.recorded() for change in changes if change.effect in NEEDS_CONSENT],
         )
     log = _open_log(recipe, out_dir, resumed_step) if trainer.grid.rank == 0 else None
+    if log is not None:
+        for change in changes:
+            log.note(f"going on with {change}: {'accepted; ' * (change.effect in NEEDS_CONSENT)}changes {change.effect.value}")
     saver = Saver(out_dir, trainer, recipe, log)
     monitor = RunMonitor(trainer, recipe, out_dir, resumed_step=resumed_step, log=log)
     recovery = Recovery(recipe, out_dir, trainer, saver, monitor, log)
@@ -195,18 +211,18 @@ def end_run(run: Run, position: RunPosition) -> None:
 
 
 def _first_position(
-    out_dir: Path, trainer: Trainer, resume_step: int | None, skips: tuple[tuple[int, int], ...]
+    recipe: Recipe, out_dir: Path, trainer: Trainer, resume_step: int | None, skips: tuple[tuple[int, int], ...]
 ) -> tuple[RunPosition, tuple[Rewind, ...]]:
     """Resume. Returns the position, without the sequences that the run's rewinds skip, and those rewinds."""
     history = read_history(out_dir)
-    position = resume(out_dir, trainer, last_step=resume_step)
-    return position.skip((*skips, *skips_ahead(history, position.consumed_seqs, position.skips))), history
+    position = resume(out_dir, trainer, recipe, last_step=resume_step)
+    return position.skip((*skips, *skips_ahead(history, position))), history
 
 
 def _open_log(recipe: Recipe, out_dir: Path, resumed_step: int | None) -> RunLog:
     manifest = json.loads((out_dir / "run.json").read_text())
     config = json.loads((out_dir / "recipe.json").read_text())
-    log = RunLog(
+    return RunLog(
         out_dir,
         name=recipe.name,
         run_steps=recipe.steps,
@@ -214,12 +230,6 @@ def _open_log(recipe: Recipe, out_dir: Path, resumed_step: int | None) -> RunLog
         config=config,
         run_id=manifest["run_id"],
     )
-    starts = manifest["starts"]
-    before = starts[-2]["data"] if len(starts) > 1 else {}
-    for name, identity in starts[-1]["data"].items():
-        if before.get(name, identity) != identity:  # the order stays, but what it orders is something else
-            log.note(f"data={name} was prepared again since this run's last start: its sequences are not those read before")
-    return log
 
 
 def seed_dropout(seed: int, step: int, grid: Grid) -> None:
@@ -233,9 +243,9 @@ def write_record(run: Run, record: dict[str, Any]) -> None:
         run.log.write(record | run.saver.report())
 
 
-def open_reader(recipe: Recipe, grid: Grid, skips: tuple[tuple[int, int], ...]) -> Prefetcher:
+def open_reader(recipe: Recipe, grid: Grid, position: RunPosition) -> Prefetcher:
     """Open this rank's micro batches, step by step. Stages that use none of them read none."""
-    stream = open_train(recipe.data, recipe.batch.seq_len)
+    stream = open_train(recipe.data, recipe.batch.seq_len, position.order)
     reads = grid.is_first_stage or grid.is_last_stage or recipe.mask_documents
 
     def read(consumed: int, global_seqs: int) -> list[torch.Tensor]:
@@ -249,7 +259,7 @@ def open_reader(recipe: Recipe, grid: Grid, skips: tuple[tuple[int, int], ...]) 
             micro_seqs=recipe.batch.micro_seqs,
             data_rank=grid.data_rank,
             data_size=grid.data,
-            skips=skips,
+            skips=position.skips,
         )
 
     def following(consumed: int, global_seqs: int) -> tuple[int, int]:
@@ -281,7 +291,7 @@ def step_record(
         "grad_norm": result.grad_norm,
         "tokens": tokens,
         "consumed_seqs": position.consumed_seqs,
-        "consumed_tokens": position.consumed_seqs * recipe.batch.seq_len,
+        "consumed_tokens": position.consumed_tokens(recipe.batch.seq_len),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "data_wait_share": wait_seconds / seconds,

@@ -75,18 +75,6 @@ def test_skipped_sequences_are_left_out_and_remembered(folders, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][-1]["skips"] == [[8, 12]]
 
 
-def test_data_that_changed_between_starts_is_noted(tmp_path, capfd):
-    write_shards(tmp_path / "data", tokens=4_000)
-    recipe = tiny_recipe(tmp_path / "data", steps=STEPS, evaluation=Evaluation())
-    run(recipe, 1, tmp_path / "run", max_steps=2)
-    run(recipe, 1, tmp_path / "run", resume=True, max_steps=4)
-    assert "prepared again" not in capfd.readouterr().err
-    manifest = tmp_path / "data" / "dataset.json"
-    manifest.write_text(manifest.read_text().replace('"documents": 1', '"documents": 2', 1))
-    run(recipe, 1, tmp_path / "run", resume=True)
-    assert f"data={tmp_path / 'data'} was prepared again" in capfd.readouterr().err
-
-
 def test_a_skip_of_what_was_read_is_refused(folders, tmp_path):
     recipe = tiny_recipe(folders[0], steps=STEPS, evaluation=Evaluation())
     run(recipe, 1, tmp_path, max_steps=2)

@@ -73,9 +73,10 @@ def run(
     resume_step: int | None = None,
     max_steps: int | None = None,
     skips: tuple[tuple[int, int], ...] = (),
+    accept: tuple[str, ...] = (),
 ) -> dict[int, dict[str, Any]]:
     """Train a whole run on forked ranks, as a launcher would start it. Returns the records of metrics.jsonl by step."""
-    run_ranks(_run, world_size, recipe, world_size, str(out_dir), resume, resume_step, max_steps, skips)
+    run_ranks(_run, world_size, recipe, world_size, str(out_dir), resume, resume_step, max_steps, skips, accept)
     return {r["step"]: r for r in read_metrics(Path(out_dir) / "metrics.jsonl") if "loss" in r}
 
 
@@ -87,11 +88,12 @@ def _run(
     resume_step: int | None,
     max_steps: int | None,
     skips: tuple[tuple[int, int], ...],
+    accept: tuple[str, ...],
 ) -> None:
     layout, config = check_recipe(recipe, world_size, check_machine=True)
     sizes = derive_sizes(recipe, layout, world_size)
     config = merge_ds_config(config, recipe, sizes, sizes.accumulation)
-    starts = {"resume_run": resume, "resume_step": resume_step, "max_steps": max_steps, "skips": skips}
+    starts = {"resume_run": resume, "resume_step": resume_step, "max_steps": max_steps, "skips": skips, "accept": accept}
     train(start_run(recipe, layout, sizes, config, Path(out_dir), **starts))
 
 

@@ -27,6 +27,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from recipes.common.checkpoint.files import CheckpointError
+from recipes.common.checkpoint.position import written_position
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.config.json_files import write_json
 from recipes.common.model.initial_weights import build_empty
@@ -149,7 +150,7 @@ def provenance(reader: Reader, dtype: str) -> dict[str, Any]:
             "recipe": recipe["name"],
             "seq_len": recipe["batch"]["seq_len"],
             "evaluation_seqs": recipe["evaluation"]["seqs"],
-            "consumed_tokens": reader.state["consumed_seqs"] * recipe["batch"]["seq_len"],
+            "consumed_tokens": written_position(reader.state).consumed_tokens(recipe["batch"]["seq_len"]),
         }
     return content
 

@@ -6,12 +6,14 @@ import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from recipes.common.data.blend import BlendedStream, folders, open_blend
+from recipes.common.data.blend import BlendedStream, data_from_json, folders, open_blend
 from recipes.common.data.order import kept_index
+from recipes.common.data.reading import NOTHING_READ, UNCHANGED, Order, order_from_json
 from recipes.common.data.shards import ORIGIN, TokenStream, open_split, read_manifest
 from recipes.common.recipe import Blend, from_root
 from tools.common.console import UsageError
@@ -27,6 +29,7 @@ class DataOrder:
     seed: int
     seq_len: int
     skips: tuple[tuple[int, int], ...]
+    order: Order = UNCHANGED  # where it begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,36 +42,44 @@ class StepRead:
     data_size: int
 
 
-def read_run(folder: Path) -> DataOrder:
-    """Read the data order of a run directory. Raises UsageError when it has no recipe.json."""
-    path = folder / "recipe.json"
-    if not path.is_file():
-        raise UsageError(f"{folder}: no recipe.json, so this is no run directory")
-    recipe = json.loads(path.read_text())
-    blend = None
-    if isinstance(recipe["data"], dict):
-        changes = tuple((int(after), weights) for after, weights in recipe["data"]["changes"])
-        blend = Blend(weights=recipe["data"]["weights"], changes=changes)
+def read_run(folder: Path, step: int | None = None) -> DataOrder:
+    """Read the data order of a run directory, as it is now or was at `step`. Raises UsageError when it has no recipe.json."""
+    recipe = _recipe_at(folder, step)
+    data = data_from_json(recipe["data"])
+    blend = data if isinstance(data, Blend) else None
     names = folders(blend) if blend else [recipe["data"]]
+    start = _start_at(folder, step)
     return DataOrder(
         data={name: from_root(name) for name in names},
         blend=blend,
         seed=recipe["seed"],
         seq_len=recipe["batch"]["seq_len"],
-        skips=_skips(folder),
+        skips=tuple((first, last) for first, last in start.get("skips", ())),
+        order=order_from_json(start["reading"]) if "reading" in start else UNCHANGED,
     )
 
 
-def _skips(folder: Path) -> tuple[tuple[int, int], ...]:
-    """Return the skips of the newest start: a skip changes nothing before itself, so it holds for earlier starts too."""
+def _recipe_at(folder: Path, step: int | None) -> dict[str, Any]:
+    """Return the recipe of a run, or the one that its step `step` was trained by: a resume keeps what it replaces."""
+    path = folder / "recipe.json"
+    if not path.is_file():
+        raise UsageError(f"{folder}: no recipe.json, so this is no run directory")
+    kept = {int(p.name.split(".")[1].removeprefix("before_step_")): p for p in folder.glob("recipe.before_step_*[0-9].json")}
+    later = [first for first in kept if step is not None and first > step]
+    return json.loads((kept[min(later)] if later else path).read_text())
+
+
+def _start_at(folder: Path, step: int | None) -> dict[str, Any]:
+    """Return the start in run.json under whose order `step` was read: a skip changes nothing before itself, a change does."""
     path = folder / "run.json"
     starts = json.loads(path.read_text())["starts"] if path.is_file() else []
-    return tuple((first, last) for first, last in starts[-1].get("skips", ())) if starts else ()
+    before = [start for start in starts if step is None or start.get("reading", {}).get("since_step", 0) < step]
+    return before[-1] if before else {}
 
 
 def read_step(folder: Path, step: int) -> StepRead:
     """Return what step `step` of a run read. Raises UsageError if the run has no such step."""
-    seq_len, micro_seqs = (json.loads((folder / "recipe.json").read_text())["batch"][k] for k in ("seq_len", "micro_seqs"))
+    seq_len, micro_seqs = (_recipe_at(folder, step)["batch"][k] for k in ("seq_len", "micro_seqs"))
     last = 0
     found = None
     with open(folder / "metrics.jsonl", encoding="utf-8") as file:
@@ -87,8 +98,10 @@ def read_step(folder: Path, step: int) -> StepRead:
 
 def open_run(run: DataOrder) -> TokenStream | BlendedStream:
     if run.blend is not None:
-        return open_blend(run.blend, run.seq_len)
-    return open_split(next(iter(run.data.values())), "train", run.seq_len)
+        return open_blend(run.blend, run.seq_len, run.order)
+    (name, folder), *_ = run.data.items()
+    reading = run.order.readings.get(name, NOTHING_READ)
+    return open_split(folder, "train", run.seq_len, reading=reading, start_seqs=run.order.start_seqs)
 
 
 def describe(run: DataOrder, consumed: np.ndarray) -> list[dict]:

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         read_manifest(args.folder)
         order = DataOrder(data={str(args.folder): args.folder}, blend=None, seed=args.seed, seq_len=args.seq_len, skips=())
     else:
-        order = read_run(args.folder)
+        order = read_run(args.folder, args.step)
     if args.sequences:
         start, stop = parse_range(args.sequences)
         consumed = np.arange(start, stop)

@@ -51,7 +51,7 @@ def run(flags: argparse.Namespace) -> int:
 def examine(folder: Path, step: int) -> dict[str, Any]:
     """Return everything about the batch of one step, sequences worst first. Raises UsageError where the run cannot answer."""
     try:
-        run, read = read_run(folder), read_step(folder, step)
+        run, read = read_run(folder, step), read_step(folder, step)
         tokens = step_tokens(run, read)
         rows = describe(run, read.consumed + np.arange(read.seqs))
     except (OSError, ValueError) as error:

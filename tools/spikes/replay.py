@@ -23,6 +23,7 @@ from recipes.common.checks.model_checks import depth_problems
 from recipes.common.checks.recipe_checks import option_problems
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.data.batches import open_train, step_micro_batches
+from recipes.common.data.reading import Order
 from recipes.common.engine.build_trainer import build_recipe_trainer
 from recipes.common.recipe import Layout, Recipe, RecipeError, derive_sizes
 from recipes.common.run_dir.metrics import read_metrics
@@ -50,6 +51,7 @@ class ReplayPlan:
     ds_config: dict[str, Any]
     checkpoint: str
     skips: tuple[tuple[int, int], ...]
+    order: Order  # of reading, since its last change
     steps: tuple[dict[str, Any], ...]  # the records of metrics.jsonl from the checkpoint to the step
     other_batch_at: int | None = None  # sequences consumed, for the last step instead of its own
     device: str = "cpu"
@@ -129,7 +131,8 @@ def make_plan(folder: Path, step: int, layout: str | None) -> tuple[ReplayPlan, 
         world_size=world,
         ds_config=ds_config,
         checkpoint=str(checkpoint),
-        skips=read_run(folder).skips,
+        skips=read_run(folder, step).skips,
+        order=read_run(folder, step).order,
         steps=tuple(records[s] for s in range(first, step + 1)),
         device="cuda" if os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.device_count() >= world else "cpu",
     )
@@ -179,7 +182,7 @@ def _replay_rank(plan: ReplayPlan) -> tuple[list[float], list[float]]:
     trainer = build_recipe_trainer(plan.recipe, plan.layout, plan.ds_config, plan.device)
     load_state(Reader(Path(plan.checkpoint)), trainer)
     recipe, grid = plan.recipe, trainer.grid
-    stream = open_train(recipe.data, recipe.batch.seq_len)
+    stream = open_train(recipe.data, recipe.batch.seq_len, plan.order)
     losses, norms = [], []
     for record in plan.steps:
         seqs = record["tokens"] // recipe.batch.seq_len

@@ -41,8 +41,8 @@ from recipes.common.anomalies.rewinds import (
     checkpoint_before,
     describe_rewind,
     history_fields,
+    indices_of,
     lr_factor_at,
-    sequences_of_steps,
     suspect_steps,
     tries_at,
 )
@@ -80,8 +80,10 @@ class Recovery:
         self._recipe, self._out_dir = recipe, out_dir
         self._trainer, self._saver, self._monitor, self._log = trainer, saver, monitor, log
         self._box = None if log is None else BlackBox(out_dir, self._locate, log.note)
+        self._start = RunPosition()
         self._skips: tuple[tuple[int, int], ...] = ()
-        self._recent: deque[tuple[int, dict[str, float]]] = deque(maxlen=MEMORY_STEPS)  # what the detectors were given
+        # step, what the detectors were given, and the sequences consumed after it
+        self._recent: deque[tuple[int, dict[str, float], int]] = deque(maxlen=MEMORY_STEPS)
         self._new: list[Event] = []  # of the newest step
         self._open: dict[int, Event] = {}  # by number: events that have not ended
         self._skipped_in_a_row = 0
@@ -91,10 +93,10 @@ class Recovery:
 
     def start(self, position: RunPosition, history: tuple[Rewind, ...], *, resumed: bool) -> None:
         """Call at a start of the process. Collective: rank 0 reads what the detectors were given before, for all."""
-        self.history, self._skips = history, position.skips
+        self.history, self._start, self._skips = history, position, position.skips
         if resumed:
             recent = read_recent(self._out_dir, position.step) if self._log is not None else []
-            self._recent.extend((step, values) for step, values in broadcast_json(recent, self._trainer.grid.device))
+            self._recent.extend((step, values, consumed) for step, values, consumed in broadcast_json(recent, self._trainer.grid.device))
             self._restart_detector(position.step)
 
     def lr_factor(self, step: int) -> float:
@@ -110,7 +112,7 @@ class Recovery:
         """Push a step into the detectors. Return the fields that they and the history add to its record."""
         step = int(record["step"])
         values = detector_values(record)
-        self._recent.append((step, values))
+        self._recent.append((step, values, int(record.get("consumed_seqs", 0))))
         self._new = self._detector.push(step, values)
         for event in self._new:
             if event.end_step is None:
@@ -171,7 +173,8 @@ class Recovery:
         """Return the next try; None where no checkpoint is from before the event."""
         self._saver.finish()  # the newest may still be on its way to the disk
         suspects = suspect_steps(event, position.step, tries)
-        to_step = checkpoint_before(self._out_dir, suspects[0], tries) if self._log is not None else None
+        since = position.order.since_step
+        to_step = checkpoint_before(self._out_dir, suspects[0], tries, since) if self._log is not None else None
         # a shared file system may show the ranks different moments
         to_step = broadcast_json(to_step, self._trainer.grid.device)
         if to_step is None:
@@ -183,16 +186,19 @@ class Recovery:
             onset_step=event.onset_step,
             from_step=position.step,
             to_step=to_step,
-            skipped=sequences_of_steps(self._recipe.batch, suspects, position.skips),
+            skipped=indices_of((self._consumed_after(suspects[0] - 1), self._consumed_after(suspects[1])), position.skips),
             lr_factor=reaction.lr_factor,
             lr_until_step=to_step + reaction.lr_steps,
         )
 
     def _rewind(self, plan: Rewind) -> RunPosition:
-        loaded = resume(self._out_dir, self._trainer, last_step=plan.to_step)
+        loaded = resume(self._out_dir, self._trainer, self._recipe, last_step=plan.to_step)
         # a damaged one is passed over: the run may be further back than planned
         plan = replace(plan, to_step=loaded.step, lr_until_step=loaded.step + self._recipe.reaction.lr_steps)
-        position = replace(loaded, skips=self._skips).skip((plan.skipped,))
+        if loaded.order == self._start.order:
+            position = replace(loaded, skips=self._skips).skip((plan.skipped,))
+        else:  # from before the order of the data changed: its sequences have other numbers
+            position = self._start = loaded
         self._saver.last_saved = step_folder(self._out_dir, position.step)
         self.history, self._skips = (*self.history, plan), position.skips
         while self._recent and self._recent[-1][0] > position.step:
@@ -208,7 +214,7 @@ class Recovery:
     def _restart_detector(self, step: int) -> None:
         """Bring the detectors to where they were after `step`, and to a resume from its checkpoint."""
         self._detector, self._new, self._open = AnomalyDetector(), [], {}
-        for past_step, values in self._recent:
+        for past_step, values, _ in self._recent:
             self._detector.push(past_step, values)
         self._detector.resumed(step)
 
@@ -230,11 +236,22 @@ class Recovery:
 
     def _locate(self, step: int) -> dict[str, Any]:
         """Return the sequences that a step read, and where they lie: number of the folder in the blend, position in it."""
-        recipe = self._recipe
-        consumed = np.arange(seqs_after(recipe.batch, step - 1), seqs_after(recipe.batch, step))
-        index = kept_index(consumed, self._skips)
-        source, place = open_train(recipe.data, recipe.batch.seq_len).locate(recipe.seed, index)
+        recipe, order = self._recipe, self._start.order
+        if step <= order.since_step > 0:
+            return {"sequences": [], "folder": [], "position": []}  # read in another order
+        index = kept_index(np.arange(self._consumed_after(step - 1), self._consumed_after(step)), self._skips)
+        source, place = open_train(recipe.data, recipe.batch.seq_len, order).locate(recipe.seed, index)
         return {"sequences": index.tolist(), "folder": source.tolist(), "position": place.tolist()}
+
+    def _consumed_after(self, step: int) -> int:
+        """Return the sequences consumed up to and including `step`: as recorded, or by the recipe's batch."""
+        start, batch = self._start, self._recipe.batch
+        for known, _, consumed in reversed(self._recent):
+            if start.order.since_step < known <= step and consumed:
+                return seqs_after(batch, step - known, consumed)
+        if step >= start.step:
+            return seqs_after(batch, step - start.step, start.consumed_seqs)
+        return max(start.consumed_seqs - seqs_after(batch, start.step) + seqs_after(batch, step), start.order.start_seqs)
 
     def _stop_message(self, step: int, cause: Event, tried: tuple[Rewind, ...], hopeless: Hopeless | None) -> str:
         what = f"step {step}: " + (hopeless[1] if hopeless else f"{cause.kind} from step {cause.onset_step}")
@@ -272,8 +289,8 @@ def detector_values(record: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(record[name]) for name in ("loss", "grad_norm", "loss_scale") if name in record}
 
 
-def read_recent(out_dir: Path, step: int) -> list[tuple[int, dict[str, float]]]:
-    """Read what the detectors were given in the last steps up to `step`, from the end of metrics.jsonl."""
+def read_recent(out_dir: Path, step: int) -> list[tuple[int, dict[str, float], int]]:
+    """Read what the detectors were given in the last steps up to `step`, and the sequences consumed, from metrics.jsonl's end."""
     path = out_dir / METRICS
     if not path.is_file():
         return []
@@ -287,7 +304,7 @@ def read_recent(out_dir: Path, step: int) -> list[tuple[int, dict[str, float]]]:
         record = json.loads(line)
         record = {k: NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
         if "loss" in record and record["step"] <= step:
-            recent.append((record["step"], detector_values(record)))
+            recent.append((record["step"], detector_values(record), int(record.get("consumed_seqs", 0))))
     return recent[-MEMORY_STEPS:]
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from recipes.common.anomalies.events import KINDS, Event
+from recipes.common.checkpoint.position import RunPosition
 from recipes.common.config.json_files import write_json
-from recipes.common.config.lr_schedules import seqs_after
 from recipes.common.data.order import kept_index
-from recipes.common.recipe import Batch, Reaction
+from recipes.common.recipe import Reaction
 from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_checkpoints
 
 Skips = tuple[tuple[int, int], ...]
@@ -53,10 +53,10 @@ def append_history(out_dir: Path, rewind: Rewind, skips: Skips) -> None:
     write_json(out_dir / "run.json", run)
 
 
-def skips_ahead(history: tuple[Rewind, ...], consumed_seqs: int, skips: Skips) -> Skips:
-    """Return the skips of the history that a checkpoint from before them does not hold yet."""
-    here = int(kept_index(np.array([consumed_seqs]), skips)[0])
-    return tuple(rewind.skipped for rewind in history if rewind.skipped[0] >= here)
+def skips_ahead(history: tuple[Rewind, ...], position: RunPosition) -> Skips:
+    """Return the skips of the history that a checkpoint from before them does not hold yet, of the present order's sequences."""
+    here = position.next_index()
+    return tuple(r.skipped for r in history if r.skipped[0] >= here and r.to_step >= position.order.since_step)
 
 
 def lr_factor_at(history: tuple[Rewind, ...], step: int) -> float:
@@ -99,17 +99,18 @@ def tries_at(history: tuple[Rewind, ...], onset_step: int) -> tuple[Rewind, ...]
     return tuple(tries)
 
 
-def sequences_of_steps(batch: Batch, steps: tuple[int, int], skips: Skips) -> tuple[int, int]:
-    """Return [start, stop) by index: what the steps first to last read."""
-    first, last = steps
-    ends = np.array([seqs_after(batch, first - 1), seqs_after(batch, last) - 1])
-    start, end = kept_index(ends, skips).tolist()
+def indices_of(consumed: tuple[int, int], skips: Skips) -> tuple[int, int]:
+    """Return [start, stop) by index: the sequences from the first of two counts of consumed ones to the second."""
+    start, end = kept_index(np.array([consumed[0], consumed[1] - 1]), skips).tolist()
     return start, end + 1
 
 
-def checkpoint_before(out_dir: Path, step: int, tries: int) -> int | None:
-    """Return the step of the newest checkpoint before `step`, one further back for each try that failed."""
-    steps = [checkpoint_step(folder) for folder in sealed_checkpoints(out_dir) if checkpoint_step(folder) < step]
+def checkpoint_before(out_dir: Path, step: int, tries: int, since_step: int = 0) -> int | None:
+    """Return the step of the newest checkpoint before `step`, one further back for each try that failed.
+
+    since_step: none from before it, when the order of the data changed: the sequences to skip are no longer those.
+    """
+    steps = [at for folder in sealed_checkpoints(out_dir) if since_step <= (at := checkpoint_step(folder)) < step]
     return steps[max(len(steps) - 1 - tries, 0)] if steps else None
 
 

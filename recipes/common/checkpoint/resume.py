@@ -7,17 +7,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from recipes.common.checkpoint.changes import written_recipe
 from recipes.common.checkpoint.files import CheckpointError, abandon_later, damage
-from recipes.common.checkpoint.position import RunPosition
+from recipes.common.checkpoint.position import RunPosition, written_position
 from recipes.common.checkpoint.reader import Reader
+from recipes.common.checkpoint.reorder import carry_over
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
 from recipes.common.model.sharding import rank_shard
+from recipes.common.recipe import Recipe
 from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_checkpoints
 
 
-def resume(out_dir: Path, trainer: Trainer, *, last_step: int | None = None) -> RunPosition:
-    """Load the newest checkpoint whose every byte is as written, in this layout. Collective.
+def resume(out_dir: Path, trainer: Trainer, recipe: Recipe, *, last_step: int | None = None) -> RunPosition:
+    """Load the newest checkpoint whose every byte is as written, in this layout. Collective. Returns where `recipe` goes on.
 
     Damaged ones are named and passed over. last_step: load none later than this, and set later ones aside.
     Raises CheckpointError when none is left.
@@ -30,10 +33,7 @@ def resume(out_dir: Path, trainer: Trainer, *, last_step: int | None = None) -> 
         print(f"resuming from {folder} (step {state['step']})", flush=True)
         if last_step is not None:
             abandon_later(out_dir, state["step"])
-    skips = tuple((start, stop) for start, stop in state["skips"])
-    return RunPosition(
-        step=state["step"], consumed_seqs=state["consumed_seqs"], skipped_steps=state["skipped_steps"], skips=skips
-    )
+    return carry_over(written_position(state), recipe, written_recipe(folder))
 
 
 def _newest_intact(out_dir: Path, trainer: Trainer, last_step: int | None) -> Path:

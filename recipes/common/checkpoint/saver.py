@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class Saver:
             "optimizer_steps": zero_state.optimizer_steps(self._trainer),
             "loss_scaler": zero_state.scaler_state(self._trainer),
             "skips": [list(skip) for skip in position.skips],
+            "order": asdict(position.order),
             "seed": self._recipe.seed,
             "tied": self._trainer.stage.stack.tied,
             "world_size": dist.get_world_size(),

@@ -12,6 +12,14 @@ def parse_flags(name: str) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="resume from the newest intact checkpoint in --out-dir")
     parser.add_argument("--resume-step", type=int, metavar="N", help="resume from this checkpoint; later ones are set aside")
     parser.add_argument(
+        "--accept",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD",
+        help="resume although these fields of the recipe changed, which changes the mathematics or the order of the data",
+    )
+    parser.add_argument(
         "--skip", type=_sequence_range, action="append", default=[], metavar="START:STOP", help="skip these sequences"
     )
     parser.add_argument("--max-steps", type=int, help="stop after this step; schedules keep the recipe's own length")

@@ -68,9 +68,8 @@ def global_seqs_at(batch: Batch, consumed_seqs: int) -> int:
     return batch.global_seqs
 
 
-def seqs_after(batch: Batch, steps: int) -> int:
-    """Return the sequences consumed by the first `steps` steps of a run, the ramp included."""
-    consumed_seqs = 0
+def seqs_after(batch: Batch, steps: int, consumed_seqs: int = 0) -> int:
+    """Return the sequences consumed after `steps` steps more, the ramp included; by default after the first of a run."""
     for until_seqs, global_seqs in batch.ramp:
         if consumed_seqs < until_seqs:
             in_stage = min(steps, -((consumed_seqs - until_seqs) // global_seqs))  # rounded up: the last step may pass

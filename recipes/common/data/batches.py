@@ -13,13 +13,17 @@ import torch
 
 from recipes.common.data.blend import BlendedStream, blend_problems, folders, open_blend
 from recipes.common.data.order import kept_index
+from recipes.common.data.reading import NOTHING_READ, UNCHANGED, Order
 from recipes.common.data.shards import TokenStream, data_problems, open_split
 from recipes.common.recipe import Blend, from_root
 
 
-def open_train(data: str | Blend, seq_len: int) -> TokenStream | BlendedStream:
-    """Open the train split of a recipe's `data`."""
-    return open_blend(data, seq_len) if isinstance(data, Blend) else open_split(from_root(data), "train", seq_len)
+def open_train(data: str | Blend, seq_len: int, order: Order = UNCHANGED) -> TokenStream | BlendedStream:
+    """Open the train split of a recipe's `data`, to be read in `order`."""
+    if isinstance(data, Blend):
+        return open_blend(data, seq_len, order)
+    reading = order.readings.get(data, NOTHING_READ)
+    return open_split(from_root(data), "train", seq_len, reading=reading, start_seqs=order.start_seqs)
 
 
 def open_validation(data: str | Blend, seq_len: int) -> dict[str, TokenStream]:

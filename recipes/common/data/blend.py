@@ -11,10 +11,12 @@ import heapq
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
+from typing import Any
 
 import numpy as np
 
-from recipes.common.data.order import GOLDEN, MASK_64, sequence_position
+from recipes.common.data.order import GOLDEN, MASK_64
+from recipes.common.data.reading import NOTHING_READ, UNCHANGED, Order
 from recipes.common.data.shards import TokenStream, open_split
 from recipes.common.recipe import Blend, Recipe, from_root
 
@@ -115,13 +117,26 @@ def given(phase: Phase, sequences: int) -> np.ndarray:
     return phase.before + cycles * phase.counts + np.bincount(phase.source_of[:rest], minlength=len(phase.counts))
 
 
+def given_until(phases: list[Phase], sequences: int) -> np.ndarray:
+    """Count the sequences that each source gives in the first `sequences` of a run: int64 [sources]."""
+    phase = [phase for phase in phases if phase.start <= sequences][-1]
+    return given(phase, sequences - phase.start)
+
+
+def source_seed(seed: int, source: int) -> int:
+    """Return the seed of a source's own order, by its number; source 0 alone reads as it does without a blend."""
+    return (seed + source * GOLDEN) & MASK_64
+
+
 class BlendedStream:
     """The train splits of a blend, read like a TokenStream, by sequence index only."""
 
-    def __init__(self, names: list[str], streams: list[TokenStream], phases: list[Phase]) -> None:
+    def __init__(self, names: list[str], streams: list[TokenStream], phases: list[Phase], start_seqs: int = 0) -> None:
+        """start_seqs: where the present order begins (recipes.common.data.reading.Order)."""
         self.names, self.streams, self.phases = names, streams, phases
         self.seq_len = streams[0].seq_len
         self._starts = np.array([phase.start for phase in phases])
+        self._start_seqs, self._before = start_seqs, given_until(phases, start_seqs)
 
     def locate(self, seed: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (source, position in its stream) of sequences by index: int64 [k] each."""
@@ -135,8 +150,8 @@ class BlendedStream:
             positions[rows] = phase.before[sources[rows]] + cycle * phase.counts[sources[rows]] + phase.nth[slot]
         for source in np.unique(sources).tolist():
             rows = np.flatnonzero(sources == source)
-            source_seed = (seed + source * GOLDEN) & MASK_64  # source 0 alone reads as it does without a blend
-            positions[rows] = sequence_position(source_seed, positions[rows], self.streams[source].num_positions)
+            numbers = positions[rows] - self._before[source]
+            positions[rows] = self.streams[source].order.positions(source_seed(seed, source), numbers)
         return sources, positions
 
     def read_sequences(self, seed: int, index: np.ndarray) -> np.ndarray:
@@ -150,18 +165,24 @@ class BlendedStream:
 
     def epochs(self, sequences: int) -> dict[str, float]:
         """Return how often each source is read in a run of `sequences`."""
-        phase = self.phases[int(np.searchsorted(self._starts, sequences, side="right")) - 1]
-        counts = given(phase, sequences - phase.start)
+        counts = given_until(self.phases, sequences)
         return {
             name: int(count) / stream.num_positions for name, count, stream in zip(self.names, counts, self.streams, strict=True)
         }
 
 
-def open_blend(blend: Blend, seq_len: int) -> BlendedStream:
+def open_blend(blend: Blend, seq_len: int, order: Order = UNCHANGED) -> BlendedStream:
     """Open the train splits of a blend."""
     names = folders(blend)
-    streams = [open_split(from_root(name), "train", seq_len) for name in names]
-    return BlendedStream(names, streams, plan_phases(blend, seq_len))
+    streams = [open_split(from_root(name), "train", seq_len, reading=order.readings.get(name, NOTHING_READ)) for name in names]
+    return BlendedStream(names, streams, plan_phases(blend, seq_len), order.start_seqs)
+
+
+def data_from_json(content: str | dict[str, Any]) -> str | Blend:
+    """Return a recipe's `data` from the recipe.json of a run or a checkpoint."""
+    if isinstance(content, str):
+        return content
+    return Blend(weights=content["weights"], changes=tuple((int(after), weights) for after, weights in content["changes"]))
 
 
 def data_folders(recipe: Recipe) -> list[str]:

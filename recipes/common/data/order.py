@@ -7,7 +7,7 @@ changing one constant changes what every resumed run reads, so a test holds gold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -35,6 +35,11 @@ def round_keys(seed: int, epoch: int) -> np.ndarray:
 def permute(index: np.ndarray, n: int, *, seed: int, epoch: int) -> np.ndarray:
     """Permute [0, n) under (seed, epoch): int64 [k] -> int64 [k]."""
     return _walk(index, n, round_keys(seed, epoch))
+
+
+def unpermute(positions: np.ndarray, n: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Return what `permute` took to `positions`: int64 [k] -> int64 [k]."""
+    return _walk(positions, n, round_keys(seed, epoch), _network_back)
 
 
 def sequence_position(seed: int, index: np.ndarray | int, num_positions: int) -> np.ndarray:
@@ -91,13 +96,23 @@ def _network(values: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.n
     return (left << half_bits) | right
 
 
-def _walk(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+def _network_back(values: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.ndarray:
+    low = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & low
+    for key in keys[::-1]:
+        left, right = right ^ (mix(left + key) & low), left
+    return (left << half_bits) | right
+
+
+def _walk(
+    index: np.ndarray, n: int, keys: np.ndarray, network: Callable[[np.ndarray, np.uint64, np.ndarray], np.ndarray] = _network
+) -> np.ndarray:
     """Apply the network until every value is under n: under 4 rounds on average, unless n is tiny."""
     index = np.atleast_1d(np.asarray(index))
     if index.size and not (index.min() >= 0 and index.max() < n):
         raise ValueError(f"index from {index.min()} to {index.max()} is outside [0, {n})")
     half_bits = np.uint64((max((n - 1).bit_length(), MIN_BITS) + 1) // 2)
-    values = _network(index.astype(np.uint64), half_bits, keys)
+    values = network(index.astype(np.uint64), half_bits, keys)
     while (outside := np.flatnonzero(values >= np.uint64(n))).size:
-        values[outside] = _network(values[outside], half_bits, keys)
+        values[outside] = network(values[outside], half_bits, keys)
     return values.astype(np.int64)

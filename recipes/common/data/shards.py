@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes.common.data.order import sequence_position
+from recipes.common.data.reading import NOTHING_READ, Reading, SourceOrder
 
 FORMAT = "trifold-tokens"
 VERSION = 1
@@ -37,13 +37,25 @@ class Shard:
 class TokenStream:
     """One split as packed sequences of `seq_len + 1` tokens. Safe to read from several threads."""
 
-    def __init__(self, folder: Path, split: str, seq_len: int, dtype: str, shards: list[Shard]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        seq_len: int,
+        dtype: str,
+        shards: list[Shard],
+        *,
+        reading: Reading = NOTHING_READ,
+        start_seqs: int = 0,
+    ) -> None:
+        """reading, start_seqs: where the present order begins (recipes.common.data.reading.Order)."""
         self.folder, self.split, self.seq_len = folder, split, seq_len
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.shards = shards
         self.starts = np.cumsum([0] + [shard.tokens for shard in shards], dtype=np.int64)  # [shards + 1]
         self.num_tokens = int(self.starts[-1])
         self.num_positions = max(self.num_tokens - 1, 0) // seq_len
+        self.order, self._start_seqs = SourceOrder(self.num_positions, seq_len, reading), start_seqs
         self._maps: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -70,7 +82,7 @@ class TokenStream:
 
     def locate(self, seed: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (source, position) of the sequences `index` of a run: int64 [k] each. There is one source, 0."""
-        positions = sequence_position(seed, index, self.num_positions)
+        positions = self.order.positions(seed, np.atleast_1d(np.asarray(index, dtype=np.int64)) - self._start_seqs)
         return np.zeros_like(positions), positions
 
     def read_sequences(self, seed: int, index: np.ndarray) -> np.ndarray:
@@ -129,10 +141,11 @@ def split_shards(manifest: dict, split: str) -> list[Shard]:
     return [Shard(**shard) for shard in manifest["splits"][split]["shards"]]
 
 
-def open_split(folder: Path, split: str, seq_len: int) -> TokenStream:
+def open_split(folder: Path, split: str, seq_len: int, *, reading: Reading = NOTHING_READ, start_seqs: int = 0) -> TokenStream:
     """Open "train" or "validation" of a prepared folder, for sequences of `seq_len` tokens and their labels."""
     manifest = read_manifest(folder)
-    return TokenStream(folder, split, seq_len, manifest["dtype"], split_shards(manifest, split))
+    shards = split_shards(manifest, split)
+    return TokenStream(folder, split, seq_len, manifest["dtype"], shards, reading=reading, start_seqs=start_seqs)
 
 
 def tokenizer_hash(tokenizer: Path) -> str:

@@ -46,11 +46,14 @@ def write_run_files(
     resumed_step: int | None = None,
     data: Mapping[str, str] | None = None,
     skips: Sequence[tuple[int, int]] = (),
+    order: Mapping[str, Any] | None = None,
+    accepted: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write the three files and return the content of run.json (its "run_id" is equal over all starts of a run).
 
     recipe: from `recipe_to_dict`. deepspeed: from `merge_ds_config`. resumed_step: None for a fresh
-    start. data: the identity of every folder that is read. skips: sequences that are skipped.
+    start. data: the identity of every folder that is read. skips: sequences that are skipped. order: where the present order of
+    reading begins, as JSON. accepted: the changes of the recipe that --accept allowed.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, content in (("recipe.json", recipe), ("deepspeed.json", deepspeed)):
@@ -62,7 +65,9 @@ def write_run_files(
             _keep(path, None)
         run = {"run_id": uuid.uuid4().hex[:12], "name": recipe["name"], "starts": []}
     start = _start(layout, sizes, resumed_step)
-    run["starts"].append(start | {"data": dict(data or {}), "skips": [list(skip) for skip in skips]})
+    start |= {"data": dict(data or {}), "skips": [list(skip) for skip in skips]}
+    start |= {"reading": dict(order)} if order else {}
+    run["starts"].append(start | ({"accepted": [dict(change) for change in accepted]} if accepted else {}))
     write_json(path, run)
     return run
 
