@@ -42,6 +42,7 @@ from recipes.common.run_dir.checkpoint_folders import step_folder
 from recipes.common.run_dir.run_files import recipe_to_dict, write_run_files
 from recipes.common.run_dir.run_log import RunLog
 from recipes.common.runtime.exits import end_rank, guard_rank
+from recipes.common.runtime.screen import keep_screen
 from recipes.common.runtime.stop_signal import StopRequest
 from recipes.common.runtime.supervisor_link import SupervisorLink
 
@@ -53,6 +54,7 @@ def main(recipe: Recipe) -> None:
 
     Exit codes: 0 finished or stopped on request, 1 failed, 2 the recipe or the flags are wrong, 3 the numbers are useless.
     """
+    keep_screen()
     flags = parse_flags(recipe.name)
     world_size = flags.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))

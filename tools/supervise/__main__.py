@@ -35,6 +35,7 @@ from recipes.common.run_dir.attempts import begin_attempt, end_attempt, has_begu
 from recipes.common.runtime.authenticated_link import SECRET, SECRET_FILE, SecretError, read_secret
 from recipes.common.runtime.network import address_to_listen
 from recipes.common.runtime.processes import signal_child
+from recipes.common.runtime.screen import keep_screen
 from recipes.common.runtime.supervisor_link import SUPERVISOR
 from tools.common.console import FAILED, MISTAKE, UsageError, exit_code
 from tools.supervise.attempt import POLL_SECONDS, run_attempt, say
@@ -53,6 +54,7 @@ from tools.supervise.hang_detector import HangLimits
 from tools.supervise.hosts import RecipeFacts, choose_hosts, own_address, probe_hosts, read_hostfile, read_recipe
 from tools.supervise.launcher import complete, fill_words, run_preflight, secret_file, write_exports
 from tools.supervise.rank_links import RankLinks
+from tools.supervise.relay import relayed
 
 NO_RUN = ("--dry-run", "--help", "-h")  # flags of a recipe that start no run
 
@@ -86,10 +88,13 @@ def main() -> int:
     run_dir = _run_dir(flags.recipe_flags, facts)
     stops = StopRequests()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, stops.add)
-    if flags.join:
-        return _join(flags, run_dir, stops)
-    return _supervise(flags, facts, run_dir, stops)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, stops.add)
+    keep_screen()
+    with relayed():
+        if flags.join:
+            return _join(flags, run_dir, stops)
+        return _supervise(flags, facts, run_dir, stops)
 
 
 def _supervise(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, stops: StopRequests) -> int:
