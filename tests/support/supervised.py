@@ -63,11 +63,11 @@ def wait_for_step(job: subprocess.Popen | None, run_dir: Path, step: int, since:
 
     def there() -> bool:
         assert job is None or job.poll() is None, output(run_dir)
-        beats = read_beats(run_dir, since)
+        beats = [beat for beat in read_beats(run_dir) if beat.time >= since]
         return bool(beats) and all(beat.step >= step and psutil.pid_exists(beat.pid) for beat in beats)
 
     wait_until(there, what=lambda: output(run_dir)[-3000:])
-    return read_beats(run_dir, since)
+    return [beat for beat in read_beats(run_dir) if beat.time >= since]
 
 
 def processes_of(run_dir: Path) -> list[psutil.Process]:

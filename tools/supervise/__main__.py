@@ -31,7 +31,7 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the repository root, not from tools/
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from recipes.common.run_dir.attempts import begin_attempt, end_attempt, has_begun, sealed_step, sealed_time
+from recipes.common.run_dir.attempts import begin_attempt, end_attempt, has_begun, sealed_step, seals
 from recipes.common.runtime.authenticated_link import SECRET, SECRET_FILE, SecretError, read_secret
 from recipes.common.runtime.network import address_to_listen
 from recipes.common.runtime.processes import signal_child
@@ -99,7 +99,7 @@ def main() -> int:
 
 def _supervise(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, stops: StopRequests) -> int:
     policy = RestartPolicy(flags.restarts, flags.backoff_seconds)
-    cause, in_a_row, sealed_before = ("asked" if flags.resume_first else "first"), 0, sealed_time(run_dir)
+    cause, in_a_row, sealed_before = ("asked" if flags.resume_first else "first"), 0, seals(run_dir)
     progress = sealed_before
     while True:
         ending = _attempt(flags, facts, run_dir, cause, stops)
@@ -110,8 +110,8 @@ def _supervise(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, sto
             return EXIT_CODES[ending.cause]
         if ending.cause == PREFLIGHT and cause in ("first", "asked"):
             return FAILED
-        if sealed_time(run_dir) > progress:
-            in_a_row, progress = 0, sealed_time(run_dir)
+        if seals(run_dir) - progress:
+            in_a_row, progress = 0, seals(run_dir)
         in_a_row, cause = in_a_row + 1, ending.cause
         wait, step = policy.wait_seconds(in_a_row), sealed_step(run_dir)
         if wait is None:
@@ -248,11 +248,11 @@ def _prepare_launch(
         bad += blamed
 
 
-def _stop(flags: argparse.Namespace, stops: StopRequests, run_dir: Path, sealed_before: float) -> int:
-    """Report the stop and requeue the job where asked. sealed_before: when the newest checkpoint at our start was sealed."""
+def _stop(flags: argparse.Namespace, stops: StopRequests, run_dir: Path, sealed_before: frozenset) -> int:
+    """Report the stop and requeue the job where asked. sealed_before: the seals that were there at our start."""
     step, by = sealed_step(run_dir), stops.first_signal
     say(f"stopped by {by or 'request'}; the last checkpoint is of step {step}; continue with --resume")
-    if flags.requeue and by == "SIGUSR1" and sealed_time(run_dir) > sealed_before:
+    if flags.requeue and by == "SIGUSR1" and seals(run_dir) - sealed_before:
         job = os.environ.get("SLURM_JOB_ID", "")
         say(f"requeueing: scontrol requeue {job}")
         subprocess.call(["scontrol", "requeue", job])

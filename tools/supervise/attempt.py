@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes.common.run_dir.heartbeat import Beat, read_beats
+from recipes.common.run_dir.heartbeat import Beat, beat_files, read_beats
 from recipes.common.runtime.processes import is_unended_child, kill_session, signal_child
 from tools.common.console import printable
 from tools.supervise.endings import HANG, LAUNCHER, RANK_LOST, STOPPED, Ending, is_restarted, judge
@@ -37,8 +37,9 @@ class Observed:
     stacks: dict[int, str] = field(default_factory=dict)
     states: dict[int, str] = field(default_factory=dict)
     steps: RecentSteps = field(default_factory=RecentSteps)
-    beat_times: tuple[float, ...] = ()  # in every heartbeat, by its own host's clock
-    last_progress: float = field(default_factory=time.monotonic)  # when they changed last, by this host's
+    before: Mapping[str, bytes] = field(default_factory=dict)  # heartbeat files of the attempt before
+    beats: tuple[Beat, ...] = ()
+    last_progress: float = field(default_factory=time.monotonic)  # when they changed last
     last_read: float = 0.0  # monotonic: when they were read last
 
     def add(self, events: Sequence[RankEvent]) -> None:
@@ -71,8 +72,7 @@ def run_attempt(
 
     stop_requests: returns how often this process was asked to end. Once: ranks save and exit within stop_seconds. Twice: now.
     """
-    seen = Observed()
-    began = time.time()
+    seen = Observed(before=beat_files(run_dir))
     launcher = subprocess.Popen(command, env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True)
     hang: Ending | None = None
     stopping = False
@@ -85,7 +85,7 @@ def run_attempt(
                 break
             if stop_requests() and not stopping:
                 stopping, deadline = True, now + stop_seconds
-                if not _all_train(links, run_dir, began):
+                if not _all_train(links, run_dir, seen):
                     say("stop requested before the first step: nothing new to save")
                     break
                 say(f"stop requested: ranks save and exit within {stop_seconds:.0f} s")
@@ -97,7 +97,7 @@ def run_attempt(
                 silent = any(event.kind == "silent" for event in seen.events)
                 deadline = now if silent else now + GRACE_SECONDS
             if deadline is None and hang is None:
-                hang = _check_hang(links, seen, run_dir, stacks_dir, limits, began)
+                hang = _check_hang(links, seen, run_dir, stacks_dir, limits)
                 deadline = now if hang else None
             if deadline is not None and now >= deadline:
                 break
@@ -113,9 +113,9 @@ def run_attempt(
     return ending
 
 
-def _all_train(links: RankLinks, run_dir: Path, began: float) -> bool:
+def _all_train(links: RankLinks, run_dir: Path, seen: Observed) -> bool:
     """Return whether every rank has reached the loop. Before it, nothing can be saved and the stop signal would kill the rank."""
-    training = {beat.rank for beat in read_beats(run_dir, since=began) if beat.step > 0}
+    training = {beat.rank for beat in read_beats(run_dir, seen.before) if beat.step > 0}
     return bool(training) and training >= set(links.ranks())
 
 
@@ -135,19 +135,16 @@ def _end_all(launcher: subprocess.Popen[bytes], links: RankLinks, seen: Observed
     launcher.wait()
 
 
-def _check_hang(
-    links: RankLinks, seen: Observed, run_dir: Path, stacks_dir: Path, limits: HangLimits, began: float
-) -> Ending | None:
+def _check_hang(links: RankLinks, seen: Observed, run_dir: Path, stacks_dir: Path, limits: HangLimits) -> Ending | None:
     """Return an ending if no rank made progress for too long; every rank's stacks are then in stacks_dir."""
     now = time.monotonic()
     if now - seen.last_read < 1.0 + len(links.ranks()) / 200:  # one file a rank, on a file system that others use
         return None
     seen.last_read = now
-    beats = read_beats(run_dir, since=began)
+    beats = read_beats(run_dir, seen.before)
     seen.steps.add(beats)
-    beat_times = tuple(beat.time for beat in beats)
-    if beat_times != seen.beat_times:
-        seen.beat_times, seen.last_progress = beat_times, now
+    if tuple(beats) != seen.beats:
+        seen.beats, seen.last_progress = tuple(beats), now
     slowest = slowest_rank(beats) if beats else None
     limit = hang_seconds(slowest.phase if slowest else "start", seen.steps.median(), limits)
     where = f'step {slowest.step}, "{slowest.phase}"' if slowest else "the start"

@@ -55,7 +55,7 @@ def judge(events: Sequence[RankEvent], code: int | None, ranks_by_host: dict[str
         return Ending(NUMBERS, by_word["training_error"].detail)
     failed = [event for event in ends if event.kind == "end" and event.word == "failed"]
     lost = [event for event in ends if event.kind in ("lost", "silent")]
-    if lost and (not failed or lost[0].time <= failed[0].time):
+    if lost and (not failed or ends.index(lost[0]) < ends.index(failed[0])):
         return _loss(lost, ranks_by_host)
     if failed:
         first = failed[0]

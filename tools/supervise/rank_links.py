@@ -34,7 +34,7 @@ class RankEvent:
     host: str
     word: str = ""  # "end": one of recipes.common.runtime.supervisor_link's words; "state": the kernel's letter
     detail: str = ""
-    time: float = 0.0  # Unix seconds
+    time: float = 0.0  # monotonic, of this machine
 
 
 @dataclass
@@ -148,7 +148,7 @@ class RankLinks:
 
     def _parse(self, connection: _Connection, message: Mapping[str, Any]) -> list[RankEvent]:
         """Return what a message reports. Raises LinkError for one that no guard sends."""
-        now = time.time()
+        now = time.monotonic()
         if connection.rank is None:
             rank, host = message.get("rank"), _text(message, "host")
             if type(rank) is not int or not 0 <= rank < MOST_RANKS or rank in self.ranks() or not host:
@@ -181,7 +181,7 @@ class RankLinks:
         self._drop(connection)
         if connection.rank is None:
             return []
-        return [RankEvent(kind, connection.rank, connection.host, detail=detail, time=time.time())]
+        return [RankEvent(kind, connection.rank, connection.host, detail=detail, time=time.monotonic())]
 
     def _drop(self, connection: _Connection) -> None:
         if self._connections.pop(connection.socket, None) is not None:

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.common.run_dir.attempts import FILE, read_attempts
-from recipes.common.run_dir.heartbeat import Beat, read_beats
+from recipes.common.run_dir.attempts import FILE, beats_of_newest, read_attempts
+from recipes.common.run_dir.heartbeat import Beat
 from tools.common.console import GOOD, UsageError, table
 
 RUNNING = "running"
@@ -117,7 +117,7 @@ def run(flags: argparse.Namespace) -> int:
     starts = [record for record in records if record["event"] == "start"]
     if not starts:
         raise UsageError(f"{flags.run_dir / FILE} has no start; only runs started by launch/*.sh (tools/supervise) write it")
-    beats = read_beats(flags.run_dir, since=starts[-1]["time"])
+    beats = beats_of_newest(flags.run_dir)
     result = goodput(records, beats, time.time())
     if flags.json:
         causes = {name: asdict(cause) | {"seconds": cause.seconds} for name, cause in result.causes.items()}

@@ -96,7 +96,9 @@ class Recovery:
         self.history, self._start, self._skips = history, position, position.skips
         if resumed:
             recent = read_recent(self._out_dir, position.step) if self._log is not None else []
-            self._recent.extend((step, values, consumed) for step, values, consumed in broadcast_json(recent, self._trainer.grid.device))
+            self._recent.extend(
+                (step, values, consumed) for step, values, consumed in broadcast_json(recent, self._trainer.grid.device)
+            )
             self._restart_detector(position.step)
 
     def lr_factor(self, step: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.common.run_dir.checkpoint_folders import SEAL, checkpoint_step, sealed_checkpoints
-from recipes.common.run_dir.heartbeat import Beat, read_beats
+from recipes.common.run_dir.heartbeat import Beat, beat_files, read_beats
 from recipes.common.run_dir.metrics import METRICS, read_metrics
 
 FILE = "logs/attempts.jsonl"
@@ -34,9 +35,14 @@ def sealed_step(run_dir: Path) -> int:
     return max((checkpoint_step(seal.parent) for seal in _seals(run_dir)), default=0)
 
 
-def sealed_time(run_dir: Path) -> float:
-    """Return the Unix seconds of the last seal; 0 without one. A later one is progress: in steps, runs may go back."""
-    return max((seal.stat().st_mtime for seal in _seals(run_dir)), default=0.0)
+def seals(run_dir: Path) -> frozenset[tuple[str, int, int]]:
+    """Return what tells each seal from any other. One that was not there before is progress: in steps, runs may go back."""
+    marks = set()
+    for seal in _seals(run_dir):
+        with contextlib.suppress(OSError):  # deleted meanwhile
+            state = seal.stat()
+            marks.add((seal.parent.name, state.st_mtime_ns, state.st_size))  # a time to be recognised by, not to be compared
+    return frozenset(marks)
 
 
 def _seals(run_dir: Path) -> list[Path]:
@@ -64,6 +70,17 @@ def _run_starts(run_dir: Path) -> list[Any] | None:
         return []  # damaged: it was written
 
 
+def beats_of_newest(run_dir: Path) -> list[Beat]:
+    """Return the heartbeats of the newest attempt: none where the files are still as it found them."""
+    starts = [record for record in read_attempts(run_dir) if record["event"] == "start"]
+    untouched = bool(starts) and starts[-1].get("beats_before") == _digest(beat_files(run_dir))
+    return [] if untouched else read_beats(run_dir)
+
+
+def _digest(files: Mapping[str, bytes]) -> str:
+    return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+
+
 def begin_attempt(run_dir: Path, world_size: int | None, hosts: Mapping[str, int], cause: str, resumed_step: int = 0) -> int:
     """Record a start, and the end of one that was left open. Return its number, from 1.
 
@@ -85,7 +102,9 @@ def begin_attempt(run_dir: Path, world_size: int | None, hosts: Mapping[str, int
             "hosts": list(hosts),
             "resumed_step": resumed_step,
             "cause": cause,
+            # what is there from before, to know the attempt's own by
             "run_starts": _run_starts(run_dir),
+            "beats_before": _digest(beat_files(run_dir)),
         },
     )
     return number
@@ -94,9 +113,8 @@ def begin_attempt(run_dir: Path, world_size: int | None, hosts: Mapping[str, int
 def end_attempt(run_dir: Path, number: int, cause: str, detail: str, *, lost: bool = False) -> dict[str, Any]:
     """Record an end, and where the attempt's time went. lost: it ended long ago, at its last heartbeat."""
     start = next((r for r in read_attempts(run_dir) if r["event"] == "start" and r["attempt"] == number), None)
-    began = start["time"] if start else 0.0
-    beats = read_beats(run_dir, since=began)
-    newest = max((beat.time for beat in beats), default=began)
+    beats = beats_of_newest(run_dir)
+    newest = max((beat.time for beat in beats), default=start["time"] if start else 0.0)
     sealed = sealed_step(run_dir)
     last_step, lost_seconds = _steps_after(run_dir, sealed)
     record = {

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 FOLDER = "logs/heartbeat"
 PHASES = ("start", "data", "step", "log", "evaluate", "save", "end")  # in the order of one step; "log" is the rest of it
@@ -29,14 +29,14 @@ class Heartbeat:
         self._file = os.open(_path(folder, rank), os.O_WRONLY | os.O_CREAT, 0o644)
         self._rank, self._host = rank, socket.gethostname()
         self._step, self._phase = 0, PHASES[0]
-        self._began = self._step_began = time.time()
+        self._began = self._step_began = time.monotonic()  # a clock that is set must not make a step of an hour
         self._step_seconds = 0.0
         self._phase_seconds = dict.fromkeys(PHASES, 0.0)
         self.enter(0, PHASES[0])
 
     def enter(self, step: int, phase: str) -> None:
         """Write that `phase` of `step` begins now."""
-        now = time.time()
+        now = time.monotonic()
         self._phase_seconds[self._phase] += now - self._began
         if step != self._step:
             self._step_seconds = now - self._step_began if self._step else 0.0
@@ -49,7 +49,7 @@ class Heartbeat:
                 "pid": os.getpid(),
                 "step": step,
                 "phase": phase,
-                "time": round(now, 3),
+                "time": round(time.time(), 3),
                 "step_seconds": round(self._step_seconds, 4),  # of the step before this one
                 "phase_seconds": {name: round(seconds, 3) for name, seconds in self._phase_seconds.items()},
             }
@@ -67,25 +67,33 @@ class Beat:
     pid: int
     step: int
     phase: str
-    time: float  # Unix seconds, by that host's clock, at which `phase` began
+    time: float  # Unix seconds, by that host's clock, at which `phase` began: to be shown, not compared
     step_seconds: float  # of the last whole step; 0 before there is one
     phase_seconds: Mapping[str, float]  # so far, without the current phase
 
 
-def read_beats(out_dir: Path, since: float = 0.0) -> list[Beat]:
-    """Return the newest beat of every rank, by rank. Files from before `since` (Unix seconds) are another start's."""
+def read_beats(out_dir: Path, before: Mapping[str, bytes] = MappingProxyType({})) -> list[Beat]:
+    """Return the newest beat of every rank, by rank. before: another start's, from `beat_files`: not those that are as they were.
+
+    Hosts' and file servers' clocks differ, and are set: no time says which start a file is of.
+    """
     beats = []
-    for path in (out_dir / FOLDER).glob("rank_*.json"):
-        try:
-            if path.stat().st_mtime >= since:
-                beats.append(Beat(**_read(path)))
-        except (OSError, ValueError, TypeError):
-            continue  # being written for the first time, or removed
+    for name, content in beat_files(out_dir).items():
+        if before.get(name) != content:
+            try:
+                beats.append(Beat(**json.loads(content)))
+            except (ValueError, TypeError):
+                continue  # being written for the first time
     return sorted(beats, key=lambda beat: beat.rank)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_bytes())
+def beat_files(out_dir: Path) -> dict[str, bytes]:
+    """Return what is in the ranks' files, by their names."""
+    files = {}
+    for path in (out_dir / FOLDER).glob("rank_*.json"):
+        with contextlib.suppress(OSError):  # removed
+            files[path.name] = path.read_bytes()
+    return files
 
 
 def _path(folder: Path, rank: int) -> Path:

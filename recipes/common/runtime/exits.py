@@ -6,11 +6,12 @@ that finds an earlier failure of this start there prints a single line instead o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -32,7 +33,7 @@ def guard_rank(out_dir: Path, rank: int, report: Callable[[str, str], None] = la
     exit would wait for peers that are gone.
     """
     logs = out_dir / "logs"
-    started = time.time()
+    before = _tracebacks(logs)
     mine = logs / f"rank_{rank}.traceback"
     mine.unlink(missing_ok=True)
     try:
@@ -46,7 +47,7 @@ def guard_rank(out_dir: Path, rank: int, report: Callable[[str, str], None] = la
         lost_a_peer = _is_lost_peer(error)
         if lost_a_peer:
             time.sleep(_SETTLE_SECONDS)
-        first = _earlier_failure(logs, mine, started) if lost_a_peer else None
+        first = _earlier_failure(logs, mine, before) if lost_a_peer else None
         if first is None:
             logs.mkdir(parents=True, exist_ok=True)
             mine.write_text(text)
@@ -85,6 +86,17 @@ def _is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(Path(f.filename).parts[-2:-1] == ("distributed",) for f in frames)
 
 
-def _earlier_failure(logs: Path, mine: Path, started: float) -> Path | None:
-    others = [path for path in logs.glob("rank_*.traceback") if path != mine and path.stat().st_mtime >= started]
-    return min(others, key=lambda path: path.stat().st_mtime, default=None)
+def _earlier_failure(logs: Path, mine: Path, before: Mapping[Path, tuple[int, int]]) -> Path | None:
+    """Return the first traceback of this start: one that is not as it was `before`. Hosts' clocks would not tell."""
+    new = {path: mark for path, mark in _tracebacks(logs).items() if path != mine and before.get(path) != mark}
+    return min(new, key=lambda path: new[path], default=None)
+
+
+def _tracebacks(logs: Path) -> dict[Path, tuple[int, int]]:
+    """Return when each rank's traceback was written, by the file system's own clock, and how long it is."""
+    marks = {}
+    for path in logs.glob("rank_*.traceback"):
+        with contextlib.suppress(OSError):  # removed by a rank that starts
+            state = path.stat()
+            marks[path] = state.st_mtime_ns, state.st_size
+    return marks

@@ -1,10 +1,12 @@
 """What a restart resumes from, by the record of attempts and the checkpoints."""
 
 import json
+import os
 
 import pytest
 
-from recipes.common.run_dir.attempts import begin_attempt, sealed_step, sealed_time
+from recipes.common.run_dir.attempts import beats_of_newest, begin_attempt, sealed_step, seals
+from recipes.common.run_dir.heartbeat import Heartbeat
 from tools.supervise.__main__ import flags_of_attempt
 
 
@@ -25,7 +27,7 @@ def test_a_restart_resumes_from_the_jobs_own_checkpoints(tmp_path):
     assert flags_of_attempt(["--resume"], tmp_path, "asked") == ["--resume"]
     (tmp_path / "checkpoints" / "step_00000200" / "checksums.json").unlink()
     assert flags_of_attempt(["--resume"], tmp_path, "hang") == []
-    assert (sealed_step(tmp_path), sealed_time(tmp_path)) == (0, 0.0)
+    assert (sealed_step(tmp_path), seals(tmp_path)) == (0, frozenset())
 
 
 @pytest.mark.parametrize("cause", ["asked", "rank_lost"])
@@ -35,3 +37,27 @@ def test_a_job_that_was_only_ever_told_to_continue_continues(tmp_path, cause):
     (tmp_path / "checkpoints" / "step_00000200").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_00000200" / "checksums.json").touch()
     assert flags_of_attempt([], tmp_path, cause) == ["--resume"]
+
+
+def test_a_seal_is_progress_whatever_its_time(tmp_path):
+    """A run that went back seals a step below; a clock that was set back gives it an earlier time."""
+    first = tmp_path / "checkpoints" / "step_00000200" / "checksums.json"
+    first.parent.mkdir(parents=True)
+    first.write_text("{}")
+    before = seals(tmp_path)
+    second = tmp_path / "checkpoints" / "step_00000100" / "checksums.json"
+    second.parent.mkdir()
+    second.write_text("{}")
+    os.utime(second, (0, 0))
+    assert seals(tmp_path) - before == {("step_00000100", 0, 2)}
+    os.utime(first, (5, 5))  # the same step, sealed again
+    assert len(seals(tmp_path) - before) == 2
+
+
+def test_heartbeats_of_the_attempt_before_are_not_the_newest_ones(tmp_path):
+    heart = Heartbeat(tmp_path, 0)
+    heart.enter(7, "step")
+    begin_attempt(tmp_path, 1, {"a": 1}, "rank_lost")
+    assert beats_of_newest(tmp_path) == []
+    Heartbeat(tmp_path, 0).enter(1, "data")
+    assert [beat.step for beat in beats_of_newest(tmp_path)] == [1]
