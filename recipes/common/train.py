@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,15 +17,15 @@ import torch
 
 from recipes.common.anomalies.recovery import Recovery
 from recipes.common.anomalies.rewinds import Rewind, read_history, skips_ahead
-from recipes.common.checkpoint.changes import check_resume, flag_problems
-from recipes.common.checkpoint.files import out_dir_problems
+from recipes.common.checkpoint.changes import check_resume, resume_flag_problems
+from recipes.common.checkpoint.files import out_dir_problems, writing_problems
 from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.reorder import first_order
 from recipes.common.checkpoint.resume import resume
 from recipes.common.checkpoint.saver import Saver
 from recipes.common.checks.dry_run import describe_run
 from recipes.common.checks.recipe_checks import check_recipe
-from recipes.common.config.arguments import parse_flags
+from recipes.common.config.arguments import launch_problems, parse_flags, place_of
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.config.field_effects import NEEDS_CONSENT
 from recipes.common.config.field_types import type_problems
@@ -32,7 +33,7 @@ from recipes.common.config.lr_schedules import global_seqs_at, learning_rate_at
 from recipes.common.data.batches import open_train, open_validation, step_micro_batches, validation_micro_batches
 from recipes.common.data.prefetcher import Prefetcher
 from recipes.common.engine.build_trainer import build_recipe_trainer
-from recipes.common.engine.trainer import TOO_HIGH, StepResult, Trainer
+from recipes.common.engine.trainer import NONFINITE, TOO_HIGH, StepResult, Trainer
 from recipes.common.model.initial_weights import name_seed
 from recipes.common.monitor.monitor import RunMonitor
 from recipes.common.monitor.phases import Phases
@@ -56,14 +57,12 @@ def main(recipe: Recipe) -> None:
     """
     keep_screen()
     flags = parse_flags(recipe.name)
-    world_size = flags.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    rank, world_size = place_of(os.environ)
+    world_size = flags.world_size or world_size
     link = SupervisorLink(rank)
     out_dir = Path(flags.out_dir).expanduser().resolve()
-    found = [] if flags.dry_run else out_dir_problems(out_dir, flags.resume, flags.resume_step)
-    if flags.resume and not flags.dry_run and not type_problems(recipe):
-        found += flag_problems(recipe, out_dir, flags.resume_step, flags.accept)
     try:
+        found = [] if flags.dry_run else start_problems(recipe, flags, out_dir)
         layout, ds_config = check_recipe(recipe, world_size, check_machine=not flags.dry_run, flag_problems=found)
     except RecipeError as error:
         if rank == 0:  # every rank finds the same
@@ -82,6 +81,15 @@ def main(recipe: Recipe) -> None:
         run = start_run(recipe, layout, sizes, ds_config, out_dir, resume_run=flags.resume, skips=flags.skip, **start)
         finished = train(run)
         end_rank(lambda: link.report_exit("finished" if finished else "stopped"))
+
+
+def start_problems(recipe: Recipe, flags: Namespace, out_dir: Path) -> list[str]:
+    """Return what keeps a run from its start here, beside the recipe: the launcher's variables, --out-dir, the resume."""
+    problems = launch_problems(os.environ) + out_dir_problems(out_dir, flags.resume, flags.resume_step)
+    problems += writing_problems(out_dir)
+    if flags.resume and not type_problems(recipe):
+        problems += resume_flag_problems(recipe, out_dir, flags.resume_step, flags.accept, flags.max_steps)
+    return problems
 
 
 @dataclass(frozen=True)
@@ -309,8 +317,9 @@ def step_record(
 
 def hopeless(run: Run, step: int, result: StepResult, skips_in_a_row: int) -> tuple[int, str] | None:
     """Return since which step the run is useless, and why; None while it is not. Equal on every rank: the numbers are."""
-    if run.monitor.nonfinite is not None and skips_in_a_row >= run.recipe.monitor.max_nonfinite_steps:
-        return step - skips_in_a_row + 1, f"{skips_in_a_row} steps in a row were not finite: {run.monitor.nonfinite}"
+    if result.skip_reason == NONFINITE and skips_in_a_row >= run.recipe.monitor.max_nonfinite_steps:
+        first = run.monitor.nonfinite or "which tensor was first is not known"
+        return step - skips_in_a_row + 1, f"{skips_in_a_row} steps in a row were not finite: {first}"
     if not result.skipped and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         return step, f"loss is {result.loss} and the gradient norm {result.grad_norm}"
     if skips_in_a_row >= SKIPS_IN_A_ROW:

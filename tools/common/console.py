@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +20,16 @@ SHOW_AFTER_SECONDS = 2.0  # a progress bar for work that takes longer
 # what a terminal obeys, or what turns the text around it: escape sequences, C1 controls, marks of writing direction
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LINE_SECONDS = 0.2, 5.0  # between refreshes: on a terminal, in a log file
+
+
+_CURES = {  # of errors that the machine reports and the user can cure
+    (errno.EACCES, errno.EPERM): "give this user the right to it, or name another place",
+    (errno.EROFS,): "its file system is mounted read-only; name another place",
+    (errno.ENOSPC, errno.EDQUOT): "free some space there, or name another place",
+    (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP): "correct the path",
+    (errno.ENOTDIR, errno.EISDIR, errno.EEXIST): "a file is where a folder is needed, or a folder where a file is; name another",
+    (errno.EMFILE, errno.ENFILE): "too many files are open; raise the limit (`ulimit -n`)",
+}
 
 
 class UsageError(ValueError):
@@ -39,7 +52,10 @@ def as_usage_error(*kinds: type[Exception]) -> Iterator[None]:
 def exit_code(work: Callable[[], int]) -> int:
     """Run `work` and return its exit code: 2 for the user's mistake, 1 for a failed check; a message replaces the traceback."""
     try:
-        return work()
+        code = work()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a full disk can still be told
+        return code
     except (UsageError, RecipeError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return MISTAKE
@@ -49,6 +65,24 @@ def exit_code(work: Callable[[], int]) -> int:
     except BrokenPipeError:  # `... | head` has seen enough
         sys.stderr.close()
         return GOOD
+    except OSError as error:
+        cure = next((cure for numbers, cure in _CURES.items() if error.errno in numbers), None)
+        if cure is None:
+            raise
+        where = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None) or "what is written"
+        with contextlib.suppress(OSError):
+            print(f"error: {printable(where)}: {error.strerror}; {cure}", file=sys.stderr)
+        if error.filename is None:
+            _leave_stdout()
+        return MISTAKE
+
+
+def _leave_stdout() -> None:
+    """Send what stdout still holds to nothing: written at the process's end, it would fail again."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a test's stdout is no file
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
 
 
 def printable(text: str) -> str:

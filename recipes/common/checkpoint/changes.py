@@ -129,18 +129,25 @@ def check_resume(recipe: Recipe, out_dir: Path, folder: Path, accepted: Sequence
     return changes
 
 
-def flag_problems(recipe: Recipe, out_dir: Path, resume_step: int | None, accepted: Sequence[str]) -> list[str]:
+def resume_flag_problems(
+    recipe: Recipe, out_dir: Path, resume_step: int | None, accepted: Sequence[str], max_steps: int | None = None
+) -> list[str]:
     """Return what keeps a run from its resume, before any rank starts, by the newest checkpoint that it may resume from."""
     folders = [f for f in sealed_checkpoints(out_dir) if resume_step is None or checkpoint_step(f) <= resume_step]
     if not folders:
         return []
+    newest, problems = folders[-1], []
+    for name, last_step in (("--max-steps", max_steps), ("steps", recipe.steps)):
+        if last_step is not None and last_step < checkpoint_step(newest):
+            cure = f"give more than {checkpoint_step(newest)}, or an earlier --resume-step"
+            problems.append(f"{name}={last_step}: the run is past it, {newest.name} is its newest checkpoint; {cure}")
     try:
-        check_resume(recipe, out_dir, folders[-1], accepted)
+        check_resume(recipe, out_dir, newest, accepted)
     except RecipeError as error:
-        return error.problems
+        return problems + error.problems
     except (OSError, CheckpointError):  # damaged: the ranks pass it over, and compare with the one that they take
-        return []
-    return []
+        return problems
+    return problems
 
 
 def _is_accepted(change: Change, accepted: Sequence[str], known: Sequence[Mapping[str, Any]]) -> bool:

@@ -15,10 +15,12 @@ one rank.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import struct
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ FORMAT = "trifold-checkpoint"
 VERSION = 1
 CHUNK_BYTES = 1 << 20  # stays in the processor's cache between hashing and reading or writing: twice as fast as 16 MB
 DTYPES = {"F32": np.float32, "I64": np.int64, "BOOL": np.bool_}
+_PROBE_BYTES = 1 << 16
 _NAMES = {np.dtype(value): key for key, value in DTYPES.items()}
 
 
@@ -226,6 +229,22 @@ def abandon_later(out_dir: Path, step: int) -> list[Path]:
     for folder in reversed(later):  # newest first: if interrupted, those that are left are nearest to `step`
         os.replace(folder, abandoned / folder.name)
     return [abandoned / folder.name for folder in later]
+
+
+def writing_problems(out_dir: Path) -> list[str]:
+    """Return why nothing can be written to --out-dir, or made there. Leaves nothing behind."""
+    nearest = out_dir
+    try:
+        nearest = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        cures = {errno.ENOSPC: "free some space there", errno.EDQUOT: "free some space there", errno.ENOTDIR: "it is a file"}
+        cure = cures.get(error.errno, "give this user the right to write there")
+        return [f"--out-dir={out_dir}: {nearest} cannot be written to: {error.strerror}; {cure}, or choose another folder"]
+    return []
 
 
 def out_dir_problems(out_dir: Path, resume_run: bool, resume_step: int | None = None) -> list[str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
 
 
 def parse_flags(name: str) -> argparse.Namespace:
@@ -53,3 +56,28 @@ def _step_range(text: str) -> range:
             f"{text!r}: expected FIRST:STOP with FIRST < STOP, steps counted from 1; STOP is left out"
         )
     return range(int(first), int(stop))
+
+
+def place_of(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Return (rank, number of ranks) as a launcher says them; (0, 1) where it says neither, or no number."""
+    rank, world_size = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
+    return int(rank) if rank.isdecimal() else 0, max(int(world_size), 1) if world_size.isdecimal() else 1
+
+
+def launch_problems(environment: Mapping[str, str]) -> list[str]:
+    """Return what is wrong with the variables by which a launcher tells a rank its place; none are needed for a run alone."""
+    given = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environment]
+    values = ", ".join(f"{name}={environment[name]}" for name in given)
+    cure = f"unset {' '.join(given)} where they are left over from another launch, or start through a launcher, which sets all"
+    numbers = {name: environment[name] for name in (*given, "MASTER_PORT") if name in environment}
+    wrong = [f"{name}={value} is not a whole number from 0" for name, value in numbers.items() if not value.isdecimal()]
+    if wrong:
+        return [f"the environment: {'; '.join(wrong)}; {cure}"]
+    if int(environment.get("WORLD_SIZE", "1")) == 1 and int(environment.get("RANK", "0")) == 0:
+        return []
+    missing = [name for name in PLACE if name not in environment]
+    if missing:
+        return [f"the environment has {values}, but no {', '.join(missing)}: the other ranks would be waited for; {cure}"]
+    if not int(environment["RANK"]) < int(environment["WORLD_SIZE"]):
+        return [f"the environment: RANK={environment['RANK']} is not below WORLD_SIZE={environment['WORLD_SIZE']}; {cure}"]
+    return []

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class LayerStats:
         self._chosen = getattr(config, "num_experts_per_tok", None) or 1
         self._handles: list[RemovableHandle] = []
         self._attention: str | None = None  # the name of our entry in transformers' table while a step runs
+        self.error: Exception | None = None  # the first that measuring raised: the step goes on without it
         self._clear()
 
     def _clear(self) -> None:
@@ -86,22 +88,31 @@ class LayerStats:
         logits = np.where(maxima == -np.inf, np.nan, maxima)
         return {"activation_rms": rms, "max_attention_logit": logits, "router_load_max": busiest}
 
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # in the middle of a forward pass, which must go on
+            self.error = self.error or error
+
     def _output_hook(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            hidden = (output[0] if isinstance(output, tuple) else output).detach()
-            self._squares[index, 0] += hidden.float().square().sum()
-            self._squares[index, 1] += hidden.numel()
+            with self._guarded():
+                hidden = (output[0] if isinstance(output, tuple) else output).detach()
+                self._squares[index, 0] += hidden.float().square().sum()
+                self._squares[index, 1] += hidden.numel()
 
         return hook
 
     def _routing_hook(self, index: int, place: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            outputs = output if isinstance(output, tuple) else (output,)
-            chosen = next((o for o in outputs if o.dtype in (torch.int64, torch.int32)), None)
-            if chosen is None:
-                chosen = outputs[place].detach().topk(self._chosen, dim=-1).indices
-            ones = torch.ones(chosen.numel(), dtype=torch.float64, device=self._device)
-            self._loads[index].index_add_(0, chosen.flatten(), ones)
+            with self._guarded():
+                outputs = output if isinstance(output, tuple) else (output,)
+                chosen = next((o for o in outputs if o.dtype in (torch.int64, torch.int32)), None)
+                if chosen is None:
+                    chosen = outputs[place].detach().topk(self._chosen, dim=-1).indices
+                ones = torch.ones(chosen.numel(), dtype=torch.float64, device=self._device)
+                self._loads[index].index_add_(0, chosen.flatten(), ones)
 
         return hook
 
@@ -114,12 +125,12 @@ class LayerStats:
             return
 
         def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **options: Any) -> Any:
-            index = getattr(module, "layer_idx", None)
-            mask = options["attention_mask"] if "attention_mask" in options else next(iter(args[1:2]), None)
-            scaling = options.get("scaling")
-            if index is not None and key.shape[2] >= query.shape[2]:
-                largest = largest_logit(query.detach(), key.detach(), mask, scaling)
-                self._logits[index] = torch.maximum(self._logits[index], largest)
+            with self._guarded():
+                index = getattr(module, "layer_idx", None)
+                mask = options["attention_mask"] if "attention_mask" in options else next(iter(args[1:2]), None)
+                if index is not None and key.shape[2] >= query.shape[2]:
+                    largest = largest_logit(query.detach(), key.detach(), mask, options.get("scaling"))
+                    self._logits[index] = torch.maximum(self._logits[index], largest)
             run = fused or getattr(sys.modules[type(module).__module__], _EAGER, None) or getattr(family, _EAGER)
             return run(module, query, key, *args, **options)
 

@@ -1,8 +1,14 @@
-"""Runs the monitor for the loop: before each step, after it, at the end. `Recipe.monitor` says what is measured when."""
+"""Runs the monitor for the loop: before each step, after it, at the end. `Recipe.monitor` says what is measured when.
+
+It never ends a run, but for copies that differ, where the recipe says so. A part that raises is told once, and off from then on,
+on all ranks alike: a rank that left out a collective would leave the others waiting.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,8 @@ from recipes.common.run_dir.run_log import RunLog
 from recipes.common.run_dir.tensor_stats import ACTIVATIONS, PARAMETERS, StatsWriter
 from recipes.common.runtime.exits import TrainingError
 
+DRIFT = "the comparison of copies"
+
 
 class RunMonitor:
     """One run's monitor. Every rank has one, and all get the same numbers; rank 0's also writes `tensor_stats/`."""
@@ -31,6 +39,7 @@ class RunMonitor:
         self._trainer, self._monitor, self._out_dir = trainer, recipe.monitor, out_dir
         self._note: Callable[[str], None] | None = None if log is None else log.note
         self._refused = False
+        self._off: set[str] = set()  # parts that raised
         self._stats = ParameterStats(trainer, recipe.optimizer.clip)
         self._writers: dict[str, StatsWriter] = {}
         self.rewind(resumed_step)
@@ -52,22 +61,40 @@ class RunMonitor:
     ) -> dict[str, float | int | str]:
         """Return fields for the step's record. Collective. Raises TrainingError for copies that differ, if on_drift is "stop"."""
         stats = self._stats.read(result)
+        if stats.failed:
+            reason = self._stats.error
+            what = "another rank failed, see its output" if reason is None else f"{type(reason).__name__}: {reason}"
+            self._say_here(f"monitor: statistics are off from step {step}: {what}", here=reason is not None)
         names = ("loss_max", "loss_max_rank", "max_logit", "log_z")
         fields: dict[str, Any] = {name: getattr(result, name) for name in names} | stats.totals
         self.nonfinite = None
         if result.skip_reason == NONFINITE:
-            self.nonfinite = find_nonfinite(self._trainer, micro_batches, scored_tokens)
-            fields["skip_reason"] = str(self.nonfinite)
-            self._say(f"step {step} skipped: {self.nonfinite}")
-        self._write(step, PARAMETERS, stats.values or self._counts_of_nonfinite(step))
-        if stats.activations is not None:
-            self._write(step, ACTIVATIONS, stats.activations)
-            for name, values in stats.activations.items():
-                if np.isfinite(values).any():
-                    fields[f"{name}/max"] = float(np.nanmax(values))
-        if due(self._monitor.drift_every_steps, step):
-            fields |= self._check_drift(step)
+            with self._part("the search for what was not finite", step):
+                self.nonfinite = find_nonfinite(self._trainer, micro_batches, scored_tokens)
+            fields["skip_reason"] = "not finite" if self.nonfinite is None else str(self.nonfinite)
+            self._say(f"step {step} skipped: {fields['skip_reason']}")
+        with self._stats.guarded():
+            self._write(step, PARAMETERS, stats.values or self._counts_of_nonfinite(step))
+            if stats.activations is not None:
+                self._write(step, ACTIVATIONS, stats.activations)
+                for name, values in stats.activations.items():
+                    if np.isfinite(values).any():
+                        fields[f"{name}/max"] = float(np.nanmax(values))
+        if due(self._monitor.drift_every_steps, step) and DRIFT not in self._off:
+            with self._part(DRIFT, step):
+                fields |= self._check_drift(step)
         return fields
+
+    @contextmanager
+    def _part(self, name: str, step: int) -> Iterator[None]:
+        """Turn a part off where it raises; what is raised in it is raised on every rank alike."""
+        try:
+            yield
+        except TrainingError:
+            raise
+        except Exception as error:
+            self._off.add(name)
+            self._say_here(f"monitor: {name} is off from step {step}: {error}", here=error.__cause__ is not None)
 
     def close(self) -> None:
         for writer in self._writers.values():
@@ -106,6 +133,12 @@ class RunMonitor:
             if not self._refused:
                 self._say(f"writing tensor_stats of step {step} failed: {error}")
             self._refused = True
+
+    def _say_here(self, text: str, *, here: bool) -> None:
+        """Say it on rank 0, and on this rank where the cause is here."""
+        self._say(text)
+        if here and self._note is None:
+            print(f"rank {self._trainer.grid.rank}: {text}", file=sys.stderr, flush=True)
 
     def _say(self, text: str) -> None:
         if self._note is not None:

@@ -174,11 +174,14 @@ class _Search:
 
     @torch.no_grad()  # a layer that is recomputed must save what it saved before
     def _inspect(self, kind: str, name: str, tensor: torch.Tensor, micro_batch: int) -> None:
-        if (kind, micro_batch) in self._marked or not tensor.is_floating_point() or bool(tensor.isfinite().all()):
+        try:
+            if (kind, micro_batch) in self._marked or not tensor.is_floating_point() or bool(tensor.isfinite().all()):
+                return
+            value = "NaN" if bool(tensor.isnan().any()) else "Infinity"
+            count = int((~tensor.isfinite()).sum())
+        except Exception:  # a tensor of a kind that cannot be asked: the others are, and no rank waits for this one
             return
         self._marked.add((kind, micro_batch))
-        value = "NaN" if bool(tensor.isnan().any()) else "Infinity"
-        count = int((~tensor.isfinite()).sum())
         self.findings.append(_Finding(kind, name, value, count, micro_batch, len(self.findings)))
 
 

@@ -3,7 +3,8 @@
 Statistics are computed where the shards live: after the optimizer has updated a rank's flat fp32 partition, `optimizer_sums` sums
 over each parameter's part of it. Each element of the model is counted once: by the data rank that owns it, for a replicated
 parameter by tensor rank 0, for tied embeddings by the first stage. The sums are part of the one reduction that a step makes for
-its loss anyway, so the monitor waits for nothing and sends nothing of its own.
+its loss anyway, so the monitor waits for nothing and sends nothing of its own. A rank on which measuring fails says so in that
+reduction, with zeros for the rest: all ranks stop measuring at the same step, and the run goes on.
 
     grad_norm      before clipping, unscaled                  adam_rms       sqrt(mean(g^2 / max(v, eps^2))), v corrected for bias
     weight_norm    of the fp32 weights, after the step                       (arXiv 2304.13013; about 1; NaN without Adam)
@@ -15,6 +16,8 @@ its loss anyway, so the monitor waits for nothing and sends nothing of its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +40,7 @@ class StepStats:
     values: dict[str, np.ndarray]  # STATS -> [parameters]
     totals: dict[str, float]  # weight_norm, update_norm and update_ratio of the whole model
     activations: dict[str, np.ndarray] | None  # by layer, on steps that measure them
+    failed: bool = False  # on some rank: nothing is measured from now on
 
 
 class ParameterStats:
@@ -50,6 +54,8 @@ class ParameterStats:
         self._rows = {name: row for row, name in enumerate(self.names)}
         self._spans: dict[int, Spans] = {}  # by the id of a partition's flat tensor
         self._with_parameters, self._with_layers = False, False
+        self.error: Exception | None = None  # of this rank
+        self._off = False  # all ranks know of an error, of this rank or another
         self._sums = torch.zeros(len(self.names), len(SUMS), dtype=torch.float64, device=trainer.grid.device)
         self._sizes, self._padding = _sizes(trainer, self.names)
         trainer.optimizer.register_step_post_hook(self._after_update)
@@ -57,41 +63,70 @@ class ParameterStats:
 
     def begin(self, *, parameters: bool, layers: bool) -> None:
         """Choose what the next step measures."""
-        self._with_parameters, self._with_layers = parameters, layers
+        self._with_parameters, self._with_layers = parameters and not self._off, layers and not self._off
         self._sums.zero_()
-        if layers:
-            self.layers.begin()
+        if self._with_layers:
+            with self.guarded():
+                self.layers.begin()
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Keep an error of this rank, to be told to all at the next step that is measured. Nothing collective may be within."""
+        try:
+            yield
+        except Exception as error:  # whatever it is: a run is worth more than its statistics
+            self.error = self.error or error
 
     def _take(self) -> torch.Tensor:
-        """Return the sums of the step that the trainer has just taken, as Trainer.statistics wants them: fp64 [n]."""
-        parts = [self._sums.flatten()] if self._with_parameters else []
+        """Return the sums of the step that the trainer has just taken, as Trainer.statistics wants them: fp64 [n].
+
+        The last is the number of ranks with an error.
+        """
+        if not (self._with_parameters or self._with_layers):
+            return self._sums.new_zeros(0)
         if self._with_layers:
-            self.layers.end()
-            parts.append(self.layers.sums())
-        return torch.cat(parts) if parts else self._sums.new_zeros(0)
+            with self.guarded():
+                self.layers.end()
+        if self.layers.error is not None:
+            self.error = self.error or self.layers.error
+        parts = [self._sums.flatten()] if self._with_parameters else []
+        parts += [self.layers.sums()] if self._with_layers else []
+        failed = self._sums.new_tensor([float(self.error is not None)])
+        if self.error is not None:
+            parts = [torch.zeros_like(part) for part in parts]
+        return torch.cat([*parts, failed])
 
     def read(self, result: StepResult) -> StepStats:
         """Return a step's statistics; no values where it was skipped or not measured. Collective on steps that measure layers."""
-        parameters, layers = np.split(result.statistics, [self._sums.numel() if self._with_parameters else 0])
-        activations = None
-        if self._with_layers:
+        with_parameters, with_layers = self._with_parameters, self._with_layers
+        self._with_parameters, self._with_layers = False, False
+        if not (with_parameters or with_layers):
+            return StepStats({}, {}, None)
+        if result.statistics[-1]:
+            self._off = True
+            return StepStats({}, {}, None, failed=True)
+        parameters, layers = np.split(result.statistics[:-1], [self._sums.numel() if with_parameters else 0])
+        if with_layers:
             maxima = self.layers.maxima()
             if dist.get_world_size() > 1:
                 dist.all_reduce(maxima, dist.ReduceOp.MAX)
-            activations = self.layers.decode(layers, maxima.double().cpu().numpy())
-        self._with_layers, measured = False, self._with_parameters and not result.skipped
-        self._with_parameters = False
-        values, totals = self._decode(parameters, result.grad_norm) if measured else ({}, {})
+        values, totals, activations = {}, {}, None
+        with self.guarded():
+            if with_layers:
+                activations = self.layers.decode(layers, maxima.double().cpu().numpy())
+            if with_parameters and not result.skipped:
+                values, totals = self._decode(parameters, result.grad_norm)
         return StepStats(values, totals, activations)
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, options: Any) -> None:
         """Add up one partition: DeepSpeed updates one after another, `param_groups` holds the one just updated."""
-        if not self._with_parameters:
+        if not self._with_parameters or self.error is not None:
             return
-        for group in optimizer.param_groups:
-            for flat in group["params"]:
-                if flat.grad is not None and (spans := self._spans_of(flat)).spans:
-                    add_sums(self._sums, spans, flat.detach(), flat.grad, optimizer.state[flat], group)
+        with self.guarded():
+            for group in optimizer.param_groups:
+                for flat in group["params"]:
+                    if flat.grad is not None and (spans := self._spans_of(flat)).spans:
+                        add_sums(self._sums, spans, flat.detach(), flat.grad, optimizer.state[flat], group)
 
     def _spans_of(self, flat: torch.Tensor) -> Spans:
         if not self._spans:
@@ -123,7 +158,8 @@ class ParameterStats:
             "nonfinite": np.zeros(len(self.names)),
         }
         totals = {"weight_norm": math.sqrt(sums["weight"].sum()), "update_norm": math.sqrt(sums["update"].sum())}
-        return values, totals | {"update_ratio": totals["update_norm"] / totals["weight_norm"]}
+        ratio = totals["update_norm"] / totals["weight_norm"] if totals["weight_norm"] else math.nan
+        return values, totals | {"update_ratio": ratio}
 
 
 def _sizes(trainer: Trainer, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:

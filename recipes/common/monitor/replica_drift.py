@@ -47,9 +47,8 @@ Copies = tuple[str, dist.ProcessGroup, dict[str, torch.Tensor]]  # (across, who 
 def find_drift(trainer: Trainer) -> list[Drift]:
     """Return every parameter whose copies differ, on every rank. Collective."""
     differing: list[tuple[str, dist.ProcessGroup, str, int, float]] = []
-    for across, group, tensors in _copies(trainer):
+    for across, group, tensors, sums in _summed_copies(trainer):
         names = list(tensors)
-        sums = torch.stack([checksum(tensors[name]) for name in names])
         # the largest of all and, as the largest of the complements, the smallest
         extremes = torch.cat([sums, ~sums])
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
@@ -61,6 +60,22 @@ def find_drift(trainer: Trainer) -> list[Drift]:
     if dist.get_world_size() > 1:
         dist.all_reduce(count)
     return _agree(differing, trainer.grid.device) if count.item() else []
+
+
+def _summed_copies(trainer: Trainer) -> list[tuple[str, dist.ProcessGroup, dict[str, torch.Tensor], torch.Tensor]]:
+    """Return the copies with their checksums. Collective: raises RuntimeError on every rank where one fails at it."""
+    own, error = [], None
+    try:
+        for across, group, tensors in _copies(trainer):
+            own.append((across, group, tensors, torch.stack([checksum(tensor) for tensor in tensors.values()])))
+    except Exception as raised:  # the others would wait for this rank's part for ever
+        error = raised
+    failed = torch.tensor([float(error is not None)], device=trainer.grid.device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(failed)
+    if failed.item():
+        raise RuntimeError(repr(error) if error else "another rank failed, see its output") from error
+    return own
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,13 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from recipes.common.checkpoint.changes import check_resume, flag_problems, resume_changes
+from recipes.common.checkpoint.changes import check_resume, resume_changes, resume_flag_problems
+from recipes.common.checkpoint.files import writing_problems
 from recipes.common.config.field_effects import Effect
 from recipes.common.data.batches import open_train
 from recipes.common.data.order import sequence_position
@@ -41,7 +43,7 @@ def found(saved, recipe):
 
 def test_the_same_recipe_has_no_changes(saved):
     assert resume_changes(saved[0], checkpoint(saved[1]), saved[1]) == []
-    assert flag_problems(saved[0], saved[1], None, ()) == []
+    assert resume_flag_problems(saved[0], saved[1], None, ()) == []
 
 
 def model(**fields):
@@ -86,7 +88,7 @@ def test_what_makes_the_state_meaningless_is_refused(saved, field):
     recipe = replace(saved[0], **MEANINGLESS[field])
     assert found(saved, recipe)[field] is Effect.STATE
     accepted = () if field.startswith("shape") else (field,)
-    problems = flag_problems(recipe, saved[1], None, accepted)  # accepting does not help
+    problems = resume_flag_problems(recipe, saved[1], None, accepted)  # accepting does not help
     assert any(problem.startswith(f"{field}=") and "mean nothing" in problem for problem in problems)
 
 
@@ -94,23 +96,42 @@ def test_what_makes_the_state_meaningless_is_refused(saved, field):
 def test_what_changes_mathematics_or_order_needs_consent(saved, field):
     recipe = replace(saved[0], **CONSENT[field])
     assert found(saved, recipe)[field] in (Effect.MATHEMATICS, Effect.ORDER)
-    problems = flag_problems(recipe, saved[1], None, ())
+    problems = resume_flag_problems(recipe, saved[1], None, ())
     assert any(p.startswith(f"{field}=") and p.endswith(f"go on with --accept {field}") for p in problems)
     accepted = [change for change, effect in found(saved, recipe).items()]
-    assert flag_problems(recipe, saved[1], None, accepted) == []
+    assert resume_flag_problems(recipe, saved[1], None, accepted) == []
 
 
 @pytest.mark.parametrize("field", FREE)
 def test_what_is_free_is_found_and_let_through(saved, field):
     recipe = replace(saved[0], **FREE[field])
     assert field in found(saved, recipe)
-    assert flag_problems(recipe, saved[1], None, ()) == []
+    assert resume_flag_problems(recipe, saved[1], None, ()) == []
+
+
+def test_a_run_that_is_past_its_end_is_told(saved):
+    recipe, out_dir = saved
+    (problem,) = resume_flag_problems(recipe, out_dir, None, (), 2)
+    assert problem.startswith("--max-steps=2: the run is past it, step_00000003 is its newest checkpoint; give more than 3")
+    (problem,) = resume_flag_problems(replace(recipe, steps=2), out_dir, None, ())
+    assert problem.startswith("steps=2: the run is past it")
+    assert resume_flag_problems(recipe, out_dir, None, (), 3) == []  # nothing is left to do: it ends with 0
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
+    assert writing_problems(tmp_path / "runs" / "new") == []
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    (problem,) = writing_problems(tmp_path / "file" / "run")
+    assert "cannot be written to: Not a directory; it is a file, or choose another folder" in problem
+    (problem,) = writing_problems(Path("/proc/nowhere"))
+    assert problem.startswith("--out-dir=/proc/nowhere: /proc cannot be written to")
 
 
 def test_all_problems_come_at_once_with_both_values(saved):
     optimizer = AdamW(lr=1e-3, eps=1e-7, clip=0.5)
     recipe = replace(saved[0], seed=5, optimizer=optimizer, **model(rms_norm_eps=1e-2, hidden_act="gelu"))
-    problems = flag_problems(recipe, saved[1], None, ("optimizer.eps", "modle.hidden_act"))
+    problems = resume_flag_problems(recipe, saved[1], None, ("optimizer.eps", "modle.hidden_act"))
     assert [problem.split("=")[0] for problem in problems[1:]] == ["model.hidden_act", "model.rms_norm_eps", "seed"]
     assert problems[0] == "--accept modle.hidden_act: no field of the recipe; did you mean model.hidden_act?"
     assert problems[3].startswith("seed=5, 1234 in the checkpoint step_00000003: that changes the order of the data; set it back")
@@ -119,9 +140,9 @@ def test_all_problems_come_at_once_with_both_values(saved):
 def test_a_group_of_fields_is_accepted_by_its_name(saved):
     rope = {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}
     recipe = replace(saved[0], **model(rope_parameters=rope))
-    assert len(flag_problems(recipe, saved[1], None, ())) == 3
-    assert flag_problems(recipe, saved[1], None, ("model.rope_parameters",)) == []
-    assert len(flag_problems(recipe, saved[1], None, ("model",))) == 4
+    assert len(resume_flag_problems(recipe, saved[1], None, ())) == 3
+    assert resume_flag_problems(recipe, saved[1], None, ("model.rope_parameters",)) == []
+    assert len(resume_flag_problems(recipe, saved[1], None, ("model",))) == 4
 
 
 def test_data_are_compared_by_what_they_hold(saved, tmp_path):
@@ -132,7 +153,7 @@ def test_data_are_compared_by_what_they_hold(saved, tmp_path):
     manifest = tmp_path / "moved" / "dataset.json"
     manifest.write_text(manifest.read_text().replace('"documents": 1', '"documents": 2', 1))
     assert found(saved, moved) == {"data": Effect.ORDER}
-    assert flag_problems(moved, out_dir, None, ("data",)) == []
+    assert resume_flag_problems(moved, out_dir, None, ("data",)) == []
     one = Blend(weights={recipe.data: 2.0})
     assert found(saved, replace(recipe, data=one)) == {}  # as without a blend
     two = Blend(weights={recipe.data: 1.0, str(tmp_path / "moved"): 1.0})
@@ -181,4 +202,4 @@ def test_an_accepted_seq_len_goes_on_in_tokens_without_repeats(saved, tmp_path, 
     # a restart by a supervisor, from the checkpoint before the change as well as from one after it
     again = run(longer, 1, tmp_path / "run", resume=True, resume_step=3, max_steps=6)
     assert [again[step]["loss"] for step in (4, 5, 6)] == [records[step]["loss"] for step in (4, 5, 6)]
-    assert flag_problems(longer, tmp_path / "run", None, ()) == []
+    assert resume_flag_problems(longer, tmp_path / "run", None, ()) == []

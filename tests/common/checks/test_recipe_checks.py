@@ -460,9 +460,12 @@ def _copy_of_quickstart(folder: Path, changes: dict[str, str]) -> Path:
     return path
 
 
+REST_OF_PLACE = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # what a launcher sets beside
+
+
 def test_a_recipe_with_seven_mistakes_is_one_message_without_a_process_group(tmp_path):
     """No launcher and no peer: a process group of two could not be made."""
-    path, variables = _copy_of_quickstart(tmp_path, SEVEN), os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
+    path, variables = _copy_of_quickstart(tmp_path, SEVEN), os.environ | {"WORLD_SIZE": "2", "RANK": "0"} | REST_OF_PLACE
     command = [sys.executable, str(path), "--out-dir", str(tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120, cwd=tmp_path)
     assert result.returncode == 2
@@ -491,7 +494,7 @@ def _main(recipe, flags, world_size=1):
 def _call_main(recipe, flags, world_size):
     from recipes.common.train import main
 
-    os.environ["WORLD_SIZE"] = str(world_size)
+    os.environ.update({"WORLD_SIZE": str(world_size)} | REST_OF_PLACE)
     sys.argv = ["recipe.py", *flags]
     out, err = io.StringIO(), io.StringIO()
     code = 0

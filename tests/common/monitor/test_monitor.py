@@ -1,5 +1,6 @@
 """Whole runs with the monitor: on or off the weights are the same bits; what it says is in the run's files, resumes included."""
 
+import importlib
 import shutil
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from recipes.common import train as train_module
-from recipes.common.monitor.parameter_stats import STATS
+from recipes.common.monitor.optimizer_sums import SUMS
+from recipes.common.monitor.parameter_stats import STATS, ParameterStats
 from recipes.common.recipe import AdamW, Checkpoints, Evaluation, Monitor
 from recipes.common.run_dir.metrics import read_metrics
 from recipes.common.run_dir.tensor_stats import read_stats
@@ -150,3 +152,40 @@ def test_drift_stops_the_run_or_is_logged_as_the_recipe_says(folder, tmp_path, m
     err = capfd.readouterr().err
     assert "step 2: copies differ: model.layers.0.input_layernorm.weight differs across tensor ranks" in err
     assert err.count("copies differ") == 1  # the same ones, at every check
+
+
+FAULTS = {  # what raises, and the part that goes off for it
+    "parameter_stats.add_sums": "statistics are off from step 1: another rank failed, see its output",
+    "layer_stats.largest_logit": "statistics are off from step 2: another rank failed, see its output",
+    "replica_drift.checksum": "the comparison of copies is off from step 2: another rank failed, see its output",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_part_that_raises_on_one_rank_is_off_on_all_and_told_once(folder, tmp_path, monkeypatch, capfd, fault):
+    """Statistics of one rank, of a layer in the middle of a forward pass, and what comes before a collective."""
+    straight = run(recipe_on(folder, OFF), 4, tmp_path / "straight")
+    module, name = fault.split(".")
+    real = getattr(importlib.import_module(f"recipes.common.monitor.{module}"), name)
+
+    def broken(*args):
+        if torch.distributed.get_rank() == 3:
+            raise ZeroDivisionError("planted")
+        return real(*args)
+
+    monkeypatch.setattr(f"recipes.common.monitor.{fault}", broken)
+    records = run(recipe_on(folder, ON), 4, tmp_path / "broken")
+    assert [records[step]["loss"] for step in records] == [straight[step]["loss"] for step in straight]
+    said = capfd.readouterr().err
+    assert said.count(f"monitor: {FAULTS[fault]}") == 1
+    assert said.count("rank 3: monitor: ") == said.count("planted") == 1
+    assert ("weight_norm" in records[STEPS]) == (module == "replica_drift")
+
+
+def test_weights_that_are_all_zero_have_no_ratio(folder, tmp_path, monkeypatch):
+    """Nothing to divide by: a number that is none, not an exception."""
+    stats = object.__new__(ParameterStats)
+    stats.names, stats._clip, stats._sizes, stats._padding = ("w",), 0.0, np.ones(1), np.zeros(1)
+    values, totals = stats._decode(np.zeros(len(SUMS)), 0.0)
+    assert np.isnan(totals["update_ratio"])
+    assert np.isnan(values["update_ratio"]).all()

@@ -1,0 +1,53 @@
+"""What the machine refuses is told in one line with its cure, and is the user's to cure: exit 2."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.tiny import ROOT
+from tools.common.console import FAILED, GOOD, MISTAKE, CheckError, UsageError, exit_code
+
+
+def raising(error):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EACCES, "give this user the right to it"),
+        (errno.EROFS, "mounted read-only"),
+        (errno.ENOSPC, "free some space there"),
+        (errno.EDQUOT, "free some space there"),
+        (errno.ENOENT, "correct the path"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(capsys, number, words):
+    assert exit_code(raising(OSError(number, os.strerror(number), "/a/b"))) == MISTAKE
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: /a/b: {os.strerror(number)}; ")
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_other_errors_stay_what_they_are(capsys):
+    with pytest.raises(OSError, match="odd"):
+        exit_code(raising(OSError(errno.EILSEQ, "odd")))
+    assert exit_code(raising(UsageError("a"))) == MISTAKE
+    assert exit_code(raising(CheckError("b"))) == FAILED
+    assert exit_code(lambda: GOOD) == GOOD
+
+
+def test_a_full_disk_under_stdout_is_no_success():
+    program = "import sys; from tools.common.console import exit_code; sys.exit(exit_code(lambda: print('x') or 0))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: what is written: No space left on device; free some space")
+    assert done.stderr.count("\n") == 1
