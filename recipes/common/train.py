@@ -18,7 +18,7 @@ import torch
 from recipes.common.anomalies.recovery import Recovery
 from recipes.common.anomalies.rewinds import Rewind, read_history, skips_ahead
 from recipes.common.checkpoint.changes import check_resume, resume_flag_problems
-from recipes.common.checkpoint.files import out_dir_problems, writing_problems
+from recipes.common.checkpoint.files import CheckpointError, out_dir_problems, writing_problems
 from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.reorder import first_order
 from recipes.common.checkpoint.resume import resume
@@ -42,7 +42,7 @@ from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_siz
 from recipes.common.run_dir.checkpoint_folders import step_folder
 from recipes.common.run_dir.run_files import recipe_to_dict, write_run_files
 from recipes.common.run_dir.run_log import RunLog
-from recipes.common.runtime.exits import end_rank, guard_rank
+from recipes.common.runtime.exits import end_rank, guard_rank, refusals
 from recipes.common.runtime.screen import keep_screen
 from recipes.common.runtime.stop_signal import StopRequest
 from recipes.common.runtime.supervisor_link import SupervisorLink
@@ -65,7 +65,7 @@ def main(recipe: Recipe) -> None:
         found = [] if flags.dry_run else start_problems(recipe, flags, out_dir)
         layout, ds_config = check_recipe(recipe, world_size, check_machine=not flags.dry_run, flag_problems=found)
     except RecipeError as error:
-        if rank == 0:  # every rank finds the same
+        if rank == 0 or launch_problems(os.environ):  # every rank finds the same
             print(f"error: {error}", file=sys.stderr)
         link.report_exit("user_error")
         sys.exit(2)
@@ -78,15 +78,18 @@ def main(recipe: Recipe) -> None:
         return
     start = {name: getattr(flags, name) for name in ("resume_step", "max_steps", "accept", "trace_steps")}
     with guard_rank(out_dir, rank, link.report_exit):
-        run = start_run(recipe, layout, sizes, ds_config, out_dir, resume_run=flags.resume, skips=flags.skip, **start)
+        with refusals(rank, link.report_exit, RecipeError, CheckpointError):
+            run = start_run(recipe, layout, sizes, ds_config, out_dir, resume_run=flags.resume, skips=flags.skip, **start)
         finished = train(run)
         end_rank(lambda: link.report_exit("finished" if finished else "stopped"))
 
 
 def start_problems(recipe: Recipe, flags: Namespace, out_dir: Path) -> list[str]:
     """Return what keeps a run from its start here, beside the recipe: the launcher's variables, --out-dir, the resume."""
-    problems = launch_problems(os.environ) + out_dir_problems(out_dir, flags.resume, flags.resume_step)
-    problems += writing_problems(out_dir)
+    problems = launch_problems(os.environ) + writing_problems(out_dir)
+    if problems:
+        return problems
+    problems = out_dir_problems(out_dir, flags.resume, flags.resume_step)
     if flags.resume and not type_problems(recipe):
         problems += resume_flag_problems(recipe, out_dir, flags.resume_step, flags.accept, flags.max_steps)
     return problems

@@ -7,6 +7,7 @@ that finds an earlier failure of this start there prints a single line instead o
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -18,7 +19,14 @@ from typing import NoReturn
 
 _SETTLE_SECONDS = 1.0  # the first failure's file may be a moment late on a shared file system
 
-FAILED, NUMBERS = 1, 3  # exit codes
+FAILED, MISTAKE, NUMBERS = 1, 2, 3  # exit codes
+_CURES = {
+    errno.EACCES: "give this user the right to it",
+    errno.EPERM: "give this user the right to it",
+    errno.EROFS: "its file system is mounted read-only; choose another folder",
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some space there",
+}
 
 
 class TrainingError(RuntimeError):
@@ -59,6 +67,26 @@ def guard_rank(out_dir: Path, rank: int, report: Callable[[str, str], None] = la
         word = "training_error" if numbers else "peer_lost" if lost_a_peer else "failed"
         report(word, f"{type(error).__name__}: {error}")
         os._exit(NUMBERS if numbers else FAILED)
+
+
+@contextmanager
+def refusals(rank: int, report: Callable[[str], None], *kinds: type[Exception]) -> Iterator[None]:
+    """End the process with code 2 and one line, for what only a start finds and the user can cure.
+
+    kinds: errors that every rank finds alike; rank 0 prints them. A file that cannot be read or written may be one rank's own.
+    """
+    try:
+        yield
+    except (OSError, *kinds) as error:
+        text = str(error)
+        if isinstance(error, OSError):
+            if error.errno not in _CURES or error.filename is None:
+                raise
+            text = f"{error.filename}: {error.strerror}; {_CURES[error.errno]}, and start again"
+        if rank == 0 or isinstance(error, OSError):
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        report("user_error")
+        os._exit(MISTAKE)
 
 
 def end_rank(report: Callable[[], None] = lambda: None) -> NoReturn:

@@ -1,9 +1,14 @@
 """When one rank fails, the job ends in seconds, and that rank's own traceback is the last one on the screen."""
 
+import subprocess
+import sys
 import time
+
+import pytest
 
 from recipes.common.runtime.exits import guard_rank
 from tests.support.launched import copy_repository, deepspeed, start
+from tests.support.tiny import ROOT
 from tools.common.forked_ranks import run_ranks
 
 SECONDS = 30  # from the failure to the launcher's end; measured: 3 s on an idle machine with 2 cores
@@ -49,3 +54,26 @@ def test_a_guarded_rank_leaves_its_traceback_and_nothing_from_an_earlier_start(t
 def _succeed(out_dir):
     with guard_rank(out_dir, 0):
         return "done"
+
+
+REFUSED = """
+import pathlib, sys
+from recipes.common.runtime.exits import guard_rank, refusals
+errors = {"disk": OSError(28, "No space left on device", "/a/b"), "mine": LookupError("a; b"), "other": ValueError("bug")}
+with guard_rank(pathlib.Path(sys.argv[2]), 0), refusals(0, print, LookupError):
+    raise errors[sys.argv[1]]
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [
+        ("disk", 2, "error: /a/b: No space left on device; free some space there, and start again\n"),
+        ("mine", 2, "error: a; b\n"),
+        ("other", 1, None),
+    ],
+)
+def test_what_only_a_start_finds_is_one_line_where_the_user_can_cure_it(tmp_path, what, code, said):
+    done = subprocess.run([sys.executable, "-c", REFUSED, what, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stderr == said or (said is None and "ValueError: bug" in done.stderr)
