@@ -69,6 +69,12 @@ class StopRequests:
     def count(self) -> int:
         return self.times
 
+    def listen(self) -> None:
+        """Count the signals that ask to end, but for those that are ignored: nohup has SIGHUP ignored."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.add)
+
     def add(self, number: int, frame: object) -> None:
         self.times += 1
         self.first_signal = self.first_signal or signal.Signals(number).name
@@ -87,9 +93,7 @@ def main() -> int:
         return subprocess.call([sys.executable, flags.recipe, *_for_one_process(flags.recipe_flags, flags.processes)])
     run_dir = _run_dir(flags.recipe_flags, facts)
     stops = StopRequests()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(number, stops.add)
+    stops.listen()
     keep_screen()
     with relayed():
         if flags.join:

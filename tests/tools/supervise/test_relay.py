@@ -34,3 +34,20 @@ def test_without_a_reader_the_launcher_ends_as_it_would():
     job.stdout.readline()
     job.stdout.close()
     assert job.wait() == 7
+
+
+HANGUP = """
+import os, signal
+from tools.supervise.__main__ import StopRequests
+stops = StopRequests()
+stops.listen()
+os.kill(os.getpid(), signal.SIGHUP)
+os.kill(os.getpid(), signal.SIGTERM)
+print(stops.times, stops.first_signal)
+"""
+
+
+def test_a_hangup_that_nohup_has_ignored_stays_ignored():
+    for words, said in (([], "2 SIGHUP"), (["nohup"], "1 SIGTERM")):
+        done = subprocess.run([*words, sys.executable, "-c", HANGUP], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.strip() == said
