@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,8 @@ def _shard_problems(folder: Path, manifest: dict) -> list[str]:
             expected = shard.tokens * itemsize
             if not path.is_file():
                 problems.append(f"data={folder}: shard {shard.file} is missing; {CURE}")
+            elif not os.access(path, os.R_OK):
+                problems.append(f"data={folder}: shard {shard.file} may not be read by this user; change its permissions")
             elif path.stat().st_size != expected:
                 size = path.stat().st_size
                 problems.append(f"data={folder}: shard {shard.file} has {size} bytes, dataset.json says {expected}; {CURE}")
