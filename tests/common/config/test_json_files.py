@@ -21,7 +21,7 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
 
 def test_a_key_given_twice_is_refused() -> None:
     assert json.loads('{"a": {"b": 1}, "c": 2}', object_pairs_hook=unique_keys) == {"a": {"b": 1}, "c": 2}
-    with pytest.raises(ValueError, match=r"key given twice: \['b'\]"):
+    with pytest.raises(ValueError, match=r"no JSON: key given twice: \['b'\]"):
         json.loads('{"a": {"b": 1, "c": 2, "b": 3}}', object_pairs_hook=unique_keys)
 
 
@@ -36,7 +36,7 @@ def test_a_key_given_twice_is_refused() -> None:
         (b'{"a": "\xff"}', "not UTF-8 at its byte 7"),
         (b"[]", "holds list where an object belongs"),
         (b"null", "holds NoneType where an object belongs"),
-        (b'{"a": 1, "a": 2}', r"key given twice: \['a'\]"),
+        (b'{"a": 1, "a": 2}', r"no JSON: key given twice: \['a'\]"),
     ],
 )
 def test_what_is_not_the_json_that_belongs_there_is_one_message_with_the_files_name(tmp_path, raw, problem):
