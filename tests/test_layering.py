@@ -19,8 +19,8 @@ OURS = ("recipes", "tools", "tests")
 # the stair of recipes/common, from the ground up: a module imports from its own wing and from lower floors
 FLOORS = (
     ("recipe",),
-    ("config", "data"),
-    ("runtime",),
+    ("config",),
+    ("data", "runtime"),
     ("model", "run_dir"),
     ("parallel",),
     ("pipeline",),

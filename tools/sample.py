@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from recipes.common.data.batches import validation_micro_batches
 from recipes.common.data.shards import TokenStream, open_split
 from tools.common.console import GOOD, UsageError, as_usage_error, exit_code, quiet_transformers
+from tools.common.hf_config import refuse_code
 
 PROMPT_TOKENS = 16  # in a prompt taken from the validation split
 MAX_SEQ_LEN = 2048  # unless trifold.json or --seq-len gives the length
@@ -106,9 +107,12 @@ def load(folder: Path, dtype: str, device: str) -> tuple[nn.Module, PreTrainedTo
     """Load the model and its tokenizer. Raises UsageError when either cannot be loaded."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is no Hugging Face model folder (no config.json); tools.checkpoint to-hf exports one")
+    refuse_code(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{folder}: transformers cannot load it: {error}") from error
     return model.to(device).eval(), tokenizer

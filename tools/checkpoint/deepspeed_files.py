@@ -23,31 +23,40 @@ from typing import Any
 import torch
 
 from tools.checkpoint.hf_names import natural
+from tools.checkpoint.stand_ins import STAND_INS, Inert
 from tools.common.console import UsageError
 
 OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 MASTER_FILE = "fp32"
-
-
-class _Inert:
-    """Stands in for a DeepSpeed class: takes what the file sets, and does nothing."""
-
-    numel: int
-    start: int
-
-
-class _Number(int):
-    """Stands in for a DeepSpeed enumeration."""
-
-
-_STAND_INS = [
-    (_Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (_Number, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-]
+# what DeepSpeed itself puts into a model file; the rest is the user's client_state
+_OWN_KEYS = frozenset(
+    {
+        "module",
+        "buffer_names",
+        "optimizer",
+        "param_shapes",
+        "frozen_param_shapes",
+        "shared_params",
+        "frozen_param_fragments",
+        "lr_scheduler",
+        "data_sampler",
+        "random_ltd",
+        "sparse_tensor_module_names",
+        "skipped_steps",
+        "global_steps",
+        "global_samples",
+        "dp_world_size",
+        "mp_world_size",
+        "ds_config",
+        "ds_version",
+        "checkpoint_parallel_dimensions",
+        "universal_checkpoint_info",
+        "zero_optimizer_state",
+        "autotp_config",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class DeepSpeedCheckpoint:
     step: int
     consumed_seqs: int
     skipped_steps: int
+    client_state: tuple[str, ...]  # names of what the user saved with it, which is not converted
 
 
 @dataclass(frozen=True)
@@ -86,14 +96,15 @@ class RankState:
 def load(path: Path) -> Any:
     """Load a .pt file, its tensors mapped. Raises UsageError when it holds anything but tensors, plain values and stand-ins."""
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
+        with torch.serialization.safe_globals(STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UsageError(f"{path}: missing") from None
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, AttributeError, TypeError) as error:
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError) as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it names {found[1]}" if found else str(error).split("\n")[0]
-        raise UsageError(f"{path}: not a file of tensors that is safe to load ({reason}); it was not loaded") from None
+        cure = "; if you trust it, load it with torch.load(..., weights_only=False) and save it without that" if found else ""
+        raise UsageError(f"{path}: not a file of tensors that is safe to load ({reason}); it was not loaded{cure}") from None
 
 
 def find_checkpoint(folder: Path) -> DeepSpeedCheckpoint:
@@ -112,6 +123,8 @@ def find_checkpoint(folder: Path) -> DeepSpeedCheckpoint:
             f"expected mp_rank_*_model_states.pt and *zero_pp_rank_*_optim_states.pt (or zero/), found {there}"
         )
     content = load(folder / models[0])
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{folder / models[0]}: holds {type(content).__name__}, not the state of a model")
     ranks = sorted({int(MODEL.fullmatch(name)[2]) for name in models})
     layers = {int(LAYER.fullmatch(name)[2]) for name in _names(folder, LAYER)}
     sizes = content.get("checkpoint_parallel_dimensions") or {}
@@ -128,7 +141,8 @@ def find_checkpoint(folder: Path) -> DeepSpeedCheckpoint:
             f"{folder}: {len(content['frozen_param_shapes'])} frozen parameters; only fully trained models can be converted"
         )
     counts = (int(content.get(key, 0)) for key in ("global_steps", "global_samples", "skipped_steps"))
-    return DeepSpeedCheckpoint(folder, universal, 0 if universal else stage, tensor, len(ranks) // tensor, data, *counts)
+    client = tuple(sorted(str(key) for key in content.keys() - _OWN_KEYS))
+    return DeepSpeedCheckpoint(folder, universal, 0 if universal else stage, tensor, len(ranks) // tensor, data, *counts, client)
 
 
 def _names(folder: Path, pattern: re.Pattern) -> list[str]:
@@ -186,7 +200,7 @@ def rank_state(
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UsageError(f"{path}: not laid out as DeepSpeed's ZeRO stage {saved.zero_stage} ({error!r})") from None
     scaler = state.get("loss_scaler")
-    numbers = {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)} if isinstance(scaler, _Inert) else {}
+    numbers = {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)} if isinstance(scaler, Inert) else {}
     return RankState(fragments, max(steps, default=0), numbers)
 
 

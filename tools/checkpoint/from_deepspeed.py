@@ -24,14 +24,13 @@ from transformers import PreTrainedModel
 
 from recipes.common.checkpoint.files import Part
 from recipes.common.model.decoder import PlanError, find_stack
-from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.sharding import RankShard, ShardSpec, rank_shard
 from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from tools.checkpoint import deepspeed_files as files
-from tools.checkpoint.from_hf import read_config
 from tools.checkpoint.hf_names import model_shapes, parameter_aliases
 from tools.checkpoint.starting_checkpoint import collected, refuse_used, starting_state, whole_part, write_checkpoint
-from tools.common.console import GOOD, UsageError, progress_bar, quiet_transformers
+from tools.common.console import GOOD, UsageError, printable, progress_bar, quiet_transformers
+from tools.common.hf_config import build_model, read_config
 
 Shape = tuple[int, ...]
 _PREFIX = re.compile(r"(?:\d+\.)?(?:causal\.|module\.)?")  # before a Hugging Face name
@@ -71,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     was = "universal" if summary["universal"] else "pipeline {pipeline} x tensor {tensor} x data {data}, ZeRO {zero_stage}"
     print(f"{summary['checkpoint']}: {summary['tensors']} tensors, kinds {', '.join(summary['kinds'])}")
     print(f"  from {was.format(**summary)}, step {summary['step']}, {summary['optimizer_steps']} optimizer steps")
+    if summary["client_state"]:
+        print(f"  not converted, from client_state: {printable(', '.join(summary['client_state'][:10]))}")
     print(f"  {summary['consumed_seqs']} sequences consumed; continue with: deepspeed RECIPE --out-dir {args.out} --resume")
     return GOOD
 
@@ -82,7 +83,7 @@ def convert(folder: Path, out: Path, model_folder: Path, tokenizer: Path | None 
         raise UsageError(f"{model_folder} has no config.json; give the model's Hugging Face folder with --model")
     config = read_config(model_folder)
     refuse_used(out)
-    causal = build_empty(config, attention="eager")
+    causal = build_model(config, model_folder)
     model = describe_model(causal, saved.tensor)
     check_names(saved, model)
     state = starting_state(tied=bool(model.aliases)) | {
@@ -98,7 +99,7 @@ def convert(folder: Path, out: Path, model_folder: Path, tokenizer: Path | None 
         checkpoint = write_checkpoint(out, rank_files, state, config, tokenizer or model_folder)
     index = json.loads((checkpoint / "index.json").read_text(encoding="utf-8"))["tensors"]
     kinds = sorted({kind for entry in index.values() for kind in entry["kinds"]})
-    described = {key: getattr(saved, key) for key in ("universal", "pipeline", "tensor", "data", "zero_stage")}
+    described = {key: getattr(saved, key) for key in ("universal", "pipeline", "tensor", "data", "zero_stage", "client_state")}
     counts = {key: state[key] for key in ("step", "consumed_seqs", "optimizer_steps")}
     return {"checkpoint": str(checkpoint), "tensors": len(index), "kinds": kinds, **counts, **described}
 

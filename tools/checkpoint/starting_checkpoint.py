@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedConfig
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else importing DeepSpeed looks for one, and warns on stdout
@@ -58,6 +61,29 @@ def refuse_used(out: Path) -> None:
 def whole_part(name: str, kind: str, tensor: np.ndarray) -> Part:
     flat = np.ascontiguousarray(tensor).reshape(-1)
     return Part(name, kind, tensor.shape, RankShard(), 0, flat.size, flat)
+
+
+@dataclass(frozen=True)
+class LateArray:
+    """A flat array that is read when it is written, so that one tensor at a time is in memory."""
+
+    size: int
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.ascontiguousarray(self.read()).reshape(-1)
+
+
+def late_part(name: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], np.ndarray]) -> Part:
+    """Return a part whose data `read` returns when it is written."""
+    numbers = torch.empty(0, dtype=dtype).numpy().dtype
+    size = math.prod(shape)
+    return Part(name, kind, shape, RankShard(), 0, size, LateArray(size, numbers, read))
 
 
 def collected(parts: Iterable[Part]) -> Iterator[list[Part]]:

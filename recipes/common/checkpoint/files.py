@@ -54,7 +54,7 @@ class Part:
     shard: RankShard
     start: int
     stop: int
-    data: np.ndarray  # flat, [stop - start]
+    data: np.ndarray  # flat, [stop - start]; or an object with its size, nbytes, dtype and __array__, read when it is written
 
 
 def write_rank_file(folder: Path, rank: int, parts: list[Part]) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""Says whether a file that a list names lies inside its folder: a list from elsewhere must not lead to other files."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+
+def outside(folder: Path, name: Any) -> str:
+    """Return why `name` is not the name of a file inside `folder`; "" if it is.
+
+    The folder itself may be a link. A link in it may lead to another place in it and, since the Hugging Face hub's cache holds
+    `snapshots/REVISION/FILE` as links to `blobs/HASH` of the same repository, to those.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        return f"{name!r} is no file name"
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts:
+        return f"{name!r} leads out of the folder"
+    path, real = folder / name, folder.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:  # a circle of links
+        return f"{name!r} is a link that leads nowhere ({error})"
+    if target.is_relative_to(real) or (path.is_file() and _in_hub_cache(real, target)):
+        return ""
+    return f"{name!r} is a link to {target}, out of the folder; copy the file itself into it"
+
+
+def _in_hub_cache(folder: Path, target: Path) -> bool:
+    caches = (parent.parent for parent in (folder, *folder.parents) if parent.name == "snapshots")
+    return any(target.parent == cache / "blobs" for cache in caches)

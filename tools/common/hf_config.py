@@ -1,0 +1,115 @@
+"""Reads the config.json of a Hugging Face folder, and refuses what would run code or never end, in one message."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from recipes.common.config.inside import outside
+from recipes.common.config.json_files import JsonError, read_json
+from recipes.common.model.initial_weights import build_empty
+from tools.common.console import UsageError
+
+MOST_OF_ONE_KIND = 10_000  # layers, blocks or experts: each is a module, or a row of modules
+_COUNTS = re.compile(r"n_?layers?|n_?blocks?|(?:.*_)?(?:num_\w*)?(?:layers|blocks|experts)|(?:\w+_)?depth")
+_WITH_CODE = "config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"
+_TEXT_MODEL = (
+    "python -c 'from transformers import AutoModelForImageTextToText as V, AutoModelForCausalLM as C; "
+    'm = V.from_pretrained("{0}"); t = C.from_config(m.config.text_config); t.model = m.model.language_model; '
+    't.lm_head = m.lm_head; t.save_pretrained("NEW")\''
+)
+_TEXT_CLASS = 'python -c \'from transformers import AutoModelForCausalLM as C; C.from_pretrained("{0}").save_pretrained("NEW")\''
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Return the config of a model folder. Raises UsageError for one that cannot be read, has code of its own, or has no end."""
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UsageError(
+                f"{folder} is an adapter, not a model: merge it into its base model (merge_and_unload), and give that"
+            )
+        raise UsageError(f"{folder} is no Hugging Face model folder: it has no config.json")
+    refuse_code(folder)
+    try:
+        if why := outside(folder, path.name):
+            raise UsageError(f"{folder}: {why}")
+        if problem := size_problem(read_json(path)):
+            raise UsageError(f"{path}: {problem}")
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (UsageError, JsonError) as error:
+        raise UsageError(str(error)) from None
+    except Exception as error:  # whatever a family's own checks raise
+        raise UsageError(f"{path}: transformers cannot read it: {first_line(error)}") from error
+    if getattr(config, "quantization_config", None):
+        raise UsageError(f"{folder} is quantised, and quantised weights cannot be trained; give the original model")
+    return config
+
+
+def refuse_code(folder: Path) -> None:
+    """Raise UsageError for a folder that brings code of its own, which is never run. A chat template is text."""
+    found = [f"auto_map in {name}" for name in _WITH_CODE if "auto_map" in _content(folder / name)]
+    found += sorted(path.name for path in folder.glob("*.py"))
+    if found:
+        raise UsageError(
+            f"{folder} brings code of its own ({', '.join(found[:5])}), which is never run (trust_remote_code=False). If "
+            "transformers itself has the model, delete the code and auto_map from a copy of the folder; else it cannot be trained"
+        )
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except (OSError, JsonError):  # what is needed of them is read, and judged, elsewhere
+        return {}
+
+
+def size_problem(content: dict[str, Any]) -> str:
+    """Return which count of layers, blocks or experts in a config, at any depth, is none that a model can have; "" if none."""
+    todo: list[Any] = [content]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, list):
+            todo += value
+        elif isinstance(value, dict):
+            todo += value.values()
+            for key, count in value.items():
+                is_number = isinstance(count, int | float) and not isinstance(count, bool)
+                if is_number and _COUNTS.fullmatch(key) and not 0 <= count <= MOST_OF_ONE_KIND:
+                    return f"{key}={count}: must be from 0 to {MOST_OF_ONE_KIND}"
+    return ""
+
+
+def refuse_multimodal(config: PreTrainedConfig, folder: Path) -> None:
+    """Raise UsageError, with how to get the text model, for a config that has one in it."""
+    text = config.get_text_config()
+    if text is config:
+        return
+    try:
+        causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        causal = None
+    is_text = causal is not None and causal.config_class is type(text)
+    cure = (_TEXT_CLASS if is_text else _TEXT_MODEL).format(folder)
+    raise UsageError(
+        f"{folder / 'config.json'} is of a multimodal model ({config.model_type}), whose text model is a {text.model_type}: "
+        f"save that on its own and give its folder, with\n  {cure}"
+    )
+
+
+def build_model(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+    """Return the model of a folder's config on the meta device. Raises UsageError when transformers cannot build it."""
+    try:
+        return build_empty(config, attention="eager")
+    except Exception as error:  # whatever a family's constructor raises for sizes that do not fit
+        found = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"{folder / 'config.json'}: transformers cannot build a causal model of it: {found}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
