@@ -27,7 +27,7 @@ import torch
 from transformers import PreTrainedModel
 
 from recipes.common.checkpoint.files import Part
-from tools.checkpoint.hf_folder import Source, open_folder, strip_names, stripped, tokenizer_files, unread_weights
+from tools.checkpoint.hf_folder import Source, open_folder, readable_tokenizer_files, strip_names, stripped, unread_weights
 from tools.checkpoint.hf_names import Adopter, TensorGroup, model_shapes, parameter_aliases
 from tools.checkpoint.starting_checkpoint import collected, late_part, refuse_used, starting_state, write_checkpoint
 from tools.common.console import GOOD, UsageError, human_bytes, printable, progress_bar, quiet_transformers
@@ -88,7 +88,7 @@ def import_folder(folder: Path, out: Path, tokenizer: Path | None = None, strip:
     refuse_multimodal(config, folder)
     refuse_used(out)
     tokenizer = folder if tokenizer is None else tokenizer
-    if not tokenizer_files(tokenizer) and tokenizer is not folder:
+    if not readable_tokenizer_files(tokenizer) and tokenizer is not folder:
         raise UsageError(f"--tokenizer={tokenizer}: no tokenizer files there")
     causal = build_model(config, folder)
     sources = strip_names(open_folder(folder), strip)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -13,11 +12,13 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from recipes.common.checkpoint.reader import Reader
+from recipes.common.config.json_files import read_json
 from tools.common.console import CheckError, human_bytes, progress_bar
+from tools.common.hf_config import load_config
 
 LOGITS_LIMIT_BYTES = 4_000_000_000  # fp32 weights; comparing logits takes that much memory, and a while
 MAPPED_BYTES = 1 << 25
@@ -65,7 +66,7 @@ def check_logits(reader: Reader, folder: Path, dtype: torch.dtype, *, always: bo
     if 4 * elements > LOGITS_LIMIT_BYTES and not always:
         size, limit = human_bytes(4 * elements), human_bytes(LOGITS_LIMIT_BYTES)
         return [f"logits not compared: {size} of fp32 weights exceed {limit}; --verify-logits compares them anyway"]
-    config = AutoConfig.from_pretrained(reader.folder / "model", local_files_only=True)
+    config = load_config(reader.folder / "model")
     ids = _random_ids(config)
     exported = _exported_logits(folder, ids)
     model = plain_model(config)
@@ -90,10 +91,10 @@ def check_tokenizer(folder: Path) -> list[str]:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return ["no tokenizer in the checkpoint, so none in the export"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a tokenizer's own code raises
         raise CheckError(f"AutoTokenizer does not load the exported tokenizer: {error}") from error
-    rows = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size", len(tokenizer))
+    rows = read_json(folder / "config.json").get("vocab_size", len(tokenizer))
     if len(tokenizer) > rows:
         raise CheckError(f"the tokenizer has {len(tokenizer)} ids, the model's vocabulary {rows}")
     return [f"AutoTokenizer loads the tokenizer ({len(tokenizer)} ids)"]
@@ -102,7 +103,7 @@ def check_tokenizer(folder: Path) -> list[str]:
 def plain_model(config: PreTrainedConfig) -> nn.Module:
     """Return an AutoModelForCausalLM in fp32 with undefined weights: every one must be set."""
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
     model.tie_weights()
     return model
 
@@ -125,7 +126,7 @@ def set_weights(model: nn.Module, reader: Reader, dtype: torch.dtype = torch.flo
 
 def _exported_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     model, found = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
     )
     wrong = {key: sorted(map(str, names)) for key, names in found.items() if names}
     if wrong:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from recipes.common.checkpoint.files import tokenizer_files
 from recipes.common.config.inside import outside
 from recipes.common.config.json_files import JsonError, read_json
 from tools.checkpoint.safetensors_writer import INDEX
@@ -30,18 +31,6 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 PLACES = ("model.safetensors", INDEX, "pytorch_model.bin", BIN_INDEX)
 MAPPED_BYTES = 256 << 20  # of a .bin file, until its mapping is renewed
 POINTER = b"version https://git-lfs.github.com/spec/"
-# what a tokenizer or generation reads; copied as they are
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "generation_config.json",
-)
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
@@ -202,9 +191,9 @@ def stripped(name: str, parts: Iterable[str]) -> str:
     return name
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
+def readable_tokenizer_files(folder: Path) -> list[Path]:
     """Return the tokenizer's files. Raises UsageError for a link to elsewhere, or a Git LFS pointer."""
-    found = sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
+    found = tokenizer_files(folder)
     for path in found:
         if why := outside(folder, path.name):
             raise UsageError(f"{folder}: {why}")

@@ -28,7 +28,7 @@ from recipes.common.config.json_files import write_json
 from recipes.common.model.sharding import RankShard
 from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints, step_folder
 from tools.checkpoint.contents import gaps
-from tools.checkpoint.hf_folder import tokenizer_files
+from tools.checkpoint.hf_folder import readable_tokenizer_files
 from tools.common.console import CheckError, UsageError
 
 FILE_BYTES = 1 << 30  # a file is written when this much is collected
@@ -138,5 +138,5 @@ def _remove_if_empty(*folders: Path) -> None:
 def _write_model_folder(folder: Path, config: PreTrainedConfig, tokenizer: Path | None) -> None:
     folder.mkdir()
     config.save_pretrained(folder)
-    for path in tokenizer_files(tokenizer) if tokenizer else ():
+    for path in readable_tokenizer_files(tokenizer) if tokenizer else ():
         shutil.copyfile(path, folder / path.name)

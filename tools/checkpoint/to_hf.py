@@ -23,19 +23,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from recipes.common.checkpoint.files import CheckpointError
+from recipes.common.checkpoint.files import CheckpointError, unsealed
 from recipes.common.checkpoint.position import written_position
 from recipes.common.checkpoint.reader import Reader
-from recipes.common.config.json_files import write_json
+from recipes.common.config.json_files import read_json, write_json
 from recipes.common.model.initial_weights import build_empty
 from tools.checkpoint import hf_check
 from tools.checkpoint.contents import damaged_weights, missized_files, open_checkpoint, row_blocks
 from tools.checkpoint.hf_names import TensorGroup, natural, publish, published_groups
 from tools.checkpoint.safetensors_writer import ShardsWriter, Tensor, split_into_shards, write_index
 from tools.common.console import GOOD, CheckError, UsageError, human_bytes, progress_bar, quiet_transformers
+from tools.common.hf_config import load_config
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -128,9 +129,12 @@ def _verify(reader: Reader, folder: Path, checksums: dict[str, str], dtype: str,
 
 def write_model_files(reader: Reader, out: Path, dtype: str) -> PreTrainedConfig:
     """Write config.json, generation_config.json, the tokenizer's files, and trifold.json (the provenance)."""
-    for path in sorted((reader.folder / "model").iterdir()):
+    model = reader.folder / "model"
+    if extra := [name for name in unsealed(reader.folder) if name.startswith("model/")]:
+        raise CheckpointError(f"{reader.folder}: the seal does not name {', '.join(extra[:5])}; nothing was exported")
+    config = load_config(model)
+    for path in sorted(model.iterdir()):
         shutil.copyfile(path, out / path.name)
-    config = AutoConfig.from_pretrained(reader.folder / "model", local_files_only=True)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.dtype = dtype
     config.save_pretrained(out)
@@ -145,7 +149,7 @@ def provenance(reader: Reader, dtype: str) -> dict[str, Any]:
     content = {"checkpoint": reader.folder.name, "step": reader.state["step"], "dtype": dtype}
     path = reader.folder / "recipe.json"
     if path.is_file():
-        recipe = json.loads(path.read_text(encoding="utf-8"))
+        recipe = read_json(path)
         content |= {
             "recipe": recipe["name"],
             "seq_len": recipe["batch"]["seq_len"],

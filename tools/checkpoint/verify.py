@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from recipes.common.checkpoint.files import CheckpointError
+from recipes.common.checkpoint.files import CheckpointError, unsealed
 from recipes.common.checkpoint.reader import Reader
 from tools.checkpoint.contents import checkpoint_folders, damaged_files, gaps, open_checkpoint
 from tools.common.console import FAILED, GOOD, UsageError
@@ -36,6 +36,9 @@ def run(args: argparse.Namespace) -> int:
 def _verify_one(folder: Path) -> list[str]:
     try:
         wrong = damaged_files(folder)
+        wrong += [
+            f"{folder / name}: the seal does not name it; no resume reads it, move it elsewhere" for name in unsealed(folder)
+        ]
+        return wrong or gaps(Reader(folder))
     except CheckpointError as error:
         return [str(error)]
-    return wrong or gaps(Reader(folder))

@@ -35,6 +35,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
             )
         raise UsageError(f"{folder} is no Hugging Face model folder: it has no config.json")
     refuse_code(folder)
+    return load_config(folder)
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """Return the config of a folder that is ours, as a checkpoint's is. Raises UsageError for one that cannot be read."""
+    path = folder / "config.json"
     try:
         if why := outside(folder, path.name):
             raise UsageError(f"{folder}: {why}")

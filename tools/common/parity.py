@@ -136,7 +136,9 @@ def initial_model(trial: Trial) -> torch.nn.Module:
     """Build plain transformers with the initial weights that every layout starts from."""
     planned = plan_model(trial.model, attention=trial.attention)
     stage = build_stage(planned, one_process(), seq_len=trial.seq_len, seed=trial.seed)
-    model = AutoModelForCausalLM.from_config(trial.model, dtype=torch.float32, attn_implementation=trial.attention)
+    model = AutoModelForCausalLM.from_config(
+        trial.model, dtype=torch.float32, attn_implementation=trial.attention, trust_remote_code=False
+    )
     weights = dict(stage.hf_named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():

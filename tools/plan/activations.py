@@ -51,7 +51,9 @@ def _measure(
     config: PreTrainedConfig, seq_len: int, dtype: torch.dtype, attention: str, fake: bool, *, every_layer: bool
 ) -> tuple[LayerBytes, ...]:
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), _without_packing():
-        causal = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).train()
+        causal = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        ).train()
         stack = find_stack(causal)
         layers = causal.get_submodule(stack.layers)
         kinds = list(range(len(layers))) if every_layer else [_kind(layer) for layer in layers]

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from transformers import AutoConfig
 
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.data.document_masking import document_positions
@@ -23,6 +22,7 @@ from recipes.common.data.shards import read_manifest
 from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
 from tools.checkpoint.hf_check import plain_model, set_weights
 from tools.common.console import GOOD, UsageError, printable, progress_bar, quiet_transformers, table
+from tools.common.hf_config import load_config
 from tools.common.recipe_io import read_recipe
 from tools.data.lookup import DataOrder, describe, read_run, read_step
 from tools.spikes.batch_stats import most_repeated, oddities, ordinary_sequences, sequence_stats, step_tokens
@@ -105,7 +105,7 @@ def document_end(folder: Path, run: DataOrder) -> int | None:
 def sequence_losses(checkpoint: Path, tokens: np.ndarray, end: int | None = None) -> list[float]:
     """Compute the mean cross-entropy of each sequence, in nats, by plain transformers in fp32. tokens: int64 [k, seq_len + 1]."""
     reader = Reader(checkpoint)
-    model = plain_model(AutoConfig.from_pretrained(checkpoint / "model", local_files_only=True))
+    model = plain_model(load_config(checkpoint / "model"))
     set_weights(model, reader)
     losses = []
     with progress_bar("scoring sequences", tokens.nbytes) as bar:

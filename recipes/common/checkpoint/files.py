@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from recipes.common.config.json_files import unique_keys, write_json
+from recipes.common.config.inside import outside
+from recipes.common.config.json_files import JsonError, read_json, write_json
 from recipes.common.model.sharding import RankShard
 from recipes.common.run_dir.checkpoint_folders import SEAL, checkpoint_step, sealed_checkpoints, step_folder
 
@@ -37,6 +38,18 @@ VERSION = 1
 CHUNK_BYTES = 1 << 20  # stays in the processor's cache between hashing and reading or writing: twice as fast as 16 MB
 DTYPES = {"F32": np.float32, "I64": np.int64, "BOOL": np.bool_}
 _PROBE_BYTES = 1 << 16
+# what a tokenizer or generation reads; copied as they are
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+)
 _NAMES = {np.dtype(value): key for key, value in DTYPES.items()}
 
 
@@ -151,17 +164,38 @@ def read_seal(folder: Path) -> dict[str, Any]:
     """Return the seal. Raises CheckpointError when the folder was never sealed, the seal is damaged, or of another format."""
     try:
         # no key twice: one flipped bit makes rank_00000 of rank_00001, and would hide an entry
-        content = json.loads((folder / SEAL).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        content = read_json(folder / SEAL, unique=True)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder}: no {SEAL}, so it is not a finished checkpoint") from None
-    except ValueError as error:
-        raise CheckpointError(f"{folder / SEAL}: damaged ({error})") from None
-    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+    except JsonError as error:
+        raise CheckpointError(f"{folder / SEAL}: damaged ({str(error).removeprefix(f'{folder / SEAL}: ')})") from None
+    if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(f"{folder / SEAL}: not a {FORMAT} of version {VERSION}")
     files = content.get("files")
-    if not isinstance(files, dict) or not all(isinstance(f, dict) and f.keys() == {"bytes", "checksum"} for f in files.values()):
+    if not isinstance(files, dict) or not all(map(_is_sealed, files.values())):
         raise CheckpointError(f"{folder / SEAL}: damaged (its list of files)")
+    for name in files:
+        if why := outside(folder, name):
+            raise CheckpointError(f"{folder / SEAL}: {why}")
     return content
+
+
+def _is_sealed(entry: Any) -> bool:
+    """Return whether an entry of the seal has what the writer gives each file."""
+    if not isinstance(entry, dict) or entry.keys() != {"bytes", "checksum"}:
+        return False
+    size = entry["bytes"]
+    return isinstance(size, int) and not isinstance(size, bool) and size >= 0 and isinstance(entry["checksum"], str)
+
+
+def unsealed(folder: Path) -> list[str]:
+    """Return the files, and links of any kind, that lie in a sealed folder and that its seal does not name.
+
+    No resume reads them. What a file system keeps of an open file that was deleted (`.nfs...`) is none of them.
+    """
+    known = {SEAL, *read_seal(folder)["files"]}
+    there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or p.is_file()}
+    return sorted(name for name in there - known if not Path(name).name.startswith(".nfs"))
 
 
 def damage(folder: Path, *, stride: tuple[int, int] = (0, 1)) -> list[str]:
@@ -186,10 +220,14 @@ def write_model_folder(folder: Path, config: Any, tokenizer: Path) -> None:
     """Write config.json and the tokenizer's files: what an export needs beside the weights."""
     folder.mkdir(exist_ok=True)
     config.save_pretrained(folder)
-    if tokenizer.is_dir():
-        for path in tokenizer.iterdir():
-            if path.is_file() and path.name not in ("config.json", "generation_config.json"):
-                shutil.copyfile(path, folder / path.name)
+    for path in tokenizer_files(tokenizer):
+        if path.name != "generation_config.json":
+            shutil.copyfile(path, folder / path.name)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files that a tokenizer or generation reads, by their names. A folder of a whole model has weights too."""
+    return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
 
 
 def publish_folder(hidden: Path, folder: Path) -> None:

@@ -6,7 +6,6 @@ Global rows count in the whole tensor, local ones in the shard of the tensor ran
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import xxhash
 
 from recipes.common.checkpoint.files import CHUNK_BYTES, DTYPES, CheckpointError, read_seal
+from recipes.common.checkpoint.sealed_json import read_index, read_state
 from recipes.common.model.sharding import RankShard, ShardSpec
 
 
@@ -42,13 +42,13 @@ def _part_checksum(path: Path, position: int, count: int) -> str:
 
 
 class Reader:
-    """Random access to a sealed checkpoint's tensors by name."""
+    """Random access to a sealed checkpoint's tensors by name. All that is read is named in the seal, and inside the folder."""
 
     def __init__(self, folder: Path) -> None:
-        read_seal(folder)
+        files = read_seal(folder)["files"]
         self.folder = folder
-        self.state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        self.tensors: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))["tensors"]
+        self.state: dict[str, Any] = read_state(folder, files)
+        self.tensors: dict[str, Any] = read_index(folder, files)
 
     def damaged_parts(self, kind: str) -> Iterator[tuple[int, str | None]]:
         """Yield (its bytes, what is wrong or None) of every part of a kind. Reads nothing of the other kinds."""

@@ -18,10 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
+from recipes.common.config.inside import leads_out
+from recipes.common.config.json_files import JsonError, read_json
 from recipes.common.data.reading import NOTHING_READ, Reading, SourceOrder
 
 FORMAT = "trifold-tokens"
 VERSION = 1
+SPLITS = ("train", "validation")
+DTYPES = ("uint16", "uint32")
 ORIGIN = np.dtype([("file", "<u4"), ("source", "<u4"), ("offset", "<u8")])  # one per document, in `.origins`
 MAX_OPEN_SHARDS = 256  # a map keeps a file descriptor, and 1024 is a common limit
 CURE = "run tools.data prepare again"
@@ -123,14 +127,42 @@ def read_manifest(folder: Path) -> dict:
     if not path.is_file():
         state = "was not finished" if (folder / "unfinished").is_dir() else "does not exist"
         raise FileNotFoundError(f"{path}: the preparation {state}; {CURE}")
-    try:
-        manifest = json.loads(path.read_text())
-        kind = (manifest["format"], manifest["version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a manifest of tools.data prepare ({error!r}); {CURE}") from error
+    manifest = _read(path)
+    kind = (manifest.get("format"), manifest.get("version"))
     if kind != (FORMAT, VERSION):
         raise ValueError(f"{path} has format {kind}, this version reads {(FORMAT, VERSION)}; {CURE}")
+    try:
+        problem = _manifest_problem(folder, manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        problem = repr(error)
+    if problem:
+        raise ValueError(f"{path} is not a manifest of tools.data prepare ({problem}); {CURE}")
     return manifest
+
+
+def _read(path: Path) -> dict:
+    try:
+        return read_json(path)
+    except JsonError as error:
+        raise ValueError(f"{path} is not a manifest of tools.data prepare ({error}); {CURE}") from None
+
+
+def _manifest_problem(folder: Path, manifest: dict) -> str:
+    """Return which value of a manifest is none that tools.data prepare writes, or leads to another folder; "" if none."""
+    counts = {key: manifest[key] for key in ("vocab_size", "eos_id")}
+    for split in SPLITS:
+        entry = manifest["splits"][split]
+        counts |= {f"{split}.{key}": entry[key] for key in ("tokens", "documents")}
+        for shard in split_shards(manifest, split):
+            if why := leads_out(shard.file):
+                return why
+            counts |= {f"{key} of {shard.file}": getattr(shard, key) for key in ("tokens", "documents")}
+            if not isinstance(shard.checksums, dict):
+                return f"checksums of {shard.file}"
+    wrong = [f"{key}={n!r}" for key, n in counts.items() if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < 1 << 63]
+    if manifest["dtype"] not in DTYPES or not isinstance(manifest["tokenizer_hash"], str):
+        return f"dtype={manifest['dtype']!r}, tokenizer_hash={manifest['tokenizer_hash']!r}"
+    return wrong[0] if wrong else ""
 
 
 def data_identity(folder: Path) -> str:
@@ -151,12 +183,12 @@ def open_split(folder: Path, split: str, seq_len: int, *, reading: Reading = NOT
 
 def tokenizer_hash(tokenizer: Path) -> str:
     """Hash the parts of a Hugging Face tokenizer folder that turn text into ids, so that a re-saved copy has the same hash."""
-    content = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    content = read_json(tokenizer / "tokenizer.json")
     for key in ("padding", "truncation", "post_processor"):  # not used on shards; transformers adds an empty one
         content.pop(key, None)
     model = content.get("model", {})
-    if "merges" in model:  # older files have "a b", newer ones ["a", "b"]
-        model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if isinstance(model, dict) and isinstance(model.get("merges"), list):  # older files have "a b", newer ones ["a", "b"]
+        model["merges"] = [" ".join(map(str, merge)) if isinstance(merge, list) else merge for merge in model["merges"]]
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True).encode()
     return "sha256:" + hashlib.sha256(canonical).hexdigest()
 

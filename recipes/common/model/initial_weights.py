@@ -60,7 +60,9 @@ def _parameters_on_meta() -> Iterator[None]:
 def build_empty(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
     """Build the family's ForCausalLM in fp32 with its parameters on the meta device (no memory, no weights)."""
     with _parameters_on_meta(), _LargeOnMeta(), no_init_weights():
-        causal = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        causal = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+        )
         causal.tie_weights()
     lost = [name for name, buffer in causal.named_buffers() if buffer.is_meta]
     if lost:

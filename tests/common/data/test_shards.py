@@ -1,9 +1,12 @@
 """Reading shards against the whole split in one array, and every problem of a prepared folder."""
 
+import json
+
 import numpy as np
 import pytest
 
-from recipes.common.data.shards import CURE, data_problems, open_split
+from recipes.common.data.shards import CURE, data_problems, open_split, read_manifest, tokenizer_hash
+from tests.support.hostile_json import one_message, variants
 from tests.support.token_shards import SEQ_LEN, write_data
 
 
@@ -81,3 +84,33 @@ def test_missing_and_unfinished_preparations(tmp_path):
 def test_too_short_for_one_sequence(prepared):
     found = problems(prepared[0], seq_len=5000)
     assert len(found) == 2 and "train split" in found[0] and "5001 are needed for 1 sequence;" in found[0]
+
+
+def test_whatever_dataset_json_and_the_tokenizer_hold_there_is_one_message(tmp_path):
+    write_data(tmp_path)
+    kept = (tmp_path / "dataset.json").read_bytes()
+    for raw in variants(json.loads(kept), 200):
+        (tmp_path / "dataset.json").write_bytes(raw)
+        lines = data_problems(tmp_path, seq_len=16, vocab_size=64, tokenizer=None, needs_validation=True)
+        assert all(str(tmp_path) in line or "batch.seq_len" in line or "vocab_size" in line for line in lines)
+        try:
+            open_split(tmp_path, "train", 16)
+        except (ValueError, OSError) as error:
+            assert str(tmp_path) in one_message(error)
+    (tmp_path / "dataset.json").write_bytes(kept)
+    for raw in variants({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"], "c d"]}, "padding": None}, 100):
+        (tmp_path / "tokenizer.json").write_bytes(raw)
+        try:
+            assert tokenizer_hash(tmp_path).startswith("sha256:")
+        except ValueError as error:
+            assert str(tmp_path) in one_message(error)
+
+
+@pytest.mark.parametrize("file", ["../train_00000.bin", "/etc/passwd", "a/../../b.bin"])
+def test_a_manifest_leads_to_shards_in_its_folder_alone(tmp_path, file):
+    write_data(tmp_path)
+    manifest = json.loads((tmp_path / "dataset.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["file"] = file
+    (tmp_path / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        read_manifest(tmp_path)
