@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from recipes.common.config.json_files import read_json
 from recipes.common.data.batches import validation_micro_batches
 from recipes.common.data.shards import TokenStream, open_split
 from tools.common.console import GOOD, UsageError, as_usage_error, exit_code, quiet_transformers
@@ -121,7 +122,7 @@ def load(folder: Path, dtype: str, device: str) -> tuple[nn.Module, PreTrainedTo
 def open_validation(args: argparse.Namespace, model: nn.Module) -> tuple[TokenStream, int]:
     """Return the validation split, and how many of its sequences to use."""
     path = args.folder / "trifold.json"
-    remembered = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    remembered = read_json(path) if path.is_file() else {}
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_SEQ_LEN
     seq_len = args.seq_len or remembered.get("seq_len") or min(longest, MAX_SEQ_LEN)
     if seq_len < 1:

@@ -29,6 +29,7 @@ from recipes.common.config.arguments import launch_problems, parse_flags, place_
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.config.field_effects import NEEDS_CONSENT
 from recipes.common.config.field_types import type_problems
+from recipes.common.config.json_files import read_json
 from recipes.common.config.lr_schedules import global_seqs_at, learning_rate_at
 from recipes.common.data.batches import open_train, open_validation, step_micro_batches, validation_micro_batches
 from recipes.common.data.prefetcher import Prefetcher
@@ -233,8 +234,8 @@ def _first_position(
 
 
 def _open_log(recipe: Recipe, out_dir: Path, resumed_step: int | None) -> RunLog:
-    manifest = json.loads((out_dir / "run.json").read_text())
-    config = json.loads((out_dir / "recipe.json").read_text())
+    manifest = read_json(out_dir / "run.json")
+    config = read_json(out_dir / "recipe.json")
     return RunLog(
         out_dir,
         name=recipe.name,

@@ -23,6 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 from recipes.common.checkpoint.files import Part
+from recipes.common.config.json_files import read_json
 from recipes.common.model.decoder import PlanError, find_stack
 from recipes.common.model.sharding import RankShard, ShardSpec, rank_shard
 from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
@@ -97,7 +98,7 @@ def convert(folder: Path, out: Path, model_folder: Path, tokenizer: Path | None 
         else:
             rank_files = zero_parts(saved, model, state, bar)
         checkpoint = write_checkpoint(out, rank_files, state, config, tokenizer or model_folder)
-    index = json.loads((checkpoint / "index.json").read_text(encoding="utf-8"))["tensors"]
+    index = read_json(checkpoint / "index.json")["tensors"]
     kinds = sorted({kind for entry in index.values() for kind in entry["kinds"]})
     described = {key: getattr(saved, key) for key in ("universal", "pipeline", "tensor", "data", "zero_stage", "client_state")}
     counts = {key: state[key] for key in ("step", "consumed_seqs", "optimizer_steps")}

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from recipes.common.checkpoint.files import CheckpointError
+from recipes.common.config.json_files import JsonError
 from recipes.common.recipe import RecipeError
 
 GOOD, FAILED, MISTAKE = 0, 1, 2
@@ -56,7 +57,7 @@ def exit_code(work: Callable[[], int]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a full disk can still be told
         return code
-    except (UsageError, RecipeError) as error:
+    except (UsageError, RecipeError, JsonError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return MISTAKE
     except (CheckError, CheckpointError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from recipes.common.config.inside import outside
 from recipes.common.config.json_files import JsonError, read_json
+from recipes.common.config.model_sizes import size_problem
 from recipes.common.model.initial_weights import build_empty
 from tools.common.console import UsageError
 
-MOST_OF_ONE_KIND = 10_000  # layers, blocks or experts: each is a module, or a row of modules
-_COUNTS = re.compile(r"n_?layers?|n_?blocks?|(?:.*_)?(?:num_\w*)?(?:layers|blocks|experts)|(?:\w+_)?depth")
 _WITH_CODE = "config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"
 _TEXT_MODEL = (
     "python -c 'from transformers import AutoModelForImageTextToText as V, AutoModelForCausalLM as C; "
@@ -72,22 +70,6 @@ def _content(path: Path) -> dict[str, Any]:
         return read_json(path)
     except (OSError, JsonError):  # what is needed of them is read, and judged, elsewhere
         return {}
-
-
-def size_problem(content: dict[str, Any]) -> str:
-    """Return which count of layers, blocks or experts in a config, at any depth, is none that a model can have; "" if none."""
-    todo: list[Any] = [content]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, list):
-            todo += value
-        elif isinstance(value, dict):
-            todo += value.values()
-            for key, count in value.items():
-                is_number = isinstance(count, int | float) and not isinstance(count, bool)
-                if is_number and _COUNTS.fullmatch(key) and not 0 <= count <= MOST_OF_ONE_KIND:
-                    return f"{key}={count}: must be from 0 to {MOST_OF_ONE_KIND}"
-    return ""
 
 
 def refuse_multimodal(config: PreTrainedConfig, folder: Path) -> None:

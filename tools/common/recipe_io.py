@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from recipes.common import recipe as recipe_module
+from recipes.common.config.json_files import JsonError, read_json
+from recipes.common.config.model_sizes import size_problem
 from recipes.common.recipe import Layout, Recipe, RecipeError
 from tools.common.console import UsageError
 
@@ -71,9 +72,11 @@ def read_recipe(run: Path) -> Recipe:
     if not path.is_file():
         raise UsageError(f"{run} is no run directory: it has no recipe.json")
     try:
-        return _restore(json.loads(path.read_text(encoding="utf-8")), Recipe)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is not a recipe that this version can read: {error}") from error
+        return _restore(read_json(path), Recipe)
+    except JsonError as error:
+        raise UsageError(str(error)) from error
+    except Exception as error:  # whatever a family's own checks raise
+        raise UsageError(f"{path} is not a recipe that this version can read: {' '.join(str(error).split())[:300]}") from error
 
 
 def _restore(value: Any, hint: Any) -> Any:
@@ -95,4 +98,6 @@ def _restore(value: Any, hint: Any) -> Any:
 
 
 def _config(value: dict[str, Any]) -> PreTrainedConfig:
+    if problem := size_problem(value):
+        raise UsageError(problem)
     return CONFIG_MAPPING[value["model_type"]].from_dict({name: item for name, item in value.items() if name != "class"})

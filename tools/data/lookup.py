@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import operator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from recipes.common.config.json_files import laid_out, parse_json, read_json
 from recipes.common.data.blend import BlendedStream, data_from_json, folders, open_blend
 from recipes.common.data.order import kept_index
 from recipes.common.data.reading import NOTHING_READ, UNCHANGED, Order, order_from_json
 from recipes.common.data.shards import ORIGIN, TokenStream, open_split, read_manifest
 from recipes.common.recipe import Blend, from_root
+from recipes.common.run_dir.metrics import read_metrics
 from tools.common.console import UsageError
 from tools.data.compressed import compression
 
@@ -45,18 +47,24 @@ class StepRead:
 def read_run(folder: Path, step: int | None = None) -> DataOrder:
     """Read the data order of a run directory, as it is now or was at `step`. Raises UsageError when it has no recipe.json."""
     recipe = _recipe_at(folder, step)
-    data = data_from_json(recipe["data"])
-    blend = data if isinstance(data, Blend) else None
-    names = folders(blend) if blend else [recipe["data"]]
     start = _start_at(folder, step)
-    return DataOrder(
-        data={name: from_root(name) for name in names},
-        blend=blend,
-        seed=recipe["seed"],
-        seq_len=recipe["batch"]["seq_len"],
-        skips=tuple((first, last) for first, last in start.get("skips", ())),
-        order=order_from_json(start["reading"]) if "reading" in start else UNCHANGED,
-    )
+    with laid_out(folder / "recipe.json"):
+        data = data_from_json(recipe["data"])
+        blend = data if isinstance(data, Blend) else None
+        names = folders(blend) if blend else [recipe["data"]]
+        seed, seq_len = operator.index(recipe["seed"]), operator.index(recipe["batch"]["seq_len"])
+        if seq_len < 1:
+            raise ValueError(f"seq_len={seq_len}")
+        places = {name: from_root(name) for name in names}
+    with laid_out(folder / "run.json"):
+        return DataOrder(
+            data=places,
+            blend=blend,
+            seed=seed,
+            seq_len=seq_len,
+            skips=tuple((operator.index(first), operator.index(last)) for first, last in start.get("skips", ())),
+            order=order_from_json(start["reading"]) if "reading" in start else UNCHANGED,
+        )
 
 
 def _recipe_at(folder: Path, step: int | None) -> dict[str, Any]:
@@ -66,34 +74,35 @@ def _recipe_at(folder: Path, step: int | None) -> dict[str, Any]:
         raise UsageError(f"{folder}: no recipe.json, so this is no run directory")
     kept = {int(p.name.split(".")[1].removeprefix("before_step_")): p for p in folder.glob("recipe.before_step_*[0-9].json")}
     later = [first for first in kept if step is not None and first > step]
-    return json.loads((kept[min(later)] if later else path).read_text())
+    return read_json(kept[min(later)] if later else path)
 
 
 def _start_at(folder: Path, step: int | None) -> dict[str, Any]:
     """Return the start in run.json under whose order `step` was read: a skip changes nothing before itself, a change does."""
     path = folder / "run.json"
-    starts = json.loads(path.read_text())["starts"] if path.is_file() else []
-    before = [start for start in starts if step is None or start.get("reading", {}).get("since_step", 0) < step]
-    return before[-1] if before else {}
+    with laid_out(path):
+        starts = read_json(path)["starts"] if path.is_file() else []
+        before = [start for start in starts if step is None or start.get("reading", {}).get("since_step", 0) < step]
+        return dict(before[-1]) if before else {}
 
 
 def read_step(folder: Path, step: int) -> StepRead:
     """Return what step `step` of a run read. Raises UsageError if the run has no such step."""
-    seq_len, micro_seqs = (_recipe_at(folder, step)["batch"][k] for k in ("seq_len", "micro_seqs"))
-    last = 0
-    found = None
-    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line)
-            if "consumed_seqs" in record:
-                last = max(last, record["step"])
-                found = record if record["step"] == step else found
+    recipe, last, found = _recipe_at(folder, step), 0, None
+    for record in read_metrics(folder):
+        if "consumed_seqs" in record:
+            last = max(last, record["step"])
+            found = record if record["step"] == step else found
     if found is None:
         raise UsageError(f"--step {step}: metrics.jsonl of {folder} has steps 1 to {last}")
-    starts = json.loads((folder / "run.json").read_text())["starts"]
-    start = [entry for entry in starts if (entry["resumed_step"] or 0) < step][-1]
-    seqs = found["tokens"] // seq_len
-    return StepRead(consumed=found["consumed_seqs"] - seqs, seqs=seqs, micro_seqs=micro_seqs, data_size=start["sizes"]["data"])
+    with laid_out(folder):
+        start = [entry for entry in read_json(folder / "run.json")["starts"] if (entry["resumed_step"] or 0) < step][-1]
+        seqs = operator.index(found["tokens"] // recipe["batch"]["seq_len"])
+        consumed = operator.index(found["consumed_seqs"]) - seqs
+        sizes = {"micro_seqs": operator.index(recipe["batch"]["micro_seqs"]), "data_size": operator.index(start["sizes"]["data"])}
+        if min(sizes.values()) < 1:
+            raise ValueError(f"sizes {sizes}")
+    return StepRead(consumed=consumed, seqs=seqs, **sizes)
 
 
 def open_run(run: DataOrder) -> TokenStream | BlendedStream:
@@ -173,7 +182,7 @@ def _name_and_decode(folder: Path, rows: list[dict]) -> None:
 def read_files(folder: Path, wanted: set[int]) -> dict[int, dict]:
     """Read lines of files.jsonl by number, without holding the others."""
     with open(folder / "files.jsonl", encoding="utf-8") as file:
-        return {number: json.loads(line) for number, line in enumerate(file) if number in wanted}
+        return {n: parse_json(line, f"{folder / 'files.jsonl'}, line {n + 1}") for n, line in enumerate(file) if n in wanted}
 
 
 def offset_unit(file: dict) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from recipes.common.config.json_files import write_json
+from recipes.common.config.json_files import read_json, write_json
 from recipes.common.data.shards import FORMAT, VERSION, tokenizer_hash
 from tools.common.console import GOOD, UsageError, as_usage_error, printable
 from tools.data.dedup import find_duplicates, hashes_path
@@ -107,7 +107,7 @@ def prepare(args: argparse.Namespace) -> dict:
     fingerprint = inputs_fingerprint(args, files)
     finished = args.out / "dataset.json"
     if finished.is_file():
-        manifest = json.loads(finished.read_text())
+        manifest = read_json(finished)
         if manifest.get("inputs_hash") == fingerprint:
             shutil.rmtree(args.out / "unfinished", ignore_errors=True)
             return summarise(args.out, manifest, left_out, already=True)
@@ -170,7 +170,7 @@ def run_units(args: argparse.Namespace, files: list[InputFile], fingerprint: str
         do_all(hash_unit, job, left_to_do(works, args.out, hashes_path), args.workers, "finding duplicates")
         find_duplicates(args.out, len(units))
     do_all(write_unit, job, left_to_do(works, args.out, unit_record), args.workers, "encoding")
-    records = [json.loads(unit_record(args.out, number).read_text()) for number in range(len(units))]
+    records = [read_json(unit_record(args.out, number)) for number in range(len(units))]
     return write_manifest(args, files, records, job, vocab_size, fingerprint)
 
 

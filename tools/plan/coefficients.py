@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from recipes.common.config.json_files import read_json
 from tools.common.console import UsageError
 from tools.common.devices import Device
 from tools.plan import memory_model, time_model
@@ -44,7 +45,7 @@ def read_coefficients(path: Path | None) -> Coefficients:
     """Read a file of coefficients; the shipped one if `path` is None. Raises UsageError for any other file."""
     path = SHIPPED if path is None else path
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         return Coefficients(
             time=np.array([float(found["time"][term]) for term in time_model.TERMS]),
             memory=np.array([float(found["memory"][term]) for term in memory_model.TERMS]),
@@ -54,7 +55,7 @@ def read_coefficients(path: Path | None) -> Coefficients:
             memory_spread=float(found["spread"]["memory"]),
             provenance=dict(found["provenance"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UsageError(f"{path}: not a file of `plan calibrate` or `plan fit` ({reason}); write it again") from error
 

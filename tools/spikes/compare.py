@@ -17,6 +17,7 @@ import numpy as np
 
 from recipes.common.anomalies.detector import scan
 from recipes.common.anomalies.events import KINDS
+from recipes.common.config.json_files import read_json
 from tools.common.console import GOOD, UsageError, printable, table
 from tools.common.logs.log import Log
 from tools.common.logs.reader import read_log
@@ -128,7 +129,7 @@ def _flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None
 

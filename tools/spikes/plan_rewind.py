@@ -17,6 +17,7 @@ import numpy as np
 from recipes.common.anomalies.detector import scan
 from recipes.common.anomalies.events import KINDS, Event
 from recipes.common.anomalies.rewinds import suspect_steps
+from recipes.common.config.json_files import laid_out, read_json
 from recipes.common.data.order import kept_index
 from recipes.common.run_dir.black_box import read_boxes
 from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_checkpoints
@@ -108,8 +109,9 @@ def _sequences(
 
 def _command(folder: Path, step: int, skip: tuple[int, int]) -> str:
     """Return the command that resumes the run from the checkpoint without the sequences."""
-    words = json.loads((folder / "run.json").read_text(encoding="utf-8"))["starts"][-1]["command"]
-    recipe = next((word for word in words[1:] if word.endswith(".py") and Path(word).parent.name == "recipes"), "RECIPE")
+    with laid_out(folder / "run.json"):
+        words = read_json(folder / "run.json")["starts"][-1]["command"]
+        recipe = next((word for word in words[1:] if word.endswith(".py") and Path(word).parent.name == "recipes"), "RECIPE")
     return f"bash launch/local.sh {recipe} --out-dir {folder} --resume-step {step} --skip {skip[0]}:{skip[1]}"
 
 

@@ -22,6 +22,7 @@ from recipes.common.checkpoint.resume import load_state
 from recipes.common.checks.model_checks import depth_problems
 from recipes.common.checks.recipe_checks import option_problems
 from recipes.common.config.ds_config import merge_ds_config
+from recipes.common.config.json_files import laid_out, read_json
 from recipes.common.data.batches import open_train, step_micro_batches
 from recipes.common.data.reading import Order
 from recipes.common.engine.build_trainer import build_recipe_trainer
@@ -119,12 +120,12 @@ def make_plan(folder: Path, step: int, layout: str | None) -> tuple[ReplayPlan, 
     missing = [s for s in range(first, step + 1) if s not in records]
     if missing:
         raise UsageError(f"{folder}: metrics.jsonl lacks step {missing[0]}, between {checkpoint.name} and step {step}")
-    starts = json.loads((folder / "run.json").read_text(encoding="utf-8"))["starts"]
-    start = [entry for entry in starts if (entry["resumed_step"] or 0) < step][-1]
-    stated = {"layers_per_stage": tuple(start["layout"]["layers_per_stage"])}  # a list in JSON
-    own, own_world = Layout(**start["layout"] | stated), start["world_size"]
+    with laid_out(folder / "run.json"):
+        start = [entry for entry in read_json(folder / "run.json")["starts"] if (entry["resumed_step"] or 0) < step][-1]
+        stated = {"layers_per_stage": tuple(start["layout"]["layers_per_stage"])}  # a list in JSON
+        own, own_world = Layout(**start["layout"] | stated), start["world_size"]
     chosen, world = _layout(layout, own, own_world, recipe)
-    ds_config = _merged(recipe, chosen, world, json.loads((folder / "deepspeed.json").read_text(encoding="utf-8")))
+    ds_config = _merged(recipe, chosen, world, read_json(folder / "deepspeed.json"))
     plan = ReplayPlan(
         recipe=recipe,
         layout=chosen,

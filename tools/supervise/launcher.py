@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -14,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from recipes.common.config.json_files import read_json
 from recipes.common.recipe import ROOT
 from recipes.common.runtime.authenticated_link import SECRET_FILE
 from recipes.common.runtime.network import free_port
@@ -129,7 +129,7 @@ def run_preflight(
             signal_child(job.pid, signal.SIGTERM, group=True)
             job.wait()
     try:
-        found = json.loads(report.read_text())
+        found = read_json(report)
     except (OSError, ValueError):
         return job.returncode, []  # less exact: a launcher's code may be that of another rank, or of a signal
     return found["exit_code"], found["bad_hosts"]

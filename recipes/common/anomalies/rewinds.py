@@ -6,16 +6,17 @@ crash before the next save forgets nothing.
 
 from __future__ import annotations
 
-import json
+import operator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from recipes.common.anomalies.events import KINDS, Event
 from recipes.common.checkpoint.position import RunPosition
-from recipes.common.config.json_files import write_json
+from recipes.common.config.json_files import laid_out, read_json, write_json
 from recipes.common.data.order import kept_index
 from recipes.common.recipe import Reaction
 from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_checkpoints
@@ -39,14 +40,22 @@ class Rewind:
 def read_history(out_dir: Path) -> tuple[Rewind, ...]:
     """Return the rewinds of a run so far, in order."""
     path = out_dir / "run.json"
-    entries = json.loads(path.read_text()).get("history", []) if path.is_file() else []
-    names = Rewind.__dataclass_fields__
-    return tuple(Rewind(**{k: tuple(v) if k == "skipped" else v for k, v in e.items() if k in names}) for e in entries)
+    entries = read_json(path).get("history", []) if path.is_file() else []
+    with laid_out(path):
+        return tuple(_rewind(entry) for entry in entries)
+
+
+def _rewind(entry: dict[str, Any]) -> Rewind:
+    """Return a rewind from its record in run.json; later versions may record more."""
+    first, last = entry["skipped"]
+    steps = {name: operator.index(entry[name]) for name in ("onset_step", "from_step", "to_step", "lr_until_step")}
+    skipped = (operator.index(first), operator.index(last))
+    return Rewind(kind=str(entry["kind"]), skipped=skipped, lr_factor=float(entry["lr_factor"]), **steps)
 
 
 def append_history(out_dir: Path, rewind: Rewind, skips: Skips) -> None:
     """Record a rewind, on rank 0. The present start reads `skips` from now on: tools look there for what a step read."""
-    run = json.loads((out_dir / "run.json").read_text())
+    run = read_json(out_dir / "run.json")
     entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "action": "rewind", **asdict(rewind)}
     run["history"] = [*run.get("history", []), entry]
     run["starts"][-1]["skips"] = [list(skip) for skip in skips]

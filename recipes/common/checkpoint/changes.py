@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING
 from recipes.common.checkpoint.files import CheckpointError
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.config.field_effects import MODEL, NEEDS_CONSENT, Effect, effect_of, flat_fields
+from recipes.common.config.json_files import read_json
 from recipes.common.data.blend import data_folders, data_from_json, folders, shares
 from recipes.common.data.shards import data_identity, tokenizer_hash
 from recipes.common.model.initial_weights import build_empty
@@ -50,10 +51,9 @@ class Change:
 def written_recipe(folder: Path) -> dict[str, Any] | None:
     """Return the recipe that a checkpoint was saved under; None where no run of ours saved it, or it is not readable."""
     try:
-        content = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+        return read_json(folder / "recipe.json")
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
 
 
 def resume_changes(recipe: Recipe, folder: Path, out_dir: Path) -> list[Change]:
@@ -113,7 +113,7 @@ def accept_problems(recipe: Recipe, written: Mapping[str, Any] | None, accepted:
 def accepted_before(out_dir: Path) -> list[dict[str, Any]]:
     """Return the changes that were accepted at earlier starts of a run."""
     try:
-        starts = json.loads((out_dir / "run.json").read_text(encoding="utf-8"))["starts"]
+        starts = read_json(out_dir / "run.json")["starts"]
         return [change for start in starts for change in start.get("accepted", ())]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
@@ -221,18 +221,18 @@ def _tokenizer_changes(recipe: Recipe, folder: Path) -> Iterator[Change]:
 
 def _identities(folder: Path, out_dir: Path) -> dict[str, str]:
     """Return the identity of each folder that the checkpoint's run read."""
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = read_json(folder / "state.json")
     if "order" in state:
         return {name: reading["identity"] for name, reading in state["order"]["readings"].items() if reading["identity"]}
     try:  # saved by an earlier version
-        return json.loads((out_dir / "run.json").read_text(encoding="utf-8"))["starts"][-1]["data"]
-    except (OSError, ValueError, KeyError, IndexError):
+        return read_json(out_dir / "run.json")["starts"][-1]["data"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
         return {}
 
 
 def _written_config(folder: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "model" / "config.json")
         config = CONFIG_MAPPING[content["model_type"]].from_dict(content)
     except (OSError, ValueError, KeyError, TypeError):
         return None

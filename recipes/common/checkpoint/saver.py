@@ -7,7 +7,6 @@ replaced. So a checkpoint that has its name is whole, whatever was killed when. 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -29,7 +28,7 @@ from recipes.common.checkpoint.files import (
     write_rank_file,
 )
 from recipes.common.checkpoint.position import RunPosition
-from recipes.common.config.json_files import write_json
+from recipes.common.config.json_files import read_json, write_json
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
 from recipes.common.model.sharding import RankShard, rank_shard
@@ -214,7 +213,7 @@ class _Save:
         self.seconds = time.perf_counter() - self._started
 
     def _seal(self) -> None:
-        reports = [json.loads(self._report(rank).read_text()) for rank in range(self._state["world_size"])]
+        reports = [read_json(self._report(rank)) for rank in range(self._state["world_size"])]
         write_json(self._hidden / "index.json", merge_index(reports))
         write_json(self._hidden / "state.json", self._state)
         write_json(self._hidden / "recipe.json", recipe_to_dict(self._recipe))

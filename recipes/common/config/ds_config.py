@@ -39,7 +39,7 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise RecipeError(f"deepspeed={name_or_path!r}", [f"{shown}: not plain JSON: {error}"]) from None
     if not isinstance(config, dict):
         raise RecipeError(f"deepspeed={name_or_path!r}", [f"{shown}: must be a JSON object, is {json_text(config)}"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +40,18 @@ def parse_json(text: str | bytes, name: str, kind: type[Kind] = dict, *, unique:
     if not isinstance(content, kind):
         raise JsonError(f"{name}: holds {type(content).__name__} where {_KINDS[kind]} belongs")
     return content
+
+
+@contextmanager
+def laid_out(name: object) -> Iterator[None]:
+    """Raise JsonError, naming the file, where what was read of it is not what belongs there."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        if isinstance(error, ValueError) and type(error) is not ValueError:  # a message of its own
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise JsonError(f"{name}: not laid out as this version writes it ({what})") from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from recipes.common.config.json_files import parse_json, read_json
 from recipes.common.run_dir.checkpoint_folders import SEAL, checkpoint_step, sealed_checkpoints
 from recipes.common.run_dir.heartbeat import Beat, beat_files, read_beats
 from recipes.common.run_dir.metrics import METRICS, read_metrics
@@ -26,7 +27,7 @@ def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         with contextlib.suppress(ValueError):
             if line.endswith(b"\n"):
-                records.append(json.loads(line))
+                records.append(parse_json(line, str(path)))
     return records
 
 
@@ -62,7 +63,7 @@ def has_begun(run_dir: Path) -> bool:
 def _run_starts(run_dir: Path) -> list[Any] | None:
     """Return run.json's run and how often its ranks have started: another value, another start. None without the file."""
     try:
-        run = json.loads((run_dir / "run.json").read_text())
+        run = read_json(run_dir / "run.json")
         return [run["run_id"], len(run["starts"])]
     except FileNotFoundError:
         return None

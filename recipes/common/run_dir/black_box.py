@@ -12,7 +12,6 @@ again as more is known. Nothing here ends a run: what cannot be written is repor
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import deque
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.common.config.json_files import write_json
+from recipes.common.config.json_files import laid_out, read_json, write_json
 from recipes.common.run_dir.metrics import Note, Value, encode
 
 WINDOW_STEPS = 256
@@ -94,10 +93,11 @@ def read_boxes(out_dir: Path) -> list[dict[str, Any]]:
     """Return event.json of every box of a run, by onset; "folder" is the box's name."""
     boxes = []
     for path in sorted((out_dir / "events").glob("step_*/event.json")):
-        boxes.append(json.loads(path.read_text()) | {"folder": path.parent.name})
-    return sorted(boxes, key=lambda box: (box["onset_step"], box["written_step"]))
+        boxes.append(read_json(path) | {"folder": path.parent.name})
+    with laid_out(out_dir / "events"):
+        return sorted(boxes, key=lambda box: (box["onset_step"], box["written_step"]))
 
 
 def _was_undone(folder: Path) -> bool:
     """Whether a rewind undid the steps of this box: the same numbers later are other steps."""
-    return json.loads((folder / "event.json").read_text()).get("reaction") is not None
+    return read_json(folder / "event.json").get("reaction") is not None

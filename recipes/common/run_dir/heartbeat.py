@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import os
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+
+from recipes.common.config.json_files import parse_json
 
 FOLDER = "logs/heartbeat"
 PHASES = ("start", "data", "step", "log", "evaluate", "save", "end")  # in the order of one step; "log" is the rest of it
@@ -81,7 +84,8 @@ def read_beats(out_dir: Path, before: Mapping[str, bytes] = MappingProxyType({})
     for name, content in beat_files(out_dir).items():
         if before.get(name) != content:
             try:
-                beats.append(Beat(**json.loads(content)))
+                beat = Beat(**parse_json(content, name))
+                beats.append(replace(beat, rank=operator.index(beat.rank)))
             except (ValueError, TypeError):
                 continue  # being written for the first time
     return sorted(beats, key=lambda beat: beat.rank)

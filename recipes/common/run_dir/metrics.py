@@ -35,6 +35,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from recipes.common.config.json_files import parse_json
+
 METRICS = "metrics.jsonl"
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -100,7 +102,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                record = json.loads(line)
+                record = parse_json(line, f"line {number}")
                 record["step"] += 0
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path}, line {number} is not a record of a step: {one_line(error)}") from None
@@ -148,7 +150,7 @@ def plain(value: Value) -> Value:
 def _step_of(line: bytes) -> float:
     """Return the step of a line; a truncated line counts as later than all."""
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+        return parse_json(line, "line")["step"] if line.endswith(b"\n") else math.inf
     except (ValueError, TypeError, KeyError):
         return math.inf
 

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from recipes.common.config.json_files import write_json
+from recipes.common.config.json_files import read_json, write_json
 from recipes.common.recipe import ROOT, Layout, Recipe, Sizes
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "datasets", "safetensors", "numpy")
@@ -152,6 +152,6 @@ def _keep(path: Path, resumed_step: int | None) -> None:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from recipes.common.checkpoint.reader import Reader
+from recipes.common.config.model_sizes import size_problem
 from tests.support.small_runs import call
 from tests.support.tiny import tiny_config
 from tools.checkpoint.from_hf import import_folder
 from tools.checkpoint.hf_folder import open_folder
 from tools.common.console import UsageError
 from tools.common.forked_ranks import run_ranks
-from tools.common.hf_config import build_model, read_config, size_problem
+from tools.common.hf_config import build_model, read_config
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 499723\n"
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "n_inner": None}

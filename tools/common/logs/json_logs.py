@@ -61,7 +61,7 @@ def _read_document(path: Path) -> list[Row] | None:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -80,7 +80,7 @@ def _read_lines(path: Path) -> list[Row]:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if not line.endswith("\n"):
                     break
                 if line.strip():

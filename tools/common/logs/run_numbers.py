@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from recipes.common.anomalies.detector import scan
 from recipes.common.anomalies.events import Event
 from recipes.common.anomalies.rewinds import read_history
+from recipes.common.config.json_files import laid_out, read_json
 from recipes.common.run_dir.metrics import METRICS, read_metrics
 from tools.common.console import UsageError
 from tools.common.logs.log import COLUMNS, Log
@@ -63,9 +63,10 @@ def _read_run(run: Path) -> Numbers:
 def _resumes(run: Path) -> tuple[int, ...]:
     """Return the steps of the checkpoints from which the run resumed, by a user or by itself."""
     path = run / "run.json"
-    starts = json.loads(path.read_text())["starts"] if path.is_file() else []
-    by_hand = {start["resumed_step"] for start in starts if start.get("resumed_step")}
-    return tuple(sorted(by_hand | {rewind.to_step for rewind in read_history(run)}))
+    with laid_out(path):
+        starts = read_json(path)["starts"] if path.is_file() else []
+        by_hand = {start["resumed_step"] for start in starts if start.get("resumed_step")}
+        return tuple(sorted(by_hand | {rewind.to_step for rewind in read_history(run)}))
 
 
 def _repeated(log: Log) -> Iterator[Table]:

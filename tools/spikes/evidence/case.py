@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from recipes.common.anomalies.robust_window import MAD_TO_SD
+from recipes.common.config.json_files import read_json
 from recipes.common.recipe import Recipe
 from recipes.common.run_dir.black_box import read_boxes
 from recipes.common.run_dir.metrics import read_metrics
@@ -86,9 +86,9 @@ def read_case(folder: Path, event: str) -> Case:
     recipe = read_recipe(folder)
     try:
         records = [r for r in read_metrics(folder) if "loss" in r]
-        starts = json.loads((folder / "run.json").read_text(encoding="utf-8"))["starts"]
-        deepspeed = json.loads((folder / "deepspeed.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        starts = read_json(folder / "run.json")["starts"]
+        deepspeed = read_json(folder / "deepspeed.json")
+    except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{folder}: {error}") from error
     if not records:
         raise UsageError(f"{folder}/metrics.jsonl has no step yet")

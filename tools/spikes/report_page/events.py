@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from recipes.common.anomalies.events import Event
 from recipes.common.anomalies.rewinds import Rewind, describe_rewind
+from recipes.common.config.json_files import laid_out, read_json
 from recipes.common.run_dir.black_box import read_boxes
 from tools.common.logs.run_numbers import Table, is_run
 
@@ -92,14 +92,15 @@ def describe_source(source: Path) -> str:
     files = source / "recipe.json", source / "run.json"
     if not all(file.is_file() for file in files):
         return str(source)
-    recipe, manifest = (json.loads(file.read_text()) for file in files)
-    start = manifest["starts"][-1]
-    sizes, batch = start["sizes"], recipe["batch"]
-    return (
-        f"{recipe['name']}: {recipe['model']['class'].removesuffix('Config')}, {recipe['num_params']:,} parameters · tensor "
-        f"{sizes['tensor']} x pipeline {sizes['pipeline']} x data {sizes['data']} · {batch['global_seqs']} sequences of "
-        f"{batch['seq_len']} a step · started {start['time'].replace('T', ' ').removesuffix('+00:00')} UTC"
-    )
+    recipe, manifest = map(read_json, files)
+    with laid_out(source):
+        start = manifest["starts"][-1]
+        sizes, batch = start["sizes"], recipe["batch"]
+        return (
+            f"{recipe['name']}: {recipe['model']['class'].removesuffix('Config')}, {recipe['num_params']:,} parameters · tensor "
+            f"{sizes['tensor']} x pipeline {sizes['pipeline']} x data {sizes['data']} · {batch['global_seqs']} sequences of "
+            f"{batch['seq_len']} a step · started {start['time'].replace('T', ' ').removesuffix('+00:00')} UTC"
+        )
 
 
 def _large(count: float) -> str:

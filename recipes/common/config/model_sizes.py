@@ -1,0 +1,25 @@
+"""Says which sizes in a model's config no model can have, before anything is built of them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+MOST_OF_ONE_KIND = 10_000  # layers, blocks or experts: each is a module, or a row of modules
+_COUNTS = re.compile(r"n_?layers?|n_?blocks?|(?:.*_)?(?:num_\w*)?(?:layers|blocks|experts)|(?:\w+_)?depth")
+
+
+def size_problem(content: dict[str, Any]) -> str:
+    """Return which count of layers, blocks or experts in a config, at any depth, is none that a model can have; "" if none."""
+    todo: list[Any] = [content]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, list):
+            todo += value
+        elif isinstance(value, dict):
+            todo += value.values()
+            for key, count in value.items():
+                is_number = isinstance(count, int | float) and not isinstance(count, bool)
+                if is_number and _COUNTS.fullmatch(key) and not 0 <= count <= MOST_OF_ONE_KIND:
+                    return f"{key}={count}: must be from 0 to {MOST_OF_ONE_KIND}"
+    return ""
