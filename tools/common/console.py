@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -50,10 +51,28 @@ def as_usage_error(*kinds: type[Exception]) -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
+class PrintableOutput:
+    """A text stream that shows as escapes what a terminal would obey: names and texts of files go through it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def exit_code(work: Callable[[], int]) -> int:
-    """Run `work` and return its exit code: 2 for the user's mistake, 1 for a failed check; a message replaces the traceback."""
+    """Run `work` and return its exit code: 2 for the user's mistake, 1 for a failed check; a message replaces the traceback.
+
+    Whatever `work` prints is printed as `printable` shows it.
+    """
     try:
-        code = work()
+        with contextlib.nullcontext() if sys.stdout is None else contextlib.redirect_stdout(PrintableOutput(sys.stdout)):
+            code = work()
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a full disk can still be told
         return code

@@ -168,7 +168,7 @@ def read_seal(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder}: no {SEAL}, so it is not a finished checkpoint") from None
     except JsonError as error:
-        raise CheckpointError(f"{folder / SEAL}: damaged ({str(error).removeprefix(f'{folder / SEAL}: ')})") from None
+        raise CheckpointError(f"{error}; so it is damaged, and not a {FORMAT} of version {VERSION}") from None
     if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(f"{folder / SEAL}: not a {FORMAT} of version {VERSION}")
     files = content.get("files")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from recipes.common.config.json_files import JsonError
 from tests.support.tiny import ROOT
 from tools.common.console import FAILED, GOOD, MISTAKE, CheckError, UsageError, exit_code
 
@@ -51,3 +52,17 @@ def test_a_full_disk_under_stdout_is_no_success():
     assert done.returncode == 2
     assert done.stderr.startswith("error: what is written: No space left on device; free some space")
     assert done.stderr.count("\n") == 1
+
+
+def test_what_a_tool_prints_is_never_obeyed_by_a_terminal(capsys):
+    """Names of runs, hosts, recipes and tensors, and texts of documents, come from files."""
+
+    def work():
+        print("name \x1b]0;title\x07 \x9b2J \u202eback\r", "tab\tstays")
+        sys.stdout.flush()
+        return GOOD
+
+    assert exit_code(work) == GOOD
+    assert capsys.readouterr().out == "name \\x1b]0;title\\x07 \\x9b2J \\u202eback\\r tab\tstays\n"
+    assert exit_code(raising(JsonError("a.json: \x1b[31mred"))) == MISTAKE
+    assert capsys.readouterr().err == "error: a.json: \\x1b[31mred\n"
