@@ -86,10 +86,16 @@ def test_verify_finds_gaps_that_checksums_cannot(tmp_path):
         folder.mkdir()
         reports = [write_rank_file(folder, rank, [part]) for rank, part in enumerate(parts)]
         (folder / "index.json").write_text(json.dumps(merge_index(reports)))
-        (folder / "state.json").write_text("{}")
+        (folder / "state.json").write_text('{"step": 1, "consumed_seqs": 4}')
         seal(folder, {})
         assert len(gaps(Reader(folder))) == found, number
     assert call("checkpoint", "verify", tmp_path / "1").code == 1
+    (tmp_path / "0" / "model").mkdir()
+    (tmp_path / "0" / "model" / "evil.py").write_text("")
+    done = call("checkpoint", "verify", tmp_path / "0")
+    assert done.code == 1 and "model/evil.py: the seal does not name it" in done.out
+    assert "the seal does not name model/evil.py" in call("checkpoint", "to-hf", tmp_path / "0", tmp_path / "out").err
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_gaps_in_a_cut_and_padded_checkpoint(run):
