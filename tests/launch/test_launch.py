@@ -241,6 +241,12 @@ def test_a_group_keeps_the_exit_status() -> None:
     assert run("bash", "-c", group_script("true")).returncode == 0
 
 
+def test_a_group_under_nohup_outlives_a_hangup() -> None:
+    hang_up = "bash -c 'kill -HUP $PPID; sleep 1; exit 5'"
+    assert run("bash", "-c", group_script(hang_up)).returncode == 143
+    assert run("nohup", "bash", "-c", group_script(hang_up)).returncode == 5
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)])
 @pytest.mark.parametrize("deaf", [False, True], ids=["polite", "ignores TERM"])
 def test_a_signal_ends_the_whole_group(tmp_path: Path, number: int, status: int, deaf: bool) -> None:

@@ -26,7 +26,10 @@ _POLL_SECONDS = 0.05
 
 def main() -> int:
     asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it stays ignored
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, lambda number, frame: asked.append(number))
     leader = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, process_group=0)
     while is_unended_child(leader.pid) and not asked:
