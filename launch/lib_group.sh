@@ -5,14 +5,14 @@
 process_group="$(dirname "${BASH_SOURCE[0]}")/../tools/supervise/process_group.py"
 
 run_in_group() {
-    local status=0
+    local status=0 job asked=yes
     "$(command -v python || command -v python3)" "$process_group" "$@" < /dev/null &
-    trap 'kill -TERM %% 2> /dev/null' TERM HUP # the job, not its number: bash knows whether it has ended
-    trap 'kill -INT %% 2> /dev/null' INT
-    wait %% || status=$?
-    while kill -0 %% 2> /dev/null; do # a signal ended the wait, not the job
-        status=0
-        wait %% || status=$?
+    job=$!
+    trap 'asked=yes; kill -TERM %% 2> /dev/null' TERM HUP # the job, not its number: bash knows whether it has ended
+    trap 'asked=yes; kill -INT %% 2> /dev/null' INT
+    while [[ -n "$asked" ]]; do # a signal ends the wait, not the job
+        asked="" status=0
+        wait "$job" || status=$?
     done
     trap - INT TERM HUP
     return "$status"

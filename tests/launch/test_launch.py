@@ -239,6 +239,7 @@ def wait_until(condition, seconds: float = 20.0) -> None:
 def test_a_group_keeps_the_exit_status() -> None:
     assert run("bash", "-c", group_script("bash -c 'exit 37'")).returncode == 37
     assert run("bash", "-c", group_script("true")).returncode == 0
+    assert run("bash", "-c", group_script("bash -c 'sleep 2; exit 5'"), timeout=30).returncode == 5  # bash waits for it
 
 
 def test_a_group_under_nohup_outlives_a_hangup() -> None:
