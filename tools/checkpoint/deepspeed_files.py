@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from recipes.common.config.inside import leads_out
 from tools.checkpoint.hf_names import natural
 from tools.checkpoint.stand_ins import STAND_INS, Inert
 from tools.common.console import UsageError
@@ -111,7 +112,10 @@ def find_checkpoint(folder: Path) -> DeepSpeedCheckpoint:
     """Describe the checkpoint in `folder`, or in the one its `latest` names. Raises UsageError for an unknown kind."""
     for pointer in ("latest", "latest_universal"):
         if (folder / pointer).is_file() and not _names(folder, MODEL):
-            folder = folder / (folder / pointer).read_text().strip()
+            name = (folder / pointer).read_text(encoding="utf-8", errors="replace").strip()
+            if why := leads_out(name):
+                raise UsageError(f"{folder / pointer}: {why}; give the folder itself")
+            folder = folder / name
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder")
     models = _names(folder, MODEL)

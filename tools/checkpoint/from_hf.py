@@ -5,8 +5,9 @@
 
 MODEL_FOLDER holds safetensors or .bin files, sharded or not, in the names that transformers publishes or those of the model
 itself. The weights become the fp32 masters of step 0; there is no optimizer state. Every name and shape is checked against the
-model of the folder's config, and all errors are reported together. The recipe's `model` must equal that config. Tensors that
-transformers joins on loading (banks of experts) are in memory one at a time.
+model of the folder's config, and all errors are reported together. Code in the folder is refused. `--strip PART` takes out of the
+names what torch.compile and others put in. The recipe's `model` must equal that config. One tensor is in memory at a time, or one
+bank of experts that transformers joins on loading.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes.common.config.json_files import read_json
+from recipes.common.config.json_files import laid_out, read_json
 from tools.common.console import UsageError
 from tools.data.compressed import compression, is_pointer, uncompressed, wrong_kind
 from tools.data.json_values import first_value, is_one_value_a_line
@@ -194,7 +194,8 @@ def _disk_dataset(folder: Path, source: int, text_key: str) -> InputFile:
 
     rows = datasets.load_from_disk(str(folder))
     _check_columns(str(folder), rows.column_names, text_key)
-    states = [(folder / entry["filename"]).stat() for entry in read_json(folder / "state.json")["_data_files"]]
+    with laid_out(folder / "state.json"):
+        states = [(folder / entry["filename"]).stat() for entry in read_json(folder / "state.json")["_data_files"]]
     return InputFile(
         path=str(folder),
         source=source,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from recipes.common.config.inside import outside
 from recipes.common.config.json_files import JsonError, read_json
 from tools.common.console import UsageError
 from tools.data.compressed import is_pointer, wrong_kind
@@ -32,6 +33,9 @@ def find_tokenizer(name: str) -> Path:
         )
     if problem := file_problem(found):
         raise UsageError(f"--tokenizer {found}: {problem}")
+    for name in COPIED:
+        if (found.parent / name).is_symlink() and (why := outside(found.parent, name)):
+            raise UsageError(f"--tokenizer {found.parent}: {why}")
     return found
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tools.checkpoint.deepspeed_files import load
+from tools.checkpoint.deepspeed_files import find_checkpoint, load
 from tools.checkpoint.stand_ins import Inert
 from tools.common.console import UsageError
 from tools.common.forked_ranks import run_ranks
@@ -84,6 +84,12 @@ def test_nothing_else_is_loaded_and_nothing_runs(tmp_path):
     for said in run_ranks(_refusals, 1, tmp_path)[0]:
         assert "evil.pt: not a file of tensors that is safe to load" in said and "it was not loaded" in said
     assert not (tmp_path / "ran").exists()
+
+
+def test_latest_leads_to_no_other_place(tmp_path):
+    (tmp_path / "latest").write_text("../global_step1")
+    with pytest.raises(UsageError, match=r"latest: '\.\./global_step1' leads out of the folder"):
+        find_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("args", [(), ("f8",), (b"f8", False, True), ({},), (None, 1, 2, 3)])

@@ -45,6 +45,15 @@ def test_what_is_no_tokenizer_is_named_with_the_cure(tmp_path, capsys, name, con
     assert capsys.readouterr().err.count("error: ") == 1
 
 
+def test_a_link_to_elsewhere_is_refused(tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    (folder / "tokenizer.json").symlink_to("../tokenizer.json")
+    with pytest.raises(UsageError, match=r"'tokenizer.json' is a link to .*, out of the folder"):
+        find_tokenizer(str(folder))
+
+
 def test_a_file_that_the_library_cannot_read_is_named(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text('{"model": {"type": "New", "vocab": {"a": 0}}}')
