@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from tools.common.console import GOOD, UsageError, exit_code, table
+from tools.common.console import GOOD, UsageError, exit_code, machine_words, table
 from tools.common.logs.run_numbers import Table, read_numbers
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")  # Okabe and Ito's
@@ -68,7 +68,7 @@ def _run(flags: argparse.Namespace) -> int:
     try:
         draw(lines, flags.out, x_name=flags.x, y_name=y_name, limits=limits, log=flags.log)
     except (OSError, ValueError) as error:  # ValueError: matplotlib does not write files of this suffix
-        raise UsageError(f"--out={flags.out}: {error}") from None
+        raise UsageError(f"--out={flags.out}: {machine_words(error) or error}") from None
     rows = [
         [line.name, len(line.y), f"{line.y[-1]:.4g}", f"{line.y.min():.4g}", f"{line.x[line.y.argmin()]:.10g}"] for line in lines
     ]

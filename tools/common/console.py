@@ -48,7 +48,7 @@ def as_usage_error(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(machine_words(error) or str(error)) from error
 
 
 class PrintableOutput:
@@ -86,15 +86,23 @@ def exit_code(work: Callable[[], int]) -> int:
         sys.stderr.close()
         return GOOD
     except OSError as error:
-        cure = next((cure for numbers, cure in _CURES.items() if error.errno in numbers), None)
-        if cure is None:
+        text = machine_words(error)
+        if text is None:
             raise
-        where = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None) or "what is written"
         with contextlib.suppress(OSError):
-            print(f"error: {printable(where)}: {error.strerror}; {cure}", file=sys.stderr)
+            print(f"error: {printable(text)}", file=sys.stderr)
         if error.filename is None:
             _leave_stdout()
         return MISTAKE
+
+
+def machine_words(error: Exception) -> str | None:
+    """Return an error that the machine reported and the user can cure in words, with the cure; None for any other."""
+    cure = next((cure for numbers, cure in _CURES.items() if isinstance(error, OSError) and error.errno in numbers), None)
+    if cure is None:
+        return None
+    where = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None) or "what is written"
+    return f"{where}: {error.strerror}; {cure}"
 
 
 def _leave_stdout() -> None:

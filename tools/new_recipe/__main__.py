@@ -24,7 +24,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.config.ds_config import load_ds_config
 from recipes.common.recipe import ROOT, AdamW, Batch, Cosine, Layout, Recipe, RecipeError
-from tools.common.console import GOOD, UsageError, exit_code, quiet_transformers
+from tools.common.console import GOOD, UsageError, exit_code, machine_words, quiet_transformers
 from tools.common.devices import GIB, find_device
 from tools.common.recipe_io import load_recipe, parse_layout
 from tools.new_recipe.recipe_text import stated_fields, write_text
@@ -88,7 +88,7 @@ def _write(out: Path, text: str) -> None:
                 out.unlink()  # a full disk leaves half a file
                 raise
     except OSError as error:
-        raise UsageError(f"--out={out}: {error}") from error
+        raise UsageError(f"--out={out}: {machine_words(error) or error}") from error
 
 
 def _next(out: Path, gpus: int) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from recipes.common.anomalies.rewinds import read_history
-from tools.common.console import GOOD, UsageError
+from tools.common.console import GOOD, UsageError, machine_words
 from tools.common.html_page import fill, script_json
 from tools.common.logs.run_numbers import Numbers, is_run, read_numbers
 from tools.spikes.report_page.columns import Columns
@@ -66,7 +66,7 @@ def report(source: Path, out: Path | None = None) -> Path:
     try:
         out.write_text(fill_page(facts, columns), encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--out {out}: {error}") from None
+        raise UsageError(f"--out {out}: {machine_words(error) or error}") from None
     return out
 
 

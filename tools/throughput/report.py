@@ -10,7 +10,7 @@ from typing import Any
 
 from recipes.common.model.decoder import PlanError
 from recipes.common.runtime.step_clock import OTHER
-from tools.common.console import GOOD, UsageError, human_bytes, table
+from tools.common.console import GOOD, UsageError, human_bytes, machine_words, table
 from tools.common.recipe_io import read_recipe
 from tools.throughput import page, trace_file
 from tools.throughput.bubble import find_balance, find_bubble
@@ -52,7 +52,7 @@ def show(run_dir: Path, flags: argparse.Namespace) -> int:
             try:
                 path.write_text(written, encoding="utf-8")
             except OSError as error:
-                raise UsageError(f"{path}: {error}") from None
+                raise UsageError(f"{path}: {machine_words(error) or error}") from None
     print(json.dumps(facts) if flags.json else _text(facts))
     for path in filter(None, (flags.trace, flags.html)) if not flags.json else ():
         print(path)

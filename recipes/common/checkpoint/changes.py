@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING
 from recipes.common.checkpoint.files import CheckpointError
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.config.field_effects import MODEL, NEEDS_CONSENT, Effect, effect_of, flat_fields
-from recipes.common.config.json_files import read_json
+from recipes.common.config.json_files import JsonError, read_json
 from recipes.common.data.blend import data_folders, data_from_json, folders, shares
 from recipes.common.data.shards import data_identity, tokenizer_hash
 from recipes.common.model.initial_weights import build_empty
@@ -52,7 +52,7 @@ def written_recipe(folder: Path) -> dict[str, Any] | None:
     """Return the recipe that a checkpoint was saved under; None where no run of ours saved it, or it is not readable."""
     try:
         return read_json(folder / "recipe.json")
-    except (OSError, ValueError):
+    except (OSError, JsonError):
         return None
 
 
@@ -113,9 +113,8 @@ def accept_problems(recipe: Recipe, written: Mapping[str, Any] | None, accepted:
 def accepted_before(out_dir: Path) -> list[dict[str, Any]]:
     """Return the changes that were accepted at earlier starts of a run."""
     try:
-        starts = read_json(out_dir / "run.json")["starts"]
-        return [change for start in starts for change in start.get("accepted", ())]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [change for start in read_json(out_dir / "run.json")["starts"] for change in start.get("accepted", ())]
+    except (OSError, JsonError, KeyError, TypeError, AttributeError):
         return []
 
 
@@ -145,7 +144,7 @@ def resume_flag_problems(
         check_resume(recipe, out_dir, newest, accepted)
     except RecipeError as error:
         return problems + error.problems
-    except (OSError, CheckpointError):  # damaged: the ranks pass it over, and compare with the one that they take
+    except (OSError, CheckpointError, JsonError):  # damaged: the ranks pass it over, and compare with the one that they take
         return problems
     return problems
 
@@ -226,7 +225,7 @@ def _identities(folder: Path, out_dir: Path) -> dict[str, str]:
         return {name: reading["identity"] for name, reading in state["order"]["readings"].items() if reading["identity"]}
     try:  # saved by an earlier version
         return read_json(out_dir / "run.json")["starts"][-1]["data"]
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+    except (OSError, JsonError, KeyError, IndexError, TypeError):
         return {}
 
 

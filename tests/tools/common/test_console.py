@@ -9,7 +9,7 @@ import pytest
 
 from recipes.common.config.json_files import JsonError
 from tests.support.tiny import ROOT
-from tools.common.console import FAILED, GOOD, MISTAKE, CheckError, UsageError, exit_code
+from tools.common.console import FAILED, GOOD, MISTAKE, CheckError, UsageError, as_usage_error, exit_code
 
 
 def raising(error):
@@ -66,3 +66,11 @@ def test_what_a_tool_prints_is_never_obeyed_by_a_terminal(capsys):
     assert capsys.readouterr().out == "name \\x1b]0;title\\x07 \\x9b2J \\u202eback\\r tab\tstays\n"
     assert exit_code(raising(JsonError("a.json: \x1b[31mred"))) == MISTAKE
     assert capsys.readouterr().err == "error: a.json: \\x1b[31mred\n"
+
+
+def test_a_librarys_error_of_the_machine_has_its_cure_too():
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/b")
+    with pytest.raises(UsageError, match=r"^/a/b: No space left on device; free some space there"), as_usage_error(OSError):
+        raise full
+    with pytest.raises(UsageError, match=r"^in words$"), as_usage_error(OSError):
+        raise FileNotFoundError("in words")
