@@ -64,7 +64,7 @@ def ordinary_sequences(run: DataOrder, step: StepRead) -> tuple[TokenFrequencies
     Both are of the sequences read before the step, the nearest first, and of those after it where there are too few.
     """
     wanted = USUAL_SEQS + REFERENCE_SEQS
-    before = np.arange(max(step.consumed - wanted, 0), step.consumed)
+    before = np.arange(max(step.consumed - wanted, run.order.start_seqs), step.consumed)
     after = step.consumed + step.seqs + np.arange(wanted - len(before))
     tokens = read_tokens(run, np.random.default_rng(0).permutation(np.concatenate([before, after])))
     known, reference = tokens[:USUAL_SEQS], tokens[USUAL_SEQS:]

@@ -59,8 +59,14 @@ def plan_rewind(folder: Path, event: str, *, margin_steps: int | None = None, sk
         first = max((found.onset_step if found is not None else step) - margin_steps, 1)
     if skip_steps is not None:
         last = first + skip_steps - 1
-    saved = [c for c in sealed_checkpoints(folder) if checkpoint_step(c) < first]
     newest, run_state = max(records), read_run(folder)
+    since = run_state.order.since_step
+    if first <= since:
+        raise UsageError(
+            f"{folder}: step {first} is from before step {since + 1}, since which another order is read: its sequences have no "
+            "number in it to skip; resume from an earlier checkpoint without, or give a later event"
+        )
+    saved = [c for c in sealed_checkpoints(folder) if since <= checkpoint_step(c) < first]
     to_step = checkpoint_step(saved[-1]) if saved else None
     undone = [r for s, r in records.items() if to_step is not None and s > to_step]
     skip = _sequences(records, run_state.seq_len, run_state.skips, first, min(last, newest), last)

@@ -45,7 +45,7 @@ class Case:
 
     @cached_property
     def run(self) -> DataOrder:
-        return read_run(self.folder)
+        return read_run(self.folder, self.onset)
 
     @cached_property
     def all_steps(self) -> dict[int, dict[str, Any]]:
@@ -69,6 +69,7 @@ class Case:
     def near_onset(self) -> list[int]:
         """Return the steps that may hold the cause: just before the onset to the step given, more if nothing stands out."""
         first = self.onset - 2 if self.moved else self.step - LOOK_BACK
+        first = max(first, self.run.order.since_step + 1)  # before, sequences had other numbers
         return [int(s) for s in self.steps if first <= s <= max(self.step, self.onset + 1)]
 
     def odd_sequences(self, step: int) -> list[Oddity]:

@@ -143,7 +143,9 @@ def position_in_the_order(case: Case) -> Iterator[Evidence]:
         yield Unanswered(SAMPLER, "whether the order continued at the resume", "log the steps around it in metrics.jsonl")
         return
     here = int(after["consumed_seqs"]) - int(after["tokens"]) // case.recipe.batch.seq_len
-    if here != before["consumed_seqs"]:
+    # in tokens: an accepted change of seq_len counts other sequences
+    moved = after["consumed_tokens"] - after["tokens"] != before["consumed_tokens"] if "consumed_tokens" in after else None
+    if here != before["consumed_seqs"] if moved is None else moved:
         text = f"step {resumed} ended at sequence {before['consumed_seqs']}, step {resumed + 1} after the resume began at {here}"
         yield Finding(SAMPLER, 9.0, text)
         return
