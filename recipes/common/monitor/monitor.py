@@ -6,6 +6,7 @@ on all ranks alike: a rank that left out a collective would leave the others wai
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,7 +51,10 @@ class RunMonitor:
         if self._note is not None and (self._monitor.every_steps or self._monitor.activations_every_steps):
             layers = tuple(str(layer) for layer in range(self._stats.layers.depth))
             for kind, names in ((PARAMETERS, self._stats.names), (ACTIVATIONS, layers)):
-                self._writers[kind] = StatsWriter(self._out_dir, kind, names, step)
+                try:
+                    self._writers[kind] = StatsWriter(self._out_dir, kind, names, step)
+                except Exception as error:  # a full disk, a damaged file: the run goes on without
+                    self._say(f"monitor: tensor_stats of {kind} are not written: {type(error).__name__}: {error}")
 
     def before_step(self, step: int) -> None:
         rules = self._monitor
@@ -98,7 +102,8 @@ class RunMonitor:
 
     def close(self) -> None:
         for writer in self._writers.values():
-            writer.close()
+            with contextlib.suppress(OSError):
+                writer.close()
         self._writers.clear()
 
     def _check_drift(self, step: int) -> dict[str, str]:

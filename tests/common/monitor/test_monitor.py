@@ -2,12 +2,14 @@
 
 import importlib
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from recipes.common import train as train_module
+from recipes.common.monitor.monitor import RunMonitor
 from recipes.common.monitor.optimizer_sums import SUMS
 from recipes.common.monitor.parameter_stats import STATS, ParameterStats
 from recipes.common.recipe import AdamW, Checkpoints, Evaluation, Monitor
@@ -189,3 +191,17 @@ def test_weights_that_are_all_zero_have_no_ratio(folder, tmp_path, monkeypatch):
     values, totals = stats._decode(np.zeros(len(SUMS)), 0.0)
     assert np.isnan(totals["update_ratio"])
     assert np.isnan(values["update_ratio"]).all()
+
+
+def test_statistics_that_cannot_be_opened_are_left_out(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("recipes.common.monitor.monitor.StatsWriter", full)
+    monitor, said = object.__new__(RunMonitor), []
+    monitor._writers, monitor._note, monitor._monitor, monitor._out_dir = {}, said.append, Monitor(), tmp_path
+    monitor._stats = SimpleNamespace(names=("w",), layers=SimpleNamespace(depth=1))
+    monitor.rewind(None)
+    assert len(said) == 2
+    assert all("are not written: OSError" in text for text in said)
+    monitor.close()
