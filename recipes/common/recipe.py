@@ -164,6 +164,7 @@ class Checkpoints:
     every_minutes: float = 0.0  # save when so much time has passed since the last save; 0: not by time
     keep_last: int = 3  # older checkpoints are deleted
     keep_every_steps: int = 0  # but those at multiples of this step; 0: none
+    last_save_minutes: float = 10.0  # how long the last save is tried again while it fails, before the run ends without it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 import os
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 
 from recipes.common.anomalies.recovery import Recovery
-from recipes.common.anomalies.rewinds import Rewind, read_history, skips_ahead
+from recipes.common.anomalies.rewinds import Rewind, history_at_start, skips_ahead
 from recipes.common.checkpoint.changes import check_resume, resume_flag_problems
 from recipes.common.checkpoint.files import CheckpointError, out_dir_problems, writing_problems
 from recipes.common.checkpoint.position import RunPosition
@@ -41,6 +43,7 @@ from recipes.common.monitor.phases import Phases
 from recipes.common.parallel.grid import Grid
 from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes, due
 from recipes.common.run_dir.checkpoint_folders import step_folder
+from recipes.common.run_dir.lease import Lease, hold_run
 from recipes.common.run_dir.run_files import recipe_to_dict, write_run_files
 from recipes.common.run_dir.run_log import RunLog
 from recipes.common.runtime.exits import end_rank, guard_rank, refusals
@@ -54,7 +57,8 @@ SKIPS_IN_A_ROW = 32  # steps that overflow and do not apply: fp16's scale has th
 def main(recipe: Recipe) -> None:
     """Train `recipe` as the command line says: the entry point of every recipe file.
 
-    Exit codes: 0 finished or stopped on request, 1 failed, 2 the recipe or the flags are wrong, 3 the numbers are useless.
+    Exit codes: 0 finished or stopped on request, and the last state is on disk; 1 failed; 2 the recipe or the flags are wrong;
+    3 the numbers are useless; 4 the last state could not be saved.
     """
     keep_screen()
     flags = parse_flags(recipe.name)
@@ -79,9 +83,13 @@ def main(recipe: Recipe) -> None:
         return
     start = {name: getattr(flags, name) for name in ("resume_step", "max_steps", "accept", "trace_steps")}
     with guard_rank(out_dir, rank, link.report_exit):
-        with refusals(rank, link.report_exit, RecipeError, CheckpointError):
-            run = start_run(recipe, layout, sizes, ds_config, out_dir, resume_run=flags.resume, skips=flags.skip, **start)
-        finished = train(run)
+        with hold_run(out_dir, link.report_exit) if rank == 0 else contextlib.nullcontext() as lease:
+            with refusals(rank, link.report_exit, RecipeError, CheckpointError):
+                if lease and (found := out_dir_problems(out_dir, flags.resume, flags.resume_step)):
+                    raise CheckpointError("; ".join(found))  # another job came and went since the checks
+                start |= {"resume_run": flags.resume, "skips": flags.skip, "lease": lease}
+                run = start_run(recipe, layout, sizes, ds_config, out_dir, **start)
+            finished = train(run)
         end_rank(lambda: link.report_exit("finished" if finished else "stopped"))
 
 
@@ -132,9 +140,9 @@ def train(run: Run) -> bool:
 
         phases.enter(step, "step")
         run.monitor.before_step(step)
-        votes = (run.stop.requested(), trainer.grid.rank == 0 and run.saver.due_by_time())
+        votes = (run.stop.requested(), trainer.grid.rank == 0 and run.saver.due_by_time(), run.saver.failed())
         result = trainer.train_step(micro_batches, lr, tokens, votes, recovery.norm_ceiling())
-        stopping, time_to_save = result.votes
+        stopping, time_to_save, save_failed = result.votes
 
         phases.enter(step, "log")
         position = position.after_step(seqs, skipped=result.skipped)
@@ -154,14 +162,14 @@ def train(run: Run) -> bool:
             batches.close()
             batches = open_reader(recipe, trainer.grid, position)
             continue
+        run.saver.give_up(save_failed)
         if stopping or time_to_save or step == run.last_step or run.saver.due(step):
             phases.enter(step, "save")
             run.saver.save(position)
         if stopping:
             break
     batches.close()
-    end_run(run, position)
-    return position.step >= run.last_step
+    return end_run(run, position)
 
 
 def start_run(
@@ -177,8 +185,12 @@ def start_run(
     skips: tuple[tuple[int, int], ...] = (),
     accept: Sequence[str] = (),
     trace_steps: range = range(0),
+    lease: Lease | None = None,
 ) -> Run:
-    """Build this rank's trainer, resume where asked, and open the run directory. The last three are as the flags give them."""
+    """Build this rank's trainer, resume where asked, and open the run directory. lease: of that, on rank 0.
+
+    skips, accept, trace_steps: as the flags give them.
+    """
     phases = Phases(out_dir, int(os.environ.get("RANK", "0")), trace_steps)
     trainer = build_recipe_trainer(recipe, layout, ds_config)
     changes, position, history = [], RunPosition(order=first_order(recipe)).skip(skips), ()
@@ -203,7 +215,7 @@ def start_run(
     if log is not None:
         for change in changes:
             log.note(f"going on with {change}: {'accepted; ' * (change.effect in NEEDS_CONSENT)}changes {change.effect.value}")
-    saver = Saver(out_dir, trainer, recipe, log)
+    saver = Saver(out_dir, trainer, recipe, log, resumed_step, lease)
     monitor = RunMonitor(trainer, recipe, out_dir, resumed_step=resumed_step, log=log)
     recovery = Recovery(recipe, out_dir, trainer, saver, monitor, log)
     recovery.start(position, history, resumed=resume_run)
@@ -212,23 +224,29 @@ def start_run(
     return Run(recipe, trainer, position, last_step, phases, saver, monitor, recovery, StopRequest(), log)
 
 
-def end_run(run: Run, position: RunPosition) -> None:
-    """Wait for the last checkpoint and close what `start_run` opened."""
-    run.phases.enter(position.step, "end")
-    run.saver.finish()
+def end_run(run: Run, position: RunPosition) -> bool:
+    """Wait until the last state is on disk and close what `start_run` opened. Return whether the run's last step was reached.
+
+    Raises UnsavedError where the state cannot be saved.
+    """
+    enter_end = functools.partial(run.phases.enter, position.step, "end")
+    enter_end()
+    run.stop.end()
+    run.saver.finish_last(position, lambda: run.stop.name is not None, enter_end)
     run.monitor.close()
     if run.log is not None:
         if position.step < run.last_step:
             cause = run.stop.name or "a signal to another rank"
             run.log.note(f"stopped by {cause} after saving step {position.step}; continue with --resume")
         run.log.close()
+    return position.step >= run.last_step
 
 
 def _first_position(
     recipe: Recipe, out_dir: Path, trainer: Trainer, resume_step: int | None, skips: tuple[tuple[int, int], ...]
 ) -> tuple[RunPosition, tuple[Rewind, ...]]:
     """Resume. Returns the position, without the sequences that the run's rewinds skip, and those rewinds."""
-    history = read_history(out_dir)
+    history = history_at_start(out_dir)
     position = resume(out_dir, trainer, recipe, last_step=resume_step)
     return position.skip((*skips, *skips_ahead(history, position))), history
 

@@ -127,3 +127,24 @@ def test_data_show_names_the_documents_of_a_step(tmp_path):
     )
     assert "line" in shown.stdout
     assert any(f"{name}.txt" in shown.stdout for name in ("a", "b", "c"))
+
+
+def test_a_start_steps_over_what_is_damaged(folders, tmp_path, capfd):
+    """Every file that a start reads beside the checkpoints, zeroed or cut: each is set aside by name, and the run is the same."""
+    recipe = tiny_recipe(folders[0], steps=STEPS, evaluation=Evaluation(), checkpoints=Checkpoints(every_steps=2))
+    straight = run(recipe, 1, tmp_path / "straight")
+    out_dir = tmp_path / "run"
+    run(recipe, 1, out_dir, max_steps=4)
+    metrics = out_dir / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(lines[0] + b"\0" * len(lines[1]) + b"\n" + b"".join(lines[2:]) + b'{"step": 5, "lo')
+    for name in ("run.json", "recipe.json", "deepspeed.json"):
+        (out_dir / name).write_bytes((out_dir / name).read_bytes()[:20])
+    (out_dir / "timing/rank_00000.jsonl").open("ab").write(b"[5, 1")
+    (out_dir / "events/step_00000001_spike").mkdir(parents=True)
+    (out_dir / "events/step_00000001_spike/event.json").write_bytes(b"\0\0")
+    resumed = run(recipe, 1, out_dir, resume=True)
+    assert [resumed[step]["loss"] for step in (1, 3, 4, 5, 6)] == [straight[step]["loss"] for step in (1, 3, 4, 5, 6)]
+    told = capfd.readouterr().err
+    for name in ("run.json is damaged", "recipe.json is damaged", "deepspeed.json is damaged", "damaged lines are now in"):
+        assert name in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -19,14 +20,15 @@ from recipes.common.checkpoint.files import (
     Part,
     damage,
     merge_index,
-    publish_folder,
     seal,
     write_rank_file,
 )
+from recipes.common.checkpoint.folders import publish_folder
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.config.json_files import write_json
 from recipes.common.model.sharding import RankShard
 from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints, step_folder
+from recipes.common.run_dir.lease import FOLDER, Lease, held
 from tools.checkpoint.contents import gaps
 from tools.checkpoint.hf_folder import readable_tokenizer_files
 from tools.common.console import CheckError, UsageError
@@ -105,34 +107,38 @@ def write_checkpoint(
     files: the parts of each rank file, one file in memory at a time; a (name, kind) comes once in a file. `state` is read after
     the last one. Raises CheckError when the disk returns something else, or elements of a tensor are missing.
     """
+    with held(out, out / FOLDER, "job", "a conversion") as lease:
+        refuse_used(out)
+        return _write_checkpoint(out, files, state, config, tokenizer, lease)
+
+
+def _write_checkpoint(
+    out: Path, files: Iterable[list[Part]], state: dict[str, Any], config: PreTrainedConfig, tokenizer: Path | None, lease: Lease
+) -> Path:
     folder = step_folder(out, state["step"])
-    hidden = folder.with_name(f".{folder.name}.saving")
-    shutil.rmtree(hidden, ignore_errors=True)  # left by a conversion that was killed
+    hidden = folder.with_name(f".{folder.name}.{lease.token}.saving")
+    for left in out.glob("checkpoints/.step_*.saving"):  # by a conversion that was killed
+        shutil.rmtree(left, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
         reports = []
         for parts in files:
             if parts:
-                reports.append(write_rank_file(hidden, len(reports), parts))
+                reports.append(write_rank_file(hidden, len(reports), parts, lease.token))
         write_json(hidden / "index.json", merge_index(reports))
         write_json(hidden / "state.json", state | {"world_size": len(reports)})
         _write_model_folder(hidden / "model", config, tokenizer)
-        seal(hidden, {report["file"]: report for report in reports})
+        seal(hidden, {report["file"]: report for report in reports}, lease.token)
         wrong = damage(hidden) or gaps(Reader(hidden))
         if wrong:
             raise CheckError("the checkpoint was not written whole: " + "; ".join(wrong[:5]))
+        lease.confirm()
         publish_folder(hidden, folder)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
-        _remove_if_empty(folder.parent, out)
+        with contextlib.suppress(OSError):  # it holds something; a failed conversion leaves nothing behind
+            folder.parent.rmdir()
     return folder
-
-
-def _remove_if_empty(*folders: Path) -> None:
-    """Remove the folders that are empty, innermost first: a failed conversion leaves nothing behind."""
-    for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def _write_model_folder(folder: Path, config: PreTrainedConfig, tokenizer: Path | None) -> None:

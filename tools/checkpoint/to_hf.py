@@ -12,12 +12,14 @@ of OUT in plain transformers against a plain model set from the checkpoint by na
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from recipes.common.checkpoint.position import written_position
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.config.json_files import read_json, write_json
 from recipes.common.model.initial_weights import build_empty
+from recipes.common.run_dir.lease import held
 from tools.checkpoint import hf_check
 from tools.checkpoint.contents import damaged_weights, missized_files, open_checkpoint, row_blocks
 from tools.checkpoint.hf_names import TensorGroup, natural, publish, published_groups
@@ -94,17 +97,13 @@ def export(
         raise CheckpointError("this checkpoint is damaged; export another one:\n  " + "\n  ".join(wrong))
     reader = Reader(checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
-    hidden = out.with_name(f".{out.name}.unfinished")
-    if hidden.exists():  # left by an export that was killed
-        shutil.rmtree(hidden)
-    hidden.mkdir()
-    try:
+    with held(out, out.parent, f".{out.name}.lease", "an export") as lease, _unfinished(out) as hidden:
+        _refuse_existing(out)
         config = write_model_files(reader, hidden, dtype)
         checksums, shards = write_weights(reader, config, hidden, dtype, shard_bytes)
         checks = _verify(reader, hidden, checksums, dtype, always_logits=always_logits) if verify else []
+        lease.confirm()
         os.replace(hidden, out)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
     return {
         "out": str(out),
         "checkpoint": str(checkpoint),
@@ -117,6 +116,19 @@ def export(
         "checks": checks,
         "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+@contextlib.contextmanager
+def _unfinished(out: Path) -> Iterator[Path]:
+    """Make the folder that becomes OUT, beside it, without what an export that was killed has left there."""
+    hidden = out.with_name(f".{out.name}.unfinished")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    hidden.mkdir()
+    try:
+        yield hidden
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _verify(reader: Reader, folder: Path, checksums: dict[str, str], dtype: str, *, always_logits: bool) -> list[str]:

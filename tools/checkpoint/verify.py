@@ -19,7 +19,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     path = args.path
     is_run = (path / "checkpoints").is_dir()
-    folders = [f for f in checkpoint_folders(path) if not f.name.startswith(".")] if is_run else [open_checkpoint(path)]
+    folders = (
+        [f for f in checkpoint_folders(path) if not f.name.startswith(".") and f.name != "abandoned"]
+        if is_run
+        else [open_checkpoint(path)]
+    )
     if not folders:
         raise UsageError(f"{path}: no checkpoints to verify")
     results = {str(folder): _verify_one(folder) for folder in folders}

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from recipes.common.checkpoint.files import CheckpointError
 from recipes.common.config.json_files import JsonError
 from recipes.common.recipe import RecipeError
+from recipes.common.run_dir.lease import LeaseHeldError, LeaseLostError
 
 GOOD, FAILED, MISTAKE = 0, 1, 2
 SHOW_AFTER_SECONDS = 2.0  # a progress bar for work that takes longer
@@ -76,10 +77,10 @@ def exit_code(work: Callable[[], int]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a full disk can still be told
         return code
-    except (UsageError, RecipeError, JsonError) as error:
+    except (UsageError, RecipeError, JsonError, LeaseHeldError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return MISTAKE
-    except (CheckError, CheckpointError) as error:
+    except (CheckError, CheckpointError, LeaseLostError) as error:
         print(f"failed: {printable(str(error))}", file=sys.stderr)
         return FAILED
     except BrokenPipeError:  # `... | head` has seen enough

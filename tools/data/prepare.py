@@ -10,7 +10,6 @@ dataset.json is written last: without it DIR is not prepared data. Runs on one m
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from recipes.common.config.json_files import read_json, write_json
 from recipes.common.data.shards import FORMAT, VERSION, tokenizer_hash
+from recipes.common.run_dir.lease import held
 from tools.common.console import GOOD, UsageError, as_usage_error, printable
 from tools.data.dedup import find_duplicates, hashes_path
 from tools.data.encoders import FAST, REFERENCE, choose_encoder, reference_tokenizer
@@ -105,25 +105,31 @@ def prepare(args: argparse.Namespace) -> dict:
     for line in left_out:
         print(printable(line), file=sys.stderr)
     fingerprint = inputs_fingerprint(args, files)
-    finished = args.out / "dataset.json"
+    manifest = prepared_already(args.out, fingerprint)
+    if manifest is not None and not (args.out / "unfinished").exists():  # the disk may be read-only now
+        return summarise(args.out, manifest, left_out, already=True)
+    with held(args.out, args.out.absolute().parent, f".{args.out.name}.lease", "a preparation"):
+        manifest = prepared_already(args.out, fingerprint)
+        already = manifest is not None
+        if manifest is None:
+            (args.out / "unfinished").mkdir(parents=True, exist_ok=True)
+            clear_leftovers(args.out, fingerprint)
+            manifest = run_units(args, files, fingerprint)
+        shutil.rmtree(args.out / "unfinished", ignore_errors=True)
+    return summarise(args.out, manifest, left_out, already=already)
+
+
+def prepared_already(out: Path, fingerprint: str) -> dict | None:
+    """Return the manifest of finished data in `out`; None where there is none. Raises UsageError for anything else in it."""
+    finished = out / "dataset.json"
     if finished.is_file():
         manifest = read_json(finished)
         if manifest.get("inputs_hash") == fingerprint:
-            shutil.rmtree(args.out / "unfinished", ignore_errors=True)
-            return summarise(args.out, manifest, left_out, already=True)
-        raise UsageError(f"{args.out} holds data prepared from other inputs or options; choose another --out or delete it")
-    if args.out.exists() and not (args.out / "unfinished").is_dir() and any(args.out.iterdir()):
-        raise UsageError(f"--out {args.out} holds other files; choose a new folder")
-    (args.out / "unfinished").mkdir(parents=True, exist_ok=True)
-    with open(args.out / "unfinished" / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"another process is preparing {args.out}") from error
-        clear_leftovers(args.out, fingerprint)
-        manifest = run_units(args, files, fingerprint)
-    shutil.rmtree(args.out / "unfinished")
-    return summarise(args.out, manifest, left_out, already=False)
+            return manifest
+        raise UsageError(f"{out} holds data prepared from other inputs or options; choose another --out or delete it")
+    if out.exists() and not (out / "unfinished").is_dir() and any(out.iterdir()):
+        raise UsageError(f"--out {out} holds other files; choose a new folder")
+    return None
 
 
 def inputs_fingerprint(args: argparse.Namespace, files: list[InputFile]) -> str:

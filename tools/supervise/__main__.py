@@ -8,8 +8,9 @@ The launch scripts call it. At every attempt these words of --launcher are fille
   {force_multi}   --force_multi for several hosts, else nothing             {port}    a free port, new at every attempt
   {packed}        last: the recipe and its flags in one word, where shells of other hosts read the command
 
-Restarted: a lost rank or host, a hang, an exception. Not restarted: a configuration error (exit 2), a diverged run (exit 3),
-SIGTERM, SIGINT or SIGUSR1 (the ranks save; exit 75). Exit 0: trained to the end; 1: gave up.
+Restarted: a lost rank or host, a hang, an exception. Not restarted: a configuration error (exit 2), a diverged run (exit 3), a
+last state that could not be saved (exit 4), SIGTERM, SIGINT or SIGUSR1 (the ranks save; exit 75). Exit 0: trained to the end,
+with the last state on disk; 1: gave up.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from recipes.common.run_dir.attempts import begin_attempt, end_attempt, has_begun, sealed_step, seals
+from recipes.common.run_dir.lease import FOLDER, Lease, held
 from recipes.common.runtime.authenticated_link import SECRET, SECRET_FILE, SecretError, read_secret
 from recipes.common.runtime.network import address_to_listen
 from recipes.common.runtime.processes import signal_child
 from recipes.common.runtime.screen import keep_screen
 from recipes.common.runtime.supervisor_link import SUPERVISOR
-from tools.common.console import FAILED, MISTAKE, UsageError, exit_code
+from tools.common.console import FAILED, MISTAKE, UsageError, as_usage_error, exit_code
 from tools.supervise.attempt import POLL_SECONDS, run_attempt, say
 from tools.supervise.endings import (
     EXIT_CODES,
@@ -45,6 +47,7 @@ from tools.supervise.endings import (
     LAUNCHER,
     PREFLIGHT,
     STOPPED,
+    UNSAVED,
     USER_ERROR,
     Ending,
     RestartPolicy,
@@ -55,29 +58,9 @@ from tools.supervise.hosts import RecipeFacts, choose_hosts, own_address, probe_
 from tools.supervise.launcher import complete, fill_words, run_preflight, secret_file, write_exports
 from tools.supervise.rank_links import RankLinks
 from tools.supervise.relay import relayed
+from tools.supervise.stop_requests import StopRequests
 
 NO_RUN = ("--dry-run", "--help", "-h")  # flags of a recipe that start no run
-
-
-@dataclass
-class StopRequests:
-    """How often this process was asked to end, and by which signal first."""
-
-    times: int = 0
-    first_signal: str = ""
-
-    def count(self) -> int:
-        return self.times
-
-    def listen(self) -> None:
-        """Count the signals that ask to end, but for those that are ignored: nohup has SIGHUP ignored."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.add)
-
-    def add(self, number: int, frame: object) -> None:
-        self.times += 1
-        self.first_signal = self.first_signal or signal.Signals(number).name
 
 
 def main() -> int:
@@ -95,27 +78,32 @@ def main() -> int:
     stops = StopRequests()
     stops.listen()
     keep_screen()
-    with relayed():
+    with relayed(), contextlib.ExitStack() as undo:
         if flags.join:
             return _join(flags, run_dir, stops)
-        return _supervise(flags, facts, run_dir, stops)
+        with as_usage_error(OSError):
+            lease = undo.enter_context(held(run_dir, run_dir / FOLDER, "supervisor", "a supervisor"))
+        return _supervise(flags, facts, run_dir, stops, lease)
 
 
-def _supervise(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, stops: StopRequests) -> int:
+def _supervise(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, stops: StopRequests, lease: Lease) -> int:
     policy = RestartPolicy(flags.restarts, flags.backoff_seconds)
     cause, in_a_row, sealed_before = ("asked" if flags.resume_first else "first"), 0, seals(run_dir)
     progress = sealed_before
     while True:
+        lease.check()
         ending = _attempt(flags, facts, run_dir, cause, stops)
         say(f"attempt ended: {ending.cause}: {ending.detail}")
         if ending.cause == STOPPED or (stops.times and is_restarted(ending.cause)):
             return _stop(flags, stops, run_dir, sealed_before)
+        if ending.cause == UNSAVED:
+            _requeue(flags, stops, run_dir, sealed_before)  # the time limit's stop: what was sealed since the start is gained
         if not is_restarted(ending.cause):
             return EXIT_CODES[ending.cause]
         if ending.cause == PREFLIGHT and cause in ("first", "asked"):
             return FAILED
         if seals(run_dir) - progress:
-            in_a_row, progress = 0, seals(run_dir)
+            in_a_row, progress = 0, progress | seals(run_dir)
         in_a_row, cause = in_a_row + 1, ending.cause
         wait, step = policy.wait_seconds(in_a_row), sealed_step(run_dir)
         if wait is None:
@@ -256,13 +244,18 @@ def _stop(flags: argparse.Namespace, stops: StopRequests, run_dir: Path, sealed_
     """Report the stop and requeue the job where asked. sealed_before: the seals that were there at our start."""
     step, by = sealed_step(run_dir), stops.first_signal
     say(f"stopped by {by or 'request'}; the last checkpoint is of step {step}; continue with --resume")
+    _requeue(flags, stops, run_dir, sealed_before)
+    return EXIT_CODES[STOPPED]
+
+
+def _requeue(flags: argparse.Namespace, stops: StopRequests, run_dir: Path, sealed_before: frozenset) -> None:
+    by = stops.first_signal
     if flags.requeue and by == "SIGUSR1" and seals(run_dir) - sealed_before:
         job = os.environ.get("SLURM_JOB_ID", "")
         say(f"requeueing: scontrol requeue {job}")
         subprocess.call(["scontrol", "requeue", job])
     elif flags.requeue and by == "SIGUSR1":
         say("not requeued: no new checkpoint was saved within the time limit, nor would be the next time; raise --time")
-    return EXIT_CODES[STOPPED]
 
 
 def flags_of_attempt(given: list[str], run_dir: Path, cause: str) -> list[str]:

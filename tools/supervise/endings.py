@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from tools.supervise.rank_links import RankEvent
 
-FINISHED, STOPPED, USER_ERROR, NUMBERS = "finished", "stopped", "user_error", "training_error"
+FINISHED, STOPPED, USER_ERROR, NUMBERS, UNSAVED = "finished", "stopped", "user_error", "training_error", "unsaved"
 RANK_LOST, HOST_LOST, HANG, FAILED, LAUNCHER = "rank_lost", "host_lost", "hang", "rank_failed", "launcher_failed"
 PREFLIGHT = "preflight_failed"
 
-EXIT_CODES = {FINISHED: 0, USER_ERROR: 2, NUMBERS: 3, STOPPED: 75}  # 75: sysexits' "try again later". All others end in 1
+# 75: sysexits' "try again later". All others end in 1
+EXIT_CODES = {FINISHED: 0, USER_ERROR: 2, NUMBERS: 3, UNSAVED: 4, STOPPED: 75}
 _RESTARTED = (RANK_LOST, HOST_LOST, HANG, FAILED, LAUNCHER, PREFLIGHT)
 _SAME_HOST_SECONDS = 2.0  # a host that is lost takes its ranks within this time
 
@@ -53,6 +54,8 @@ def judge(events: Sequence[RankEvent], code: int | None, ranks_by_host: dict[str
         return Ending(USER_ERROR, "the recipe or its flags are wrong; see the message above")
     if "training_error" in by_word:
         return Ending(NUMBERS, by_word["training_error"].detail)
+    if "unsaved" in by_word:  # every rank had trained to the end: who left first, and how, is no matter
+        return Ending(UNSAVED, by_word["unsaved"].detail)
     failed = [event for event in ends if event.kind == "end" and event.word == "failed"]
     lost = [event for event in ends if event.kind in ("lost", "silent")]
     if lost and (not failed or ends.index(lost[0]) < ends.index(failed[0])):
@@ -65,8 +68,8 @@ def judge(events: Sequence[RankEvent], code: int | None, ranks_by_host: dict[str
         return Ending(RANK_LOST, f"rank {first.rank} on {first.host} lost a peer: {first.detail}")
     if "stopped" in by_word:
         return Ending(STOPPED, "stopped on request, after saving")
-    if code == 0:
-        return Ending(FINISHED, "reached the last step")
+    if code == 0 and "finished" in by_word:  # a launcher's word alone is none: it may have started nothing
+        return Ending(FINISHED, "reached the last step, which is on disk")
     return Ending(LAUNCHER, f"the launcher exited with code {code} before any rank did; see its output above")
 
 

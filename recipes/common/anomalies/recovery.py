@@ -19,7 +19,6 @@ the run useless (`hopeless`: not finite for too long, or overflow after overflow
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -59,7 +58,7 @@ from recipes.common.parallel.json_messages import broadcast_json
 from recipes.common.recipe import Recipe
 from recipes.common.run_dir.black_box import BlackBox
 from recipes.common.run_dir.checkpoint_folders import step_folder
-from recipes.common.run_dir.metrics import METRICS, NON_FINITE, plain
+from recipes.common.run_dir.metrics import METRICS, NON_FINITE, parse_record, plain
 from recipes.common.run_dir.run_log import RunLog
 from recipes.common.runtime.exits import TrainingError
 
@@ -303,7 +302,10 @@ def read_recent(out_dir: Path, step: int) -> list[tuple[int, dict[str, float], i
         lines = file.read().split(b"\n")[1 if file.tell() > tail_bytes else 0 : -1]
     recent = []
     for line in lines:
-        record = json.loads(line)
+        try:
+            record = parse_record(line)
+        except ValueError:  # damaged, after this start had set such lines aside
+            continue
         record = {k: NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
         if "loss" in record and record["step"] <= step:
             recent.append((record["step"], detector_values(record), int(record.get("consumed_seqs", 0))))

@@ -16,10 +16,11 @@ import numpy as np
 
 from recipes.common.anomalies.events import KINDS, Event
 from recipes.common.checkpoint.position import RunPosition
-from recipes.common.config.json_files import laid_out, read_json, write_json
+from recipes.common.config.json_files import JsonError, laid_out, read_json, write_json
 from recipes.common.data.order import kept_index
 from recipes.common.recipe import Reaction
 from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_checkpoints
+from recipes.common.run_dir.run_files import read_run
 
 Skips = tuple[tuple[int, int], ...]
 
@@ -38,11 +39,19 @@ class Rewind:
 
 
 def read_history(out_dir: Path) -> tuple[Rewind, ...]:
-    """Return the rewinds of a run so far, in order."""
+    """Return the rewinds of a run so far, in order. Raises JsonError for a damaged run.json."""
     path = out_dir / "run.json"
     entries = read_json(path).get("history", []) if path.is_file() else []
     with laid_out(path):
         return tuple(_rewind(entry) for entry in entries)
+
+
+def history_at_start(out_dir: Path) -> tuple[Rewind, ...]:
+    """Do the same for a start, which sets a damaged run.json aside, says so, and goes on without its history."""
+    try:
+        return read_history(out_dir) if read_run(out_dir) is not None else ()
+    except JsonError:
+        return ()
 
 
 def _rewind(entry: dict[str, Any]) -> Rewind:
@@ -55,7 +64,9 @@ def _rewind(entry: dict[str, Any]) -> Rewind:
 
 def append_history(out_dir: Path, rewind: Rewind, skips: Skips) -> None:
     """Record a rewind, on rank 0. The present start reads `skips` from now on: tools look there for what a step read."""
-    run = read_json(out_dir / "run.json")
+    run = read_run(out_dir)
+    if run is None:  # damaged while the run goes on: the next start says so
+        return
     entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "action": "rewind", **asdict(rewind)}
     run["history"] = [*run.get("history", []), entry]
     run["starts"][-1]["skips"] = [list(skip) for skip in skips]

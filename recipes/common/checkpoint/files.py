@@ -5,7 +5,7 @@
         index.json                   every tensor: its whole shape, how it was sharded, and where each part of it lies
         state.json                   step, consumed sequences, optimizer step, loss scaler, ...
         model/                       config.json and the tokenizer: all that an export needs
-        checksums.json               the seal: size and checksum of every file above, written last
+        checksums.json               the seal: size and checksum of every file above, written last, and the attempt
 
 A fragment is consecutive elements of one parameter's local shard; `RankShard` says how that shard lies in the whole tensor. Any
 later layout can read any rows of any tensor (`reader`), so a whole model never has to be in memory. Padding is never written.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -31,7 +32,11 @@ import xxhash
 from recipes.common.config.inside import outside
 from recipes.common.config.json_files import JsonError, read_json, write_json
 from recipes.common.model.sharding import RankShard
-from recipes.common.run_dir.checkpoint_folders import SEAL, checkpoint_step, sealed_checkpoints, step_folder
+from recipes.common.run_dir.checkpoint_folders import (
+    SEAL,
+    checkpoint_step,
+    sealed_checkpoints,
+)
 
 FORMAT = "trifold-checkpoint"
 VERSION = 1
@@ -50,6 +55,7 @@ TOKENIZER_FILES = (
     "chat_template*",
     "generation_config.json",
 )
+_RANK_FILE = re.compile(r"rank_\d+\.safetensors")
 _NAMES = {np.dtype(value): key for key, value in DTYPES.items()}
 
 
@@ -70,9 +76,9 @@ class Part:
     data: np.ndarray  # flat, [stop - start]; or an object with its size, nbytes, dtype and __array__, read when it is written
 
 
-def write_rank_file(folder: Path, rank: int, parts: list[Part]) -> dict[str, Any]:
-    """Write this rank's parts, synced to disk. Return its report for `merge_index`."""
-    header, offset, entries = {"__metadata__": {"format": FORMAT, "version": str(VERSION)}}, 0, []
+def write_rank_file(folder: Path, rank: int, parts: list[Part], token: str = "") -> dict[str, Any]:
+    """Write this rank's parts, synced to disk. Return its report for `merge_index`. token: of the attempt that writes (Lease)."""
+    header, offset, entries = {"__metadata__": {"format": FORMAT, "version": str(VERSION), "attempt": token}}, 0, []
     path = folder / f"rank_{rank:05d}.safetensors"
     for part in parts:
         key = f"{part.kind}:{part.name}"
@@ -95,6 +101,7 @@ def write_rank_file(folder: Path, rank: int, parts: list[Part]) -> dict[str, Any
     data_start = 8 + len(text)
     return {
         "file": path.name,
+        "attempt": token,
         "bytes": data_start + offset,
         "checksum": f"xxh3_128:{digest.hexdigest()}",
         "data_start": data_start,
@@ -129,22 +136,29 @@ def merge_index(reports: list[dict[str, Any]]) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, "tensors": dict(sorted(tensors.items()))}
 
 
-def seal(folder: Path, known: dict[str, dict[str, Any]]) -> None:
-    """Write the seal over every file in `folder`. known: sizes and checksums that writers already have, by file."""
+def seal(folder: Path, known: dict[str, dict[str, Any]], token: str = "") -> None:
+    """Write the seal over every file in `folder`. known: sizes and checksums that writers already have, by file.
+
+    token: of the attempt. Raises CheckpointError for a rank's file of another one.
+    """
     files = {}
+    others = [f"{name} is of attempt {report['attempt']}" for name, report in known.items() if report["attempt"] != token]
+    if others:
+        raise CheckpointError(f"{folder}: not sealed in attempt {token}: {'; '.join(others)}")
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL):
         name = str(path.relative_to(folder))
         if name in known:
             files[name] = {key: known[name][key] for key in ("bytes", "checksum")}
         else:
             files[name] = {"bytes": path.stat().st_size, "checksum": file_checksum(path)}
-            _sync(path)
-    write_json(folder / SEAL, {"format": FORMAT, "version": VERSION, "files": files})
+            sync(path)
+    write_json(folder / SEAL, {"format": FORMAT, "version": VERSION, "attempt": token, "files": files})
     for path in {folder, *(p for p in folder.rglob("*") if p.is_dir())}:
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -177,6 +191,8 @@ def read_seal(folder: Path) -> dict[str, Any]:
     for name in files:
         if why := outside(folder, name):
             raise CheckpointError(f"{folder / SEAL}: {why}")
+    if content.keys() - {"format", "version", "files", "attempt"} or not isinstance(content.get("attempt", ""), str):
+        raise CheckpointError(f"{folder / SEAL}: damaged (its fields)")
     return content
 
 
@@ -199,9 +215,13 @@ def unsealed(folder: Path) -> list[str]:
 
 
 def damage(folder: Path, *, stride: tuple[int, int] = (0, 1)) -> list[str]:
-    """Return what is wrong with a checkpoint's files, a line each. stride: (k, n) checks every n-th file from k on."""
+    """Return what is wrong with a checkpoint's files, a line each: damage, or files of two attempts.
+
+    stride: (k, n) checks every n-th file from k on.
+    """
     try:
-        files = read_seal(folder)["files"]
+        content = read_seal(folder)
+        files, token = content["files"], content.get("attempt")
     except CheckpointError as error:
         return [str(error)]
     found = []
@@ -213,7 +233,21 @@ def damage(folder: Path, *, stride: tuple[int, int] = (0, 1)) -> list[str]:
             found.append(f"{path}: has {path.stat().st_size} bytes, {expected['bytes']} were written")
         elif file_checksum(path) != expected["checksum"]:
             found.append(f"{path}: its content changed since it was written (checksum)")
+        elif token is not None and _RANK_FILE.fullmatch(name) and (other := _attempt_of(path)) != token:
+            found.append(
+                f"{path}: was written by attempt {other or 'unknown'}, the checkpoint was sealed by {token or 'unknown'}"
+            )
     return found
+
+
+def _attempt_of(path: Path) -> str:
+    """Return the attempt that a rank's file names, whose checksum is good."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        return str(header["__metadata__"].get("attempt", ""))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, struct.error):  # sealed by hand
+        return ""
 
 
 def write_model_folder(folder: Path, config: Any, tokenizer: Path) -> None:
@@ -228,45 +262,6 @@ def write_model_folder(folder: Path, config: Any, tokenizer: Path) -> None:
 def tokenizer_files(folder: Path) -> list[Path]:
     """Return the files that a tokenizer or generation reads, by their names. A folder of a whole model has weights too."""
     return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
-
-
-def publish_folder(hidden: Path, folder: Path) -> None:
-    """Give a sealed folder its name, and point `latest` at it. Each step is atomic."""
-    if folder.exists():  # the same step, saved again after a resume
-        old = folder.with_name(f".{folder.name}.replaced")
-        os.replace(folder, old)
-        os.replace(hidden, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(hidden, folder)
-    _point_latest(folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _point_latest(folder: Path) -> None:
-    pointer = folder.with_name(".latest")
-    pointer.unlink(missing_ok=True)
-    pointer.symlink_to(folder.name)
-    os.replace(pointer, folder.with_name("latest"))
-
-
-def abandon_later(out_dir: Path, step: int) -> list[Path]:
-    """Move the checkpoints after `step`, from which the run resumes, to checkpoints/abandoned, where no resume looks.
-
-    Return their new paths. What an earlier rewind left there is deleted: the folder holds no more than a run keeps.
-    """
-    later = [folder for folder in sealed_checkpoints(out_dir) if checkpoint_step(folder) > step]
-    if not later:
-        return []
-    _point_latest(step_folder(out_dir, step))
-    abandoned = out_dir / "checkpoints" / "abandoned"
-    shutil.rmtree(abandoned, ignore_errors=True)
-    abandoned.mkdir()
-    for folder in reversed(later):  # newest first: if interrupted, those that are left are nearest to `step`
-        os.replace(folder, abandoned / folder.name)
-    return [abandoned / folder.name for folder in later]
 
 
 def writing_problems(out_dir: Path) -> list[str]:

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from recipes.common.checkpoint.changes import written_recipe
-from recipes.common.checkpoint.files import CheckpointError, abandon_later, damage
+from recipes.common.checkpoint.files import CheckpointError, damage
+from recipes.common.checkpoint.folders import abandon_later
 from recipes.common.checkpoint.position import RunPosition, written_position
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.checkpoint.reorder import carry_over

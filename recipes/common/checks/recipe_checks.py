@@ -166,7 +166,8 @@ def range_problems(recipe: Recipe) -> list[str]:
         problems.append(f"monitor.on_drift={recipe.monitor.on_drift!r} must be 'stop' or 'log'")
     if recipe.mask_documents and (problem := masking_problem(recipe.attention, recipe.batch.micro_seqs)):
         problems.append(f"mask_documents=True: {problem}")
-    for name, value in (("z_loss", recipe.z_loss), ("checkpoints.every_minutes", recipe.checkpoints.every_minutes)):
+    times = {f"checkpoints.{name}": getattr(recipe.checkpoints, name) for name in ("every_minutes", "last_save_minutes")}
+    for name, value in {"z_loss": recipe.z_loss, **times}.items():
         if not value >= 0:  # nor NaN
             problems.append(f"{name}={value} must be 0 or more")
     return problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -66,6 +67,17 @@ def write_json(path: Path, content: Any) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_lines(path: Path) -> io.FileIO:
+    """Open a file of JSON lines to append to, unbuffered, on a line of its own: a kill may have left half of one."""
+    file = path.open("ab+", buffering=0)
+    size = file.seek(0, os.SEEK_END)
+    if size:
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

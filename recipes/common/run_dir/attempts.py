@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recipes.common.config.json_files import parse_json, read_json
+from recipes.common.config.json_files import open_lines, parse_json, read_json
 from recipes.common.run_dir.checkpoint_folders import SEAL, checkpoint_step, sealed_checkpoints
 from recipes.common.run_dir.heartbeat import Beat, beat_files, read_beats
 from recipes.common.run_dir.metrics import METRICS, read_metrics
@@ -21,13 +21,17 @@ GONE = "supervisor_lost"  # the cause of an attempt whose end was not recorded
 
 
 def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
-    """Return every record, in order; a truncated line is left out."""
-    path = run_dir / FILE
+    """Return every record, in order; a truncated or damaged line is left out."""
+    try:
+        lines = (run_dir / FILE).read_bytes().split(b"\n")[:-1]
+    except OSError:
+        return []
     records = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+    for line in lines:
         with contextlib.suppress(ValueError):
-            if line.endswith(b"\n"):
-                records.append(parse_json(line, str(path)))
+            record = parse_json(line, FILE)
+            if record.get("event") in ("start", "end") and type(record.get("attempt")) is int and "cause" in record:
+                records.append(record)
     return records
 
 
@@ -139,7 +143,7 @@ def _steps_after(run_dir: Path, sealed: int) -> tuple[int, float]:
     """Return the last step in metrics.jsonl, and the seconds of the steps after `sealed`, which will be repeated."""
     last, seconds = 0, 0.0
     if (run_dir / METRICS).exists():
-        for record in read_metrics(run_dir):
+        for record in read_metrics(run_dir, skip_damaged=True):
             last = record["step"]
             if last > sealed:
                 seconds += record.get("seconds", 0.0)
@@ -152,7 +156,8 @@ def _of_rank_0(beats: list[Beat]) -> Beat:
 
 def _append(run_dir: Path, record: dict[str, Any]) -> None:
     path = run_dir / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     when = {"at": datetime.fromtimestamp(record["time"], UTC).isoformat(timespec="seconds")}
-    with contextlib.suppress(OSError), path.open("ab") as file:  # a full disk must not end the run
-        file.write(json.dumps(record | when).encode() + b"\n")
+    with contextlib.suppress(OSError):  # a full disk must not end the run
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_lines(path) as file:
+            file.write(json.dumps(record | when).encode() + b"\n")

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.common.config.json_files import laid_out, read_json, write_json
+from recipes.common.config.json_files import read_json, write_json
 from recipes.common.run_dir.metrics import Note, Value, encode
 
 WINDOW_STEPS = 256
@@ -90,14 +90,25 @@ class BlackBox:
 
 
 def read_boxes(out_dir: Path) -> list[dict[str, Any]]:
-    """Return event.json of every box of a run, by onset; "folder" is the box's name."""
+    """Return event.json of every box of a run, by onset; "folder" is the box's name. Damaged ones are left out."""
     boxes = []
     for path in sorted((out_dir / "events").glob("step_*/event.json")):
-        boxes.append(read_json(path) | {"folder": path.parent.name})
-    with laid_out(out_dir / "events"):
-        return sorted(boxes, key=lambda box: (box["onset_step"], box["written_step"]))
+        box = _read_event(path)
+        if box is not None:
+            boxes.append(box | {"folder": path.parent.name})
+    return sorted(boxes, key=lambda box: (box["onset_step"], box["written_step"]))
 
 
 def _was_undone(folder: Path) -> bool:
     """Whether a rewind undid the steps of this box: the same numbers later are other steps."""
-    return read_json(folder / "event.json").get("reaction") is not None
+    return (_read_event(folder / "event.json") or {}).get("reaction") is not None
+
+
+def _read_event(path: Path) -> dict[str, Any] | None:
+    """Return an event.json; None for a damaged one, which must not hide the others."""
+    try:
+        event = read_json(path)
+    except (OSError, ValueError):
+        return None
+    steps = (event.get("onset_step"), event.get("written_step"))
+    return event if all(type(step) is int for step in steps) and "actionable" in event else None

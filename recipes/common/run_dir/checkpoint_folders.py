@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 SEAL = "checksums.json"  # written last (recipes.common.checkpoint.files)
+_NAME = re.compile(r"step_(\d{8,})")
 
 
 def step_folder(out_dir: Path, step: int) -> Path:
@@ -17,4 +19,10 @@ def checkpoint_step(folder: Path) -> int:
 
 def sealed_checkpoints(out_dir: Path) -> list[Path]:
     """Return the checkpoints that have their final name, which they get once they are sealed; oldest first."""
-    return sorted((out_dir / "checkpoints").glob("step_[0-9]*"))
+    return sealed_folders(out_dir / "checkpoints")
+
+
+def sealed_folders(where: Path) -> list[Path]:
+    """Return the folders in `where` that are named as checkpoints, by step. A user's copy, step_00001000.bak, is none."""
+    found = [path for path in where.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted((path for path in found if path.name == f"step_{checkpoint_step(path):08d}"), key=checkpoint_step)

@@ -28,14 +28,16 @@ Each line reaches the operating system before the next step starts, so `kill -9`
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from recipes.common.config.json_files import parse_json
+from recipes.common.config.json_files import open_lines, parse_json
 
 METRICS = "metrics.jsonl"
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -65,13 +67,16 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._write(b"")
-        self._file.close()
+        with contextlib.suppress(OSError):  # NFS tells here that the disk is full
+            self._file.close()
 
     def _open_after(self, step: int, what: str) -> None:
-        moved = rewind_metrics(self._out_dir, step)
-        self._file = (self._out_dir / METRICS).open("ab", buffering=0)
+        moved, damaged = rewind_metrics(self._out_dir, step)
+        self._file = open_lines(self._out_dir / METRICS)
         if moved is not None:
             self._note(f"{METRICS}: {what} are now in {moved.name}")
+        if damaged is not None:
+            self._note(f"{METRICS}: damaged lines are now in {damaged.name}")
 
     def _write(self, line: bytes) -> None:
         self._waiting += line
@@ -90,11 +95,11 @@ def encode(record: Mapping[str, Value]) -> bytes:
     return json.dumps({key: plain(value) for key, value in record.items()}, allow_nan=False).encode() + b"\n"
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+def read_metrics(path: Path, *, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the records of a metrics.jsonl, or of the one in a run directory, with NaN and infinities as floats again.
 
     A last line without a newline was truncated by a kill, or is being written: it is left out. Any other bad line raises
-    ValueError with its number.
+    ValueError with its number, or is left out too.
     """
     path = path / METRICS if path.is_dir() else path
     with path.open("rb") as file:
@@ -102,42 +107,53 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                record = parse_json(line, f"line {number}")
-                record["step"] += 0
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}, line {number} is not a record of a step: {one_line(error)}") from None
+                record = parse_record(line)
+            except ValueError as error:
+                if skip_damaged:
+                    continue
+                raise ValueError(f"{path}, line {number} is not a record of a step: {error}") from None
             yield {key: NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in record.items()}
 
 
-def rewind_metrics(out_dir: Path, step: int) -> Path | None:
-    """Move lines of steps after `step`, and a line truncated by a kill, to a file beside.
+def parse_record(line: bytes) -> dict[str, Any]:
+    """Return the record of a line of metrics.jsonl. Raises ValueError for one that is none."""
+    record = parse_json(line, "the line")
+    if type(record.get("step")) is not int:
+        raise ValueError("it has no step")
+    return record
 
-    Return that file, metrics.after_step_00000120.jsonl, or None where there was nothing to move. Nothing is lost: a
-    second resume from the same step appends to it. A crash in here leaves the lines in both files, never in none.
-    `step` -1 moves everything: for a fresh start in a used directory.
+
+def rewind_metrics(out_dir: Path, step: int) -> tuple[Path | None, Path | None]:
+    """Move lines of steps after `step`, and a line truncated by a kill, to a file beside; damaged lines to another.
+
+    Return the files, metrics.after_step_00000120.jsonl and metrics.damaged.jsonl, or None where there was nothing to move.
+    Nothing is lost: a second resume from the same step appends to them. A crash in here leaves the lines in two files, never in
+    none. `step` -1 moves everything: for a fresh start in a used directory.
     """
     path = out_dir / METRICS
     if not path.exists():
-        return None
-    kept, moved = path.with_suffix(".jsonl.new"), out_dir / f"metrics.after_step_{max(step, 0):08d}.jsonl"
-    any_moved = False
-    with path.open("rb") as old, kept.open("wb") as new, moved.open("ab") as aside:
+        return None, None
+    kept = path.with_suffix(".jsonl.new")
+    later, damaged = out_dir / f"metrics.after_step_{max(step, 0):08d}.jsonl", out_dir / "metrics.damaged.jsonl"
+    moved: dict[Path, BinaryIO] = {}
+    with path.open("rb") as old, kept.open("wb") as new, contextlib.ExitStack() as opened:
         for line in old:
-            if _step_of(line) > step:
-                aside.write(line if line.endswith(b"\n") else line + b"\n")
-                any_moved = True
-            else:
+            found = _step_of(line)
+            if found is not None and found <= step:
                 new.write(line)
-        for file in (aside, new):
+                continue
+            aside = damaged if found is None else later
+            if aside not in moved:
+                moved[aside] = opened.enter_context(io.BufferedWriter(open_lines(aside)))
+            moved[aside].write(line if line.endswith(b"\n") else line + b"\n")
+        for file in (*moved.values(), new):
             file.flush()
             os.fsync(file.fileno())
-    if any_moved:
-        os.replace(kept, path)
-        return moved
-    kept.unlink()
-    if moved.stat().st_size == 0:
-        moved.unlink()
-    return None
+    if not moved:
+        kept.unlink()
+        return None, None
+    os.replace(kept, path)
+    return later if later in moved else None, damaged if damaged in moved else None
 
 
 def plain(value: Value) -> Value:
@@ -147,12 +163,14 @@ def plain(value: Value) -> Value:
     return value
 
 
-def _step_of(line: bytes) -> float:
-    """Return the step of a line; a truncated line counts as later than all."""
-    try:
-        return parse_json(line, "line")["step"] if line.endswith(b"\n") else math.inf
-    except (ValueError, TypeError, KeyError):
+def _step_of(line: bytes) -> float | None:
+    """Return the step of a line; a truncated line, the last, counts as later than all. None for a damaged one."""
+    if not line.endswith(b"\n"):
         return math.inf
+    try:
+        return parse_record(line)["step"]
+    except ValueError:
+        return None
 
 
 def one_line(error: Exception) -> str:

@@ -59,10 +59,13 @@ def write_run_files(
     for name, content in (("recipe.json", recipe), ("deepspeed.json", deepspeed)):
         _replace(out_dir / name, content, resumed_step)
     path = out_dir / "run.json"
-    run = _read(path) if resumed_step is not None else None
+    run = read_run(out_dir)
+    if run is None and os.path.lexists(path):
+        _set_aside(path, resumed_step)
+    elif run is not None and resumed_step is None:  # another run's, in a directory used before
+        _keep(path, None)
+        run = None
     if run is None:
-        if path.exists():  # another run's, in a directory used before
-            _keep(path, None)
         run = {"run_id": uuid.uuid4().hex[:12], "name": recipe["name"], "starts": []}
     start = _start(layout, sizes, resumed_step)
     start |= {"data": dict(data or {}), "skips": [list(skip) for skip in skips]}
@@ -70,6 +73,15 @@ def write_run_files(
     run["starts"].append(start | ({"accepted": [dict(change) for change in accepted]} if accepted else {}))
     write_json(path, run)
     return run
+
+
+def read_run(out_dir: Path) -> dict[str, Any] | None:
+    """Return run.json, in which every start and rewind is a dict; None without it, or where it is damaged."""
+    run = _read(out_dir / "run.json")
+    if not isinstance(run, dict) or not isinstance(run.get("run_id"), str) or "starts" not in run:
+        return None
+    lists = (run["starts"], run.get("history", []))
+    return run if all(isinstance(entries, list) and all(isinstance(e, dict) for e in entries) for entries in lists) else None
 
 
 def _start(layout: Layout, sizes: Sizes, resumed_step: int | None) -> dict[str, Any]:
@@ -138,16 +150,25 @@ def _plain(value: Any) -> Any:
 
 def _replace(path: Path, content: Any, resumed_step: int | None) -> None:
     """Write `content`, and keep the file that it replaces where that one differs."""
-    if path.exists() and _read(path) != json.loads(json.dumps(content)):
+    old = _read(path)
+    if old is None and os.path.lexists(path):
+        _set_aside(path, resumed_step)
+    elif old is not None and old != json.loads(json.dumps(content)):
         _keep(path, resumed_step)
     write_json(path, content)
 
 
-def _keep(path: Path, resumed_step: int | None) -> None:
+def _set_aside(path: Path, resumed_step: int | None) -> None:
+    print(f"{path} is damaged: it is {_keep(path, resumed_step).name} now, and begins anew", file=sys.stderr, flush=True)
+
+
+def _keep(path: Path, resumed_step: int | None) -> Path:
     """Rename to the first free of recipe.before_step_00000121.json, recipe.before_step_00000121.2.json, ..."""
     stem = f"{path.stem}.before_step_{(resumed_step or 0) + 1:08d}"
     names = (f"{stem}.json" if number == 1 else f"{stem}.{number}.json" for number in itertools.count(1))
-    os.replace(path, next(kept for name in names if not (kept := path.with_name(name)).exists()))
+    kept = next(kept for name in names if not os.path.lexists(kept := path.with_name(name)))
+    os.replace(path, kept)
+    return kept
 
 
 def _read(path: Path) -> Any:

@@ -12,6 +12,7 @@ Every span of the steps chosen by --trace-steps goes to `timing/trace_00003.json
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recipes.common.config.json_files import open_lines
 from recipes.common.runtime.step_clock import PARTS, CommKey, Span, StepTimes
 
 FOLDER = "timing"
@@ -38,7 +40,7 @@ class TimingWriter:
         self._comms: dict[CommKey, list[int]] = {}
         self._comm_steps, self._next_comms = 0, FIRST_COMM_ROWS
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = (self._folder / f"rank_{rank:05d}.jsonl").open("ab", buffering=0)
+        self._file = open_lines(self._folder / f"rank_{rank:05d}.jsonl")
         self.add({"start": {**start, "rank": rank, "time": round(time.time(), 3), "parts": PARTS}})
         self.flush()
 
@@ -88,8 +90,8 @@ class TimingWriter:
         spans = [[what.part, what.comm, began, length] for what, began, length in _spans(times.marks)]
         line = json.dumps({"step": times.step, "began": times.began, "spans": spans}, separators=(",", ":"))
         try:
-            with (self._folder / f"trace_{self._rank:05d}.jsonl").open("a") as file:
-                file.write(line + "\n")
+            with open_lines(self._folder / f"trace_{self._rank:05d}.jsonl") as file:
+                file.write(line.encode() + b"\n")
         except OSError:  # as in flush
             pass
 
@@ -149,7 +151,11 @@ def read_trace(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
     """Return rank -> its traced steps: {"step", "began": Unix ns, "spans": [[part, comm, begin, length], ...]}."""
     traces = {}
     for path in sorted((run_dir / FOLDER).glob("trace_*.jsonl")):
-        steps = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        steps = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            with contextlib.suppress(ValueError, RecursionError):
+                if line.endswith("\n"):
+                    steps.append(json.loads(line))
         for step in steps:
             step["spans"] = [(part, comm and CommKey(*comm), began, length) for part, comm, began, length in step["spans"]]
         newest = {step["step"]: step for step in steps}  # a step that was run again is there twice
@@ -159,12 +165,15 @@ def read_trace(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
 
 def _read_rank(path: Path) -> RankTiming | None:
     found, comms = None, []
-    with path.open() as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
                 break
             try:
                 content = json.loads(line)
+            except (ValueError, RecursionError):  # cut by a kill, which the next start went on after, or zeroed
+                continue
+            try:
                 if isinstance(content, list):
                     found.rows.append(content)
                 elif "start" in content:

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 _SETTLE_SECONDS = 1.0  # the first failure's file may be a moment late on a shared file system
 
-FAILED, MISTAKE, NUMBERS = 1, 2, 3  # exit codes
+FAILED, MISTAKE, NUMBERS, UNSAVED = 1, 2, 3, 4  # exit codes
 _CURES = {
     errno.EACCES: "give this user the right to it",
     errno.EPERM: "give this user the right to it",
@@ -33,9 +33,15 @@ class TrainingError(RuntimeError):
     """Continuing is useless; the message says which numbers show it, and from where to resume."""
 
 
+class UnsavedError(RuntimeError):
+    """The run is over and its last state is not on disk; the message says why, and what is there."""
+
+
 @contextmanager
 def guard_rank(out_dir: Path, rank: int, report: Callable[[str, str], None] = lambda word, detail: None) -> Iterator[None]:
     """End the process on any exception: exit code 1 (3: a TrainingError), its traceback in out_dir/logs/rank_N.traceback.
+
+    An UnsavedError has exit code 4 and no traceback: it is the disk's, and the same on every rank.
 
     report: called with the exit word and the error in a line (SupervisorLink.report_exit). The process ends at once: an orderly
     exit would wait for peers that are gone.
@@ -43,13 +49,19 @@ def guard_rank(out_dir: Path, rank: int, report: Callable[[str, str], None] = la
     logs = out_dir / "logs"
     before = _tracebacks(logs)
     mine = logs / f"rank_{rank}.traceback"
-    mine.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a folder that is read-only now is the save's to report
+        mine.unlink(missing_ok=True)
     try:
         yield
     except KeyboardInterrupt:
         os._exit(130)
     except SystemExit:
         raise
+    except UnsavedError as error:
+        if rank == 0:
+            _print(f"error: {error}")
+        report("unsaved", str(error))
+        os._exit(UNSAVED)
     except BaseException as error:
         text = traceback.format_exc()
         lost_a_peer = _is_lost_peer(error)
@@ -57,12 +69,12 @@ def guard_rank(out_dir: Path, rank: int, report: Callable[[str, str], None] = la
             time.sleep(_SETTLE_SECONDS)
         first = _earlier_failure(logs, mine, before) if lost_a_peer else None
         if first is None:
-            logs.mkdir(parents=True, exist_ok=True)
-            mine.write_text(text)
-            print(f"\nrank {rank} failed; its traceback:\n{text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a full disk
+                logs.mkdir(parents=True, exist_ok=True)
+                mine.write_text(text)
+            _print(f"\nrank {rank} failed; its traceback:\n{text}")
         else:
-            print(f"rank {rank} stopped: {first.stem} failed first", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+            _print(f"rank {rank} stopped: {first.stem} failed first")
         numbers = isinstance(error, TrainingError)
         word = "training_error" if numbers else "peer_lost" if lost_a_peer else "failed"
         report(word, f"{type(error).__name__}: {error}")
@@ -99,9 +111,16 @@ def end_rank(report: Callable[[], None] = lambda: None) -> NoReturn:
 
     dist.barrier()
     report()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _print("")
     os._exit(0)
+
+
+def _print(text: str) -> None:
+    """Print on stderr, where there is one: a terminal or a pipe that was closed must not change how a rank ends."""
+    for stream, words in ((sys.stdout, ""), (sys.stderr, text + "\n" if text else "")):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.write(words)
+            stream.flush()
 
 
 def _is_lost_peer(error: BaseException) -> bool:

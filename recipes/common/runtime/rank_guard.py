@@ -155,7 +155,8 @@ def _state(pid: int) -> str:
 
 def _kill(process: KnownProcess, rank: int, why: str) -> None:
     if os.getppid() == process.pid and process.send(signal.SIGKILL):  # one that has ended keeps its number until it is reaped
-        print(f"rank {rank} killed: {why}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a screen that is closed
+            print(f"rank {rank} killed: {why}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

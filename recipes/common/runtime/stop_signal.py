@@ -20,6 +20,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.name: str | None = None
         self._boundary = threading.Event()
+        self._ending = False
         if threading.current_thread() is not threading.main_thread():
             return  # Python handles signals in the main thread only
         listen, wake = socket.socketpair()
@@ -35,6 +36,11 @@ class StopRequest:
         self._boundary.set()
         return self.name is not None
 
+    def end(self) -> None:
+        """Call after the last step: what follows, the last save, has no step boundaries and may take longer."""
+        self._ending = True
+        self._boundary.set()
+
     def _note(self, number: int, frame: object) -> None:
         self.name = signal.Signals(number).name
 
@@ -43,5 +49,5 @@ class StopRequest:
             if number[0] not in (signal.SIGTERM, signal.SIGUSR1):
                 continue
             self._boundary.clear()
-            if not self._boundary.wait(GRACE_SECONDS):
+            if not self._boundary.wait(GRACE_SECONDS) and not self._ending:
                 os._exit(128 + number[0])

@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1
 class SupervisorLink:
     """A rank's connection to the supervisor, kept for its whole life. `report_exit` sends the exit word and a detail.
 
-    Words: "finished", "stopped", "user_error", "training_error", "failed", "peer_lost"; without any, the rank was killed.
+    Words: "finished", "stopped", "user_error", "training_error", "unsaved", "failed", "peer_lost". A killed rank sends none.
     """
 
     def __init__(self, rank: int) -> None:

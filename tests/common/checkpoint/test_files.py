@@ -191,3 +191,21 @@ def test_rank_files_are_plain_safetensors_and_nothing_is_a_pickle(tmp_path: Path
         else:
             json.loads(path.read_text())
     assert total == 2 * sum(tensor.size for tensor in random_tensors(np.random.default_rng(3)).values())
+
+
+def test_files_of_two_attempts_are_neither_sealed_nor_taken_for_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    folder.mkdir()
+    reports = [write_rank_file(folder, rank, [], token) for rank, token in enumerate(("1-a", "2-b"))]
+    known = {report["file"]: report for report in reports}
+    with pytest.raises(CheckpointError, match=r"not sealed in attempt 1-a: rank_00001.safetensors is of attempt 2-b"):
+        seal(folder, known, "1-a")
+    seal(folder, {}, "1-a")  # with the checksums of what is there
+    assert damage(folder) == [f"{folder}/rank_00001.safetensors: was written by attempt 2-b, the checkpoint was sealed by 1-a"]
+    write_rank_file(folder, 1, [], "1-a")
+    seal(folder, {}, "1-a")
+    assert damage(folder) == []
+    content = json.loads((folder / "checksums.json").read_text())
+    del content["attempt"]  # as earlier versions sealed
+    (folder / "checksums.json").write_text(json.dumps(content))
+    assert damage(folder) == []

@@ -3,24 +3,18 @@
 import json
 import os
 import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from recipes.common.checkpoint.files import damage, out_dir_problems
-from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.reader import Reader
-from recipes.common.checkpoint.saver import Saver
-from recipes.common.checks.recipe_checks import check_recipe
-from recipes.common.config.ds_config import merge_ds_config
-from recipes.common.recipe import Checkpoints, Evaluation, Layout, derive_sizes
+from recipes.common.recipe import Checkpoints, Evaluation, Layout
 from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
 from tests.support.small_runs import assert_same_state, run
 from tests.support.tiny import tiny_config, tiny_recipe, write_shards
-from tools.common.forked_ranks import RankError, run_ranks
+from tools.common.forked_ranks import RankError
 
 HALF, WHOLE = 2, 4  # steps
 
@@ -187,58 +181,6 @@ def test_saves_by_the_clock_of_one_rank(data, tmp_path):
     checkpoints = Checkpoints(every_minutes=1e-6, keep_last=9)  # every step: no two ranks' clocks agree on it
     run(tiny_recipe(data, evaluation=Evaluation(), checkpoints=checkpoints, steps=3), 4, tmp_path)
     assert [int(folder.name[5:]) for folder in sealed_checkpoints(tmp_path)] == [1, 2, 3]
-
-
-def test_a_save_that_fails_fails_alone(data, tmp_path):
-    """A rank whose disk is full: the save is reported and given up, the run goes on and the next save works."""
-    results = run_ranks(_fail_one_save, 2, tiny_recipe(data, evaluation=Evaluation()), str(tmp_path))
-    assert results == [("step_00000004", True)] * 2
-    assert [folder.name for folder in sealed_checkpoints(tmp_path)] == ["step_00000004"]
-    assert not list((tmp_path / "checkpoints").glob(".*saving"))
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_disk_that_is_full_ends_saves_and_not_the_run(data, tmp_path):
-    """A real one, of 4 MB: it holds two checkpoints of 1.7 MB and not a third."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("this machine does not let root mount a tmpfs")
-    try:
-        recipe = tiny_recipe(data, evaluation=Evaluation(), checkpoints=Checkpoints(every_steps=2, keep_last=9))
-        records = run(recipe, 2, disk / "run")
-        assert sorted(records) == list(range(1, 9))
-        steps = [int(folder.name[5:]) for folder in sealed_checkpoints(disk / "run")]
-        assert steps == [2, 4]
-        assert damage(disk / "run" / "checkpoints" / "latest") == []
-        assert not list((disk / "run" / "checkpoints").glob(".*saving"))
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def _fail_one_save(recipe, out_dir):
-    import recipes.common.checkpoint.saver as module
-    from recipes.common.engine.build_trainer import build_recipe_trainer
-
-    layout, config = check_recipe(recipe, 2, check_machine=True)
-    sizes = derive_sizes(recipe, layout, 2)
-    trainer = build_recipe_trainer(recipe, layout, merge_ds_config(config, recipe, sizes, sizes.accumulation))
-    saver = Saver(Path(out_dir), trainer, recipe, None)
-    write = module.write_rank_file
-
-    def full(folder, rank, parts):
-        if rank == 1:
-            raise OSError(28, "No space left on device")
-        return write(folder, rank, parts)
-
-    module.write_rank_file = full
-    saver.save(RunPosition(step=2))
-    saver.finish()
-    nothing = saver.last_saved is None
-    module.write_rank_file = write
-    saver.save(RunPosition(step=4))
-    saver.finish()
-    return saver.last_saved.name, nothing
 
 
 def test_no_pickle_is_in_a_checkpoint(data, tmp_path):

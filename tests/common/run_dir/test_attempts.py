@@ -5,7 +5,15 @@ import os
 
 import pytest
 
-from recipes.common.run_dir.attempts import beats_of_newest, begin_attempt, sealed_step, seals
+from recipes.common.run_dir.attempts import (
+    FILE,
+    beats_of_newest,
+    begin_attempt,
+    end_attempt,
+    read_attempts,
+    sealed_step,
+    seals,
+)
 from recipes.common.run_dir.heartbeat import Heartbeat
 from tools.supervise.__main__ import flags_of_attempt
 
@@ -61,3 +69,17 @@ def test_heartbeats_of_the_attempt_before_are_not_the_newest_ones(tmp_path):
     assert beats_of_newest(tmp_path) == []
     Heartbeat(tmp_path, 0).enter(1, "data")
     assert [beat.step for beat in beats_of_newest(tmp_path)] == [1]
+
+
+def test_damaged_lines_hide_no_other(tmp_path):
+    """Zeroed by a power cut, cut by a kill, or of something else; and the metrics too."""
+    assert begin_attempt(tmp_path, 2, {"a": 2}, "first") == 1
+    end_attempt(tmp_path, 1, "rank_lost", "x")
+    with (tmp_path / FILE).open("ab") as file:
+        file.write(b"\0" * 64 + b"\n" + b'7\n{"event": "start"}\n{"event": "start", "attempt": 2, "cau')
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 3, "seconds": 1.0}\n\0\0\0\n{"step": 4, "seconds": 1.0}\n')
+    assert begin_attempt(tmp_path, 2, {"a": 2}, "rank_lost") == 2
+    assert end_attempt(tmp_path, 2, "finished", "")["lost_steps"] == 4
+    assert [(record["event"], record["attempt"]) for record in read_attempts(tmp_path)] == [
+        ("start", 1), ("end", 1), ("start", 2), ("end", 2),
+    ]  # fmt: skip

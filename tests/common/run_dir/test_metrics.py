@@ -94,12 +94,12 @@ def test_a_resume_moves_later_steps_aside(tmp_path: Path) -> None:
 
 
 def test_a_resume_with_nothing_to_move_changes_nothing(tmp_path: Path) -> None:
-    assert rewind_metrics(tmp_path, 5) is None
+    assert rewind_metrics(tmp_path, 5) == (None, None)
     log = open_metrics(tmp_path)
     log.append({"step": 1, "loss": 1.0})
     log.close()
     before = (tmp_path / "metrics.jsonl").stat()
-    assert rewind_metrics(tmp_path, 1) is None
+    assert rewind_metrics(tmp_path, 1) == (None, None)
     assert (tmp_path / "metrics.jsonl").stat().st_ino == before.st_ino
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -111,6 +111,23 @@ def test_a_fresh_start_in_a_used_directory_keeps_the_old_lines_aside(tmp_path: P
         log.close()
     assert [record["val_loss"] for record in read_metrics(tmp_path)] == [2.0]
     assert [record["val_loss"] for record in read_metrics(tmp_path / "metrics.after_step_00000000.jsonl")] == [1.0]
+
+
+def test_damaged_lines_are_set_aside_and_the_start_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    bad = [b"\0" * 40 + b"\n", b'{"step": 2, "lo{"step": 3}\n', b"7\n", b'{"step": "4"}\n', b'{"step": null}\n', b"\xff\n"]
+    bad += [b"[" * 100_000 + b"\n", b"\n"]
+    good = [b'{"step": 1}\n', b'{"step": 5}\n']
+    path.write_bytes(good[0] + b"".join(bad) + good[1] + b'{"step": 9}\n')
+    assert [record["step"] for record in read_metrics(path, skip_damaged=True)] == [1, 5, 9]
+    notes: list[str] = []
+    log = open_metrics(tmp_path, 5, notes)
+    log.append({"step": 6})
+    log.close()
+    assert steps_in(tmp_path) == [1, 5, 6]
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == b"".join(bad)
+    assert (tmp_path / "metrics.after_step_00000005.jsonl").read_bytes() == b'{"step": 9}\n'
+    assert notes[1:] == ["metrics.jsonl: damaged lines are now in metrics.damaged.jsonl"]
 
 
 def test_a_bad_line_in_the_middle_is_an_error(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from transformers import LlamaConfig
 
 from recipes.common.recipe import WSD, AdamW, Batch, Layout, Recipe, derive_sizes
-from recipes.common.run_dir.run_files import git_state, recipe_to_dict, write_run_files
+from recipes.common.run_dir.run_files import git_state, read_run, recipe_to_dict, write_run_files
 
 
 def make_recipe() -> Recipe:
@@ -112,3 +113,31 @@ def test_git_state_of_a_checkout(tmp_path: Path) -> None:
     assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (tmp_path / "f").write_text("2")
     assert git_state(tmp_path)["dirty"] is True
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 50,
+        b"{",
+        b"[]",
+        b"\xff",
+        b"{}",
+        b'{"run_id": "x", "starts": [1]}',
+        b'{"run_id": 3, "starts": []}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_file_is_set_aside_and_named_and_the_start_goes_on(tmp_path: Path, content: bytes, capfd) -> None:
+    first = start(tmp_path, make_recipe())
+    (tmp_path / "run.json").write_bytes(content)
+    (tmp_path / "recipe.json").write_bytes(content)
+    again = start(tmp_path, make_recipe(), resumed_step=4)
+    assert again["run_id"] != first["run_id"] and len(again["starts"]) == 1
+    assert json.loads((tmp_path / "recipe.json").read_text())["name"] == "tiny"
+    for name in ("run", "recipe"):
+        assert (tmp_path / f"{name}.before_step_00000005.json").read_bytes() == content
+    told = capfd.readouterr().err
+    assert f"{tmp_path}/run.json is damaged: it is run.before_step_00000005.json now, and begins anew" in told
+    assert read_run(tmp_path) == again

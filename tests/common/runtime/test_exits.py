@@ -1,12 +1,14 @@
 """When one rank fails, the job ends in seconds, and that rank's own traceback is the last one on the screen."""
 
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from recipes.common.runtime.exits import guard_rank
+from recipes.common.runtime.exits import FAILED, NUMBERS, UNSAVED, TrainingError, UnsavedError, guard_rank
 from tests.support.launched import copy_repository, deepspeed, start
 from tests.support.tiny import ROOT
 from tools.common.forked_ranks import run_ranks
@@ -77,3 +79,23 @@ def test_what_only_a_start_finds_is_one_line_where_the_user_can_cure_it(tmp_path
     done = subprocess.run([sys.executable, "-c", REFUSED, what, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code
     assert done.stderr == said or (said is None and "ValueError: bug" in done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "word"),
+    [
+        (UnsavedError("step 20 is not on disk"), UNSAVED, "unsaved"),
+        (TrainingError("loss is nan"), NUMBERS, "training_error"),
+        (MemoryError("x"), FAILED, "failed"),
+    ],
+)
+def test_every_error_has_its_exit_code_where_nothing_can_be_written(tmp_path, error, code, word):
+    """The folder is a file, and stderr is closed: the code and the report are all that is left, and they are right."""
+    (tmp_path / "logs").write_text("in the way")
+    child = os.fork()
+    if child == 0:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
+        with guard_rank(tmp_path, 0, lambda *words: Path(tmp_path / "report").write_text(" ".join(words))):
+            raise error
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    assert (tmp_path / "report").read_text().startswith(f"{word} ")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.recipe import ROOT, Evaluation, Layout
+from recipes.common.run_dir.lease import held
 from tests.support.small_runs import call, small_recipe, train_run, write_data
 from tests.support.tiny import VOCAB, tiny_config
 from tools.checkpoint import to_hf
@@ -165,7 +166,14 @@ def test_mistakes_are_one_message(runs, tmp_path):
         done = call("checkpoint", "to-hf", *arguments)
         assert done.code == 2 and message in done.err and not done.out, done
     (tmp_path / "empty").mkdir()
+    with held(tmp_path / "empty", tmp_path, ".empty.lease", "an export"):
+        done = call("checkpoint", "to-hf", checkpoint, tmp_path / "empty")
+        assert (done.code, done.out) == (
+            2,
+            "",
+        ) and f"{tmp_path / 'empty'} is in use by an export (process {os.getpid()}" in done.err
     assert call("checkpoint", "to-hf", checkpoint, tmp_path / "empty", "--no-verify").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
 
 
 def _export_wrongly(checkpoint: Path, out: Path, mistake: str) -> str:

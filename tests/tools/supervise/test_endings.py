@@ -21,6 +21,8 @@ def event(kind: str, rank: int, word: str = "", detail: str = "", at: float = 0.
         ([], 2, "user_error", "see the message above", ()),
         ([], 255, "launcher_failed", "the launcher exited with code 255", ()),
         ([event("end", 1, "training_error", "loss is nan"), event("lost", 0)], 3, "training_error", "loss is nan", ()),
+        ([event("lost", 1), event("end", 0, "unsaved", "step 8 is not on disk", 1.0)], 4, "unsaved", "step 8 is not", ()),
+        ([], 0, "launcher_failed", "the launcher exited with code 0 before any rank", ()),
         # the first that fails is the cause, and what the others say is not
         ([event("lost", 1), event("end", 0, "peer_lost", "reset", 1.0)], 247, "rank_lost", "rank 1 on a: killed", ("a",)),
         ([event("end", 2, "failed", "LookupError: x"), event("lost", 0, at=1.0)], 1, "rank_failed", "rank 2 on b: Look", ("b",)),
@@ -40,4 +42,4 @@ def test_waits_double_up_to_a_bound_and_end():
     policy = RestartPolicy(limit=5, first_wait_seconds=5.0, longest_wait_seconds=30.0)
     assert [policy.wait_seconds(count) for count in range(1, 7)] == [5.0, 10.0, 20.0, 30.0, 30.0, None]
     assert RestartPolicy(limit=0).wait_seconds(1) is None
-    assert not any(is_restarted(cause) for cause in ("finished", "stopped", "user_error", "training_error"))
+    assert not any(is_restarted(cause) for cause in ("finished", "stopped", "user_error", "training_error", "unsaved"))

@@ -38,7 +38,7 @@ def test_without_a_reader_the_launcher_ends_as_it_would():
 
 HANGUP = """
 import os, signal
-from tools.supervise.__main__ import StopRequests
+from tools.supervise.stop_requests import StopRequests
 stops = StopRequests()
 stops.listen()
 os.kill(os.getpid(), signal.SIGHUP)

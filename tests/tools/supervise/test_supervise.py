@@ -14,6 +14,7 @@ import pytest
 from recipes.common.recipe import ROOT
 from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
 from recipes.common.run_dir.heartbeat import read_beats
+from recipes.common.run_dir.lease import FOLDER, held
 from recipes.common.runtime.supervisor_link import WAITING_FUNCTION
 from tests.support.small_runs import assert_same_state
 from tests.support.supervised import (
@@ -155,13 +156,23 @@ Trainer.train_step = lambda *a: replace(_step(*a), loss=float("nan"))
 """
 
 
+FULL = """
+recipe = replace(recipe, checkpoints=Checkpoints(every_steps=10, last_save_minutes=0), steps=2)
+recipe = replace(recipe, schedule=replace(recipe.schedule, warmup_steps=1))
+import recipes.common.checkpoint.save_in_flight as _saves  # noqa
+def _full(*a): raise OSError(28, "No space left on device")  # noqa
+_saves.write_rank_file = _full
+"""
+
+
 @pytest.mark.parametrize(
     ("extra", "code", "causes", "message"),
     [
         ("recipe = replace(recipe, steps=0)", 2, ["user_error"], "steps=0 must be a whole number from 1"),
         (NAN, 3, ["training_error"], "ended: training_error: TrainingError: step 1: loss is nan"),
+        (FULL, 4, ["unsaved"], "ended: unsaved: the last state, of step 2, is not on disk: 1 saves failed"),
     ],
-    ids=["a wrong recipe", "useless numbers"],
+    ids=["a wrong recipe", "useless numbers", "a full disk at the end"],
 )
 def test_what_a_restart_cannot_cure_is_not_restarted(tmp_path, extra, code, causes, message):
     recipe, run_dir = recipe_copy(tmp_path, extra=extra), tmp_path / "run"
@@ -193,6 +204,17 @@ def test_a_program_that_never_works_is_given_up(tmp_path):
     assert supervisor.wait(60) == 1
     assert [end["cause"] for end in ends(tmp_path / "run")] == ["launcher_failed"] * 3
     assert "giving up after 2 restarts without a new checkpoint; the last checkpoint is of step 0" in output(tmp_path / "run")
+
+
+def test_a_second_supervisor_of_a_folder_is_refused_before_it_starts_anything(tmp_path):
+    (tmp_path / "recipe.py").write_text("print('started')\n")
+    run_dir = tmp_path / "run"
+    with held(run_dir, run_dir / FOLDER, "supervisor", "a supervisor"):
+        second = supervise(tmp_path / "recipe.py", run_dir, launcher=sys.executable)
+        assert second.wait(60) == 2
+    told = output(run_dir)
+    assert f"error: {run_dir} is in use by a supervisor (process {os.getpid()} on " in told and "started" not in told
+    assert not run_dir.exists()
 
 
 def test_a_dry_run_starts_no_job(tmp_path):
