@@ -18,6 +18,7 @@ from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.engine.build_trainer import build_recipe_trainer
 from recipes.common.recipe import Checkpoints, Evaluation, derive_sizes
 from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
+from recipes.common.train import start_run, train
 from tests.support.small_runs import assert_same_state, run
 from tests.support.tiny import tiny_recipe, write_shards
 from tools.common.forked_ranks import RankError, run_ranks
@@ -109,10 +110,11 @@ def _fail_at(recipe, out_dir):
     _train(recipe, out_dir)
 
 
-def _train(recipe, out_dir):
-    from tests.support.small_runs import _run
-
-    _run(recipe, 2, out_dir, False, None, None, ())
+def _train(recipe, out_dir, ranks=2):
+    layout, config = check_recipe(recipe, ranks, check_machine=True)
+    sizes = derive_sizes(recipe, layout, ranks)
+    config = merge_ds_config(config, recipe, sizes, sizes.accumulation)
+    train(start_run(recipe, layout, sizes, config, Path(out_dir), resume_run=False))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
@@ -190,14 +192,13 @@ def test_checkpoints_that_stay_are_told_once_and_end_nothing(data, tmp_path, cap
 
 def _delete_nothing(recipe, out_dir):
     from recipes.common.checkpoint import folders
-    from tests.support.small_runs import _run
 
     def busy(path, ignore_errors=False, onerror=None):
         if not ignore_errors:
             onerror(None, path, (OSError, OSError(16, "Device or resource busy"), None))
 
     folders.shutil.rmtree = busy
-    _run(recipe, 1, out_dir, False, None, None, ())
+    _train(recipe, out_dir, 1)
 
 
 def test_a_damaged_later_checkpoint_costs_no_good_one(data, tmp_path):
