@@ -56,6 +56,12 @@ def test_gradients_of_styles_that_few_families_have(family):
     assert_equal(gradient_trial(trial_of(config, 1, 2, 1, global_seqs=2)))
 
 
+def test_an_output_that_is_gathered_may_be_padded():
+    """Queries, keys and values of phi3 are one projection: here of 80 outputs over 3 ranks."""
+    config = tiny_config("phi3", num_attention_heads=3, num_key_value_heads=1, hidden_size=48, num_hidden_layers=2)
+    assert_equal(gradient_trial(trial_of(config, 1, 3, 1, global_seqs=2)))
+
+
 @pytest.mark.parametrize(
     ("name", "style", "message"),
     [

@@ -4,6 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from recipes.common.parallel.grid import one_process
+from recipes.common.pipeline import stage as stage_module
+from recipes.common.recipe import Layout
 from tests.support.stages import FAMILIES, config_of, stages_of
 from tools.common.forked_ranks import run_ranks
 
@@ -62,3 +65,24 @@ def _logits_differ_by(config):
             plain.load_state_dict(weights, strict=False)
             differences.append((stage.logits(hidden) - plain(ids, use_cache=False).logits).abs().max().item())
     return differences
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, []),
+        ({"recompute": "full"}, [(layer, False) for layer in range(4)]),
+        ({"recompute": "selective", "recompute_every": 3}, [(0, True), (3, True)]),
+    ],
+)
+def test_what_a_layout_recomputes(options, wanted):
+    """Each wanted: the layer, and whether the results of its products are kept."""
+    assert run_ranks(_recomputed, 1, options) == [wanted]
+
+
+def _recomputed(options):
+    asked = []
+    stage_module.recompute = lambda layer, *, keep_products: asked.append((layer.self_attn.layer_idx, keep_products))
+    layout = Layout(**options)
+    stage_module.build_stage(stage_module.plan_model(config_of("llama"), layout), one_process(), layout, seq_len=16)
+    return asked
