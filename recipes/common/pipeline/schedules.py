@@ -59,11 +59,10 @@ def needs(step: Pass, chunks: int) -> Pass | None:
     return Pass(INPUTS, micro_batch, chunk)
 
 
-def order_passes(schedule: str, pipeline: int, micro_batches: int, costs: tuple[Costs, ...] = ()) -> list[list[Pass]]:
-    """Return the passes of every rank, in order. The chunks' `costs` shape "zero_bubble_v"; by default all passes are equal."""
+def order_passes(schedule: str, pipeline: int, micro_batches: int, costs: tuple[Costs, ...]) -> list[list[Pass]]:
+    """Return the passes of every rank, in order. The chunks' `costs` shape "zero_bubble_v"."""
     if schedule != FOLDED:
         return [list(_one_chunk(pipeline, rank, micro_batches, schedule == ZERO_BUBBLE)) for rank in range(pipeline)]
-    costs = costs or (Costs(1.0, 1.0, 1.0),) * (2 * pipeline)
     # several ways to be greedy, each best somewhere: the shortest is taken, the first of equals
     found = [
         _Folded(pipeline, micro_batches, costs, max_deferred, forward_first).order()
