@@ -1,9 +1,12 @@
-"""An evaluation is plain transformers' in evaluation mode, over the rows that count, and training goes on after it."""
+"""A batch that grows trains what plain transformers trains; an evaluation drops nothing, counts its rows, and training goes on."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from recipes.common.recipe import SGD
 from tests.support.parity import trial_of
 from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks
@@ -42,3 +45,38 @@ def test_an_evaluation_drops_nothing_and_counts_its_rows(pipeline, tensor, data,
     ranks = run_ranks(_evaluate, trial.world_size, trial)
     assert [before for before, _, _ in ranks] == pytest.approx([wanted] * len(ranks), rel=1e-6)
     assert all(after < before and modes and all(modes) for before, after, modes in ranks)
+
+
+GROWING = (2, 6)  # sequences of two steps
+
+
+def _grow(trial):
+    """Losses and gradient norms of two steps, the second with more micro batches."""
+    trainer, batch, found = build_trial_trainer(replace(trial, global_seqs=GROWING[0])), batches(trial)[0], []
+    for seqs in GROWING:
+        trainer.set_global_seqs(seqs)
+        micro = list(batch[:seqs].split(trial.micro_seqs))[trainer.grid.data_rank :: trainer.grid.data]
+        result = trainer.train_step(micro, trial.optimizer.lr, seqs * trial.seq_len)
+        found += [result.loss, result.grad_norm]
+    return found
+
+
+def _grow_plain(trial):
+    model, batch, found = initial_model(trial), batches(trial)[0], []
+    optimizer = torch.optim.SGD(model.parameters(), lr=trial.optimizer.lr)
+    for seqs in GROWING:
+        logits = model(input_ids=batch[:seqs, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:seqs, 1:].flatten())
+        loss.backward()
+        found += [loss.item(), sum(p.grad.double().square().sum().item() for p in model.parameters()) ** 0.5]
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(("pipeline", "data"), [(1, 2), (2, 1)])
+def test_a_batch_that_grows(pipeline, data):
+    trial = trial_of(tiny_config("llama"), pipeline, 1, data, global_seqs=GROWING[1], optimizer=SGD(lr=0.1))
+    wanted = run_ranks(_grow_plain, 1, trial)[0]
+    for found in run_ranks(_grow, trial.world_size, trial):
+        assert found == pytest.approx(wanted, rel=1e-6)
