@@ -1,4 +1,4 @@
-"""A batch that grows trains what plain transformers trains; an evaluation drops nothing, counts its rows, and training goes on."""
+"""A batch that grows trains what plain transformers trains; an evaluation drops nothing and counts its rows; training goes on."""
 
 from dataclasses import replace
 
