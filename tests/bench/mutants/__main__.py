@@ -46,7 +46,8 @@ HARMLESS = Path(__file__).parent / "harmless.json"
 WANTED = 0.98
 HANGS = "hangs"
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-STILL_SECONDS = 30.0  # in which a judge's processes compute nothing: they wait for each other, and the line is found
+STILL_SECONDS = 30.0  # in which a judge's processes want no processor: they wait for each other, and the line is found
+STILL_SHARE = 0.2  # of the time: a rank that is done looks for its parent again and again
 ENDLESS_SECONDS = 60.0  # of processor time, and ten times what the judge took on the tree as it is
 TEST_SECONDS = 60.0  # of tests for one line, beside those of its own module
 
@@ -163,13 +164,16 @@ def _said(copy: Path, work: str, names: list[str], baseline: Baseline | None, ca
 
 
 def _next(receive: Connection, pid: int, most_seconds: float) -> judges.Said | str | None:
-    """Return what the child says next, HANGS, or None when it has said all. Told by processor time: the machine may be loaded."""
+    """Return what the child says next, HANGS, or None when it has said all.
+
+    Not told by the clock, because the machine may be loaded: it hangs if its processes neither compute nor wait for a processor.
+    """
     began = still = None
     while not receive.poll(2.0):
-        used = _processor_seconds(pid)
+        used, queued = _seconds(pid)
         began = used if began is None else min(began, used)
-        if still is None or abs(used - still[0]) > 0.1:
-            still = used, time.monotonic()
+        if still is None or abs(used + queued - still[0]) > STILL_SHARE * (time.monotonic() - still[1]) + 0.1:
+            still = used + queued, time.monotonic()
         if time.monotonic() - still[1] > STILL_SECONDS or used - began > most_seconds:
             return HANGS
     try:
@@ -178,14 +182,15 @@ def _next(receive: Connection, pid: int, most_seconds: float) -> judges.Said | s
         return None
 
 
-def _processor_seconds(pid: int) -> float:
-    """Add up what a process and all under it have used; those that have ended count no more."""
-    used = 0.0
+def _seconds(pid: int) -> tuple[float, float]:
+    """Add up the seconds that a process and all under it have computed, and have been ready to; ended ones count no more."""
+    used = queued = 0.0
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in (parent := psutil.Process(pid), *parent.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.NoSuchProcess, OSError):
                 used += sum(process.cpu_times()[:2])
-    return used
+                queued += int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[1]) / 1e9
+    return used, queued
 
 
 def _child(copy: Path, work: str, names: list[str], send: Connection, calls: Path | None) -> None:

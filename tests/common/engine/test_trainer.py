@@ -1,14 +1,16 @@
-"""A batch that grows trains what plain transformers trains; an evaluation drops nothing and counts its rows; training goes on."""
+"""A batch that grows trains what plain transformers trains; an evaluation drops nothing and counts its rows."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from recipes.common.engine.trainer import NONFINITE
 from recipes.common.recipe import SGD
 from tests.support.parity import trial_of
-from tests.support.tiny import tiny_config
+from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
 from tools.common.parity import batches, build_trial_trainer, initial_model
 
@@ -80,3 +82,25 @@ def test_a_batch_that_grows(pipeline, data):
     wanted = run_ranks(_grow_plain, 1, trial)[0]
     for found in run_ranks(_grow, trial.world_size, trial):
         assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def _break(trial):
+    """(loss, gradient norm, skip reason) of a good step and one whose logits are NaN, and whether the latter moved a weight."""
+    trainer, micro = build_trial_trainer(trial), list(batches(trial)[0].split(trial.micro_seqs))
+    logits, found, kept = trainer.stage.logits, [], {}
+    for factor in (1.0, math.nan):
+        trainer.stage.logits = lambda hidden, factor=factor: logits(hidden) * factor
+        kept = {name: shard.clone() for name, shard in trainer.hf_shards().items()}
+        result = trainer.train_step(micro, trial.optimizer.lr, trial.global_seqs * trial.seq_len)
+        found.append((result.loss, result.grad_norm, result.skip_reason))
+    return found, all(kept[name].equal(shard) for name, shard in trainer.hf_shards().items())
+
+
+@pytest.mark.parametrize(("pipeline", "deepspeed"), [(1, "zero1_fp32.json"), (1, "zero1_bf16.json"), (2, "zero1_bf16.json")])
+def test_a_step_that_is_no_number_says_so(pipeline, deepspeed):
+    """Its norm is not that of the step before, on any rank, and no weight moves."""
+    trial = trial_of(tiny_config("llama"), pipeline, 1, 1, deepspeed=ds_config(deepspeed), global_seqs=4)
+    for (good, bad), unmoved in run_ranks(_break, trial.world_size, trial):
+        assert math.isfinite(good[0]) and math.isfinite(good[1]) and good[2] is None
+        assert not math.isfinite(bad[0]) and not math.isfinite(bad[1]) and bad[2] == NONFINITE
+        assert unmoved
