@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from recipes.common.checks.family_trials import masking_problems, partition_problems, sequence_problems
+from recipes.common.config.model_sizes import size_problem
 from recipes.common.config.placement import chunk_count
 from recipes.common.data.document_masking import masking_problem
 from recipes.common.model.decoder import PlanError, Stack, find_stack
@@ -20,10 +21,12 @@ from recipes.common.recipe import Layout, Recipe
 def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
     """Check the model's fields, its size, and whether it can be sharded and partitioned as the layout says."""
     problems = config_problems(recipe.model)
+    if why := size_problem(recipe.model.to_dict()):
+        return [*problems, f"model.{why}"]
     try:
         causal = build_empty(recipe.model, recipe.attention)
         stack = find_stack(causal)
-    except (PlanError, ValueError, ImportError, TypeError, AttributeError) as error:
+    except (PlanError, ValueError, ImportError, TypeError, AttributeError, RuntimeError, ArithmeticError, LookupError) as error:
         return [*problems, f"model={type(recipe.model).__name__}: {error}"]
     count = sum(p.numel() for p in causal.parameters())
     if count != recipe.num_params:

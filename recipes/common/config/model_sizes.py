@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-MOST_OF_ONE_KIND = 10_000  # layers, blocks or experts: each is a module, or a row of modules
+MOST_LAYERS, MOST_EXPERTS = 10_000, 1_000_000  # each layer is a module, or several; experts are rows of tensors
 _COUNTS = re.compile(r"n_?layers?|n_?blocks?|(?:.*_)?(?:num_\w*)?(?:layers|blocks|experts)|(?:\w+_)?depth")
 
 
@@ -20,6 +20,7 @@ def size_problem(content: dict[str, Any]) -> str:
             todo += value.values()
             for key, count in value.items():
                 is_number = isinstance(count, int | float) and not isinstance(count, bool)
-                if is_number and _COUNTS.fullmatch(key) and not 0 <= count <= MOST_OF_ONE_KIND:
-                    return f"{key}={count}: must be from 0 to {MOST_OF_ONE_KIND}"
+                most = MOST_EXPERTS if key.endswith("experts") else MOST_LAYERS
+                if is_number and _COUNTS.fullmatch(key) and not 0 <= count <= most:
+                    return f"{key}={count}: must be from 0 to {most}"
     return ""
