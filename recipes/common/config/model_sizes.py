@@ -19,8 +19,9 @@ def size_problem(content: dict[str, Any]) -> str:
         elif isinstance(value, dict):
             todo += value.values()
             for key, count in value.items():
-                is_number = isinstance(count, int | float) and not isinstance(count, bool)
+                if not isinstance(key, str) or not _COUNTS.fullmatch(key) or isinstance(count, bool):
+                    continue
                 most = MOST_EXPERTS if key.endswith("experts") else MOST_LAYERS
-                if is_number and _COUNTS.fullmatch(key) and not 0 <= count <= most:
+                if isinstance(count, int | float) and not 0 <= count <= most:
                     return f"{key}={count}: must be from 0 to {most}"
     return ""
