@@ -22,6 +22,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 import torch
 from transformers import PreTrainedConfig
 
+from recipes.common.checks.context_checks import context_head_problems, context_trial_problems
 from recipes.common.checks.family_trials import partition_problems, sequence_problems
 from recipes.common.checks.model_checks import config_problems, depth_problems
 from recipes.common.checks.recipe_checks import optimizer_problems, option_problems
@@ -95,6 +96,7 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
     if not problems:  # in a rank of its own, like all tensor code: see tools.common.forked_ranks
         for proof in (partition_problems, sequence_problems):
             problems += run_ranks(proof, 1, recipe.model, layout, recipe.attention)[0]
+        problems += run_ranks(_context_problems, 1, recipe, layout)[0]
     if problems:
         raise RecipeError(f"recipe {recipe.name!r} in the layout {layout}", problems)
     return Trial(
@@ -105,11 +107,16 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
         deepspeed=ds_config,
         steps=steps,
         seq_len=seq_len,
-        global_seqs=4 * data,
+        global_seqs=4 * data // layout.context,
         z_loss=recipe.z_loss,
         attention=recipe.attention,
         device=device,
     )
+
+
+def _context_problems(recipe: Recipe, layout: Layout) -> list[str]:
+    found = context_head_problems(recipe.model, layout, recipe.attention)
+    return found or context_trial_problems(recipe.model, layout, recipe.attention, mask_documents=recipe.mask_documents)
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -181,7 +188,7 @@ def _installed(package: str) -> str:
 def _table(recipe: Recipe, trial: Trial, rows: list[WorstDifference]) -> str:
     lines = [
         f"{recipe.name}: {type(trial.model).__name__} at hidden size {trial.model.hidden_size}, tensor {trial.layout.tensor} x "
-        f"pipeline {trial.layout.pipeline} x data {trial.data}, {precision(trial.deepspeed)}, "
+        f"pipeline {trial.layout.pipeline} x data {trial.data}{_context(trial.layout)}, {precision(trial.deepspeed)}, "
         f"ZeRO {zero_stage(trial.deepspeed)}, {trial.steps} steps, against one process of plain transformers",
         f"{'':16}{'largest difference':>20}{'allowed':>12}  where",
     ]
@@ -189,6 +196,10 @@ def _table(recipe: Recipe, trial: Trial, rows: list[WorstDifference]) -> str:
         verdict = "" if row.passed else "   <-- FAILED"
         lines.append(f"{row.what:<16}{row.difference:>20.1e}{row.bound:>12.1e}  {row.where}{verdict}")
     return "\n".join(lines)
+
+
+def _context(layout: Layout) -> str:
+    return f" (context {layout.context})" if layout.context > 1 else ""
 
 
 def _parse_flags(argv: list[str] | None) -> argparse.Namespace:

@@ -31,10 +31,17 @@ PIPELINE_SCHEDULES = ("1f1b", "zero_bubble", "zero_bubble_v")  # recipes.common.
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The parallelism of one replica of the model: tensor x pipeline GPUs. Data parallelism uses all GPUs that remain."""
+    """The parallelism of one replica of the model: tensor x pipeline GPUs. Data parallelism uses all GPUs that remain.
+
+    `context` data ranks share their sequences, each with a slice: it splits the data dimension, and adds no GPUs.
+    """
 
     tensor: int = 1  # tensor-parallel size: GPUs that shard each layer's matrices; best a divisor of the GPUs of a node
     pipeline: int = 1  # pipeline-parallel size: stages, each with consecutive layers
+    context: int = 1  # data ranks that share each sequence, a slice each; attention exchanges slices for heads
+    # Of the context ranks, how many divide the heads between them; the rest divide the queries, and gather all keys and values.
+    # 0: as many as the heads allow
+    context_heads: int = 0
     # Activation recomputation. "none": keep all activations. "full": keep each layer's input and run the layer again in the
     # backward pass. "selective": keep also what matrix products and attention give, and repeat only norms and elementwise work
     recompute: str = "none"
@@ -53,7 +60,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The sequences of one optimizer step. Gradient accumulation follows: global_seqs / (micro_seqs x data-parallel size)."""
+    """The sequences of one optimizer step. Gradient accumulation follows: global_seqs / (micro_seqs x data / context ranks)."""
 
     seq_len: int  # tokens of a sequence
     micro_seqs: int  # sequences of a micro batch: one forward and backward pass of one data rank
@@ -229,6 +236,12 @@ class Sizes:
     data: int
     accumulation: int  # micro batches of one data rank in a step of the full batch
     tokens_per_step: int
+    context: int = 1  # data ranks that share their sequences
+
+    @property
+    def readers(self) -> int:
+        """Return how many groups of data ranks read different sequences."""
+        return self.data // self.context
 
 
 def due(every_steps: int, step: int) -> bool:
@@ -245,8 +258,9 @@ def derive_sizes(recipe: Recipe, layout: Layout, world_size: int) -> Sizes:
         tensor=layout.tensor,
         pipeline=layout.pipeline,
         data=data,
-        accumulation=batch.global_seqs // (batch.micro_seqs * data),
+        accumulation=batch.global_seqs // (batch.micro_seqs * (data // layout.context)),
         tokens_per_step=batch.global_seqs * batch.seq_len,
+        context=layout.context,
     )
 
 

@@ -282,15 +282,15 @@ def open_reader(recipe: Recipe, grid: Grid, position: RunPosition) -> Prefetcher
 
     def read(consumed: int, global_seqs: int) -> list[torch.Tensor]:
         if not reads:
-            return [torch.empty(0)] * (global_seqs // (recipe.batch.micro_seqs * grid.data))
+            return [torch.empty(0)] * (global_seqs // (recipe.batch.micro_seqs * grid.readers))
         return step_micro_batches(
             stream,
             seed=recipe.seed,
             consumed=consumed,
             global_seqs=global_seqs,
             micro_seqs=recipe.batch.micro_seqs,
-            data_rank=grid.data_rank,
-            data_size=grid.data,
+            data_rank=grid.reader,
+            data_size=grid.readers,
             skips=position.skips,
         )
 
@@ -306,7 +306,7 @@ def evaluate(recipe: Recipe, trainer: Trainer) -> dict[str, float]:
     losses = {}
     for name, stream in open_validation(recipe.data, recipe.batch.seq_len).items():
         micro_batches = validation_micro_batches(
-            stream, seqs=seqs, micro_seqs=recipe.batch.micro_seqs, data_rank=grid.data_rank, data_size=grid.data
+            stream, seqs=seqs, micro_seqs=recipe.batch.micro_seqs, data_rank=grid.reader, data_size=grid.readers
         )
         losses[f"val_loss/{Path(name).name}"] = trainer.evaluate(micro_batches, seqs * recipe.batch.seq_len)
     mean = sum(losses.values()) / len(losses)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from recipes.common.recipe import AdamW, Batch, Blend, Checkpoints, Evaluation, Layout
-from tests.support.small_runs import run
+from tests.support.small_runs import assert_same_state, run
 from tests.support.tiny import ROOT, tiny_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import RankError
 
@@ -34,6 +34,28 @@ def test_every_layout_and_accumulation_reads_the_same(folders, tmp_path):
     # 7 validation sequences fill no whole number of micro batches: each still counts once
     assert cut[STEPS]["val_loss"] == pytest.approx(alone[STEPS]["val_loss"], rel=1e-6)
     assert [alone[s]["consumed_seqs"] for s in (1, STEPS)] == [4, 4 * STEPS]
+
+
+def test_context_ranks_read_the_same_and_go_on_in_another_layout(folders, tmp_path):
+    """Ranks that share sequences: the same order, losses and validation loss, with a ramp, masked documents and two resumes."""
+    batch = Batch(seq_len=16, micro_seqs=1, global_seqs=4, ramp=((4, 2),))
+    recipe = tiny_recipe(
+        folders[0],
+        layouts={1: Layout(), 4: Layout(context=4), 8: Layout(pipeline=2, context=2)},
+        batch=batch,
+        steps=STEPS,
+        mask_documents=True,
+        evaluation=Evaluation(every_steps=2, seqs=7),
+        checkpoints=Checkpoints(every_steps=2),
+    )
+    alone = run(recipe, 1, tmp_path / "alone")
+    for world, until in ((4, 2), (1, 4), (8, STEPS)):
+        parts = run(recipe, world, tmp_path / "parts", resume=until > 2, max_steps=until)
+    assert losses(parts) == pytest.approx(losses(alone), rel=1e-6)
+    for step in (2, 4, STEPS):
+        assert parts[step]["val_loss"] == pytest.approx(alone[step]["val_loss"], rel=1e-6)
+        assert parts[step]["consumed_seqs"] == alone[step]["consumed_seqs"]
+    assert_same_state(tmp_path / "alone", tmp_path / "parts", 1e-5)
 
 
 def test_batch_ramp_in_two_layouts_and_over_a_resume(folders, tmp_path):

@@ -12,7 +12,15 @@ from tools.common.parity import Outcome, Trial, outcome, train_in_layout, train_
 
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)  # eps above rounding, so that near-zero gradients do not become whole steps
 LOSS_BOUND, TENSOR_BOUND = 1e-6, 1e-5
-OPTIONS = ("recompute", "recompute_every", "sequence_parallel", "pipeline_schedule", "layers_per_stage")
+OPTIONS = (
+    "recompute",
+    "recompute_every",
+    "sequence_parallel",
+    "context",
+    "context_heads",
+    "pipeline_schedule",
+    "layers_per_stage",
+)
 
 
 def trial_of(config: PreTrainedConfig, pipeline: int, tensor: int, data: int, **fields: Any) -> Trial:

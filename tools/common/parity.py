@@ -85,7 +85,7 @@ def build_trial_trainer(trial: Trial) -> Trainer:
 def rank_batches(trial: Trial, trainer: Trainer) -> list[list[torch.Tensor]]:
     """Return the micro batches of this rank, step by step."""
     grid = trainer.grid
-    return [list(batch.split(trial.micro_seqs))[grid.data_rank :: grid.data] for batch in batches(trial)]
+    return [list(batch.split(trial.micro_seqs))[grid.reader :: grid.readers] for batch in batches(trial)]
 
 
 def train_in_layout(trial: Trial) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def engine_config(trial: Trial) -> dict[str, Any]:
     return {
         **trial.deepspeed,
         "train_micro_batch_size_per_gpu": trial.micro_seqs,
-        "gradient_accumulation_steps": trial.global_seqs // (trial.micro_seqs * trial.data),
+        "gradient_accumulation_steps": trial.global_seqs // (trial.micro_seqs * (trial.data // trial.layout.context)),
         "gradient_clipping": trial.optimizer.clip,
         "steps_per_print": 10**9,
     }

@@ -34,14 +34,14 @@ def load_recipe(path: str) -> Recipe:
     return recipe
 
 
-_NUMBERS = ("tensor", "pipeline", "data", "recompute_every", "sequence_parallel")
+_NUMBERS = ("tensor", "pipeline", "data", "context", "context_heads", "recompute_every", "sequence_parallel")
 _WORDS = ("recompute", "pipeline_schedule")
 
 
 def parse_layout(text: str) -> tuple[Layout, int]:
     """Return (layout, data ranks) of "tensor=2,data=2,recompute=full,pipeline_schedule=zero_bubble,layers_per_stage=5+3".
 
-    Sizes that are left out are 1. Raises RecipeError on an unknown name or a value of another form.
+    Sizes that are left out are 1, but `data` is then `context`. Raises RecipeError on an unknown name or a value of another form.
     """
     values: dict[str, Any] = {}
     for item in text.split(","):
@@ -52,14 +52,16 @@ def parse_layout(text: str) -> tuple[Layout, int]:
             or (name in _NUMBERS and value.isdigit())
             or (name == "layers_per_stage" and all(count.isdigit() for count in counts))
         ):
-            known = "tensor=N, pipeline=N, data=N, sequence_parallel=0 or 1, recompute=NAME, recompute_every=N, "
-            known += "pipeline_schedule=NAME or layers_per_stage=N+N+..."
+            known = "tensor=N, pipeline=N, data=N, context=N, context_heads=N, sequence_parallel=0 or 1, recompute=NAME, "
+            known += "recompute_every=N, pipeline_schedule=NAME or layers_per_stage=N+N+..."
             raise RecipeError("--layout", [f"--layout={text!r}: {item!r} is not {known}, each at most once"])
         values[name] = value if name in _WORDS else int(value) if name in _NUMBERS else tuple(map(int, counts))
-    data = values.pop("data", 1)
+    data = values.pop("data", values.get("context", 1))
     layout = Layout(**values | {"sequence_parallel": bool(values.get("sequence_parallel", 0))})
-    if min(data, layout.tensor, layout.pipeline, layout.recompute_every) < 1:
+    if min(data, layout.tensor, layout.pipeline, layout.context, layout.recompute_every) < 1:
         raise RecipeError("--layout", [f"--layout={text!r}: sizes start at 1"])
+    if data % layout.context:
+        raise RecipeError("--layout", [f"--layout={text!r}: context={layout.context} does not divide data={data} data ranks"])
     return layout, data
 
 

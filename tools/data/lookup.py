@@ -41,7 +41,7 @@ class StepRead:
     consumed: int  # sequences before it
     seqs: int
     micro_seqs: int
-    data_size: int
+    data_size: int  # data ranks that read different sequences
 
 
 def read_run(folder: Path, step: int | None = None) -> DataOrder:
@@ -99,10 +99,11 @@ def read_step(folder: Path, step: int) -> StepRead:
         start = [entry for entry in read_json(folder / "run.json")["starts"] if (entry["resumed_step"] or 0) < step][-1]
         seqs = operator.index(found["tokens"] // recipe["batch"]["seq_len"])
         consumed = operator.index(found["consumed_seqs"]) - seqs
-        sizes = {"micro_seqs": operator.index(recipe["batch"]["micro_seqs"]), "data_size": operator.index(start["sizes"]["data"])}
-        if min(sizes.values()) < 1:
-            raise ValueError(f"sizes {sizes}")
-    return StepRead(consumed=consumed, seqs=seqs, **sizes)
+        micro_seqs, data = operator.index(recipe["batch"]["micro_seqs"]), operator.index(start["sizes"]["data"])
+        context = operator.index(start["sizes"].get("context", 1))  # an older run has none
+        if min(micro_seqs, data, context) < 1:
+            raise ValueError(f"sizes {micro_seqs}, {data}, {context}")
+    return StepRead(consumed=consumed, seqs=seqs, micro_seqs=micro_seqs, data_size=data // context)
 
 
 def open_run(run: DataOrder) -> TokenStream | BlendedStream:

@@ -158,9 +158,9 @@ def _layout(words: str | None, own: Layout, own_world: int, recipe: Recipe) -> t
 def _merged(recipe: Recipe, layout: Layout, world: int, saved: dict[str, Any]) -> dict[str, Any]:
     """Return the run's own DeepSpeed configuration with the sizes of another layout."""
     sizes = derive_sizes(recipe, layout, world)
-    if recipe.batch.global_seqs % (recipe.batch.micro_seqs * sizes.data):
+    if recipe.batch.global_seqs % (recipe.batch.micro_seqs * sizes.readers):
         raise UsageError(
-            f"--layout: {sizes.data} data ranks of micro_seqs={recipe.batch.micro_seqs} do not divide "
+            f"--layout: {sizes.readers} data ranks of micro_seqs={recipe.batch.micro_seqs} do not divide "
             f"global_seqs={recipe.batch.global_seqs}"
         )
     return merge_ds_config(saved, recipe, sizes, sizes.accumulation)
@@ -198,8 +198,8 @@ def _replay_rank(plan: ReplayPlan) -> tuple[list[float], list[float]]:
             consumed=consumed,
             global_seqs=seqs,
             micro_seqs=recipe.batch.micro_seqs,
-            data_rank=grid.data_rank,
-            data_size=grid.data,
+            data_rank=grid.reader,
+            data_size=grid.readers,
             skips=plan.skips,
         )
         ceiling = 0.0 if record.get("skip_reason") else math.inf  # a step that the run skipped is skipped again

@@ -100,7 +100,7 @@ def train_steps(recipe: Recipe, out_dir: str, steps: int, trace_steps: range, ra
         write_run_files(out, recipe_to_dict(recipe), ds_config, layout=layout, sizes=sizes)
     phases.start(trainer)
     reader = None if random_tokens else open_reader(recipe, trainer.grid, ())
-    generator = torch.Generator().manual_seed(recipe.seed + trainer.grid.data_rank)
+    generator = torch.Generator().manual_seed(recipe.seed + trainer.grid.reader)
     shape = (recipe.batch.micro_seqs, recipe.batch.seq_len + 1)
     vocab, seqs, loss = recipe.model.get_text_config().vocab_size, recipe.batch.global_seqs, float("nan")
     for step in range(1, steps + 1):

@@ -111,8 +111,8 @@ def read_timings(run: Path) -> Timings:
     empty = [each.start["rank"] for each in found if not each.rows]
     if empty:
         raise UsageError(f"{run / FOLDER}: ranks {empty[:8]} have no step yet; try again once some steps have passed")
-    if start["parts"] != list(PARTS):
-        raise UsageError(f"{run / FOLDER}: another version's parts, {start['parts']}; read it with the version that wrote it")
+    if unknown := set(start["parts"]) - set(PARTS):
+        raise UsageError(f"{run / FOLDER}: another version's parts, {sorted(unknown)}; read it with the version that wrote it")
     least = _least_by_link(found)
     layout = Layout(tensor=start["tensor"], pipeline=start["pipeline"])
     return Timings(
@@ -131,6 +131,8 @@ def _rank(timing: RankTiming, layout: Layout, least: dict[tuple, float]) -> Rank
     start, rank = timing.start, timing.start["rank"]
     rows = timing.rows[WARM_STEPS:] if len(timing.rows) > WARM_STEPS else timing.rows
     table = np.array(rows, dtype=float)
+    parts = np.zeros((len(table), len(PARTS)))  # a version before this one may lack some
+    parts[:, [PARTS.index(part) for part in start["parts"]]] = table[:, 3:] / table[:, 1:2] / 1e3
     place = coordinates(rank, start["world"], layout)
     transfer = sum(
         count * min(least[_link(rank, key)], total / count) for key, count, total, _ in timing.comms if "pipeline" in key.group
@@ -144,7 +146,7 @@ def _rank(timing: RankTiming, layout: Layout, least: dict[tuple, float]) -> Rank
         layers=_runs(start["layers"]),
         last_steps=table[:, 0].astype(int),
         steps=table[:, 1],
-        parts=table[:, 3:] / table[:, 1:2] / 1e3,
+        parts=parts,
         transfer_ms=transfer / max(timing.comm_steps, 1) / 1e3,
         comm=timing.comms,
         comm_steps=timing.comm_steps,

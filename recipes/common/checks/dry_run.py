@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from recipes.common.config.lr_schedules import learning_rate_at, seqs_after, tokens_of_run
@@ -10,8 +12,11 @@ from recipes.common.model.decoder import find_stack
 from recipes.common.model.flops import layer_costs
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.linears import deferrable_fraction
+from recipes.common.parallel.context_parallel import head_ranks
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers
 from recipes.common.recipe import Blend, Layout, Reaction, Recipe, Sizes
+
+LARGE_GIB = 1.0  # of masks: worth a line
 
 
 def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
@@ -22,14 +27,16 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
     recompute = layout.recompute + (f" every {layout.recompute_every} layers" if layout.recompute_every > 1 else "")
     lines = [
         f"{recipe.name}: {recipe.num_params:,} parameters ({type(causal).__name__}), {'tied' if stack.tied else 'untied'} head",
-        f"layout      {sizes.world} GPUs = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}, "
+        f"layout      {sizes.world} GPUs = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}"
+        f"{_context(recipe, layout)}, "
         f"recompute {recompute}" + _options(layout, causal.get_submodule(stack.layers)),
         f"batch       {recipe.batch.global_seqs} sequences of {recipe.batch.seq_len} = {sizes.tokens_per_step:,} tokens a step: "
-        f"{recipe.batch.micro_seqs} a micro batch x {sizes.data} data ranks x {sizes.accumulation} accumulated",
+        f"{recipe.batch.micro_seqs} a micro batch x {sizes.readers} data ranks x {sizes.accumulation} accumulated",
         f"run         {recipe.steps:,} steps, {tokens_of_run(recipe) / 1e9:,.3f}B tokens, "
         f"{tokens_of_run(recipe) / recipe.num_params:.1f} a parameter",
         f"optimizer   {type(recipe.optimizer).__name__}, {type(recipe.schedule).__name__}: " + _rates(recipe),
         f"files       data {_data(recipe)}, tokenizer {recipe.tokenizer}, DeepSpeed {recipe.deepspeed} as below",
+        *_masks(recipe, layout),
         f"on anomaly  {_reaction(recipe.reaction)}",
         "stage  layers        part of the cost",
     ]
@@ -41,6 +48,35 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
         parts = ("embedding, " if index == 0 else "") + ", ".join(f"{run[0]}-{run[-1]}" for run in runs)
         lines.append(f"{index:<6} {parts + (', head' if has_head else ''):<24} {100 * cost / total:5.1f} %")
     return "\n".join(lines)
+
+
+def _context(recipe: Recipe, layout: Layout) -> str:
+    if layout.context == 1:
+        return ""
+    heads = head_ranks(recipe.model, layout)
+    how = "by heads" if heads == layout.context else f"{heads} by heads x {layout.context // heads} by queries"
+    return f" ({layout.context} context ranks share a sequence, {how})"
+
+
+def _masks(recipe: Recipe, layout: Layout) -> list[str]:
+    """Say what masks attention holds, where they are large."""
+    config, seq_len = recipe.model.get_text_config(), recipe.batch.seq_len
+    window = getattr(config, "sliding_window", None) or seq_len
+    spans = layout.context // head_ranks(recipe.model, layout)
+    kinds = len(set(getattr(config, "layer_types", None) or ["full_attention"]))
+    if recipe.attention == "sdpa":
+        plain = not recipe.mask_documents and spans == 1
+        kinds -= plain and (window >= seq_len or kinds > 1)  # causal attention of a whole sequence needs none
+    elif recipe.attention != "eager":
+        return []
+    shape = recipe.batch.micro_seqs, seq_len // spans, seq_len
+    gib = kinds * math.prod(shape) * (1 if recipe.attention == "sdpa" else 4) / 2**30
+    if gib < LARGE_GIB:
+        return []
+    return [
+        f"masks       attention={recipe.attention!r} holds {kinds} of {' x '.join(map(str, shape))} elements, {gib:.1f} GiB on "
+        "each rank; 'flash_attention_2' and 'flex_attention' hold none"
+    ]
 
 
 def _options(layout: Layout, layers: nn.Module) -> str:

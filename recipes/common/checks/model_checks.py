@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from recipes.common.checks.context_checks import context_head_problems, context_trial_problems
 from recipes.common.checks.family_trials import masking_problems, partition_problems, sequence_problems
 from recipes.common.config.model_sizes import size_problem
 from recipes.common.config.placement import chunk_count
@@ -46,7 +47,7 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
             "model.output_router_logits=True: the auxiliary loss needs every layer's router in one place, which a pipeline "
             "does not have; set it to False"
         )
-    if min(layout.tensor, layout.pipeline, recipe.batch.seq_len) < 1:  # reported by recipe_checks
+    if min(layout.tensor, layout.pipeline, layout.context, recipe.batch.seq_len) < 1:  # reported by recipe_checks
         return problems
     too_deep = depth_problems(layout, len(causal.get_submodule(stack.layers)))
     problems += too_deep
@@ -57,10 +58,15 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
             problems.append(f"layout tensor={layout.tensor}: {error}; use a tensor size that fits, or tensor=1")
         else:
             problems += sequence_problems(recipe.model, layout, recipe.attention)
+            problems += context_head_problems(recipe.model, layout, recipe.attention)
         problems += group_problems(recipe, causal, stack, layout)
     if not problems and recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
         problems += masking_problems(recipe.model, recipe.attention)
-    return problems or partition_problems(recipe.model, layout, recipe.attention)
+    if not problems:
+        masked = {"mask_documents": recipe.mask_documents}
+        problems += context_trial_problems(recipe.model, layout, recipe.attention, **masked)
+        problems += partition_problems(recipe.model, layout, recipe.attention)
+    return problems
 
 
 def depth_problems(layout: Layout, depth: int) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+from recipes.common.checks.context_checks import context_option_problems, context_size_problems
 from recipes.common.checks.model_checks import model_problems
 from recipes.common.config.ds_checks import device_problems, ds_config_problems, fp16_supported, version_problems
 from recipes.common.config.ds_config import ds_config_path, load_ds_config
@@ -74,7 +75,7 @@ def check_recipe(
 
 def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str]:
     """Check a layout on `world_size` ranks, and the batch there, by arithmetic alone."""
-    names = ("tensor", "pipeline", "recompute_every")
+    names = ("tensor", "pipeline", "context", "recompute_every")
     problems = [
         f"layouts[{world_size}].{name}={getattr(layout, name)} must be a whole number from 1"
         for name in names
@@ -91,13 +92,17 @@ def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str
             f"{world_size} GPUs; change the layout or the number of GPUs"
         ]
     data = world_size // replica
-    unit = recipe.batch.micro_seqs * data
+    if uneven := context_size_problems(layout, data, f"layouts[{world_size}]."):
+        return problems + uneven
+    readers = data // layout.context
+    unit = recipe.batch.micro_seqs * readers
     if recipe.batch.global_seqs % unit:
+        shared = f" in groups of context={layout.context}" if layout.context > 1 else ""
         problems.append(
-            f"batch.global_seqs={recipe.batch.global_seqs} is not a multiple of micro_seqs={recipe.batch.micro_seqs} x {data} "
-            f"data ranks = {unit}; use a multiple of {unit}, a smaller micro_seqs, or a layout with fewer data ranks"
+            f"batch.global_seqs={recipe.batch.global_seqs} is not a multiple of micro_seqs={recipe.batch.micro_seqs} x {readers} "
+            f"data ranks{shared} = {unit}; use a multiple of {unit}, a smaller micro_seqs, or a layout with fewer data ranks"
         )
-    return problems + ramp_problems(recipe, data)
+    return problems + ramp_problems(recipe, readers)
 
 
 def option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]:
@@ -136,7 +141,7 @@ def option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]
             f"{prefix}sequence_parallel=True: seq_len={seq_len} is not a multiple of tensor={layout.tensor}; change seq_len, or "
             "use sequence_parallel=False"
         )
-    return problems
+    return problems + context_option_problems(layout, seq_len, prefix)
 
 
 def range_problems(recipe: Recipe) -> list[str]:

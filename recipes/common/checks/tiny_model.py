@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from recipes.common.parallel.context_parallel import head_ranks
 from recipes.common.recipe import Layout
 
 # transformers' common names; a family's own (n_embd, ...) are found through its attribute_map
@@ -49,7 +51,10 @@ VOCAB_SIZE = 503  # a prime: no tensor size divides it, as with real vocabularie
 
 
 def shrink(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
-    """Return the config with small sizes that `layout` shards in the same way (heads stay grouped, or shared between ranks)."""
+    """Return the config with small sizes that `layout` shards in the same way (heads stay grouped, or shared between ranks).
+
+    Context ranks that divide heads count like tensor ranks.
+    """
     names = dict(getattr(type(config), "attribute_map", {}))
     fields = config.to_dict()
     depth = config.num_hidden_layers
@@ -64,7 +69,7 @@ def shrink(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
         own = names.get(name, name)
         if isinstance(fields.get(own), int) and not isinstance(fields[own], bool):
             fields[own] = min(fields[own], cap)
-    heads, kv_heads = _heads(config, layout.tensor)
+    heads, kv_heads = _heads(config, layout.tensor * head_ranks(config, layout))
     put("num_hidden_layers", layers)
     put("num_attention_heads", heads)
     put("num_key_value_heads", kv_heads)
@@ -82,16 +87,16 @@ def shrink(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
     return type(config)(**fields)
 
 
-def _heads(config: PreTrainedConfig, tensor: int) -> tuple[int, int]:
-    """Return few heads, in the real relation to the tensor size: kv heads that it divides stay so, fewer stay fewer."""
+def _heads(config: PreTrainedConfig, ranks: int) -> tuple[int, int]:
+    """Return few heads, in the real relation to the ranks that divide them: kv heads divided stay so, fewer stay fewer."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if kv_heads == heads:
-        small = tensor if tensor > 2 else 4
+        small = ranks if ranks > 2 else 4
         return small, small
-    small_kv = kv_heads if kv_heads < tensor else max(tensor, min(kv_heads, 2))
-    small = max(2 * small_kv, tensor)
-    return small, small_kv
+    small_kv = kv_heads if kv_heads < ranks else max(ranks, min(kv_heads, 2))
+    unit = math.lcm(small_kv, ranks)
+    return unit * -(-2 * small_kv // unit), small_kv
 
 
 def _representative(values: list[Any], count: int) -> list[Any]:

@@ -71,7 +71,7 @@ def merge_ds_config(config: dict[str, Any], recipe: Recipe, sizes: Sizes, accumu
     micro_seqs = recipe.batch.micro_seqs
     merged["train_micro_batch_size_per_gpu"] = micro_seqs
     merged["gradient_accumulation_steps"] = accumulation
-    merged["train_batch_size"] = micro_seqs * accumulation * sizes.data
+    merged["train_batch_size"] = micro_seqs * accumulation * sizes.data  # context ranks counted: data ranks to it
     merged["gradient_clipping"] = float(recipe.optimizer.clip)  # always written: DeepSpeed's default is 1.0, not off
     merged["steps_per_print"] = NEVER_PRINT
     return merged

@@ -20,7 +20,23 @@ class Coordinates:
     tensor_rank: int
     pipeline_rank: int
     data_rank: int
+    context: int = 1  # data ranks that share their sequences: neighbours
     folded: bool = False  # the pipeline turns back at its last rank and ends on its first
+
+    @property
+    def readers(self) -> int:
+        """Return how many groups of data ranks read different sequences."""
+        return self.data // self.context
+
+    @property
+    def reader(self) -> int:
+        """Return which of those groups this rank is in."""
+        return self.data_rank // self.context
+
+    @property
+    def context_rank(self) -> int:
+        """Return which slice of its sequences this rank has."""
+        return self.data_rank % self.context
 
     @property
     def is_first_stage(self) -> bool:
@@ -37,7 +53,7 @@ def coordinates(rank: int, world_size: int, layout: Layout) -> Coordinates:
     """Return the coordinates of `rank`."""
     tensor, pipeline = layout.tensor, layout.pipeline
     data = world_size // (tensor * pipeline)
-    assert data * tensor * pipeline == world_size, (world_size, layout)
+    assert data * tensor * pipeline == world_size and data % layout.context == 0, (world_size, layout)
     return Coordinates(
         rank=rank,
         tensor=tensor,
@@ -46,6 +62,7 @@ def coordinates(rank: int, world_size: int, layout: Layout) -> Coordinates:
         tensor_rank=rank % tensor,
         pipeline_rank=rank // (tensor * data),
         data_rank=rank // tensor % data,
+        context=layout.context,
         folded=layout.pipeline_schedule == FOLDED,
     )
 

@@ -40,6 +40,12 @@ def recipe_data_problems(data: str | Blend, *, seq_len: int, **checks: Any) -> l
     return problems
 
 
+def context_slice(tokens: torch.Tensor, context_rank: int, context: int) -> torch.Tensor:
+    """Return one context rank's slice of sequences [.., S + 1]: [.., S / context + 1], whose last token is only a target."""
+    length = (tokens.shape[-1] - 1) // context
+    return tokens[..., context_rank * length : (context_rank + 1) * length + 1]
+
+
 def _rank_rows(total: int, micro_seqs: int, data_rank: int, data_size: int) -> np.ndarray:
     """Return which of `total` sequences one data rank reads: int64 [micro batches, micro_seqs]."""
     return np.arange(total, dtype=np.int64).reshape(-1, data_size, micro_seqs)[:, data_rank]

@@ -37,7 +37,7 @@ def build_trainer(
     """
     device = start_distributed(device_type)
     planned = plan_model(model, layout, attention=attention)
-    grid = build_grid(layout, device, planned.tensor_plan.ranks_per_kv_head)
+    grid = build_grid(layout, device, planned.tensor_plan.ranks_per_kv_head, planned.head_ranks)
     stage = build_stage(
         planned,
         grid,

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
+from recipes.common.data.batches import context_slice
 from recipes.common.data.document_masking import document_positions
 from recipes.common.engine.deepspeed_patches import patch_engine
 from recipes.common.engine.optimizers import build_optimizer
@@ -142,9 +143,9 @@ class Trainer:
 
     def set_global_seqs(self, global_seqs: int) -> None:
         """Change the number of micro batches in a step (a batch ramp); their size stays."""
-        accumulation = global_seqs // (self.micro_seqs * self.grid.data)
+        accumulation = global_seqs // (self.micro_seqs * self.grid.readers)
         if accumulation != self.accumulation:
-            self.engine.set_train_batch_size(global_seqs)
+            self.engine.set_train_batch_size(global_seqs * self.grid.context)  # DeepSpeed knows data ranks only
             self.engine.micro_steps = 0  # counted modulo the accumulation: the old count would end a step too early
             self.accumulation = accumulation
 
@@ -156,7 +157,8 @@ class Trainer:
         votes: tuple[bool, ...] = (),
         norm_ceiling: float = math.inf,
     ) -> StepResult:
-        """Take one optimizer step. micro_batches: this data rank's, each [micro_seqs, seq_len + 1] ids, on the CPU.
+        """Take one optimizer step. micro_batches: this data rank's, each [micro_seqs, seq_len + 1] ids, on the CPU; context ranks
+        get the same, and take their slices.
 
         scored_tokens: targets in the global batch. votes: yes-or-no questions that any rank may answer yes; they are summed with
         the losses. norm_ceiling: the step is skipped if its gradient norm is higher. Reading the result is a step's one wait for
@@ -243,6 +245,7 @@ class Trainer:
         device = self.grid.device
         scale = torch.tensor(weight, dtype=torch.float32, device=device)
         for index, tokens in enumerate(micro_batches):
+            tokens = context_slice(tokens, self.grid.context_rank, self.grid.context)
             targets = tokens[:, 1:]
             if rows is not None:
                 targets = targets.masked_fill(~rows[index].view(-1, 1), IGNORED)

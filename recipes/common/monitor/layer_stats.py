@@ -118,7 +118,7 @@ class LayerStats:
 
     def _wrap_attention(self) -> None:
         """Register, under the name that the model asks for, an attention function that measures and calls the real one."""
-        name = self._stage.causal.config.get_text_config()._attn_implementation
+        name = self._stage.attention  # where context ranks share it, inside: whole sequences, a part of the heads
         fused = ALL_ATTENTION_FUNCTIONS.get(name)
         family = sys.modules[type(self._stage.causal).__module__]
         if name is None or (fused is None and not hasattr(family, _EAGER)):

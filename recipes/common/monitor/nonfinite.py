@@ -94,7 +94,8 @@ def find_nonfinite(trainer: Trainer, micro_batches: list[torch.Tensor], scored_t
     grid = trainer.grid
     own = _RankReport(grid.pipeline_rank, grid.data_rank, grid.tensor_rank, search.findings, dict(search.gradients))
     reports = [_received(fields) for fields in gather_json(asdict(own), grid.device)]
-    return _first(reports, len(micro_batches), trainer.micro_seqs, grid.data, set(trainer.stage.tensor_plan.shards))
+    sizes = {"data": grid.data, "context": grid.context, "micro_seqs": trainer.micro_seqs}
+    return _first(reports, len(micro_batches), sharded=set(trainer.stage.tensor_plan.shards), **sizes)
 
 
 def _received(fields: dict[str, Any]) -> _RankReport:
@@ -193,13 +194,15 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _first(reports: list[_RankReport], micro_batches: int, micro_seqs: int, data: int, sharded: set[str]) -> NonFinite:
+def _first(
+    reports: list[_RankReport], micro_batches: int, *, micro_seqs: int, data: int, context: int, sharded: set[str]
+) -> NonFinite:
     """Return the cause of all that the ranks found. micro_batches: per data rank. sharded: parameters on shards."""
     found = [(report, finding) for report in reports for finding in report.findings]
     if not found:
         return NonFinite(kind=UNREPEATED, micro_batches=micro_batches * data)
     first, finding = min(found, key=lambda item: _order(*item))
-    start = (finding.micro_batch * data + first.data_rank) * micro_seqs
+    start = (finding.micro_batch * (data // context) + first.data_rank // context) * micro_seqs
     by_batch = finding.kind != WEIGHT
     return NonFinite(
         kind=finding.kind,

@@ -38,13 +38,14 @@ class Phases:
                 "pipeline": grid.pipeline,
                 "data": grid.data,
                 "tensor": grid.tensor,
+                "context": grid.context,
                 "schedule": stage.schedule,
                 "layers": [[chunk.start, chunk.stop] for chunk in stage.chunks],
                 "host": socket.gethostname(),
                 "device": grid.device.type,
             },
         )
-        CLOCK.start(grid, grid.device)
+        CLOCK.start(grid, grid.device, [group for group in (grid.head_group, grid.span_group) if group is not None])
 
     def enter(self, step: int, phase: str) -> None:
         """Report that `phase` of `step` begins now."""

@@ -79,6 +79,17 @@ class _ScatterSequence(torch.autograd.Function):
         return all_gather_sequence(grad, ctx.group), None, None
 
 
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _all_to_all(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return _all_to_all(grad, ctx.group), None
+
+
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
     """Return a reduced copy; `x` itself is left alone (autograd may still hold it)."""
     if group is None:
@@ -156,6 +167,19 @@ def _reduce_scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch
     with CLOCK.collective("reduce_scatter_tensor", num_bytes(parts), group):
         dist.reduce_scatter_tensor(own, parts.view(-1, *own.shape[1:]), group=group)
     return own
+
+
+def exchange(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Send x[i] to rank i: [ranks, n] -> [ranks, n], of which row i came from rank i. The gradient goes the same way back."""
+    return _Exchange.apply(x, group)
+
+
+def _all_to_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    x = x.contiguous()
+    received = torch.empty_like(x)
+    with CLOCK.collective("all_to_all_single", num_bytes(x), group):
+        dist.all_to_all_single(received, x, group=group)
+    return received
 
 
 def _own_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

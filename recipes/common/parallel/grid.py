@@ -4,6 +4,8 @@ Ranks are numbered as DeepSpeed's PipeModelDataParallelTopology numbers them, (p
 so that tensor-parallel traffic stays inside a node and pipeline stages are the furthest apart:
 
     rank = (pipeline_rank * data + data_rank) * tensor + tensor_rank
+
+Context ranks are neighbouring data ranks, data_rank = reader * context + context_rank, and of those neighbours divide heads.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ class Grid(Coordinates):
     pipeline_group: dist.ProcessGroup | None
     tie_group: dist.ProcessGroup | None  # the ranks of embedding and head in a pipeline group: they share tied weights
     kv_group: dist.ProcessGroup | None  # the tensor ranks that share one key/value head, when heads < tensor
+    head_group: dist.ProcessGroup | None = None  # the context ranks that divide heads, for the slices that they hold together
+    span_group: dist.ProcessGroup | None = None  # one context rank of each head_group, with the same heads
     # pipeline_group's ranks again, one group for messages to later ranks and one for those to earlier ranks: within a group they
     # arrive in the order sent, and neither direction waits for the other. None with "1f1b", whose messages DeepSpeed sends
     down_group: dist.ProcessGroup | None = None
@@ -45,10 +49,11 @@ def one_process(device: torch.device | None = None) -> Grid:
     return Grid(**vars(own), device=device or torch.device("cpu"), **dict.fromkeys(groups))
 
 
-def build_grid(layout: Layout, device: torch.device, ranks_per_kv_head: int = 1) -> Grid:
+def build_grid(layout: Layout, device: torch.device, ranks_per_kv_head: int = 1, head_ranks: int = 1) -> Grid:
     """Create every group, on every rank, in one order (torch.distributed demands it).
 
-    ranks_per_kv_head: neighbouring tensor ranks that share one key/value head (1: none do).
+    ranks_per_kv_head: neighbouring tensor ranks that share one key/value head (1: none do). head_ranks: neighbouring context
+    ranks that divide heads.
     """
     own = coordinates(dist.get_rank(), dist.get_world_size(), layout)
     ranks = torch.arange(dist.get_world_size()).view(own.pipeline, own.data, own.tensor)
@@ -56,6 +61,8 @@ def build_grid(layout: Layout, device: torch.device, ranks_per_kv_head: int = 1)
     by_data = ranks.permute(0, 2, 1).reshape(-1, own.data)
     by_model = ranks.permute(1, 0, 2).reshape(own.data, -1)
     by_pipeline = ranks.permute(1, 2, 0).reshape(-1, own.pipeline)
+    by_heads = by_data.reshape(-1, head_ranks)
+    by_span = by_data.reshape(-1, own.context // head_ranks, head_ranks).transpose(1, 2).flatten(0, 1)
     by_tie = by_pipeline[:, [0, -1]] if own.pipeline > 1 and not own.folded else by_pipeline[:, :1]
     return Grid(
         **vars(own),
@@ -66,6 +73,8 @@ def build_grid(layout: Layout, device: torch.device, ranks_per_kv_head: int = 1)
         pipeline_group=_group_of(own.rank, by_pipeline),
         tie_group=_group_of(own.rank, by_tie),
         kv_group=_group_of(own.rank, by_tensor.reshape(-1, ranks_per_kv_head)),
+        head_group=_group_of(own.rank, by_heads),
+        span_group=_group_of(own.rank, by_span),
         down_group=_group_of(own.rank, by_pipeline) if layout.pipeline_schedule != ONE_PASS else None,
         up_group=_group_of(own.rank, by_pipeline) if layout.pipeline_schedule != ONE_PASS else None,
     )

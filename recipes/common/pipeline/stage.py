@@ -10,6 +10,7 @@ A folded schedule gives a rank two chunks of layers. While one of them runs, pla
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from recipes.common.model.linears import defer_weight_gradients, route_products
 from recipes.common.model.recompute import recompute
 from recipes.common.model.sharding import TensorPlan
 from recipes.common.model.weight_grad_store import WeightGradStore
+from recipes.common.parallel.context_parallel import ContextAttention, head_ranks
 from recipes.common.parallel.cross_entropy import vocabulary_loss
 from recipes.common.parallel.grid import Grid
 from recipes.common.parallel.sequence_parallel import shard_sequence
@@ -46,6 +48,8 @@ class PlannedModel:
     causal: PreTrainedModel
     stack: Stack
     tensor_plan: TensorPlan
+    attention: str  # transformers' attn_implementation
+    head_ranks: int  # context ranks that divide heads
 
 
 def plan_model(config: PreTrainedConfig, layout: Layout = NO_OPTIONS, *, attention: str = "sdpa") -> PlannedModel:
@@ -53,10 +57,12 @@ def plan_model(config: PreTrainedConfig, layout: Layout = NO_OPTIONS, *, attenti
 
     Raises PlanError when the family cannot be sharded so; `check` has asked before any process group exists.
     """
+    if layout.context > 1:
+        config = copy.deepcopy(config)  # the model's attention is replaced, which its config says
     causal = build_empty(config, attention)
     stack = find_stack(causal)
     tensor_plan = plan_tensor_parallel(causal, stack, layout.tensor, sequence_parallel=layout.sequence_parallel)
-    return PlannedModel(causal, stack, tensor_plan)
+    return PlannedModel(causal, stack, tensor_plan, attention, head_ranks(config, layout))
 
 
 class Stage(nn.Module):
@@ -75,6 +81,7 @@ class Stage(nn.Module):
         pass_costs: tuple[Costs, ...],
         weight_grad_stores: tuple[WeightGradStore, ...],
         placeholders: dict[str, nn.Module],
+        context: ContextAttention | None = None,
     ) -> None:
         """model: with this stage's modules alone. chunks: the layers of each, by index, in the model's order.
 
@@ -82,10 +89,12 @@ class Stage(nn.Module):
         pass_costs: of every chunk of the model, this rank's or not.
         weight_grad_stores: each chunk's, for a schedule that defers weight gradients.
         placeholders: for this rank's own layers and norms, by name, while another chunk than theirs runs.
+        context: what shares the model's attention with other context ranks, if there are any.
         """
         super().__init__()
         causal, stack = model.causal, model.stack
         self.causal, self.stack, self.tensor_plan, self.chunks = causal, stack, model.tensor_plan, chunks
+        self.context, self.attention = context, model.attention
         self.own_layers = tuple(index for chunk in chunks for index in chunk)
         self.is_first, self.is_last = grid.is_first_stage, grid.is_last_stage
         self.grid, self.z_loss, self.chunk_tokens = grid, z_loss, chunk_tokens
@@ -107,7 +116,10 @@ class Stage(nn.Module):
                 layers[chunk[-1]].register_forward_hook(self._capture)
 
     def set_positions(self, positions: Iterable[torch.Tensor]) -> None:
-        """Set the position ids [micro_seqs, seq_len] of the micro batches to come, in order; none: positions count from 0."""
+        """Set the position ids [micro_seqs, seq_len] of the micro batches to come, in order; none: positions count from 0.
+
+        With context ranks, too, they are those of whole sequences.
+        """
         positions = list(positions)
         self._positions = [deque(positions) for _ in self.chunks]
 
@@ -135,27 +147,35 @@ class Stage(nn.Module):
         """
         is_last = self.is_last and chunk == len(self.chunks) - 1
         base = self.causal.get_submodule(self.stack.base)
-        positions = {"position_ids": self._positions[chunk].popleft()} if self._positions[chunk] else {}
+        starts = self.is_first and chunk == 0
+        # hidden states need not look like an embedding, nor, with sequence parallelism, hold all that this rank's layers see
+        seq_len = x.shape[1] * (self.tensor_plan.size if self.tensor_plan.blocks and not starts else 1)
+        places = self._places(seq_len, self._positions[chunk].popleft() if self._positions[chunk] else None)
         for slot in self._slots:
             slot.fill(chunk)
         try:
-            if self.is_first and chunk == 0:
-                out = base(input_ids=x, use_cache=False, **positions)
+            if starts:
+                out = base(input_ids=x, use_cache=False, **places)
             else:
                 self._received = x
                 for module in base.modules():
                     if isinstance(module, PlaceholderEmbedding):
                         module.dtype = x.dtype
-                # only its shape and type count; hidden states need not look like an embedding, nor hold the whole sequence
-                seq_len = x.shape[1] * (self.tensor_plan.size if self.tensor_plan.blocks else 1)
+                # only its shape and type count
                 embedded = x.new_zeros(x.shape[0], seq_len, self.causal.config.get_text_config().hidden_size)
-                out = base(inputs_embeds=embedded, use_cache=False, **positions)
+                out = base(inputs_embeds=embedded, use_cache=False, **places)
         finally:
             self._received = None
             for slot in self._slots:
                 slot.restore()
         hidden, self._sent = (out.last_hidden_state if is_last else self._sent), None
         return hidden if labels is None else self.loss(hidden, labels)
+
+    def _places(self, seq_len: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Return what the base model must be told of the places of its tokens."""
+        if self.context is not None:
+            return self.context.places(seq_len, positions, self.loss_sums.device)
+        return {} if positions is None else {"position_ids": positions}
 
     def loss(self, hidden: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Return `weight` times the sum of the losses over the scored tokens. labels: (targets [micro_seqs, seq_len], weight []).
@@ -267,7 +287,17 @@ def build_stage(
         pass_costs=pass_costs(costs, attention, head_cost, all_chunks, recomputed),
         weight_grad_stores=stores,
         placeholders=placeholders,
+        context=_share_attention(model, grid) if grid.context > 1 else None,
     )
+
+
+def _share_attention(model: PlannedModel, grid: Grid) -> ContextAttention:
+    """Let the model call an attention that works with the other context ranks."""
+    groups = {"head_group": grid.head_group, "span_group": grid.span_group}
+    shares = {"size": grid.context, "rank": grid.context_rank, "heads": model.head_ranks}
+    context = ContextAttention(model.causal.config, model.attention, **shares, **groups)
+    context.attach(model.causal)
+    return context
 
 
 def _draw_stage(model: PlannedModel, grid: Grid, embedding: nn.Module, seed: int) -> None:

@@ -1,0 +1,78 @@
+"""Context parallelism trains what plain transformers trains: beside every option, with any heads, windows and documents."""
+
+import pytest
+
+from recipes.common.runtime.step_clock import CLOCK
+from tests.support.parity import assert_equal, trial_of
+from tests.support.tiny import tiny_config
+from tools.common.forked_ranks import run_ranks
+from tools.common.parity import build_trial_trainer, gradient_trial, rank_batches
+
+# pairs of options rather than their whole product: (family, fields of its config, (pipeline, tensor, data), options, fields)
+TRIALS = {
+    "llama, as many kv heads as heads": ("llama", {"num_key_value_heads": 4}, (1, 1, 2), {"context": 2}, {}),
+    "qwen3, fewer kv heads than ranks": ("qwen3", {"num_key_value_heads": 1}, (1, 1, 4), {"context": 4}, {"micro_seqs": 2}),
+    "gemma2, windows, soft caps, shared kv": (
+        "gemma2", {"num_key_value_heads": 1}, (1, 2, 2), {"context": 2, "sequence_parallel": True}, {},
+    ),
+    "gemma3_text, two readers": ("gemma3_text", {}, (1, 1, 4), {"context": 2}, {"attention": "sdpa"}),
+    "gpt_oss, sinks": ("gpt_oss", {}, (2, 1, 2), {"context": 2, "pipeline_schedule": "zero_bubble"}, {}),
+    "mixtral, recomputed": ("mixtral", {}, (1, 2, 2), {"context": 2, "recompute": "full"}, {}),
+    "phi3, recomputed but for products": ("phi3", {}, (2, 1, 2), {"context": 2, "recompute": "selective"}, {"global_seqs": 2}),
+    "olmo2, everything, tied": (
+        "olmo2", {"tie_word_embeddings": True}, (2, 2, 2),
+        {"context": 2, "pipeline_schedule": "zero_bubble_v", "sequence_parallel": True, "recompute": "full"}, {},
+    ),
+    "llama, queries divided as well": ("llama", {}, (1, 1, 4), {"context": 4, "context_heads": 2}, {"attention": "sdpa"}),
+    "gemma2, queries divided alone": ("gemma2", {}, (1, 1, 2), {"context": 2, "context_heads": 1}, {}),
+    "llama, documents": ("llama", {}, (2, 1, 2), {"context": 2}, {"document_end": 5, "attention": "sdpa", "seq_len": 48}),
+    "llama, documents, queries divided": (
+        "llama", {}, (1, 1, 4), {"context": 4, "context_heads": 2}, {"document_end": 5, "seq_len": 48},
+    ),
+}  # fmt: skip
+
+
+def context_trial(name):
+    family, config, sizes, options, fields = TRIALS[name]
+    return trial_of(tiny_config(family, **config), *sizes, **options, **fields)
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_gradients(name):
+    assert_equal(gradient_trial(context_trial(name)))
+
+
+@pytest.mark.parametrize("name", ["qwen3, fewer kv heads than ranks", "olmo2, everything, tied", "llama, documents"])
+def test_three_steps_of_adamw(name):
+    assert_equal(context_trial(name))
+
+
+def messages_of_a_step(trial):
+    """Return (op, bytes) -> how often, of the context ranks' communication in one step on this rank."""
+    trainer = build_trial_trainer(trial)
+    grid = trainer.grid
+    CLOCK.start(grid, grid.device, [group for group in (grid.head_group, grid.span_group) if group is not None])
+    CLOCK.begin_step(1)
+    CLOCK.phase("other")
+    trainer.train_step(rank_batches(trial, trainer)[0], 1e-3, trial.global_seqs * trial.seq_len)
+    CLOCK.end_step()
+    CLOCK.settle(wait=True)
+    (step,) = CLOCK.taken()
+    return {(key.op, key.bytes): entry[0] for key, entry in step.comms.items() if key.group == "context"}
+
+
+@pytest.mark.parametrize(("context", "head_ranks"), [(2, 2), (4, 2)])
+def test_messages_and_bytes_are_those_of_the_formula(context, head_ranks):
+    """A layer sends q, k and v in one message and the output in another, and their gradients likewise."""
+    layers, heads, kv_heads, width, seq_len, micro_batches = 4, 4, 2, 16, 16, 2
+    config = tiny_config("llama", num_hidden_layers=layers)
+    trial = trial_of(config, 1, 1, context, context=context, context_heads=head_ranks, global_seqs=micro_batches, seq_len=seq_len)
+    found = run_ranks(messages_of_a_step, context, trial)[0]
+    to_heads = 4 * seq_len // context * (heads + 2 * kv_heads) * width
+    to_slices = 4 * seq_len // context * heads * width
+    passes = 2 * layers * micro_batches  # forward and backward
+    wanted = {("all_to_all_single", to_heads): passes, ("all_to_all_single", to_slices): passes}
+    if context > head_ranks:
+        gathered = 4 * seq_len * 2 * kv_heads // head_ranks * width
+        wanted |= {("all_gather_into_tensor", gathered): passes // 2, ("reduce_scatter_tensor", gathered): passes // 2}
+    assert found == wanted
