@@ -22,7 +22,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
 import torch
 from transformers import PreTrainedConfig
 
-from recipes.common.checks.context_checks import context_head_problems, context_trial_problems
+from recipes.common.checks.context_checks import context_problems
 from recipes.common.checks.family_trials import partition_problems, sequence_problems
 from recipes.common.checks.model_checks import config_problems, depth_problems
 from recipes.common.checks.recipe_checks import optimizer_problems, option_problems
@@ -96,7 +96,7 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
     if not problems:  # in a rank of its own, like all tensor code: see tools.common.forked_ranks
         for proof in (partition_problems, sequence_problems):
             problems += run_ranks(proof, 1, recipe.model, layout, recipe.attention)[0]
-        problems += run_ranks(_context_problems, 1, recipe, layout)[0]
+        problems += run_ranks(context_problems, 1, recipe, layout)[0] if layout.context > 1 else []
     if problems:
         raise RecipeError(f"recipe {recipe.name!r} in the layout {layout}", problems)
     return Trial(
@@ -112,11 +112,6 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
         attention=recipe.attention,
         device=device,
     )
-
-
-def _context_problems(recipe: Recipe, layout: Layout) -> list[str]:
-    found = context_head_problems(recipe.model, layout, recipe.attention)
-    return found or context_trial_problems(recipe.model, layout, recipe.attention, mask_documents=recipe.mask_documents)
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:

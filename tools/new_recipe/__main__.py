@@ -122,7 +122,7 @@ def _fill(
         deepspeed="zero1_bf16.json",
     )
     layout, data, micro_seqs, source = _given(flags) if flags.layout else _planned(recipe, flags.gpus, flags.gpu_type)
-    numbers = hyperparameters(shape.layer_params, flags.tokens, seq_len, micro_seqs * data)
+    numbers = hyperparameters(shape.layer_params, flags.tokens, seq_len, micro_seqs * data // layout.context)
     recipe = replace(
         recipe,
         layouts={flags.gpus: layout},
@@ -138,7 +138,8 @@ def _given(flags: argparse.Namespace) -> tuple[Layout, int, int, str]:
     """Return (layout, data ranks, sequences of a micro batch, source) of --layout."""
     layout, data = parse_layout(flags.layout)
     replica = layout.tensor * layout.pipeline
-    if flags.gpus % replica or ("data=" in flags.layout and data * replica != flags.gpus):
+    filled = flags.gpus % (replica * layout.context) == 0 and ("data=" not in flags.layout or data * replica == flags.gpus)
+    if not filled:
         raise UsageError(f"--layout={flags.layout} does not fill --gpus={flags.gpus}; correct it, or leave out data=")
     return layout, flags.gpus // replica, 1, "given"
 

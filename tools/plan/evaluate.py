@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from recipes.common.checks.context_checks import context_head_problems, context_trial_problems
 from recipes.common.checks.family_trials import partition_problems, sequence_problems
 from recipes.common.checks.model_checks import depth_problems, group_problems
 from recipes.common.checks.recipe_checks import layout_problems, option_problems
@@ -19,6 +20,8 @@ from tools.plan.coefficients import Coefficients
 from tools.plan.memory_model import MemoryCase, interval, stage_totals
 from tools.plan.model_cases import Candidate, ModelFacts, memory_case, time_cases
 from tools.plan.time_model import step_parts
+
+SHORTEST_SLICE = 4096  # tokens: with fewer, more sequences' ranks do better than context ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,24 +52,39 @@ class Rejected:
 
 
 def candidates(facts: ModelFacts, gpus: int, device: Device) -> list[Candidate]:
-    """Return every split of `gpus` with tensor parallelism inside a node, micro batches of powers of two, all layout options."""
+    """Return every split of `gpus` with tensor parallelism inside a node, micro batches of powers of two, all layout options.
+
+    Context ranks share sequences one at a time, where each still has a long slice.
+    """
     found = []
     for tensor in (size for size in range(1, min(gpus, device.node) + 1) if gpus % size == 0):
         for pipeline in (size for size in range(1, gpus // tensor + 1) if gpus // tensor % size == 0):
             data = gpus // (tensor * pipeline)
             most = max(facts.recipe.batch.global_seqs // data, 1)
             sizes = {2**power for power in range(most.bit_length())} | {facts.recipe.batch.micro_seqs}
-            layouts = [
-                Layout(
-                    tensor=tensor, pipeline=pipeline, sequence_parallel=shared, pipeline_schedule=schedule, recompute=recompute
-                )
-                for recompute in RECOMPUTE
-                for shared in (False, True)[: 1 + (tensor > 1)]
-                for schedule in PIPELINE_SCHEDULES[: None if pipeline > 1 else 1]
-            ]
-            for micro_seqs in sorted(size for size in sizes if size <= most):
-                found += [Candidate(layout=layout, data=data, micro_seqs=micro_seqs) for layout in layouts]
+            for context in context_sizes(data, facts.recipe.batch.seq_len):
+                layouts = [
+                    Layout(
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        context=context,
+                        sequence_parallel=shared,
+                        pipeline_schedule=schedule,
+                        recompute=recompute,
+                    )
+                    for recompute in RECOMPUTE
+                    for shared in (False, True)[: 1 + (tensor > 1)]
+                    for schedule in PIPELINE_SCHEDULES[: None if pipeline > 1 else 1]
+                ]
+                for micro_seqs in sorted(size for size in sizes if size <= most) if context == 1 else [1]:
+                    found += [Candidate(layout=layout, data=data, micro_seqs=micro_seqs) for layout in layouts]
     return found
+
+
+def context_sizes(data: int, seq_len: int) -> list[int]:
+    """Return the context sizes worth a look: powers of two."""
+    powers = (2**power for power in range(data.bit_length()))
+    return [size for size in powers if data % size == 0 and (size == 1 or seq_len >= size * SHORTEST_SLICE)]
 
 
 def judge(
@@ -77,7 +95,11 @@ def judge(
     shared = Layout(tensor=2, sequence_parallel=True)
     shares = any(candidate.layout.sequence_parallel for candidate in found)
     of_sequences = (sequence_problems(facts.recipe.model, shared, facts.recipe.attention) if shares else []) or [""]
-    whys = [_why_not(facts, candidate, by_pipeline, of_sequences[0]) for candidate in found]
+    masked = {"mask_documents": facts.recipe.mask_documents}
+    splits = any(candidate.layout.context > 1 for candidate in found)
+    of_context = context_trial_problems(facts.recipe.model, Layout(context=2), facts.recipe.attention, **masked) if splits else []
+    of_family = (of_sequences[0], (of_context or [""])[0])
+    whys = [_why_not(facts, candidate, by_pipeline, *of_family) for candidate in found]
     rejected = [Rejected(candidate, why) for candidate, why in zip(found, whys, strict=True) if why]
     able = [candidate for candidate, why in zip(found, whys, strict=True) if not why]
     fitting, memories = [], []
@@ -167,7 +189,7 @@ def pipeline_problems(facts: ModelFacts, pipelines: set[Layout]) -> dict[Layout,
     return found
 
 
-def _why_not(facts: ModelFacts, candidate: Candidate, by_pipeline: dict[Layout, str], of_sequences: str) -> str:
+def _why_not(facts: ModelFacts, candidate: Candidate, by_pipeline: dict[Layout, str], of_sequences: str, of_context: str) -> str:
     """Return what rules a candidate out before memory is counted, or ""."""
     layout, counts = candidate.layout, facts.rank_params(candidate.layout.tensor)
     if isinstance(counts, str):
@@ -176,6 +198,10 @@ def _why_not(facts: ModelFacts, candidate: Candidate, by_pipeline: dict[Layout, 
         return by_pipeline[_pipeline_of(layout)]
     if layout.sequence_parallel and of_sequences:
         return of_sequences
+    if layout.context > 1:
+        problems = context_head_problems(facts.recipe.model, layout, facts.recipe.attention)
+        if problems or of_context:
+            return (problems or [of_context])[0]
     recipe = replace(facts.recipe, batch=replace(facts.recipe.batch, micro_seqs=candidate.micro_seqs))
     problems = layout_problems(recipe, layout, candidate.gpus)
     return problems[0] if problems else ""

@@ -21,6 +21,7 @@ from recipes.common.recipe import AdamW, Layout, Recipe
 from tools.common.console import UsageError
 from tools.common.devices import Device
 from tools.plan.activations import TRAFFIC_PER_SAVED, LayerBytes, layer_activations
+from tools.plan.context_cost import ContextCost, context_cost
 from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes, state_bytes
 from tools.plan.time_model import Cases
 
@@ -37,6 +38,16 @@ class Candidate:
     layout: Layout
     data: int
     micro_seqs: int
+
+    @property
+    def own_seqs(self) -> float:
+        """Return how many sequences' tokens of a micro batch one rank computes: a context rank has a part of each."""
+        return self.micro_seqs / self.layout.context
+
+    @property
+    def readers(self) -> int:
+        """Return how many data ranks read different sequences."""
+        return self.data // self.layout.context
 
     @property
     def gpus(self) -> int:
@@ -79,6 +90,15 @@ class ModelFacts:
     @cached_property
     def head_dim(self) -> int:
         return getattr(self.recipe.model.get_text_config(), "head_dim", None) or self.work.hidden // self.heads
+
+    @cached_property
+    def mean_scores(self) -> float:
+        """The mean layer's multiply-adds a token in attention's products; eager attention computes the masked half as well."""
+        seq_len, causal = self.recipe.batch.seq_len, self.recipe.attention != "eager"
+        return sum(layer.scores * layer.keys(seq_len, causal=causal) for layer in self.work.layers) / len(self.work.layers)
+
+    def context_cost(self, layout: Layout) -> ContextCost:
+        return context_cost(self.recipe.model, layout, self.recipe.batch.seq_len, self.head_dim)
 
     @property
     def activation_width(self) -> int:
@@ -158,7 +178,7 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
         offload="offload_optimizer" in zero_options,
     )
     boundary, layers = _boundary_bytes(facts, candidate), _layer_memory(facts, candidate)
-    micro_batches = facts.recipe.batch.global_seqs // (candidate.micro_seqs * candidate.data)
+    micro_batches = facts.recipe.batch.global_seqs // (candidate.micro_seqs * candidate.readers)
     stages = []
     for index, (own, params) in enumerate(zip(facts.own_layers(layout), _stage_params(facts, layout), strict=True)):
         # 1F1B: stage i of p keeps p - i micro batches; a folded schedule fills every rank as 1F1B fills the first
@@ -197,9 +217,10 @@ def _layer_memory(facts: ModelFacts, candidate: Candidate) -> list[_LayerMemory]
     """A recomputed layer stores its input; selective recomputation also its products (arXiv 2205.05198, section 5)."""
     layout, boundary = candidate.layout, _boundary_bytes(facts, candidate)
     recomputed = layout.recomputed_layers(len(facts.activations))
+    kept = candidate.micro_seqs * facts.activation_width * facts.context_cost(layout).kept
     layers = []
     for index, saved in enumerate(facts.activations):
-        size = candidate.micro_seqs * (saved.whole / _sequence_ranks(layout) + saved.sharded / layout.tensor)
+        size = candidate.own_seqs * (saved.whole / _sequence_ranks(layout) + saved.sharded / layout.tensor) + kept
         if index in recomputed:
             products = _product_bytes(facts, candidate, saved) if layout.recompute == "selective" else 0.0
             layers.append(_LayerMemory(boundary + products, size))
@@ -215,26 +236,26 @@ def _sequence_ranks(layout: Layout) -> int:
 
 def _boundary_bytes(facts: ModelFacts, candidate: Candidate) -> float:
     """Return the bytes of one micro batch's hidden states on one tensor rank."""
-    width, tokens = facts.activation_width, candidate.micro_seqs * facts.recipe.batch.seq_len
+    width, tokens = facts.activation_width, candidate.own_seqs * facts.recipe.batch.seq_len
     return float(width) * tokens * facts.work.hidden / _sequence_ranks(candidate.layout)
 
 
 def _product_bytes(facts: ModelFacts, candidate: Candidate, saved: LayerBytes) -> float:
     """Return the bytes of a layer's products on one tensor rank. Row-parallel ones, attention's and the MLP's last, are whole."""
     whole = 2.0 * facts.activation_width * facts.recipe.batch.seq_len * facts.work.hidden
-    return candidate.micro_seqs * (whole + max(saved.products - whole, 0.0) / candidate.layout.tensor)
+    return candidate.own_seqs * (whole + max(saved.products - whole, 0.0) / candidate.layout.tensor)
 
 
 def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
     """Return the bytes of one chunk's logits (parallel.cross_entropy) and of the gradient of the head."""
-    tokens = min(facts.recipe.logits_chunk_tokens, candidate.micro_seqs * facts.recipe.batch.seq_len)
+    tokens = min(facts.recipe.logits_chunk_tokens, candidate.own_seqs * facts.recipe.batch.seq_len)
     tensor = candidate.layout.tensor
     return _LOSS_BYTES * tokens * facts.work.vocab / tensor + _HEAD_GRADIENT_BYTES * facts.rank_params(tensor)["head"]
 
 
 def _library_bytes(facts: ModelFacts, candidate: Candidate) -> float:
     options, layout = facts.ds_config.get("zero_optimization", {}), candidate.layout
-    groups = 1 + sum(size > 1 for size in (layout.tensor, layout.pipeline, candidate.data))
+    groups = 1 + sum(size > 1 for size in (layout.tensor, layout.pipeline, candidate.data, layout.context))
     bucket = max(options.get("reduce_bucket_size", 5e8), options.get("allgather_bucket_size", 5e8))
     return library_bytes(groups, bucket, 4.0)
 
@@ -252,20 +273,18 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
     rows = [_layout_row(facts, candidate) for candidate in candidates]
     columns = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
     columns |= {name: np.full(len(rows), float(value)) for name, value in _model_row(facts, device).items()}
-    shapes = [(facts.work.hidden, facts.heads, facts.recipe.batch.seq_len, c.layout.tensor, c.micro_seqs) for c in candidates]
+    shapes = [(facts.work.hidden, facts.heads, facts.recipe.batch.seq_len, c.layout.tensor, c.own_seqs) for c in candidates]
     return Cases(**columns, keys=shapes)
 
 
 def _model_row(facts: ModelFacts, device: Device) -> dict[str, float]:
     """Return the fields that do not depend on the layout: the mean layer, the data ranks' exchange, the GPU."""
-    work, seq_len, count = facts.work, facts.recipe.batch.seq_len, len(facts.work.layers)
-    causal = facts.recipe.attention != "eager"  # eager attention computes the masked half as well
+    work, count = facts.work, len(facts.work.layers)
     zero_3 = zero_stage(facts.ds_config) == 3
     peak = device.peak(precision(facts.ds_config))
     return {
         "hidden": work.hidden,
         "matrices": sum(layer.matrices for layer in work.layers) / count,
-        "scores": sum(layer.scores * layer.keys(seq_len, causal=causal) for layer in work.layers) / count,
         "misaligned": facts.head_dim % 8 > 0,
         "head": work.head,
         "layers": count,
@@ -289,16 +308,19 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
     elementwise = (3.0 + repeated) / passes  # but all elementwise work, which the time model counts by `passes`
     whole, sharded = facts.mean_activations
     saved = whole / _sequence_ranks(layout) + sharded / layout.tensor
-    loads, head = facts.stage_loads(layout), _head_stage(layout)
+    loads, head, cost = facts.stage_loads(layout), _head_stage(layout), facts.context_cost(layout)
     params = max(_stage_params(facts, layout))
     return {
-        "tokens": candidate.micro_seqs * batch.seq_len,
+        "tokens": candidate.own_seqs * batch.seq_len,
+        "scores": cost.work * facts.mean_scores,
+        "context": layout.context,
+        "exchanged": cost.sent * facts.activation_width / (batch.seq_len / layout.context),
         "traffic": TRAFFIC_PER_SAVED * saved / batch.seq_len * elementwise,
         "passes": passes,
         "tensor": layout.tensor,
         "data": candidate.data,
         "pipeline": layout.pipeline,
-        "micro_batches": batch.global_seqs // (candidate.micro_seqs * candidate.data),
+        "micro_batches": batch.global_seqs // (candidate.micro_seqs * candidate.readers),
         "layers_slowest": max(loads[:head] + loads[head + 1 :], default=0.0),
         "layers_last": loads[head],
         "params": params,

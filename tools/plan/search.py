@@ -19,12 +19,14 @@ from tools.common.devices import DEVICES, GIB, Device, find_device
 from tools.common.recipe_io import load_recipe
 from tools.plan.coefficients import Coefficients, first_principles, read_coefficients
 from tools.plan.evaluate import Plan, Rejected, candidates, judge
+from tools.plan.longest import find_longest, longest_json, longest_text
 from tools.plan.model_cases import Candidate, ModelFacts, read_model
 
 RECIPE_HELP = "a recipe file; its batch, schedule and ds_config count, its layouts do not"
 PART_NAMES = {
     "matrices": "matrix products", "attention": "attention", "elementwise": "memory traffic", "host": "kernel launches",
-    "head": "head and loss", "tensor": "tensor all-reduce", "pipeline": "between stages", "bubble": "bubble",
+    "head": "head and loss", "tensor": "tensor all-reduce", "context": "context all-to-all",
+    "pipeline": "between stages", "bubble": "bubble",
     "data": "data reduction", "optimizer": "optimizer", "other": "other",
 }  # fmt: skip
 
@@ -33,6 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the run")
     parser.add_argument("--top", type=int, default=10, help="layouts to print (default: %(default)s; --json has all)")
+    parser.add_argument("--longest", action="store_true", help="double the sequence until no layout fits, and show each's best")
     add_model_flags(parser)
 
 
@@ -49,6 +52,10 @@ def run(flags: argparse.Namespace) -> int:
     facts, device, coefficients, price = read(flags.recipe, flags)
     if flags.gpus < 1:
         raise UsageError(f"--gpus={flags.gpus}: must be 1 or more")
+    if flags.longest:
+        lengths = find_longest(facts, flags.gpus, device, coefficients, price)
+        print(longest_json(lengths) if flags.json else longest_text(facts, flags.gpus, device, lengths))
+        return GOOD if lengths else FAILED
     found = candidates(facts, flags.gpus, device)
     started = time.perf_counter()
     plans, rejected = judge(facts, found, device, coefficients, price)
@@ -84,6 +91,8 @@ def options_of(layout: Layout) -> str:
     """Return the layout's options beside its sizes, as a recipe writes them."""
     said = [f"recompute={layout.recompute}"] if layout.recompute != "none" else []
     said += [f"recompute_every={layout.recompute_every}"] if layout.recompute_every > 1 else []
+    said += [f"context={layout.context}"] if layout.context > 1 else []
+    said += [f"context_heads={layout.context_heads}"] if layout.context_heads else []
     said += ["sequence_parallel"] if layout.sequence_parallel else []
     return " ".join(said + ([layout.pipeline_schedule] if layout.pipeline_schedule != PIPELINE_SCHEDULES[0] else []))
 

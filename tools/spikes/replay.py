@@ -19,6 +19,7 @@ import torch
 
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.checkpoint.resume import load_state
+from recipes.common.checks.context_checks import context_problems
 from recipes.common.checks.model_checks import depth_problems
 from recipes.common.checks.recipe_checks import option_problems
 from recipes.common.config.ds_config import merge_ds_config
@@ -150,6 +151,8 @@ def _layout(words: str | None, own: Layout, own_world: int, recipe: Recipe) -> t
         raise UsageError(str(error)) from error
     depth = recipe.model.get_text_config().num_hidden_layers
     problems = option_problems(layout, recipe.batch.seq_len, "--layout: ") or depth_problems(layout, depth)
+    if not problems and layout.context > 1:  # in a rank of its own, like all tensor code
+        problems = run_ranks(context_problems, 1, recipe, layout)[0]
     if problems:
         raise UsageError(f"--layout={words}: {'; '.join(problems)}")
     return layout, layout.tensor * layout.pipeline * data

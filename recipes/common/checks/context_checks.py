@@ -31,7 +31,7 @@ from recipes.common.parallel.context_parallel import (
 )
 from recipes.common.parallel.grid import one_process
 from recipes.common.pipeline.stage import Stage, build_stage, plan_model
-from recipes.common.recipe import Layout
+from recipes.common.recipe import Layout, Recipe
 
 _SEQS, _SEQ_LEN = 2, 16
 _ROUNDING = 1e-4  # half of a sequence, or of the heads, is another order of summation
@@ -97,6 +97,12 @@ def context_head_problems(config: PreTrainedConfig, layout: Layout, attention: s
             f"{_listed(map(repr, SPANNING))}"
         ]
     return []
+
+
+def context_problems(recipe: Recipe, layout: Layout) -> list[str]:
+    """Check that context ranks can share the attention of a recipe's model, by its heads and by a trial of its family."""
+    found = context_head_problems(recipe.model, layout, recipe.attention)
+    return found or context_trial_problems(recipe.model, layout, recipe.attention, mask_documents=recipe.mask_documents)
 
 
 def context_trial_problems(config: PreTrainedConfig, layout: Layout, attention: str, *, mask_documents: bool) -> list[str]:

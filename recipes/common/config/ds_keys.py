@@ -16,7 +16,7 @@ RECIPE_OWNED = {
     "zero_allow_untested_optimizer": "it follows from the recipe's optimizer",
     "activation_checkpointing": "it is recompute of the recipe's layout",
     "tensor_parallel": "it is tensor of the recipe's layout",
-    "sequence_parallel_size": "the layout is the recipe's, which has tensor, pipeline and data parallelism",
+    "sequence_parallel_size": "it is context of the recipe's layout",
     "expert_parallel": "the layout is the recipe's, which has tensor, pipeline and data parallelism",
     "data_efficiency": "which data is read, and in which order, is the recipe's",
     "data_types.param_dtype": "it follows from bf16.enabled and fp16.enabled",

@@ -1,0 +1,36 @@
+"""Counts what context parallelism adds to a layer: keys and values that several ranks hold, messages, an uneven mask."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from recipes.common.parallel.context_parallel import head_ranks, local_heads
+from recipes.common.recipe import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextCost:
+    """A layer's costs on one rank, in elements of one sequence."""
+
+    kept: float = 0.0  # of keys and values, beside the rank's share of them
+    sent: float = 0.0  # in a forward pass; a backward pass sends as many gradients
+    work: float = 1.0  # attention's, of the rank with the most, as a multiple of the mean of causal attention
+
+
+def context_cost(config: PreTrainedConfig, layout: Layout, seq_len: int, head_dim: int) -> ContextCost:
+    if layout.context == 1:
+        return ContextCost()
+    heads, kv_heads = local_heads(config, layout.tensor)
+    ranks = head_ranks(config, layout)
+    spans, shared = layout.context // ranks, math.lcm(kv_heads, ranks)
+    of_slice = seq_len // layout.context * head_dim
+    gathered = 2 * shared // ranks * seq_len * head_dim
+    to_heads = (ranks - 1) / ranks * 2 * (heads + shared) * of_slice  # q, k, v and the output
+    return ContextCost(
+        kept=gathered - 2 * kv_heads * of_slice,
+        sent=to_heads + (spans - 1) / spans * gathered,
+        work=2.0 if spans > 1 else 1.0,  # masked, not skipped
+    )
