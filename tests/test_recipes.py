@@ -112,11 +112,13 @@ def test_dry_run_at_each_layout(dry_runs, name, world_size):
     text, recipe = dry_runs[name, world_size], RECIPES[name]
     layout, batch = recipe.layouts[world_size], recipe.batch
     data = world_size // (layout.tensor * layout.pipeline)
-    accumulation = batch.global_seqs // (batch.micro_seqs * data)
+    readers = data // layout.context
+    accumulation = batch.global_seqs // (batch.micro_seqs * readers)
+    names = "data ranks" if layout.context == 1 else "groups of context ranks"
     assert text.startswith(f"{recipe.name}: {recipe.num_params:,} parameters"), text
-    assert f"{world_size} GPUs = tensor {layout.tensor} x pipeline {layout.pipeline} x data {data}," in text
+    assert f"{world_size} GPUs = tensor {layout.tensor} x pipeline {layout.pipeline} x data {data}" in text
     assert f"{batch.global_seqs * batch.seq_len:,} tokens a step" in text
-    assert f"x {data} data ranks x {accumulation} accumulated" in text
+    assert f"x {readers} {names} x {accumulation} accumulated" in text
     stages = text[text.index("stage  layers") :].splitlines()[1:]
     assert len(stages) == layout.pipeline
     assert sum(float(line.split()[-2]) for line in stages) == pytest.approx(100, abs=0.1 * layout.pipeline)
@@ -145,8 +147,9 @@ def test_dry_run_of_llama_1b_on_64_gpus_takes_seconds(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_numerics_gate_passes_at_tiny_width(name):
     shared = any(layout.sequence_parallel for layout in RECIPES[name].layouts.values())
-    layout = Layout(tensor=2, pipeline=2, sequence_parallel=shared)
-    trial = make_trial(RECIPES[name], layout, 1, steps=2, seq_len=16, device="cpu")
+    context = 2 if any(layout.context > 1 for layout in RECIPES[name].layouts.values()) else 1
+    layout = Layout(tensor=2, pipeline=2, context=context, sequence_parallel=shared)
+    trial = make_trial(RECIPES[name], layout, context, steps=2, seq_len=16, device="cpu")
     rows = verify(trial)
     assert [row.what for row in rows] == ["loss", "gradient norm", "parameter", "gradient, fp32"]
     assert [row for row in rows if not row.passed] == []

@@ -25,13 +25,14 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
     stack = find_stack(causal)
     costs, head = layer_costs(causal, stack, recipe.batch.seq_len)
     recompute = layout.recompute + (f" every {layout.recompute_every} layers" if layout.recompute_every > 1 else "")
+    readers = "data ranks" if sizes.context == 1 else "groups of context ranks"
     lines = [
         f"{recipe.name}: {recipe.num_params:,} parameters ({type(causal).__name__}), {'tied' if stack.tied else 'untied'} head",
         f"layout      {sizes.world} GPUs = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}"
         f"{_context(recipe, layout)}, "
         f"recompute {recompute}" + _options(layout, causal.get_submodule(stack.layers)),
         f"batch       {recipe.batch.global_seqs} sequences of {recipe.batch.seq_len} = {sizes.tokens_per_step:,} tokens a step: "
-        f"{recipe.batch.micro_seqs} a micro batch x {sizes.readers} data ranks x {sizes.accumulation} accumulated",
+        f"{recipe.batch.micro_seqs} a micro batch x {sizes.readers} {readers} x {sizes.accumulation} accumulated",
         f"run         {recipe.steps:,} steps, {tokens_of_run(recipe) / 1e9:,.3f}B tokens, "
         f"{tokens_of_run(recipe) / recipe.num_params:.1f} a parameter",
         f"optimizer   {type(recipe.optimizer).__name__}, {type(recipe.schedule).__name__}: " + _rates(recipe),
