@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from recipes.common.checks.context_checks import context_problems
-from recipes.common.checks.family_trials import partition_problems, sequence_problems
+from recipes.common.checks.family_trials import chunk_problems, partition_problems, sequence_problems
 from recipes.common.checks.model_checks import config_problems, depth_problems
 from recipes.common.checks.recipe_checks import optimizer_problems, option_problems
 from recipes.common.checks.tiny_model import shrink
@@ -94,7 +94,7 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
     except (PlanError, ValueError, TypeError, AttributeError) as error:
         raise RecipeError(f"recipe {recipe.name!r}", [*problems, f"model: cannot be shrunk for the trial: {error}"]) from error
     if not problems:  # in a rank of its own, like all tensor code: see tools.common.forked_ranks
-        for proof in (partition_problems, sequence_problems):
+        for proof in (partition_problems, sequence_problems, chunk_problems):
             problems += run_ranks(proof, 1, recipe.model, layout, recipe.attention)[0]
         problems += run_ranks(context_problems, 1, recipe, layout)[0] if layout.context > 1 else []
     if problems:

@@ -46,6 +46,8 @@ class Layout:
     # backward pass. "selective": keep also what matrix products and attention give, and repeat only norms and elementwise work
     recompute: str = "none"
     recompute_every: int = 1  # recompute layers 0, k, 2k, ... only
+    offload_activations: bool = False  # keep the inputs of recomputed layers in the host's memory: recompute="full"
+    mlp_chunk_tokens: int = 0  # compute MLPs for so many tokens at a time, and again in the backward pass; 0: for all at once
     sequence_parallel: bool = False  # outside attention and MLP, each tensor rank holds its part of the sequence only
     # "1f1b": one forward, one backward. "zero_bubble": weight gradients are computed late, to fill the bubble.
     # "zero_bubble_v": also, each stage has two chunks of layers, one from either end of the model (ZB-V)

@@ -18,6 +18,8 @@ OPTIONS = (
     "sequence_parallel",
     "context",
     "context_heads",
+    "offload_activations",
+    "mlp_chunk_tokens",
     "pipeline_schedule",
     "layers_per_stage",
 )

@@ -15,7 +15,7 @@ from recipes.common.recipe import Layout
 class ContextCost:
     """A layer's costs on one rank, in elements of one sequence."""
 
-    kept: float = 0.0  # of keys and values, beside the rank's share of them
+    kept: float = 0.0  # beside the rank's share of what one rank would keep
     sent: float = 0.0  # in a forward pass; a backward pass sends as many gradients
     work: float = 1.0  # attention's, of the rank with the most, as a multiple of the mean of causal attention
 
@@ -30,7 +30,7 @@ def context_cost(config: PreTrainedConfig, layout: Layout, seq_len: int, head_di
     gathered = 2 * shared // ranks * seq_len * head_dim
     to_heads = (ranks - 1) / ranks * 2 * (heads + shared) * of_slice  # q, k, v and the output
     return ContextCost(
-        kept=gathered - 2 * kv_heads * of_slice,
+        kept=gathered + (heads - 2 * kv_heads) * of_slice,  # the output, which attention keeps, is also kept exchanged
         sent=to_heads + (spans - 1) / spans * gathered,
         work=2.0 if spans > 1 else 1.0,  # masked, not skipped
     )

@@ -223,7 +223,7 @@ def _layer_memory(facts: ModelFacts, candidate: Candidate) -> list[_LayerMemory]
         size = candidate.own_seqs * (saved.whole / _sequence_ranks(layout) + saved.sharded / layout.tensor) + kept
         if index in recomputed:
             products = _product_bytes(facts, candidate, saved) if layout.recompute == "selective" else 0.0
-            layers.append(_LayerMemory(boundary + products, size))
+            layers.append(_LayerMemory(products + (0.0 if layout.offload_activations else boundary), size))
         else:
             layers.append(_LayerMemory(size))
     return layers

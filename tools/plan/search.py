@@ -93,6 +93,8 @@ def options_of(layout: Layout) -> str:
     said += [f"recompute_every={layout.recompute_every}"] if layout.recompute_every > 1 else []
     said += [f"context={layout.context}"] if layout.context > 1 else []
     said += [f"context_heads={layout.context_heads}"] if layout.context_heads else []
+    said += ["offload_activations"] if layout.offload_activations else []
+    said += [f"mlp_chunk_tokens={layout.mlp_chunk_tokens}"] if layout.mlp_chunk_tokens else []
     said += ["sequence_parallel"] if layout.sequence_parallel else []
     return " ".join(said + ([layout.pipeline_schedule] if layout.pipeline_schedule != PIPELINE_SCHEDULES[0] else []))
 

@@ -100,6 +100,31 @@ def sequence_problems(config: PreTrainedConfig, layout: Layout, attention: str) 
     ]
 
 
+def chunk_problems(config: PreTrainedConfig, layout: Layout, attention: str) -> list[str]:
+    """Check that MLPs computed for a part of the tokens at a time give what they give for all."""
+    family, tokens, advice = config.model_type, f"mlp_chunk_tokens={layout.mlp_chunk_tokens}", "use mlp_chunk_tokens=0"
+    if not layout.mlp_chunk_tokens:
+        return []
+    try:
+        tiny = shrink(config, Layout())
+        ids = torch.arange(_SEQS * _SEQ_LEN).view(_SEQS, _SEQ_LEN) % (tiny.vocab_size - 3) + 3
+        options = {"seq_len": _SEQ_LEN}
+        whole, parts = (
+            build_stage(plan_model(tiny, attention=attention), one_process(), chosen, **options).eval()
+            for chosen in (Layout(), Layout(mlp_chunk_tokens=_SEQS * 3))
+        )
+        with torch.no_grad():
+            wanted = whole(ids)
+            difference = (parts(ids) - wanted).abs().max().item() / wanted.abs().max().item()
+    except PlanError as error:
+        return [f"{tokens}: model_type={family}: {error}; {advice}"]
+    except Exception as error:  # a family's own code may raise anything on a part of a sequence
+        return [f"{tokens}: a tiny {family} does not run with it ({type(error).__name__}: {error}); {advice}"]
+    if difference <= _ROUNDING:
+        return []
+    return [f"{tokens}: MLPs of model_type={family} mix tokens (a tiny model of it differs by {difference:.1e}); {advice}"]
+
+
 def _halves_differ(stage: Stage, blocks: frozenset[str]) -> float:
     """Return the largest difference in blocks' inputs and layers' outputs when each layer runs on a sequence's second half."""
     ids = torch.arange(_SEQS * _SEQ_LEN).view(_SEQS, _SEQ_LEN) % (stage.vocab_size - 3) + 3

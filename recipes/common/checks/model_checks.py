@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from recipes.common.checks.context_checks import context_head_problems, context_trial_problems
-from recipes.common.checks.family_trials import masking_problems, partition_problems, sequence_problems
+from recipes.common.checks.family_trials import chunk_problems, masking_problems, partition_problems, sequence_problems
 from recipes.common.config.model_sizes import size_problem
 from recipes.common.config.placement import chunk_count
 from recipes.common.data.document_masking import masking_problem
@@ -59,6 +59,7 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
         else:
             problems += sequence_problems(recipe.model, layout, recipe.attention)
             problems += context_head_problems(recipe.model, layout, recipe.attention)
+            problems += chunk_problems(recipe.model, layout, recipe.attention)
         problems += group_problems(recipe, causal, stack, layout)
     if not problems and recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
         problems += masking_problems(recipe.model, recipe.attention)

@@ -131,6 +131,12 @@ def option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]
             f"{prefix}recompute_every={layout.recompute_every} with recompute='none': nothing is recomputed; leave it out, "
             "or use recompute='selective' or 'full'"
         )
+    if layout.offload_activations and layout.recompute != "full":
+        problems.append(
+            f"{prefix}offload_activations=True with recompute={layout.recompute!r}: it keeps on the host the inputs of "
+            "recomputed layers; use recompute='full', or leave it out"
+        )
+    problems += _mlp_option_problems(layout, prefix)
     if layout.sequence_parallel and layout.tensor == 1:
         problems.append(
             f"{prefix}sequence_parallel=True with tensor=1: no tensor ranks could share a sequence; leave it out, or use "
@@ -142,6 +148,17 @@ def option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]
             "use sequence_parallel=False"
         )
     return problems + context_option_problems(layout, seq_len, prefix)
+
+
+def _mlp_option_problems(layout: Layout, prefix: str) -> list[str]:
+    tokens = f"{prefix}mlp_chunk_tokens={layout.mlp_chunk_tokens}"
+    if layout.mlp_chunk_tokens < 0:
+        return [f"{tokens} must be a whole number from 1, or 0, for all tokens at once"]
+    if layout.mlp_chunk_tokens and layout.recompute == "selective":
+        return [f"{tokens} with recompute='selective', which keeps the products that it drops; use recompute='full' or 'none'"]
+    if layout.mlp_chunk_tokens and layout.sequence_parallel:
+        return [f"{tokens} with sequence_parallel=True, whose MLPs scatter a whole sequence; leave one of them out"]
+    return []
 
 
 def range_problems(recipe: Recipe) -> list[str]:

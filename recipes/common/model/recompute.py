@@ -46,11 +46,15 @@ def product_ops() -> frozenset[Any]:
 
 def recompute(layer: nn.Module, *, keep_products: bool) -> None:
     """Let `layer` run again in the backward pass, all of it or all but its products."""
-    forward = layer.forward
-    options: dict[str, Any] = {"use_reentrant": False}
+    options: dict[str, Any] = {}
     if keep_products:
         policy = partial(_policy, product_ops())
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    layer.forward = computed_again(layer.forward, **options)
+
+
+def computed_again(forward: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Return `forward`, of which only the arguments are kept for its backward pass. options: of torch's `checkpoint`."""
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         with CLOCK.span(RECOMPUTE):
@@ -59,9 +63,9 @@ def recompute(layer: nn.Module, *, keep_products: bool) -> None:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(timed, *args, **options, **kwargs)
+        return checkpoint(timed, *args, use_reentrant=False, **options, **kwargs)
 
-    layer.forward = run
+    return run
 
 
 def _policy(kept: frozenset[Any], context: Any, op: Callable, *args: Any, **kwargs: Any) -> CheckpointPolicy:

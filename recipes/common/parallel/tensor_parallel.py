@@ -6,6 +6,8 @@ that initial weights and checkpoints need to know of it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -150,8 +152,8 @@ def _share_input_copy(parent: nn.Module, columns: list[nn.Module], grid: Grid) -
 
     Invariant: during one call of `parent`, `last` holds at most one input and its copy. An input is the same if it is the same
     object, and an object that `last` holds cannot be freed, so no other tensor can take its identity. A projection that reads
-    another tensor makes a copy of its own, which is only slower. Between calls `last` is empty, so that it keeps no memory:
-    the hook runs after every call, also one that recomputation stops half-way by an exception.
+    another tensor makes a copy of its own, which is only slower. Between calls `last` is empty, so that it keeps no memory: also
+    after one that recomputation stops half-way by an exception.
     """
     last: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -160,10 +162,18 @@ def _share_input_copy(parent: nn.Module, columns: list[nn.Module], grid: Grid) -
             last[:] = [(x, copy_to(x, grid.tensor_group))]
         return last[0][1]
 
+    inner = parent.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            last.clear()
+
     def read_copy(module: nn.Module) -> None:
         forward = module.forward
         module.forward = lambda x: forward(copied(x))
 
     for module in columns:
         read_copy(module)
-    parent.register_forward_hook(lambda *_: last.clear(), always_call=True)
+    parent.forward = run

@@ -23,10 +23,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from recipes.common.config.placement import ONE_PASS
 from recipes.common.model.decoder import Stack, find_stack
 from recipes.common.model.flops import attention_costs, layer_costs
+from recipes.common.model.host_activations import HostActivations
 from recipes.common.model.initial_weights import build_empty, draw_weights
 from recipes.common.model.linears import defer_weight_gradients, route_products
 from recipes.common.model.recompute import recompute
 from recipes.common.model.sharding import TensorPlan
+from recipes.common.model.token_chunks import chunk_tokens, find_mlp
 from recipes.common.model.weight_grad_store import WeightGradStore
 from recipes.common.parallel.context_parallel import ContextAttention, head_ranks
 from recipes.common.parallel.cross_entropy import vocabulary_loss
@@ -272,10 +274,8 @@ def build_stage(
     # 6. Shard the sequence around these modules.
     if tensor_plan.blocks:
         shard_sequence(causal, stack, tensor_plan, chunks, placeholders, grid, recomputed)
-    # 7. Recompute whole layers, their collectives included.
-    for index, layer in own_layers.items():
-        if index in recomputed:
-            recompute(layer, keep_products=layout.recompute == "selective")
+    # 7. Keep less between the passes: recompute MLPs by parts and whole layers, their collectives included.
+    _keep_less(own_layers, chunks, layout, recomputed)
     return Stage(
         model,
         grid,
@@ -289,6 +289,17 @@ def build_stage(
         placeholders=placeholders,
         context=_share_attention(model, grid) if grid.context > 1 else None,
     )
+
+
+def _keep_less(own_layers: dict[int, nn.Module], chunks: tuple[range, ...], layout: Layout, recomputed: range) -> None:
+    host = HostActivations()
+    for index, layer in own_layers.items():
+        if layout.mlp_chunk_tokens:
+            chunk_tokens(find_mlp(layer), layout.mlp_chunk_tokens)
+        if index in recomputed:
+            recompute(layer, keep_products=layout.recompute == "selective")
+            if layout.offload_activations:
+                host.keep_inputs(layer, first=any(index == chunk[0] for chunk in chunks))
 
 
 def _share_attention(model: PlannedModel, grid: Grid) -> ContextAttention:

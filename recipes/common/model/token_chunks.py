@@ -1,0 +1,37 @@
+"""Computes a layer's MLP for a part of its tokens at a time, so that its wide hidden states exist for that part only.
+
+An MLP treats each token by itself. Each part is computed again in the backward pass: between the passes only the MLP's input is
+kept, which the layer keeps anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from recipes.common.model.decoder import PlanError
+from recipes.common.model.recompute import computed_again
+
+_MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")  # in transformers 5, exact
+
+
+def find_mlp(layer: nn.Module) -> nn.Module:
+    """Return a decoder layer's MLP. Raises PlanError when it has none by a known name."""
+    name = next((name for name in _MLP_NAMES if hasattr(layer, name)), None)
+    if name is None:
+        raise PlanError(f"{type(layer).__name__} has no MLP by one of the names {', '.join(_MLP_NAMES)}")
+    return getattr(layer, name)
+
+
+def chunk_tokens(mlp: nn.Module, tokens: int) -> None:
+    """Let `mlp` compute [seqs, length, width] for so many tokens at a time; a part of the length of every sequence."""
+    forward = mlp.forward
+    again = computed_again(forward)
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        length = max(tokens // hidden.shape[0], 1)
+        if length >= hidden.shape[1]:
+            return forward(hidden)
+        return torch.cat([again(part) for part in hidden.split(length, dim=1)], dim=1)
+
+    mlp.forward = run
