@@ -42,6 +42,7 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
             f"batch.seq_len={recipe.batch.seq_len} is longer than model.max_position_embeddings={positions}; lower seq_len or "
             "raise max_position_embeddings"
         )
+    problems += rope_problems(text, recipe.batch.seq_len)
     if getattr(text, "output_router_logits", False):
         problems.append(
             "model.output_router_logits=True: the auxiliary loss needs every layer's router in one place, which a pipeline "
@@ -67,6 +68,22 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
         masked = {"mask_documents": recipe.mask_documents}
         problems += context_trial_problems(recipe.model, layout, recipe.attention, **masked)
         problems += partition_problems(recipe.model, layout, recipe.attention)
+    return problems
+
+
+def rope_problems(config: PreTrainedConfig, seq_len: int) -> list[str]:
+    """Check that sequences are not longer than what YaRN, by its own fields, stretches the positions to."""
+    found = getattr(config, "rope_parameters", None) or {}
+    problems = []
+    for rope in [found, *found.values()]:  # a family may have one for each type of layer
+        if not isinstance(rope, dict) or rope.get("rope_type") != "yarn":
+            continue
+        positions, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+        if positions and factor and seq_len > positions * factor:
+            problems.append(
+                f"batch.seq_len={seq_len} is beyond model.rope_parameters: yarn stretches {positions} positions by {factor}; "
+                "lower seq_len, or raise factor"
+            )
     return problems
 
 

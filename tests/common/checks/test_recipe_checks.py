@@ -34,6 +34,8 @@ from tests.support.tiny import ROOT, ds_config, tiny_config, tiny_recipe, write_
 from tools.common.forked_ranks import run_ranks
 
 SIX_HEADS = tiny_config("llama", hidden_size=96, num_attention_heads=6)
+YARN = tiny_config("llama")
+YARN.update({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}})
 PIPELINE = {2: Layout(pipeline=2)}
 BATCH = Batch(seq_len=16, micro_seqs=1, global_seqs=4)
 
@@ -118,6 +120,31 @@ ONE_MISTAKE = {
         2,
         {"layouts": {2: Layout(tensor=2, sequence_parallel=True)}, "batch": replace(BATCH, seq_len=15)},
         [r"^layouts\[2\]\.sequence_parallel=True: seq_len=15 is not a multiple of tensor=2; change seq_len, or use"],
+    ),
+    "context not of the data ranks": (
+        4,
+        {"layouts": {4: Layout(context=3)}, "batch": replace(BATCH, seq_len=15)},
+        [r"^layouts\[4\]\.context=3 does not divide 4 data ranks; use context=1 or 2$"],
+    ),
+    "context not of the sequence": (
+        4,
+        {"layouts": {4: Layout(context=4)}, "batch": replace(BATCH, seq_len=14)},
+        [r"^layouts\[4\]\.context=4: seq_len=14 is not a multiple of it; change seq_len, or use context=1 or 2$"],
+    ),
+    "context not of the heads": (
+        3,
+        {"layouts": {3: Layout(context=3, context_heads=3)}, "batch": replace(BATCH, seq_len=15)},
+        [r"^layout context_heads=3: a tensor rank's 4 heads \(2 of keys and values\) cannot be .*; use context_heads=1, or 0$"],
+    ),
+    "context of an attention that cannot": (
+        2,
+        {"layouts": {2: Layout(context=2)}, "attention": "paged|eager"},
+        [r"^layout context=2: attention='paged\|eager' cannot be shared between context ranks; use attention='sdpa', "],
+    ),
+    "longer than the rotary scaling": (
+        1,
+        {"batch": replace(BATCH, seq_len=48), "model": YARN},
+        [r"^batch\.seq_len=48 is beyond model\.rope_parameters: yarn stretches 8 positions by 4\.0; "],
     ),
     "sequence of experts": (
         2,
@@ -323,6 +350,17 @@ def test_one_mistake_does_not_hide_another(data):
     (lines,) = reports((tiny_recipe(data, **OTHERS), 3, True))
     beginnings = ("z_loss=-1.0", "steps=0", "optimizer.lr=-1.0", "deepspeed='zero9.json':", "layouts has no entry for 3")
     assert sorted(line.partition(" ")[0] for line in lines) == sorted(text.partition(" ")[0] for text in beginnings)
+
+
+def test_mistakes_of_a_context_are_reported_together(data):
+    layout = Layout(context=3, context_heads=2, mlp_chunk_tokens=-1)
+    (lines,) = reports((tiny_recipe(data, layouts={4: layout}), 4, True))
+    assert [line.partition("=")[0] for line in lines] == [
+        "layouts[4].mlp_chunk_tokens",
+        "layouts[4].context_heads",
+        "layouts[4].context",
+        "layout context_heads",
+    ]
 
 
 def test_fields_of_wrong_types_are_reported_all_together_and_alone(data):

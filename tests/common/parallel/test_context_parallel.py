@@ -3,8 +3,8 @@
 import pytest
 
 from recipes.common.runtime.step_clock import CLOCK
-from tests.support.parity import assert_equal, trial_of
-from tests.support.tiny import tiny_config
+from tests.support.parity import ADAMW, assert_equal, both, trial_of
+from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
 from tools.common.parity import build_trial_trainer, gradient_trial, rank_batches
 
@@ -45,6 +45,14 @@ def test_gradients(name):
 @pytest.mark.parametrize("name", ["qwen3, fewer kv heads than ranks", "olmo2, everything, tied", "llama, documents"])
 def test_three_steps_of_adamw(name):
     assert_equal(context_trial(name))
+
+
+def test_bf16_tracks_fp32():
+    trial = trial_of(tiny_config("llama"), 2, 1, 2, context=2, deepspeed=ds_config("zero1_bf16.json"))
+    trained, plain = both(trial)
+    assert trained.losses == pytest.approx(plain.losses, rel=5e-4)
+    worst = max((trained.parameters[n] - p).abs().max().item() for n, p in plain.parameters.items())
+    assert worst <= 2 * trial.steps * ADAMW.lr
 
 
 def messages_of_a_step(trial):

@@ -64,6 +64,21 @@ def test_a_folded_pipeline_ends_where_it_begins():
         assert groups["pipeline_group"] == groups["down_group"] == groups["up_group"] == [0, 1, 2]
 
 
+def test_context_ranks_are_neighbouring_data_ranks():
+    """8 data ranks of 2 readers; of each reader's 4 ranks, neighbours divide heads, and every second one gathers."""
+    found = run_ranks(_context_groups, 8)
+    assert [heads for heads, _, _ in found] == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5], [6, 7], [6, 7]]
+    assert [span for _, span, _ in found] == [[0, 2], [1, 3], [0, 2], [1, 3], [4, 6], [5, 7], [4, 6], [5, 7]]
+    assert [place for _, _, place in found] == [(rank // 4, rank % 4) for rank in range(8)]
+
+
+def _context_groups():
+    grid = build_grid(Layout(context=4), start_distributed("cpu"), head_ranks=2)
+    dist.barrier()
+    groups = (dist.get_process_group_ranks(group) for group in (grid.head_group, grid.span_group))
+    return *groups, (grid.reader, grid.context_rank)
+
+
 def _groups(layout):
     grid = build_grid(layout, start_distributed("cpu"))
     dist.barrier()  # a rank that leaves while others still meet would take the meeting place with it
