@@ -96,7 +96,7 @@ def _shorten(recipe: Recipe, layers: int | None) -> Recipe:
 
 def _run_of(recipe: Recipe, candidate: Candidate) -> tuple[Recipe, Candidate]:
     """Return the recipe with a batch of two micro batches a stage."""
-    seqs = candidate.micro_seqs * candidate.data * 2 * candidate.layout.pipeline
+    seqs = candidate.micro_seqs * candidate.readers * 2 * candidate.layout.pipeline
     return replace(
         recipe, batch=Batch(seq_len=recipe.batch.seq_len, micro_seqs=candidate.micro_seqs, global_seqs=seqs)
     ), candidate
@@ -105,7 +105,7 @@ def _run_of(recipe: Recipe, candidate: Candidate) -> tuple[Recipe, Candidate]:
 def measure(recipe: Recipe, candidate: Candidate, kind: str, steps: int) -> dict[str, float]:
     """Return the median seconds of a step and the driver's peak bytes (0 on CPUs), on every rank."""
     batch = recipe.batch
-    micro_batches = batch.global_seqs // (candidate.micro_seqs * candidate.data)
+    micro_batches = batch.global_seqs // (candidate.micro_seqs * candidate.readers)
     sizes = {"train_micro_batch_size_per_gpu": candidate.micro_seqs, "gradient_accumulation_steps": micro_batches}
     config = {
         **load_ds_config(recipe.deepspeed),

@@ -64,7 +64,7 @@ def run(flags: argparse.Namespace) -> int:
     os.environ["DS_ACCELERATOR"] = flags.device
     batch = replace(recipe.batch, ramp=())
     if flags.micro_batches:
-        batch = replace(batch, global_seqs=flags.micro_batches * data * batch.micro_seqs)
+        batch = replace(batch, global_seqs=flags.micro_batches * data // layout.context * batch.micro_seqs)
     recipe = replace(recipe, batch=batch, layouts={world: layout})
     problems = run_ranks(_problems, 1, recipe, world, not flags.random_tokens)[0]  # in a forked rank, like all computing
     if problems:
