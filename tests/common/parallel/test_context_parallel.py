@@ -1,7 +1,12 @@
 """Context parallelism trains what plain transformers trains: beside every option, with any heads, windows and documents."""
 
 import pytest
+import torch
+from transformers.masking_utils import causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention
 
+from recipes.common.parallel.context_parallel import ContextAttention
 from recipes.common.runtime.step_clock import CLOCK
 from tests.support.parity import ADAMW, assert_equal, both, trial_of
 from tests.support.tiny import ds_config, tiny_config
@@ -84,3 +89,32 @@ def test_messages_and_bytes_are_those_of_the_formula(context, head_ranks):
         gathered = 4 * seq_len * 2 * kv_heads // head_ranks * width
         wanted |= {("all_gather_into_tensor", gathered): passes // 2, ("reduce_scatter_tensor", gathered): passes // 2}
     assert found == wanted
+
+
+def calls_of_a_kernel_that_takes_positions():
+    """Return what it is told with and without documents: (its name, positions, mask, key/value groups), of half the heads."""
+    found = []
+
+    def kernel(module, query, key, value, mask, **options):
+        found.append((module.config._attn_implementation, options["position_ids"], mask, module.num_key_value_groups))
+        return query.transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = kernel
+    config = tiny_config("llama", num_attention_heads=4, num_key_value_heads=4)
+    config._attn_implementation = "flash_attention_2"
+    module = LlamaAttention(config, 0)
+    context = ContextAttention(config, "flash_attention_2", size=1, rank=0, heads=1)
+    config._attn_implementation = "another"
+    tensors = [torch.ones(1, heads, 8, 16) for heads in (4, 2, 2)]
+    for documents in (None, torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])):
+        local = context.places(8, documents, torch.device("cpu"))["position_ids"]
+        mask = context.mask(q_length=8, kv_length=8, batch_size=1, mask_function=causal_mask_function)
+        context.attend(module, *tensors, mask, position_ids=local)
+    return found
+
+
+def test_a_kernel_that_takes_positions_gets_those_of_whole_sequences():
+    plain, masked = run_ranks(calls_of_a_kernel_that_takes_positions, 1)[0]
+    assert plain == ("flash_attention_2", None, None, 2)
+    assert masked[1].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+    assert (masked[0], masked[2], masked[3]) == ("flash_attention_2", None, 2)
