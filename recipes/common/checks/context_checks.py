@@ -24,6 +24,7 @@ from recipes.common.parallel.context_parallel import (
     attach,
     attend_with_heads,
     attention_function,
+    divisors,
     head_ranks,
     local_heads,
     ranks_that_divide,
@@ -36,6 +37,7 @@ from recipes.common.recipe import Layout, Recipe
 _SEQS, _SEQ_LEN = 2, 16
 _ROUNDING = 1e-4  # half of a sequence, or of the heads, is another order of summation
 _ON_CPU = ("sdpa", "eager")
+_MOST_LISTED = 12
 
 
 def context_option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]:
@@ -43,14 +45,14 @@ def context_option_problems(layout: Layout, seq_len: int, prefix: str = "") -> l
     context, problems = layout.context, []
     if layout.context_heads < 0 or (layout.context_heads and context % layout.context_heads):
         problems.append(
-            f"{prefix}context_heads={layout.context_heads} must be one of {_listed(_divisors(context))} with context={context}, "
+            f"{prefix}context_heads={layout.context_heads} must be one of {_listed(divisors(context))} with context={context}, "
             "or 0, as many as the heads allow"
         )
     elif layout.context_heads and context == 1:
         problems.append(f"{prefix}context_heads={layout.context_heads} with context=1: nothing is shared; leave it out")
     ranks = layout.tensor if layout.sequence_parallel else 1
     if seq_len % context:
-        fitting = _listed(_divisors(seq_len, context))
+        fitting = _listed(divisors(seq_len, context))
         problems.append(
             f"{prefix}context={context}: seq_len={seq_len} is not a multiple of it; change seq_len, or use context={fitting}"
         )
@@ -66,7 +68,7 @@ def context_size_problems(layout: Layout, data: int, prefix: str = "") -> list[s
     """Check that context ranks are whole groups of the data ranks."""
     if data % layout.context == 0:
         return []
-    fitting = _listed(_divisors(data, layout.context))
+    fitting = _listed(divisors(data, layout.context))
     return [f"{prefix}context={layout.context} does not divide {data} data ranks; use context={fitting}"]
 
 
@@ -79,8 +81,13 @@ def context_head_problems(config: PreTrainedConfig, layout: Layout, attention: s
             f"layout context={layout.context}: attention={attention!r} cannot be shared between context ranks; use attention="
             f"{_listed(map(repr, SHAREABLE))}"
         ]
-    if not getattr(config.get_text_config(), "num_attention_heads", None):
-        return [f"layout context={layout.context}: model_type={config.model_type} has no attention heads; use context=1"]
+    text = config.get_text_config()
+    heads, kv_heads = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if not isinstance(heads, int) or not isinstance(kv_heads or heads, int) or min(heads, kv_heads or heads) < 1:
+        return [
+            f"layout context={layout.context}: model_type={config.model_type} has no attention heads, or another number in each "
+            "layer; use context=1"
+        ]
     heads, kv_heads = local_heads(config, layout.tensor)
     fitting = ranks_that_divide(layout.context, heads, kv_heads)
     if layout.context_heads and layout.context_heads not in fitting:
@@ -90,7 +97,7 @@ def context_head_problems(config: PreTrainedConfig, layout: Layout, attention: s
         ]
     spans = layout.context // head_ranks(config, layout)
     if spans > 1 and attention not in SPANNING:
-        most = max(n for n in range(1, heads + 1) if n in ranks_that_divide(n, heads, kv_heads))
+        most = ranks_that_divide(heads, heads, kv_heads)[-1]
         return [
             f"layout context={layout.context}: only {layout.context // spans} of its ranks divide the heads, and attention="
             f"{attention!r} cannot begin at a later query; use context={most} at most, or attention="
@@ -206,10 +213,8 @@ class _Trial:
         self._difference = max(self._difference, difference if difference == difference else float("inf"))
 
 
-def _divisors(number: int, most: int | None = None) -> list[int]:
-    return [n for n in range(1, (most or number) + 1) if number % n == 0]
-
-
 def _listed(values: Iterable[object]) -> str:
     *others, last = map(str, values)
+    if len(others) > _MOST_LISTED:
+        return f"{', '.join(others[:_MOST_LISTED])}, ... or {last}"
     return f"{', '.join(others)} or {last}" if others else last

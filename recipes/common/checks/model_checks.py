@@ -75,11 +75,11 @@ def rope_problems(config: PreTrainedConfig, seq_len: int) -> list[str]:
     """Check that sequences are not longer than what YaRN, by its own fields, stretches the positions to."""
     found = getattr(config, "rope_parameters", None) or {}
     problems = []
-    for rope in [found, *found.values()]:  # a family may have one for each type of layer
+    for rope in [found, *found.values()] if isinstance(found, dict) else []:  # a family may have one for each type of layer
         if not isinstance(rope, dict) or rope.get("rope_type") != "yarn":
             continue
         positions, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
-        if positions and factor and seq_len > positions * factor:
+        if isinstance(positions, int) and isinstance(factor, int | float) and seq_len > positions * factor:
             problems.append(
                 f"batch.seq_len={seq_len} is beyond model.rope_parameters: yarn stretches {positions} positions by {factor}; "
                 "lower seq_len, or raise factor"

@@ -57,7 +57,14 @@ def divides_heads(ranks: int, heads: int, kv_heads: int) -> bool:
 
 def ranks_that_divide(context: int, heads: int, kv_heads: int) -> tuple[int, ...]:
     """Return how many of `context` ranks may divide the heads, in order."""
-    return tuple(n for n in range(1, context + 1) if context % n == 0 and divides_heads(n, heads, kv_heads))
+    return tuple(n for n in divisors(context) if divides_heads(n, heads, kv_heads))
+
+
+def divisors(number: int, most: int | None = None) -> list[int]:
+    """Return the divisors of `number`, up to `most`."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    both = sorted({*small, *(number // n for n in small)})
+    return [n for n in both if most is None or n <= most]
 
 
 def head_ranks(config: PreTrainedConfig, layout: Layout) -> int:
