@@ -111,7 +111,7 @@ def chunk_problems(config: PreTrainedConfig, layout: Layout, attention: str) -> 
         options = {"seq_len": _SEQ_LEN}
         whole, parts = (
             build_stage(plan_model(tiny, attention=attention), one_process(), chosen, **options).eval()
-            for chosen in (Layout(), Layout(mlp_chunk_tokens=_SEQS * 3))
+            for chosen in (Layout(), Layout(mlp_chunk_tokens=_SEQ_LEN - 3))
         )
         with torch.no_grad():
             wanted = whole(ids)

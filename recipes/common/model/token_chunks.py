@@ -24,14 +24,14 @@ def find_mlp(layer: nn.Module) -> nn.Module:
 
 
 def chunk_tokens(mlp: nn.Module, tokens: int) -> None:
-    """Let `mlp` compute [seqs, length, width] for so many tokens at a time; a part of the length of every sequence."""
+    """Let `mlp` compute [seqs, length, width] for so many tokens at a time, whatever sequence they are of."""
     forward = mlp.forward
     again = computed_again(forward)
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
-        length = max(tokens // hidden.shape[0], 1)
-        if length >= hidden.shape[1]:
+        if hidden.shape[:2].numel() <= tokens:
             return forward(hidden)
-        return torch.cat([again(part) for part in hidden.split(length, dim=1)], dim=1)
+        parts = hidden.reshape(1, -1, hidden.shape[-1]).split(tokens, dim=1)  # contiguous, as some families expect
+        return torch.cat([again(part) for part in parts], dim=1).view_as(hidden)
 
     mlp.forward = run

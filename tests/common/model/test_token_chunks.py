@@ -24,7 +24,7 @@ TRIALS = {
 @pytest.mark.parametrize("name", TRIALS)
 def test_gradients(name):
     family, sizes, options = TRIALS[name]
-    assert_equal(gradient_trial(trial_of(tiny_config(family), *sizes, seq_len=64, global_seqs=2, **options)))
+    assert_equal(gradient_trial(trial_of(tiny_config(family), *sizes, seq_len=64, micro_seqs=2, global_seqs=2, **options)))
 
 
 def activations(trial):
@@ -75,7 +75,8 @@ def problems(family, mixing=False):
 
 
 def test_families_whose_mlps_mix_tokens_or_have_no_known_name_are_refused():
-    assert run_ranks(problems, 1, "gpt2") == [[]]
+    for family in ("gpt2", "mixtral", "gemma2"):
+        assert run_ranks(problems, 1, family) == [[]]
     (line,) = run_ranks(problems, 1, "llama", True)[0]
     assert line.startswith("mlp_chunk_tokens=1024: MLPs of model_type=llama mix tokens")
     (line,) = run_ranks(problems, 1, "opt")[0]
