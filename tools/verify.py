@@ -4,7 +4,8 @@
 
 Shrinks the recipe's own model (same family, same options), trains a few steps in the layout and in one process with plain
 transformers, and prints the largest differences in loss, gradient norm, gradients and parameters, by parameter name. Gradients
-come from a step of plain SGD without clipping, because Adam and clipping hide a wrong scale. Exits 1 beyond tolerance.
+come from a step of plain SGD without clipping, because Adam and clipping hide a wrong scale. What rounding alone changes is
+measured on the same small model, and a few times that is allowed. Exits 1 beyond it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,9 +26,10 @@ from transformers import PreTrainedConfig
 
 from recipes.common.checks.context_checks import context_problems
 from recipes.common.checks.family_trials import chunk_problems, partition_problems, sequence_problems
-from recipes.common.checks.model_checks import config_problems, depth_problems
+from recipes.common.checks.model_checks import config_problems, depth_problems, value_problems
 from recipes.common.checks.recipe_checks import optimizer_problems, option_problems
 from recipes.common.checks.tiny_model import shrink
+from recipes.common.checks.tiny_trial import trial_problems
 from recipes.common.config.ds_checks import ds_config_problems, version_problems
 from recipes.common.config.ds_config import ds_config_path, load_ds_config, precision, zero_stage
 from recipes.common.model.decoder import PlanError
@@ -36,14 +39,19 @@ from tools.common.forked_ranks import RankError, run_ranks
 from tools.common.recipe_io import load_recipe, parse_layout
 
 with redirect_stdout(sys.stderr):  # DeepSpeed logs on what is stdout when it is imported
-    from tools.common.parity import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain
+    from tools.common.parity import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain, train_stirred
 
-# (loss and gradient norm, relative; gradients and parameters, absolute). bf16 rounds at 2^-9 and Adam's first steps turn a
-# rounded gradient's sign into a whole step, so parameters may differ by twice the distance they can travel, and by their own
-# rounding (half a unit in the last of bf16's 8 places, at the start and in the copy that is compared).
-FP32 = (1e-6, 1e-5)
+# In fp32 a bound follows from the model's own rounding: `SAMPLES` times the oracle trains from neighbouring weights, and what
+# is allowed is so many times the largest difference that makes, within these limits. Loss and gradient norm are relative,
+# gradients and parameters absolute. A gradient norm after steps of Adam may be off by 1e-6 for no other reason
+SAMPLES, FACTOR = 3, 4.0
+STEP_LIMITS, TENSOR_LIMITS = (4 * 2.0**-23, 1e-5), (1e-6, 1e-4)
+# bf16 rounds at 2^-9 and Adam's first steps turn a rounded gradient's sign into a whole step, so parameters may differ by twice
+# the distance they can travel, and by their own rounding (half a unit in the last of bf16's 8 places, at the start and in the
+# copy that is compared).
 LOW_LOSS, LOW_NORM = 2e-3, 5e-2
 LOW_ROUNDING = 2 * 2.0**-9
+MOST_RANKS, MOST_STEPS, MOST_TOKENS = 256, 1000, 65536
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class WorstDifference:
     where: str  # the parameter or the step of the largest difference
     difference: float
     bound: float
+    floor: float | None = None  # what rounding alone made of it; not measured in low precision
 
     @property
     def passed(self) -> bool:
@@ -86,15 +95,20 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
     """Shrink the recipe to a tiny width. Raises RecipeError with everything that rules out a trial."""
     ds_config = load_ds_config(recipe.deepspeed)
     problems = version_problems(_installed("deepspeed"), torch.__version__) + config_problems(recipe.model)
+    problems += value_problems(recipe.model) + _flag_problems(layout, data, steps, seq_len)
     problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout) + optimizer_problems(recipe.optimizer)
-    problems += option_problems(layout, seq_len, "--layout: ") + depth_problems(layout, recipe.model.num_hidden_layers)
+    problems += option_problems(layout, seq_len, "--layout: ")
+    if problems:  # the model may not even be of a size to shrink
+        raise RecipeError(f"recipe {recipe.name!r} in the layout {layout}", problems)
+    problems += depth_problems(layout, recipe.model.num_hidden_layers)
     layout = replace(layout, layers_per_stage=())  # the tiny model has another number of layers
     try:
         model = without_dropout(shrink(recipe.model, layout))
     except (PlanError, ValueError, TypeError, AttributeError) as error:
         raise RecipeError(f"recipe {recipe.name!r}", [*problems, f"model: cannot be shrunk for the trial: {error}"]) from error
     if not problems:  # in a rank of its own, like all tensor code: see tools.common.forked_ranks
-        for proof in (partition_problems, sequence_problems, chunk_problems):
+        problems += run_ranks(trial_problems, 1, recipe.model, recipe.attention)[0]
+        for proof in () if problems else (partition_problems, sequence_problems, chunk_problems):
             problems += run_ranks(proof, 1, recipe.model, layout, recipe.attention)[0]
         problems += run_ranks(context_problems, 1, recipe, layout)[0] if layout.context > 1 else []
     if problems:
@@ -114,6 +128,15 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
     )
 
 
+def _flag_problems(layout: Layout, data: int, steps: int, seq_len: int) -> list[str]:
+    ranks = layout.tensor * layout.pipeline * data
+    problems = [f"--{name}={value} must be a whole number from 1 to {most}" for name, value, most in
+                (("steps", steps, MOST_STEPS), ("seq-len", seq_len, MOST_TOKENS)) if not 1 <= value <= most]  # fmt: skip
+    if ranks > MOST_RANKS:
+        problems.append(f"--layout: {ranks} ranks are more processes than a trial starts here, {MOST_RANKS}; use smaller sizes")
+    return problems
+
+
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     """Turn dropout off: its random zeros differ between layouts by design; nothing else may."""
     fields = {name: 0.0 for name, value in config.to_dict().items() if name in _DROPOUTS and isinstance(value, float)}
@@ -129,18 +152,22 @@ _DROPOUTS = frozenset(
 
 def verify(trial: Trial) -> list[WorstDifference]:
     """Train both sides, in forked ranks, and compare."""
-    trained, plain = _both(trial)
-    low = precision(trial.deepspeed) != "fp32"
-    loss, norm = (LOW_LOSS, LOW_NORM) if low else (FP32[0], FP32[0])
-    bound, rounding = (2 * trial.steps * trial.optimizer.lr, LOW_ROUNDING) if low else (FP32[1], 0.0)
-    rows = [
-        _worst_step("loss", trained.losses, plain.losses, loss),
-        _worst_step("gradient norm", trained.grad_norms, plain.grad_norms, norm),
-        _worst_tensor("parameter", trained.parameters, plain.parameters, bound, rounding),
-    ]
-    trained, plain = _both(gradient_trial(replace(trial, deepspeed=_in_fp32(trial.deepspeed))))
-    rows.append(_worst_tensor("gradient, fp32", trained.parameters, plain.parameters, FP32[1]))
-    return rows
+    trained, plain, stirred = _both(trial)
+    if precision(trial.deepspeed) == "fp32":
+        rows = [
+            _worst_step("loss", trained.losses, plain.losses, floors=[each.losses for each in stirred]),
+            _worst_step("gradient norm", trained.grad_norms, plain.grad_norms, floors=[each.grad_norms for each in stirred]),
+            _worst_tensor("parameter", trained, plain, stirred),
+        ]
+    else:
+        travelled = 2 * trial.steps * trial.optimizer.lr
+        rows = [
+            _worst_step("loss", trained.losses, plain.losses, LOW_LOSS),
+            _worst_step("gradient norm", trained.grad_norms, plain.grad_norms, LOW_NORM),
+            _worst_tensor("parameter", trained, plain, [], travelled, LOW_ROUNDING),
+        ]
+    in_fp32 = _both(gradient_trial(replace(trial, deepspeed=_in_fp32(trial.deepspeed))))
+    return [*rows, _worst_tensor("gradient, fp32", *in_fp32)]
 
 
 def _in_fp32(config: dict) -> dict:
@@ -148,30 +175,53 @@ def _in_fp32(config: dict) -> dict:
     return {name: block for name, block in config.items() if name not in ("bf16", "fp16")}
 
 
-def _both(trial: Trial) -> tuple[Outcome, Outcome]:
+def _both(trial: Trial) -> tuple[Outcome, Outcome, list[Outcome]]:
+    """Return what the layout makes of a trial, what the oracle does, and, in fp32, what the oracle does with other roundings."""
     if isinstance(trial.optimizer, AdamW):  # near-zero gradients are all rounding, and an eps of 1e-8 would scale them up to 1
         trial = replace(trial, optimizer=replace(trial.optimizer, eps=max(trial.optimizer.eps, 1e-5)))
     plain = run_ranks(train_plain, 1, trial)[0]
+    stirred = run_ranks(train_stirred, SAMPLES, trial) if precision(trial.deepspeed) == "fp32" else []
     shapes = {name: tensor.shape for name, tensor in plain.parameters.items()}
-    return outcome(run_ranks(train_in_layout, trial.world_size, trial), shapes), plain
+    return outcome(run_ranks(train_in_layout, trial.world_size, trial), shapes), plain, stirred
 
 
-def _worst_step(what: str, ours: list[float], plain: list[float], bound: float) -> WorstDifference:
-    relative = [abs(a - b) / max(abs(b), 1e-30) for a, b in zip(ours, plain, strict=True)]
-    worst = max(range(len(relative)), key=lambda i: relative[i] if relative[i] == relative[i] else float("inf"))
-    return WorstDifference(what, f"step {worst + 1}", relative[worst], bound)
+def _within(floor: float, limits: tuple[float, float]) -> float:
+    return min(max(FACTOR * floor, limits[0]), limits[1])
+
+
+def _worst_step(
+    what: str, ours: list[float], plain: list[float], bound: float | None = None, floors: Sequence[list[float]] = ()
+) -> WorstDifference:
+    """Return the step that is furthest beyond its bound, or nearest to it. Each step has its own: roundings add up."""
+
+    def relative(a: float, b: float) -> float:
+        return abs(a - b) / max(abs(b), 1e-30)
+
+    rows = []
+    for step, (a, b) in enumerate(zip(ours, plain, strict=True)):
+        floor = max((relative(each[step], b) for each in floors), default=None)
+        allowed = _within(floor, STEP_LIMITS) if bound is None else bound
+        rows.append(WorstDifference(what, f"step {step + 1}", relative(a, b), allowed, floor))
+    return max(rows, key=lambda row: row.difference / row.bound if row.difference == row.difference else float("inf"))
 
 
 def _worst_tensor(
-    what: str, ours: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], bound: float, rounding: float = 0.0
+    what: str, trained: Outcome, oracle: Outcome, stirred: list[Outcome], bound: float | None = None, rounding: float = 0.0
 ) -> WorstDifference:
     """Return the worst element. rounding: the share of an element by which it may differ in addition to the bound."""
+    ours, plain = trained.parameters, oracle.parameters
+    floor = max((_largest(each.parameters[n] - plain[n]) for each in stirred for n in plain), default=None)
+    allowed = _within(floor, TENSOR_LIMITS) if bound is None else bound
     missing = sorted(set(ours) ^ set(plain))
     if missing:
-        return WorstDifference(what, f"{missing[0]} is on one side only", float("nan"), bound)
-    worst = {name: ((ours[name] - plain[name]).abs() - rounding * plain[name].abs()).max().clamp_min(0).item() for name in plain}
+        return WorstDifference(what, f"{missing[0]} is on one side only", float("nan"), allowed, floor)
+    worst = {name: max(_largest(ours[name] - plain[name], rounding * plain[name].abs()), 0.0) for name in plain}
     name = max(worst, key=lambda n: worst[n] if worst[n] == worst[n] else float("inf"))
-    return WorstDifference(what, name, worst[name], bound)
+    return WorstDifference(what, name, worst[name], allowed, floor)
+
+
+def _largest(difference: torch.Tensor, rounding: torch.Tensor | float = 0.0) -> float:
+    return (difference.abs() - rounding).max().item()
 
 
 def _installed(package: str) -> str:
@@ -185,11 +235,12 @@ def _table(recipe: Recipe, trial: Trial, rows: list[WorstDifference]) -> str:
         f"{recipe.name}: {type(trial.model).__name__} at hidden size {trial.model.hidden_size}, tensor {trial.layout.tensor} x "
         f"pipeline {trial.layout.pipeline} x data {trial.data}{_context(trial.layout)}, {precision(trial.deepspeed)}, "
         f"ZeRO {zero_stage(trial.deepspeed)}, {trial.steps} steps, against one process of plain transformers",
-        f"{'':16}{'largest difference':>20}{'allowed':>12}  where",
+        f"{'':16}{'largest difference':>20}{'allowed':>12}{'rounding':>12}  where",
     ]
     for row in rows:
         verdict = "" if row.passed else "   <-- FAILED"
-        lines.append(f"{row.what:<16}{row.difference:>20.1e}{row.bound:>12.1e}  {row.where}{verdict}")
+        floor = "-" if row.floor is None else f"{row.floor:.1e}"
+        lines.append(f"{row.what:<16}{row.difference:>20.1e}{row.bound:>12.1e}{floor:>12}  {row.where}{verdict}")
     return "\n".join(lines)
 
 

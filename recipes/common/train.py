@@ -27,10 +27,11 @@ from recipes.common.checkpoint.resume import resume
 from recipes.common.checkpoint.saver import Saver
 from recipes.common.checks.dry_run import describe_run
 from recipes.common.checks.recipe_checks import check_recipe
+from recipes.common.checks.recipe_file import report_recipe_file
 from recipes.common.config.arguments import launch_problems, parse_flags, place_of
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.config.field_effects import NEEDS_CONSENT
-from recipes.common.config.field_types import type_problems
+from recipes.common.config.field_types import mistyped_fields
 from recipes.common.config.json_files import read_json
 from recipes.common.config.lr_schedules import global_seqs_at, learning_rate_at
 from recipes.common.data.batches import open_train, open_validation, step_micro_batches, validation_micro_batches
@@ -52,10 +53,11 @@ from recipes.common.runtime.stop_signal import StopRequest
 from recipes.common.runtime.supervisor_link import SupervisorLink
 
 SKIPS_IN_A_ROW = 32  # steps that overflow and do not apply: fp16's scale has then fallen from its start to 1
+sys.excepthook = report_recipe_file  # of errors in a recipe's file, which imports this module before it declares anything
 
 
-def main(recipe: Recipe) -> None:
-    """Train `recipe` as the command line says: the entry point of every recipe file.
+def main(recipe: Recipe, file_problems: Sequence[str] = ()) -> None:
+    """Train `recipe` as the command line says: the entry point of every recipe file. file_problems: what is wrong with that.
 
     Exit codes: 0 finished or stopped on request, and the last state is on disk; 1 failed; 2 the recipe or the flags are wrong;
     3 the numbers are useless; 4 the last state could not be saved.
@@ -67,7 +69,7 @@ def main(recipe: Recipe) -> None:
     link = SupervisorLink(rank)
     out_dir = Path(flags.out_dir).expanduser().resolve()
     try:
-        found = [] if flags.dry_run else start_problems(recipe, flags, out_dir)
+        found = [*file_problems, *([] if flags.dry_run else start_problems(recipe, flags, out_dir))]
         layout, ds_config = check_recipe(recipe, world_size, check_machine=not flags.dry_run, flag_problems=found)
     except RecipeError as error:
         if rank == 0 or launch_problems(os.environ):  # every rank finds the same
@@ -95,11 +97,10 @@ def main(recipe: Recipe) -> None:
 
 def start_problems(recipe: Recipe, flags: Namespace, out_dir: Path) -> list[str]:
     """Return what keeps a run from its start here, beside the recipe: the launcher's variables, --out-dir, the resume."""
-    problems = launch_problems(os.environ) + writing_problems(out_dir)
-    if problems:
+    if problems := launch_problems(os.environ) + writing_problems(out_dir):
         return problems
     problems = out_dir_problems(out_dir, flags.resume, flags.resume_step)
-    if flags.resume and not type_problems(recipe):
+    if flags.resume and not mistyped_fields(recipe):
         problems += resume_flag_problems(recipe, out_dir, flags.resume_step, flags.accept, flags.max_steps)
     return problems
 

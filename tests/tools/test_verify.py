@@ -3,13 +3,14 @@
 import contextlib
 import io
 import json
+from pathlib import Path
 
 import pytest
 
 from recipes.common.recipe import Layout, RecipeError
 from tests.support.tiny import ROOT
 from tools.common.forked_ranks import run_ranks
-from tools.verify import main, parse_layout
+from tools.verify import FACTOR, STEP_LIMITS, TENSOR_LIMITS, main, parse_layout
 
 QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
 SHORT = ["--steps", "2", "--seq-len", "16"]
@@ -17,7 +18,7 @@ SHORT = ["--steps", "2", "--seq-len", "16"]
 
 def call(*flags, fault=None):
     """Return (exit code, stdout, stderr) of the tool; `fault` is planted before it forks its ranks."""
-    return run_ranks(_call, 1, [*flags, *SHORT], fault)[0]
+    return run_ranks(_call, 1, [*SHORT, *flags], fault)[0]
 
 
 def _call(flags, fault):
@@ -48,6 +49,9 @@ def test_the_quickstart_passes(layout):
     assert (found["recipe"], found["layout"], found["passed"]) == ("quickstart", layout, True)
     assert [row["what"] for row in found["rows"]] == ["loss", "gradient norm", "parameter", "gradient, fp32"]
     assert all(0 <= row["difference"] <= row["bound"] for row in found["rows"])
+    for row, (least, most) in zip(found["rows"], [STEP_LIMITS] * 2 + [TENSOR_LIMITS] * 2, strict=True):
+        assert row["floor"] > 0
+        assert row["bound"] == min(max(FACTOR * row["floor"], least), most)
 
 
 def no_all_reduce():
@@ -96,9 +100,27 @@ def test_the_table_names_where():
     assert code == 0
     title, head, *rows = out.splitlines()
     assert title.startswith("quickstart: LlamaConfig at hidden size 64, tensor 2 x pipeline 1 x data 1, fp32, ZeRO 1, 2 steps")
-    assert "largest difference" in head and "allowed" in head
+    assert head.split() == ["largest", "difference", "allowed", "rounding", "where"]
     assert rows[0].split()[-2] == "step"
     assert rows[-1].split()[-1].startswith("model.")
+
+
+def test_rounding_that_adam_adds_up_is_allowed_and_shown():
+    """In this layout the third step's gradient norm is off by 1e-6, for no other reason than the order of its sums."""
+    layout = "tensor=2,pipeline=2,data=1,sequence_parallel=1"
+    code, out, _ = call(QUICKSTART, "--layout", layout, "--steps", "3", "--seq-len", "32", "--json")
+    rows = {row["what"]: row for row in json.loads(out)["rows"]}
+    assert code == 0
+    assert rows["gradient norm"]["floor"] > 1e-7 and rows["gradient, fp32"]["bound"] <= 1e-5
+
+
+def test_a_model_that_sees_the_future_is_refused(tmp_path):
+    text = Path(QUICKSTART).read_text().replace("LlamaConfig", "Gemma3TextConfig")
+    text = text.replace("str(Path(__file__).resolve().parents[1])", repr(str(ROOT)))
+    (tmp_path / "ahead.py").write_text(text.replace("vocab_size=", "use_bidirectional_attention=True, vocab_size=", 1))
+    code, out, err = call(tmp_path / "ahead.py", "--layout", "tensor=2")
+    assert (code, out) == (2, "")
+    assert "model=Gemma3TextConfig sees the future: " in err and err.strip().endswith("set use_bidirectional_attention=None")
 
 
 @pytest.mark.parametrize(
@@ -130,10 +152,12 @@ def test_a_layout_in_words_is_the_layout():
     [
         ([QUICKSTART, "--layout", "tensor=two"], "is not tensor=N"),
         ([QUICKSTART, "--layout", "pipeline_schedule=zero_bubble"], "--layout: pipeline_schedule='zero_bubble' with pipeline=1"),
+        ([QUICKSTART, "--layout", "data=1000"], "--layout: 1000 ranks are more processes than a trial starts here, 256"),
+        ([QUICKSTART, "--steps", "0"], "--steps=0 must be a whole number from 1 to 1000"),
         (["recipes/none.py"], "recipes/none.py: there is no such file"),
         ([str(ROOT / "recipes/common/parallel/cross_entropy.py")], "defines no `recipe = Recipe(...)`"),
     ],
-    ids=["layout", "layout's options", "no file", "no recipe"],
+    ids=["layout", "layout's options", "ranks", "steps", "no file", "no recipe"],
 )
 def test_a_mistake_of_the_user_is_exit_2_and_one_message(flags, part):
     code, out, err = call(*flags)

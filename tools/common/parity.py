@@ -6,6 +6,7 @@ cross-entropy over full logits, torch's optimizer and torch's clipping.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -106,9 +107,15 @@ def train_in_layout(trial: Trial) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "skipped": skipped, "shards": shards if keep else {}, "cuts": cuts, "place": place}
 
 
-def train_plain(trial: Trial) -> Outcome:
-    """Train the oracle: one process, plain transformers, plain torch, on the CPU (or the trial's device) in fp32."""
+def train_plain(trial: Trial, stir: int | None = None) -> Outcome:
+    """Train the oracle: one process, plain transformers, plain torch, on the CPU (or the trial's device) in fp32.
+
+    stir: first move every initial weight to a neighbouring number, up or down as this seed draws, which changes every rounding
+    of the trial and nothing else.
+    """
     model = initial_model(trial).to(trial.device).train()
+    if stir is not None:
+        _stir(model, stir)
     optimizer = torch_optimizer(trial.optimizer, model)
     losses, norms = [], []
     for batch in batches(trial):
@@ -130,6 +137,20 @@ def train_plain(trial: Trial) -> Outcome:
         optimizer.step()
         optimizer.zero_grad()
     return Outcome(losses, norms, {name: p.detach().cpu() for name, p in model.named_parameters()})
+
+
+def train_stirred(trial: Trial) -> Outcome:
+    """Train the oracle with roundings that this rank's number draws: what differs from the oracle itself is rounding alone."""
+    return train_plain(trial, stir=int(os.environ["RANK"]))
+
+
+def _stir(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            up = torch.rand(parameter.shape, generator=generator).to(parameter.device) < 0.5
+            infinity = torch.full_like(parameter, float("inf"))
+            parameter.copy_(torch.nextafter(parameter, torch.where(up, infinity, -infinity)))
 
 
 def initial_model(trial: Trial) -> torch.nn.Module:

@@ -10,6 +10,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from recipes.common import recipe as recipe_module
+from recipes.common.checks.recipe_file import read_failing_recipe
+from recipes.common.config.field_types import shown, type_problems
 from recipes.common.config.json_files import JsonError, read_json
 from recipes.common.config.model_sizes import size_problem
 from recipes.common.recipe import Layout, Recipe, RecipeError
@@ -17,7 +19,7 @@ from tools.common.console import UsageError
 
 
 def load_recipe(path: str) -> Recipe:
-    """Return the `recipe` of the recipe file at `path`. Raises RecipeError when there is none."""
+    """Return the `recipe` of the recipe file at `path`. Raises RecipeError when there is none, or with all its wrong types."""
     file = Path(path)
     if not file.is_file():
         raise RecipeError("recipe", [f"{path}: there is no such file; give the path of a recipe, such as recipes/llama_1b.py"])
@@ -26,12 +28,24 @@ def load_recipe(path: str) -> Recipe:
     module.__package__ = "recipes"  # its imports start at the repository root, as when it runs
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the file's own code or a config's validation raises
-        raise RecipeError("recipe", [f"{path} cannot be read: {type(error).__name__}: {error}"]) from error
+    except Exception:  # whatever the file's own code or a config's validation raises
+        recipe, problems = _read_failing(file)
+        raise RecipeError(f"recipe file {path}", problems + type_problems(recipe)) from None
     recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
         raise RecipeError("recipe", [f"{path} defines no `recipe = Recipe(...)`"])
+    if mistyped := type_problems(recipe):
+        raise RecipeError(f"recipe {shown(recipe.name)}", mistyped)
     return recipe
+
+
+def _read_failing(file: Path) -> tuple[Recipe, list[str]]:
+    try:
+        return read_failing_recipe(file)
+    except (OSError, SyntaxError, ValueError) as error:  # RecipeError is a ValueError, and says more
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError("recipe", [f"{file} cannot be read: {type(error).__name__}: {error}"]) from error
 
 
 _SWITCHES = ("sequence_parallel", "offload_activations")

@@ -9,7 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from recipes.common.checks.model_checks import config_problems
+from recipes.common.checks.model_checks import config_problems, value_problems
 from recipes.common.checks.recipe_checks import range_problems
 from recipes.common.config.ds_config import load_ds_config
 from recipes.common.config.field_types import type_problems
@@ -81,7 +81,7 @@ def read(path: str, flags: argparse.Namespace) -> tuple[ModelFacts, Device, Coef
     if price < 0:
         raise UsageError(f"--price-per-hour={price}: must be 0 or more")
     recipe = load_recipe(path)
-    problems = type_problems(recipe) or range_problems(recipe) + config_problems(recipe.model)
+    problems = type_problems(recipe) or range_problems(recipe) + config_problems(recipe.model) + value_problems(recipe.model)
     if problems:
         raise RecipeError(f"recipe {recipe.name!r}", problems)
     return read_model(recipe, load_ds_config(recipe.deepspeed)), device, coefficients, price

@@ -6,6 +6,7 @@ import math
 
 from torch import nn
 
+from recipes.common.checks.run_notes import run_notes
 from recipes.common.config.lr_schedules import learning_rate_at, seqs_after, tokens_of_run
 from recipes.common.config.placement import ONE_PASS
 from recipes.common.model.decoder import find_stack
@@ -39,6 +40,7 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
         f"files       data {_data(recipe)}, tokenizer {recipe.tokenizer}, DeepSpeed {recipe.deepspeed} as below",
         *_masks(recipe, layout),
         f"on anomaly  {_reaction(recipe.reaction)}",
+        *(f"note        {note}" for note in run_notes(recipe, causal)),
         "stage  layers        part of the cost",
     ]
     chunks = partition_layers(costs, head, layout.pipeline, layout.pipeline_schedule, layout.layers_per_stage)

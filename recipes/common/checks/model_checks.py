@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from recipes.common.checks.context_checks import context_head_problems, context_trial_problems
 from recipes.common.checks.family_trials import chunk_problems, masking_problems, partition_problems, sequence_problems
+from recipes.common.checks.tiny_model import field_of
+from recipes.common.checks.tiny_trial import trial_problems
+from recipes.common.config.ds_config import did_you_mean
 from recipes.common.config.model_sizes import size_problem
 from recipes.common.config.placement import chunk_count
 from recipes.common.data.document_masking import masking_problem
@@ -18,17 +22,29 @@ from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers
 from recipes.common.recipe import Layout, Recipe
 
+# transformers' common names; of larger numbers a model is not built in any time
+_SIZES = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "max_position_embeddings": 2**40,
+}
+
 
 def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
     """Check the model's fields, its size, and whether it can be sharded and partitioned as the layout says."""
     problems = config_problems(recipe.model)
-    if why := size_problem(recipe.model.to_dict()):
-        return [*problems, f"model.{why}"]
+    if wrong := value_problems(recipe.model):  # the model could not be built, or not in any time
+        return problems + wrong
     try:
         causal = build_empty(recipe.model, recipe.attention)
         stack = find_stack(causal)
-    except (PlanError, ValueError, ImportError, TypeError, AttributeError, RuntimeError, ArithmeticError, LookupError) as error:
-        return [*problems, f"model={type(recipe.model).__name__}: {error}"]
+    except Exception as error:  # a family's own code may raise anything
+        return [*problems, _build_problem(recipe, error)]
     count = sum(p.numel() for p in causal.parameters())
     if count != recipe.num_params:
         problems.append(
@@ -37,7 +53,7 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
         )
     text = recipe.model.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
-    if positions and recipe.batch.seq_len > positions:
+    if isinstance(positions, int) and positions and recipe.batch.seq_len > positions:
         problems.append(
             f"batch.seq_len={recipe.batch.seq_len} is longer than model.max_position_embeddings={positions}; lower seq_len or "
             "raise max_position_embeddings"
@@ -48,6 +64,8 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
             "model.output_router_logits=True: the auxiliary loss needs every layer's router in one place, which a pipeline "
             "does not have; set it to False"
         )
+    tried = trial_problems(recipe.model, recipe.attention)
+    problems += tried
     if min(layout.tensor, layout.pipeline, layout.context, recipe.batch.seq_len) < 1:  # reported by recipe_checks
         return problems
     too_deep = depth_problems(layout, len(causal.get_submodule(stack.layers)))
@@ -58,9 +76,10 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
         except PlanError as error:
             problems.append(f"layout tensor={layout.tensor}: {error}; use a tensor size that fits, or tensor=1")
         else:
-            problems += sequence_problems(recipe.model, layout, recipe.attention)
+            if not tried:
+                problems += sequence_problems(recipe.model, layout, recipe.attention)
             problems += context_head_problems(recipe.model, layout, recipe.attention)
-            problems += chunk_problems(recipe.model, layout, recipe.attention)
+            problems += [] if tried else chunk_problems(recipe.model, layout, recipe.attention)
         problems += group_problems(recipe, causal, stack, layout)
     if not problems and recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
         problems += masking_problems(recipe.model, recipe.attention)
@@ -126,8 +145,50 @@ def config_problems(config: PreTrainedConfig) -> list[str]:
     known = set(type(config)().to_dict()) | set(PreTrainedConfig().to_dict()) | set(_parameter_names(type(config)))
     known |= set(getattr(type(config), "attribute_map", {}))
     unknown = sorted(set(config.to_dict()) - known)
-    return [f"model.{name}={config.to_dict()[name]!r}: {type(config).__name__} has no such field; remove it or spell it right"
-            for name in unknown]  # fmt: skip
+    return [
+        f"model.{name}={config.to_dict()[name]!r}: {type(config).__name__} has no such field{did_you_mean(name, known)}; "
+        "remove it or spell it right"
+        for name in unknown
+    ]
+
+
+def value_problems(config: PreTrainedConfig) -> list[str]:
+    """Check the values of sizes, which transformers takes as they come, and that no number is NaN."""
+    problems = []
+    for name, most in _SIZES.items():
+        value = field_of(config, name)
+        if isinstance(value, int) and (isinstance(value, bool) or not 1 <= value <= most):
+            own = type(config).attribute_map.get(name, name)
+            problems.append(f"model.{own}={value} must be a whole number from 1 to {most:_}; write the model's own")
+    counted = size_problem(config.to_dict())
+    if counted and not problems:
+        problems.append(f"model.{counted}; write the model's own")
+    for name, value in config.to_dict().items():
+        numbers = value.items() if isinstance(value, dict) else [("", value)]
+        for key, number in numbers:
+            if isinstance(number, float) and math.isnan(number):
+                problems.append(f"model.{name}{f'[{key!r}]' if key else ''}=nan must be a number")
+        if name.endswith(("dropout", "pdrop")) and isinstance(value, int | float) and not 0 <= value <= 1:
+            problems.append(f"model.{name}={value} must lie between 0 and 1")
+    return problems
+
+
+def _build_problem(recipe: Recipe, error: Exception) -> str:
+    """Say why the model cannot be built, with the field at fault where it can be told, and the cure."""
+    config, kind = recipe.model, type(recipe.model).__name__
+    vocab, pad = field_of(config, "vocab_size"), field_of(config, "pad_token_id")
+    if isinstance(error, KeyError) and error.args:  # a name that is looked up in a table of transformers
+        for name, value in config.to_dict().items():
+            if error.args[0] in (value.values() if isinstance(value, dict) else [value]):
+                return f"model.{name}={value!r}: {kind} does not know {error.args[0]!r}; write one that it documents"
+    if isinstance(error, AssertionError) and isinstance(pad, int) and isinstance(vocab, int) and not -vocab <= pad < vocab:
+        return f"model.pad_token_id={pad} is beyond model.vocab_size={vocab}; write pad_token_id=None, or an id of the tokenizer"
+    text = " ".join(str(error).split()) or "no further word"
+    text = text if isinstance(error, PlanError | ValueError) else f"{type(error).__name__}: {text}"
+    beside = "" if recipe.attention in ("sdpa", "eager") else f" (attention={recipe.attention!r})"
+    only_text = config.get_text_config()
+    cure = "" if only_text is config else f"; use the config of its text model alone, {type(only_text).__name__}(...)"
+    return f"model={kind}: {text}{beside}{cure}"
 
 
 def _parameter_names(config_class: type) -> set[str]:

@@ -5,23 +5,26 @@ Each line names the field with its value, the constraint, and the cure. Nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
+from operator import attrgetter
 from typing import Any
 
 from recipes.common.checks.context_checks import context_option_problems, context_size_problems
 from recipes.common.checks.model_checks import model_problems
 from recipes.common.config.ds_checks import device_problems, ds_config_problems, fp16_supported, version_problems
 from recipes.common.config.ds_config import ds_config_path, load_ds_config
-from recipes.common.config.field_types import type_problems
+from recipes.common.config.field_types import mistyped_fields, shown
 from recipes.common.config.lr_schedules import ramp_problems, schedule_problems
 from recipes.common.config.placement import chunk_count
 from recipes.common.data.batches import recipe_data_problems
+from recipes.common.data.blend import blend_problems, folders
 from recipes.common.data.document_masking import masking_problem
 from recipes.common.recipe import (
     PIPELINE_SCHEDULES,
     RECOMPUTE,
     AdamW,
+    Blend,
     Checkpoints,
     Layout,
     Optimizer,
@@ -39,38 +42,54 @@ def check_recipe(
 ) -> tuple[Layout, dict[str, Any]]:
     """Return the layout for `world_size` ranks and the ds_config. Raises RecipeError with all problems at once.
 
-    Fields of wrong types are reported without the other checks, which would stumble over them.
+    A check is left out where a field that it reads has a wrong type. Without a layout for `world_size`, everything is checked
+    that no layout changes.
     check_machine: also check this machine's data, tokenizer and device (off in a dry run).
-    flag_problems: problems of the flags, reported in the same error.
+    flag_problems: problems of the flags or the recipe's file, reported in the same error.
     """
-    title = f"recipe {recipe.name!r} on {world_size} GPUs"
+    mistyped = mistyped_fields(recipe)
     problems = [*flag_problems, *version_problems(version("deepspeed"), version("torch"))]
-    if mistyped := type_problems(recipe):
-        raise RecipeError(title, problems + mistyped)
-    out_of_range = range_problems(recipe)
-    problems += out_of_range + optimizer_problems(recipe.optimizer)
-    if not out_of_range:
+    problems += [line for lines in mistyped.values() for line in lines]
+
+    def sound(*names: str) -> bool:
+        return not {*names} & {*mistyped}
+
+    problems += range_problems(recipe, mistyped)
+    if sound("optimizer"):
+        problems += optimizer_problems(recipe.optimizer)
+    measured = sound("schedule", "optimizer", "batch", "steps") and min(recipe.steps, *_batch_sizes(recipe)) >= 1
+    if measured and recipe.optimizer.lr >= 0:
         problems += schedule_problems(recipe)
-    try:
-        ds_config = load_ds_config(recipe.deepspeed)
-    except RecipeError as error:
-        ds_config, problems = None, problems + error.problems
-    layout = recipe.layouts.get(world_size)
+    ds_config = None
+    if sound("deepspeed"):
+        try:
+            ds_config = load_ds_config(recipe.deepspeed)
+        except RecipeError as error:
+            problems += error.problems
+    layout = recipe.layouts.get(world_size) if sound("layouts") else Layout()
     if layout is None:
         problems.append(
             f"layouts has no entry for {world_size} GPUs, only for {list(recipe.layouts)}; add "
             f"{world_size}: Layout(tensor=..., pipeline=...) to the recipe"
         )
-    else:
+        layout = Layout()  # it changes nothing of the model, and divides every batch
+        if sound("batch", "steps") and min(_batch_sizes(recipe)) >= 1:
+            problems += layout_problems(recipe, layout, 1)
+    elif sound("layouts", "batch", "steps"):
         problems += layout_problems(recipe, layout, world_size)
-        if ds_config is not None:
-            problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout)
+    if ds_config is not None:
+        problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout)
+    if sound("model", "num_params", "batch", "attention", "mask_documents"):
         problems += model_problems(recipe, layout)
     if check_machine:
-        problems += _machine_problems(recipe, ds_config)
+        problems += _machine_problems(recipe, ds_config, mistyped)
     if problems:
-        raise RecipeError(title, problems)
+        raise RecipeError(f"recipe {shown(recipe.name)} on {world_size} GPUs", list(dict.fromkeys(problems)))
     return layout, ds_config
+
+
+def _batch_sizes(recipe: Recipe) -> tuple[int, ...]:
+    return recipe.batch.seq_len, recipe.batch.micro_seqs, recipe.batch.global_seqs
 
 
 def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str]:
@@ -161,37 +180,66 @@ def _mlp_option_problems(layout: Layout, prefix: str) -> list[str]:
     return []
 
 
-def range_problems(recipe: Recipe) -> list[str]:
-    """Check the values of a recipe's fields one by one, and the few that depend on another."""
+_LEAST = {  # whole numbers: the smallest value of each
+    "steps": 1,
+    "batch.seq_len": 1,
+    "batch.micro_seqs": 1,
+    "batch.global_seqs": 1,
+    "logits_chunk_tokens": 1,
+    "evaluation.every_steps": 0,
+    "evaluation.seqs": 1,
+    "checkpoints.every_steps": 0,
+    "checkpoints.keep_last": 1,
+    "checkpoints.keep_every_steps": 0,
+    "monitor.every_steps": 0,
+    "monitor.activations_every_steps": 0,
+    "monitor.drift_every_steps": 0,
+    "monitor.max_nonfinite_steps": 1,
+}
+
+
+def range_problems(recipe: Recipe, mistyped: Collection[str] = ()) -> list[str]:
+    """Check the values of a recipe's fields one by one, and the few that depend on another.
+
+    mistyped: the recipe's own fields whose values cannot be judged.
+    """
+
+    def sound(*names: str) -> bool:
+        return not {*names} & {*mistyped}
+
     problems = []
-    wholes = {
-        "steps": (recipe.steps, 1),
-        "batch.seq_len": (recipe.batch.seq_len, 1),
-        "batch.micro_seqs": (recipe.batch.micro_seqs, 1),
-        "batch.global_seqs": (recipe.batch.global_seqs, 1),
-        "logits_chunk_tokens": (recipe.logits_chunk_tokens, 1),
-        "evaluation.every_steps": (recipe.evaluation.every_steps, 0),
-        "evaluation.seqs": (recipe.evaluation.seqs, 1),
-        "checkpoints.every_steps": (recipe.checkpoints.every_steps, 0),
-        "checkpoints.keep_last": (recipe.checkpoints.keep_last, 1),
-        "checkpoints.keep_every_steps": (recipe.checkpoints.keep_every_steps, 0),
-        "monitor.every_steps": (recipe.monitor.every_steps, 0),
-        "monitor.activations_every_steps": (recipe.monitor.activations_every_steps, 0),
-        "monitor.drift_every_steps": (recipe.monitor.drift_every_steps, 0),
-        "monitor.max_nonfinite_steps": (recipe.monitor.max_nonfinite_steps, 1),
-    }
-    for name, (value, least) in wholes.items():
-        if value < least:
+    for name, least in _LEAST.items():
+        if sound(name.partition(".")[0]) and (value := attrgetter(name)(recipe)) < least:
             problems.append(f"{name}={value} must be a whole number from {least}")
-    problems += reaction_problems(recipe.reaction, recipe.checkpoints)
-    if recipe.monitor.on_drift not in ("stop", "log"):
+    if sound("data", "batch") and isinstance(recipe.data, Blend) and recipe.batch.seq_len >= 1:
+        problems += blend_problems(recipe.data, recipe.batch.seq_len)
+    if sound("name") and (not recipe.name.strip(". ") or "/" in recipe.name):
+        problems.append(f"name={recipe.name!r} must be a file's name, like the recipe's own: it names the run's folder")
+    if sound("reaction", "checkpoints"):
+        problems += reaction_problems(recipe.reaction, recipe.checkpoints)
+    if sound("monitor") and recipe.monitor.on_drift not in ("stop", "log"):
         problems.append(f"monitor.on_drift={recipe.monitor.on_drift!r} must be 'stop' or 'log'")
-    if recipe.mask_documents and (problem := masking_problem(recipe.attention, recipe.batch.micro_seqs)):
-        problems.append(f"mask_documents=True: {problem}")
-    times = {f"checkpoints.{name}": getattr(recipe.checkpoints, name) for name in ("every_minutes", "last_save_minutes")}
-    for name, value in {"z_loss": recipe.z_loss, **times}.items():
-        if not value >= 0:  # nor NaN
+    if sound("mask_documents", "attention", "batch") and recipe.mask_documents:
+        problem = masking_problem(recipe.attention, recipe.batch.micro_seqs)
+        problems += [f"mask_documents=True: {problem}"] if problem else []
+    for name in ("z_loss", "checkpoints.every_minutes", "checkpoints.last_save_minutes"):
+        if sound(name.partition(".")[0]) and (value := attrgetter(name)(recipe)) < 0:
             problems.append(f"{name}={value} must be 0 or more")
+    for name in ("tokenizer", "deepspeed", "data"):
+        if sound(name):
+            problems += _path_problems(name, getattr(recipe, name))
+    return problems
+
+
+def _path_problems(name: str, value: str | Blend) -> list[str]:
+    problems = []
+    for path in folders(value) if isinstance(value, Blend) else [value]:
+        try:
+            if not path:
+                problems.append(f"{name}='' must be a path; write one")
+            from_root(path).exists()
+        except (RuntimeError, OSError, ValueError) as error:  # no such user's home; a name longer than a disk's
+            problems.append(f"{name}={path!r} is no path: {error}")
     return problems
 
 
@@ -242,10 +290,12 @@ def optimizer_problems(optimizer: Optimizer) -> list[str]:
     return problems
 
 
-def _machine_problems(recipe: Recipe, ds_config: dict[str, Any] | None) -> list[str]:
-    """Check the data, the tokenizer and the device of this machine."""
+def _machine_problems(recipe: Recipe, ds_config: dict[str, Any] | None, mistyped: Collection[str]) -> list[str]:
+    """Check the data, the tokenizer and the device of this machine. mistyped: as for `range_problems`."""
     problems = []
-    if recipe.batch.seq_len >= 1:
+    readable = not {"data", "tokenizer", "batch", "model", "evaluation"} & {*mistyped}
+    readable = readable and not any(_path_problems(name, getattr(recipe, name)) for name in ("data", "tokenizer"))
+    if readable and recipe.batch.seq_len >= 1 and isinstance(recipe.model.get_text_config().vocab_size, int):
         problems += recipe_data_problems(
             recipe.data,
             seq_len=recipe.batch.seq_len,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -25,6 +26,7 @@ _CAPS = {
     "n_routed_experts": 4,
     "moe_num_experts": 4,
     "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
     "moe_topk": 2,
     "n_group": 1,
     "topk_group": 1,
@@ -39,9 +41,17 @@ _CAPS = {
     "sliding_window": 8,
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 4,
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     "max_position_embeddings": 128,
+    # state-space layers; their heads follow from these
+    "mamba_d_state": 16,
+    "ssm_state_size": 16,
+    "state_size": 16,
+    "mamba_chunk_size": 16,
+    "chunk_size": 16,
     "index_head_dim": 16,
     "index_n_heads": 4,
     "index_topk": 16,
@@ -50,15 +60,26 @@ _HEAD_DIM = 16
 VOCAB_SIZE = 503  # a prime: no tensor size divides it, as with real vocabularies
 
 
+_DEPTH = 2  # layers of `shallow`
+
+
+def field_of(config: PreTrainedConfig, name: str) -> Any:
+    """Return a field by transformers' common name; None without one, or where it may differ between layers."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # heterogeneous families refuse to answer for all layers at once
+        return None
+
+
 def shrink(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
     """Return the config with small sizes that `layout` shards in the same way (heads stay grouped, or shared between ranks).
 
-    Context ranks that divide heads count like tensor ranks.
+    Context ranks that divide heads count like tensor ranks. What does not fit together stays so: key/value heads that do not
+    divide the heads, an odd head width, a padding id beyond the vocabulary.
     """
     names = dict(getattr(type(config), "attribute_map", {}))
     fields = config.to_dict()
-    depth = config.num_hidden_layers
-    layers = min(depth, max(4, 2 * layout.pipeline))
+    layers = min(config.num_hidden_layers, max(4, 2 * layout.pipeline))
 
     def put(name: str, value: Any) -> None:
         own = names.get(name, name)
@@ -70,27 +91,94 @@ def shrink(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
         if isinstance(fields.get(own), int) and not isinstance(fields[own], bool):
             fields[own] = min(fields[own], cap)
     heads, kv_heads = _heads(config, layout.tensor * head_ranks(config, layout))
-    put("num_hidden_layers", layers)
     put("num_attention_heads", heads)
     put("num_key_value_heads", kv_heads)
+    width = _HEAD_DIM - (field_of(config, "head_dim") or 0) % 2
     # multi-head latent attention has its own widths, and keeps in head_dim the rotary one
-    put("head_dim", fields["qk_rope_head_dim"] if fields.get("qk_rope_head_dim") else _HEAD_DIM)
+    put("head_dim", fields["qk_rope_head_dim"] if fields.get("qk_rope_head_dim") else width)
     put("hidden_size", heads * _HEAD_DIM)
-    put("vocab_size", min(config.vocab_size, VOCAB_SIZE))
+    _shrink_state_space(fields, put, heads * _HEAD_DIM)
+    _shrink_rotations(fields, _rotary_width(config), width)
+    return _rebuilt(config, fields, layers)
+
+
+def _shrink_state_space(fields: dict[str, Any], put: Callable[[str, Any], None], hidden: int) -> None:
+    """Shrink state-space layers: their heads x head width are the inner width, a multiple of the model's own."""
+    if isinstance(fields.get("expand"), int | float):
+        inner = int(fields["expand"] * hidden)
+        put("intermediate_size", inner)
+        put("num_heads", inner // _HEAD_DIM)
+    inner = 2 * hidden
+    for name, value in (("mamba_expand", 2), ("mamba_d_ssm", inner)):
+        put(name, value)
+    for name in ("mamba_n_heads", "mamba_num_heads"):
+        put(name, inner // _HEAD_DIM)
+    for name in ("mamba_d_head", "mamba_head_dim"):
+        put(name, _HEAD_DIM)
+
+
+def shallow(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config with its own widths, and less of what only repeats: two layers, few experts and a small vocabulary."""
+    names = dict(getattr(type(config), "attribute_map", {}))
+    fields = config.to_dict()
+    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok"):
+        own = names.get(name, name)
+        if isinstance(fields.get(own), int) and not isinstance(fields[own], bool):
+            fields[own] = min(fields[own], _CAPS[name])
+    return _rebuilt(config, fields, min(config.num_hidden_layers, _DEPTH))
+
+
+def _rebuilt(config: PreTrainedConfig, fields: dict[str, Any], layers: int) -> PreTrainedConfig:
+    """Return a config of `fields` with a small depth and vocabulary, in which special ids keep their relations."""
+    names = dict(getattr(type(config), "attribute_map", {}))
+    depth, vocab = config.num_hidden_layers, min(config.vocab_size, VOCAB_SIZE)
+    fields[names.get("num_hidden_layers", "num_hidden_layers")] = layers
+    fields[names.get("vocab_size", "vocab_size")] = vocab
+    moved: dict[int, int] = {}
     for name, value in list(fields.items()):
-        if name.endswith("_token_id") and isinstance(value, int) and value >= VOCAB_SIZE:
-            fields[name] = 0
+        if name.endswith("_token_id") and isinstance(value, int) and value >= vocab:
+            # ids beyond the vocabulary stay there; equal ones stay equal, and different ones different
+            beyond = value >= config.vocab_size
+            fields[name] = vocab + value - config.vocab_size if beyond else moved.setdefault(value, vocab - 1 - len(moved))
         elif isinstance(value, list) and len(value) == depth:
             fields[name] = _representative(value, layers)
+        elif name == "per_layer_config" and isinstance(value, dict):  # layers that differ, by index: one of them stays
+            fields[name] = {layers - 1: next(iter(value.values()))} if value else value
     for name in ("model_type", "transformers_version", "architectures", "_name_or_path", "dtype"):
         fields.pop(name, None)
     return type(config)(**fields)
 
 
+def _rotary_width(config: PreTrainedConfig) -> int:
+    width = field_of(config, "head_dim") or config.hidden_size // (field_of(config, "num_attention_heads") or 1)
+    return width if isinstance(width, int) else 0
+
+
+def _shrink_rotations(fields: dict[str, Any], old: int, new: int) -> None:
+    """Cut lists that have a value for each rotated pair of a head (long-context factors of phi3) to the new width's."""
+    for name in ("rope_parameters", "rope_scaling"):
+        for block in _dicts(fields.get(name)):
+            share = block.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
+            for key, value in block.items():
+                if isinstance(value, list) and len(value) == int(old * share) // 2:
+                    block[key] = value[: int(new * share) // 2]
+
+
+def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield a dict and those in it: some families have one block for each type of layer."""
+    if isinstance(value, dict):
+        yield value
+        for inner in value.values():
+            yield from _dicts(inner)
+
+
 def _heads(config: PreTrainedConfig, ranks: int) -> tuple[int, int]:
     """Return few heads, in the real relation to the ranks that divide them: kv heads divided stay so, fewer stay fewer."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    heads = field_of(config, "num_attention_heads") or 4  # a family without attention has none
+    kv_heads = field_of(config, "num_key_value_heads") or heads
+    if heads % kv_heads:  # stays impossible, where it is
+        small = 2 * ranks if ranks > 1 else 4
+        return small, small - 1
     if kv_heads == heads:
         small = ranks if ranks > 2 else 4
         return small, small

@@ -45,16 +45,16 @@ def folders(blend: Blend) -> list[str]:
 def blend_problems(blend: Blend, seq_len: int) -> list[str]:
     """Return what is wrong with the weights themselves, one line each."""
     problems = []
-    previous = 0
-    for after_tokens, weights in ((0, blend.weights), *blend.changes):
-        where = f"data.changes[{after_tokens}]" if after_tokens else "data.weights"
+    previous = -1
+    for number, (after_tokens, weights) in enumerate(((0, blend.weights), *blend.changes)):
+        where = f"data.changes[{after_tokens}]" if number else "data.weights"
         if any(not weight >= 0 for weight in weights.values()) or not sum(weights.values()) > 0:
             problems.append(f"{where}={weights}: weights must be at least 0 and not all 0")
         elif (period := lcm(*(share.denominator for share in shares(weights).values()))) > MAX_PERIOD:
             problems.append(
                 f"{where}={weights}: the shares have common denominator {period}, over {MAX_PERIOD}; round the weights"
             )
-        if after_tokens % seq_len or (after_tokens <= previous and after_tokens):
+        if after_tokens % seq_len or after_tokens <= previous:
             problems.append(
                 f"data.changes: after_tokens={after_tokens} must be over {previous} and a multiple of batch.seq_len={seq_len}"
             )

@@ -21,6 +21,7 @@ from recipes.common.recipe import (
     WSD,
     AdamW,
     Batch,
+    Blend,
     Checkpoints,
     Constant,
     Cosine,
@@ -44,7 +45,7 @@ ONE_MISTAKE = {
     "misspelt model field": (
         1,
         {"model": LlamaConfig(**tiny_config("llama").to_diff_dict(), hiden_size=32)},
-        [r"^model\.hiden_size=32: LlamaConfig has no such field; remove it or spell it right$"],
+        [r"^model\.hiden_size=32: LlamaConfig has no such field \(did you mean .hidden_size.\?\); remove it or spell it right$"],
     ),
     "num_params": (
         1,
@@ -178,6 +179,21 @@ ONE_MISTAKE = {
         1,
         {"batch": replace(BATCH, seq_len=65)},
         [r"^batch\.seq_len=65 is longer than model\.max_position_embeddings=64; lower seq_len or raise"],
+    ),
+    "pad beyond the vocabulary": (
+        1,
+        {"model": tiny_config("llama", pad_token_id=200)},
+        [r"^model\.pad_token_id=200 is beyond model\.vocab_size=131; write pad_token_id=None, or an id of the tokenizer$"],
+    ),
+    "heads that do not fit": (
+        1,
+        {"model": tiny_config("llama", num_key_value_heads=3)},
+        [r"^model=LlamaConfig: .* model\.num_key_value_heads=3 does not divide num_attention_heads=4: use one that does$"],
+    ),
+    "a depth that no computer builds": (
+        1,
+        {"model": tiny_config("llama", num_hidden_layers=10**8)},
+        [r"^model\.num_hidden_layers=100000000 must be a whole number from 1 to 4_096; write the model's own$"],
     ),
     "router loss": (
         1,
@@ -325,8 +341,9 @@ def test_a_mistake_is_reported_with_field_value_constraint_and_cure(single, name
     patterns = ONE_MISTAKE[name][2]
     matching = [line for line in lines if all(re.search(pattern, line) for pattern in patterns)]
     assert len(matching) == 1, lines
-    # a mistake may change the model's size, and nothing else is reported beside it
-    others = [line for line in lines if line not in matching and not line.startswith("num_params=")]
+    # a mistake may change the model's size or end its trial, and nothing else is reported beside it
+    beside = ("num_params=", "model=LlamaConfig: a small model of it does not train a step ")
+    others = [line for line in lines if line not in matching and not line.startswith(beside)]
     assert others == []
 
 
@@ -348,7 +365,14 @@ OTHERS = {"num_params": 1, "z_loss": -1.0, "steps": 0, "optimizer": AdamW(lr=-1.
 
 def test_one_mistake_does_not_hide_another(data):
     (lines,) = reports((tiny_recipe(data, **OTHERS), 3, True))
-    beginnings = ("z_loss=-1.0", "steps=0", "optimizer.lr=-1.0", "deepspeed='zero9.json':", "layouts has no entry for 3")
+    beginnings = (
+        "z_loss=-1.0",
+        "steps=0",
+        "optimizer.lr=-1.0",
+        "deepspeed='zero9.json':",
+        "layouts has no entry for 3",
+        "num_params=1",
+    )
     assert sorted(line.partition(" ")[0] for line in lines) == sorted(text.partition(" ")[0] for text in beginnings)
 
 
@@ -363,9 +387,12 @@ def test_mistakes_of_a_context_are_reported_together(data):
     ]
 
 
-def test_fields_of_wrong_types_are_reported_all_together_and_alone(data):
-    (lines,) = reports((tiny_recipe(data, **OTHERS | {"num_params": "many", "seed": None, "attention": 1}), 1, True))
-    assert [line.partition(" ")[0] for line in lines] == ["num_params='many'", "seed=None", "attention=1"]
+def test_fields_of_wrong_types_do_not_hide_what_other_fields_have(data):
+    mistyped = {"num_params": "many", "seed": None, "reaction": 1, "data": Blend(weights={"a": 1.0}, changes=((16, {"a": "2"}),))}
+    (lines,) = reports((tiny_recipe(data, **OTHERS | mistyped), 3, True))
+    beginnings = ["data.changes[0][1]['a']='2'", "deepspeed='zero9.json':", "layouts", "num_params='many'", "optimizer.lr=-1.0",
+                  "reaction=1", "seed=None", "steps=0", "z_loss=-1.0"]  # fmt: skip
+    assert sorted(line.partition(" ")[0] for line in lines) == beginnings
 
 
 @pytest.mark.parametrize("batch", [replace(BATCH, seq_len=0), replace(BATCH, micro_seqs=0), replace(BATCH, global_seqs=0)])
@@ -522,6 +549,42 @@ def test_a_recipe_with_seven_mistakes_is_one_message_without_a_process_group(tmp
     ):
         assert sum(part in line for line in lines[1:]) == 1, part
     assert not (tmp_path / "run").exists()
+
+
+REFUSED = {
+    "vocab_size=4096": 'vocab_size="4096"',
+    "num_key_value_heads=2": "num_kv_heads=2",
+    "2: Layout(pipeline=2)": "2: Layout(pipelines=2)",
+    "global_seqs=32": "globl_seqs=33",
+    "steps=300": "stepz=0",
+    "zero1_fp32.json": "zero1_fp23.json",
+}
+
+
+@pytest.mark.parametrize("tool", ["the recipe", "a tool"])
+def test_a_file_that_python_and_transformers_refuse_is_one_message_with_its_lines(tmp_path, tool):
+    """The constructors' own errors hide nothing: not each other, nor what the checks find in the rest."""
+    path = _copy_of_quickstart(tmp_path, REFUSED)
+    command = [sys.executable, str(path), "--out-dir", str(tmp_path / "run")]
+    if tool == "a tool":
+        command = [sys.executable, "-m", "tools.verify", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert (result.returncode, result.stdout) == (2, "")
+    lines = result.stderr.splitlines()
+    source = path.read_text().splitlines()
+    for part, where in {
+        "model.vocab_size='4096': LlamaConfig refuses it: Field 'vocab_size' expected int": 'vocab_size="4096"',
+        "Layout has no field 'pipelines'; did you mean 'pipeline'?": "pipelines=2",
+        "Batch has no field 'globl_seqs'; did you mean 'global_seqs'?": "globl_seqs=33",
+        "Recipe has no field 'stepz'; did you mean 'steps'?": "stepz=0",
+        "model.num_kv_heads=2: LlamaConfig has no such field": "",
+    }.items():
+        (line,) = [line for line in lines if part in line]
+        assert not where or where in source[int(re.search(r"seven\.py line (\d+): ", line)[1]) - 1]
+    if tool == "the recipe":
+        for part in ("steps=0 must be", "batch.global_seqs=33 is not", "zero1_fp23.json"):
+            assert sum(part in line for line in lines[1:]) == 1, part
+    assert len(lines) == 1 + (8 if tool == "the recipe" else 5) and not (tmp_path / "run").exists()
 
 
 def _main(recipe, flags, world_size=1):
