@@ -45,7 +45,17 @@ def test_a_rank_whose_supervisor_is_gone_is_killed(monkeypatch, data, why):
 GREETING = AuthenticatedLink(new_secret(), is_supervisor=True).greeting()
 
 
-@pytest.mark.parametrize("begins", [b"", GREETING[:30], GREETING, b"die\n" * 40, GREETING + bytes(32), b"\xff" * 70_000])
+BEGINNINGS = {
+    "nothing": b"",
+    "half a greeting": GREETING[:30],
+    "greeting": GREETING,
+    "orders": b"die\n" * 40,
+    "no proof": GREETING + bytes(32),
+    "noise": b"\xff" * 70_000,
+}
+
+
+@pytest.mark.parametrize("begins", BEGINNINGS.values(), ids=BEGINNINGS)  # a greeting is another each time
 @pytest.mark.parametrize("goes_on", ["silent", "slow", "closed"])
 def test_who_answers_without_the_secret_is_left_in_time(monkeypatch, begins, goes_on):
     """Whatever it sends, however slowly: the guard neither waits for ever nor raises nor believes it."""
