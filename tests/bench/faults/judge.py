@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import struct
@@ -76,6 +77,19 @@ def last_problems(run_dir: Path, curves: Sequence[Curve]) -> list[str]:
         return [f"exit 0, but the last checkpoint is damaged: {wrong[0]}"]
     if contents(folder)[0] not in [each[STEPS] for each in curves]:
         return ["exit 0, but the last state is not that of an undisturbed run"]
+    return []
+
+
+def stop_problems(run_dir: Path, output: str) -> list[str]:
+    """Return what is wrong with exit 75 after one request to stop: every step is on disk, or it is said that it is not."""
+    steps = [0]
+    with contextlib.suppress(OSError):
+        for line in (run_dir / "metrics.jsonl").read_bytes().splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                steps.append(json.loads(line)["step"])
+    newest = max(sealed(run_dir), default=0)
+    if newest < max(steps) and "before it had saved" not in output and "before the first step" not in output:
+        return [f"exit 75, but the newest checkpoint is of step {newest}, and step {max(steps)} was trained"]
     return []
 
 

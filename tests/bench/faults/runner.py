@@ -20,7 +20,7 @@ import psutil
 from recipes.common.run_dir.heartbeat import FOLDER as HEARTBEATS
 from tests.bench.faults.harms import KEPT, do_harm
 from tests.bench.faults.jobs import STEPS, Prepare, start_job, write_recipe
-from tests.bench.faults.judge import Curve, curve, last_problems, sealed_problems
+from tests.bench.faults.judge import Curve, curve, last_problems, sealed_problems, stop_problems
 from tests.bench.faults.plans import SIGNALS, Blow, FaultTrial
 from tests.bench.faults.planted import Injector, PlantedFault, wrap_calls
 
@@ -114,8 +114,10 @@ def run_trial(trial: FaultTrial, reference: Reference, other: Reference | None, 
         return ended
 
     first = command(trial.inside, trial.blows, trial.output)
-    if trial.harmless() and first.exit != 0:
-        violations.append(f"command 1: exit {first.exit}, but what happened was harmless")
+    if trial.harmless() and (first.exit, _attempts(run_dir)) != (0, 1):
+        violations.append(f"command 1: exit {first.exit}, {_attempts(run_dir)} attempts, but what happened was harmless")
+    if first.exit == 75 and [blow.target for blow in trial.blows] == ["supervisor"] and not trial.broken():
+        violations += [f"command 1: {p}" for p in stop_problems(run_dir, (folder / "1.out").read_text(errors="replace"))]
     for harm in trial.harms:
         harmed |= do_harm(harm, run_dir)
     kept = (run_dir / KEPT).exists()
