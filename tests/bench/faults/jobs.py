@@ -29,6 +29,7 @@ import wandb  # noqa: F401
 
 import recipes.common.train  # noqa: F401
 import tools.supervise.__main__ as supervisor
+from recipes.common.checkpoint import saver
 from recipes.common.recipe import ROOT
 from recipes.common.runtime import exits, stop_signal
 from tests.support import forked_launcher
@@ -49,7 +50,7 @@ recipe = replace(
     layouts={1: Layout(), 2: Layout(pipeline=2) if PIPELINED else Layout(), 4: Layout(tensor=2, pipeline=2)},
     optimizer=AdamW(lr=LR, weight_decay=0.1, clip=1.0),
     schedule=Cosine(warmup_steps=2, min_lr=4e-4),
-    checkpoints=Checkpoints(every_steps=EVERY, keep_last=KEEP),
+    checkpoints=Checkpoints(every_steps=EVERY, keep_last=KEEP, last_save_minutes=0.05),
 )
 """
 
@@ -68,6 +69,7 @@ def _shorten_waits() -> None:
     attempt.POLL_SECONDS, attempt.GRACE_SECONDS, attempt.STACKS_SECONDS, attempt.LAUNCHER_SECONDS = 0.05, 1.0, 0.5, 1.0
     exits._SETTLE_SECONDS = 0.2
     stop_signal.GRACE_SECONDS = 5.0
+    saver._FIRST_WAIT_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
