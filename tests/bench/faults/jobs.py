@@ -89,7 +89,7 @@ class ForkedPopen:
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
-            os.closerange(3, 4096)  # the supervisor's sockets
+            close_inherited()
             run_to_exit(lambda: _launch(prepare, number, list(command), env))
 
     def poll(self) -> int | None:
@@ -163,7 +163,7 @@ def start_job(recipe: Path, ranks: int, run_dir: Path, output: int, prepare: Pre
     os.dup2(null, 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.closerange(3, 4096)
+    close_inherited()
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
     if prepare.closed_output:
         os.close(1)
@@ -175,6 +175,21 @@ def start_job(recipe: Path, ranks: int, run_dir: Path, output: int, prepare: Pre
     attempt.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": _popen(prepare)})
     run_to_exit(lambda: (prepare.supervisor(), exit_code(supervisor.main))[1])
     raise AssertionError
+
+
+def close_inherited() -> None:
+    """Close the sockets of the process that was forked, and its ends of the pipes that stdout and stderr are.
+
+    All else stays open: libuv, which torch's store uses, writes to numbers that it remembers from before the fork.
+    """
+    links = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # listdir's own
+            links[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    output = {links[number] for number in (1, 2) if links.get(number, "").startswith("pipe:")}
+    for number, link in links.items():
+        if number > 2 and (link.startswith("socket:") or link in output):
+            os.close(number)
 
 
 def _popen(prepare: Prepare) -> Callable[..., ForkedPopen]:
