@@ -51,7 +51,8 @@ _BY_EFFECT = {
     Effect.ROUNDING: "batch.micro_seqs deepspeed attention logits_chunk_tokens reorder_and_upcast_attn dtype pretraining_tp",
     Effect.SPEED: "layouts chunk_size_feed_forward",
     Effect.NOTHING: """name num_params evaluation.every_steps evaluation.seqs
-        checkpoints.every_steps checkpoints.every_minutes checkpoints.keep_last checkpoints.keep_every_steps
+        checkpoints.every_steps checkpoints.every_minutes checkpoints.last_save_minutes checkpoints.keep_last
+        checkpoints.keep_every_steps
         monitor.every_steps monitor.activations_every_steps monitor.drift_every_steps
         initializer_range transformers_version architectures _name_or_path return_dict use_cache
         output_attentions output_hidden_states output_router_logits bos_token_id eos_token_id
