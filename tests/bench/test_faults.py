@@ -6,16 +6,16 @@ from tests.bench.faults import jobs  # noqa: F401  imported once, before the ben
 from tests.support.small_runs import call_bench
 
 SEED = 5
-PICKED = {
-    "error": (6,),
-    "kill": (0, 9),
+PICKED = {  # one rank, or two in a pipeline: their undisturbed runs are shared
+    "error": (62, 85),  # ENOSPC for good; a rank's fsync
+    "kill": (9,),  # in a save
     "blow": (14,),
-    "damage": (5,),
-    "memory": (4,),
-    "clock": (12,),
-    "signal": (13,),
-    "stop": (15,),
-    "heartbeats": (23,),
+    "damage": (26, 112),  # run.json; a rank's file and state.json
+    "memory": (131,),  # MemoryError on every rank
+    "clock": (42,),  # and SIGTERM
+    "signal": (110,),
+    "second": (7,),  # at the same moment
+    "output": (65, 95),  # closed; nobody reads
 }
 
 

@@ -148,7 +148,7 @@ def run_to_exit(work: Callable[[], int]) -> None:
 
 def words_of(recipe: Path, ranks: int, run_dir: Path) -> list[str]:
     """Return the command line of tools/supervise, the same at every start."""
-    limits = ["--hang-seconds", "8", "--long-phase-seconds", "40", "--stop-seconds", "10"]
+    limits = ["--hang-seconds", "12", "--long-phase-seconds", "40", "--stop-seconds", "10"]
     restarts = ["--backoff-seconds", "0.05", "--restarts", str(RESTARTS), "--continue", "--no-preflight"]
     return [*limits, *restarts, "--launcher", f"{_LAUNCHER} {ranks}", str(recipe), "--out-dir", str(run_dir)]
 

@@ -24,7 +24,7 @@ from tests.bench.faults.judge import Curve, curve, last_problems, sealed_problem
 from tests.bench.faults.plans import SIGNALS, Blow, FaultTrial
 from tests.bench.faults.planted import Injector, PlantedFault, wrap_calls
 
-LIMIT_SECONDS = 200.0  # for a command; a hang is found within 8 s, in a start or a save within 40
+LIMIT_SECONDS = 200.0  # for a command; a hang is found within 12 s, in a start or a save within 40
 GONE_SECONDS = 20.0  # after the supervisor's end, for its ranks' (15 are promised)
 _POLL_SECONDS = 0.01
 _PR_SET_CHILD_SUBREAPER = 36
