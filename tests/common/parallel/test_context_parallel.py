@@ -16,7 +16,7 @@ from tools.common.parity import build_trial_trainer, gradient_trial, rank_batche
 # pairs of options rather than their whole product: (family, fields of its config, (pipeline, tensor, data), options, fields)
 TRIALS = {
     "llama, as many kv heads as heads": ("llama", {"num_key_value_heads": 4}, (1, 1, 2), {"context": 2}, {}),
-    "qwen3, fewer kv heads than ranks": ("qwen3", {"num_key_value_heads": 1}, (1, 1, 4), {"context": 4}, {"micro_seqs": 2}),
+    "qwen3, fewer kv heads than ranks": ("qwen3", {"num_key_value_heads": 2}, (1, 1, 4), {"context": 4}, {"micro_seqs": 2}),
     "gemma2, windows, soft caps, shared kv": (
         "gemma2", {"num_key_value_heads": 1}, (1, 2, 2), {"context": 2, "sequence_parallel": True}, {},
     ),
