@@ -1,5 +1,7 @@
 """What context ranks cannot share is refused by name, with what they can: sizes by arithmetic, families by a trial."""
 
+from pathlib import Path
+
 import pytest
 from transformers import AutoConfig
 
@@ -9,8 +11,9 @@ from recipes.common.checks.context_checks import (
     context_size_problems,
     context_trial_problems,
 )
-from recipes.common.recipe import Layout
-from tests.support.tiny import tiny_config
+from recipes.common.checks.dry_run import describe_run
+from recipes.common.recipe import Batch, Layout, derive_sizes
+from tests.support.tiny import tiny_config, tiny_recipe
 from tools.common.forked_ranks import run_ranks
 
 
@@ -97,3 +100,19 @@ def planted():
 def test_an_attention_that_needs_all_heads_is_refused():
     (problem,) = run_ranks(planted, 1)[0]
     assert "its attention needs all heads" in problem
+
+
+def described(attention, layout, **fields):
+    batch = Batch(seq_len=65_536, micro_seqs=1, global_seqs=4)
+    recipe = tiny_recipe(Path("/nowhere"), batch=batch, attention=attention, **fields)
+    return describe_run(recipe, layout, derive_sizes(recipe, layout, 4))
+
+
+def test_the_dry_run_says_who_shares_and_what_masks_take():
+    shared = Layout(context=4, context_heads=2)
+    text = run_ranks(described, 1, "sdpa", shared)[0]
+    assert "data 4 (4 context ranks share a sequence, 2 by heads x 2 by queries), recompute none" in text
+    assert "1 a micro batch x 1 groups of context ranks x 4 accumulated" in text
+    assert "masks       attention='sdpa' holds 1 of 1 x 32768 x 65536 elements, 2.0 GiB on each rank" in text
+    assert "masks" not in run_ranks(described, 1, "sdpa", Layout(context=4))[0]  # causal, of a whole sequence
+    assert "holds 1 of 1 x 65536 x 65536 elements, 16.0 GiB" in run_ranks(described, 1, "eager", Layout(context=4))[0]
