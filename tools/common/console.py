@@ -52,15 +52,25 @@ def as_usage_error(*kinds: type[Exception]) -> Iterator[None]:
         raise UsageError(machine_words(error) or str(error)) from error
 
 
-class PrintableOutput:
-    """A text stream that shows as escapes what a terminal would obey: names and texts of files go through it."""
+class ToolOutput:
+    """A text stream whose reader may go (`... | head` has seen enough): then what is written is dropped, and the work goes on."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, shown: Callable[[str], str] = str) -> None:
+        """shown: the text as it is to be written."""
+        self._stream, self._shown = stream, shown
 
     def write(self, text: str) -> int:
-        self._stream.write(printable(text))
+        try:
+            self._stream.write(self._shown(text))
+        except BrokenPipeError:
+            _leave(self._stream)
         return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            _leave(self._stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -69,11 +79,19 @@ class PrintableOutput:
 def exit_code(work: Callable[[], int]) -> int:
     """Run `work` and return its exit code: 2 for the user's mistake, 1 for a failed check; a message replaces the traceback.
 
-    Whatever `work` prints is printed as `printable` shows it.
+    Whatever `work` prints on stdout is printed as `printable` shows it; stderr has a bar that moves.
     """
+    with contextlib.ExitStack() as printing:
+        if sys.stdout is not None:
+            printing.enter_context(contextlib.redirect_stdout(ToolOutput(sys.stdout, printable)))
+        if sys.stderr is not None:
+            printing.enter_context(contextlib.redirect_stderr(ToolOutput(sys.stderr)))
+        return _code_of(work)
+
+
+def _code_of(work: Callable[[], int]) -> int:
     try:
-        with contextlib.nullcontext() if sys.stdout is None else contextlib.redirect_stdout(PrintableOutput(sys.stdout)):
-            code = work()
+        code = work()
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a full disk can still be told
         return code
@@ -83,17 +101,14 @@ def exit_code(work: Callable[[], int]) -> int:
     except (CheckError, CheckpointError, LeaseLostError) as error:
         print(f"failed: {printable(str(error))}", file=sys.stderr)
         return FAILED
-    except BrokenPipeError:  # `... | head` has seen enough
-        sys.stderr.close()
-        return GOOD
     except OSError as error:
         text = machine_words(error)
         if text is None:
             raise
         with contextlib.suppress(OSError):
             print(f"error: {printable(text)}", file=sys.stderr)
-        if error.filename is None:
-            _leave_stdout()
+        if error.filename is None and sys.stdout is not None:
+            _leave(sys.stdout)
         return MISTAKE
 
 
@@ -106,11 +121,11 @@ def machine_words(error: Exception) -> str | None:
     return f"{where}: {error.strerror}; {cure}"
 
 
-def _leave_stdout() -> None:
-    """Send what stdout still holds to nothing: written at the process's end, it would fail again."""
+def _leave(stream: TextIO | ToolOutput) -> None:
+    """Send what a stream still holds, and what follows, to nothing: written later, it would fail again."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a test's stdout is no file
         nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, sys.stdout.fileno())
+        os.dup2(nothing, stream.fileno())
         os.close(nothing)
 
 

@@ -45,6 +45,29 @@ def test_other_errors_stay_what_they_are(capsys):
     assert exit_code(lambda: GOOD) == GOOD
 
 
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_has_seen_enough_ends_neither_the_work_nor_the_code(tmp_path, stream, flush):
+    program = f"""
+import sys
+from tools.common.console import exit_code
+def work():
+    for letter in "xy":
+        print(letter * 70_000, file=sys.{stream}, flush={flush})
+    open({str(tmp_path / "done")!r}, "w")
+    return 1
+sys.exit(exit_code(work))
+"""
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", '"$@" 2>&1 | head -c 10', "-", sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "x" * 10)
+    assert (tmp_path / "done").exists()
+
+
 def test_a_full_disk_under_stdout_is_no_success():
     program = "import sys; from tools.common.console import exit_code; sys.exit(exit_code(lambda: print('x') or 0))"
     with open("/dev/full", "w") as full:
