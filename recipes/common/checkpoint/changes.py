@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from recipes.common.checkpoint.files import CheckpointError
+from recipes.common.checkpoint.files import CheckpointError, read_seal
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.config.field_effects import MODEL, NEEDS_CONSENT, Effect, effect_of, flat_fields
 from recipes.common.config.json_files import JsonError, read_json
@@ -132,10 +132,10 @@ def resume_flag_problems(
     recipe: Recipe, out_dir: Path, resume_step: int | None, accepted: Sequence[str], max_steps: int | None = None
 ) -> list[str]:
     """Return what keeps a run from its resume, before any rank starts, by the newest checkpoint that it may resume from."""
-    folders = [f for f in sealed_checkpoints(out_dir) if resume_step is None or checkpoint_step(f) <= resume_step]
-    if not folders:
+    folders = (f for f in sealed_checkpoints(out_dir)[::-1] if resume_step is None or checkpoint_step(f) <= resume_step)
+    newest, problems = next(filter(_has_seal, folders), None), []
+    if newest is None:
         return []
-    newest, problems = folders[-1], []
     for name, last_step in (("--max-steps", max_steps), ("steps", recipe.steps)):
         if last_step is not None and last_step < checkpoint_step(newest):
             cure = f"give more than {checkpoint_step(newest)}, or an earlier --resume-step"
@@ -147,6 +147,14 @@ def resume_flag_problems(
     except (OSError, CheckpointError, JsonError):  # damaged: the ranks pass it over, and compare with the one that they take
         return problems
     return problems
+
+
+def _has_seal(folder: Path) -> bool:
+    """Return whether a folder with a checkpoint's name is one that a resume may take; an empty one is not."""
+    try:
+        return bool(read_seal(folder))
+    except (OSError, CheckpointError):
+        return False
 
 
 def _is_accepted(change: Change, accepted: Sequence[str], known: Sequence[Mapping[str, Any]]) -> bool:

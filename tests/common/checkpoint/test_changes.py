@@ -109,6 +109,17 @@ def test_what_is_free_is_found_and_let_through(saved, field):
     assert resume_flag_problems(recipe, saved[1], None, ()) == []
 
 
+def test_a_later_folder_without_a_seal_is_no_checkpoint(saved):
+    later = saved[1] / "checkpoints" / "step_00000013"  # beyond the run's 12 steps
+    later.mkdir()
+    try:
+        assert resume_flag_problems(saved[0], saved[1], None, ()) == []
+        (later / "checksums.json").write_text("{")
+        assert resume_flag_problems(saved[0], saved[1], None, ()) == []
+    finally:
+        shutil.rmtree(later)
+
+
 def test_a_run_that_is_past_its_end_is_told(saved):
     recipe, out_dir = saved
     (problem,) = resume_flag_problems(recipe, out_dir, None, (), 2)
