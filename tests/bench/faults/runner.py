@@ -6,8 +6,6 @@ import contextlib
 import ctypes
 import json
 import os
-import shutil
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,10 +16,11 @@ from typing import Any
 import psutil
 
 from recipes.common.run_dir.heartbeat import FOLDER as HEARTBEATS
+from tests.bench.faults.blows import deal, lose_heartbeats
 from tests.bench.faults.harms import KEPT, do_harm
 from tests.bench.faults.jobs import STEPS, Prepare, start_job, write_recipe
 from tests.bench.faults.judge import Curve, curve, last_problems, sealed_problems, stop_problems
-from tests.bench.faults.plans import SIGNALS, Blow, FaultTrial
+from tests.bench.faults.plans import Blow, FaultTrial
 from tests.bench.faults.planted import Injector, PlantedFault, wrap_calls
 
 LIMIT_SECONDS = 200.0  # for a command; a hang is found within 12 s, in a start or a save within 40
@@ -220,7 +219,7 @@ def run_command(
             elif blow.what == "close pipe":
                 reader = _close(reader)
             elif blow.what == "heartbeats":
-                _lose_heartbeats(run_dir, blow.target)
+                lose_heartbeats(run_dir, blow.target)
                 if blow.pause > 1:
                     due[Blow(**{**asdict(blow), "pause": blow.pause - 1})] = now + 0.1
             else:
@@ -272,59 +271,6 @@ def _close(reader: int) -> int:
     if reader >= 0:
         os.close(reader)
     return -1
-
-
-def deal(blow: Blow, supervisor: int, continues: bool) -> list[Callable[[], None]]:
-    """Send a blow's signal to its target. Returns what undoes it: a stopped process is continued, or killed in the end."""
-    number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}.get(blow.what) or getattr(signal, f"SIG{blow.what}")
-    undo = []
-    for process in targets(blow.target, supervisor):
-        with contextlib.suppress(psutil.Error):
-            process.send_signal(number)
-            if blow.what == "stop":
-                undo.append(lambda process=process: _end_stop(process, continues))
-    assert blow.what in ("kill", "stop", *SIGNALS), blow
-    return undo
-
-
-def _end_stop(process: psutil.Process, continues: bool) -> None:
-    with contextlib.suppress(psutil.Error):
-        process.send_signal(signal.SIGCONT if continues else signal.SIGKILL)
-
-
-def targets(name: str, supervisor: int) -> list[psutil.Process]:
-    """Return the processes of a job by their place in its tree; none before they exist."""
-    try:
-        top = psutil.Process(supervisor)
-        if name == "supervisor":
-            return [top]
-        launchers = top.children()[:1]
-        if name == "launcher" or not launchers:
-            return launchers
-        ranks = sorted(launchers[0].children(), key=lambda process: process.pid)
-        if name == "all ranks":
-            return ranks
-        ranks = ranks[int(name.split()[1]) :][:1]
-        if name.startswith("rank"):
-            return ranks
-        return [child for rank in ranks for child in rank.children() if any("rank_guard" in word for word in child.cmdline())]
-    except psutil.Error:
-        return []
-
-
-def _lose_heartbeats(run_dir: Path, how: str) -> None:
-    folder = run_dir / HEARTBEATS
-    with contextlib.suppress(OSError):
-        if how == "remove folder":
-            shutil.rmtree(folder)
-            return
-        for path in folder.iterdir():
-            if how == "remove":
-                path.unlink()
-            elif how == "garbage":
-                path.write_bytes(b"\x00" * 100)
-            else:
-                os.utime(path, (1e9, 1e9))
 
 
 def _wait_for_the_rest(ended: dict[int, int], running: dict[int, bool], undo: list[Callable[[], None]]) -> list[str]:
