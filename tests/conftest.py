@@ -4,11 +4,13 @@ Tests that compute fork their ranks from here (tools.common.forked_ranks): a for
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the programs of the tests would inherit its deafness
 os.environ.update(
     DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu"),
     OMP_NUM_THREADS="1",

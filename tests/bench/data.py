@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from recipes.common.data.shards import FORMAT, VERSION, open_split, read_manifest, split_shards
+from recipes.common.data.shards import FORMAT, SPLITS, VERSION, open_split, read_manifest, split_shards
 from recipes.common.recipe import ROOT
 from tools.common.console import GOOD, CheckError, exit_code
 
@@ -148,8 +148,9 @@ def write_sparse(folder: Path, tokens: int, shards: int) -> None:
             file.truncate(each * 2)
         entries.append({"file": f"train_{number:05d}.bin", "tokens": each, "documents": 1, "checksums": {}})
     split = {"tokens": each * shards, "documents": shards, "shards": entries}
-    manifest = {"format": FORMAT, "version": VERSION, "dtype": "uint16", "splits": {"train": split}}
-    (folder / "dataset.json").write_text(json.dumps(manifest))
+    kind = {"format": FORMAT, "version": VERSION, "dtype": "uint16", "vocab_size": 2**16, "eos_id": 0, "tokenizer_hash": ""}
+    none = {"tokens": 0, "documents": 0, "shards": []}
+    (folder / "dataset.json").write_text(json.dumps(kind | {"splits": dict.fromkeys(SPLITS, none) | {"train": split}}))
 
 
 def bench_reading(folder: Path, megabytes: int) -> dict[str, Any]:

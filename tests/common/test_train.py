@@ -106,26 +106,19 @@ def test_a_skip_of_what_was_read_is_refused(folders, tmp_path):
         run(recipe, 1, tmp_path, resume=True, skips=((3, 5),))
 
 
-@pytest.mark.parametrize("config", ["zero1_fp32.json", "zero1_bf16.json"])
-def test_not_a_number_stops_the_run_by_name(folders, tmp_path, config):
-    """Under bf16 DeepSpeed itself would die of a bare assertion."""
+@pytest.mark.parametrize(("ranks", "config"), [(1, "zero1_fp32.json"), (2, "zero1_bf16.json")])
+def test_steps_that_never_apply_end_the_run(folders, tmp_path, ranks, config):
+    """Weights that a mad rate has thrown out of range: gradients overflow. Under bf16 DeepSpeed would die of an assertion."""
     recipe = tiny_recipe(
         folders[0],
-        steps=STEPS,
+        steps=60,
         evaluation=Evaluation(),
+        optimizer=AdamW(lr=1e25, clip=0.0),
         deepspeed=config,
-        model=tiny_config("llama", rms_norm_eps=float("nan")),
-        layouts={2: Layout(tensor=2)},
+        layouts={1: Layout(), 2: Layout(tensor=2)},
     )
-    with pytest.raises(RankError, match=r"TrainingError: step 3: 3 steps in a row were not finite: NaN"):
-        run(recipe, 2, tmp_path)
-
-
-def test_steps_that_never_apply_end_the_run(folders, tmp_path):
-    """Weights that a mad rate has thrown out of range: every gradient overflows."""
-    recipe = tiny_recipe(folders[0], steps=60, evaluation=Evaluation(), optimizer=AdamW(lr=1e25, clip=0.0))
     with pytest.raises(RankError, match=r"TrainingError: step 4: 3 steps in a row were not finite: (NaN|Infinity) .* first in"):
-        run(recipe, 1, tmp_path)
+        run(recipe, ranks, tmp_path)
 
 
 def test_data_show_names_the_documents_of_a_step(tmp_path):

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from recipes.common.runtime.processes import is_in_use
+
 RENEW_SECONDS = 2.0
 DEAD_SECONDS = 30.0  # without a renewal, of a holder on another machine
 _POLL_SECONDS = 0.2
@@ -258,13 +260,8 @@ def _lives(pid: int, started: str) -> bool | None:
     now = _started(pid)
     if now is not None:
         return now == started
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return None
-    return False  # dead, its parent has not asked for its exit code
+    # a number in use without a start to see: dead, its parent has not asked for its exit code
+    return None if is_in_use(pid) is None else False
 
 
 def _started(pid: int) -> str | None:

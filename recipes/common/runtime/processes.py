@@ -52,6 +52,17 @@ def start_of(pid: int) -> str | None:
     return stat[19] if stat else None
 
 
+def is_in_use(pid: int) -> bool | None:
+    """Return whether a process, or one that ended and was not reaped, has this number; None where that cannot be told."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return None
+    return True
+
+
 def living_members(group: int) -> list[int]:
     """Return the processes of a group that have not ended."""
     found = [(pid, _stat(pid)) for pid in _numbers()]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from recipes.common import train as train_module
 from recipes.common.monitor.monitor import RunMonitor
@@ -38,9 +39,13 @@ def recipe_on(folder, monitor, **fields):
 
 
 def saved(out_dir):
-    """Every byte of the last checkpoint's tensors."""
-    folder = (out_dir / "checkpoints" / "latest").resolve()
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+    """Every byte of the last checkpoint's tensors, by file and name."""
+    files = sorted((out_dir / "checkpoints" / "latest").resolve().glob("*.safetensors"))
+    return {
+        (file.name, name): tensor.view(torch.uint8).numpy().tobytes()
+        for file in files
+        for name, tensor in load_file(file).items()
+    }
 
 
 @pytest.mark.parametrize(("ranks", "config"), [(8, "zero1_bf16.json"), (1, "zero3_fp32.json")])

@@ -15,11 +15,11 @@ from tools.throughput.goodput import EndCost, goodput, run
 PHASES = {"start": 4.0, "data": 1.0, "step": 50.0, "log": 0.5, "evaluate": 2.0, "save": 0.5, "end": 0.0}  # 58 s
 RECORDS = [
     # launched at 100, ranks there at 106, first step at 110; lost at 164, noticed and ended by 170
-    {"event": "start", "attempt": 1, "time": 100.0, "resumed_step": 0},
+    {"event": "start", "attempt": 1, "time": 100.0, "resumed_step": 0, "cause": "first"},
     {"event": "end", "attempt": 1, "time": 170.0, "cause": "rank_lost", "last_beat": 164.0, "last_step": 100, "lost_steps": 20,
      "lost_seconds": 10.0, "phase_seconds": PHASES},
     # 5 s later; ranks there at 181, first step at 185, last beat at 239
-    {"event": "start", "attempt": 2, "time": 175.0, "resumed_step": 80},
+    {"event": "start", "attempt": 2, "time": 175.0, "resumed_step": 80, "cause": "rank_lost"},
     {"event": "end", "attempt": 2, "time": 241.0, "cause": "finished", "last_beat": 239.0, "last_step": 180, "lost_steps": 0,
      "lost_seconds": 0.0, "phase_seconds": PHASES},
 ]  # fmt: skip

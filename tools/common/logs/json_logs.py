@@ -61,7 +61,7 @@ def _read_document(path: Path) -> list[Row] | None:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
 
 
