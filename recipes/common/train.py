@@ -74,7 +74,7 @@ def main(recipe: Recipe, file_problems: Sequence[str] = ()) -> None:
     except RecipeError as error:
         if rank == 0 or launch_problems(os.environ):  # every rank finds the same
             print(f"error: {error}", file=sys.stderr)
-        link.report_exit("user_error")
+        link.report_exit("disk_error" if writing_problems(out_dir) else "user_error")
         sys.exit(2)
     sizes = derive_sizes(recipe, layout, world_size)
     ds_config = merge_ds_config(ds_config, recipe, sizes, sizes.accumulation)

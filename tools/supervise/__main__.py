@@ -42,6 +42,7 @@ from recipes.common.runtime.supervisor_link import SUPERVISOR
 from tools.common.console import FAILED, MISTAKE, UsageError, as_usage_error, exit_code
 from tools.supervise.attempt import POLL_SECONDS, run_attempt, say
 from tools.supervise.endings import (
+    DISK,
     EXIT_CODES,
     HOST_LOST,
     LAUNCHER,
@@ -100,8 +101,8 @@ def _supervise(flags: argparse.Namespace, facts: RecipeFacts, run_dir: Path, sto
             _requeue(flags, stops, run_dir, sealed_before)  # the time limit's stop: what was sealed since the start is gained
         if not is_restarted(ending.cause):
             return EXIT_CODES[ending.cause]
-        if ending.cause == PREFLIGHT and cause in ("first", "asked"):
-            return FAILED
+        if ending.cause in (PREFLIGHT, DISK) and cause in ("first", "asked"):  # later it may pass: the same machines did start
+            return EXIT_CODES.get(ending.cause, FAILED)
         if seals(run_dir) - progress:
             in_a_row, progress = 0, progress | seals(run_dir)
         in_a_row, cause = in_a_row + 1, ending.cause

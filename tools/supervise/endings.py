@@ -9,11 +9,11 @@ from tools.supervise.rank_links import RankEvent
 
 FINISHED, STOPPED, USER_ERROR, NUMBERS, UNSAVED = "finished", "stopped", "user_error", "training_error", "unsaved"
 RANK_LOST, HOST_LOST, HANG, FAILED, LAUNCHER = "rank_lost", "host_lost", "hang", "rank_failed", "launcher_failed"
-PREFLIGHT = "preflight_failed"
+PREFLIGHT, DISK = "preflight_failed", "disk_error"
 
 # 75: sysexits' "try again later". All others end in 1
-EXIT_CODES = {FINISHED: 0, USER_ERROR: 2, NUMBERS: 3, UNSAVED: 4, STOPPED: 75}
-_RESTARTED = (RANK_LOST, HOST_LOST, HANG, FAILED, LAUNCHER, PREFLIGHT)
+EXIT_CODES = {FINISHED: 0, USER_ERROR: 2, DISK: 2, NUMBERS: 3, UNSAVED: 4, STOPPED: 75}
+_RESTARTED = (RANK_LOST, HOST_LOST, HANG, FAILED, LAUNCHER, PREFLIGHT, DISK)
 _SAME_HOST_SECONDS = 2.0  # a host that is lost takes its ranks within this time
 
 
@@ -52,6 +52,8 @@ def judge(events: Sequence[RankEvent], code: int | None, ranks_by_host: dict[str
     by_word = {event.word: event for event in reversed(ends) if event.kind == "end"}  # the first of each word
     if "user_error" in by_word or (code == 2 and not ends):
         return Ending(USER_ERROR, "the recipe or its flags are wrong; see the message above")
+    if "disk_error" in by_word:
+        return Ending(DISK, "a folder or a file cannot be used; see the message above")
     if "training_error" in by_word:
         return Ending(NUMBERS, by_word["training_error"].detail)
     if "unsaved" in by_word:  # every rank had trained to the end: who left first, and how, is no matter

@@ -97,7 +97,7 @@ def refusals(rank: int, report: Callable[[str], None], *kinds: type[Exception]) 
             text = f"{error.filename}: {error.strerror}; {_CURES[error.errno]}, and start again"
         if rank == 0 or isinstance(error, OSError):
             print(f"error: {text}", file=sys.stderr, flush=True)
-        report("user_error")
+        report("disk_error" if isinstance(error, OSError) else "user_error")
         os._exit(MISTAKE)
 
 

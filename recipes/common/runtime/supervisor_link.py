@@ -27,7 +27,8 @@ _PR_SET_PDEATHSIG = 1
 class SupervisorLink:
     """A rank's connection to the supervisor, kept for its whole life. `report_exit` sends the exit word and a detail.
 
-    Words: "finished", "stopped", "user_error", "training_error", "unsaved", "failed", "peer_lost". A killed rank sends none.
+    Words: "finished", "stopped", "user_error", "disk_error", "training_error", "unsaved", "failed", "peer_lost". A killed one
+    sends none.
     """
 
     def __init__(self, rank: int) -> None:

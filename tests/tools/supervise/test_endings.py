@@ -19,6 +19,7 @@ def event(kind: str, rank: int, word: str = "", detail: str = "", at: float = 0.
         ([event("end", r, "stopped") for r in range(4)], 143, "stopped", "stopped on request", ()),
         ([event("end", 0, "user_error")], 2, "user_error", "see the message above", ()),
         ([], 2, "user_error", "see the message above", ()),
+        ([event("end", 1, "disk_error"), event("lost", 0, at=1.0)], 2, "disk_error", "see the message above", ()),
         ([], 255, "launcher_failed", "the launcher exited with code 255", ()),
         ([event("end", 1, "training_error", "loss is nan"), event("lost", 0)], 3, "training_error", "loss is nan", ()),
         ([event("lost", 1), event("end", 0, "unsaved", "step 8 is not on disk", 1.0)], 4, "unsaved", "step 8 is not", ()),
@@ -43,3 +44,4 @@ def test_waits_double_up_to_a_bound_and_end():
     assert [policy.wait_seconds(count) for count in range(1, 7)] == [5.0, 10.0, 20.0, 30.0, 30.0, None]
     assert RestartPolicy(limit=0).wait_seconds(1) is None
     assert not any(is_restarted(cause) for cause in ("finished", "stopped", "user_error", "training_error", "unsaved"))
+    assert is_restarted("disk_error")

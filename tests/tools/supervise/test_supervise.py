@@ -149,6 +149,37 @@ def test_a_full_disk_costs_a_save_and_nothing_else(straight, tmp_path):
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
+REFUSED_ONCE = """
+import os, pathlib, sys
+sys.path.insert(0, {root!r})
+from recipes.common.runtime.exits import refusals
+from recipes.common.runtime.supervisor_link import SupervisorLink
+link, starts = SupervisorLink(0), pathlib.Path({starts!r})
+import torch  # as a rank does: meanwhile the guard has reached the supervisor
+starts.write_text(starts.read_text() + "." if starts.exists() else ".")
+with refusals(0, link.report_exit):
+    if len(starts.read_text()) == {refused}:
+        raise OSError(28, "No space left on device", "run/logs")
+if len(starts.read_text()) == 1:
+    link.report_exit("failed", "LookupError: the first start fails by itself")
+    sys.exit(1)
+link.report_exit("finished")
+"""
+
+
+@pytest.mark.parametrize(
+    ("refused", "code", "causes"), [(2, 0, ["rank_failed", "disk_error", "finished"]), (1, 2, ["disk_error"])]
+)
+def test_a_disk_that_refuses_a_restart_may_do_better_later_and_one_that_refuses_the_first_is_the_users(
+    tmp_path, refused, code, causes
+):
+    (tmp_path / "recipe.py").write_text(REFUSED_ONCE.format(root=str(ROOT), starts=str(tmp_path / "starts"), refused=refused))
+    supervisor = supervise(tmp_path / "recipe.py", tmp_path / "run", launcher=sys.executable)
+    assert supervisor.wait(60) == code, output(tmp_path / "run")
+    assert [end["cause"] for end in ends(tmp_path / "run")] == causes
+    assert "run/logs: No space left on device; free some space there, and start again" in output(tmp_path / "run")
+
+
 NAN = """
 from recipes.common.engine.trainer import Trainer  # noqa
 _step = Trainer.train_step
