@@ -99,7 +99,7 @@ def read_segments(run_dir: Path) -> list[Segment]:
 
 
 def read_chain(run_dir: Path) -> tuple[list[Segment], list[str]]:
-    """Return the entries that can be read, and what breaks their chain, a line each: entries edited, removed or moved, patches."""
+    """Return the entries that can be read, and what breaks their chain, a line each: whatever was edited, removed or moved."""
     folder = run_dir / FOLDER
     segments, unreadable = _read_all(folder)
     problems = []

@@ -135,8 +135,8 @@ def test_what_breaks_the_chain_is_named(damage: object, named: list[str], tmp_pa
         b'{"version": 9}',
         b'{"version": 1}',
         b'{"version": 1, "index": "2"}',
-        b'{"version": 1, "index": 2, "cause": "luck", "step": 10, "attempt": 2, "time": "", "run_id": "", "previous": "", "hash": "",'
-        b' "facts": {}, "origins": {}}',
+        b'{"version": 1, "index": 2, "cause": "luck", "step": 10, "attempt": 2, "time": "", "run_id": "", "previous": "", '
+        b'"hash": "", "facts": {}, "origins": {}}',
         b"[" * 100000,
     ],
 )
