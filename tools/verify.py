@@ -36,7 +36,7 @@ from recipes.common.model.decoder import PlanError
 from recipes.common.recipe import AdamW, Layout, Recipe, RecipeError
 from tools.common.console import FAILED, GOOD, CheckError, exit_code, quiet_transformers
 from tools.common.forked_ranks import RankError, run_ranks
-from tools.common.recipe_io import load_recipe, parse_layout
+from tools.common.recipe_io import layout_text, load_recipe, parse_layout
 
 with redirect_stdout(sys.stderr):  # DeepSpeed logs on what is stdout when it is imported
     from tools.common.parity import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain, train_stirred
@@ -99,7 +99,7 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
     problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout) + optimizer_problems(recipe.optimizer)
     problems += option_problems(layout, seq_len, "--layout: ")
     if problems:  # the model may not even be of a size to shrink
-        raise RecipeError(f"recipe {recipe.name!r} in the layout {layout}", problems)
+        raise RecipeError(f"recipe {recipe.name!r} in the layout {layout_text(layout, data)}", problems)
     problems += depth_problems(layout, recipe.model.num_hidden_layers)
     layout = replace(layout, layers_per_stage=())  # the tiny model has another number of layers
     try:
@@ -112,7 +112,7 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
             problems += run_ranks(proof, 1, recipe.model, layout, recipe.attention)[0]
         problems += run_ranks(context_problems, 1, recipe, layout)[0] if layout.context > 1 else []
     if problems:
-        raise RecipeError(f"recipe {recipe.name!r} in the layout {layout}", problems)
+        raise RecipeError(f"recipe {recipe.name!r} in the layout {layout_text(layout, data)}", problems)
     return Trial(
         model=model,
         layout=layout,

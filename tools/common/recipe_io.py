@@ -81,6 +81,17 @@ def parse_layout(text: str) -> tuple[Layout, int]:
     return layout, data
 
 
+def layout_text(layout: Layout, data: int) -> str:
+    """Return a layout as `parse_layout` reads it: what is not at its default, and the data ranks."""
+    words = []
+    for field in dataclasses.fields(Layout):
+        value = getattr(layout, field.name)
+        if value != field.default:
+            text = "+".join(map(str, value)) if isinstance(value, tuple) else value
+            words.append(f"{field.name}={int(text) if isinstance(text, bool) else text}")
+    return ",".join([*words, f"data={data}"])
+
+
 def read_recipe(run: Path) -> Recipe:
     """Read the recipe that `recipes.common.run_dir.run_files.recipe_to_dict` wrote; fields unknown to an older run get defaults.
 
