@@ -15,7 +15,7 @@ from typing import Any
 from recipes.common.recipe import Layout, Recipe
 from tools.common.console import SHOW_AFTER_SECONDS
 from tools.preflight.host_facts import recipe_hash
-from tools.preflight.judge_hosts import clock_problems, host_problems, storage_problems
+from tools.preflight.judge_hosts import clock_notes, host_problems, storage_problems
 from tools.preflight.judge_ranks import collective_problems, device_problems, merge_groups, product_problems
 from tools.preflight.problems import Problem, majority, named, span, values_of
 from tools.preflight.rank_checks import measure, report_device, report_host, report_storage
@@ -140,7 +140,8 @@ def _check_hosts(
     offsets = {0: {"offset": 0.0, "uncertainty": 0.0}} | clock_offsets(rendezvous, others)
     found.clocks = {found.hosts[rank]: one for rank, one in offsets.items()}
     ranks_of = {host: [rank for rank, name in enumerate(found.hosts) if name == host] for host in found.facts}
-    found.problems += host_problems(found.facts, layout, rendezvous.world_size, ranks_of) + clock_problems(found.clocks)
+    found.problems += host_problems(found.facts, layout, rendezvous.world_size, ranks_of)
+    found.notes += clock_notes(found.clocks)
     unsampled = [host for host, one in found.facts.items() if "data" in one and not one["data"]["sampled_shards"]]
     if unsampled and not any(problem.check == "data" for problem in found.problems):
         found.notes.append(f"no shard was compared on {', '.join(unsampled)}: reading the first took too long")

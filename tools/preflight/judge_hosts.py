@@ -1,4 +1,4 @@
-"""Finds problems in the facts of all hosts: code, packages, recipe, clocks, storage, data, limits. Pure."""
+"""Finds problems in the facts of all hosts: code, packages, recipe, storage, data, limits, and notes skewed clocks. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from recipes.common.recipe import Layout
 from tools.common.console import human_bytes
 from tools.preflight.problems import Problem, by_host, majority, odd_ones
 
-CLOCK_SECONDS = 1.0  # beyond, files on shared storage seem older than their cause
+CLOCK_SECONDS = 1.0  # beyond, logs of several hosts are hard to read together
 SLOW_WRITE = 0.2  # of the hosts' median: all write at once, and shared storage serves them unequally
 OWN_FILES = 256  # Python, libraries, logs, the store
 SHM_BYTES = 1 << 30  # NCCL's transport inside a host; its documentation starts containers with --shm-size=1g
@@ -133,20 +133,20 @@ def network_problems(facts: Facts) -> list[Problem]:
     return by_host("network", looped, list(facts), "export GLOO_SOCKET_IFNAME=INTERFACE (`ip -br address`; launch/env.sh)")
 
 
-def clock_problems(offsets: Mapping[str, Mapping[str, float]]) -> list[Problem]:
-    """Check clocks against their median. offsets: host -> seconds ahead of rank 0's host, and the uncertainty."""
+def clock_notes(offsets: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Compare clocks with their median. offsets: host -> seconds ahead of rank 0's host, and the uncertainty.
+
+    Notes, no problems: no clock decides anything in a run, but times in logs would mislead whoever compares them.
+    """
     ahead = sorted(one["offset"] for one in offsets.values())
     half = len(ahead) // 2
     right = min(ahead[half - 1 : half + 1] if len(ahead) % 2 == 0 else ahead[half : half + 1], key=abs) if ahead else 0.0
-    problems = []
-    for host, one in offsets.items():
-        off = one["offset"] - right
-        if abs(off) - one["uncertainty"] > CLOCK_SECONDS:
-            direction = "ahead of" if off > 0 else "behind"
-            message = f"the clock of host {host} is {abs(off):.1f} s {direction} the others', {CLOCK_SECONDS:.0f} s is allowed"
-            cure = "start its time service: `chronyc makestep` or `timedatectl set-ntp true`"
-            problems.append(Problem(check="clock", hosts=(host,), message=message, cure=cure))
-    return problems
+    return [
+        f"the clock of host {host} is {abs(off):.1f} s {'ahead of' if off > 0 else 'behind'} the others': training does not "
+        "mind, but times in its logs are wrong (`chronyc makestep` or `timedatectl set-ntp true` there)"
+        for host, one in offsets.items()
+        if abs(off := one["offset"] - right) - one["uncertainty"] > CLOCK_SECONDS
+    ]
 
 
 def storage_problems(facts: Facts, unseen: Sequence[str], needed_bytes: int, folder: str) -> list[Problem]:

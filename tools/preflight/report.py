@@ -41,7 +41,7 @@ class PreflightReport:
     hosts: tuple[str, ...]  # in order of their ranks
     exit_code: int
     problems: tuple[Problem, ...]
-    notes: tuple[str, ...] = ()  # what was not checked, and why
+    notes: tuple[str, ...] = ()  # what was not checked, and why; clocks that differ
     layout: Layout | None = None
     recipe_hash: str | None = None
     rows: tuple[RankRow, ...] = ()

@@ -7,7 +7,7 @@ import pytest
 from recipes.common.recipe import SGD, AdamW, Layout
 from tools.preflight.communication import pairs
 from tools.preflight.host_facts import environment_of_interest, parse_apps, parse_gpus, parse_xid
-from tools.preflight.judge_hosts import clock_problems, host_problems, storage_problems
+from tools.preflight.judge_hosts import clock_notes, host_problems, storage_problems
 from tools.preflight.judge_ranks import (
     GroupResult,
     collective_problems,
@@ -115,12 +115,12 @@ def test_of_two_hosts_that_differ_rank_0s_is_taken_for_right():
     ],
 )
 def test_a_skewed_clock_is_named(seconds, hosts):
-    problems = clock_problems({host: {"offset": value, "uncertainty": 0.01} for host, value in seconds.items()})
-    assert [problem.hosts[0] for problem in problems] == hosts
+    notes = clock_notes({host: {"offset": value, "uncertainty": 0.01} for host, value in seconds.items()})
+    assert [note.split(" is ")[0] for note in notes] == [f"the clock of host {host}" for host in hosts]
 
 
 def test_a_clock_is_not_blamed_for_a_slow_answer():
-    assert clock_problems({"a": {"offset": 0.0, "uncertainty": 0.0}, "b": {"offset": 1.5, "uncertainty": 0.6}}) == []
+    assert clock_notes({"a": {"offset": 0.0, "uncertainty": 0.0}, "b": {"offset": 1.5, "uncertainty": 0.6}}) == []
 
 
 def stored(**of_b):

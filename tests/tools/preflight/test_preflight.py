@@ -134,7 +134,6 @@ def many_faults(recipe, tmp_path_factory):
     [
         ("code", "b", ["commit ffffffffff", "in recipes/common/parallel/cross_entropy.py", "3 of 4 hosts"]),
         ("packages", "b", ["transformers 4.57.0, 3 of 4 hosts have "]),
-        ("clock", "b", ["90.0 s ahead of"]),
         ("storage", "c", ["File too large"]),
         ("limits", "c", ["200 open files are allowed, 4 ranks need "]),
         ("communication", "c", ["all_reduce among tensor ranks 2-3 is wrong", "rank 2 on host c element 7 is"]),
@@ -153,8 +152,15 @@ def test_each_of_many_faults_is_named_with_its_host(many_faults, check, host, wo
 
 def test_nothing_else_is_told_and_the_good_host_is_not_blamed(many_faults):
     _, found = many_faults
-    assert len(found["problems"]) == 9, found["problems"]
+    assert len(found["problems"]) == 8, found["problems"]
     assert sorted(found["bad_hosts"]) == ["b", "c", "d"]
+
+
+def test_a_clock_that_is_ahead_is_noted_and_excludes_no_host(many_faults):
+    _, found = many_faults
+    assert [note.split(":")[0] for note in found["notes"] if "clock" in note] == [
+        "the clock of host b is 90.0 s ahead of the others'"
+    ]
 
 
 def test_a_folder_that_is_not_shared_is_found(recipe, tmp_path):
