@@ -17,8 +17,8 @@ from tools.common.console import UsageError
 _WITH_CODE = "config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"
 _TEXT_MODEL = (
     "python -c 'from transformers import AutoModelForImageTextToText as V, AutoModelForCausalLM as C; "
-    'm = V.from_pretrained("{0}"); t = C.from_config(m.config.text_config); t.model = m.model.language_model; '
-    't.lm_head = m.lm_head; t.save_pretrained("NEW")\''
+    'm = V.from_pretrained("{0}"); c = m.config.get_text_config(); c.tie_word_embeddings = m.config.tie_word_embeddings; '
+    't = C.from_config(c); t.model = m.model.language_model; t.lm_head = m.lm_head; t.save_pretrained("NEW")\''
 )
 _TEXT_CLASS = 'python -c \'from transformers import AutoModelForCausalLM as C; C.from_pretrained("{0}").save_pretrained("NEW")\''
 
@@ -77,16 +77,13 @@ def refuse_multimodal(config: PreTrainedConfig, folder: Path) -> None:
     text = config.get_text_config()
     if text is config:
         return
-    try:
-        causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
-        causal = None
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    what = f"{folder / 'config.json'} is of a multimodal model ({config.model_type}), whose text model is a {text.model_type}"
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UsageError(f"{what}, and transformers has no causal model of its own for that: give a model of a text family")
     is_text = causal is not None and causal.config_class is type(text)
     cure = (_TEXT_CLASS if is_text else _TEXT_MODEL).format(folder)
-    raise UsageError(
-        f"{folder / 'config.json'} is of a multimodal model ({config.model_type}), whose text model is a {text.model_type}: "
-        f"save that on its own and give its folder, with\n  {cure}"
-    )
+    raise UsageError(f"{what}: save that on its own and give its folder, with\n  {cure}")
 
 
 def build_model(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:

@@ -6,13 +6,15 @@ import json
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.config.model_sizes import size_problem
@@ -162,13 +164,40 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_kept(tmp_path):
     assert "NaN or infinite weights in" in said and "model.norm.weight" in said and "lm_head.weight" in said
 
 
-def test_a_multimodal_model_sends_to_its_text_model(tmp_path):
-    text = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 32, "vocab_size": 64}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text}))
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "config.json").rename(tmp_path / "hf" / "config.json")
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, "vocab_size": 64}
+VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8, "intermediate_size": 16}
+
+
+def _save_multimodal(folder: Path) -> torch.Tensor:
+    text = TEXT | {"model_type": "mistral", "head_dim": 8, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(  # tied by the outer config alone, as transformers' default has it
+        "mistral3", text_config=text, vision_config=VISION | {"model_type": "pixtral", "image_size": 28, "patch_size": 14}
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(folder)
+    return model(input_ids=torch.arange(16)[None]).logits.detach()
+
+
+def _logits(folder: Path) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids=torch.arange(16)[None]).logits.detach()
+
+
+def test_the_command_for_a_multimodal_model_gives_its_text_model(tmp_path):
+    expected = run_ranks(_save_multimodal, 1, tmp_path / "hf")[0]
     said = refused(tmp_path / "hf")
-    assert "a multimodal model (llava), whose text model is a llama: save that on its own" in said and ".save_pretrained(" in said
+    assert "a multimodal model (mistral3), whose text model is a mistral: save that on its own" in said
+    command = said[said.index("python -c") :].replace("NEW", str(tmp_path / "text")).replace("python", sys.executable, 1)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.equal(run_ranks(_logits, 1, tmp_path / "text")[0], expected)
+
+
+def test_a_multimodal_model_without_a_text_model_of_its_own_is_refused_in_words(tmp_path):
+    content = {"model_type": "qwen2_5_vl", "text_config": TEXT | {"num_key_value_heads": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    said = refused(tmp_path)
+    assert "whose text model is a qwen2_5_vl_text, and transformers has no causal model of its own for that" in said
 
 
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
