@@ -61,7 +61,7 @@ GATES = (
     Gate(None, "data=2", "zero3_fp32.json"),
     Gate(None, "context=2,mlp_chunk_tokens=4,recompute=full,offload_activations=1"),
     Gate("gpt_oss", "context=2,context_heads=1"),
-    Gate("gemma3_text", "tensor=2,context=2,context_heads=2"),
+    Gate("gemma2", "tensor=2,context=2,context_heads=2"),
 )
 
 TESTS = (
