@@ -54,11 +54,12 @@ def small_recipe(data: Path, model: PreTrainedConfig, **fields: Any) -> Recipe:
 
 def train_run(recipe: Recipe, out_dir: Path, layout: Layout, world_size: int, *, resume: bool = False, steps: int = 2) -> Path:
     """Train a whole run on forked ranks in `layout`, unchecked. Returns its newest checkpoint."""
-    run_ranks(_train, world_size, recipe, str(out_dir), layout, world_size, resume, steps)
+    run_ranks(train_on_rank, world_size, recipe, str(out_dir), layout, world_size, resume, steps)
     return out_dir / "checkpoints" / "latest"
 
 
-def _train(recipe: Recipe, out_dir: str, layout: Layout, world_size: int, resume: bool, steps: int) -> None:
+def train_on_rank(recipe: Recipe, out_dir: str, layout: Layout, world_size: int, resume: bool, steps: int) -> None:
+    """Train on this rank, as `train_run` has it."""
     sizes = derive_sizes(recipe, layout, world_size)
     config = merge_ds_config(ds_config(recipe.deepspeed), recipe, sizes, sizes.accumulation)
     train(start_run(recipe, layout, sizes, config, Path(out_dir), resume_run=resume, max_steps=steps))

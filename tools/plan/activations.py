@@ -6,8 +6,7 @@ a second on one core.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from recipes.common.model.decoder import TUPLE_LAYERS, find_stack
+from recipes.common.model.document_bounds import no_questions
 from recipes.common.model.recompute import product_ops
 from recipes.common.pipeline.placeholders import Placeholder
 
@@ -50,7 +50,7 @@ def layer_activations(
 def _measure(
     config: PreTrainedConfig, seq_len: int, dtype: torch.dtype, attention: str, fake: bool, *, every_layer: bool
 ) -> tuple[LayerBytes, ...]:
-    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), _without_packing():
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), no_questions(documents=False):
         causal = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         ).train()
@@ -121,16 +121,3 @@ def _layer_bytes(tensors: list[torch.Tensor], products: list[torch.Tensor], para
             sharded += storage.nbytes()
     outputs = {tensor.untyped_storage()._cdata: float(tensor.untyped_storage().nbytes()) for tensor in products}
     return LayerBytes(whole=whole, sharded=sharded, products=sum(outputs.values()))
-
-
-@contextmanager
-def _without_packing() -> Iterator[None]:
-    """Turn off transformers' search for packed documents: tensors without values cannot answer it, and it would then keep a
-    mask [seq_len, seq_len] that a run of whole sequences does not have."""
-    name = "find_packed_sequence_indices"
-    original = getattr(masking_utils, name)
-    setattr(masking_utils, name, lambda position_ids: None)
-    try:
-        yield
-    finally:
-        setattr(masking_utils, name, original)

@@ -11,6 +11,7 @@ On one engine:
     engine._INSTRUCTION_MAP                      deepspeed_timers: instructions on the clock; executor: a zero-bubble step
     engine._train_schedule                       executor: a zero-bubble step
     engine._aggregate_total_loss                 nothing: the trainer sums losses itself
+    engine.timers                                nothing: a pipeline engine's keeps two CUDA events a step for ever
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils.timer import NoopTimer
 
 from recipes.common.engine.deepspeed_timers import TimedBackend, timed_instructions
 from recipes.common.engine.gradient_norm import NormGate, norm_of_partitions, norm_of_replicated
@@ -61,6 +63,7 @@ def patch_engine(engine: DeepSpeedEngine, grid: Grid, executor: PipelineExecutor
         comm.cdb = TimedBackend(comm.cdb)
     if grid.pipeline > 1:
         engine._aggregate_total_loss = lambda: torch.zeros(())
+        engine.timers = NoopTimer()
         # on the instance, because `deepspeed.initialize` chooses the engine's class
         engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | timed_instructions(engine._INSTRUCTION_MAP)
     if executor is not None:

@@ -4,7 +4,8 @@ DeepSpeed rounds each rank's sum of squares to fp32 before it adds up ranks, so 
 in its last bits on which rank holds what; and it asks four groups one after another. Here squares are added up in fp64 on all
 ranks at once and rounded at the end.
 
-DeepSpeed skips a step whose norm is invalid, so a norm that the gate refuses is given to it as an invalid one.
+DeepSpeed skips a step whose norm is invalid, so a norm that the gate refuses is given to it as an invalid one. It gets the norm
+on the host: it asks it several questions, each of which would wait for the device, and computes with it in fp32 either way.
 """
 
 from __future__ import annotations
@@ -63,18 +64,23 @@ class NormGate:
         self.refused_norm, self._ceiling, self._scale = None, ceiling, loss_scale
 
     def checked(self, norm: torch.Tensor, invalid: float) -> torch.Tensor:
-        """Return the scaled `norm`, or `invalid` where it is not finite or is refused."""
-        return torch.full_like(norm, invalid) if self.refuses(norm) else torch.where(norm.isfinite(), norm, invalid)
+        """Return the scaled `norm`, or `invalid` where it is not finite or is refused, on the host. Waits once for the device."""
+        norm, refused = self._read(norm)
+        return torch.full_like(norm, invalid) if refused else torch.where(norm.isfinite(), norm, invalid)
 
     def refuses(self, norm: torch.Tensor) -> bool:
         """Judge a step by its scaled norm; one that is not finite is not refused. Collective under a finite ceiling."""
+        return self._ceiling < math.inf and self._read(norm)[1]
+
+    def _read(self, norm: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """Return the norm on the host, and whether it is refused."""
         if self._ceiling == math.inf:
-            return False
-        scaled = float(norm)
+            return norm.cpu(), False
         # groups of ranks sum in orders of their own: on the ceiling itself the last bit must not decide differently
-        high = torch.tensor([float(math.isfinite(scaled) and scaled > self._ceiling * self._scale)], device=self._device)
+        high = (norm.isfinite() & (norm.double() > self._ceiling * self._scale)).double().to(self._device)
         if dist.get_world_size() > 1:
             dist.all_reduce(high, op=dist.ReduceOp.MAX)
-        if high.item():
-            self.refused_norm = scaled / self._scale
-        return self.refused_norm is not None
+        scaled, refused = torch.stack([norm.double().to(self._device), high]).cpu().unbind()
+        if refused:
+            self.refused_norm = float(scaled) / self._scale
+        return scaled.to(norm.dtype), bool(refused)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -25,12 +26,14 @@ from recipes.common.data.document_masking import document_positions
 from recipes.common.engine.deepspeed_patches import patch_engine
 from recipes.common.engine.optimizers import build_optimizer
 from recipes.common.engine.startup import quiet_deepspeed
+from recipes.common.model.document_bounds import no_questions, positions_on
 from recipes.common.parallel.cross_entropy import IGNORED
 from recipes.common.parallel.grid import Grid, Mpu
 from recipes.common.pipeline.executor import PipelineExecutor
 from recipes.common.pipeline.stage import Stage
 from recipes.common.pipeline.tied_embeddings import TiedHead, gradient_of
 from recipes.common.recipe import Optimizer
+from recipes.common.runtime.device_copies import CopyAhead, to_device
 from recipes.common.runtime.step_clock import BACKWARD, CLOCK, FORWARD, OPTIMIZER, num_bytes
 from recipes.common.runtime.supervisor_link import WAITING_FUNCTION
 
@@ -136,6 +139,7 @@ class Trainer:
             module.tied_head = TiedHead(stage)
         self._executor = PipelineExecutor(self.engine, stage, grid) if stage.weight_grad_stores else None
         self._gate = patch_engine(self.engine, grid, self._executor)
+        self._copy_ahead = CopyAhead(grid.device)
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]
         # called once a step has been taken: fp64 [n], of one length on all ranks, to be summed over them with the losses
@@ -161,8 +165,8 @@ class Trainer:
         get the same, and take their slices.
 
         scored_tokens: targets in the global batch. votes: yes-or-no questions that any rank may answer yes; they are summed with
-        the losses. norm_ceiling: the step is skipped if its gradient norm is higher. Reading the result is a step's one wait for
-        the device.
+        the losses. norm_ceiling: the step is skipped if its gradient norm is higher. A step waits for the device when the norm
+        is known and when its results are, whatever the number of micro batches.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -206,9 +210,10 @@ class Trainer:
         self._clear_losses()
         self._set_document_positions(micro_batches)
         batches = self._batches(micro_batches, len(micro_batches) * self.grid.data / scored_tokens)
-        if self.grid.pipeline > 1:
-            self.engine.train_batch(batches)
-        else:
+        with self._no_questions():
+            if self.grid.pipeline > 1:
+                self.engine.train_batch(batches)
+                return
             self.engine.train()
             for ids, labels in batches:
                 with CLOCK.span(FORWARD):
@@ -224,39 +229,47 @@ class Trainer:
         weight = 1.0 / scored_tokens
         self._set_document_positions([tokens for tokens, _ in micro_batches])
         batches = self._batches((tokens for tokens, _ in micro_batches), weight, [rows for _, rows in micro_batches])
-        if self._executor is not None:
-            self._executor.evaluate(batches, len(micro_batches))
-        elif self.grid.pipeline > 1:
-            self.engine.eval_batch(batches, num_micro_batches=len(micro_batches), bcast_loss=False)
-        else:
-            self.engine.eval()
-            with torch.no_grad():
-                for ids, labels in batches:
-                    self.engine(ids, labels)
+        with self._no_questions():
+            if self._executor is not None:
+                self._executor.evaluate(batches, len(micro_batches))
+            elif self.grid.pipeline > 1:
+                self.engine.eval_batch(batches, num_micro_batches=len(micro_batches), bcast_loss=False)
+            else:
+                self.engine.eval()
+                with torch.no_grad():
+                    for ids, labels in batches:
+                        self.engine(ids, labels)
         return float(self._sum_over_ranks(measure=False).losses[0])
 
     def _clear_losses(self) -> None:
         self.stage.loss_sums.zero_()
         self.stage.max_logit.fill_(-torch.inf)
 
+    def _no_questions(self) -> contextlib.AbstractContextManager[None]:
+        return no_questions(documents=self.document_end is not None)
+
     def _batches(
         self, micro_batches: Iterable[torch.Tensor], weight: float, rows: list[torch.Tensor] | None = None
     ) -> Iterator[tuple[torch.Tensor, Labels]]:
-        device = self.grid.device
-        scale = torch.tensor(weight, dtype=torch.float32, device=device)
+        scale = torch.full((), weight, dtype=torch.float32, device=self.grid.device)
+        for ids, targets in self._copy_ahead(self._ids_and_targets(micro_batches, rows)):
+            yield ids, (targets, scale)
+
+    def _ids_and_targets(
+        self, micro_batches: Iterable[torch.Tensor], rows: list[torch.Tensor] | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for index, tokens in enumerate(micro_batches):
             tokens = context_slice(tokens, self.grid.context_rank, self.grid.context)
             targets = tokens[:, 1:]
             if rows is not None:
                 targets = targets.masked_fill(~rows[index].view(-1, 1), IGNORED)
-            ids = tokens[:, :-1].contiguous().to(device, non_blocking=True)
-            yield ids, (targets.contiguous().to(device, non_blocking=True), scale)
+            yield tokens[:, :-1].contiguous(), targets.contiguous()
 
     def _set_document_positions(self, micro_batches: list[torch.Tensor]) -> None:
         """Give any stage the positions of its micro batches. Every stage reads the data, so nothing has to be sent."""
         if self.document_end is not None:
             positions = (document_positions(tokens[:, :-1], self.document_end) for tokens in micro_batches)
-            self.stage.set_positions(p.to(self.grid.device, non_blocking=True) for p in positions)
+            self.stage.set_positions(positions_on(self.grid.device, p) for p in positions)
 
     def _sum_over_ranks(self, votes: tuple[bool, ...] = (), *, measure: bool = True) -> StepSums:
         """Reduce a step's results over all ranks, in its one collective of this kind. measure: with the step's statistics."""
@@ -270,7 +283,7 @@ class Trainer:
             "losses": losses,
             "cross_entropy_by_rank": cross_entropy,
             "max_logit_by_rank": max_logit,
-            "votes": losses.new_tensor(votes),
+            "votes": to_device(torch.tensor(votes, dtype=losses.dtype), losses.device),
             "statistics": self.statistics() if measure and self.statistics is not None else losses.new_zeros(0),
         }
         sums = torch.cat(list(parts.values()))

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from recipes.common.runtime.device_copies import to_device
+
 # Sums over elements of: the gradient's, the weight's and the update's square; g^2 / max(v, eps^2); sqrt(v) < eps; g = 0.
 # g is what the optimizer was given (after clipping), v is corrected for bias: at the first step g^2 / v is 1.
 SUMS = ("gradient", "weight", "update", "adam", "tiny", "zeros")
@@ -39,8 +41,8 @@ def spans_of(ranges: list[tuple[int, int, int]], device_type: str, sums_device: 
             spans.append((start, [stop - start]))
     return Spans(
         tuple((start, tuple(lengths)) for start, lengths in spans),
-        torch.tensor([row for row, _, _ in parts], device=sums_device),
-        torch.tensor([stop - start for _, start, stop in parts], dtype=torch.float64, device=sums_device),
+        to_device(torch.tensor([row for row, _, _ in parts], dtype=torch.int64), sums_device),
+        to_device(torch.tensor([stop - start for _, start, stop in parts], dtype=torch.float64), sums_device),
     )
 
 

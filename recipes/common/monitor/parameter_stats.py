@@ -91,7 +91,7 @@ class ParameterStats:
             self.error = self.error or self.layers.error
         parts = [self._sums.flatten()] if self._with_parameters else []
         parts += [self.layers.sums()] if self._with_layers else []
-        failed = self._sums.new_tensor([float(self.error is not None)])
+        failed = self._sums.new_full((1,), float(self.error is not None))
         if self.error is not None:
             parts = [torch.zeros_like(part) for part in parts]
         return torch.cat([*parts, failed])

@@ -5,7 +5,7 @@
     across the pipeline    embeddings that the first and the last stage share
 
 BLOOM trained for weeks with norms that had drifted apart on its tensor ranks, because clipping left some of them out, and
-nothing checked. A copy's checksum is 64 bits, made where it lies; a check sends two numbers a parameter and waits once.
+nothing checked. A copy's checksum is 64 bits, made where it lies; a check sends two numbers a parameter and waits twice.
 """
 
 from __future__ import annotations
@@ -46,20 +46,26 @@ Copies = tuple[str, dist.ProcessGroup, dict[str, torch.Tensor]]  # (across, who 
 
 def find_drift(trainer: Trainer) -> list[Drift]:
     """Return every parameter whose copies differ, on every rank. Collective."""
-    differing: list[tuple[str, dist.ProcessGroup, str, int, float]] = []
-    for across, group, tensors, sums in _summed_copies(trainer):
-        names = list(tensors)
+    copies = _summed_copies(trainer)
+    count = torch.zeros((), dtype=torch.int64, device=trainer.grid.device)
+    differ = []  # bool [parameters] of each kind of copies
+    for _, group, _, sums in copies:
         # the largest of all and, as the largest of the complements, the smallest
         extremes = torch.cat([sums, ~sums])
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
         high, low = extremes.chunk(2)
-        for index in torch.nonzero(high != ~low).flatten().tolist():
-            name = names[index]
-            differing.append((across, group, name, int(sums[index]), _largest_difference(tensors[name], group)))
-    count = torch.tensor([float(len(differing))], device=trainer.grid.device)
+        differ.append(high != ~low)
+        count += differ[-1].sum()
     if dist.get_world_size() > 1:
         dist.all_reduce(count)
-    return _agree(differing, trainer.grid.device) if count.item() else []
+    if not count.item():
+        return []
+    differing: list[tuple[str, dist.ProcessGroup, str, int, float]] = []
+    for (across, group, tensors, sums), differs in zip(copies, differ, strict=True):
+        for index, name in enumerate(tensors):
+            if differs[index]:
+                differing.append((across, group, name, int(sums[index]), _largest_difference(tensors[name], group)))
+    return _agree(differing, trainer.grid.device)
 
 
 def _summed_copies(trainer: Trainer) -> list[tuple[str, dist.ProcessGroup, dict[str, torch.Tensor], torch.Tensor]]:
@@ -70,7 +76,7 @@ def _summed_copies(trainer: Trainer) -> list[tuple[str, dist.ProcessGroup, dict[
             own.append((across, group, tensors, torch.stack([checksum(tensor) for tensor in tensors.values()])))
     except Exception as raised:  # the others would wait for this rank's part for ever
         error = raised
-    failed = torch.tensor([float(error is not None)], device=trainer.grid.device)
+    failed = torch.full((1,), float(error is not None), device=trainer.grid.device)
     if dist.get_world_size() > 1:
         dist.all_reduce(failed)
     if failed.item():

@@ -25,13 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    find_packed_sequence_indices,
-    packed_sequence_compatibility_function,
-)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, packed_sequence_compatibility_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from recipes.common.model.document_bounds import sequence_indices
 from recipes.common.parallel.collectives import exchange, gather_sequence
 from recipes.common.recipe import Layout
 
@@ -122,7 +119,7 @@ class ContextAttention:
         """Make the mask of this rank's queries and all keys, for a model that asks for its slice's."""
         whole = q_length * self.size
         queries = whole // self.spans
-        packed = find_packed_sequence_indices(self._documents) if self._documents is not None else None
+        packed = sequence_indices(self._documents) if self._documents is not None else None
         if packed is not None:
             if self.attention in _BY_POSITIONS:
                 return _Positions(self._documents)

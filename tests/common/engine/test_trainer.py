@@ -6,13 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 
 from recipes.common.engine.trainer import NONFINITE
+from recipes.common.monitor.parameter_stats import ParameterStats
+from recipes.common.monitor.replica_drift import find_drift
 from recipes.common.recipe import SGD
 from tests.support.parity import trial_of
 from tests.support.tiny import ds_config, tiny_config
+from tests.support.waits import Waits
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import batches, build_trial_trainer, initial_model
+from tools.common.parity import batches, build_trial_trainer, initial_model, rank_batches
 
 ROWS = [[True, False], [True, True], [False, True], [True, True]]  # of each micro batch, those that count
 
@@ -104,3 +108,70 @@ def test_a_step_that_is_no_number_says_so(pipeline, deepspeed):
         assert math.isfinite(good[0]) and math.isfinite(good[1]) and good[2] is None
         assert not math.isfinite(bad[0]) and not math.isfinite(bad[1]) and bad[2] == NONFINITE
         assert unmoved
+
+
+def _waits(trial, planted=False):
+    """Where the host waits in a monitored step, an evaluation and a comparison of copies, of 2 and of 8 micro batches.
+
+    planted: the model's first own layer asks for a value, in each micro batch.
+    """
+    trainer, found = build_trial_trainer(trial), []
+    stats = ParameterStats(trainer, trial.optimizer.clip)
+    if planted:
+        layer = trainer.stage.causal.get_submodule(trainer.stage.stack.layers)[trainer.stage.own_layers[0]]
+        layer.register_forward_hook(lambda *_: print(end=str(trainer.stage.max_logit.item())[:0]))
+    for count in (2, 2, 8):  # the first step also does what a run does once
+        trainer.set_global_seqs(count * trial.micro_seqs * trainer.grid.readers)
+        micro = [tokens[: trial.micro_seqs] for tokens in batches(replace(trial, steps=count))]
+        with Waits() as step:
+            stats.begin(parameters=True, layers=True)
+            stats.read(trainer.train_step(micro, 1e-3, count * trial.seq_len, (True, False), 1e9))
+        with Waits() as evaluation:
+            trainer.evaluate([(tokens, torch.ones(len(tokens), dtype=torch.bool)) for tokens in micro], 100)
+        with Waits() as drift:
+            assert not find_drift(trainer)
+        found.append((dict(step.by_line), dict(evaluation.by_line), dict(drift.by_line)))
+    return found[1:]
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "options"),
+    [
+        ("llama", (1, 1, 2), {"recompute": "full"}),
+        ("mixtral", (1, 1, 1), {"document_end": 5}),
+        ("gemma2", (2, 1, 1), {"document_end": 5, "attention": "eager"}),
+        ("gpt2", (2, 1, 1), {"pipeline_schedule": "zero_bubble"}),
+        ("qwen3", (2, 1, 1), {"pipeline_schedule": "zero_bubble_v", "document_end": 5}),
+        ("llama", (1, 1, 2), {"context": 2, "document_end": 5}),
+    ],
+)
+def test_no_micro_batch_waits_for_a_value(family, layout, options):
+    """8 micro batches wait as often as 2, with everything that a run measures, and where the device would be asked is known."""
+    options = {"attention": "sdpa", "deepspeed": ds_config("zero1_bf16.json")} | options
+    trial = trial_of(tiny_config(family), *layout, **options)
+    for few, many in run_ranks(_waits, trial.world_size, trial):
+        assert many == few
+        step, evaluation, drift = many
+        on_device = {line: count for line, count in step.items() if "optimizer_sums.py" not in line}  # another path on a CPU
+        assert 0 < sum(on_device.values()) <= 6, on_device
+        assert not evaluation
+        assert sum(drift.values()) <= 2
+
+
+def test_a_layer_that_asks_for_a_value_is_counted():
+    trial = trial_of(tiny_config("llama"), 1, 1, 1, deepspeed=ds_config("zero1_bf16.json"))
+    few, many = run_ranks(_waits, 1, trial, True)[0]
+    assert sum(many[0].values()) - sum(few[0].values()) == 6
+    assert (sum(few[1].values()), sum(many[1].values())) == (2, 8)
+
+
+def _timers(trial):
+    trainer = build_trial_trainer(trial)
+    for batch in rank_batches(trial, trainer):
+        trainer.train_step(batch, 1e-3, trial.global_seqs * trial.seq_len)
+    timer = trainer.engine.timers(TRAIN_BATCH_TIMER)
+    return len(getattr(timer, "event_timers", []))
+
+
+def test_deepspeed_keeps_no_times_of_past_steps():
+    assert run_ranks(_timers, 2, trial_of(tiny_config("llama"), 2, 1, 1, global_seqs=2)) == [0, 0]

@@ -1,0 +1,133 @@
+"""The numbers on a device: the gate, schedules against 1F1B, fp16 with an overflow, the monitor's statistics."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from recipes.common.recipe import ROOT
+from tests.common.monitor import test_parameter_stats as statistics_oracle
+from tests.gpu.place import Figures, GpuCheck, Place, RefutedError, be_deterministic, demand_equal, differing
+from tests.support.fp16 import allow_fp16, fp16_config
+from tests.support.parity import trial_of
+from tests.support.tiny import ds_config, tiny_config
+from tools.common.forked_ranks import run_ranks
+from tools.common.parity import Trial, initial_model, train_in_layout, train_plain
+from tools.common.recipe_io import load_recipe, parse_layout
+from tools.verify import make_trial, verify
+
+FAMILIES = {"llama": "llama_1b", "gpt2": "gpt2_124m", "mixtral": "mixtral_8x7b"}
+PRECISIONS = ("fp32", "bf16")
+# of the gate, by ranks
+LAYOUTS = {1: ("data=1",), 2: ("tensor=2", "pipeline=2"), 8: ("tensor=2,pipeline=2,data=2",)}
+MOST_PIPELINE = {2: (2, 1, 1), 8: (2, 2, 2)}  # pipeline, tensor, data by ranks
+SCHEDULES = ("1f1b", "zero_bubble", "zero_bubble_v")
+LOSS_BOUND, NORM_BOUND = 5e-4, 1e-2  # of fp16 against fp32, relative
+
+
+def gate(place: Place, family: str, precision: str) -> Figures:
+    """Run tools.verify's gate on the device: the recipe's own family and options against plain transformers."""
+    recipe = load_recipe(str(ROOT / "recipes" / f"{FAMILIES[family]}.py"))
+    recipe = replace(recipe, deepspeed=f"zero1_{precision}.json")
+    found, failed = {}, []
+    layouts = LAYOUTS[place.ranks] if place.on_gpu else LAYOUTS[place.ranks][-1:]
+    for text in layouts:
+        layout, data = parse_layout(text)
+        rows = verify(make_trial(recipe, layout, data, steps=2, seq_len=32, device=place.device))
+        found[text] = [asdict(row) for row in rows]
+        failed += [f"{text}: {r.what} {r.difference:.1e} for {r.bound:.1e} at {r.where}" for r in rows if not r.passed]
+    if failed:
+        raise RefutedError("; ".join(failed))
+    return {"layouts": found}
+
+
+def schedules(place: Place) -> Figures:
+    """Train with each pipeline schedule and compare losses, norms and weights with 1F1B's, bit for bit."""
+    compared = {}
+    for config in ("zero1_fp32.json", "zero1_bf16.json"):
+        options = {"deepspeed": ds_config(config), "device": place.device, "global_seqs": 16}
+        found = {}
+        for schedule in SCHEDULES:
+            trial = trial_of(tiny_config("llama"), *MOST_PIPELINE[place.ranks], pipeline_schedule=schedule, **options)
+            found[schedule] = _trained(run_ranks(_train_deterministic, trial.world_size, trial))
+        (numbers, weights), *others = found.values()
+        for schedule, (other_numbers, other_weights) in zip(SCHEDULES[1:], others, strict=True):
+            demand_equal(f"{config}: weights of {schedule} and 1f1b", differing(weights, other_weights))
+            if numbers != other_numbers:
+                raise RefutedError(f"{config}: {schedule} has losses and norms {other_numbers}, 1f1b {numbers}")
+        compared[config] = {"tensors": len(weights), "last_loss": numbers["losses"][-1]}
+    return compared
+
+
+def _train_deterministic(trial: Trial) -> dict[str, Any]:
+    be_deterministic()
+    return train_in_layout(trial)
+
+
+def _trained(ranks: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """Return (losses and norms, every rank's weights by name and tensor rank)."""
+    shards = {(name, rank["place"][0]): shard for rank in ranks for name, shard in rank["shards"].items()}
+    return {"losses": ranks[0]["losses"], "norms": ranks[0]["norms"]}, shards
+
+
+def half(place: Place) -> Figures:
+    """Train in fp16: near fp32 under a fitting loss scale, and no weight moved by a step that overflows."""
+    pipeline = min(place.ranks, 2)
+    trial = trial_of(
+        tiny_config("llama", tie_word_embeddings=True), pipeline, 1, 1,
+        deepspeed=fp16_config(initial_scale_power=12), device=place.device,
+    )  # fmt: skip
+    plain = run_ranks(train_plain, 1, trial)[0]
+    trained = run_ranks(_train_half, trial.world_size, trial)[0]
+    loss, norm = (_relative(trained[key], wanted) for key, wanted in (("losses", plain.losses), ("norms", plain.grad_norms)))
+    if any(trained["skipped"]) or not 0 < loss <= LOSS_BOUND or not norm <= NORM_BOUND:
+        raise RefutedError(
+            f"skipped {trained['skipped']}, loss off by {loss:.1e} for {LOSS_BOUND}, norm by {norm:.1e} for {NORM_BOUND}"
+        )
+    overflowing = replace(trial, deepspeed=fp16_config(initial_scale_power=60), steps=1)
+    ranks = run_ranks(_train_half, trial.world_size, overflowing)
+    if ranks[0]["skipped"] != [True]:
+        raise RefutedError("a loss scale of 2^60 overflowed no gradient")
+    initial = run_ranks(_initial_in_half, 1, overflowing)[0]
+    shards = {name: shard for rank in ranks for name, shard in rank["shards"].items()}
+    demand_equal("weights before and after a step that overflowed", differing(shards, initial))
+    return {"loss_difference": loss, "norm_difference": norm, "loss_bound": LOSS_BOUND, "norm_bound": NORM_BOUND}
+
+
+def _train_half(trial: Trial) -> dict[str, Any]:
+    if trial.device == "cpu":
+        allow_fp16()
+    return train_in_layout(trial)
+
+
+def _initial_in_half(trial: Trial) -> dict[str, Any]:
+    return {name: p.detach().half().float() for name, p in initial_model(trial).named_parameters()}
+
+
+def _relative(found: list[float], wanted: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
+
+
+def statistics(place: Place) -> Figures:
+    """Compare every statistic of the monitor with the oracle's, which stays on the CPU: products are rounded in another order."""
+    bound = 1e-4 if place.on_gpu else 1e-5
+    trial = statistics_oracle.trial_of(tiny_config("llama"), 1, 1, 1, device=place.device)
+    try:
+        statistics_oracle.assert_equal(trial, bound=bound)
+    except AssertionError as error:
+        raise RefutedError(str(error)) from error
+    return {"bound": bound}
+
+
+CHECKS = (
+    *(
+        GpuCheck(f"gate {family} {precision}", f"{recipe} against plain transformers, tools.verify", partial(gate, **which))
+        for family, recipe in FAMILIES.items()
+        for precision in PRECISIONS
+        for which in [{"family": family, "precision": precision}]
+    ),
+    GpuCheck("schedules", "both zero bubbles are 1F1B, bit for bit, fp32 and bf16", schedules, ranks=2),
+    GpuCheck("fp16", "fp16 tracks fp32, and a step that overflows changes no weight", half),
+    GpuCheck("statistics", "the monitor's statistics are the oracle's", statistics),
+)
