@@ -125,7 +125,7 @@ def problem_of(words, command):
     missing = [w for w in words if w.partition("/")[0] in FOLDERS and not Path(w).exists() and w not in made_by(words)]
     if missing:
         return f"there is no {', '.join(missing)}"
-    runs_tests = command.startswith(("bash tests/run.sh", "python -m pytest"))  # as this does
+    runs_tests = command.startswith(("bash tests/run.sh", "bash tests/gpu.sh", "python -m pytest"))  # as this does
     if command == "source .venv/bin/activate" or runs_tests:  # launch/venv.sh makes the first
         return ""
     if words[0] in ("cp", "sed"):

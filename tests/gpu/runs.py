@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,13 @@ from recipes.common.recipe import Layout, Recipe
 from recipes.common.run_dir.metrics import read_metrics
 from tests.gpu.place import Figures, GpuCheck, Place, RefutedError, be_deterministic, demand_equal
 from tests.support import small_runs
+from tests.support.fp16 import allow_fp16, fp16_config
 from tests.support.launched import copy_repository, start, torchrun
 from tests.support.tiny import ROOT, tiny_config
 from tools.common.forked_ranks import run_ranks
 
 STEPS, HALFWAY = 4, 2
+POWER, SCALED_STEPS = 30, 24  # the exponent of a loss scale that is some 12 halvings too large
 LAYOUTS = {1: Layout(), 2: Layout(pipeline=2), 8: Layout(tensor=2, pipeline=2)}
 EXPORT_BOUND = 1e-5  # relative, of fp32's validation loss
 PREFLIGHT_SECONDS = 180
@@ -95,6 +98,23 @@ def preflight(place: Place) -> Figures:
     return {"flops_per_second": flops}
 
 
+def overflows(place: Place) -> Figures:
+    """Train in fp16 from a loss scale that is far too large, and resume: each overflow halves it until gradients fit."""
+    config = place.folder / "fp16.json"
+    config.write_text(json.dumps(fp16_config(initial_scale_power=POWER, hysteresis=1)))
+    recipe = replace(_recipe(small_runs.write_data(place.folder / "data"), str(config)), steps=SCALED_STEPS)
+    run = place.folder / "run"
+    _train(place, recipe, run, steps=SCALED_STEPS - 4)
+    _train(place, recipe, run, steps=SCALED_STEPS, resume_run=True)
+    records = [record for record in read_metrics(run) if "loss" in record]
+    skipped = [record["skipped_steps"] for record in records]
+    if not 3 < skipped[-1] < SCALED_STEPS - 4 or skipped[:3] != [1, 2, 3]:
+        raise RefutedError(f"skipped steps by step are {skipped}")
+    wrong = [record["step"] for record in records if record["loss_scale"] != 2.0 ** (POWER - record["skipped_steps"])]
+    demand_equal("the loss scale and the number of halvings", [f"step {step}" for step in wrong])
+    return {"overflows": skipped[-1], "loss_scale": records[-1]["loss_scale"]}
+
+
 def _recipe(data: Path, deepspeed: str) -> Recipe:
     return replace(small_runs.small_recipe(data, tiny_config("llama")), deepspeed=deepspeed, steps=STEPS)
 
@@ -104,13 +124,16 @@ def _train(place: Place, recipe: Recipe, out_dir: Path, *, steps: int, resume_ru
     run_ranks(_train_rank, place.ranks, recipe, str(out_dir), layout, place.ranks, resume_run, steps)
 
 
-def _train_rank(*arguments: Any) -> None:
+def _train_rank(recipe: Recipe, *arguments: Any) -> None:
     be_deterministic()
-    small_runs.train_on_rank(*arguments)
+    if os.environ["DS_ACCELERATOR"] == "cpu":
+        allow_fp16()
+    small_runs.train_on_rank(recipe, *arguments)
 
 
 CHECKS = (
     GpuCheck("resume", "saved and resumed is uninterrupted, bit for bit, fp32 and bf16", resume),
+    GpuCheck("fp16 run", "overflows halve the loss scale until gradients fit, over a resume too", overflows),
     GpuCheck("export", "the exported folder has the run's validation loss in plain transformers", export),
     GpuCheck("preflight", "the check of a start passes", preflight),
 )

@@ -185,7 +185,7 @@ class Trainer:
         worst = int(np.argmax(by_rank))  # the first NaN, where there is one
         skipped = self.engine.skipped_steps > skipped_before
         overflowed = self.engine.fp16_enabled() and np.isfinite(losses[0])
-        refused, norm = self._gate.refused_norm, float(self.engine.get_global_grad_norm() or 0.0)
+        refused, norm = self._gate.refused_norm, self._grad_norm()
         reason = TOO_HIGH if refused is not None else OVERFLOW if overflowed else NONFINITE
         return StepResult(
             loss=float(losses[0]),
@@ -201,6 +201,10 @@ class Trainer:
             votes=tuple(count > 0 for count in sums.votes),
             statistics=sums.statistics,
         )
+
+    def _grad_norm(self) -> float:
+        norm = self.engine.get_global_grad_norm()
+        return 0.0 if norm is None else float(norm)
 
     def _loss_scale(self) -> float:
         return float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if self.engine.fp16_enabled() else 1.0

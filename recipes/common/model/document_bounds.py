@@ -19,14 +19,13 @@ from transformers import modeling_flash_attention_utils as flash
 
 from recipes.common.runtime.device_copies import to_device
 
-_ASKED = {  # function -> where it is looked up when it is called
+_PLACES = {  # function -> where it is looked up when it is called
     "find_packed_sequence_indices": masking_utils,
     "_is_packed_sequence": flash,
     "prepare_fa_kwargs_from_position_ids": flash,
     "warn_if_padding_and_no_attention_mask": PreTrainedModel,
 }
-for _name, _place in _ASKED.items():
-    assert hasattr(_place, _name), f"this transformers asks about positions in another way: it has no {_name}"
+_ASKED = {name: place for name, place in _PLACES.items() if hasattr(place, name)}  # another transformers may ask nothing
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,9 @@ def no_questions(*, documents: bool) -> Iterator[None]:
     asked as ever. Else none restart.
     """
     theirs = {name: getattr(place, name) for name, place in _ASKED.items()}
-    for name, answer in _answers(theirs, documents).items():
-        setattr(_ASKED[name], name, answer)
+    answers = _answers(theirs, documents)
+    for name, place in _ASKED.items():
+        setattr(place, name, answers[name])
     try:
         yield
     finally:
@@ -96,7 +96,7 @@ def _answers(theirs: dict[str, Callable[..., Any]], documents: bool) -> dict[str
             return theirs["prepare_fa_kwargs_from_position_ids"](position_ids, *arguments, **options)
         return (bounds.starts, bounds.starts), (bounds.longest, bounds.longest)
 
-    return dict(zip(_ASKED, (find_indices, is_packed, flash_bounds, lambda *_, **__: None), strict=True))
+    return dict(zip(_PLACES, (find_indices, is_packed, flash_bounds, lambda *_, **__: None), strict=True))
 
 
 def _count_restarts(positions: torch.Tensor) -> torch.Tensor:

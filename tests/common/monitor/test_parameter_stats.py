@@ -153,12 +153,6 @@ def test_other_ways_to_run_a_layout(option):
     assert_equal(trial_of(tiny_config("llama"), 2, 2, 1, **option))
 
 
-@pytest.mark.gpu
-def test_on_a_gpu():
-    """Fused AdamW keeps its step on the device. The oracle stays on the CPU, whose products are rounded in another order."""
-    assert_equal(trial_of(tiny_config("llama"), 1, 1, 1, device="cuda"), bound=1e-4)
-
-
 def test_three_stages():
     assert_equal(trial_of(tiny_config("llama"), 3, 1, 1))
 

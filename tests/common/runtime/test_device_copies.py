@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from recipes.common.runtime import device_copies
 from recipes.common.runtime.device_copies import CopyAhead, to_device
 
 CPU = torch.device("cpu")
@@ -33,3 +34,44 @@ def test_an_error_of_the_reader_is_raised_after_what_came_before_it():
     assert int(next(copies)[0]) == 0
     with pytest.raises(OSError, match="the disk is gone"):
         next(copies)
+
+
+def test_on_a_gpu_each_copy_is_in_a_stream_of_its_own_and_waited_for_by_the_one_that_computes(monkeypatch):
+    """With streams that only say what is asked of them: no copy is used before its event, none waits for the one after it."""
+    said = []
+
+    class SaidStream:
+        def __init__(self, name):
+            self.name, self.events = name, 0
+
+        def __enter__(self):
+            said.append(f"in {self.name}")
+
+        def __exit__(self, *_):
+            said.append(f"out of {self.name}")
+
+        def record_event(self):
+            self.events += 1
+            said.append(f"event {self.events}")
+            return self.events
+
+        def wait_event(self, event):
+            said.append(f"{self.name} waits for event {event}")
+
+    main = SaidStream("main")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SaidStream("side"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(device_copies, "to_device", lambda tensor, device: said.append(f"copy {int(tensor)}") or tensor)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: said.append(f"{int(tensor)} kept for {stream.name}")
+    )
+    copies = CopyAhead(torch.device("cuda", 0))((torch.tensor(i),) for i in range(2))
+    for (tensor,) in copies:
+        said.append(f"use {int(tensor)}")
+    assert said == [
+        "in side", "copy 0", "event 1", "out of side",
+        "in side", "copy 1", "event 2", "out of side",
+        "main waits for event 1", "0 kept for main", "use 0",
+        "main waits for event 2", "1 kept for main", "use 1",
+    ]  # fmt: skip

@@ -290,13 +290,3 @@ def test_a_mistake_of_the_user_is_exit_2_and_one_message(words, part, tmp_path):
     called = call("preflight", *words, "--out-dir", tmp_path)
     assert (called.code, called.out) == (2, "")
     assert part in called.err and "Traceback" not in called.err
-
-
-@pytest.mark.gpu
-def test_a_gpu_is_looked_over(recipe, tmp_path):
-    process = start(
-        ["env", "DS_ACCELERATOR=cuda", *torchrun(1, ROOT / "tools" / "preflight" / "__main__.py", recipe, "--json")], tmp_path
-    )
-    out, _ = process.communicate(timeout=120)
-    found = json.loads(out.splitlines()[-1])
-    assert found["rows"][0]["flops_per_second"] > 1e12, out
