@@ -15,7 +15,7 @@ import torch
 from deepspeed.runtime.pipe.schedule import OptimizerStep
 
 from recipes.common.engine.trainer import Trainer
-from tests.support.waits import Waits
+from tests.support.waits import Waits, line_of
 
 SYNC_WARNING = "called a synchronizing CUDA operation"
 
@@ -37,7 +37,7 @@ def counted(device: str) -> Iterator[Counter[str]]:
             torch.cuda.set_sync_debug_mode("default")
             for warning in caught:
                 if SYNC_WARNING in str(warning.message):
-                    found[f"{warning.filename.rsplit('site-packages/')[-1]}:{warning.lineno}"] += 1
+                    found[line_of(warning.filename, warning.lineno)] += 1
 
 
 @contextmanager

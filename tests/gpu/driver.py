@@ -17,7 +17,7 @@ import torch
 
 from recipes.common.recipe import ROOT
 from recipes.common.run_dir.run_files import git_state
-from tests.gpu import numerics, runs, speed
+from tests.gpu import numerics, speed, whole_runs
 from tests.gpu.place import GpuCheck, Place, RefutedError, SkippedError
 from tests.gpu.results import (
     FAILED,
@@ -34,7 +34,13 @@ from tools.common.console import GOOD, UsageError, quiet_transformers, table
 from tools.common.forked_ranks import RankError, run_ranks
 from tools.preflight.host_facts import source_hashes
 
-CHECKS = (*speed.CHECKS[:3], *numerics.CHECKS[-3:], *runs.CHECKS, *speed.CHECKS[3:], *numerics.CHECKS[:-3])  # quick ones first
+CHECKS = (
+    *speed.CHECKS[:3],
+    *numerics.CHECKS[-3:],
+    *whole_runs.CHECKS,
+    *speed.CHECKS[3:],
+    *numerics.CHECKS[:-3],
+)  # quick ones first
 SIZES = (8, 2, 1)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recipes.common.recipe import ROOT
+
 # operators whose result's shape, or a number for Python, depends on values
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2", "bincount"}
 
@@ -38,4 +40,9 @@ def _caller() -> str:
     frame = sys._getframe(2)
     while frame is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
         frame = frame.f_back
-    return "?" if frame is None else f"{frame.f_code.co_filename.rsplit('site-packages/')[-1]}:{frame.f_lineno}"
+    return "?" if frame is None else line_of(frame.f_code.co_filename, frame.f_lineno)
+
+
+def line_of(path: str, line: int) -> str:
+    """Return file and line, without the folder that the repository or the environment lies in."""
+    return f"{path.rsplit('site-packages/')[-1].removeprefix(f'{ROOT}/')}:{line}"
