@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from recipes.common.parallel.first_messages import exchange_first_messages
 from recipes.common.parallel.grid import build_grid
 from recipes.common.recipe import Layout
 from tools.preflight.compute import wait
@@ -42,14 +43,16 @@ class CollectiveTiming:
 
 
 def join_group(store: dist.Store, rank: int, world_size: int, device: torch.device, seconds: float) -> None:
-    """Create the default process group. Its timeout is longer than ours, so that we report which rank hangs."""
+    """Create the default process group as training does, without a device (recipes.common.engine.startup).
+
+    Its timeout is longer than ours, so that we report which rank hangs.
+    """
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=2 * seconds),
-        device_id=device if device.type == "cuda" else None,
     )
 
 
@@ -60,6 +63,8 @@ def collective_facts(layout: Layout, device: torch.device, leaders: list[int], b
     """
     begun.append("making the groups")
     grid = build_grid(layout, device)
+    begun.append("the first message of every group and neighbour")
+    exchange_first_messages(grid)
     values = torch.arange(BYTES[device.type] // 4, device=device, dtype=torch.int64) % PERIOD
     found = []
     for kind, group in (("tensor", grid.tensor_group), ("data", grid.data_group)):

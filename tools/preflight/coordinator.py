@@ -199,8 +199,7 @@ def _check_speeds(rendezvous: Rendezvous, found: Findings, me: RankInfo, layout:
     plan = {
         "measure": ready,
         "device_type": device_type,
-        "tensor": layout.tensor,
-        "pipeline": layout.pipeline,
+        "layout": {axis: getattr(layout, axis) for axis in ("tensor", "pipeline", "context", "pipeline_schedule")},
         "leaders": found.leaders,
     }
     announce(rendezvous, "plan", plan)

@@ -78,7 +78,7 @@ def measure(rendezvous: Rendezvous, me: RankInfo, plan: Mapping[str, Any]) -> No
     report(rendezvous, "process group", joined)
     if "error" in joined:
         return
-    layout = Layout(tensor=plan["tensor"], pipeline=plan["pipeline"])
+    layout = Layout(**plan["layout"])
     begun: list[str] = []
     found = bounded(partial(on_device, partial(collective_facts, layout, device, plan["leaders"], begun)), "collectives", seconds)
     if "error" in found and begun:

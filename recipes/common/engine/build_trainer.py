@@ -11,6 +11,7 @@ from recipes.common.data.blend import data_folders
 from recipes.common.data.shards import read_manifest
 from recipes.common.engine.startup import start_distributed
 from recipes.common.engine.trainer import Trainer
+from recipes.common.parallel.first_messages import exchange_first_messages
 from recipes.common.parallel.grid import build_grid
 from recipes.common.pipeline.stage import build_stage, plan_model
 from recipes.common.recipe import Layout, Optimizer, Recipe, from_root
@@ -38,6 +39,7 @@ def build_trainer(
     device = start_distributed(device_type)
     planned = plan_model(model, layout, attention=attention)
     grid = build_grid(layout, device, planned.tensor_plan.ranks_per_kv_head, planned.head_ranks)
+    exchange_first_messages(grid)
     stage = build_stage(
         planned,
         grid,

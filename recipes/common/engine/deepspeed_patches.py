@@ -4,6 +4,7 @@ In the process, where DeepSpeed allows no other way. Several trainers may share 
 its arguments, and without any does what DeepSpeed's own does.
     deepspeed.ops.__compatible_ops__             empty: no compiler is looked for at start
     torch.compile, while Muon is imported        off: Muon is unused
+    module.PipelineParallelGrid, while a pipeline is built    deepspeed_groups.PipelineGroups: our groups, not a second set
     deepspeed.comm.comm.cdb                      deepspeed_timers.TimedBackend: collectives on the clock
     bf16_optimizer.get_global_norm_of_tensors    gradient_norm: the exact norm and the gate
 On one engine:
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -27,11 +28,14 @@ from deepspeed.comm import comm
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe import module as pipe_module
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.timer import NoopTimer
 
+from recipes.common.engine.deepspeed_groups import PipelineGroups
 from recipes.common.engine.deepspeed_timers import TimedBackend, timed_instructions
 from recipes.common.engine.gradient_norm import NormGate, norm_of_partitions, norm_of_replicated
 from recipes.common.parallel.grid import Grid
@@ -39,6 +43,7 @@ from recipes.common.pipeline.executor import OneStep, PipelineExecutor, RunPasse
 
 INVALID = -1.0  # DeepSpeed's mark for a norm that is not a number
 
+assert hasattr(pipe_module, "PipelineParallelGrid"), "DeepSpeed's pipeline makes its groups in another way"
 assert hasattr(bf16_optimizer, "get_global_norm_of_tensors"), "DeepSpeed's bf16 optimizer takes its norm in another way"
 
 
@@ -53,6 +58,20 @@ def patch_start() -> None:
             importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         torch.compile = compile_
+
+
+@contextlib.contextmanager
+def share_groups(grid: Grid) -> Iterator[None]:
+    """Let a PipelineModule that is built meanwhile use our groups."""
+
+    def ours(process_group: Any, topology: PipeModelDataParallelTopology) -> PipelineGroups:
+        return PipelineGroups(grid, topology)
+
+    theirs, pipe_module.PipelineParallelGrid = pipe_module.PipelineParallelGrid, ours
+    try:
+        yield
+    finally:
+        pipe_module.PipelineParallelGrid = theirs
 
 
 def patch_engine(engine: DeepSpeedEngine, grid: Grid, executor: PipelineExecutor | None) -> NormGate:

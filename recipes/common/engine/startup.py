@@ -1,4 +1,9 @@
-"""Starts DeepSpeed and the process group."""
+"""Starts the process group and DeepSpeed.
+
+We start the group ourselves, and DeepSpeed wraps it: it would bind the rank's device to it. NCCL then connects all ranks at
+once, splits a communicator over all of them for every group, and puts all messages of a group on one stream, on which
+"zero_bubble_v" can deadlock (recipes.common.pipeline.streams).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,7 @@ from collections.abc import Iterator
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
 
 from recipes.common.engine.deepspeed_patches import patch_start
 from recipes.common.runtime.network import choose_interface, free_port
@@ -21,6 +27,7 @@ def start_distributed(device_type: str) -> torch.device:
     """Join the process group that the launcher's environment describes, or start one alone. Returns this rank's device."""
     # DeepSpeed calls collectives by names that torch 2.13 deprecates: a warning a rank is enough noise to hide a real one
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")  # it is this rank's
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
@@ -31,10 +38,17 @@ def start_distributed(device_type: str) -> torch.device:
     device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
-        with quiet_deepspeed():
-            deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        dist.init_process_group(backend, timeout=default_pg_timeout)  # no device_id: see above
+    with quiet_deepspeed():
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device
+
+
+def device_is_bound() -> bool:
+    """Return whether the process group was started with a device, by whoever did: its groups then have one stream each."""
+    return dist.group.WORLD is not None and dist.group.WORLD.bound_device_id is not None
 
 
 @contextlib.contextmanager

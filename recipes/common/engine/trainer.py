@@ -23,12 +23,13 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from recipes.common.data.batches import context_slice
 from recipes.common.data.document_masking import document_positions
-from recipes.common.engine.deepspeed_patches import patch_engine
+from recipes.common.engine.deepspeed_groups import Mpu
+from recipes.common.engine.deepspeed_patches import patch_engine, share_groups
 from recipes.common.engine.optimizers import build_optimizer
 from recipes.common.engine.startup import quiet_deepspeed
 from recipes.common.model.document_bounds import no_questions, positions_on
 from recipes.common.parallel.cross_entropy import IGNORED
-from recipes.common.parallel.grid import Grid, Mpu
+from recipes.common.parallel.grid import Grid
 from recipes.common.pipeline.executor import PipelineExecutor
 from recipes.common.pipeline.stage import Stage
 from recipes.common.pipeline.tied_embeddings import TiedHead, gradient_of
@@ -81,7 +82,8 @@ class PipelineStages(PipelineModule):
         self.tied_head: TiedHead | None = None  # embedding and head on this rank
         # an entry for each stage; only this rank's is built
         layers = [stage] * topology.get_dim("pipe")
-        super().__init__(layers, topology=topology, loss_fn=stage.loss, partition_method="uniform")
+        with share_groups(stage.grid):
+            super().__init__(layers, topology=topology, loss_fn=stage.loss, partition_method="uniform")
         if stage.stack.tied and stage.grid.tie_group is not None and (stage.is_first or stage.is_last):
             name = f"{stage.stack.embedding}.weight"
             weight = dict(stage.hf_named_parameters())[name]

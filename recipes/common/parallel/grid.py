@@ -6,11 +6,16 @@ so that tensor-parallel traffic stays inside a node and pipeline stages are the 
     rank = (pipeline_rank * data + data_rank) * tensor + tensor_rank
 
 Context ranks are neighbouring data ranks, data_rank = reader * context + context_rank, and of those neighbours divide heads.
+
+A rank makes only groups that it is in, the same few at any world size, and DeepSpeed is given them instead of making its own
+(recipes.common.engine.deepspeed_groups): a call for every row, on every rank, is thousands of calls a rank at thousands of ranks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -36,6 +41,7 @@ class Grid(Coordinates):
     # arrive in the order sent, and neither direction waits for the other. None with "1f1b", whose messages DeepSpeed sends
     down_group: dist.ProcessGroup | None = None
     up_group: dist.ProcessGroup | None = None
+    alone_group: dist.ProcessGroup | None = None  # this rank's own, for DeepSpeed, which reduces over one rank as well
 
     def rank_of_stage(self, stage: int) -> int:
         """Return the rank of another stage that has this rank's data and tensor coordinates."""
@@ -49,81 +55,65 @@ def one_process(device: torch.device | None = None) -> Grid:
     return Grid(**vars(own), device=device or torch.device("cpu"), **dict.fromkeys(groups))
 
 
-def build_grid(layout: Layout, device: torch.device, ranks_per_kv_head: int = 1, head_ranks: int = 1) -> Grid:
-    """Create every group, on every rank, in one order (torch.distributed demands it).
+# torch names a group by its ranks and by how many groups the rank has made before, and the members have to agree on the name: one
+# that not every rank is in is made last
+_LAST = "tie_group"
+# their messages must not wait for those of another group of the same ranks; the clock counts context ranks' groups by themselves
+_UNSHARED = ("head_group", "span_group", "down_group", "up_group")
+
+
+def rank_groups(own: Coordinates, schedule: str, ranks_per_kv_head: int = 1, head_ranks: int = 1) -> dict[str, tuple[int, ...]]:
+    """Return Grid's field -> ranks for every group that a rank is in, in the order in which they are made.
 
     ranks_per_kv_head: neighbouring tensor ranks that share one key/value head (1: none do). head_ranks: neighbouring context
     ranks that divide heads.
     """
+
+    def ranks(pipeline: Iterable[int] | int, data: Iterable[int] | int, tensor: Iterable[int] | int) -> tuple[int, ...]:
+        axes = ([axis] if isinstance(axis, int) else axis for axis in (pipeline, data, tensor))
+        return tuple((p * own.data + d) * own.tensor + t for p, d, t in itertools.product(*axes))
+
+    def block(place: int, size: int) -> range:
+        return range(place - place % size, place - place % size + size)
+
+    stage, data, tensor = own.pipeline_rank, own.data_rank, own.tensor_rank
+    pipeline = ranks(range(own.pipeline), data, tensor)
+    slices = block(data, own.context)
+    two_ways = pipeline if schedule != ONE_PASS else ()
+    ends = sorted({0, own.pipeline - 1})
+    groups = {
+        "tensor_group": ranks(stage, data, range(own.tensor)),
+        "data_group": ranks(stage, range(own.data), tensor),
+        "pipeline_group": pipeline,
+        "model_group": ranks(range(own.pipeline), data, range(own.tensor)),
+        "kv_group": ranks(stage, data, block(tensor, ranks_per_kv_head)),
+        "head_group": ranks(stage, block(data, head_ranks), tensor),
+        "span_group": ranks(stage, slices[own.context_rank % head_ranks :: head_ranks], tensor),
+        "down_group": two_ways,
+        "up_group": two_ways,
+        _LAST: ranks(ends, data, tensor) if stage in ends and not own.folded else (),
+    }
+    alone = {"alone_group": (own.rank,)} if 1 in (own.tensor, own.data) else {}
+    return alone | {name: members for name, members in groups.items() if len(members) > 1}
+
+
+def build_grid(layout: Layout, device: torch.device, ranks_per_kv_head: int = 1, head_ranks: int = 1) -> Grid:
+    """Create this rank's groups, as `rank_groups` lists them. Every rank must call it."""
     own = coordinates(dist.get_rank(), dist.get_world_size(), layout)
-    ranks = torch.arange(dist.get_world_size()).view(own.pipeline, own.data, own.tensor)
-    by_tensor = ranks.reshape(-1, own.tensor)
-    by_data = ranks.permute(0, 2, 1).reshape(-1, own.data)
-    by_model = ranks.permute(1, 0, 2).reshape(own.data, -1)
-    by_pipeline = ranks.permute(1, 2, 0).reshape(-1, own.pipeline)
-    by_heads = by_data.reshape(-1, head_ranks)
-    by_span = by_data.reshape(-1, own.context // head_ranks, head_ranks).transpose(1, 2).flatten(0, 1)
-    by_tie = by_pipeline[:, [0, -1]] if own.pipeline > 1 and not own.folded else by_pipeline[:, :1]
-    return Grid(
-        **vars(own),
-        device=device,
-        tensor_group=_group_of(own.rank, by_tensor),
-        data_group=_group_of(own.rank, by_data),
-        model_group=_group_of(own.rank, by_model),
-        pipeline_group=_group_of(own.rank, by_pipeline),
-        tie_group=_group_of(own.rank, by_tie),
-        kv_group=_group_of(own.rank, by_tensor.reshape(-1, ranks_per_kv_head)),
-        head_group=_group_of(own.rank, by_heads),
-        span_group=_group_of(own.rank, by_span),
-        down_group=_group_of(own.rank, by_pipeline) if layout.pipeline_schedule != ONE_PASS else None,
-        up_group=_group_of(own.rank, by_pipeline) if layout.pipeline_schedule != ONE_PASS else None,
-    )
+    names = [field.name for field in fields(Grid) if field.name.endswith("_group")]
+    groups = dict.fromkeys(names) | _make_groups(rank_groups(own, layout.pipeline_schedule, ranks_per_kv_head, head_ranks))
+    return Grid(**vars(own), device=device, **groups)
 
 
-def _group_of(rank: int, rows: torch.Tensor) -> dist.ProcessGroup | None:
-    """Create a group for every row, and return that of the row with `rank`; rows of one rank make no group."""
-    if rows.shape[1] == 1:
-        return None
-    own = None
-    for row in rows.tolist():
-        group = dist.new_group(row)
-        if rank in row:
-            own = group
-    return own
-
-
-class Mpu:
-    """Gives DeepSpeed's engine, without a pipeline, the groups that it asks of a Megatron-style `mpu` (to sum norms)."""
-
-    def __init__(self, grid: Grid) -> None:
-        assert grid.pipeline == 1
-        self._grid = grid
-        # DeepSpeed reduces over these groups even when they have one rank
-        self._tensor = grid.tensor_group or self._group_of_one()
-        self._data = grid.data_group or self._group_of_one()
-
-    def _group_of_one(self) -> dist.ProcessGroup:
-        groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-        return groups[self._grid.rank]
-
-    def get_data_parallel_rank(self) -> int:
-        return self._grid.data_rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._grid.data
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._data
-
-    def get_model_parallel_rank(self) -> int:
-        return self._grid.tensor_rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._grid.tensor
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._tensor
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
+def _make_groups(wanted: dict[str, tuple[int, ...]]) -> dict[str, dist.ProcessGroup]:
+    """Create the groups of ranks that are given by name; some of the same ranks are one."""
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    found = {}
+    for name, ranks in wanted.items():
+        if name in _UNSHARED or ranks not in made:
+            found[name] = dist.new_group(list(ranks), use_local_synchronization=True)
+        else:
+            found[name] = made[ranks]
+        if name not in _UNSHARED:
+            made[ranks] = found[name]
+    return found

@@ -3,8 +3,8 @@
 A backward pass computes the input's gradient and defers the weights' (recipes.common.model.weight_grad_store) to a later pass.
 Everything is sent as soon as it exists and received ahead of the pass that needs it, beside the computation. Messages to later
 ranks and to earlier ones use two groups: within one, two ranks' messages arrive in the order in which they were sent, the
-receiver posts its receives in that order, and the sender waits for nothing until the step's end. So a schedule in which no pass
-needs a later one cannot deadlock, not even on NCCL streams.
+receiver posts its receives in that order, and the sender waits for nothing until the step's end. `streams` plays these programs:
+where each pair of ranks has a stream, no schedule of ours deadlocks.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from recipes.common.config.placement import chunk_count, chunks_of_rank, rank_of
 from recipes.common.parallel.grid import Grid
 from recipes.common.pipeline.schedules import FORWARD, INPUTS, Message, Pass, forward_passes, needs, order_passes, sent_messages
 from recipes.common.pipeline.stage import Stage
+from recipes.common.pipeline.streams import AHEAD
 from recipes.common.runtime.step_clock import BACKWARD, CLOCK, DATA, PIPELINE, WEIGHTS, num_bytes
 from recipes.common.runtime.step_clock import FORWARD as FORWARD_TIME
 
 Batch = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]  # ids, labels (see Stage)
-
-AHEAD = 1  # passes ahead of which a receive is posted
 
 
 class RunPasses(ds_schedule.PipeInstruction):

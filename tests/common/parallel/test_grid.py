@@ -3,13 +3,12 @@
 import itertools
 
 import pytest
-import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from recipes.common.config.placement import coordinates
 from recipes.common.engine.startup import start_distributed
-from recipes.common.parallel.grid import Mpu, build_grid, one_process
+from recipes.common.parallel.grid import build_grid, one_process
 from recipes.common.recipe import Layout
 from tools.common.forked_ranks import run_ranks
 
@@ -33,7 +32,7 @@ def test_coordinates_are_deepspeeds(pipeline, tensor, data):
 def test_one_process_is_everything():
     grid = one_process()
     assert grid.is_first_stage and grid.is_last_stage
-    assert [value for name, value in vars(grid).items() if name.endswith("_group")] == [None] * 10
+    assert [value for name, value in vars(grid).items() if name.endswith("_group")] == [None] * 11
 
 
 @pytest.mark.parametrize(("pipeline", "tensor", "data"), [(2, 2, 2), (1, 4, 2), (3, 1, 2), (4, 2, 1), (1, 1, 2)])
@@ -94,18 +93,3 @@ def _kv_groups():
     grid = build_grid(Layout(tensor=4), start_distributed("cpu"), ranks_per_kv_head=2)
     dist.barrier()
     return dist.get_process_group_ranks(grid.kv_group)
-
-
-def test_deepspeed_sees_the_same_groups_without_a_pipeline():
-    ranks = run_ranks(_mpu, 4)
-    assert ranks == [((rank % 2, 2), (rank // 2, 2), 1.0 + 4 * (rank // 2), 2.0 + 2 * (rank % 2)) for rank in range(4)]
-
-
-def _mpu():
-    """((tensor rank, size), (data rank, size), and the sums of ranks over both groups)."""
-    mpu = Mpu(build_grid(Layout(tensor=2), start_distributed("cpu")))
-    sums = [torch.tensor(float(dist.get_rank())) for _ in range(2)]
-    dist.all_reduce(sums[0], group=mpu.get_model_parallel_group())
-    dist.all_reduce(sums[1], group=mpu.get_data_parallel_group())
-    tensor = (mpu.get_tensor_model_parallel_rank(), mpu.get_model_parallel_world_size())
-    return tensor, (mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()), sums[0].item(), sums[1].item()

@@ -1,0 +1,194 @@
+"""Plays the messages of a schedule on NCCL's streams, without a GPU, and says whether they can block each other for ever.
+
+A rank hands its device operations in the order of its program. Those of one stream run one after another; a message moves when
+both sides have come to it; what is posted waits for all that the rank has computed before. Which messages share a stream depends
+on how the process group was started (torch's ProcessGroupNCCL::pointToPoint):
+
+    PAIR   without a device: a stream for each pair of ranks in a group. Ours: recipes.common.engine.startup
+    GROUP  bound to a device: one stream for all messages of a group
+
+"1f1b" and "zero_bubble" run on both. "zero_bubble_v" sends both ways over the same ranks, and there are orders in which, with one
+stream a group, a rank's message stands behind one that waits for it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from graphlib import CycleError, TopologicalSorter
+from typing import NamedTuple
+
+from deepspeed.runtime.pipe import schedule as ds_schedule
+
+from recipes.common.config.placement import ONE_PASS, chunk_count, rank_of_chunk
+from recipes.common.pipeline.schedules import (
+    FORWARD,
+    INPUTS,
+    Costs,
+    Message,
+    Pass,
+    forward_passes,
+    needs,
+    order_passes,
+    sent_messages,
+)
+
+PAIR, GROUP = "pair", "group"
+STREAMS = {PAIR: "a stream for each pair of ranks", GROUP: "one stream for each group"}
+AHEAD = 1  # passes ahead of which the executor posts a receive
+_COMPUTE = "compute"  # a rank's own stream
+
+
+class Operation(NamedTuple):
+    """What a rank hands its device: a pass, or its side of a message."""
+
+    event: Pass | Message
+    streams: tuple[tuple | str, ...]  # whose turn it needs; _COMPUTE among them: the rank's next pass waits for it
+    after: Pass | Message | None = None  # what must be over before, besides
+
+
+Program = list[Operation]  # of one rank, in order
+Key = tuple[type, Pass | Message]
+
+
+def training_programs(
+    schedule: str, pipeline: int, micro_batches: int, costs: tuple[Costs, ...], streams: str, ahead: int = AHEAD
+) -> list[Program]:
+    """Return what every rank hands its device in a step of this schedule."""
+    if schedule == ONE_PASS:
+        return [_engine_program(ds_schedule.TrainSchedule(micro_batches, pipeline, rank), streams) for rank in range(pipeline)]
+    orders = order_passes(schedule, pipeline, micro_batches, costs)
+    return [executor_program(orders, schedule, rank, streams, ahead) for rank in range(pipeline)]
+
+
+def evaluation_programs(schedule: str, pipeline: int, micro_batches: int, streams: str) -> list[Program]:
+    """Return what every rank hands its device in an evaluation."""
+    if schedule == ONE_PASS:
+        return [
+            _engine_program(ds_schedule.InferenceSchedule(micro_batches, pipeline, rank), streams) for rank in range(pipeline)
+        ]
+    orders = [forward_passes(schedule, pipeline, rank, micro_batches) for rank in range(pipeline)]
+    return [executor_program(orders, schedule, rank, streams) for rank in range(pipeline)]
+
+
+def executor_program(orders: list[list[Pass]], schedule: str, rank: int, streams: str, ahead: int = AHEAD) -> Program:
+    """Return a rank's program as PipelineExecutor runs it: receives posted `ahead` passes early, and only inputs waited for."""
+    pipeline = len(orders)
+    chunks = chunk_count(schedule, pipeline)
+    coming = {
+        stage: deque(message for to, message in sent_messages(orders[stage], schedule, pipeline) if to == rank)
+        for stage in (rank - 1, rank + 1)
+        if 0 <= stage < pipeline
+    }
+    sender = {message: stage for stage, messages in coming.items() for message in messages}
+
+    def received(step: Pass) -> Message | None:
+        before = needs(step, chunks)
+        if before is None or rank_of_chunk(schedule, pipeline, before.chunk) == rank:
+            return None
+        return Message(step.kind, step.micro_batch, step.chunk)
+
+    program: Program = []
+    last: Pass | None = None
+    for index, step in enumerate(orders[rank]):
+        for message in map(received, orders[rank][index : index + ahead + 1]):
+            while message is not None and message in coming[sender[message]]:
+                stage = sender[message]
+                channel = _channel("down" if stage < rank else "up", rank, stage, streams)
+                program.append(Operation(coming[stage].popleft(), (channel,), last))
+        program.append(Operation(step, (_COMPUTE,), received(step)))
+        for to, message in sent_messages([step], schedule, pipeline):
+            program.append(Operation(message, (_channel("down" if to > rank else "up", rank, to, streams),), step))
+        last = step
+    return program
+
+
+def _engine_program(instructions: ds_schedule.PipeSchedule, streams: str) -> Program:
+    """Return a rank's program as DeepSpeed's engine runs its own schedule: a rank computes nothing beside a message."""
+    rank, program, counts = instructions.stage_id, [], dict.fromkeys(_ENGINE, 0)
+    for instruction in (each for step in instructions for each in step):
+        if type(instruction) not in _ENGINE:
+            continue
+        kind, peer, chunk = _ENGINE[type(instruction)]
+        micro_batch = counts[type(instruction)]
+        counts[type(instruction)] += 1
+        if peer is None:
+            program.append(Operation(Pass(kind, micro_batch, rank), (_COMPUTE,)))
+        else:
+            channel = _channel("all", rank, rank + peer, streams)
+            program.append(Operation(Message(kind, micro_batch, rank + chunk), (channel, _COMPUTE)))
+    return program
+
+
+# instruction -> the kind of pass or message, where the other side is, and which chunk the message enters (from this rank's stage)
+_ENGINE: dict[type, tuple[str, int | None, int]] = {
+    ds_schedule.ForwardPass: (FORWARD, None, 0),
+    ds_schedule.BackwardPass: (INPUTS, None, 0),
+    ds_schedule.SendActivation: (FORWARD, 1, 1),
+    ds_schedule.RecvActivation: (FORWARD, -1, 0),
+    ds_schedule.SendGrad: (INPUTS, -1, -1),
+    ds_schedule.RecvGrad: (INPUTS, 1, 0),
+}
+
+
+def _channel(group: str, rank: int, peer: int, streams: str) -> tuple:
+    """Return the name of the stream that a rank's messages with `peer` in `group` are on."""
+    return (group, min(rank, peer), max(rank, peer)) if streams == PAIR else (group,)
+
+
+def finish_times(programs: list[Program], costs: tuple[Costs, ...]) -> list[float]:
+    """Return when each rank is done, if passes take `costs` and messages no time. Raises CycleError for a deadlock."""
+    needed = _needed(programs)
+    ends: dict[Key, float] = {}
+    for key in TopologicalSorter(needed).static_order():
+        kind, event = key
+        seconds = costs[event.chunk].of(event.kind) if kind is Pass else 0.0
+        ends[key] = max((ends[before] for before in needed[key]), default=0.0) + seconds
+    return [max(ends[_key(operation.event)] for operation in program) for program in programs]
+
+
+def deadlock(programs: list[Program]) -> str | None:
+    """Return which passes and messages wait for each other in a ring; None if all come to their end."""
+    try:
+        TopologicalSorter(_needed(programs)).prepare()
+    except CycleError as error:
+        return " before ".join(_words(event) for _, event in error.args[1])
+    return None
+
+
+def _needed(programs: list[Program]) -> dict[Key, set[Key]]:
+    """Return for every event what must be over before; both sides of a message are one event."""
+    needed: dict[Key, set[Key]] = {}
+    for program in programs:
+        last: dict[tuple | str, Key] = {}
+        for event, streams, after in program:
+            key = _key(event)
+            befores = needed.setdefault(key, set())
+            befores.update(last[stream] for stream in streams if stream in last)
+            if after is not None:
+                befores.add(_key(after))
+            last |= dict.fromkeys(streams, key)
+    return needed
+
+
+def _key(event: Pass | Message) -> Key:
+    return type(event), event  # a pass equals the message that it needs, as tuples do
+
+
+def _words(event: Pass | Message) -> str:
+    if isinstance(event, Pass):
+        return f"{event.kind}{event.micro_batch} in chunk {event.chunk}"
+    return f"the message for {event.kind}{event.micro_batch} to chunk {event.chunk}"
+
+
+def schedule_problem(
+    schedule: str, pipeline: int, micro_batches: Iterable[int], costs: tuple[Costs, ...], streams: str
+) -> str | None:
+    """Return why a schedule cannot run on such streams with each of these numbers of micro batches, or None."""
+    for count in sorted(set(micro_batches)):
+        if ring := deadlock(training_programs(schedule, pipeline, count, costs, streams)):
+            return (
+                f"pipeline_schedule={schedule!r} with pipeline={pipeline} and {count} micro batches would wait for ever on "
+                f"{STREAMS[streams]}: {ring}"
+            )
+    return None
