@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# From nothing to generated text: tokenizer, shards, 3D training on CPU, export to Hugging Face, a sample.
+# From nothing to generated text: tokenizer, shards, 3D training, export to Hugging Face, a sample.
 set -euo pipefail
 
 usage() {
     cat << 'HELP'
 usage: bash launch/quickstart.sh [--steps N] [--out DIR] [--processes N] [--print]
 
-Trains recipes/quickstart.py on CPU, on the sources of Python's standard library, and samples from the model.
+Trains recipes/quickstart.py on the sources of Python's standard library, and samples from the model. It takes the GPUs that
+nvidia-smi lists (of them 8, 4, 2 or 1), and the CPU where there are none or with DS_ACCELERATOR=cpu.
   --steps N       stop after N steps (default: the recipe's)
   --out DIR       run directory (default: runs/quickstart, then runs/quickstart-2, ...)
-  --processes N   ranks (default: 8, as tensor 2 x pipeline 2 x data 2)
+  --processes N   ranks (default: a GPU each; on CPU 8, as tensor 2 x pipeline 2 x data 2)
   --print         print the commands instead of running them
   --help          this text
 
 A second run reuses the environment (.venv), the tokenizer and the shards (runs/quickstart_data).
-With DS_ACCELERATOR=cuda it runs on GPUs.
 HELP
 }
 
@@ -28,7 +28,7 @@ root="$(dirname "$here")"
 data=runs/quickstart_data
 vocabulary=4096 # tokens; at most the recipe's vocab_size
 
-steps="" out="" processes=8 print=""
+steps="" out="" processes="" print=""
 while (($#)); do
     case "$1" in
         --steps | --processes)
@@ -47,6 +47,31 @@ while (($#)); do
         *) fail "unknown flag $1" ;;
     esac
 done
+
+# Prints how many GPUs the ranks may use: those that nvidia-smi lists, or that CUDA_VISIBLE_DEVICES names.
+count_gpus() {
+    local listed
+    [[ "${DS_ACCELERATOR:-cuda}" != cpu ]] || listed=none
+    if [[ -n "${listed:-}" ]] || ! listed="$(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null)" || [[ -z "$listed" ]]; then
+        echo 0
+    elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+        tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -cv -e '^$' -e '^-1$' || true
+    else
+        wc -l <<< "$listed"
+    fi
+}
+
+gpus="$(count_gpus)"
+if ((gpus)); then
+    if [[ -z "$processes" ]]; then
+        for processes in 8 4 2 1; do ((processes > gpus)) || break; done
+    fi
+    ((processes <= gpus)) || fail "--processes $processes needs as many GPUs, $gpus were found; DS_ACCELERATOR=cpu uses none"
+    echo "found $gpus GPUs (nvidia-smi): training on $processes of them; DS_ACCELERATOR=cpu trains on the CPU" >&2
+else
+    processes="${processes:-8}"
+    export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+fi
 
 cd "$root" # all paths below are relative to it, printed ones included
 if [[ -z "$out" ]]; then
@@ -81,8 +106,7 @@ if [[ -z "$print" ]]; then
     # shellcheck source=launch/lib_group.sh
     source "$here/lib_group.sh"
 fi
-export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
-[[ "$DS_ACCELERATOR" != cpu ]] || unset CUDA_VISIBLE_DEVICES # the launcher would read it as a list of CPU slots
+[[ "${DS_ACCELERATOR:-}" != cpu ]] || unset CUDA_VISIBLE_DEVICES # the launcher would read it as a list of CPU slots
 
 if [[ ! -f "$data/dataset.json" ]]; then
     sources='the standard library'

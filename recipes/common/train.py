@@ -28,7 +28,7 @@ from recipes.common.checkpoint.saver import Saver
 from recipes.common.checks.dry_run import describe_run
 from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.checks.recipe_file import report_recipe_file
-from recipes.common.config.arguments import launch_problems, parse_flags, place_of
+from recipes.common.config.arguments import parse_flags, place_of
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.config.field_effects import NEEDS_CONSENT
 from recipes.common.config.field_types import mistyped_fields
@@ -38,9 +38,9 @@ from recipes.common.data.batches import open_train, open_validation, step_micro_
 from recipes.common.data.prefetcher import Prefetcher
 from recipes.common.engine.build_trainer import build_recipe_trainer
 from recipes.common.engine.trainer import NONFINITE, TOO_HIGH, StepResult, Trainer
-from recipes.common.model.initial_weights import name_seed
 from recipes.common.monitor.monitor import RunMonitor
 from recipes.common.monitor.phases import Phases
+from recipes.common.parallel.dropout import seed_dropout
 from recipes.common.parallel.grid import Grid
 from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes, due
 from recipes.common.run_dir.checkpoint_folders import step_folder
@@ -48,6 +48,8 @@ from recipes.common.run_dir.lease import Lease, hold_run
 from recipes.common.run_dir.run_files import recipe_to_dict, write_run_files
 from recipes.common.run_dir.run_log import RunLog
 from recipes.common.runtime.exits import end_rank, guard_rank, refusals
+from recipes.common.runtime.garbage import collect_as_usual, collect_by_steps, collect_if_due
+from recipes.common.runtime.gpus import place_problems
 from recipes.common.runtime.screen import keep_screen
 from recipes.common.runtime.stop_signal import StopRequest
 from recipes.common.runtime.supervisor_link import SupervisorLink
@@ -72,7 +74,7 @@ def main(recipe: Recipe, file_problems: Sequence[str] = ()) -> None:
         found = [*file_problems, *([] if flags.dry_run else start_problems(recipe, flags, out_dir))]
         layout, ds_config = check_recipe(recipe, world_size, check_machine=not flags.dry_run, flag_problems=found)
     except RecipeError as error:
-        if rank == 0 or launch_problems(os.environ):  # every rank finds the same
+        if rank == 0 or place_problems(os.environ):  # every rank finds the same recipe
             print(f"error: {error}", file=sys.stderr)
         link.report_exit("disk_error" if writing_problems(out_dir) else "user_error")
         sys.exit(2)
@@ -96,8 +98,8 @@ def main(recipe: Recipe, file_problems: Sequence[str] = ()) -> None:
 
 
 def start_problems(recipe: Recipe, flags: Namespace, out_dir: Path) -> list[str]:
-    """Return what keeps a run from its start here, beside the recipe: the launcher's variables, --out-dir, the resume."""
-    if problems := launch_problems(os.environ) + writing_problems(out_dir):
+    """Return what keeps a run from its start here, beside the recipe: its launcher and GPUs, --out-dir, the resume."""
+    if problems := place_problems(os.environ) + writing_problems(out_dir):
         return problems
     problems = out_dir_problems(out_dir, flags.resume, flags.resume_step)
     if flags.resume and not mistyped_fields(recipe):
@@ -126,6 +128,7 @@ def train(run: Run) -> bool:
     recipe, trainer, phases, recovery = run.recipe, run.trainer, run.phases, run.recovery
     position, skips_in_a_row = run.position, 0
     batches = open_reader(recipe, trainer.grid, position)
+    collect_by_steps()
     if position.step == 0 and recipe.evaluation.every_steps:
         write_record(run, {"step": 0} | evaluate(recipe, trainer))
     while position.step < run.last_step:
@@ -146,6 +149,7 @@ def train(run: Run) -> bool:
         stopping, time_to_save, save_failed = result.votes
 
         phases.enter(step, "log")
+        collect_if_due(step)
         position = position.after_step(seqs, skipped=result.skipped)
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
         record = step_record(recipe, position, result, lr, tokens, time.perf_counter() - started, batches.wait_seconds)
@@ -193,7 +197,7 @@ def start_run(
     skips, accept, trace_steps: as the flags give them.
     """
     phases = Phases(out_dir, int(os.environ.get("RANK", "0")), trace_steps)
-    trainer = build_recipe_trainer(recipe, layout, ds_config)
+    trainer = build_recipe_trainer(recipe, layout, ds_config, draw=not resume_run)
     changes, position, history = [], RunPosition(order=first_order(recipe)).skip(skips), ()
     if resume_run:
         position, history = _first_position(recipe, out_dir, trainer, resume_step, skips)
@@ -232,6 +236,7 @@ def end_run(run: Run, position: RunPosition) -> bool:
     """
     enter_end = functools.partial(run.phases.enter, position.step, "end")
     enter_end()
+    collect_as_usual()
     run.stop.end()
     run.saver.finish_last(position, lambda: run.stop.name is not None, enter_end)
     run.monitor.close()
@@ -263,11 +268,6 @@ def _open_log(recipe: Recipe, out_dir: Path, resumed_step: int | None) -> RunLog
         config=config,
         run_id=manifest["run_id"],
     )
-
-
-def seed_dropout(seed: int, step: int, grid: Grid) -> None:
-    """Seed torch by the step alone, so that resuming repeats it, and alike on the tensor ranks of a data rank's stage."""
-    torch.manual_seed(name_seed(seed, f"step {step}, data {grid.data_rank}, stage {grid.pipeline_rank}"))
 
 
 def write_record(run: Run, record: dict[str, Any]) -> None:

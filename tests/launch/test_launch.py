@@ -74,6 +74,42 @@ def test_quickstart_prints_its_commands_from_any_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "a b").exists()
 
 
+@pytest.mark.parametrize(
+    ("gpus", "variables", "flags", "ranks"),
+    [
+        (8, {}, [], 8),
+        (6, {}, [], 4),
+        (1, {}, [], 1),
+        (8, {"CUDA_VISIBLE_DEVICES": "2,5"}, [], 2),
+        (4, {}, ["--processes", "2"], 2),
+        (4, {"DS_ACCELERATOR": "cpu"}, [], None),
+        (4, {"CUDA_VISIBLE_DEVICES": ""}, [], None),
+        (0, {}, [], None),
+    ],
+)
+def test_quickstart_takes_the_gpus_that_it_finds(tmp_path: Path, gpus, variables, flags, ranks) -> None:
+    """ranks: on GPUs, or None for the CPU's 8."""
+    environment = _with_gpus(tmp_path, gpus) | variables
+    result = run("bash", ROOT / "launch/quickstart.sh", "--print", "--out", tmp_path / "out", *flags, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert f"--num_gpus {ranks or 8} recipes/quickstart.py" in result.stdout
+    said = "" if ranks is None else f"training on {ranks} of them; DS_ACCELERATOR=cpu trains on the CPU"
+    assert said in result.stderr and bool(said) == bool(result.stderr)
+
+
+def test_quickstart_refuses_more_ranks_than_gpus(tmp_path: Path) -> None:
+    result = run("bash", ROOT / "launch/quickstart.sh", "--print", "--processes", 8, env=_with_gpus(tmp_path, 4))
+    assert result.returncode == 2
+    assert "--processes 8 needs as many GPUs, 4 were found; DS_ACCELERATOR=cpu uses none" in result.stderr
+
+
+def _with_gpus(folder: Path, count: int) -> dict[str, str]:
+    answer = "".join("echo NVIDIA H100\n" for _ in range(count)) or "echo 'NVIDIA-SMI has failed'; exit 9\n"
+    fake_command(folder, "nvidia-smi", answer)
+    kept = {name: value for name, value in os.environ.items() if name not in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
+    return kept | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
 SUPERVISE = ["python", str(ROOT / "tools" / "supervise" / "__main__.py")]
 DEEPSPEED = "deepspeed --log_level error"
 POD = {"POD_JOB": "job", "POD_NODES": "2", "POD_SLOTS": "4"}

@@ -21,11 +21,14 @@ def config_of(family: str, **fields: Any) -> PreTrainedConfig:
     return tiny.tiny_config(family, **fields)
 
 
-def stages_of(config: PreTrainedConfig, pipeline: int, tensor: int = 1, tensor_rank: int = 0) -> Iterator[Stage]:
+def stages_of(
+    config: PreTrainedConfig, pipeline: int, tensor: int = 1, tensor_rank: int = 0, *, draw: bool = True
+) -> Iterator[Stage]:
     """Build every stage of one tensor rank, without process groups."""
     layout = Layout(pipeline=pipeline, tensor=tensor)
     for index in range(pipeline):
         place = coordinates(index * tensor + tensor_rank, pipeline * tensor, layout)
         grid = Grid(**(vars(one_process()) | vars(place)))
         # torch's own products: what is shown is the partition
-        yield build_stage(plan_model(config, layout, attention="eager"), grid, seq_len=16, seed=3, torch_linears=True)
+        planned = plan_model(config, layout, attention="eager")
+        yield build_stage(planned, grid, seq_len=16, seed=3, torch_linears=True, draw=draw)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import statistics
 import time
 from dataclasses import replace
@@ -52,7 +51,6 @@ def run(flags: argparse.Namespace) -> int:
     if flags.steps < 1:
         raise UsageError(f"--steps={flags.steps}: must be 1 or more")
     recipe = _shorten(load_recipe(flags.recipe), flags.layers)
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for GPUs must not start CUDA: ranks are forked from here
     kind = "cuda" if torch.cuda.is_available() and device.name != "CPU" else "cpu"
     world = layout.tensor * layout.pipeline * data
     if kind == "cuda" and world > torch.cuda.device_count():

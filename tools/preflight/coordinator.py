@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tools.common.console import SHOW_AFTER_SECONDS
 from tools.preflight.host_facts import recipe_hash
 from tools.preflight.judge_hosts import clock_notes, host_problems, storage_problems
 from tools.preflight.judge_ranks import collective_problems, device_problems, merge_groups, product_problems
+from tools.preflight.kernels import kernel_notes, kernel_problems
 from tools.preflight.problems import Problem, majority, named, span, values_of
 from tools.preflight.rank_checks import measure, report_device, report_host, report_storage
 from tools.preflight.rendezvous import RankInfo, Rendezvous, announce, bounded, clock_offsets, collect, host_names
@@ -82,7 +83,7 @@ def coordinate(
         with step(found, "storage"):
             _check_storage(rendezvous, found, roster, recipe, out_dir)
         with step(found, "devices"):
-            device_type = _check_devices(rendezvous, found, me)
+            device_type = _check_devices(rendezvous, found, me, recipe, layout)
         with step(found, "measuring"):
             _check_speeds(rendezvous, found, me, layout, device_type)
     groups = merge_groups(found.collectives)
@@ -173,13 +174,18 @@ def _check_storage(rendezvous: Rendezvous, found: Findings, roster: dict[str, An
         found.problems.append(Problem(check="storage", message=message, cure="check the mount of the output folder"))
 
 
-def _check_devices(rendezvous: Rendezvous, found: Findings, me: RankInfo) -> str:
+def _check_devices(rendezvous: Rendezvous, found: Findings, me: RankInfo, recipe: Recipe, layout: Layout) -> str:
     """Check every rank's device; return the type that most hosts would train on."""
+    from recipes.common.checks.attention_kernel import attention_calls, attention_lines  # here: the other ranks save seconds
+
     types = {host: one["device"] for host, one in found.facts.items() if "device" in one}
     device_type = majority(types) if types else "cpu"
-    announce(rendezvous, "device type", {"type": device_type})
-    report_device(rendezvous, me, device_type)
+    devices = {"type": device_type, "attention": [asdict(call) for call in attention_calls(recipe, layout)]}
+    announce(rendezvous, "device type", devices)
+    report_device(rendezvous, me, devices)
     found.devices = _collect_values(rendezvous, found, "devices", range(rendezvous.world_size))
+    found.problems += kernel_problems(found.devices, found.hosts)
+    found.notes += kernel_notes(found.devices, attention_lines(recipe, layout))
     if device_type == "cuda":
         nvidia = {host: one["nvidia"] for host, one in found.facts.items()}
         found.problems += device_problems(found.devices, nvidia, found.hosts)

@@ -21,6 +21,7 @@ from typing import Any
 
 from recipes.common.recipe import ROOT, Blend, Recipe
 from recipes.common.run_dir.run_files import git_state, package_versions, recipe_to_dict
+from recipes.common.runtime.gpus import unused_gpus
 from tools.common.recipe_io import load_recipe
 
 SOURCES = ("recipes", "ds_configs", "tools", "launch")  # the code of a run and of its launch
@@ -52,6 +53,7 @@ def host_facts(recipe_path: str, host: tuple[int, int], seconds: float) -> dict[
         return facts | {"recipe_error": f"{type(error).__name__}: {error}"}
     return facts | {
         "device": device,
+        "unused_gpus": unused_gpus(device, os.environ),
         "recipe_hash": recipe_hash(recipe),
         "data": data_facts(recipe, host, seconds),
     }

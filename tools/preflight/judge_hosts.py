@@ -73,7 +73,9 @@ def recipe_problems(facts: Facts) -> list[Problem]:
     problems = by_host("recipe", broken, list(facts), "repair the installation there: `pip install -r requirements.txt`")
     hashes = {host: one["recipe_hash"][:19] for host, one in facts.items() if "recipe_hash" in one}
     problems += odd_ones("recipe", "the resolved recipe", hashes, "copy the recipe of the other hosts there")
-    devices = {host: one["device"] for host, one in facts.items() if "device" in one}
+    unused = {host: one["unused_gpus"] for host, one in facts.items() if one.get("unused_gpus")}
+    problems += by_host("devices", unused, list(facts), "repair it, or export DS_ACCELERATOR=cpu on all hosts: no run falls back")
+    devices = {host: one["device"] for host, one in facts.items() if "device" in one and host not in unused}
     return problems + odd_ones(
         "devices", "the device", devices, "set the same DS_ACCELERATOR, and check that `nvidia-smi -L` lists GPUs there"
     )

@@ -11,7 +11,7 @@ import torch
 
 from recipes.common.recipe import Layout
 from tools.preflight.communication import collective_facts, join_group
-from tools.preflight.compute import device_facts, product_facts
+from tools.preflight.compute import device_facts, kernel_facts, product_facts
 from tools.preflight.host_facts import host_facts
 from tools.preflight.rendezvous import RankInfo, Rendezvous, answer_clock, bounded, receive, report, second_connection
 from tools.preflight.storage import storage_facts
@@ -32,7 +32,7 @@ def run_checks(rendezvous: Rendezvous, me: RankInfo, recipe_path: str, wait_seco
         if leads and storage["nonce"]:
             report_storage(rendezvous, roster, storage)
         devices = receive(rendezvous, "device type", wait_seconds)
-        report_device(rendezvous, me, devices["type"])
+        report_device(rendezvous, me, devices)
         plan = receive(rendezvous, "plan", wait_seconds)
         if plan["measure"]:
             measure(rendezvous, me, plan)
@@ -53,8 +53,13 @@ def report_storage(rendezvous: Rendezvous, roster: Mapping[str, Any], storage: M
     report(rendezvous, "storage", bounded(work, "writing to the output folder", rendezvous.limit_seconds))
 
 
-def report_device(rendezvous: Rendezvous, me: RankInfo, device_type: str) -> None:
-    work = partial(device_facts, device_type, me.local_rank)
+def report_device(rendezvous: Rendezvous, me: RankInfo, devices: Mapping[str, Any]) -> None:
+    """Report this rank's device and, on a GPU, which kernels compute the recipe's attention there."""
+
+    def work() -> dict[str, Any]:
+        found = device_facts(devices["type"], me.local_rank)
+        return found if "error" in found else found | {"attention": kernel_facts(devices["type"], devices["attention"])}
+
     report(rendezvous, "devices", bounded(work, "asking for the device", rendezvous.limit_seconds))
 
 

@@ -27,9 +27,9 @@ from recipes.common.config.json_files import laid_out, read_json
 from recipes.common.data.batches import open_train, step_micro_batches
 from recipes.common.data.reading import Order
 from recipes.common.engine.build_trainer import build_recipe_trainer
+from recipes.common.parallel.dropout import seed_dropout
 from recipes.common.recipe import Layout, Recipe, RecipeError, derive_sizes
 from recipes.common.run_dir.metrics import read_metrics
-from recipes.common.train import seed_dropout
 from tools.common.console import FAILED, GOOD, UsageError, printable, table
 from tools.common.forked_ranks import RankError, run_ranks
 from tools.common.recipe_io import parse_layout, read_recipe
@@ -183,7 +183,7 @@ def _in_fp32(plan: ReplayPlan, folder: Path) -> ReplayPlan:
 
 def _replay_rank(plan: ReplayPlan) -> tuple[list[float], list[float]]:
     """Compute the losses and gradient norms of the plan's steps, on every rank."""
-    trainer = build_recipe_trainer(plan.recipe, plan.layout, plan.ds_config, plan.device)
+    trainer = build_recipe_trainer(plan.recipe, plan.layout, plan.ds_config, plan.device, draw=False)
     load_state(Reader(Path(plan.checkpoint)), trainer)
     recipe, grid = plan.recipe, trainer.grid
     stream = open_train(recipe.data, recipe.batch.seq_len, plan.order)

@@ -20,6 +20,7 @@ from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.config.ds_config import load_ds_config, merge_ds_config
 from recipes.common.config.lr_schedules import learning_rate_at
 from recipes.common.engine.build_trainer import build_recipe_trainer
+from recipes.common.engine.startup import use_accelerator
 from recipes.common.monitor.phases import Phases
 from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes
 from recipes.common.run_dir.run_files import recipe_to_dict, write_run_files
@@ -58,10 +59,9 @@ def run(flags: argparse.Namespace) -> int:
     recipe = load_recipe(flags.recipe)
     layout, data = parse_layout(flags.layout)
     world = layout.tensor * layout.pipeline * data
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for GPUs must not start CUDA: ranks are forked from here
     if flags.device == "cuda" and torch.cuda.device_count() < world:
         raise UsageError(f"--device=cuda: {flags.layout} needs {world} GPUs, this machine has {torch.cuda.device_count()}")
-    os.environ["DS_ACCELERATOR"] = flags.device
+    use_accelerator(flags.device)
     batch = replace(recipe.batch, ramp=())
     if flags.micro_batches:
         batch = replace(batch, global_seqs=flags.micro_batches * data // layout.context * batch.micro_seqs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
@@ -9,12 +10,13 @@ from transformers import PreTrainedConfig
 
 from recipes.common.data.blend import data_folders
 from recipes.common.data.shards import read_manifest
-from recipes.common.engine.startup import start_distributed
+from recipes.common.engine.startup import device_is_bound, start_distributed
 from recipes.common.engine.trainer import Trainer
 from recipes.common.parallel.first_messages import exchange_first_messages
 from recipes.common.parallel.grid import build_grid
-from recipes.common.pipeline.stage import build_stage, plan_model
-from recipes.common.recipe import Layout, Optimizer, Recipe, from_root
+from recipes.common.pipeline.stage import Stage, build_stage, plan_model
+from recipes.common.pipeline.streams import GROUP, schedule_problem
+from recipes.common.recipe import Layout, Optimizer, Recipe, RecipeError, from_root
 
 
 def build_trainer(
@@ -31,10 +33,13 @@ def build_trainer(
     chunk_tokens: int = 2048,
     document_end: int | None = None,
     torch_linears: bool = False,
+    ramp: Iterable[int] = (),
+    draw: bool = True,
 ) -> Trainer:
     """Build this rank's trainer, in the process group that the launcher's environment describes.
 
-    device_type: "cuda" or "cpu". document_end, torch_linears: see Trainer and build_stage.
+    device_type: "cuda" or "cpu". document_end, torch_linears: see Trainer and build_stage. ramp: other numbers of micro batches
+    that steps will have. draw: see build_stage.
     """
     device = start_distributed(device_type)
     planned = plan_model(model, layout, attention=attention)
@@ -49,14 +54,31 @@ def build_trainer(
         z_loss=z_loss,
         chunk_tokens=chunk_tokens,
         torch_linears=torch_linears,
+        draw=draw,
     )
+    if device_is_bound() and layout.pipeline > 1:
+        _refuse_deadlocks(stage, layout.pipeline, {ds_config["gradient_accumulation_steps"], *ramp})
     return Trainer(stage, grid, optimizer, ds_config, document_end)
 
 
-def build_recipe_trainer(recipe: Recipe, layout: Layout, ds_config: dict[str, Any], device_type: str | None = None) -> Trainer:
+def _refuse_deadlocks(stage: Stage, pipeline: int, micro_batches: set[int]) -> None:
+    """Raise RecipeError for a schedule that cannot run in the process group that somebody else has started."""
+    if problem := schedule_problem(stage.schedule, pipeline, micro_batches, stage.pass_costs, GROUP):
+        raise RecipeError(
+            "this process group cannot run the schedule",
+            [
+                f"{problem}. The process group was started with a device; start it without device_id, as Trifold does, or use "
+                "pipeline_schedule='zero_bubble', which runs on such streams too"
+            ],
+        )
+
+
+def build_recipe_trainer(
+    recipe: Recipe, layout: Layout, ds_config: dict[str, Any], device_type: str | None = None, *, draw: bool = True
+) -> Trainer:
     """Build this rank's trainer of a recipe. With `mask_documents` the data says which id ends a document.
 
-    device_type: None for the accelerator that DeepSpeed finds.
+    device_type: None for the accelerator that DeepSpeed finds. draw: see build_stage.
     """
     document_end = read_manifest(from_root(data_folders(recipe)[0]))["eos_id"] if recipe.mask_documents else None
     return build_trainer(
@@ -71,4 +93,6 @@ def build_recipe_trainer(recipe: Recipe, layout: Layout, ds_config: dict[str, An
         z_loss=recipe.z_loss,
         chunk_tokens=recipe.logits_chunk_tokens,
         document_end=document_end,
+        draw=draw,
+        ramp=[seqs * ds_config["gradient_accumulation_steps"] // recipe.batch.global_seqs for _, seqs in recipe.batch.ramp],
     )

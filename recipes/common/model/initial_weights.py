@@ -71,12 +71,16 @@ def build_empty(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrained
 
 
 def draw_weights(
-    causal: PreTrainedModel, root: nn.Module, prefix: str, *, seed: int, shards: dict[str, ShardSpec], rank: int, size: int
+    causal: PreTrainedModel, root: nn.Module, prefix: str, *, seed: int | None, shards: dict[str, ShardSpec], rank: int, size: int
 ) -> None:
     """Give every module at or under `root` (whose name in the whole model is `prefix`) its initial weights.
 
-    `causal` lends its `_init_weights`; `rank` and `size` are the tensor rank and size whose shards are kept.
+    `causal` lends its `_init_weights`; `rank` and `size` are the tensor rank and size whose shards are kept. seed: None to draw
+    nothing and leave NaN, which takes no time: a checkpoint is loaded.
     """
+    if seed is None:
+        _leave_empty(root, prefix, shards, rank, size)
+        return
     units = list(_units(causal, root, prefix))
     for name, module, submodules in units:
         with torch.random.fork_rng(devices=[]):
@@ -90,6 +94,23 @@ def draw_weights(
                 shard = shards.get(f"{child_name}.{leaf}")
                 data = parameter.data if shard is None else shard.take(parameter.data, rank, size)
                 child._parameters[leaf] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+def _leave_empty(root: nn.Module, prefix: str, shards: dict[str, ShardSpec], rank: int, size: int) -> None:
+    """Give every parameter at or under `root` the shape of its shard, and NaN, zero where a shard is padded."""
+    for name, module in root.named_modules(prefix=prefix):
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            shard = shards.get(f"{name}.{leaf}" if name else leaf)
+            shape = list(parameter.shape)
+            if shard is not None:
+                shape[shard.dim] = shard.local_length(shape[shard.dim], size)
+            data = torch.zeros(shape)
+            if shard is None:
+                data.fill_(torch.nan)
+            else:
+                for start, _, count in shard.ranges(parameter.shape[shard.dim], rank, size):
+                    data.narrow(shard.dim, start, count).fill_(torch.nan)
+            module._parameters[leaf] = nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
 def _units(causal: PreTrainedModel, root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, list]]:
@@ -128,7 +149,7 @@ def _finish(unit: str, submodules: list, constants: dict[tuple[str, str], torch.
     """Give what `_init_weights` left alone its constructor's value. Raises ValueError for a parameter with neither."""
     for name, child in submodules:
         for leaf, parameter in child.named_parameters(recurse=False):
-            if not parameter.isnan().any():
+            if not (parameter.sum().isnan() and parameter.isnan().any()):  # the sum is several times faster
                 continue
             constant = constants[name, leaf]
             if constant is None or not constant.isfinite().all():

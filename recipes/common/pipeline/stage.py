@@ -241,10 +241,12 @@ def build_stage(
     z_loss: float = 0.0,
     chunk_tokens: int = 2048,
     torch_linears: bool = False,
+    draw: bool = True,
 ) -> Stage:
     """Turn `model` into this rank's stage with its initial weights, on the CPU in fp32. One model makes one stage.
 
-    layout: its options; the sizes are the grid's. torch_linears: use torch's own products, as Trifold's oracles do.
+    layout: its options; the sizes are the grid's. torch_linears: use torch's own products, as Trifold's oracles do. draw: False
+    where a checkpoint is loaded at once: weights are NaN until then, so that one that it lacks shows.
     """
     causal, stack, tensor_plan = model.causal, model.stack, model.tensor_plan
     assert tensor_plan.size == grid.tensor, (tensor_plan.size, grid.tensor)
@@ -261,7 +263,7 @@ def build_stage(
     embedding = causal.get_submodule(stack.embedding)
     placeholders = take_out(causal, stack, chunks, first=grid.is_first_stage, last=grid.is_last_stage)
     # 3. Draw this rank's shards of the weights, and only then tie the head to them.
-    _draw_stage(model, grid, embedding, seed)
+    _draw_stage(model, grid, embedding, seed if draw else None)
     # 4. Route plain linears' products, before their forwards are wrapped; a store takes gradients of routed products.
     stores = tuple(WeightGradStore() for _ in chunks) if layout.pipeline_schedule != ONE_PASS else ()
     if stores or not torch_linears:
@@ -311,7 +313,7 @@ def _share_attention(model: PlannedModel, grid: Grid) -> ContextAttention:
     return context
 
 
-def _draw_stage(model: PlannedModel, grid: Grid, embedding: nn.Module, seed: int) -> None:
+def _draw_stage(model: PlannedModel, grid: Grid, embedding: nn.Module, seed: int | None) -> None:
     causal, stack = model.causal, model.stack
     options = {"seed": seed, "shards": model.tensor_plan.shards, "rank": grid.tensor_rank, "size": grid.tensor}
     draw_weights(causal, causal, "", **options)

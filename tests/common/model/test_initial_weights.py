@@ -42,6 +42,31 @@ def _layouts_that_differ(config):
     return failed
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v3"])
+def test_before_a_checkpoint_nothing_is_drawn(family):
+    """Every parameter has its shard's shape and place, and is NaN where a checkpoint has a value: only padding is zero."""
+    assert run_ranks(_undrawn_that_differ, 1, config_of(family, vocab_size=250)) == [[]]
+
+
+def _undrawn_that_differ(config):
+    from transformers import PreTrainedModel
+
+    failed = []
+    for tensor, rank in ((1, 0), (4, 0), (4, 3)):
+        [drawn] = stages_of(config, 1, tensor, rank)
+        initialise, PreTrainedModel._init_weights = PreTrainedModel._init_weights, None  # a call is an error
+        [empty] = stages_of(config, 1, tensor, rank, draw=False)
+        PreTrainedModel._init_weights = initialise
+        found = dict(empty.hf_named_parameters())
+        for name, shard in drawn.hf_named_parameters():
+            spec = drawn.tensor_plan.shards.get(name) if tensor > 1 else None
+            whole = torch.full(drawn.whole_shapes[name], torch.nan)
+            wanted = whole if spec is None else spec.take(whole, rank, tensor)
+            if found[name].shape != shard.shape or not found[name].detach().isnan().equal(wanted.isnan()):
+                failed.append((tensor, rank, name))
+    return failed
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_distribution_is_the_familys_own(family):
     """Mean and standard deviation of each parameter against what transformers draws, within 6 standard errors.

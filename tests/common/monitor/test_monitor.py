@@ -1,5 +1,6 @@
 """Whole runs with the monitor: on or off the weights are the same bits; what it says is in the run's files, resumes included."""
 
+import contextlib
 import importlib
 import shutil
 from types import SimpleNamespace
@@ -13,9 +14,11 @@ from recipes.common import train as train_module
 from recipes.common.monitor.monitor import RunMonitor
 from recipes.common.monitor.optimizer_sums import SUMS
 from recipes.common.monitor.parameter_stats import STATS, ParameterStats
+from recipes.common.monitor.replica_drift import Drift
 from recipes.common.recipe import AdamW, Checkpoints, Evaluation, Monitor
 from recipes.common.run_dir.metrics import read_metrics
 from recipes.common.run_dir.tensor_stats import read_stats
+from recipes.common.runtime.exits import TrainingError
 from tests.support.small_runs import run
 from tests.support.tiny import tiny_recipe, write_shards
 from tools.common.forked_ranks import RankError
@@ -89,8 +92,8 @@ def poisoned(monkeypatch, bad_calls):
     """Layer 1's MLP gives a NaN on rank 1 in these calls of it; ranks are forked from here, and so see it."""
     build = train_module.build_recipe_trainer
 
-    def build_with_fault(*args):
-        trainer = build(*args)
+    def build_with_fault(*args, **options):
+        trainer = build(*args, **options)
         calls = iter(range(10**6))
 
         def fault(module, inputs, output):
@@ -141,8 +144,8 @@ def twenty_times(optimizer, args, options):
 def test_drift_stops_the_run_or_is_logged_as_the_recipe_says(folder, tmp_path, monkeypatch, capfd, choice):
     build = train_module.build_recipe_trainer
 
-    def build_with_fault(*args):
-        trainer = build(*args)
+    def build_with_fault(*args, **options):
+        trainer = build(*args, **options)
         if trainer.grid.tensor_rank == 1:
             trainer.optimizer.register_step_pre_hook(twenty_times)
         return trainer
@@ -159,6 +162,22 @@ def test_drift_stops_the_run_or_is_logged_as_the_recipe_says(folder, tmp_path, m
     err = capfd.readouterr().err
     assert "step 2: copies differ: model.layers.0.input_layernorm.weight differs across tensor ranks" in err
     assert err.count("copies differ") == 1  # the same ones, at every check
+
+
+def test_on_a_gpu_copies_that_were_never_equal_are_logged(monkeypatch):
+    """Its first runs may show kernels that differ between ranks; once copies have been equal, a difference is a fault."""
+    drift = Drift("w", "tensor", (1,), (0, 1), 1e-3)
+    for device, checks, stops in (("cpu", [[drift]], True), ("cuda", [[drift], [drift]], False), ("cuda", [[], [drift]], True)):
+        found = iter(checks)
+        monkeypatch.setattr("recipes.common.monitor.monitor.find_drift", lambda trainer, found=found: next(found))
+        trainer, said = SimpleNamespace(grid=SimpleNamespace(device=torch.device(device), rank=0)), []
+        monkeypatch.setattr("recipes.common.monitor.monitor.ParameterStats", lambda *_: SimpleNamespace(names=(), layers=None))
+        recipe = SimpleNamespace(monitor=Monitor(every_steps=0, activations_every_steps=0), optimizer=AdamW(lr=1.0))
+        monitor = RunMonitor(trainer, recipe, None, log=SimpleNamespace(note=said.append))
+        with pytest.raises(TrainingError) if stops else contextlib.nullcontext():
+            for step, _ in enumerate(checks, 1):
+                monitor._check_drift(step)
+        assert stops or [text.split(":")[0] for text in said] == ["step 1"]
 
 
 FAULTS = {  # what raises, and the part that goes off for it

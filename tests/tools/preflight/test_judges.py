@@ -68,6 +68,7 @@ def test_equal_hosts_have_no_problem():
         ({"recipe_error": "ImportError: no flash"}, "recipe", ["host b: ImportError: no flash"]),
         ({"recipe_hash": "sha256:other"}, "recipe", ["sha256:other", "3 of 4 hosts have sha256:recipe"]),
         ({"device": "cpu"}, "devices", ["the device cpu", "cuda"]),
+        ({"device": "cpu", "unused_gpus": "nvidia-smi lists 8 GPUs, but torch none"}, "devices", ["8 GPUs, but torch none"]),
         ({"data": {"problems": ["data=tokens: shard x is missing"]}}, "data", ["host b: data=tokens: shard x is missing"]),
         ({"data": {"identity": {"tokens": "sha256:old"}}}, "data", ["has tokens/dataset.json sha256:old", "sha256:data"]),
         ({"data": {"bad_shards": ["train_00003.bin has sha256:1"]}}, "data", ["host b: train_00003.bin has sha256:1"]),
