@@ -1,7 +1,7 @@
-"""Recipes, and what they share. Importing it makes a process safe to fork, before anything can import DeepSpeed."""
+"""Recipes, and what they share. Importing it makes a process safe to fork, before anything asks whether there is a GPU."""
 
 import os
 
-# DeepSpeed asks whether there is a GPU as it is imported. By default the answer starts CUDA's driver in the process, whose forked
-# ranks could not use it; NVML knows as well.
+# DeepSpeed and other libraries ask as they are imported. By default the answer starts CUDA's driver in the process, whose forked
+# ranks could not use it; NVML knows as well. (DeepSpeed sets it too, since 0.19.)
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")

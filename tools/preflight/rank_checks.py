@@ -11,8 +11,9 @@ import torch
 
 from recipes.common.recipe import Layout
 from tools.preflight.communication import collective_facts, join_group
-from tools.preflight.compute import device_facts, kernel_facts, product_facts
+from tools.preflight.compute import device_facts, product_facts
 from tools.preflight.host_facts import host_facts
+from tools.preflight.kernels import kernel_facts
 from tools.preflight.rendezvous import RankInfo, Rendezvous, answer_clock, bounded, receive, report, second_connection
 from tools.preflight.storage import storage_facts
 
