@@ -64,11 +64,11 @@ def _take_gpu(device: torch.device) -> None:
     """Make `device` this process's own, and run beside it. Raises RecipeError, with the cure, where torch cannot use it."""
     try:
         torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, AttributeError) as error:  # the last from a build without CUDA
         found = list_gpus()
         cause = unusable_gpus_text(*found, torch.__version__, torch.version.cuda) if found else "nvidia-smi lists no GPU"
         reason = str(error).strip().splitlines()[0]
-        raise RecipeError(f"{device} cannot be used", [f"{reason} [LOCAL_RANK={device.index}]", cause]) from error
+        raise RecipeError(f"{device}, by LOCAL_RANK, cannot be used", [cause, f"torch says: {reason}"]) from error
     own = torch.cuda.get_device_properties(device)
     if hasattr(own, "pci_bus_id"):
         bind_beside(f"{own.pci_domain_id:04x}:{own.pci_bus_id:02x}:{own.pci_device_id:02x}.0")
