@@ -126,12 +126,12 @@ class Run:
 def train(run: Run) -> bool:
     """Train to the run's last step. Returns whether it was reached: False after a request to stop."""
     recipe, trainer, phases, recovery = run.recipe, run.trainer, run.phases, run.recovery
-    position, skips_in_a_row = run.position, 0
+    position, skips_in_a_row, stopping = run.position, 0, False
     batches = open_reader(recipe, trainer.grid, position)
     collect_by_steps()
     if position.step == 0 and recipe.evaluation.every_steps:
         write_record(run, {"step": 0} | evaluate(recipe, trainer))
-    while position.step < run.last_step:
+    while position.step < run.last_step and not stopping:
         step = position.step + 1
         phases.enter(step, "data")
         started = time.perf_counter()
@@ -163,7 +163,7 @@ def train(run: Run) -> bool:
 
         rewound = recovery.decide(position, hopeless(run, step, result, skips_in_a_row), skipped=result.skipped)
         if rewound is not None:
-            position, skips_in_a_row = rewound, 0
+            position, skips_in_a_row, stopping = rewound, 0, False
             batches.close()
             batches = open_reader(recipe, trainer.grid, position)
             continue
@@ -171,8 +171,6 @@ def train(run: Run) -> bool:
         if stopping or time_to_save or step == run.last_step or run.saver.due(step):
             phases.enter(step, "save")
             run.saver.save(position)
-        if stopping:
-            break
     batches.close()
     return end_run(run, position)
 
