@@ -40,6 +40,7 @@ READMES = (
     "tools/plan/README.md",
     "tools/throughput/README.md",
     "tools/spikes/README.md",
+    "tools/changed/README.md",
     "tests/README.md",
 )
 PAGES = (*READMES, "launch/README.md")

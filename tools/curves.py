@@ -3,15 +3,17 @@
     python -m tools.curves runs/a runs/b --y val_loss --out curves.svg
     python -m tools.curves runs/a train.log --x tokens --y loss --mean-of 20 --limits 4:7 --out curves.svg
 
-A RUN is a run directory (any number in its metrics.jsonl can be drawn) or a log that `tools.spikes scan` reads.
+A RUN is a run directory (any number in its metrics.jsonl can be drawn) or a log that `tools.spikes scan` reads. A dotted line
+shows where a run went on from a checkpoint, and what changed there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +22,18 @@ if not __package__:  # run as a script: import from the repository root, not fro
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from tools.common.console import GOOD, UsageError, exit_code, machine_words, table
 from tools.common.logs.run_numbers import Table, read_numbers
+from tools.common.run_record import describe_changes, open_record, segment_changes
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")  # Okabe and Ito's
 MARKED = 40  # lines of fewer points show each point
 LETTERS = 95  # of the key's smallest font that one row of it holds
+MOST_WORDS, LONGEST_MARK = 8, 80  # segments that say what changed, and letters of that
 STYLE = {
     "svg.hashsalt": "curves",  # the same runs give the same file
     "svg.fonttype": "none",  # text stays text
@@ -50,6 +55,7 @@ class Line:
     name: str
     x: np.ndarray  # [n], rising
     y: np.ndarray  # [n]
+    marks: tuple[tuple[float, str], ...] = ()  # (x, what changed there) of each segment after the first
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +79,7 @@ def _run(flags: argparse.Namespace) -> int:
         [line.name, len(line.y), f"{line.y[-1]:.4g}", f"{line.y.min():.4g}", f"{line.x[line.y.argmin()]:.10g}"] for line in lines
     ]
     if flags.json:
-        runs = [{"run": line.name, "x": line.x.tolist(), "y": line.y.tolist()} for line in lines]
+        runs = [{"run": line.name, "x": line.x.tolist(), "y": line.y.tolist(), "segments": line.marks} for line in lines]
         print(json.dumps({"picture": str(flags.out), "runs": runs}))
     else:
         print(table(rows, ["run", "points", f"last {flags.y}", "lowest", f"at {flags.x}"]))
@@ -90,6 +96,7 @@ def draw(
         axes = figure.add_subplot(xlabel=x_name, ylabel=y_name, yscale="log" if log else "linear")
         axes.set_prop_cycle(color=COLORS)
         drawn = [axes.plot(line.x, line.y, marker="o" if len(line.x) < MARKED else "")[0] for line in lines]
+        mark_segments(axes, [(line.marks, curve.get_color()) for line, curve in zip(lines, drawn, strict=True)])
         axes.set_ylim(limits)
         axes.margins(x=0.01)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -101,6 +108,36 @@ def draw(
             handle.set_linewidth(2.5)
             text.set_parse_math(False)  # a run's name may hold a "$"
         figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+
+
+def mark_segments(axes: Axes, marks: Sequence[tuple[Sequence[tuple[float, str]], str]]) -> None:
+    """Draw a dotted line where each segment begins, in the colour of its run, and say beside it what changed.
+
+    marks: of each run, with its colour. Where there are many, only those that something changed at have words.
+    """
+    told = [(x, text, color) for of_run, color in marks for x, text in of_run]
+    for x, _, color in told:
+        axes.axvline(x, color=color, linestyle=":", linewidth=0.8)
+    worded = [mark for mark in told if mark[1]][:MOST_WORDS]
+    for row, (x, text, _) in enumerate(worded):
+        shown = text if len(text) <= LONGEST_MARK else f"{text[: LONGEST_MARK - 3]}..."
+        low, high = axes.get_xlim()
+        left = x > (low + high) / 2
+        side = {"ha": "right" if left else "left", "va": "bottom", "xycoords": ("data", "axes fraction"), "clip_on": True}
+        words = axes.annotate(f" {shown} ", (x, 0.01 + 0.055 * row), fontsize=6.5, color="#57606a", **side)
+        words.set_parse_math(False)
+
+
+def segment_marks(source: Path, place: Callable[[int], float | None]) -> tuple[tuple[float, str], ...]:
+    """Return where each segment of a run after the first begins, and what changed there. place: of a step on the axis."""
+    if not source.is_dir():
+        return ()
+    found = []
+    for segment, differences in segment_changes(open_record(str(source)))[1:]:
+        x, changes = place(segment.step), describe_changes(differences)
+        if x is not None:
+            found.append((x, f"{segment.cause}: {changes}" if changes else ""))
+    return tuple(found)
 
 
 def read_line(source: Path, x: str, y: str, mean_of: int) -> Line:
@@ -115,7 +152,14 @@ def read_line(source: Path, x: str, y: str, mean_of: int) -> Line:
     if len(values) < mean_of:
         raise UsageError(f"--mean-of={mean_of}: {source} has {len(values)} values of {y}")
     means = np.convolve(values, np.full(mean_of, 1 / mean_of), "valid")
-    return Line(source.resolve().name, positions[known][mean_of - 1 :], means)
+    drawn = positions[known][mean_of - 1 :]
+
+    def place(step: int) -> float | None:
+        at = np.flatnonzero(columns["step"] <= step)
+        x = positions[at[-1]] if len(at) else math.nan
+        return float(x) if drawn[0] <= x <= drawn[-1] else None
+
+    return Line(source.resolve().name, drawn, means, segment_marks(source, place))
 
 
 def _positive(line: Line, y: str) -> Line:
@@ -125,7 +169,7 @@ def _positive(line: Line, y: str) -> Line:
         raise UsageError(f"--log: no {y} of {line.name} is over 0; leave --log out")
     if not kept.all():
         print(f"{line.name}: {(~kept).sum()} of {len(kept)} values are 0 or less and not drawn", file=sys.stderr)
-    return Line(line.name, line.x[kept], line.y[kept])
+    return Line(line.name, line.x[kept], line.y[kept], line.marks)
 
 
 def _positions(source: Path, columns: Table, x: str) -> np.ndarray:

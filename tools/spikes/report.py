@@ -1,7 +1,8 @@
 """`report RUN`: writes one HTML file that works offline, from a run directory or a log that `scan` reads.
 
 It shows loss, gradient norm, learning rate and loss scale on one axis of steps with the events shaded, the worst data rank,
-update ratios, and which layer moved first. Steps that a roll-back undid are drawn too.
+update ratios, and which layer moved first. Steps that a roll-back undid are drawn too. A line marks where the run went on from a
+checkpoint, and a table says what changed there and what that can change.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import Any
 import numpy as np
 
 from recipes.common.anomalies.rewinds import read_history
+from recipes.common.run_dir.difference import short_value
+from recipes.common.run_dir.differences import verdict
 from tools.common.console import GOOD, UsageError, machine_words
 from tools.common.html_page import fill, script_json
 from tools.common.logs.run_numbers import Numbers, is_run, read_numbers
+from tools.common.run_record import describe_changes, open_record, segment_changes, short_name
 from tools.spikes.report_page.columns import Columns
 from tools.spikes.report_page.events import describe_source, figures, hint, list_events
 from tools.spikes.report_page.heat_map import heat_map, read_slice
@@ -91,11 +95,37 @@ def page_facts(source: Path, numbers: Numbers, columns: Columns) -> dict[str, An
         "first_step": int(steps.min()),
         "last_step": int(steps.max()),
         "rewinds": rewinds,
+        "segments": list(segments(source)) if source.is_dir() else [],
         "events": events,
         "events_hint": hint(events),
         "panels": list(panels(numbers, columns)),
         "heat": list(maps(source, events)),
     }
+
+
+def segments(source: Path) -> Iterator[dict[str, Any]]:
+    """Yield each segment of the run, with what changed at it, the gravest first."""
+    for segment, differences in segment_changes(open_record(str(source))):
+        own = [difference for difference in differences if not difference.follows]
+        yield {
+            "index": segment.index,
+            "cause": segment.cause,
+            "step": segment.step,
+            "time": segment.time.replace("T", " ").removesuffix("+00:00"),
+            "verdict": verdict(differences) if segment.index > 1 else "the first: nothing is before it",
+            "label": describe_changes(differences),
+            "changes": [
+                {
+                    "name": short_name(difference.name),
+                    "old": short_value(difference.old),
+                    "new": short_value(difference.new),
+                    "effect": difference.effect.value,
+                    "grave": difference.can_change_loss,
+                    "note": difference.note,
+                }
+                for difference in own
+            ],
+        }
 
 
 def panels(numbers: Numbers, columns: Columns) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 from tests.support.tiny import ROOT
 from tools.common.forked_ranks import run_ranks
 
-TOOLS = ("checkpoint", "data", "plan", "spikes", "throughput")
+TOOLS = ("changed", "checkpoint", "data", "plan", "spikes", "throughput")
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -61,6 +61,12 @@ function shadeEvents(pen, width, bottom, span = view) {
     pen.fillStyle = "rgba(214,51,108,.07)"; pen.fillRect(a, 0, Math.max(b - a, 1), bottom);
     pen.strokeStyle = "rgba(214,51,108,.55)"; pen.setLineDash([3, 3]); line(pen, [[a, 0], [a, bottom]]); pen.setLineDash([]);
   }
+  for (const s of facts.segments.slice(1)) {
+    const at = toX(s.step + 0.5, width, span);
+    if (at < GUTTER || at > width - RIGHT) continue;
+    pen.strokeStyle = s.changes.length ? SEGMENT : "rgba(103,65,217,.35)"; pen.lineWidth = 1; pen.setLineDash([2, 3]);
+    line(pen, [[at, 0], [at, bottom]]); pen.setLineDash([]);
+  }
   facts.events.forEach((event, index) => {
     const a = toX(event.onset, width, span), b = Math.max(toX(event.end ?? event.peak, width, span), a + 2);
     if (b < GUTTER || a > width - RIGHT) return;
@@ -173,6 +179,8 @@ function drawLane() {  // names of the events and rewinds above the panels, wher
   events.filter((e) => e.actionable).forEach(name);
   for (const r of facts.rewinds.filter((r) => inView(r.to_step, r.from_step)))
     chip(r.to_step, `rewound ${whole(r.from_step)} to ${whole(r.to_step)}`, "#a61e4d", "#fce4ee", false, false);
+  for (const s of facts.segments.slice(1).filter((s) => inView(s.step, s.step)))
+    chip(s.step + 0.5, `${s.cause}${s.label ? ": " + (s.label.length > 60 ? s.label.slice(0, 57) + "…" : s.label) : ""}`, SEGMENT, "#efeafd", false, false);
   events.filter((e) => !e.actionable).forEach(name);
 }
 

@@ -1,7 +1,7 @@
 "use strict";
 // What all parts of the page share: the report's facts, elements, colours, and how numbers and axes are written.
 const facts = JSON.parse(document.getElementById("facts").textContent);
-const INK = "#1c2230", SOFT = "#5b6475", FAINT = "#8d96a6", GRID = "#e9edf2", ALARM = "#c92a2a", UNDONE = "#d6336c";
+const INK = "#1c2230", SOFT = "#5b6475", FAINT = "#8d96a6", GRID = "#e9edf2", ALARM = "#c92a2a", UNDONE = "#d6336c", SEGMENT = "#6741d9";
 const $ = (id) => document.getElementById(id);
 
 function element(tag, attributes, ...children) {

@@ -20,11 +20,24 @@ function eventRow(event, index) {
   return element("tr", {onclick: () => choose(index)}, element("td", {}, tag), ...numbers, ...rest);
 }
 
+function segmentRow(segment) {  // a click shows the steps around its start
+  const cell = (text, className = "") => element("td", {textContent: text, className});
+  const change = (c) => element("div", {}, element("span", {textContent: c.effect, className: c.grave ? "tag alarm" : "tag"}),
+    ` ${c.name}: ${c.old} → ${c.new}${c.note ? ` (${c.note})` : ""}`);
+  const changes = element("td", {className: "wide"}, ...segment.changes.map(change));
+  if (!segment.changes.length) changes.textContent = segment.index > 1 ? "nothing" : "–";
+  const show = () => showSteps(segment.step - 40, segment.step + 40);
+  const first = [cell(String(segment.index), "number"), cell(segment.cause), cell(whole(segment.step), "number"), cell(segment.time)];
+  return element("tr", {onclick: show}, ...first, changes, cell(segment.verdict, "wide"));
+}
+
 function setText() {
   for (const id of ["name", "about", "events-hint"]) $(id).textContent = facts[id.replace("-", "_")];
   for (const [value, label] of facts.figures)
     $("figures").append(element("div", {}, element("b", {textContent: value}), element("span", {textContent: label})));
   $("events").append(...facts.events.map(eventRow));
+  $("segments").append(...facts.segments.map(segmentRow));
+  $("segments-section").hidden = facts.segments.length === 0;
   if (!facts.events.length) document.querySelector("#events-section .scroll").remove();
 }
 
