@@ -98,28 +98,43 @@ ENVIRONMENT_EFFECTS = {name: effect for effect, names in _ENVIRONMENT.items() fo
 
 # DeepSpeed's keys, by their whole path; "*": every key of that block
 _DEEPSPEED = {
+    Effect.MATHEMATICS: """gradient_allreduce_op managed_gradient_accumulation optimizer_name optimizer_params scheduler_name
+        scheduler_params weight_quantization_config zero_optimization.compute_grad_norm zero_optimization.zenflow
+        zero_optimization.zenflow.*""",
+    Effect.ORDER: "dataloader_drop_last data_efficiency_enabled",
     Effect.COURSE: "train_batch_size gradient_clipping",
-    Effect.ROUNDING: """train_micro_batch_size_per_gpu gradient_accumulation_steps bf16.* fp16.* data_types.*
-        communication_data_type prescale_gradients gradient_predivide_factor zero_force_ds_cpu_optimizer
-        seq_parallel_communication_data_type zero_optimization.stage zero_optimization.reduce_bucket_size
-        zero_optimization.reduce_scatter zero_optimization.offload_optimizer.device
-        zero_optimization.offload_optimizer.nvme_path zero_optimization.zero_quantized_weights
-        zero_optimization.zero_quantized_gradients zero_optimization.zero_quantized_nontrainable_weights
-        zero_optimization.zero_hpz_partition_size""",
-    Effect.SPEED: """pipeline.* aio.* disable_python_gc zero_optimization.allgather_bucket_size
-        zero_optimization.contiguous_gradients zero_optimization.overlap_comm zero_optimization.allgather_partitions
-        zero_optimization.offload_param.* zero_optimization.offload_optimizer.* zero_optimization.sub_group_size
-        zero_optimization.round_robin_gradients zero_optimization.stage3_max_live_parameters
+    Effect.ROUNDING: """torch_autocast_enabled torch_autocast_dtype torch_autocast_lower_precision_safe_modules
+        keep_in_fp32_modules compile.* optimizer_legacy_fusion use_data_before_expert_parallel_
+        zero_optimization.offload_optimizer zero_optimization.cpu_offload zero_optimization.legacy_stage1
+        train_micro_batch_size_per_gpu gradient_accumulation_steps bf16.* fp16.* data_types.* communication_data_type
+        prescale_gradients gradient_predivide_factor zero_force_ds_cpu_optimizer seq_parallel_communication_data_type
+        zero_optimization.stage zero_optimization.reduce_bucket_size zero_optimization.reduce_scatter
+        zero_optimization.offload_optimizer.device zero_optimization.offload_optimizer.nvme_path
+        zero_optimization.zero_quantized_weights zero_optimization.zero_quantized_gradients
+        zero_optimization.zero_quantized_nontrainable_weights zero_optimization.zero_hpz_partition_size""",
+    Effect.SPEED: """disable_allgather wall_clock_breakdown use_node_local_storage checkpoint_parallel_write_pipeline
+        zero_optimization.offload_param zero_optimization.cpu_offload_param zero_optimization.cpu_offload_use_pin_memory
+        zero_optimization.prefetch_bucket_size zero_optimization.param_persistence_threshold
+        zero_optimization.model_persistence_threshold zero_optimization.max_live_parameters zero_optimization.max_reuse_distance
+        zero_optimization.module_granularity_threshold zero_optimization.use_all_reduce_for_fetch_params
+        zero_optimization.allgather_sequential zero_optimization.parameter_alignment
+        zero_optimization.save_muon_momentum_buffer_in_memory zero_optimization.leaf_module.* pipeline.* aio.* disable_python_gc
+        zero_optimization.allgather_bucket_size zero_optimization.contiguous_gradients zero_optimization.overlap_comm
+        zero_optimization.allgather_partitions zero_optimization.offload_param.* zero_optimization.offload_optimizer.*
+        zero_optimization.sub_group_size zero_optimization.round_robin_gradients zero_optimization.stage3_max_live_parameters
         zero_optimization.stage3_max_reuse_distance zero_optimization.stage3_prefetch_bucket_size
         zero_optimization.stage3_param_persistence_threshold zero_optimization.stage3_model_persistence_threshold
         zero_optimization.use_multi_rank_bucket_allreduce zero_optimization.stage3_module_granularity_threshold
         zero_optimization.stage3_use_all_reduce_for_fetch_params zero_optimization.stage3_allgather_sequential
         zero_optimization.memory_efficient_linear zero_optimization.log_trace_cache_warnings
         zero_optimization.pipeline_loading_checkpoint zero_optimization.override_module_apply""",
-    Effect.NOTHING: """steps_per_print timers.* comms_logger.* memory_breakdown dump_state log_level
-        zero_allow_untested_optimizer zero_optimization.load_from_fp32_weights zero_optimization.ignore_unused_parameters""",
+    Effect.NOTHING: """checkpoint_tag_validation_enabled checkpoint_tag_validation_fail load_universal_checkpoint
+        zero_optimization.gather_16bit_weights_on_model_save zero_optimization.stage3_gather_fp16_weights_on_model_save
+        zero_optimization.elastic_checkpoint zero_optimization.enable_sanity_checks steps_per_print timers.* comms_logger.*
+        memory_breakdown dump_state log_level zero_allow_untested_optimizer zero_optimization.load_from_fp32_weights
+        zero_optimization.ignore_unused_parameters""",
 }
-_DEEPSPEED_EFFECTS = {key: effect for effect, keys in _DEEPSPEED.items() for key in keys.split()}
+DEEPSPEED_EFFECTS = {key: effect for effect, keys in _DEEPSPEED.items() for key in keys.split()}
 
 # the layout that a start trains in, and what follows from it
 _LAYOUT = {
@@ -222,4 +237,4 @@ def gravest(effects: Iterable[Effect]) -> Effect:
 def _deepspeed_effect(key: str) -> Effect:
     parts = key.split(".")
     blocks = (".".join([*parts[:depth], "*"]) for depth in range(len(parts) - 1, 0, -1))
-    return next((_DEEPSPEED_EFFECTS[name] for name in (key, *blocks) if name in _DEEPSPEED_EFFECTS), Effect.MATHEMATICS)
+    return next((DEEPSPEED_EFFECTS[name] for name in (key, *blocks) if name in DEEPSPEED_EFFECTS), Effect.MATHEMATICS)

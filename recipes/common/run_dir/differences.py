@@ -30,6 +30,8 @@ _BATCH = (
     "layout.pipeline",
     "layout.context",
 )
+_FIRST_WEIGHTS = ("recipe.model.initializer_range", "recipe.model.initializer_factor", "recipe.model.init_std")
+_CHOSEN = ("recipe.optimizer", "recipe.schedule")  # whose class a recipe chooses
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout", "embedding_dropout")
 _DROPOUT_KEYS = ("layout.pipeline", "layout.context", "sizes.world", "sizes.data", "recipe.batch.micro_seqs")
 # a fact -> those that it follows from: with one of them among the differences, it is no choice of its own
@@ -134,6 +136,8 @@ def _other(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> Di
         return differ(before, after, name, Effect.NOTHING, "the code that trains is the same in both")
     if name == "recipe.layouts" and _used_layout(before) == _used_layout(after) != {}:
         return differ(before, after, name, Effect.NOTHING, "of other numbers of GPUs: both train in the same layout")
+    if name in _FIRST_WEIGHTS:
+        return differ(before, after, name, Effect.MATHEMATICS, "of the initial weights: a run that goes on has them already")
     if name in _DROPOUT_KEYS and any(_drops(facts) for facts in (before, after)):
         return differ(before, after, name, Effect.MATHEMATICS, "dropout is on: each data rank and stage draws masks of its own")
     values = (before.get(name, ABSENT), after.get(name, ABSENT))
@@ -207,9 +211,17 @@ def _with_sources(found: Sequence[Difference]) -> list[Difference]:
         ]
         sources = _FOLLOWS.get(d.name, ())
         source = next((n for n in able for s in sources if n == s or (s.endswith(".") and n.startswith(s))), "")
+        group = d.name.rpartition(".")[0]
+        if group in _CHOSEN and ABSENT in (d.old, d.new) and f"{group}.class" in able:
+            source = f"{group}.class"  # a field that the other class does not have
         done.append(replace(d, follows=source))
     followed = {d.name: d.follows for d in done}
-    return [replace(d, follows="") if followed.get(d.follows) == d.name and d.name < d.follows else d for d in done]
+    effects = {d.name: d.effect for d in reversed(_sorted(found))}  # of two of one name the graver
+    mutual = [followed.get(d.follows) == d.name and d.name < d.follows for d in done]
+    return [
+        replace(d, follows="") if both else replace(d, effect=effects.get(d.follows, d.effect))
+        for d, both in zip(done, mutual, strict=True)
+    ]
 
 
 def _sorted(found: Sequence[Difference]) -> list[Difference]:
