@@ -8,7 +8,7 @@ Planned (H100, not measured; memory a GPU over the stages): 64 GPUs 36 to 60 GiB
 
 Where the numbers come from: shape from arXiv 2401.04088, table 1, and the published config. Its training is not published:
 the learning rate and the 4.2M-token batch are Llama 3's between 8B and 70B (arXiv 2407.21783, table 3). Each
-expert's matrices are sharded. The router's auxiliary loss is not trained (README, "Not supported"): watch the router's load.
+expert's matrices are sharded. The loss that balances the experts is transformers', with the published config's 0.02.
 """
 
 import sys
@@ -36,6 +36,7 @@ recipe = Recipe(
         max_position_embeddings=32_768,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        router_aux_loss_coef=0.02,
         bos_token_id=1,
         eos_token_id=2,
     ),

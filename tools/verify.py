@@ -124,6 +124,7 @@ def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len
         seq_len=seq_len,
         global_seqs=4 * data // layout.context,
         z_loss=recipe.z_loss,
+        router=recipe.router,
         attention=recipe.attention,
         device=device,
     )

@@ -181,7 +181,7 @@ class Monitor:
     """Says how often statistics are recorded, in the run's `tensor_stats/` and `metrics.jsonl` (recipes.common.monitor)."""
 
     every_steps: int = 1  # norms of gradients, weights and updates, of each parameter; 0: never
-    activations_every_steps: int = 10  # outputs, attention logits and router load, of each layer; 0: never
+    activations_every_steps: int = 10  # outputs and attention logits of each layer, load of each expert; 0: never
     drift_every_steps: int = 100  # compare the copies of replicated parameters between ranks; 0: never
     on_drift: str = "stop"  # "stop" or "log", when copies differ
     max_nonfinite_steps: int = 3  # a step with a NaN or an infinity is skipped; after so many in a row the run stops
@@ -203,6 +203,25 @@ class Reaction:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Router:
+    """What trains the routers of a mixture of experts beside the model's loss (recipes.common.parallel.router_losses)."""
+
+    # The loss that balances the experts. "micro_batch": transformers' own, of each micro batch. "global_batch": the same of all
+    # the sequences of a step, however they are spread (arXiv 2501.11873). "sequence": DeepSeek-V3's, of each sequence in each
+    # layer (arXiv 2412.19437, equations 17 to 20). None: none
+    loss: str | None = "micro_batch"
+    coefficient: float | None = None  # its weight. None: the model's own (router_aux_loss_coef), 0 where the family has no loss
+    # "global_batch" with accumulation: True counts the tokens of all micro batches in a forward pass of their own, before the
+    # step. False counts those of the step so far, which costs nothing, and then the layout changes the loss a little
+    count_ahead: bool = True
+    z_loss: float = 0.0  # weight of each router's mean of (log Z)^2 (arXiv 2202.08906, equation 5), summed over the layers
+    # After each step, the bias that a router adds to its scores moves by this much against the deviation of each expert's load
+    # (DeepSeek-V3's balancing without a loss, arXiv 2408.15664; 0.001 there); 0: it stays
+    bias_rate: float = 0.0
+    fp32: bool = False  # compute routers in fp32 where the model's precision is lower; some families always do
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that one training run needs to know, but for the machines it runs on."""
 
@@ -220,6 +239,7 @@ class Recipe:
     seed: int = 1234  # of initial weights, the order of the data, and dropout
     z_loss: float = 0.0  # weight of the mean of (log Z)^2 in the loss (arXiv 2204.02311, section 5)
     logits_chunk_tokens: int = 2048  # compute logits and loss for so many tokens at a time: less memory, not other numbers
+    router: Router = field(default_factory=Router)  # of a mixture of experts; other models ignore it
     attention: str = "sdpa"  # transformers' attn_implementation
     mask_documents: bool = False  # keep attention inside each document of a packed sequence, and restart positions there
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from recipes.common.data.document_masking import document_positions
 from recipes.common.engine.build_trainer import build_trainer
-from recipes.common.engine.trainer import Trainer
+from recipes.common.engine.trainer import StepResult, Trainer
 from recipes.common.model.sharding import ShardSpec
 from recipes.common.parallel.grid import one_process
-from recipes.common.pipeline.stage import build_stage, plan_model
-from recipes.common.recipe import SGD, AdamW, Layout, Optimizer
+from recipes.common.pipeline.stage import NO_ROUTER_LOSS, Stage, build_stage, plan_model
+from recipes.common.recipe import SGD, AdamW, Layout, Optimizer, Router
+from tools.common.router_oracle import RouterOracle, state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Trial:
     document_end: int | None = None  # attention stays inside the documents that this id ends
     device: str = "cpu"
     torch_linears: bool = False  # see build_stage
+    router: Router = NO_ROUTER_LOSS
 
     @property
     def data(self) -> int:
@@ -52,7 +54,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    losses: list[float]
+    losses: list[float]  # router losses included
     grad_norms: list[float]
     parameters: dict[str, torch.Tensor]  # whole tensors by Hugging Face name, after the last step
     skipped: list[bool] = field(default_factory=list)
@@ -80,6 +82,7 @@ def build_trial_trainer(trial: Trial) -> Trainer:
         chunk_tokens=trial.chunk_tokens,
         document_end=trial.document_end,
         torch_linears=trial.torch_linears,
+        router=trial.router,
     )
 
 
@@ -96,15 +99,23 @@ def train_in_layout(trial: Trial) -> dict[str, Any]:
     losses, norms, skipped = [], [], []
     for micro in rank_batches(trial, trainer):
         result = trainer.train_step(micro, trial.optimizer.lr, trial.global_seqs * trial.seq_len)
-        losses.append(result.loss)
+        losses.append(result.loss + _router_loss(stage, result))
         norms.append(result.grad_norm)
         skipped.append(result.skipped)
     with deepspeed.zero.GatheredParameters(list(stage.parameters()), enabled=_stage(trial) == 3):
-        shards = {name: shard.float().cpu().clone() for name, shard in trainer.hf_shards().items()}
+        held = trainer.hf_shards() | {name: buffer for name, buffer in stage.persistent_buffers() if buffer.ndim}
+        shards = {name: shard.float().cpu().clone() for name, shard in held.items()}
     cuts = {name: (cut.dim, cut.packs) for name, cut in stage.tensor_plan.shards.items()}
     keep = grid.data_rank == 0
     place = (grid.tensor_rank, grid.tensor)
     return {"losses": losses, "norms": norms, "skipped": skipped, "shards": shards if keep else {}, "cuts": cuts, "place": place}
+
+
+def _router_loss(stage: Stage, result: StepResult) -> float:
+    if stage.router_losses is None:
+        return 0.0
+    plan = stage.router_losses.plan
+    return plan.coefficient * result.router_loss + plan.z_loss * result.router_log_z_squared
 
 
 def train_plain(trial: Trial, stir: int | None = None) -> Outcome:
@@ -116,27 +127,32 @@ def train_plain(trial: Trial, stir: int | None = None) -> Outcome:
     model = initial_model(trial).to(trial.device).train()
     if stir is not None:
         _stir(model, stir)
-    optimizer = torch_optimizer(trial.optimizer, model)
+    optimizer, routers = torch_optimizer(trial.optimizer, model), RouterOracle(model, trial.router)
     losses, norms = [], []
     for batch in batches(trial):
-        total = 0.0
-        for tokens in batch.to(trial.device).split(trial.micro_seqs):
-            places = {}
-            if trial.document_end is not None:
-                places["position_ids"] = document_positions(tokens[:, :-1], trial.document_end)
-            logits = model(input_ids=tokens[:, :-1], use_cache=False, **places).logits.float()
+        total, micro_batches = 0.0, batch.to(trial.device).split(trial.micro_seqs)
+        inputs = [(tokens[:, :-1], _places(tokens[:, :-1], trial)) for tokens in micro_batches]
+        routers.begin_step(inputs)
+        for tokens, (ids, places) in zip(micro_batches, inputs, strict=True):
+            outputs = model(input_ids=ids, use_cache=False, **places, **routers.options)
+            logits, router_loss = outputs.logits.float(), routers.loss(outputs, len(ids)) / len(micro_batches)
             flat = logits.reshape(-1, logits.shape[-1])
             cross_entropy = F.cross_entropy(flat, tokens[:, 1:].reshape(-1), reduction="sum")
             z_term = trial.z_loss * flat.logsumexp(-1).square().sum()
-            ((cross_entropy + z_term) / batch[:, 1:].numel()).backward()
-            total += cross_entropy.item() / batch[:, 1:].numel()
+            ((cross_entropy + z_term) / batch[:, 1:].numel() + router_loss).backward()
+            total += cross_entropy.item() / batch[:, 1:].numel() + router_loss.item()
         # in fp64: torch's fp32 norm of a large tensor is off by 5e-6, more than what is to be shown
         norms.append(sum(p.grad.double().square().sum().item() for p in model.parameters() if p.grad is not None) ** 0.5)
         torch.nn.utils.clip_grad_norm_(model.parameters(), trial.optimizer.clip or float("inf"))
         losses.append(total)
         optimizer.step()
         optimizer.zero_grad()
-    return Outcome(losses, norms, {name: p.detach().cpu() for name, p in model.named_parameters()})
+        routers.end_step()
+    return Outcome(losses, norms, {name: p.detach().cpu() for name, p in state(model)})
+
+
+def _places(ids: torch.Tensor, trial: Trial) -> dict[str, torch.Tensor]:
+    return {} if trial.document_end is None else {"position_ids": document_positions(ids, trial.document_end)}
 
 
 def train_stirred(trial: Trial) -> Outcome:
@@ -160,10 +176,10 @@ def initial_model(trial: Trial) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_config(
         trial.model, dtype=torch.float32, attn_implementation=trial.attention, trust_remote_code=False
     )
-    weights = dict(stage.hf_named_parameters())
+    weights = dict(stage.hf_named_parameters()) | {name: b for name, b in stage.persistent_buffers() if b.ndim}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights.pop(name))
+        for name, tensor in state(model):
+            tensor.copy_(weights.pop(name))
     assert not weights, f"parameters that plain transformers lacks: {sorted(weights)}"
     return model
 

@@ -29,7 +29,7 @@ from tools.spikes.report_page.heat_map import heat_map, read_slice
 
 PAGE = Path(__file__).parent / "report_page"
 SCRIPTS = ("numbers.js", "series.js", "charts.js", "heat_map.js", "page.js")
-NO_MAP = ("step_time", "drift")  # signals that no layer explains
+NO_MAP = ("step_time", "drift", "load_evenness")  # signals that no layer explains
 MOST_MAPS = 12  # events with a map of layers; actionable ones come first
 BLUE, GREEN, ORANGE, VIOLET, TEAL, BROWN = "#1c5fb0", "#0b7a4b", "#d9480f", "#6741d9", "#0c8599", "#846358"
 
@@ -42,6 +42,15 @@ PANELS = (
     ("Update / weight", "of the whole model", 90, {"log": True}, (("update_ratio", "ratio", VIOLET),)),
     ("Worst data rank", "its loss above the mean, nats", 90, {"zero": True}, (("loss_excess", "excess", ORANGE),)),
     ("Which data rank is worst", "", 70, {"integers": True}, (("loss_max_rank", "rank", BROWN),)),
+    ("Busiest expert", "its tokens over the mean", 80, {"zero": True}, (("router_load_max/max", "worst layer", ORANGE),)),
+    (
+        "Evenness of experts",
+        "1: equal loads or no preference",
+        80,
+        {"zero": True},
+        (("load_evenness", "loads", TEAL), ("router_entropy", "router", VIOLET)),
+    ),
+    ("Experts without a token", "in all layers", 70, {"integers": True}, (("dead_experts", "experts", BROWN),)),
     ("Largest logit", "", 80, {}, (("max_logit", "logit", TEAL),)),
     ("Step time", "seconds", 70, {"zero": True}, (("seconds", "seconds", BROWN),)),
 )

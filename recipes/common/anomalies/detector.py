@@ -22,6 +22,7 @@ from recipes.common.anomalies.curve import Curve, Points
 from recipes.common.anomalies.events import Event
 from recipes.common.anomalies.loss_spikes import LossSpikes
 from recipes.common.anomalies.resume_level import ResumeLevel
+from recipes.common.anomalies.router_collapse import RouterCollapse
 from recipes.common.anomalies.slow_trends import SlowTrends
 from recipes.common.anomalies.step_time import StepTime
 
@@ -49,7 +50,7 @@ class Detector(Protocol):
 
 
 # in the order in which they see a point: LossSpikes first, as it keeps the curve and marks points for those after it
-DETECTORS: tuple[type[Detector], ...] = (LossSpikes, ResumeLevel, SlowTrends, StepTime)
+DETECTORS: tuple[type[Detector], ...] = (LossSpikes, ResumeLevel, SlowTrends, StepTime, RouterCollapse)
 
 
 class AnomalyDetector:

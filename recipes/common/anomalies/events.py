@@ -38,11 +38,20 @@ _KINDS = (
     Kind("precision", is_spike=True, cured_by_rewind=True),
     # steps that take longer, from one step on
     Kind("hardware_suspect"),
+    # most tokens go to few of a mixture's experts
+    Kind("router_collapse"),
 )
 KINDS = {kind.name: kind for kind in _KINDS}
 
 # Event.evidence: how far each signal was off, and the short name under which tables show it
-MEASURES = {"loss_z": "loss", "grad_norm_z": "norm", "loss_scale_fall": "scale /", "slower": "time +", "level_z": "level"}
+MEASURES = {
+    "loss_z": "loss",
+    "grad_norm_z": "norm",
+    "loss_scale_fall": "scale /",
+    "slower": "time +",
+    "level_z": "level",
+    "load_evenness": "evenness",
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class Event:
     delta: float  # loss at the peak above what was expected there, in nats; negative below. Not finite where the loss was not
     kind: str  # a name in KINDS
     actionable: bool  # wake somebody, or rewind. A hard batch, a plateau, new data and slow steps are worth a line, not that
-    first_signal: str  # loss, grad_norm, loss_scale, step_time
+    first_signal: str  # loss, grad_norm, loss_scale, step_time, load_evenness
     lead_steps: int  # from the onset to the peak
     evidence: Mapping[str, float | str] = field(default_factory=dict)  # numbers by name: MEASURES, and further ones
     number: int = field(default=0, compare=False, repr=False)  # of its detector's events; updates of one event share it

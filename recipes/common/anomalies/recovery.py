@@ -287,7 +287,7 @@ def event_of_hopeless(hopeless: Hopeless, step: int, open_events: Iterable[Event
 
 def detector_values(record: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers that the detectors decide by: those that are equal on every rank (a step's seconds are not)."""
-    return {name: float(record[name]) for name in ("loss", "grad_norm", "loss_scale") if name in record}
+    return {name: float(record[name]) for name in ("loss", "grad_norm", "loss_scale", "load_evenness") if name in record}
 
 
 def read_recent(out_dir: Path, step: int) -> list[tuple[int, dict[str, float], int]]:

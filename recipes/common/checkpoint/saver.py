@@ -231,7 +231,7 @@ class Saver:
                     parts.append(Part(f.name, kind, shapes[f.name], shard, f.start, stop, data))
         if grid.data_rank == 0 and grid.tensor_rank == 0:
             for name, buffer in stage.persistent_buffers():
-                data = buffer.detach().cpu().numpy().reshape(-1)
+                data = buffer.detach().to("cpu", copy=True).numpy().reshape(-1)  # training moves a router's bias
                 parts.append(Part(name, "buffer", tuple(buffer.shape), RankShard(), 0, data.size, data))
         if grid.device.type == "cuda":
             torch.cuda.synchronize()

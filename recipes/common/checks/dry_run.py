@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from recipes.common.checks.attention_kernel import attention_lines
-from recipes.common.checks.run_notes import run_notes
+from recipes.common.checks.run_notes import router_lines, run_notes
 from recipes.common.config.lr_schedules import learning_rate_at, seqs_after, tokens_of_run
 from recipes.common.config.placement import ONE_PASS
 from recipes.common.model.decoder import find_stack
@@ -41,6 +41,7 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
         f"files       data {_data(recipe)}, tokenizer {recipe.tokenizer}, DeepSpeed {recipe.deepspeed} as below",
         *(f"attention   {line}" for line in attention_lines(recipe, layout)),
         *_masks(recipe, layout),
+        *router_lines(recipe, causal),
         f"on anomaly  {_reaction(recipe.reaction)}",
         *(f"note        {note}" for note in run_notes(recipe, causal)),
         "stage  layers        part of the cost",

@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig
 
 from recipes.common.checks.context_checks import context_head_problems, context_trial_problems
 from recipes.common.checks.family_trials import chunk_problems, masking_problems, partition_problems, sequence_problems
-from recipes.common.checks.tiny_model import field_of
+from recipes.common.checks.router_checks import router_problems, router_value_problems
+from recipes.common.checks.tiny_model import field_of, shallow
 from recipes.common.checks.tiny_trial import trial_problems
 from recipes.common.config.ds_config import did_you_mean
 from recipes.common.config.model_sizes import size_problem
@@ -18,10 +19,12 @@ from recipes.common.data.document_masking import masking_problem
 from recipes.common.model.decoder import PlanError, Stack, find_stack
 from recipes.common.model.flops import layer_costs
 from recipes.common.model.initial_weights import build_empty
+from recipes.common.model.routers import plan_routers
 from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers
 from recipes.common.recipe import Layout, Recipe
 
+_HEAD_DIM = "head_dim"
 # transformers' common names; of larger numbers a model is not built in any time
 _SIZES = {
     "vocab_size": 2**24,
@@ -61,11 +64,17 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
     problems += rope_problems(text, recipe.batch.seq_len)
     if getattr(text, "output_router_logits", False):
         problems.append(
-            "model.output_router_logits=True: the auxiliary loss needs every layer's router in one place, which a pipeline "
-            "does not have; set it to False"
+            "model.output_router_logits=True collects every layer's router logits in one place, which a pipeline does not have; "
+            "set it to False: router=Router(...) adds the loss of the routers where they are"
         )
     tried = trial_problems(recipe.model, recipe.attention)
     problems += tried
+    if not tried and not router_value_problems(recipe.router):
+        try:
+            routers = plan_routers(causal, stack, recipe.router)
+        except PlanError as error:
+            routers = error
+        problems += router_problems(recipe.model, recipe.router, routers, recipe.attention)
     if min(layout.tensor, layout.pipeline, layout.context, recipe.batch.seq_len) < 1:  # reported by recipe_checks
         return problems
     too_deep = depth_problems(layout, len(causal.get_submodule(stack.layers)))
@@ -145,11 +154,21 @@ def config_problems(config: PreTrainedConfig) -> list[str]:
     known = set(type(config)().to_dict()) | set(PreTrainedConfig().to_dict()) | set(_parameter_names(type(config)))
     known |= set(getattr(type(config), "attribute_map", {}))
     unknown = sorted(set(config.to_dict()) - known)
+    if _HEAD_DIM in unknown and _reads_head_dim(config):  # some families do, though their config does not declare it
+        unknown.remove(_HEAD_DIM)
     return [
         f"model.{name}={config.to_dict()[name]!r}: {type(config).__name__} has no such field{did_you_mean(name, known)}; "
         "remove it or spell it right"
         for name in unknown
     ]
+
+
+def _reads_head_dim(config: PreTrainedConfig) -> bool:
+    try:
+        causal = build_empty(shallow(config))
+    except Exception:  # the family's own code; building the whole model says more
+        return False
+    return any(getattr(module, _HEAD_DIM, None) == config.head_dim for module in causal.modules())
 
 
 def value_problems(config: PreTrainedConfig) -> list[str]:

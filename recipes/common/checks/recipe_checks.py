@@ -12,6 +12,7 @@ from typing import Any
 
 from recipes.common.checks.context_checks import context_option_problems, context_size_problems
 from recipes.common.checks.model_checks import model_problems
+from recipes.common.checks.router_checks import router_value_problems
 from recipes.common.config.ds_checks import device_problems, ds_config_problems, fp16_supported, version_problems
 from recipes.common.config.ds_config import ds_config_path, load_ds_config
 from recipes.common.config.field_types import mistyped_fields, shown
@@ -79,7 +80,7 @@ def check_recipe(
         problems += layout_problems(recipe, layout, world_size)
     if ds_config is not None:
         problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout)
-    if sound("model", "num_params", "batch", "attention", "mask_documents"):
+    if sound("model", "num_params", "batch", "attention", "mask_documents", "router"):
         problems += model_problems(recipe, layout)
     if check_machine:
         problems += _machine_problems(recipe, ds_config, mistyped)
@@ -222,6 +223,8 @@ def range_problems(recipe: Recipe, mistyped: Collection[str] = ()) -> list[str]:
     if sound("mask_documents", "attention", "batch") and recipe.mask_documents:
         problem = masking_problem(recipe.attention, recipe.batch.micro_seqs)
         problems += [f"mask_documents=True: {problem}"] if problem else []
+    if sound("router"):
+        problems += router_value_problems(recipe.router)
     for name in ("z_loss", "checkpoints.every_minutes", "checkpoints.last_save_minutes"):
         if sound(name.partition(".")[0]) and (value := attrgetter(name)(recipe)) < 0:
             problems.append(f"{name}={value} must be 0 or more")

@@ -11,15 +11,23 @@ from recipes.common.checks.tiny_trial import untrained_parameters
 from recipes.common.config.ds_config import load_ds_config, precision
 from recipes.common.data.blend import data_folders
 from recipes.common.data.shards import read_manifest
+from recipes.common.model.decoder import find_stack
+from recipes.common.model.routers import GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, plan_routers
 from recipes.common.recipe import Recipe, from_root
 
-_ROUTER_LOSSES = ("router_aux_loss_coef", "router_z_loss_coef", "aux_loss_coef", "aux_loss_alpha")
+_BALANCING = ("router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha")
+_Z_LOSS = "router_z_loss_coef"
+_IN_WORDS = {
+    MICRO_BATCH: "transformers' loss of each micro batch",
+    GLOBAL_BATCH: "transformers' loss of the global batch",
+    SEQUENCE: "DeepSeek's loss of each sequence",
+}
 _NUMBER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def run_notes(recipe: Recipe, causal: PreTrainedModel) -> list[str]:
     """Return a line each, for a recipe that `check_recipe` has accepted. causal: its model, on the meta device."""
-    notes = [*_loss_notes(causal.config.to_dict()), *_mask_notes(recipe)]
+    notes = [*_loss_notes(causal, recipe), *_mask_notes(recipe)]
     manifests = dict(_manifests(recipe))
     ends = {manifest.get("eos_id") for manifest in manifests.values()} | _ids(getattr(causal.config, "eos_token_id", None))
     pad = causal.get_input_embeddings().padding_idx
@@ -42,13 +50,31 @@ def run_notes(recipe: Recipe, causal: PreTrainedModel) -> list[str]:
     return notes
 
 
-def _loss_notes(fields: dict[str, Any]) -> Iterator[str]:
-    for name in _ROUTER_LOSSES:
-        if fields.get(name):
+def _loss_notes(causal: PreTrainedModel, recipe: Recipe) -> Iterator[str]:
+    """Name coefficients that weigh nothing: transformers computes a loss of the routers for some families only."""
+    fields, asked = causal.config.to_dict(), recipe.router
+    plan = plan_routers(causal, find_stack(causal), asked)
+    weighed = {_Z_LOSS: bool(plan.z_loss)} | dict.fromkeys(_BALANCING, plan.balances or not plan.routers)
+    for name, does_something in weighed.items():
+        if fields.get(name) and not does_something:
+            cure = f"z_loss={fields[name]}" if name == _Z_LOSS else f"coefficient={fields[name]}"
+            chosen = ", loss=..." if name != _Z_LOSS and asked.loss is None else ""
             yield (
-                f"model.{name}={fields[name]} does nothing: no loss of the routers is computed, and nothing balances the "
-                "experts; watch their load in the report, and write 0.0 to say so"
+                f"model.{name}={fields[name]} does nothing here; router=Router({cure}{chosen}) adds this loss, and writing 0.0 "
+                "says that none is meant"
             )
+
+
+def router_lines(recipe: Recipe, causal: PreTrainedModel) -> list[str]:
+    """Say which losses the routers of a mixture get."""
+    plan = plan_routers(causal, find_stack(causal), recipe.router)
+    if not plan.routers:
+        return []
+    parts = [f"{plan.coefficient:g} x {_IN_WORDS[plan.loss]}"] if plan.balances else ["no balancing loss"]
+    parts += [f"{plan.z_loss:g} x the mean of (log Z)^2"] if plan.z_loss else []
+    parts += [f"biases move by {plan.bias_rate:g} a step against the load"] if plan.bias_rate else []
+    parts += ["computed in fp32"] if plan.fp32 else []
+    return [f"routers     {len(plan.routers)}, {plan.chosen} of {plan.experts} experts a token: {', '.join(parts)}"]
 
 
 def _mask_notes(recipe: Recipe) -> Iterator[str]:

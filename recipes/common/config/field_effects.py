@@ -28,7 +28,8 @@ _BY_EFFECT = {
         vocab_size hidden_size intermediate_size num_hidden_layers n_embd n_layer n_inner n_positions ffn_hidden_size
         moe_intermediate_size shared_expert_intermediate_size num_experts num_local_experts n_routed_experts n_shared_experts
         kv_lora_rank q_lora_rank tie_word_embeddings first_k_dense_replace""",
-    Effect.MATHEMATICS: """z_loss mask_documents tokenizer optimizer.betas optimizer.eps optimizer.momentum
+    Effect.MATHEMATICS: """router.loss router.coefficient router.count_ahead router.z_loss router.bias_rate router.fp32
+        z_loss mask_documents tokenizer optimizer.betas optimizer.eps optimizer.momentum
         class model_type is_decoder is_encoder_decoder add_cross_attention pad_token_id
         num_attention_heads num_key_value_heads num_kv_heads n_head head_dim qk_head_dim qk_nope_head_dim qk_rope_head_dim
         v_head_dim multi_query new_decoder_architecture num_ln_in_parallel_attn
@@ -84,4 +85,4 @@ def flat_fields(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-_NO_CHOICE = ("class", "batch.class", "evaluation.class", "checkpoints.class", "monitor.class", "reaction.class")
+_NO_CHOICE = ("class", "batch.class", "evaluation.class", "checkpoints.class", "monitor.class", "reaction.class", "router.class")

@@ -12,11 +12,13 @@ from recipes.common.data.blend import data_folders
 from recipes.common.data.shards import read_manifest
 from recipes.common.engine.startup import device_is_bound, start_distributed
 from recipes.common.engine.trainer import Trainer
+from recipes.common.engine.untouched import Untouched
+from recipes.common.model.routers import GLOBAL_BATCH, SEQUENCE
 from recipes.common.parallel.first_messages import exchange_first_messages
-from recipes.common.parallel.grid import build_grid
-from recipes.common.pipeline.stage import Stage, build_stage, plan_model
+from recipes.common.parallel.grid import build_grid, make_router_group
+from recipes.common.pipeline.stage import NO_ROUTER_LOSS, Stage, build_stage, plan_model
 from recipes.common.pipeline.streams import GROUP, schedule_problem
-from recipes.common.recipe import Layout, Optimizer, Recipe, RecipeError, from_root
+from recipes.common.recipe import Layout, Optimizer, Recipe, RecipeError, Router, from_root
 
 
 def build_trainer(
@@ -35,6 +37,7 @@ def build_trainer(
     torch_linears: bool = False,
     ramp: Iterable[int] = (),
     draw: bool = True,
+    router: Router = NO_ROUTER_LOSS,
 ) -> Trainer:
     """Build this rank's trainer, in the process group that the launcher's environment describes.
 
@@ -42,9 +45,10 @@ def build_trainer(
     that steps will have. draw: see build_stage.
     """
     device = start_distributed(device_type)
-    planned = plan_model(model, layout, attention=attention)
+    planned = plan_model(model, layout, attention=attention, router=router)
     grid = build_grid(layout, device, planned.tensor_plan.ranks_per_kv_head, planned.head_ranks)
     exchange_first_messages(grid)
+    shared = {"stages": planned.routers.loss != SEQUENCE, "readers": planned.routers.loss == GLOBAL_BATCH}
     stage = build_stage(
         planned,
         grid,
@@ -55,10 +59,13 @@ def build_trainer(
         chunk_tokens=chunk_tokens,
         torch_linears=torch_linears,
         draw=draw,
+        router_group=make_router_group(grid, **shared) if planned.routers.balances else None,
     )
     if device_is_bound() and layout.pipeline > 1:
         _refuse_deadlocks(stage, layout.pipeline, {ds_config["gradient_accumulation_steps"], *ramp})
-    return Trainer(stage, grid, optimizer, ds_config, document_end)
+    trainer = Trainer(stage, grid, optimizer, ds_config, document_end)
+    trainer.untouched = Untouched(trainer)
+    return trainer
 
 
 def _refuse_deadlocks(stage: Stage, pipeline: int, micro_batches: set[int]) -> None:
@@ -95,4 +102,5 @@ def build_recipe_trainer(
         document_end=document_end,
         draw=draw,
         ramp=[seqs * ds_config["gradient_accumulation_steps"] // recipe.batch.global_seqs for _, seqs in recipe.batch.ramp],
+        router=recipe.router,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +61,10 @@ class StepResult:
     skip_reason: str | None  # OVERFLOW, NONFINITE or TOO_HIGH
     votes: tuple[bool, ...]  # of each vote, whether any rank said yes
     statistics: np.ndarray  # of Trainer.statistics, summed over all ranks
+    router_loss: float  # the loss that balances the experts, before its coefficient; 0.0 where there is none
+    router_log_z_squared: float  # mean of the routers' log(Z)^2, summed over the layers; 0.0 without a router z-loss
+    router_loads: np.ndarray  # [routers, experts]: how often the global batch's tokens chose each expert
+    router_entropies: np.ndarray  # [routers], nats: of a router's probabilities, the mean over the tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,8 @@ class StepSums:
     cross_entropy_by_rank: np.ndarray  # [data]: each data rank's own
     max_logit_by_rank: np.ndarray  # [data]
     votes: np.ndarray  # [votes]: how many ranks voted yes
+    router_sums: np.ndarray  # [2]: as RouterLosses sums them
+    router_counts: np.ndarray  # RouterLosses.counted, flat
     statistics: np.ndarray  # [n]: see Trainer.statistics
 
 
@@ -144,6 +150,7 @@ class Trainer:
         self._copy_ahead = CopyAhead(grid.device)
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]
+        self.untouched: Collection[str] = ()  # parameters of this stage that no gradient has ever reached
         # called once a step has been taken: fp64 [n], of one length on all ranks, to be summed over them with the losses
         self.statistics: Callable[[], torch.Tensor] | None = None
 
@@ -187,6 +194,12 @@ class Trainer:
         worst = int(np.argmax(by_rank))  # the first NaN, where there is one
         skipped = self.engine.skipped_steps > skipped_before
         overflowed = self.engine.fp16_enabled() and np.isfinite(losses[0])
+        routers = self.stage.router_losses
+        router_sums = sums.router_sums / (len(micro_batches) * self.grid.readers)
+        counted = sums.router_counts.reshape((0, 2) if routers is None else routers.counted.shape)
+        loads = counted[:, :-2]
+        if routers is not None and routers.plan.bias_rate and not skipped:
+            routers.move_biases(torch.from_numpy(loads))
         refused, norm = self._gate.refused_norm, self._grad_norm()
         reason = TOO_HIGH if refused is not None else OVERFLOW if overflowed else NONFINITE
         return StepResult(
@@ -202,6 +215,10 @@ class Trainer:
             skip_reason=reason if skipped else None,
             votes=tuple(count > 0 for count in sums.votes),
             statistics=sums.statistics,
+            router_loss=float(router_sums[0]),
+            router_log_z_squared=float(router_sums[1]),
+            router_loads=loads,
+            router_entropies=counted[:, -2] / counted[:, -1].clip(1),
         )
 
     def _grad_norm(self) -> float:
@@ -215,7 +232,10 @@ class Trainer:
         """Run forward, backward and the optimizer's step, which DeepSpeed skips where the gradient norm is not finite."""
         self._clear_losses()
         self._set_document_positions(micro_batches)
-        batches = self._batches(micro_batches, len(micro_batches) * self.grid.data / scored_tokens)
+        weight = len(micro_batches) * self.grid.data / scored_tokens
+        if self.stage.router_losses is not None:
+            self._begin_router_losses(micro_batches, weight)
+        batches = self._batches(micro_batches, weight)
         with self._no_questions():
             if self.grid.pipeline > 1:
                 self.engine.train_batch(batches)
@@ -235,17 +255,31 @@ class Trainer:
         weight = 1.0 / scored_tokens
         self._set_document_positions([tokens for tokens, _ in micro_batches])
         batches = self._batches((tokens for tokens, _ in micro_batches), weight, [rows for _, rows in micro_batches])
+        self._run_forward(batches, len(micro_batches))
+        return float(self._sum_over_ranks(measure=False).losses[0])
+
+    def _run_forward(self, batches: Iterator[tuple[torch.Tensor, Labels]], count: int) -> None:
         with self._no_questions():
             if self._executor is not None:
-                self._executor.evaluate(batches, len(micro_batches))
+                self._executor.evaluate(batches, count)
             elif self.grid.pipeline > 1:
-                self.engine.eval_batch(batches, num_micro_batches=len(micro_batches), bcast_loss=False)
+                self.engine.eval_batch(batches, num_micro_batches=count, bcast_loss=False)
             else:
                 self.engine.eval()
                 with torch.no_grad():
                     for ids, labels in batches:
                         self.engine(ids, labels)
-        return float(self._sum_over_ranks(measure=False).losses[0])
+
+    def _begin_router_losses(self, micro_batches: list[torch.Tensor], weight: float) -> None:
+        """Tell the routers by what DeepSpeed multiplies the loss, and count the whole step ahead where their loss wants that."""
+        routers, count = self.stage.router_losses, len(micro_batches)
+        routers.begin_step(self._loss_scale() / count)
+        if routers.wants_counts_ahead and count > 1:
+            routers.begin_counting_ahead()
+            self._run_forward(self._batches(micro_batches, weight), count)
+            routers.end_counting_ahead(count)
+            self._clear_losses()
+            self._set_document_positions(micro_batches)
 
     def _clear_losses(self) -> None:
         self.stage.loss_sums.zero_()
@@ -279,7 +313,12 @@ class Trainer:
 
     def _sum_over_ranks(self, votes: tuple[bool, ...] = (), *, measure: bool = True) -> StepSums:
         """Reduce a step's results over all ranks, in its one collective of this kind. measure: with the step's statistics."""
-        losses = self.stage.loss_sums
+        losses, routers = self.stage.loss_sums, self.stage.router_losses
+        if routers is None or not measure:
+            router_sums, router_counts = losses.new_zeros(2), losses.new_zeros(0)
+        else:  # every tensor rank has the same
+            counted = float(self.grid.tensor_rank == 0)
+            router_sums, router_counts = routers.sums * counted, routers.counted.flatten() * counted
         cross_entropy, max_logit = losses.new_zeros(2, self.grid.data)  # a slot each: summed with zeros it stays what it is
         if self.grid.is_last_stage and self.grid.tensor_rank == 0:
             cross_entropy[self.grid.data_rank], max_logit[self.grid.data_rank] = losses[0], self.stage.max_logit
@@ -290,6 +329,8 @@ class Trainer:
             "cross_entropy_by_rank": cross_entropy,
             "max_logit_by_rank": max_logit,
             "votes": to_device(torch.tensor(votes, dtype=losses.dtype), losses.device),
+            "router_sums": router_sums,
+            "router_counts": router_counts,
             "statistics": self.statistics() if measure and self.statistics is not None else losses.new_zeros(0),
         }
         sums = torch.cat(list(parts.values()))

@@ -58,16 +58,32 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def build_empty(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
-    """Build the family's ForCausalLM in fp32 with its parameters on the meta device (no memory, no weights)."""
+    """Build the family's ForCausalLM in fp32 with its parameters on the meta device (no memory, no weights).
+
+    A small parameter that the family freezes (the bias of a router's choices) becomes what it is, a buffer: no optimizer gets it,
+    checkpoints and exports hold it under its name.
+    """
     with _parameters_on_meta(), _LargeOnMeta(), no_init_weights():
         causal = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
         )
         causal.tie_weights()
+    _make_constants(causal)
     lost = [name for name, buffer in causal.named_buffers() if buffer.is_meta]
     if lost:
         raise ValueError(f"{type(causal).__name__} leaves the buffers {lost} empty, and they are too large to be a constant")
     return causal
+
+
+def _make_constants(causal: PreTrainedModel) -> None:
+    for module in causal.modules():
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is None or parameter.requires_grad:
+                continue
+            first = getattr(parameter, "constructed", None)
+            if first is not None and first.isfinite().all():
+                del module._parameters[leaf]
+                module.register_buffer(leaf, first)
 
 
 def draw_weights(

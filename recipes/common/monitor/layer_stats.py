@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from recipes.common.monitor.parameter_groups import group_of
+from recipes.common.model.routers import find_routers
 from recipes.common.pipeline.stage import Stage
 
 QUERIES = 32  # positions of each sequence whose attention logits are recomputed
@@ -58,7 +58,8 @@ class LayerStats:
         for index in self._stage.own_layers:
             # before the stage's own hook, which takes the output of its last layer away
             self._handles.append(layers[index].register_forward_hook(self._output_hook(index), prepend=True))
-        for index, router, place in _routers(self._stage):
+        for name, (index, place) in find_routers(self._stage.causal, self._stage.stack).items():
+            router = self._stage.causal.get_submodule(name)
             self._handles.append(router.register_forward_hook(self._routing_hook(index, place)))
         self._wrap_attention()
 
@@ -156,13 +157,3 @@ def largest_logit(query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: fl
         here = torch.arange(key.shape[2], device=query.device)
         logits = logits.masked_fill(here > places.unsqueeze(1) + (key.shape[2] - length), -torch.inf)
     return logits.amax()
-
-
-def _routers(stage: Stage) -> Iterator[tuple[int, nn.Module, int]]:
-    """Yield (layer, module, which of its outputs are the logits) of the routers that the family declares."""
-    recorder = (getattr(type(stage.causal), "_can_record_outputs", None) or {}).get("router_logits")
-    kind = getattr(recorder, "target_class", recorder)
-    for name, module in stage.causal.named_modules() if isinstance(kind, type) else ():
-        index = group_of(name)[0]
-        if type(module) is kind and index is not None:
-            yield index, module, getattr(recorder, "index", 0)

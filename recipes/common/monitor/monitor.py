@@ -20,9 +20,10 @@ from recipes.common.engine.trainer import NONFINITE, StepResult, Trainer
 from recipes.common.monitor.nonfinite import NonFinite, find_nonfinite
 from recipes.common.monitor.parameter_stats import STATS, ParameterStats
 from recipes.common.monitor.replica_drift import find_drift
+from recipes.common.monitor.router_stats import expert_names, expert_values, router_fields, router_values
 from recipes.common.recipe import Recipe, due
 from recipes.common.run_dir.run_log import RunLog
-from recipes.common.run_dir.tensor_stats import ACTIVATIONS, PARAMETERS, StatsWriter
+from recipes.common.run_dir.tensor_stats import ACTIVATIONS, EXPERTS, PARAMETERS, ROUTERS, StatsWriter
 from recipes.common.runtime.exits import TrainingError
 
 DRIFT = "the comparison of copies"
@@ -53,7 +54,11 @@ class RunMonitor:
         self.close()
         if self._note is not None and (self._monitor.every_steps or self._monitor.activations_every_steps):
             layers = tuple(str(layer) for layer in range(self._stats.layers.depth))
-            for kind, names in ((PARAMETERS, self._stats.names), (ACTIVATIONS, layers)):
+            kinds = {PARAMETERS: self._stats.names, ACTIVATIONS: layers}
+            if (routers := self._trainer.stage.router_losses) is not None:
+                kinds[ROUTERS] = tuple(router.name for router in routers.plan.routers)
+                kinds[EXPERTS] = expert_names(routers.plan)
+            for kind, names in kinds.items():
                 try:
                     self._writers[kind] = StatsWriter(self._out_dir, kind, names, step)
                 except Exception as error:  # a full disk, a damaged file: the run goes on without
@@ -74,6 +79,7 @@ class RunMonitor:
             self._say_here(f"monitor: statistics are off from step {step}: {what}", here=reason is not None)
         names = ("loss_max", "loss_max_rank", "max_logit", "log_z")
         fields: dict[str, Any] = {name: getattr(result, name) for name in names} | stats.totals
+        fields |= router_fields(result, self._trainer.stage.router_losses)
         self.nonfinite = None
         if result.skip_reason == NONFINITE:
             with self._part("the search for what was not finite", step):
@@ -87,10 +93,18 @@ class RunMonitor:
                 for name, values in stats.activations.items():
                     if np.isfinite(values).any():
                         fields[f"{name}/max"] = float(np.nanmax(values))
+        self._write_routers(step, result)
         if due(self._monitor.drift_every_steps, step) and DRIFT not in self._off:
             with self._part(DRIFT, step):
                 fields |= self._check_drift(step)
         return fields
+
+    def _write_routers(self, step: int, result: StepResult) -> None:
+        routers = self._trainer.stage.router_losses
+        if routers is not None and due(self._monitor.every_steps, step):
+            self._write(step, ROUTERS, router_values(result, routers.plan))
+        if routers is not None and due(self._monitor.activations_every_steps, step):
+            self._write(step, EXPERTS, expert_values(result))
 
     @contextmanager
     def _part(self, name: str, step: int) -> Iterator[None]:

@@ -11,6 +11,8 @@ reduction, with zeros for the rest: all ranks stop measuring at the same step, a
     update_norm    of what the step added to them             tiny_v_share   share of elements with sqrt(v) < eps
     update_ratio   update_norm / weight_norm                  zero_share     share of elements whose gradient is exactly 0
     nonfinite      elements of the gradient that are NaN or infinite: 0, for a step with one is skipped (`nonfinite`)
+
+A parameter that no gradient has ever reached (`untouched`) has none of them, and counts in no total.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ class ParameterStats:
                 self.layers.end()
         if self.layers.error is not None:
             self.error = self.error or self.layers.error
-        parts = [self._sums.flatten()] if self._with_parameters else []
+        parts = [self._sums.flatten(), self._untouched()] if self._with_parameters else []
         parts += [self.layers.sums()] if self._with_layers else []
         failed = self._sums.new_full((1,), float(self.error is not None))
         if self.error is not None:
@@ -105,7 +107,8 @@ class ParameterStats:
         if result.statistics[-1]:
             self._off = True
             return StepStats({}, {}, None, failed=True)
-        parameters, layers = np.split(result.statistics[:-1], [self._sums.numel() if with_parameters else 0])
+        sizes = [self._sums.numel(), len(self.names)] if with_parameters else [0, 0]
+        parameters, untouched, layers = np.split(result.statistics[:-1], np.cumsum(sizes))
         if with_layers:
             maxima = self.layers.maxima()
             if dist.get_world_size() > 1:
@@ -115,7 +118,7 @@ class ParameterStats:
             if with_layers:
                 activations = self.layers.decode(layers, maxima.double().cpu().numpy())
             if with_parameters and not result.skipped:
-                values, totals = self._decode(parameters, result.grad_norm)
+                values, totals = self._decode(parameters, result.grad_norm, untouched > 0)
         return StepStats(values, totals, activations)
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, options: Any) -> None:
@@ -139,8 +142,19 @@ class ParameterStats:
                 self._spans[id(tensor)] = spans_of(ranges, tensor.device.type, self._sums.device)
         return self._spans[id(flat)]
 
-    def _decode(self, sums_over_ranks: np.ndarray, grad_norm: float) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    def _untouched(self) -> torch.Tensor:
+        """Return [parameters], 1 for those of this rank that no gradient has ever reached."""
+        flags = np.zeros(len(self.names))
+        flags[[self._rows[name] for name in self._trainer.untouched]] = 1.0
+        return torch.from_numpy(flags).to(self._sums.device)
+
+    def _decode(
+        self, sums_over_ranks: np.ndarray, grad_norm: float, untouched: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """untouched: rows that are out of all statistics."""
         sums = dict(zip(SUMS, sums_over_ranks.reshape(-1, len(SUMS)).T, strict=True))
+        for column in sums.values():
+            column[untouched] = 0.0
         # the optimizer was given clipped gradients; DeepSpeed divided them by this
         divided = max(1.0, (grad_norm + 1e-6) / self._clip) if self._clip else 1.0
         weight, update = np.sqrt(sums["weight"]), np.sqrt(sums["update"])
@@ -157,6 +171,8 @@ class ParameterStats:
             "zero_share": (sums["zeros"] - self._padding) / self._sizes,
             "nonfinite": np.zeros(len(self.names)),
         }
+        for column in values.values():
+            column[untouched] = np.nan
         totals = {"weight_norm": math.sqrt(sums["weight"].sum()), "update_norm": math.sqrt(sums["update"].sum())}
         ratio = totals["update_norm"] / totals["weight_norm"] if totals["weight_norm"] else math.nan
         return values, totals | {"update_ratio": ratio}

@@ -117,3 +117,24 @@ def _make_groups(wanted: dict[str, tuple[int, ...]]) -> dict[str, dist.ProcessGr
         if name not in _UNSHARED:
             made[ranks] = found[name]
     return found
+
+
+def router_ranks(own: Coordinates, *, stages: bool, readers: bool) -> tuple[int, ...]:
+    """Return the ranks that share the counts of a router loss: the context ranks, with all `stages`, with all `readers`."""
+    pipeline = range(own.pipeline) if stages else [own.pipeline_rank]
+    first = own.data_rank - own.context_rank
+    data = range(own.data) if readers else range(first, first + own.context)
+    return tuple((p * own.data + d) * own.tensor + own.tensor_rank for p in pipeline for d in data)
+
+
+def make_router_group(grid: Grid, *, stages: bool, readers: bool) -> dist.ProcessGroup | None:
+    """Create the group of `router_ranks`, and exchange a first message in it; None for one rank. Every rank must call it.
+
+    No other messages may use it: its sums wait beside those of the pipeline.
+    """
+    ranks = router_ranks(grid, stages=stages, readers=readers)
+    if len(ranks) == 1:
+        return None
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    dist.all_reduce(torch.zeros(1, device=grid.device), group=group)
+    return group

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -27,20 +28,23 @@ from recipes.common.model.host_activations import HostActivations
 from recipes.common.model.initial_weights import build_empty, draw_weights
 from recipes.common.model.linears import defer_weight_gradients, route_products
 from recipes.common.model.recompute import recompute
+from recipes.common.model.routers import RouterPlan, plan_routers
 from recipes.common.model.sharding import TensorPlan
 from recipes.common.model.token_chunks import chunk_tokens, find_mlp
 from recipes.common.model.weight_grad_store import WeightGradStore
 from recipes.common.parallel.context_parallel import ContextAttention, head_ranks
 from recipes.common.parallel.cross_entropy import vocabulary_loss
 from recipes.common.parallel.grid import Grid
+from recipes.common.parallel.router_losses import RouterLosses
 from recipes.common.parallel.sequence_parallel import shard_sequence
 from recipes.common.parallel.tensor_parallel import apply_tensor_parallel, plan_tensor_parallel
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers, pass_costs
 from recipes.common.pipeline.placeholders import PlaceholderBase, PlaceholderEmbedding, Slot, chunk_of, take_out
 from recipes.common.pipeline.schedules import Costs
-from recipes.common.recipe import Layout
+from recipes.common.recipe import Layout, Router
 
 NO_OPTIONS = Layout()
+NO_ROUTER_LOSS = Router(loss=None)
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,12 @@ class PlannedModel:
     tensor_plan: TensorPlan
     attention: str  # transformers' attn_implementation
     head_ranks: int  # context ranks that divide heads
+    routers: RouterPlan
 
 
-def plan_model(config: PreTrainedConfig, layout: Layout = NO_OPTIONS, *, attention: str = "sdpa") -> PlannedModel:
+def plan_model(
+    config: PreTrainedConfig, layout: Layout = NO_OPTIONS, *, attention: str = "sdpa", router: Router = NO_ROUTER_LOSS
+) -> PlannedModel:
     """Build the model without memory and plan its sharding over the layout's tensor ranks.
 
     Raises PlanError when the family cannot be sharded so; `check` has asked before any process group exists.
@@ -64,7 +71,8 @@ def plan_model(config: PreTrainedConfig, layout: Layout = NO_OPTIONS, *, attenti
     causal = build_empty(config, attention)
     stack = find_stack(causal)
     tensor_plan = plan_tensor_parallel(causal, stack, layout.tensor, sequence_parallel=layout.sequence_parallel)
-    return PlannedModel(causal, stack, tensor_plan, attention, head_ranks(config, layout))
+    routers = plan_routers(causal, stack, router)
+    return PlannedModel(causal, stack, tensor_plan, attention, head_ranks(config, layout), routers)
 
 
 class Stage(nn.Module):
@@ -84,6 +92,7 @@ class Stage(nn.Module):
         weight_grad_stores: tuple[WeightGradStore, ...],
         placeholders: dict[str, nn.Module],
         context: ContextAttention | None = None,
+        router_losses: RouterLosses | None = None,
     ) -> None:
         """model: with this stage's modules alone. chunks: the layers of each, by index, in the model's order.
 
@@ -92,11 +101,12 @@ class Stage(nn.Module):
         weight_grad_stores: each chunk's, for a schedule that defers weight gradients.
         placeholders: for this rank's own layers and norms, by name, while another chunk than theirs runs.
         context: what shares the model's attention with other context ranks, if there are any.
+        router_losses: of a model with routers.
         """
         super().__init__()
         causal, stack = model.causal, model.stack
         self.causal, self.stack, self.tensor_plan, self.chunks = causal, stack, model.tensor_plan, chunks
-        self.context, self.attention = context, model.attention
+        self.context, self.attention, self.router_losses = context, model.attention, router_losses
         self.own_layers = tuple(index for chunk in chunks for index in chunk)
         self.is_first, self.is_last = grid.is_first_stage, grid.is_last_stage
         self.grid, self.z_loss, self.chunk_tokens = grid, z_loss, chunk_tokens
@@ -155,6 +165,8 @@ class Stage(nn.Module):
         places = self._places(seq_len, self._positions[chunk].popleft() if self._positions[chunk] else None)
         for slot in self._slots:
             slot.fill(chunk)
+        if self.router_losses is not None:
+            self.router_losses.enter(chunk, x.shape[0], seq_len)
         try:
             if starts:
                 out = base(input_ids=x, use_cache=False, **places)
@@ -168,6 +180,8 @@ class Stage(nn.Module):
                 out = base(inputs_embeds=embedded, use_cache=False, **places)
         finally:
             self._received = None
+            if self.router_losses is not None:
+                self.router_losses.leave(last_chunk=chunk == len(self.chunks) - 1)
             for slot in self._slots:
                 slot.restore()
         hidden, self._sent = (out.last_hidden_state if is_last else self._sent), None
@@ -242,11 +256,13 @@ def build_stage(
     chunk_tokens: int = 2048,
     torch_linears: bool = False,
     draw: bool = True,
+    router_group: dist.ProcessGroup | None = None,
 ) -> Stage:
     """Turn `model` into this rank's stage with its initial weights, on the CPU in fp32. One model makes one stage.
 
     layout: its options; the sizes are the grid's. torch_linears: use torch's own products, as Trifold's oracles do. draw: False
-    where a checkpoint is loaded at once: weights are NaN until then, so that one that it lacks shows.
+    where a checkpoint is loaded at once: weights are NaN until then, so that one that it lacks shows. router_group: see
+    RouterLosses.
     """
     causal, stack, tensor_plan = model.causal, model.stack, model.tensor_plan
     assert tensor_plan.size == grid.tensor, (tensor_plan.size, grid.tensor)
@@ -264,13 +280,9 @@ def build_stage(
     placeholders = take_out(causal, stack, chunks, first=grid.is_first_stage, last=grid.is_last_stage)
     # 3. Draw this rank's shards of the weights, and only then tie the head to them.
     _draw_stage(model, grid, embedding, seed if draw else None)
-    # 4. Route plain linears' products, before their forwards are wrapped; a store takes gradients of routed products.
+    # 4. Route plain linears' products, before their forwards are wrapped.
     stores = tuple(WeightGradStore() for _ in chunks) if layout.pipeline_schedule != ONE_PASS else ()
-    if stores or not torch_linears:
-        route_products(causal, by_torch=torch_linears)
-    for chunk, store in zip(chunks, stores, strict=False):
-        for index in chunk:
-            defer_weight_gradients(own_layers[index], store)
+    _route_linears(causal, [[own_layers[index] for index in chunk] for chunk in chunks], stores, by_torch=torch_linears)
     # 5. Wrap modules in the collectives of tensor parallelism.
     apply_tensor_parallel(causal, tensor_plan, stack, grid)
     # 6. Shard the sequence around these modules.
@@ -290,7 +302,19 @@ def build_stage(
         weight_grad_stores=stores,
         placeholders=placeholders,
         context=_share_attention(model, grid) if grid.context > 1 else None,
+        router_losses=RouterLosses(model.routers, causal, grid, router_group) if model.routers.routers else None,
     )
+
+
+def _route_linears(
+    causal: nn.Module, chunks: list[list[nn.Module]], stores: tuple[WeightGradStore, ...], *, by_torch: bool
+) -> None:
+    """Route products, and the gradients of the weights in each chunk's layers to its store: it takes those of routed products."""
+    if stores or not by_torch:
+        route_products(causal, by_torch=by_torch)
+    for layers, store in zip(chunks, stores, strict=False):
+        for layer in layers:
+            defer_weight_gradients(layer, store)
 
 
 def _keep_less(own_layers: dict[int, nn.Module], chunks: tuple[range, ...], layout: Layout, recomputed: range) -> None:

@@ -9,8 +9,13 @@
     drift             where a drift check found copies of a parameter that differ: which, across which ranks
     loss_max, loss_max_rank           the worst data rank's own loss, and which it is
     log_z, max_logit                  mean log of the softmax's normaliser; largest logit
+    router_loss       of a mixture: the loss that balances its experts, before its coefficient; it is not in `loss`
+    router_log_z_squared              the routers' mean of (log Z)^2, summed over the layers, where the recipe has a router z-loss
     weight_norm, update_norm, update_ratio    of the fp32 weights, of what the step added to them, and their ratio
-    activation_rms/max, max_attention_logit/max, router_load_max/max    on some steps, the largest of all layers
+    activation_rms/max, max_attention_logit/max    on some steps, the largest of all layers
+    router_load_max/max               of a mixture: the busiest expert's tokens over the mean of its layer, in the worst layer
+    load_evenness, router_entropy     the lowest of all routers, 0 to 1 (recipes.common.monitor.router_stats)
+    dead_experts                      in all layers, experts without a token in the whole step
     tokens            of this step
     consumed_tokens, consumed_seqs    up to and including this step
     seconds, tokens_per_second        of this step, whole job

@@ -6,6 +6,8 @@ the step that was being written, at most. A file is named after the first step t
 
     parameters_00000001.arrow    every step that the monitor measures: grad_norm, weight_norm, ... by parameter
     activations_00000001.arrow   rarer: activation_rms, max_attention_logit, router_load_max by layer
+    routers_00000001.arrow       every step: load_evenness, entropy, dead by router; of mixtures of experts
+    experts_00000001.arrow       as rare as activations: load by router and expert
 
 Where a run resumed from an earlier step, the new file's name says from which step on older files no longer count; later files are
 renamed. Nothing is deleted.
@@ -22,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 FOLDER = "tensor_stats"
-PARAMETERS, ACTIVATIONS = "parameters", "activations"
+PARAMETERS, ACTIVATIONS, ROUTERS, EXPERTS = "parameters", "activations", "routers", "experts"
 FILE_STEPS = 1000  # records in a file: a reader opens few files, and none that it does not need
 _NAMES_KEY = b"names"
 
@@ -31,7 +33,7 @@ class StatsWriter:
     """One kind's open file. Each record reaches the operating system before `append` returns."""
 
     def __init__(self, run_dir: Path, kind: str, names: tuple[str, ...], resumed_step: int | None = None) -> None:
-        """kind: PARAMETERS or ACTIVATIONS. names: of the lists' entries, in order.
+        """kind: PARAMETERS, ACTIVATIONS, ROUTERS or EXPERTS. names: of the lists' entries, in order.
 
         resumed_step: what an earlier process wrote after it no longer counts (None: a fresh start, so all of it).
         """
@@ -105,6 +107,25 @@ def read_stats(run_dir: Path, first_step: int, last_step: int) -> Stats:
     steps, names, values = _read(run_dir, PARAMETERS, first_step, last_step)
     activation_steps, layers, activations = _read(run_dir, ACTIVATIONS, first_step, last_step)
     return Stats(steps, names, values, activation_steps, tuple(int(layer) for layer in layers), activations)
+
+
+@dataclass(frozen=True)
+class RouterRecords:
+    """What the monitor recorded of routers, arrays [steps, routers], and, more rarely, of experts: [steps, routers x experts]."""
+
+    steps: np.ndarray  # int64 [n]
+    routers: tuple[str, ...]  # their modules' names [r]
+    values: dict[str, np.ndarray]  # statistic -> float32 [n, r]
+    load_steps: np.ndarray  # int64 [m]
+    experts: tuple[str, ...]  # a router's name and an expert's number [r x e]
+    loads: np.ndarray  # float32 [m, r x e]
+
+
+def read_routers(run_dir: Path, first_step: int, last_step: int) -> RouterRecords:
+    """Return the records of steps first_step to last_step, both included; empty arrays where there are none."""
+    steps, routers, values = _read(run_dir, ROUTERS, first_step, last_step)
+    load_steps, experts, loads = _read(run_dir, EXPERTS, first_step, last_step)
+    return RouterRecords(steps, routers, values, load_steps, experts, loads.get("load", np.zeros((0, len(experts)), np.float32)))
 
 
 def _read(run_dir: Path, kind: str, first: int, last: int) -> tuple[np.ndarray, tuple[str, ...], dict[str, np.ndarray]]:

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoConfig
 
 from recipes.common.checks.run_notes import run_notes
-from recipes.common.recipe import Batch
+from recipes.common.recipe import Batch, Router
 from tests.support.tiny import ds_config, tiny_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import run_ranks
 
@@ -35,6 +35,8 @@ def notes(tmp_path_factory):
         "data elsewhere": replace(good, data="nowhere"),
         "padded": replace(good, data=str(folder / "padded")),
         "router": replace(good, model=tiny_config("mixtral", router_aux_loss_coef=0.02)),
+        "router loss off": replace(good, model=tiny_config("mixtral", router_aux_loss_coef=0.02), router=Router(loss=None)),
+        "no loss of its own": replace(good, model=tiny_config("llama4_text", router_aux_loss_coef=0.001)),
         "no router loss": replace(good, model=tiny_config("mixtral", router_aux_loss_coef=0.0)),
         "mask": masked,
         "mask in bf16": replace(masked, attention="eager", deepspeed=str(folder / "bf16.json")),
@@ -50,7 +52,7 @@ def _notes(recipes):
     return [run_notes(recipe, build_empty(recipe.model, "eager")) for recipe in recipes]
 
 
-@pytest.mark.parametrize("name", ["good", "no padding", "data elsewhere", "no router loss", "no dense mask"])
+@pytest.mark.parametrize("name", ["good", "no padding", "data elsewhere", "router", "no router loss", "no dense mask"])
 def test_nothing_to_tell(notes, name):
     assert notes[name] == []
 
@@ -61,7 +63,8 @@ def test_nothing_to_tell(notes, name):
         ("pad is the end", "model.pad_token_id=2 is the end token too: "),
         ("pad is the data's end", "model.pad_token_id=2 is the end token too: "),
         ("padded", "data="),
-        ("router", "model.router_aux_loss_coef=0.02 does nothing: "),
+        ("router loss off", "model.router_aux_loss_coef=0.02 does nothing here; router=Router(coefficient=0.02, loss=...) adds"),
+        ("no loss of its own", "model.router_aux_loss_coef=0.001 does nothing here; router=Router(coefficient=0.001) adds"),
         ("mask", MASK.format("sdpa", 2 * 48 * 48)),
         ("mask in bf16", MASK.format("eager", 2 * 2 * 48 * 48)),
         ("indexer", "model.layers.0.self_attn.indexer."),

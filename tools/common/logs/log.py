@@ -10,7 +10,7 @@ import numpy as np
 
 from tools.common.console import UsageError
 
-COLUMNS = ("loss", "grad_norm", "lr", "loss_scale", "seconds")
+COLUMNS = ("loss", "grad_norm", "lr", "loss_scale", "seconds", "load_evenness")
 
 LARGEST_STEP = 2**50  # beyond it is no count of steps
 
@@ -74,6 +74,7 @@ NAMES = {
         "iteration time/iteration time",
         "train step timing in s",
     ),
+    "load_evenness": ("load evenness",),
 }
 
 

@@ -1,0 +1,198 @@
+"""Finds the routers of a mixture of experts in a Hugging Face model, and plans which losses they get.
+
+A family says itself which modules are its routers and which of their outputs are the logits: `_can_record_outputs`, by which
+`transformers` collects `router_logits`. The loss that balances the experts is the family's own where it has one
+(`load_balancing_loss_func`, beside its ForCausalLM), with the coefficient of its config.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from recipes.common.model.decoder import PlanError, Stack
+from recipes.common.model.linears import plain_linears
+from recipes.common.recipe import Router
+
+MICRO_BATCH, SEQUENCE, GLOBAL_BATCH = "micro_batch", "sequence", "global_batch"
+ROUTER_LOSSES = (MICRO_BATCH, SEQUENCE, GLOBAL_BATCH)
+BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")  # in transformers 5, exact
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # attributes of the ForCausalLM classes that compute the loss
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
+_LOSS = "load_balancing_loss_func"
+_LOSS_ARGUMENTS = ("gate_logits", "num_experts", "top_k", "attention_mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRouter:
+    """One router of the whole model."""
+
+    name: str  # the module's, from the ForCausalLM's root
+    layer: int
+    logits: int  # which of the module's outputs
+    bias: str | None  # the correction that its choices read and that no gradient reaches
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterPlan:
+    """A model's routers, in the order of its layers, and what trains them beside the model's loss."""
+
+    routers: tuple[PlannedRouter, ...]
+    experts: int  # that a token may choose from
+    chosen: int  # experts of a token
+    loss: str | None  # one of ROUTER_LOSSES
+    coefficient: float  # 0: there is no such loss
+    z_loss: float
+    bias_rate: float
+    count_ahead: bool
+    fp32: bool
+
+    @property
+    def balances(self) -> bool:
+        """Return whether a loss balances the experts."""
+        return bool(self.routers) and self.loss is not None and self.coefficient != 0
+
+
+def find_routers(causal: PreTrainedModel, stack: Stack) -> dict[str, tuple[int, int]]:
+    """Return name -> (layer, which output holds the logits) of the routers that the family declares and that are present."""
+    owners = (type(causal), type(causal.get_submodule(stack.base)))
+    tables = (getattr(owner, "_can_record_outputs", None) or {} for owner in owners)
+    declared = next((table["router_logits"] for table in tables if "router_logits" in table), None)
+    recorders = declared if isinstance(declared, list | tuple) else [declared]
+    places = {getattr(each, "target_class", each): getattr(each, "index", 0) for each in recorders}
+    found = {}
+    for name, module in causal.named_modules():
+        if type(module) in places and name.startswith(f"{stack.layers}."):
+            layer = int(name.removeprefix(f"{stack.layers}.").partition(".")[0])
+            found[name] = layer, places[type(module)]
+    return found
+
+
+def plan_routers(causal: PreTrainedModel, stack: Stack, router: Router) -> RouterPlan:
+    """Plan what `router` asks for. causal: the whole model. Raises PlanError for what the family cannot have."""
+    found = find_routers(causal, stack)
+    coefficient = router.coefficient
+    if coefficient is None:
+        coefficient = family_coefficient(causal) or 0.0
+    experts, chosen = _number(causal, _EXPERTS), _number(causal, _CHOSEN)
+    trains = bool(router.loss is not None and coefficient) or bool(router.z_loss or router.bias_rate)
+    if found and not (experts and chosen):
+        if trains:
+            names = ", ".join((*_EXPERTS, *_CHOSEN))
+            raise PlanError(
+                f"model_type={causal.config.model_type}: none of {names} says how many experts there are and are chosen"
+            )
+        found = {}
+    biases = {name: bias for name in found if (bias := _bias_of(causal, name)) is not None}
+    if found and router.loss in (MICRO_BATCH, GLOBAL_BATCH) and coefficient:
+        _check_loss(causal)
+    tensors = dict(causal.named_parameters()) | dict(causal.named_buffers())
+    if router.bias_rate and not (biases and all(tensors[bias].numel() == experts for bias in biases.values())):
+        asked, family = f"router.bias_rate={router.bias_rate}", causal.config.model_type
+        raise PlanError(f"{asked}: model_type={family} has no bias of its {experts} experts that its routers add")
+    return RouterPlan(
+        routers=tuple(
+            PlannedRouter(name=name, layer=layer, logits=place, bias=biases.get(name)) for name, (layer, place) in found.items()
+        ),
+        experts=experts,
+        chosen=chosen,
+        loss=router.loss,
+        coefficient=coefficient,
+        z_loss=router.z_loss,
+        bias_rate=router.bias_rate,
+        count_ahead=router.count_ahead,
+        fp32=router.fp32,
+    )
+
+
+def family_coefficient(causal: PreTrainedModel) -> float | None:
+    """Return the weight of the router loss that the family's ForCausalLM itself computes; None where it computes none."""
+    if not hasattr(sys.modules[type(causal).__module__], _LOSS):
+        return None
+    holders = (causal, causal.config.get_text_config())
+    return next((value for h in holders for name in _COEFFICIENTS if (value := getattr(h, name, None)) is not None), None)
+
+
+def compute_in_fp32(router: nn.Module, logits: int) -> None:
+    """Let a router compute in fp32 with the weights it has. The logits stay fp32; other results get the family's own types.
+
+    logits: which of its outputs. Call it after linears are routed: no weight gradient of a router is deferred then.
+    """
+    inner, types = router.forward, []
+    for linear in plain_linears(router):
+        linear.weight_grad_store = None
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not types:
+            with torch.no_grad():
+                types.extend(getattr(output, "dtype", None) for output in _as_tuple(inner(*args, **kwargs)))
+        with _wide_parameters(router):
+            result = inner(*(_wide(each) for each in args), **{name: _wide(each) for name, each in kwargs.items()})
+        outputs = _as_tuple(result)
+        outputs = tuple(
+            output.to(kind) if place != logits and torch.is_tensor(output) else output
+            for place, (output, kind) in enumerate(zip(outputs, types, strict=True))
+        )
+        return outputs if isinstance(result, tuple) else outputs[0]
+
+    router.forward = run
+
+
+@contextmanager
+def _wide_parameters(module: nn.Module) -> Iterator[None]:
+    """Put fp32 copies in the place of parameters; autograd leads from them to the parameters."""
+    held = [(each, dict(each._parameters)) for each in module.modules()]
+    try:
+        for each, parameters in held:
+            each._parameters.update({name: _wide(parameter) for name, parameter in parameters.items()})
+        yield
+    finally:
+        for each, parameters in held:
+            each._parameters.update(parameters)
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+
+
+def _as_tuple(result: Any) -> tuple:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _number(causal: PreTrainedModel, names: tuple[str, ...]) -> int:
+    """Return a number of the model by one of its names; 0 if it has none."""
+    config = causal.config.get_text_config()
+    nested = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    # the ForCausalLM's attributes are what it gives its own loss
+    values = (getattr(holder, name, None) for holder in (causal, config, *nested) for name in names)
+    return next((value for value in values if isinstance(value, int) and value), 0)
+
+
+def _check_loss(causal: PreTrainedModel) -> None:
+    own = getattr(sys.modules[type(causal).__module__], _LOSS, None)
+    if own is not None and own.__code__.co_varnames[: own.__code__.co_argcount] != _LOSS_ARGUMENTS:
+        family = causal.config.model_type
+        raise PlanError(
+            f"model_type={family} defines a router loss of its own, which is not known here: router=Router(loss=None) trains "
+            "without, 'sequence' with DeepSeek's"
+        )
+
+
+def _bias_of(causal: nn.Module, router: str) -> str | None:
+    """Return the name of the bias that a router's choices read: in the router, below it, or in the module that holds it."""
+    modules = dict(causal.named_modules())
+    parent = router.rpartition(".")[0]
+    inside = [router, *(f"{router}.{name}" for name, _ in modules[router].named_modules() if name)]
+    for owner in (*inside, parent):
+        for leaf in BIASES:
+            if leaf in modules[owner]._parameters or leaf in modules[owner]._buffers:
+                return f"{owner}.{leaf}"
+    return None

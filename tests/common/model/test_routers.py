@@ -1,0 +1,95 @@
+"""Routers are found by what families declare of them, and compute in fp32 where that is asked."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from recipes.common.checks.tiny_model import shrink
+from recipes.common.model.decoder import PlanError, find_stack
+from recipes.common.model.initial_weights import build_empty
+from recipes.common.model.linears import route_products
+from recipes.common.model.routers import compute_in_fp32, find_routers, plan_routers
+from recipes.common.recipe import Layout, Router
+from tests.support.parity import trial_of
+from tests.support.tiny import ds_config, tiny_config
+from tools.common.forked_ranks import run_ranks
+from tools.common.parity import gradient_trial, train_in_layout
+
+
+@pytest.mark.parametrize(
+    ("family", "found", "bias"),
+    [
+        ("llama", {}, None),
+        ("mixtral", {f"model.layers.{i}.mlp.gate": (i, 0) for i in range(4)}, None),
+        ("deepseek_v3", {f"model.layers.{i}.mlp.gate": (i, 0) for i in (1, 2, 3)},
+         "model.layers.1.mlp.gate.e_score_correction_bias"),
+        ("afmoe", {f"model.layers.{i}.mlp.router": (i, 0) for i in (1, 2, 3)}, "model.layers.1.mlp.expert_bias"),
+        ("ernie4_5_moe", {f"model.layers.{i}.mlp.gate": (i, 0) for i in (1, 2, 3)},
+         "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"),
+        ("llama4_text", {f"model.layers.{i}.feed_forward.router": (i, 1) for i in range(4)}, None),
+    ],
+)  # fmt: skip
+def test_routers_and_their_biases(family, found, bias):
+    causal = build_empty(shrink(AutoConfig.for_model(family), Layout()), "eager")
+    stack = find_stack(causal)
+    assert find_routers(causal, stack) == found
+    plan = plan_routers(causal, stack, Router(coefficient=0.1))
+    assert [router.name for router in plan.routers] == list(found)
+    if found:
+        assert plan.routers[0].bias == bias and plan.experts == 4
+
+
+def test_a_loss_of_another_definition_is_refused():
+    config = AutoConfig.for_model("doge", is_moe=True, num_experts=16, num_experts_per_tok=4, hidden_size=64, num_hidden_layers=2)
+    causal = build_empty(config, "eager")
+    stack = find_stack(causal)
+    with pytest.raises(PlanError, match=r"^model_type=doge defines a router loss of its own.*Router\(loss=None\)"):
+        plan_routers(causal, stack, Router())
+    assert not plan_routers(causal, stack, Router(loss=None)).balances
+
+
+def _in_fp32(family):
+    """Return, in bf16, (largest error of the logits, types, gradient's error) of a router with and without fp32."""
+    config = shrink(AutoConfig.for_model(family), Layout())
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+    route_products(model)
+    name, (_, place) = next(iter(find_routers(model, find_stack(model)).items()))
+    router, results = model.get_submodule(name), []
+    weight = next(p for p in router.parameters() if p.ndim == 2)
+    torch.nn.init.normal_(weight)
+    hidden = torch.randn(2, 9, config.hidden_size, dtype=torch.bfloat16)
+    wanted = F.linear(hidden.float(), weight.detach().float()).view(18, -1)
+    exact = weight.detach().float().requires_grad_()
+    F.linear(hidden.float(), exact).square().sum().backward()
+    for fp32 in (False, True):
+        if fp32:
+            compute_in_fp32(router, place)
+        out = router(hidden)
+        weight.grad = None
+        out[place].float().square().sum().backward()
+        error = (weight.grad.float() - exact.grad).abs().max() / exact.grad.abs().max()
+        results.append(((out[place].view(18, -1).float() - wanted).abs().max().item(), [o.dtype for o in out], error.item()))
+        assert type(weight) is torch.nn.Parameter and weight is next(p for p in router.parameters() if p.ndim == 2)
+    return results
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_router_in_fp32(family):
+    (low_error, low_types, _), (error, types, gradient_error) = run_ranks(_in_fp32, 1, family)[0]
+    assert error < 1e-5 < low_error
+    assert types == [torch.float32, *low_types[1:]] and low_types[0] == torch.bfloat16
+    assert gradient_error < 2**-7  # a weight's gradient is rounded to its own bf16
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+def test_a_bf16_run_with_routers_in_fp32(schedule):
+    options = {"deepspeed": ds_config("zero1_bf16.json"), "pipeline_schedule": schedule, "recompute": "full"}
+    trial = gradient_trial(trial_of(tiny_config("mixtral"), 2, 1, 1, global_seqs=2, **options))
+    losses = []
+    for fp32 in (False, True):
+        router = Router(coefficient=0.5, fp32=fp32)
+        changed = trial_of(tiny_config("mixtral"), 2, 1, 1, global_seqs=2, router=router, **options)
+        losses.append(run_ranks(train_in_layout, 2, changed)[0]["losses"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and losses[0] != losses[1]
+    assert run_ranks(train_in_layout, 2, trial)[0]["losses"][0] < losses[0][0]
