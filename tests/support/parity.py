@@ -48,6 +48,8 @@ def assert_equal(trial: Trial, *, loss: float = LOSS_BOUND, tensor: float = TENS
     assert trained.grad_norms[0] == pytest.approx(plain.grad_norms[0], rel=LOSS_BOUND)
     assert trained.grad_norms == pytest.approx(plain.grad_norms, rel=2e-5)  # of weights that Adam has moved apart by rounding
     assert trained.parameters.keys() == plain.parameters.keys()
+    assert trained.buffers.keys() == plain.buffers.keys()
+    assert all(trained.buffers[name].equal(wanted) for name, wanted in plain.buffers.items())
     for name, wanted in plain.parameters.items():
         difference = (trained.parameters[name] - wanted).abs().max().item()
         assert difference <= tensor, f"{name} differs by {difference:.1e}"

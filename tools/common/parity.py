@@ -22,7 +22,7 @@ from recipes.common.model.sharding import ShardSpec
 from recipes.common.parallel.grid import one_process
 from recipes.common.pipeline.stage import NO_ROUTER_LOSS, Stage, build_stage, plan_model
 from recipes.common.recipe import SGD, AdamW, Layout, Optimizer, Router
-from tools.common.router_oracle import RouterOracle, state
+from tools.common.router_oracle import RouterOracle, constants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,7 @@ class Outcome:
     grad_norms: list[float]
     parameters: dict[str, torch.Tensor]  # whole tensors by Hugging Face name, after the last step
     skipped: list[bool] = field(default_factory=list)
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # those of a state dict, such as biases of routers
 
 
 def batches(trial: Trial) -> list[torch.Tensor]:
@@ -103,12 +104,13 @@ def train_in_layout(trial: Trial) -> dict[str, Any]:
         norms.append(result.grad_norm)
         skipped.append(result.skipped)
     with deepspeed.zero.GatheredParameters(list(stage.parameters()), enabled=_stage(trial) == 3):
-        held = trainer.hf_shards() | {name: buffer for name, buffer in stage.persistent_buffers() if buffer.ndim}
-        shards = {name: shard.float().cpu().clone() for name, shard in held.items()}
+        shards = {name: shard.float().cpu().clone() for name, shard in trainer.hf_shards().items()}
+    buffers = {name: buffer.cpu().clone() for name, buffer in stage.persistent_buffers()}
     cuts = {name: (cut.dim, cut.packs) for name, cut in stage.tensor_plan.shards.items()}
     keep = grid.data_rank == 0
     place = (grid.tensor_rank, grid.tensor)
-    return {"losses": losses, "norms": norms, "skipped": skipped, "shards": shards if keep else {}, "cuts": cuts, "place": place}
+    held = {"shards": shards if keep else {}, "cuts": cuts, "place": place, "buffers": buffers}
+    return {"losses": losses, "norms": norms, "skipped": skipped, **held}
 
 
 def _router_loss(stage: Stage, result: StepResult) -> float:
@@ -127,7 +129,10 @@ def train_plain(trial: Trial, stir: int | None = None) -> Outcome:
     model = initial_model(trial).to(trial.device).train()
     if stir is not None:
         _stir(model, stir)
-    optimizer, routers = torch_optimizer(trial.optimizer, model), RouterOracle(model, trial.router)
+    optimizer, routers = (
+        torch_optimizer(trial.optimizer, model),
+        RouterOracle(model, trial.router, trial.data // trial.layout.context),
+    )
     losses, norms = [], []
     for batch in batches(trial):
         total, micro_batches = 0.0, batch.to(trial.device).split(trial.micro_seqs)
@@ -148,7 +153,8 @@ def train_plain(trial: Trial, stir: int | None = None) -> Outcome:
         optimizer.step()
         optimizer.zero_grad()
         routers.end_step()
-    return Outcome(losses, norms, {name: p.detach().cpu() for name, p in state(model)})
+    parameters = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+    return Outcome(losses, norms, parameters, buffers={name: b.detach().cpu() for name, b in constants(model)})
 
 
 def _places(ids: torch.Tensor, trial: Trial) -> dict[str, torch.Tensor]:
@@ -176,10 +182,13 @@ def initial_model(trial: Trial) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_config(
         trial.model, dtype=torch.float32, attn_implementation=trial.attention, trust_remote_code=False
     )
-    weights = dict(stage.hf_named_parameters()) | {name: b for name, b in stage.persistent_buffers() if b.ndim}
+    weights = dict(stage.hf_named_parameters()) | dict(stage.persistent_buffers())
     with torch.no_grad():
-        for name, tensor in state(model):
-            tensor.copy_(weights.pop(name))
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.pop(name))
+        for name, buffer in constants(model):
+            if name in weights:
+                buffer.copy_(weights.pop(name))
     assert not weights, f"parameters that plain transformers lacks: {sorted(weights)}"
     return model
 
@@ -192,8 +201,12 @@ def outcome(ranks: list[dict[str, Any]], shapes: dict[str, torch.Size]) -> Outco
         for name, shard in rank["shards"].items():
             full = whole.setdefault(name, torch.full(shapes[name], float("nan")))
             _place(full, shard, rank["cuts"].get(name), tensor_rank, size, name)
+    buffers: dict[str, torch.Tensor] = {}
+    for rank in ranks:
+        for name, buffer in rank["buffers"].items():
+            assert buffers.setdefault(name, buffer).equal(buffer), f"copies of {name} on different ranks differ"
     first = ranks[0]
-    return Outcome(first["losses"], first["norms"], whole, first["skipped"])
+    return Outcome(first["losses"], first["norms"], whole, first["skipped"], buffers)
 
 
 def _place(full: torch.Tensor, shard: torch.Tensor, cut: tuple[int, int] | None, rank: int, size: int, name: str) -> None:

@@ -54,10 +54,13 @@ _SIGMOID = frozenset(
 class RouterOracle:
     """Gives plain transformers what a recipe's `router` asks for."""
 
-    def __init__(self, model: PreTrainedModel, router: Router) -> None:
+    def __init__(self, model: PreTrainedModel, router: Router, readers: int = 1) -> None:
+        """readers: how many micro batches of a step the compared layout runs at once."""
         self.plan, self._model = plan_routers(model, find_stack(model), router), model
         self.options = {"output_router_logits": True} if self.plan.routers else {}
-        self._counts: torch.Tensor | None = None  # of a whole step, by transformers' loss
+        self._readers = readers
+        # by micro batch: the shares of the rows that chose each expert, over all the micro batches that its loss knows
+        self._shares: list[torch.Tensor] = []
         self._loads = torch.zeros(len(self.plan.routers), self.plan.experts, dtype=torch.int64)
         for index, router_ in enumerate(self.plan.routers if router.bias_rate else ()):
             model.get_submodule(router_.name).register_forward_hook(_load_hook(self._loads[index]))
@@ -67,8 +70,9 @@ class RouterOracle:
         if self.plan.loss == GLOBAL_BATCH and self.plan.balances:
             with torch.no_grad():
                 runs = [self._model(input_ids=ids, use_cache=False, **self.options, **more) for ids, more in micro_batches]
-            rows = [torch.cat([run.router_logits[layer] for run in runs]) for layer in range(len(self.plan.routers))]
-            self._counts = torch.stack([_shares(each, self.plan) for each in rows]).mean(0)
+            each = torch.stack([_shares(torch.cat(run.router_logits), self.plan) for run in runs])
+            known = [len(runs) if self.plan.count_ahead else (i // self._readers + 1) * self._readers for i in range(len(runs))]
+            self._shares = [each[:count].mean(0) for count in known]
         self._loads.zero_()
 
     def loss(self, outputs: Any, seqs: int) -> torch.Tensor:
@@ -89,7 +93,7 @@ class RouterOracle:
         if plan.loss == SEQUENCE:
             return sum(_of_sequences(logits, plan, self._scores(), seqs) for logits in router_logits)
         probabilities = torch.cat([logits.float().softmax(-1) for logits in router_logits]).mean(0)
-        shares = self._counts if plan.loss == GLOBAL_BATCH else _shares(torch.cat(router_logits), plan)
+        shares = self._shares.pop(0) if plan.loss == GLOBAL_BATCH else _shares(torch.cat(router_logits), plan)
         return plan.experts * (shares * probabilities).sum()
 
     def _scores(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -103,11 +107,11 @@ class RouterOracle:
                 tensors[router.bias].data += self.plan.bias_rate * torch.sign(load.double().mean() - load).float()
 
 
-def state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield all that a state dict of the oracle holds, but for scalars: parameters, and buffers such as a router's bias."""
+def constants(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a state dict holds beside what is trained: buffers, and parameters that the family freezes."""
     kept = model.state_dict()
-    yield from model.named_parameters()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept and buffer.ndim)
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
 
 
 def _load_hook(load: torch.Tensor) -> Any:

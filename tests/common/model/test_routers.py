@@ -82,14 +82,11 @@ def test_a_router_in_fp32(family):
     assert gradient_error < 2**-7  # a weight's gradient is rounded to its own bf16
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
-def test_a_bf16_run_with_routers_in_fp32(schedule):
-    options = {"deepspeed": ds_config("zero1_bf16.json"), "pipeline_schedule": schedule, "recompute": "full"}
-    trial = gradient_trial(trial_of(tiny_config("mixtral"), 2, 1, 1, global_seqs=2, **options))
+def test_a_bf16_run_with_routers_in_fp32():
+    options = {"deepspeed": ds_config("zero1_bf16.json"), "pipeline_schedule": "zero_bubble", "recompute": "full"}
     losses = []
     for fp32 in (False, True):
         router = Router(coefficient=0.5, fp32=fp32)
-        changed = trial_of(tiny_config("mixtral"), 2, 1, 1, global_seqs=2, router=router, **options)
-        losses.append(run_ranks(train_in_layout, 2, changed)[0]["losses"])
+        trial = gradient_trial(trial_of(tiny_config("mixtral"), 2, 1, 1, global_seqs=2, router=router, **options))
+        losses.append(run_ranks(train_in_layout, 2, trial)[0]["losses"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2) and losses[0] != losses[1]
-    assert run_ranks(train_in_layout, 2, trial)[0]["losses"][0] < losses[0][0]
