@@ -111,9 +111,10 @@ def plain_model(config: PreTrainedConfig) -> nn.Module:
 @torch.no_grad()
 def set_weights(model: nn.Module, reader: Reader, dtype: torch.dtype = torch.float32) -> None:
     """Set the weights by name, rounded to `dtype`. Raises CheckError when names or shapes do not match one to one."""
-    wanted = dict(model.named_parameters())
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     persistent = set(model.state_dict())
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    buffers |= {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
     stored = {"master": set(reader.names("master")), "buffer": set(reader.names("buffer"))}
     for kind, tensors in (("master", wanted), ("buffer", buffers)):
         if stored[kind] != tensors.keys():

@@ -22,9 +22,9 @@ def _records(out_dir):
     return [record for record in records if record["step"]]
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "laguna"])
-def test_stopped_resumed_elsewhere_and_exported(tmp_path, family):
-    config = shrink(AutoConfig.for_model(family, vocab_size=VOCAB), Layout(pipeline=2, tensor=2))
+def test_stopped_resumed_elsewhere_and_exported(tmp_path):
+    """Of laguna, whose biases are frozen parameters in transformers."""
+    config = shrink(AutoConfig.for_model("laguna", vocab_size=VOCAB), Layout(pipeline=2, tensor=2))
     optimizer = AdamW(lr=1e-3, eps=1e-5, clip=0.5)
     recipe = small_recipe(write_data(tmp_path / "data"), config, router=ROUTER, optimizer=optimizer, steps=4)
     train_run(recipe, tmp_path / "straight", Layout(), 1, steps=4)

@@ -27,7 +27,7 @@ from tools.common.parity import gradient_trial, train_in_layout
         ("afmoe", {f"model.layers.{i}.mlp.router": (i, 0) for i in (1, 2, 3)}, "model.layers.1.mlp.expert_bias"),
         ("ernie4_5_moe", {f"model.layers.{i}.mlp.gate": (i, 0) for i in (1, 2, 3)},
          "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"),
-        ("llama4_text", {f"model.layers.{i}.feed_forward.router": (i, 1) for i in range(4)}, None),
+        ("llama4_text", {"model.layers.0.feed_forward.router": (0, 1)}, None),
     ],
 )  # fmt: skip
 def test_routers_and_their_biases(family, found, bias):
