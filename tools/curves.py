@@ -33,7 +33,7 @@ from tools.common.run_record import describe_changes, open_record, segment_chang
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")  # Okabe and Ito's
 MARKED = 40  # lines of fewer points show each point
 LETTERS = 95  # of the key's smallest font that one row of it holds
-MOST_WORDS, LONGEST_MARK = 8, 80  # segments that say what changed, and letters of that
+MOST_WORDS, LONGEST_MARK = 8, 64  # segments that say what changed, and letters of that
 STYLE = {
     "svg.hashsalt": "curves",  # the same runs give the same file
     "svg.fonttype": "none",  # text stays text

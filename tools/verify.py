@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository root, not from tools/
@@ -95,7 +94,7 @@ def _run(flags: argparse.Namespace) -> int:
 def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len: int, device: str) -> Trial:
     """Shrink the recipe to a tiny width. Raises RecipeError with everything that rules out a trial."""
     ds_config = load_ds_config(recipe.deepspeed)
-    problems = version_problems(*map(version, ("deepspeed", "torch", "transformers"))) + config_problems(recipe.model)
+    problems = version_problems(_installed("deepspeed"), torch.__version__) + config_problems(recipe.model)
     problems += value_problems(recipe.model) + _flag_problems(layout, data, steps, seq_len)
     problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout) + optimizer_problems(recipe.optimizer)
     problems += option_problems(layout, seq_len, "--layout: ")
@@ -224,6 +223,12 @@ def _worst_tensor(
 
 def _largest(difference: torch.Tensor, rounding: torch.Tensor | float = 0.0) -> float:
     return (difference.abs() - rounding).max().item()
+
+
+def _installed(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
 
 
 def _table(recipe: Recipe, trial: Trial, rows: list[WorstDifference]) -> str:

@@ -48,8 +48,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    os.environ["DS_ACCELERATOR"] = args.device
-    for name, value in ENVIRONMENT.items():
+    for name, value in {"DS_ACCELERATOR": args.device, **ENVIRONMENT}.items():
         os.environ.setdefault(name, value)
     # only now: DeepSpeed chooses its device as it is imported
     from tests.gpu.driver import run_tier

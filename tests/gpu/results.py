@@ -57,20 +57,10 @@ def page(found: dict[str, Any]) -> str:
     )
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _row(name: str, result: dict[str, Any]) -> str:
     figures = json.dumps(result["figures"], indent=1) if result["figures"] else ""
     shown = f"<details><summary>figures</summary><pre>{html.escape(figures)}</pre></details>" if figures else ""
     why = f"<p>{html.escape(result['why'])}</p>" if result["why"] else ""
-    plain = ", ".join(
-        f"{name} {_short(value)}" for name, value in result["figures"].items() if not isinstance(value, dict | None)
-    )
-    why += f"<p>{html.escape(plain)}</p>" if plain else ""
     return (
         f'<tr class="{result["verdict"]}"><td>{html.escape(name)}</td><td>{result["verdict"]}</td>'
         f"<td>{result['seconds']:.1f}</td><td>{html.escape(result['about'])}{why}{shown}</td></tr>"

@@ -16,7 +16,7 @@ import numpy as np
 
 from recipes.common import recipe as recipes
 from recipes.common.config.lr_schedules import learning_rate, seqs_after
-from recipes.common.run_dir.segments import changed_facts
+from recipes.common.run_dir.segments import Segment, changed_facts
 from tools.changed.incident import Compared, Incident
 from tools.changed.side import Side
 
@@ -24,6 +24,7 @@ DRIFT = re.compile(r"(\S+) differs across (data|tensor|pipeline) ranks: rank ([\
 AFTER = 24  # steps after a resume in which a counter that began anew shows
 LEAST = 4  # of them that have to be there
 CLOSE = 0.25  # of the effect that is looked for: what may be left of it
+DATA = ("data.", "recipe.data")
 SCHEDULES = ("Constant", "Linear", "Cosine", "WSD", "InverseSqrt")
 
 
@@ -262,28 +263,25 @@ def _counter_of(side: Side, actual: Mapping[int, float], wrong: list[int]) -> st
 
 
 def exchanged_data(compared: Compared) -> Iterator[Incident]:
-    """Other data from a segment on, and a loss that is not finite after it: GLM exchanged a part of its data so."""
-    for side in compared.sides:
+    """Other data from a segment on, or than the other run's, and numbers that are not finite: GLM exchanged a part so."""
+    for side, other in _each(compared):
         broken = _first_not_finite(side)
         if broken is None:
             continue
-        segments = side.record.segments
-        for before, after in pairwise(segments):
-            names = changed_facts(before.facts, after.facts)
-            other = [name for name in names if name.startswith(("data.", "recipe.data"))]
-            if other and after.step < broken:
-                what = f"the data were exchanged after step {after.step}, and the numbers are not finite from step {broken} on"
-                text = f"{side.name}: {what}"
-                yield Incident("data exchanged", text, tuple(f"{name} is another" for name in other[:3]))
-    parted = compared.metrics.first if compared.metrics else None
-    other = [
-        d for d in compared.differences if d.name.startswith(("data.", "recipe.data")) and d.can_change_loss and not d.follows
-    ]
-    broken = [_first_not_finite(side) for side in (compared.a, compared.b)]
-    if len(compared.sides) == 2 and parted is not None and other and (broken[0] is None) != (broken[1] is None):
-        side, step = (compared.a, broken[0]) if broken[0] is not None else (compared.b, broken[1])
-        text = f"{side.name} reads other data, and its numbers are not finite from step {step} on"
-        yield Incident("data exchanged", text, tuple(f"{d.name} is another" for d in other[:3]))
+        exchanged = [(after, names) for before, after in pairwise(side.record.segments) if (names := _other_data(before, after))]
+        last = next(((after, names) for after, names in reversed(exchanged) if after.step < broken), None)
+        if last is not None:
+            what = f"the data were exchanged after step {last[0].step}, and the numbers are not finite from step {broken} on"
+            yield Incident("data exchanged", f"{side.name}: {what}", tuple(f"{name} is another" for name in last[1][:3]))
+        elif other is not None and _first_not_finite(other) is None:
+            apart = [d.name for d in compared.differences if d.name.startswith(DATA) and d.can_change_loss and not d.follows]
+            text = f"{side.name} reads other data, and its numbers are not finite from step {broken} on"
+            if apart:
+                yield Incident("data exchanged", text, tuple(f"{name} is another" for name in apart[:3]))
+
+
+def _other_data(before: Segment, after: Segment) -> list[str]:
+    return [name for name in changed_facts(before.facts, after.facts) if name.startswith(DATA)]
 
 
 def _first_not_finite(side: Side) -> int | None:

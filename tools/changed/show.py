@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -219,12 +220,20 @@ def _told_metrics(compared: Compared) -> Iterator[str]:
 
 def _told(parting: Parting, metrics: Metrics) -> str:
     words = f"{parting.column} at step {parting.step}, by {parting.difference:+.3g}"
+    if not math.isfinite(parting.difference):
+        return f"{parting.column} at step {parting.step}, which is not finite in one of the two"
     if not parting.expected:
         return f"{words}; it has no rounding"
-    times = abs(parting.difference) / parting.expected
+    times = _times(abs(parting.difference) / parting.expected)
     unit = f"{metrics.precision}, unit roundoff {ROUNDOFF[metrics.precision]:.1g}"
-    words += f", {times:.2g} times the rounding to be expected ({parting.expected:.2g}: {unit})"
-    return words + (f" and {abs(parting.difference) / parting.noise:.2g} times the noise of its steps" if parting.noise else "")
+    words += f", {times} times the rounding to be expected ({parting.expected:.2g}: {unit})"
+    return words + (
+        f" and {_times(abs(parting.difference) / parting.noise)} times the noise of its steps" if parting.noise else ""
+    )
+
+
+def _times(factor: float) -> str:
+    return f"{factor:,.0f}" if 100 <= factor < 1e7 else f"{factor:.2g}"
 
 
 def _how(parting: Parting) -> str:

@@ -49,7 +49,7 @@ def check_recipe(
     flag_problems: problems of the flags or the recipe's file, reported in the same error.
     """
     mistyped = mistyped_fields(recipe)
-    problems = [*flag_problems, *version_problems(*map(version, ("deepspeed", "torch", "transformers")))]
+    problems = [*flag_problems, *version_problems(version("deepspeed"), version("torch"))]
     problems += [line for lines in mistyped.values() for line in lines]
 
     def sound(*names: str) -> bool:

@@ -58,7 +58,7 @@ def fp16_supported() -> bool:
     return bool(get_accelerator().is_fp16_supported())
 
 
-def version_problems(deepspeed_version: str, torch_version: str, transformers_version: str) -> list[str]:
+def version_problems(deepspeed_version: str, torch_version: str) -> list[str]:
     """Return versions that are known to train wrongly, or were never tried; requirements.txt has the right ones."""
     from packaging.version import Version
 
@@ -72,8 +72,6 @@ def version_problems(deepspeed_version: str, torch_version: str, transformers_ve
         problems.append(f"deepspeed=={deepspeed_version}: needs deepspeed>=0.19.3; install requirements.txt")
     if Version(torch_version) < Version("2.11"):
         problems.append(f"torch=={torch_version}: needs torch>=2.11; install requirements.txt")
-    if Version(transformers_version) < Version("5.17"):
-        problems.append(f"transformers=={transformers_version}: needs transformers>=5.17; install requirements.txt")
     return problems
 
 

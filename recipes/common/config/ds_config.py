@@ -74,8 +74,6 @@ def merge_ds_config(config: dict[str, Any], recipe: Recipe, sizes: Sizes, accumu
     merged["train_batch_size"] = micro_seqs * accumulation * sizes.data  # context ranks counted: data ranks to it
     merged["gradient_clipping"] = float(recipe.optimizer.clip)  # always written: DeepSpeed's default is 1.0, not off
     merged["steps_per_print"] = NEVER_PRINT
-    # DeepSpeed's default waits for the device twice a micro batch, to print a line that nobody asked for
-    merged.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     return merged
 
 

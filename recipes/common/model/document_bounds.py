@@ -54,18 +54,6 @@ def sequence_indices(positions: torch.Tensor) -> torch.Tensor | None:
     return _count_restarts(positions) if bounds.several else None
 
 
-def keep_apart(mask_function: Callable, positions: torch.Tensor, indices: torch.Tensor) -> Callable:
-    """Return transformers' `mask_function` with documents apart, as the installed transformers itself does it.
-
-    indices: of `sequence_indices`.
-    """
-    theirs = getattr(masking_utils, "packed_sequence_compatibility_function", None)
-    if theirs is not None:
-        return theirs(mask_function, positions, indices)
-    # an older one, in which windows count from the sequence's start: the same for one that slides
-    return masking_utils.and_masks(mask_function, masking_utils.packed_sequence_mask_function(indices))
-
-
 @contextmanager
 def no_questions(*, documents: bool) -> Iterator[None]:
     """Let the passes within, forward and backward, ask no device about positions.

@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, packed_sequence_compatibility_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from recipes.common.model.document_bounds import keep_apart, sequence_indices
+from recipes.common.model.document_bounds import sequence_indices
 from recipes.common.parallel.collectives import exchange, gather_sequence
 from recipes.common.recipe import Layout
 
@@ -123,7 +123,7 @@ class ContextAttention:
         if packed is not None:
             if self.attention in _BY_POSITIONS:
                 return _Positions(self._documents)
-            mask_function = keep_apart(mask_function, self._documents, packed)
+            mask_function = packed_sequence_compatibility_function(mask_function, self._documents, packed)
         options |= {"q_length": queries, "kv_length": whole, "q_offset": self.span * queries, "kv_offset": 0}
         return ALL_MASK_ATTENTION_FUNCTIONS[self.attention](
             mask_function=mask_function,

@@ -159,30 +159,22 @@ def test_the_device_is_asked_through_deepspeed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("deepspeed", "torch", "transformers", "found"),
+    ("deepspeed", "torch", "found"),
     [
-        ("0.18.2", "2.13.0", "5.23.0", [r"^deepspeed==0\.18\.2: needs deepspeed>=0\.19\.3; install requirements\.txt"]),
-        ("0.18.3", "2.13.0", "5.23.0", [r"^deepspeed==0\.18\.3: .*scale pipeline gradients.*install deepspeed>=0\.19\.3"]),
-        ("0.19.2", "2.13.0+cpu", "5.23.0", [r"^deepspeed==0\.19\.2: .*scale pipeline gradients"]),
-        (
-            "0.19.0",
-            "2.10.1",
-            "5.23.0",
-            [r"^deepspeed==0\.19\.0: .*scale pipeline gradients", r"^torch==2\.10\.1: needs torch>=2\.11"],
-        ),
-        ("0.19.3", "2.13.0", "5.23.0", []),
-        ("0.19.3+cu128", "2.11.0", "5.23.0", []),
-        ("0.19.8", "2.13.0+cpu", "5.23.0", []),
-        ("0.19.8", "2.10.1", "5.23.0", [r"^torch==2\.10\.1: needs torch>=2\.11"]),
-        ("0.19.1", "2.9.0", "5.23.0", [r"^deepspeed==0\.19\.1", r"^torch==2\.9\.0"]),
-        ("0.20.0", "2.14.0.dev1", "6.0.0.dev0", []),
-        ("0.19.8", "2.11.0", "5.17.0", []),
-        ("0.19.8", "2.13.0", "5.16.2", [r"^transformers==5\.16\.2: needs transformers>=5\.17; install requirements\.txt"]),
-        ("0.19.8", "2.10.1", "4.57.0", [r"^torch==2\.10\.1", r"^transformers==4\.57\.0"]),
+        ("0.18.2", "2.13.0", [r"^deepspeed==0\.18\.2: needs deepspeed>=0\.19\.3; install requirements\.txt"]),
+        ("0.18.3", "2.13.0", [r"^deepspeed==0\.18\.3: .*scale pipeline gradients.*install deepspeed>=0\.19\.3"]),
+        ("0.19.2", "2.13.0+cpu", [r"^deepspeed==0\.19\.2: .*scale pipeline gradients"]),
+        ("0.19.0", "2.10.1", [r"^deepspeed==0\.19\.0: .*scale pipeline gradients", r"^torch==2\.10\.1: needs torch>=2\.11"]),
+        ("0.19.3", "2.13.0", []),
+        ("0.19.3+cu128", "2.11.0", []),
+        ("0.19.8", "2.13.0+cpu", []),
+        ("0.19.8", "2.10.1", [r"^torch==2\.10\.1: needs torch>=2\.11"]),
+        ("0.19.1", "2.9.0", [r"^deepspeed==0\.19\.1", r"^torch==2\.9\.0"]),
+        ("0.20.0", "2.14.0.dev1", []),
     ],
 )
-def test_versions_that_train_wrongly(deepspeed, torch, transformers, found):
-    lines = version_problems(deepspeed, torch, transformers)
+def test_versions_that_train_wrongly(deepspeed, torch, found):
+    lines = version_problems(deepspeed, torch)
     assert len(lines) == len(found)
     assert all(re.search(pattern, line) for pattern, line in zip(found, lines, strict=True))
 

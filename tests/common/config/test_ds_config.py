@@ -62,23 +62,6 @@ def test_the_ramp_gets_its_own_accumulation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "enabled"),
-    [
-        ({}, False),
-        ({"timers": {}}, False),
-        ({"timers": {"throughput": {"synchronized": True}}}, False),
-        ({"timers": {"throughput": {"enabled": True}}}, True),  # as the file says
-    ],
-)
-def test_a_timer_that_waits_in_every_micro_batch_is_off_unless_asked_for(config: dict, enabled: bool) -> None:
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    recipe = make_recipe()
-    merged = merge_ds_config(config, recipe, derive_sizes(recipe, PIPELINE, 8), accumulation=3)
-    assert DeepSpeedConfig(merged | {"train_batch_size": 6}).timers_config.enabled is enabled
-
-
-@pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"a": 1,}', "not plain JSON"),

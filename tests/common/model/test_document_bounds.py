@@ -6,7 +6,7 @@ from transformers import masking_utils
 from transformers import modeling_flash_attention_utils as flash
 
 from recipes.common.data.document_masking import document_positions
-from recipes.common.model.document_bounds import keep_apart, no_questions, positions_on, sequence_indices
+from recipes.common.model.document_bounds import no_questions, positions_on, sequence_indices
 from tests.support.waits import Waits
 from tools.common.forked_ranks import run_ranks
 
@@ -61,22 +61,3 @@ def _plain():
 
 def test_without_documents_nothing_is_packed_and_nobody_asked():
     assert run_ranks(_plain, 1)[0] == ((None, False), 0)
-
-
-def _masks(window, newer):
-    """Which keys each query may attend to, of two documents, as the installed transformers has it and as an older one does."""
-    positions = positions_on(torch.device("cpu"), document_positions(torch.tensor(CASES["two"]), END))
-    causal = masking_utils.sliding_window_causal_mask_function(window) if window else masking_utils.causal_mask_function
-    if not newer:
-        vars(masking_utils).pop("packed_sequence_compatibility_function", None)
-    allowed = keep_apart(causal, positions, sequence_indices(positions))
-    places = torch.arange(6)
-    return [[bool(allowed(places[0], places[0], query, key)) for key in places] for query in places]
-
-
-@pytest.mark.parametrize("newer", [True, False])
-@pytest.mark.parametrize("window", [0, 2])
-def test_documents_are_kept_apart_by_any_transformers(window, newer):
-    """Tokens 0 to 2 are one document, 3 to 5 the other; a window holds so many tokens."""
-    wanted = [[k <= q and q - k < (window or 6) and (q < 3) == (k < 3) for k in range(6)] for q in range(6)]
-    assert run_ranks(_masks, 1, window, newer)[0] == wanted

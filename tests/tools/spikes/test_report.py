@@ -3,15 +3,18 @@
 import base64
 import json
 import re
+import shutil
 import zlib
 
 import numpy as np
 import pytest
 
 from recipes.common.anomalies.rewinds import Rewind
+from recipes.common.run_dir.segments import append_segment
 from recipes.common.run_dir.tensor_stats import StatsWriter
 from tests.support.browser import CHROMIUM, browser
 from tests.support.small_runs import call
+from tools.spikes.report import report
 from tools.spikes.report_page.columns import Columns, extremes
 
 STEPS, ONSET, REWOUND = 600, 320, (450, 480)
@@ -138,6 +141,24 @@ def test_wheel_and_drag_zoom_in_and_a_double_click_shows_the_whole_run(page):
             tab.move(left + 500, top + 50, "mousePressed", button="left", clickCount=count)
             tab.move(left + 500, top + 50, "mouseReleased", button="left", clickCount=count)
         assert tab.value("view") == [0, STEPS]
+
+
+@needs_chromium
+def test_the_page_lists_the_segments_with_what_changed_at_each(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    for cause, step, facts in (
+        ("start", 0, {"recipe.seed": 1}),
+        ("resume", 100, {"recipe.seed": 2, "environment.NCCL_ALGO": "Ring"}),
+    ):
+        append_segment(copy, cause=cause, step=step, attempt=1, run_id="x", facts=facts | {"library.nccl": "2.27"})
+    with browser() as tab:
+        tab.open(report(copy).as_uri(), "document.body?.dataset.openedMs")
+        assert tab.errors == []
+        first, second = tab.value("[...document.querySelectorAll('#segments tr')].map(row => row.innerText)")
+        assert first.split("\t")[:3] == ["1", "start", "0"]
+        assert "seed: 1 → 2" in second and "NCCL_ALGO" in second and "these 2 can change the loss; these 0 cannot" in second
+        tab.value("document.querySelectorAll('#segments tr')[1].click()")
+        assert tab.value("view") == [60, 140]
 
 
 @needs_chromium
