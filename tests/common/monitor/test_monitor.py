@@ -212,7 +212,7 @@ def test_weights_that_are_all_zero_have_no_ratio(folder, tmp_path, monkeypatch):
     """Nothing to divide by: a number that is none, not an exception."""
     stats = object.__new__(ParameterStats)
     stats.names, stats._clip, stats._sizes, stats._padding = ("w",), 0.0, np.ones(1), np.zeros(1)
-    values, totals = stats._decode(np.zeros(len(SUMS)), 0.0)
+    values, totals = stats._decode(np.zeros(len(SUMS)), 0.0, np.zeros(1, dtype=bool))
     assert np.isnan(totals["update_ratio"])
     assert np.isnan(values["update_ratio"]).all()
 
@@ -224,6 +224,7 @@ def test_statistics_that_cannot_be_opened_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.common.monitor.monitor.StatsWriter", full)
     monitor, said = object.__new__(RunMonitor), []
     monitor._writers, monitor._note, monitor._monitor, monitor._out_dir = {}, said.append, Monitor(), tmp_path
+    monitor._trainer = SimpleNamespace(stage=SimpleNamespace(router_losses=None))
     monitor._stats = SimpleNamespace(names=("w",), layers=SimpleNamespace(depth=1))
     monitor.rewind(None)
     assert len(said) == 2
