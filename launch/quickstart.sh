@@ -106,6 +106,10 @@ if [[ -z "$print" ]]; then
     # shellcheck source=launch/lib_group.sh
     source "$here/lib_group.sh"
 fi
+if [[ -z "$print" ]] && ((gpus)); then # before the data is prepared, which takes longer
+    python -c 'import os, sys; from recipes.common.runtime.gpus import place_problems; sys.exit("\n".join(place_problems(os.environ)))' ||
+        fail "this machine's GPUs cannot be used"
+fi
 [[ "${DS_ACCELERATOR:-}" != cpu ]] || unset CUDA_VISIBLE_DEVICES # the launcher would read it as a list of CPU slots
 
 if [[ ! -f "$data/dataset.json" ]]; then

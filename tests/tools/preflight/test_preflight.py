@@ -255,6 +255,17 @@ def _collectives():
     return communication.collective_facts(Layout(), torch.device("cpu"), [0, 1, 2, 3], [])
 
 
+def test_the_process_group_is_started_as_training_starts_it(monkeypatch):
+    """On NCCL too, without a device: the streams that are measured are those of training."""
+    asked = {}
+    monkeypatch.setattr(
+        communication.dist, "init_process_group", lambda backend, **options: asked.update(options, backend=backend)
+    )
+    communication.join_group(None, 3, 8, torch.device("cuda", 3), 5.0)
+    assert asked["backend"] == "nccl" and (asked["rank"], asked["world_size"]) == (3, 8)
+    assert "device_id" not in asked
+
+
 def test_it_starts_ranks_itself_and_prints_a_table(recipe, tmp_path):
     called = call("preflight", recipe, "--processes", 2, "--out-dir", tmp_path)
     assert called.code == 0
