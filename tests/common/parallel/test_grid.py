@@ -3,12 +3,13 @@
 import itertools
 
 import pytest
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from recipes.common.config.placement import coordinates
 from recipes.common.engine.startup import start_distributed
-from recipes.common.parallel.grid import build_grid, one_process
+from recipes.common.parallel.grid import _UNSHARED, build_grid, one_process, rank_groups
 from recipes.common.recipe import Layout
 from tools.common.forked_ranks import run_ranks
 
@@ -93,3 +94,42 @@ def _kv_groups():
     grid = build_grid(Layout(tensor=4), start_distributed("cpu"), ranks_per_kv_head=2)
     dist.barrier()
     return dist.get_process_group_ranks(grid.kv_group)
+
+
+def test_a_process_may_build_one_grid_after_another():
+    """The members of a group agree on its name, whatever groups only some of them are in: a wrong one would wait for ever."""
+    layouts = [Layout(pipeline=3), Layout(pipeline=3, tensor=2), Layout(pipeline=6), Layout(pipeline=2)]
+    for sums in run_ranks(_one_after_another, 6, layouts, timeout_seconds=60.0):
+        assert sums == [layout.pipeline for layout in layouts]
+
+
+def _one_after_another(layouts):
+    """How many ranks answer in this rank's pipeline group of each layout."""
+    device, sums = start_distributed("cpu"), []
+    for layout in layouts:
+        one = torch.ones(1)
+        dist.all_reduce(one, group=build_grid(layout, device).pipeline_group)
+        sums.append(int(one))
+    dist.barrier()
+    return sums
+
+
+@pytest.mark.parametrize("world", [24, 384])
+def test_every_member_makes_the_same_groups_in_the_same_place(world):
+    """By name: the ranks of a group, and how many its members have made before."""
+    for layout in (Layout(pipeline=4, tensor=2), Layout(pipeline=3, pipeline_schedule="zero_bubble", tensor=4, context=2)):
+        made = [list(_calls(coordinates(rank, world, layout), layout)) for rank in range(world)]
+        assert len({len(calls) for calls in made}) == 1
+        for rank, calls in enumerate(made):
+            assert len(calls) <= 12
+            for place, members in enumerate(calls):
+                assert rank in members
+                assert all(made[member][place] == members for member in members)
+
+
+def _calls(own, layout):
+    seen = set()
+    for name, members in rank_groups(own, layout.pipeline_schedule, 2 if layout.tensor == 4 else 1).items():
+        if name in _UNSHARED or members not in seen:
+            yield members
+        seen |= set() if name in _UNSHARED else {members}
