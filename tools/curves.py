@@ -26,9 +26,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from recipes.common.run_dir.differences import describe_changes
 from tools.common.console import GOOD, UsageError, exit_code, machine_words, table
 from tools.common.logs.run_numbers import Table, read_numbers
-from tools.common.run_record import describe_changes, open_record, segment_changes
+from tools.common.run_record import open_record, segment_changes
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")  # Okabe and Ito's
 MARKED = 40  # lines of fewer points show each point

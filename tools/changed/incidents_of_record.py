@@ -13,9 +13,9 @@ from recipes.common.config.fact_effects import CHANGES_LOSS
 from recipes.common.config.field_effects import Effect
 from recipes.common.run_dir.data_differences import CONTENT, HASH, INPUTS, folder_facts
 from recipes.common.run_dir.difference import short_value
+from recipes.common.run_dir.differences import short_name
 from recipes.common.run_dir.patch_differences import patch_files
 from tools.changed.incident import Compared, Incident
-from tools.common.run_record import short_name
 
 # DeepSpeed's releases that trained wrongly without an error: first, first good one, what, and where it shows
 WRONG_RELEASES = (

@@ -9,9 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from recipes.common.run_dir.differences import describe_changes
 from tools.changed.part import EXACT, Metrics, expected_rounding
 from tools.changed.side import Side
-from tools.common.run_record import describe_changes, segment_changes
+from tools.common.run_record import segment_changes
 from tools.curves import COLORS, STYLE, mark_segments
 
 

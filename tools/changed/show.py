@@ -22,7 +22,7 @@ import numpy as np
 
 from recipes.common.config.field_effects import Effect
 from recipes.common.run_dir.difference import Difference, short_value
-from recipes.common.run_dir.differences import counted, find_differences, not_recorded, verdict
+from recipes.common.run_dir.differences import counted, find_differences, not_recorded, short_name, verdict
 from recipes.common.run_dir.segments import Segment
 from tools.changed.incident import Compared, Incident
 from tools.changed.incidents_of_numbers import number_incidents
@@ -31,7 +31,6 @@ from tools.changed.part import ROUNDOFF, Metrics, Parting, coarser, compare_metr
 from tools.changed.picture import draw_parting
 from tools.changed.side import Side, open_side
 from tools.common.console import GOOD, UsageError, machine_words, printable, table
-from tools.common.run_record import short_name
 
 MOST_COLUMNS = 8  # that a table of the numbers shows
 LONGEST = 56  # letters of a value

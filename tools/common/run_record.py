@@ -11,14 +11,13 @@ from typing import Any
 
 from recipes.common.config.field_effects import flat_fields
 from recipes.common.config.json_files import JsonError, laid_out, read_json
-from recipes.common.run_dir.difference import Difference, short_value
-from recipes.common.run_dir.differences import counted, find_differences
+from recipes.common.run_dir.difference import Difference
+from recipes.common.run_dir.differences import find_differences
 from recipes.common.run_dir.run_files import read_run
 from recipes.common.run_dir.segments import FOLDER, LAYOUT_CHANGE, PATCH, RESUME, START, Segment, read_segments
 from tools.common.console import UsageError
 
 _SEGMENT = re.compile(r"(.+):(\d+)", re.ASCII)
-_SHOWN = 3  # changes that a mark on a curve names
 
 
 @dataclass(frozen=True)
@@ -77,24 +76,6 @@ def segment_changes(record: RunRecord) -> list[tuple[Segment, list[Difference]]]
         patches = (None, None) if before is None else (record.patch(before), record.patch(segment))
         found.append((segment, [] if before is None else find_differences(before.facts, segment.facts, patches)))
     return found
-
-
-def describe_changes(differences: Sequence[Difference]) -> str:
-    """Return the gravest changes of a segment in a few words, for a mark on a curve: "" without any."""
-    own = [d for d in differences if not d.follows]
-    named = [f"{short_name(d.name)} {short_value(d.old, 18)} → {short_value(d.new, 18)}" for d in own[:_SHOWN]]
-    if len(own) > _SHOWN:
-        named.append(f"{len(own) - _SHOWN} more")
-    able = counted(differences)[0]
-    return "; ".join(named) + (f" ({able} can change the loss)" if able else " (none can change the loss)" if named else "")
-
-
-def short_name(name: str) -> str:
-    """Return a fact's name as people say it."""
-    for prefix in ("recipe.", "package.", "environment."):
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    return name
 
 
 def _of_run_files(run_dir: Path) -> tuple[Segment, ...]:

@@ -18,11 +18,11 @@ import numpy as np
 
 from recipes.common.anomalies.rewinds import read_history
 from recipes.common.run_dir.difference import short_value
-from recipes.common.run_dir.differences import verdict
+from recipes.common.run_dir.differences import describe_changes, short_name, verdict
 from tools.common.console import GOOD, UsageError, machine_words
 from tools.common.html_page import fill, script_json
 from tools.common.logs.run_numbers import Numbers, is_run, read_numbers
-from tools.common.run_record import describe_changes, open_record, segment_changes, short_name
+from tools.common.run_record import open_record, segment_changes
 from tools.spikes.report_page.columns import Columns
 from tools.spikes.report_page.events import describe_source, figures, hint, list_events
 from tools.spikes.report_page.heat_map import heat_map, read_slice

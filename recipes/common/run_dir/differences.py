@@ -34,6 +34,7 @@ _FIRST_WEIGHTS = ("recipe.model.initializer_range", "recipe.model.initializer_fa
 _CHOSEN = ("recipe.optimizer", "recipe.schedule")  # whose class a recipe chooses
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout", "embedding_dropout")
 _DROPOUT_KEYS = ("layout.pipeline", "layout.context", "sizes.world", "sizes.data", "recipe.batch.micro_seqs")
+_SHOWN = 3  # changes that a line names
 # a fact -> those that it follows from: with one of them among the differences, it is no choice of its own
 _FOLLOWS = {
     "deepspeed.gradient_clipping": ("recipe.optimizer.clip",),
@@ -114,6 +115,24 @@ def verdict(differences: Sequence[Difference]) -> str:
     if not able + unable:
         return "no differences"
     return f"{_these(able)} can change the loss; {_these(unable)} cannot"
+
+
+def describe_changes(differences: Sequence[Difference]) -> str:
+    """Return the gravest changes of a segment in a few words, for a log's line or a mark on a curve: "" without any."""
+    own = [d for d in differences if not d.follows]
+    named = [f"{short_name(d.name)} {short_value(d.old, 18)} → {short_value(d.new, 18)}" for d in own[:_SHOWN]]
+    if len(own) > _SHOWN:
+        named.append(f"{len(own) - _SHOWN} more")
+    able = counted(differences)[0]
+    return "; ".join(named) + (f" ({able} can change the loss)" if able else " (none can change the loss)" if named else "")
+
+
+def short_name(name: str) -> str:
+    """Return a fact's name as people say it."""
+    for prefix in ("recipe.", "package.", "environment."):
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
 
 
 def _these(count: int) -> str:
