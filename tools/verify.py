@@ -35,6 +35,7 @@ from recipes.common.config.ds_config import ds_config_path, load_ds_config, prec
 from recipes.common.model.decoder import PlanError
 from recipes.common.recipe import AdamW, Layout, Recipe, RecipeError
 from tools.common.console import FAILED, GOOD, CheckError, exit_code, quiet_transformers
+from tools.common.dropout import DROPOUTS
 from tools.common.forked_ranks import RankError, run_ranks
 from tools.common.recipe_io import layout_text, load_recipe, parse_layout
 
@@ -140,15 +141,9 @@ def _flag_problems(layout: Layout, data: int, steps: int, seq_len: int) -> list[
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     """Turn dropout off: its random zeros differ between layouts by design; nothing else may."""
-    fields = {name: 0.0 for name, value in config.to_dict().items() if name in _DROPOUTS and isinstance(value, float)}
+    fields = {name: 0.0 for name, value in config.to_dict().items() if name in DROPOUTS and isinstance(value, float)}
     config.update(fields)
     return config
-
-
-_DROPOUTS = frozenset(
-    {"attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "residual_dropout", "dropout",
-     "activation_dropout", "embedding_dropout", "resid_dropout", "embd_dropout", "ffn_dropout", "summary_first_dropout"}
-)  # fmt: skip
 
 
 def verify(trial: Trial) -> list[WorstDifference]:

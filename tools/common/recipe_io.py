@@ -100,29 +100,35 @@ def read_recipe(run: Path) -> Recipe:
     path = run / "recipe.json"
     if not path.is_file():
         raise UsageError(f"{run} is no run directory: it has no recipe.json")
+    return read_recipe_file(path)
+
+
+def read_recipe_file(path: Path) -> Recipe:
+    """Read a file that holds a recipe as a run writes it: recipe.json, one that a resume replaced, or a checkpoint's."""
     try:
-        return _restore(read_json(path), Recipe)
+        return restore(read_json(path), Recipe)
     except JsonError as error:
         raise UsageError(str(error)) from error
     except Exception as error:  # whatever a family's own checks raise
         raise UsageError(f"{path} is not a recipe that this version can read: {' '.join(str(error).split())[:300]}") from error
 
 
-def _restore(value: Any, hint: Any) -> Any:
+def restore(value: Any, hint: Any) -> Any:
+    """Return a value of a recipe, of the declared type `hint`, from what JSON holds of it."""
     if isinstance(value, dict) and "class" in value:
         if "model_type" in value:
             return _config(value)
         kind = getattr(recipe_module, value["class"])
         hints = get_type_hints(kind, localns={"PreTrainedConfig": PreTrainedConfig})
         known = {field.name for field in dataclasses.fields(kind)} & value.keys()
-        return kind(**{name: _restore(value[name], hints[name]) for name in known})
+        return kind(**{name: restore(value[name], hints[name]) for name in known})
     if isinstance(value, list):
         inner = get_args(hint)
         each = inner[0] if inner else Any
-        return tuple(_restore(item, each) for item in value)
+        return tuple(restore(item, each) for item in value)
     if isinstance(value, dict) and get_origin(hint) is dict:
         key, inner = get_args(hint)
-        return {key(name): _restore(item, inner) for name, item in value.items()}
+        return {key(name): restore(item, inner) for name, item in value.items()}
     return value
 
 

@@ -72,9 +72,20 @@ def _recipe_at(folder: Path, step: int | None) -> dict[str, Any]:
     path = folder / "recipe.json"
     if not path.is_file():
         raise UsageError(f"{folder}: no recipe.json, so this is no run directory")
-    kept = {int(p.name.split(".")[1].removeprefix("before_step_")): p for p in folder.glob("recipe.before_step_*[0-9].json")}
-    later = [first for first in kept if step is not None and first > step]
-    return read_json(kept[min(later)] if later else path)
+    return read_json(file_at(folder, "recipe", step))
+
+
+def file_at(folder: Path, stem: str, step: int | None) -> Path:
+    """Return recipe.json or deepspeed.json of a run, or the one under which its step `step` was trained.
+
+    Of several that resumes from one step replaced, the first is that of the steps before.
+    """
+    kept = []
+    for path in folder.glob(f"{stem}.before_step_*[0-9].json"):
+        first, _, number = path.name.removeprefix(f"{stem}.before_step_").removesuffix(".json").partition(".")
+        if first.isdigit() and step is not None and int(first) > step:
+            kept.append((int(first), int(number) if number.isdigit() else 1, path))
+    return min(kept)[2] if kept else folder / f"{stem}.json"
 
 
 def _start_at(folder: Path, step: int | None) -> dict[str, Any]:

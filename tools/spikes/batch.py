@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.data.document_masking import document_positions
 from recipes.common.data.shards import read_manifest
-from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
+from recipes.common.run_dir.checkpoint_folders import newest_before
 from tools.checkpoint.hf_check import plain_model, set_weights
 from tools.common.console import GOOD, UsageError, printable, progress_bar, quiet_transformers, table
 from tools.common.hf_config import load_config
@@ -56,7 +56,7 @@ def examine(folder: Path, step: int) -> dict[str, Any]:
         rows = describe(run, read.consumed + np.arange(read.seqs))
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
-    checkpoint = checkpoint_before(folder, step)
+    checkpoint = newest_before(folder, step)
     losses = None if checkpoint is None else sequence_losses(checkpoint, tokens, document_end(folder, run))
     ordinary, reference = ordinary_sequences(run, read)
     stats = sequence_stats(tokens, ordinary)
@@ -88,12 +88,6 @@ def examine(folder: Path, step: int) -> dict[str, Any]:
         "most_repeated": _most_repeated(run, tokens),
         "sequences": sequences,
     }
-
-
-def checkpoint_before(folder: Path, step: int) -> Path | None:
-    """Return the newest sealed checkpoint of a step before `step`."""
-    before = [c for c in sealed_checkpoints(folder) if int(c.name.removeprefix("step_")) < step]
-    return before[-1] if before else None
 
 
 def document_end(folder: Path, run: DataOrder) -> int | None:

@@ -22,6 +22,11 @@ def sealed_checkpoints(out_dir: Path) -> list[Path]:
     return sealed_folders(out_dir / "checkpoints")
 
 
+def newest_before(out_dir: Path, step: int) -> Path | None:
+    """Return the newest sealed checkpoint of a step before `step`."""
+    return max((c for c in sealed_checkpoints(out_dir) if checkpoint_step(c) < step), key=checkpoint_step, default=None)
+
+
 def sealed_folders(where: Path) -> list[Path]:
     """Return the folders in `where` that are named as checkpoints, by step. A user's copy, step_00001000.bak, is none."""
     found = [path for path in where.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]

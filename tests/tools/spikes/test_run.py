@@ -70,6 +70,11 @@ def test_a_replay_is_bitwise_what_was_logged_and_changes_no_file(run_dir):
     assert content(run_dir) == before
 
 
+def test_before_the_first_checkpoint_a_replay_begins_with_the_initial_weights(run_dir):
+    found = spikes("replay", run_dir, 2, "--json").json
+    assert found["bitwise"] and found["checkpoint"] == "the initial weights"
+
+
 def test_a_layout_that_the_model_is_too_small_for_is_rejected_in_one_line(run_dir):
     told = spikes("replay", run_dir, 32, "--layout", "pipeline=2,pipeline_schedule=zero_bubble_v")
     assert told.code == 2 and "Traceback" not in told.err
@@ -172,10 +177,9 @@ def test_without_a_checkpoint_before_the_event_the_run_cannot_roll_back(run_dir)
     [
         (("batch", "RUN", 99), "has steps 1 to 40"),
         (("batch", "NONE", 3), "no recipe.json"),
-        (("replay", "RUN", 7), "no checkpoint before step 7"),
         (("replay", "RUN", 99), "has no step 99; it has 1 to 40"),
         (("replay", "RUN", 33, "--fp32"), "was trained in fp32"),
-        (("replay", "RUN", 33, "--layout", "data=3"), "do not divide"),
+        (("replay", "RUN", 33, "--layout", "data=3"), "is not a multiple of micro_seqs"),
         (("replay", "RUN", 33, "--layout", "tensors=3"), "is not tensor=N"),
         (("compare", "RUN", "NONE"), "no"),
         (("plan-rewind", "RUN", "step_x"), "neither a step nor a black box"),

@@ -12,8 +12,9 @@ import numpy as np
 
 from recipes.common.data.order import kept_index
 from recipes.common.data.shards import TokenStream, read_manifest
+from recipes.common.run_dir.checkpoint_folders import newest_before
 from tools.data.lookup import open_run
-from tools.spikes.batch import checkpoint_before, document_end, sequence_losses
+from tools.spikes.batch import document_end, sequence_losses
 from tools.spikes.batch_stats import read_tokens
 from tools.spikes.evidence.case import LOOK_BACK, STANDS_OUT, Case, expected, robust_z
 from tools.spikes.evidence.causes import BAD_DOCUMENT, BIT_FLIP, CORRUPT_SHARD, LOST_MICRO_BATCH, NOTHING, RAMP_EDGE, SAMPLER
@@ -54,7 +55,7 @@ def documents(case: Case) -> Iterator[Evidence]:
 
 def losses_under_the_checkpoint(case: Case) -> Iterator[Evidence]:
     """Score the batch with the model as it was before: if it is hard there, it is the batch; else the model changed."""
-    checkpoint = checkpoint_before(case.folder, case.onset)
+    checkpoint = newest_before(case.folder, case.onset)
     if checkpoint is None:
         yield Unanswered(BAD_DOCUMENT, "whether the batch is hard for the model before", "save a checkpoint before")
         return
