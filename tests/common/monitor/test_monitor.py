@@ -166,7 +166,7 @@ def test_drift_stops_the_run_or_is_logged_as_the_recipe_says(folder, tmp_path, m
 
 def test_on_a_gpu_copies_that_were_never_equal_are_logged(monkeypatch):
     """Its first runs may show kernels that differ between ranks; once copies have been equal, a difference is a fault."""
-    drift = Drift("w", "tensor", (1,), (0, 1), 1e-3)
+    drift = Drift(name="w", across="tensor", ranks=(1,), group=(0, 1), largest=1e-3)
     for device, checks, stops in (("cpu", [[drift]], True), ("cuda", [[drift], [drift]], False), ("cuda", [[], [drift]], True)):
         found = iter(checks)
         monkeypatch.setattr("recipes.common.monitor.monitor.find_drift", lambda trainer, found=found: next(found))
