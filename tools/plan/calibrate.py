@@ -50,7 +50,7 @@ def run(flags: argparse.Namespace) -> int:
     layout, data = parse_layout(flags.layout)
     if flags.steps < 1:
         raise UsageError(f"--steps={flags.steps}: must be 1 or more")
-    recipe = _shorten(load_recipe(flags.recipe), flags.layers)
+    recipe = shorten(load_recipe(flags.recipe), flags.layers)
     kind = "cuda" if torch.cuda.is_available() and device.name != "CPU" else "cpu"
     world = layout.tensor * layout.pipeline * data
     if kind == "cuda" and world > torch.cuda.device_count():
@@ -80,7 +80,7 @@ def run(flags: argparse.Namespace) -> int:
     return GOOD
 
 
-def _shorten(recipe: Recipe, layers: int | None) -> Recipe:
+def shorten(recipe: Recipe, layers: int | None) -> Recipe:
     """Return the recipe with only its first `layers` layers: the same shapes in less memory."""
     if layers is None:
         return recipe

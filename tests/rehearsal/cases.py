@@ -1,0 +1,69 @@
+"""What the suite rehearses: real widths and sequences of the shelf's recipes, few layers; pairs of options, not products."""
+
+from dataclasses import dataclass, replace
+
+from recipes.common.recipe import ROOT, Layout
+from tools.common.devices import find_device
+from tools.common.recipe_io import load_recipe, parse_layout
+from tools.plan.calibrate import shorten
+from tools.plan.rehearsal.rehearsal_case import Rehearsal
+
+GPU = find_device("H100")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A shelf recipe with few layers, in a layout, and the rank of it that is rehearsed."""
+
+    recipe: str
+    layers: int
+    gpus: int
+    layout: str
+    rank: int
+    extras: tuple[str, ...] = ()
+    deepspeed: str = "zero1_bf16.json"
+    documents: bool = False
+    steps: tuple[int, ...] = (1, 1, 2)
+    seq_len: int | None = None
+
+    @property
+    def name(self) -> str:
+        words = [self.recipe, self.layout or "data", f"rank {self.rank}", self.deepspeed.removesuffix(".json")]
+        return ", ".join([*words, *(["documents"] if self.documents else []), *self.extras])
+
+    def rehearsal(self, rank: int | None = None) -> Rehearsal:
+        recipe = shorten(load_recipe(str(ROOT / "recipes" / f"{self.recipe}.py")), self.layers)
+        if self.seq_len is not None:
+            recipe = replace(recipe, batch=replace(recipe.batch, seq_len=self.seq_len))
+        recipe = replace(recipe, deepspeed=self.deepspeed, mask_documents=self.documents)
+        layout = parse_layout(self.layout)[0] if self.layout else Layout()
+        return Rehearsal(
+            recipe=recipe,
+            layout=layout,
+            world_size=self.gpus,
+            rank=self.rank if rank is None else rank,
+            micro_batches=self.steps,
+            extras=self.extras,
+        )
+
+
+SP = "sequence_parallel=1"
+# Each stage, schedule, ds_config and recomputation at least once, most of them with another of the others each time.
+STEPS = (
+    Variant(recipe="llama_8b", layers=2, gpus=8, layout=f"tensor=2,{SP}", rank=1, extras=("evaluate", "drift", "layers", "save")),
+    Variant(recipe="llama_70b", layers=4, gpus=64, layout=f"tensor=8,pipeline=4,{SP}", rank=0, steps=(1, 3, 4)),
+    Variant(recipe="llama_70b", layers=4, gpus=64, layout=f"tensor=8,pipeline=4,{SP},recompute=full", rank=17, steps=(1, 3, 4),
+            extras=("evaluate",)),
+    Variant(recipe="llama_405b", layers=4, gpus=64, layout="tensor=8,pipeline=4,recompute=selective", rank=63, steps=(1, 3, 4)),
+    Variant(recipe="qwen3_8b", layers=4, gpus=4, layout="pipeline=2,pipeline_schedule=zero_bubble", rank=3, steps=(1, 3, 4),
+            extras=("evaluate",)),
+    Variant(recipe="qwen3_8b", layers=4, gpus=4, layout="pipeline=2,pipeline_schedule=zero_bubble_v", rank=0, steps=(1, 3, 4)),
+    Variant(recipe="mixtral_8x7b", layers=2, gpus=8, layout="tensor=2,pipeline=2", rank=0),
+    Variant(recipe="gpt2_124m", layers=2, gpus=8, layout="", rank=7, deepspeed="zero2_bf16.json", extras=("skip", "load")),
+    Variant(recipe="qwen3_0_6b", layers=2, gpus=4, layout="", rank=0, documents=True),
+    Variant(recipe="llama_1b", layers=2, gpus=4, layout="pipeline=2", rank=1, deepspeed="zero1_fp16.json", extras=("skip",)),
+    Variant(recipe="llama_8b_128k", layers=2, gpus=8, layout=f"tensor=2,context=2,{SP},recompute=full", rank=2, seq_len=16_384),
+    Variant(recipe="olmo2_7b", layers=2, gpus=8, layout=f"tensor=2,{SP},recompute=full,offload_activations=1", rank=0),
+    Variant(recipe="gemma_2b", layers=2, gpus=8, layout="mlp_chunk_tokens=2048", rank=0),
+    Variant(recipe="gpt_neox_20b", layers=2, gpus=8, layout="tensor=4,recompute=full,recompute_every=2", rank=3),
+)  # fmt: skip

@@ -1,0 +1,84 @@
+"""Says of an operator what a GPU does for it: FLOPs, bytes moved, and which part of a step it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+from tools.plan.rehearsal.source_lines import LAYER, Origin
+from tools.plan.rehearsal.source_lines import LOSS as LOSS_PLACE
+
+PRODUCTS, ATTENTION, LAYERS, LOSS, OUTSIDE = "products", "attention", "layers", "loss", "outside layers"
+GRADIENT_SUMS, OPTIMIZER, MONITOR = "gradient sums", "optimizer", "monitor"
+PARTS = {
+    PRODUCTS: "matrix products",
+    ATTENTION: "attention",
+    LAYERS: "elementwise work and copies in the layers",
+    OUTSIDE: "embedding, final norm, positions and masks, copies between stages",
+    LOSS: "the loss, without its products",
+    GRADIENT_SUMS: "adding up gradients over micro batches",
+    OPTIMIZER: "norm, clipping, the optimizer, copies for the reduction",
+    MONITOR: "the monitor's statistics",
+}
+
+# operators that start no kernel and are no views
+_FREE = frozenset({
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "detach_", "alias", "_unsafe_view",
+    "set_", "lift_fresh", "lift_fresh_copy", "_reshape_alias", "record_stream", "resize_", "is_pinned", "_pin_memory",
+    "sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "device", "layout", "_local_scalar_dense", "is_same_size",
+    "_has_compatible_shallow_copy_type",
+})  # fmt: skip
+_WRITES_ONLY = frozenset({"zero_", "fill_", "_foreach_zero_", "normal_", "uniform_"})
+_PICKS = frozenset({"gather", "index", "index_select", "embedding", "index_put_", "_index_put_impl_", "scatter_add_", "scatter_"})
+
+
+def starts_kernel(func: Any, name: str) -> bool:
+    return name not in _FREE and not func.is_view
+
+
+def flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> float:
+    count = flop_registry.get(func._overloadpacket)
+    return 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
+
+
+def is_attention(name: str) -> bool:
+    return "attention" in name
+
+
+def moved_bytes(func: Any, name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> int:
+    """Return the bytes that a kernel reads and writes, each tensor once for each."""
+    written = {id(tensor) for tensor in outputs}
+    if name in _PICKS:  # of the large tensor only what is picked
+        return 3 * (min if name != "embedding" else max)(map(_size, [*inputs, *outputs]))
+    if name == "copy_":
+        return _size(inputs[0]) + _size(inputs[1])
+    if name in _WRITES_ONLY:
+        return sum(map(_size, inputs))
+    mutated = sum(_size(tensor) for tensor in inputs if id(tensor) in written) if func._schema.is_mutable else 0
+    new = sum(_size(tensor) for tensor in outputs if not any(tensor is each for each in inputs))
+    if func._schema.is_mutable and not outputs:  # _foreach_*_ and fused optimizers return nothing
+        mutated = sum(map(_size, inputs)) // 2
+    return sum(map(_size, inputs)) + mutated + new
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())  # an expanded tensor is read once
+
+
+def part_of(name: str, count: float, origin: Origin) -> str:
+    """Return the part of a step, a key of PARTS, that an operator with `count` FLOPs belongs to."""
+    if count:
+        return ATTENTION if is_attention(name) else PRODUCTS
+    line = origin.line
+    if origin.place == LOSS_PLACE:
+        return LOSS
+    if line.startswith("recipes/common/monitor/"):
+        return MONITOR
+    if line.startswith("deepspeed/runtime/") and not line.startswith("deepspeed/runtime/pipe/"):
+        return GRADIENT_SUMS if origin.backward else OPTIMIZER
+    if line.startswith(("recipes/common/engine/gradient_norm.py", "recipes/common/engine/optimizers.py")):
+        return OPTIMIZER
+    return LAYERS if origin.place == LAYER else OUTSIDE
