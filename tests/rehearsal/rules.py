@@ -6,19 +6,13 @@ from tools.plan.rehearsal.kernels import LOSS
 from tools.plan.rehearsal.predicted import Prediction
 from tools.plan.rehearsal.step_summary import StepSummary
 
-# Where the host may wait for the device: (what, file, part of the code) -> times a step, and times a micro batch. By file, not by
-# line: lines move with every edit, and the counts say when another wait comes to a file.
+# Where the host may wait for the device: (what, file) -> times a step, and times a micro batch. By file, not by line: lines move
+# with every edit, and the counts say when another wait comes to a file.
 WAITS_ONCE = {
-    ("item", "deepspeed/runtime/utils.py"): 2,  # whether the norm is finite; whether to clip
-    ("item", "recipes/common/engine/trainer.py"): 2,  # the norm, when the device is idle
-    ("copy from device to host", "recipes/common/engine/trainer.py"): 1,  # the step's one intended wait
-    ("copy from host to device", "recipes/common/engine/trainer.py"): 2,  # the loss's weight, the votes
-    ("copy from host to device", "recipes/common/monitor/parameter_stats.py"): 1,  # whether measuring failed
+    ("copy from device to host", "recipes/common/engine/gradient_norm.py"): 1,  # the norm, which decides whether to step
+    ("copy from device to host", "recipes/common/engine/trainer.py"): 1,  # the step's results
 }
-WAITS_EACH = {
-    ("item", "transformers/masking_utils.py"): 1,  # whether sequences are packed; twice where a rank has two chunks
-    ("copy from host to device, of memory that is not pinned", "recipes/common/engine/trainer.py"): 2,  # ids and targets
-}
+WAITS_EACH: dict[tuple[str, str], int] = {}
 MEMORY = 0.05  # the peak's distance from the planner's
 
 

@@ -28,7 +28,7 @@ from tools.plan.time_model import Cases
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LOSS_BYTES = 14.0  # a logit of the current chunk: in 16 bits, in fp32, its exponential, its gradient in fp32 and in 16 bits
 _HEAD_GRADIENT_BYTES = 10.0  # an element of the head: its gradient, and the copy rescaled in fp32
-_FP32_REDUCE, _GATHER = 4.0, 2.0  # bytes a parameter: gradients reduced in fp32, weights gathered in 16 bits
+_FP32_REDUCE = 4.0  # bytes a parameter: gradients are reduced in fp32, weights gathered in their own precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,8 +288,8 @@ def _model_row(facts: ModelFacts, device: Device) -> dict[str, float]:
         "misaligned": facts.head_dim % 8 > 0,
         "head": work.head,
         "layers": count,
-        "reduce_bytes": _FP32_REDUCE + (0.0 if zero_3 else _GATHER),
-        "gather_bytes": 2 * _GATHER if zero_3 else 0.0,
+        "reduce_bytes": _FP32_REDUCE + (0.0 if zero_3 else facts.activation_width),
+        "gather_bytes": 2.0 * facts.activation_width if zero_3 else 0.0,
         "overlapped": zero_3,
         "peak": peak,
         "peak_half": peak,

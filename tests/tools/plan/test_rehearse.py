@@ -23,7 +23,7 @@ def test_a_step_of_the_quickstart():
     assert said["broken"] == {} and said["unanswered"] == {}
     traffic = {(row["group"], row["op"]): row for row in said["traffic"]}
     assert traffic["pipeline", "recv"]["calls"] == traffic["pipeline", "send"]["calls"] == 2
-    assert traffic["pipeline", "recv"]["bytes"] == 2 * 8 * 128 * 256 * 4  # micro batches x [8, 128, hidden], fp32
+    assert traffic["pipeline", "recv"]["bytes"] == 2 * 8 * 128 * 192 * 4  # micro batches x [8, 128, hidden], fp32
     assert said["compared"]["products"]["rehearsed"] == pytest.approx(said["compared"]["products"]["planned"], rel=0.01)
 
 

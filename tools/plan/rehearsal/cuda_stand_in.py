@@ -112,6 +112,7 @@ def _replaced() -> list[tuple[Any, str, Any]]:
         (F, "scaled_dot_product_attention", attend),
         (nn.Module, "_apply", _apply),
         (torch.Tensor, "numpy", _numpy),
+        (torch.Tensor, "record_stream", lambda tensor, stream: None),  # its memory is freed a little later than here
         (FakeTensor, "tolist", _tolist),
         (torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata),  # which tensors share memory is told by this
         # it calls every FakeTensor a sign of tracing, and then takes another path than on a device

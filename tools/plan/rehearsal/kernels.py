@@ -31,6 +31,7 @@ _FREE = frozenset({
     "sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "device", "layout", "_local_scalar_dense", "is_same_size",
     "_has_compatible_shallow_copy_type",
 })  # fmt: skip
+_ATTENTION = "transformers/integrations/sdpa_attention.py"
 _WRITES_ONLY = frozenset({"zero_", "fill_", "_foreach_zero_", "normal_", "uniform_"})
 _PICKS = frozenset({"gather", "index", "index_select", "embedding", "index_put_", "_index_put_impl_", "scatter_add_", "scatter_"})
 
@@ -42,10 +43,6 @@ def starts_kernel(func: Any, name: str) -> bool:
 def flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> float:
     count = flop_registry.get(func._overloadpacket)
     return 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
-
-
-def is_attention(name: str) -> bool:
-    return "attention" in name
 
 
 def moved_bytes(func: Any, name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> int:
@@ -70,9 +67,11 @@ def _size(tensor: torch.Tensor) -> int:
 
 def part_of(name: str, count: float, origin: Origin) -> str:
     """Return the part of a step, a key of PARTS, that an operator with `count` FLOPs belongs to."""
-    if count:
-        return ATTENTION if is_attention(name) else PRODUCTS
     line = origin.line
+    if "attention" in name or line.startswith(_ATTENTION):  # where no fused kernel will do, it is products and a softmax
+        return ATTENTION
+    if count:
+        return PRODUCTS
     if origin.place == LOSS_PLACE:
         return LOSS
     if line.startswith("recipes/common/monitor/"):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.utils._mode_utils import no_dispatch
 
 from tools.plan.rehearsal.known_values import healthy, set_values, small, values
 
@@ -136,7 +137,8 @@ class StandInGroup(dist.ProcessGroup):
         self._traffic.uneven("all_gather_into_tensor", output.numel(), own.numel(), self.size())
         self._traffic.record("all_gather_into_tensor", self, [own, output], _bytes([output]))
         if small(output):
-            set_values(output, values(own).flatten().repeat(self.size()).reshape(output.shape))
+            with no_dispatch():
+                set_values(output, values(own).flatten().repeat(self.size()).reshape(output.shape))
         return StandInWork()
 
     def all_gather_single_coalesced(self, outputs: list, inputs: list, options: Any = None) -> dist.Work:
@@ -191,7 +193,7 @@ class StandInGroup(dist.ProcessGroup):
                 set_values(tensor, healthy(tensor) if told is None else told)
         return StandInWork()
 
-    def barrier(self, options: Any = None) -> dist.Work:
+    def barrier(self, opts: Any = None) -> dist.Work:
         self._traffic.wait("barrier")
         return StandInWork()
 
@@ -201,7 +203,8 @@ class StandInGroup(dist.ProcessGroup):
 
 def _copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
     if small(target):
-        set_values(target, values(source).clone())
+        with no_dispatch():
+            set_values(target, values(source).clone())
 
 
 def start_world(rank: int, world_size: int, traffic: Traffic) -> None:

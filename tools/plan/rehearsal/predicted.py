@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from recipes.common.config.ds_config import load_ds_config
+from recipes.common.config.ds_config import load_ds_config, precision, zero_stage
 from recipes.common.recipe import Layout, Recipe
 from tools.common.devices import Device
 from tools.plan.memory_model import StageBytes
@@ -16,6 +17,7 @@ class Prediction:
     """Of one stage. No allowance for libraries and for what the allocator keeps: a rehearsal has neither."""
 
     states: float  # bytes of weights, gradients and optimizer states
+    buckets: float  # bytes of ZeRO's buffers for gradients, as they are filled and as they are sent
     activations: float  # bytes, of the micro batches in flight, and a layer's working set
     loss: float  # bytes
     products: float  # FLOPs of a step
@@ -24,7 +26,7 @@ class Prediction:
 
     @property
     def peak(self) -> float:
-        return self.states + self.activations + self.loss
+        return self.states + self.buckets + self.activations + self.loss
 
 
 def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_batches: int, device: Device) -> Prediction:
@@ -41,9 +43,18 @@ def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_b
     params = bytes_of.weights / facts.activation_width
     return Prediction(
         states=bytes_of.states,
+        buckets=_bucket_bytes(facts.ds_config),
         activations=bytes_of.stored + bytes_of.working,
         loss=bytes_of.loss,
         products=(matrices + head) * tokens * micro_batches,
         elementwise=float(row.traffic[0]) * passes / 3.0 * tokens * micro_batches * len(own),
         reduced=params * float(row.reduce_bytes[0]) if data > 1 else 0.0,
     )
+
+
+def _bucket_bytes(ds_config: dict[str, Any]) -> float:
+    """Return the bytes of two buckets; DeepSpeed's optimizer for bf16 with fp32 gradients has none."""
+    if precision(ds_config) == "bf16" and zero_stage(ds_config) <= 1:
+        return 0.0
+    width = 4.0 if ds_config.get("communication_data_type", precision(ds_config)) == "fp32" else 2.0
+    return 2.0 * width * ds_config.get("zero_optimization", {}).get("reduce_bucket_size", 5e8)

@@ -64,11 +64,7 @@ class Recorder(TorchDispatchMode):
         if name in _ANSWERS:
             return _ANSWERS[name](self, func, args, kwargs)
         on_device = any(each.device.type == "cuda" for each in inputs)
-        if (
-            torch.Tag.data_dependent_output in func.tags
-            or torch.Tag.dynamic_output_shape in func.tags
-            or _picks_by_mask(func, args)
-        ):
+        if _depends_on_data(func, args):
             return self._data_dependent(func, name, args, kwargs, on_device)
         for each in inputs:
             if isinstance(each, FakeTensor):
@@ -156,16 +152,12 @@ class Recorder(TorchDispatchMode):
         self._pinned.add(pinned.untyped_storage()._cdata)
         return pinned
 
-    def _keep(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A tensor is used on another stream: its memory is freed a little later than here."""
-
 
 _NAMES = {"cpu": "host", "cuda": "device"}
 _ANSWERS = {
     "_local_scalar_dense": Recorder._scalar,
     "is_pinned": Recorder._is_pinned,
     "_pin_memory": Recorder._pin,
-    "record_stream": Recorder._keep,
 }
 
 
@@ -173,8 +165,8 @@ def _unpinned(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name != "pin_memory"} if kwargs.get("pin_memory") else kwargs
 
 
-def _picks_by_mask(func: Any, args: tuple) -> bool:
-    """Return whether `x[mask]` is computed: as many elements as the mask has true ones."""
-    if func._overloadpacket is not torch.ops.aten.index:
-        return False
-    return any(isinstance(each, torch.Tensor) and each.dtype in (torch.bool, torch.uint8) for each in args[1])
+def _depends_on_data(func: Any, args: tuple) -> bool:
+    """Return whether values decide an operator's result on the host, or its size; of `x[index]` only where that is a mask."""
+    if func._overloadpacket is torch.ops.aten.index:
+        return any(isinstance(each, torch.Tensor) and each.dtype in (torch.bool, torch.uint8) for each in args[1])
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags

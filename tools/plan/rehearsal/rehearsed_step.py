@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.runtime.pipe.engine import TENSOR_META_SIZE, PipelineEngine
 
@@ -51,6 +52,7 @@ def rehearse(case: Rehearsal, device: Device, prepare: Callable[[Trainer, Record
     start_world(case.rank, case.world_size, traffic)
     traffic.incoming = _neighbours_shape(recipe, case.layout, _DTYPES[precision(ds_config)])
     with fake_cuda(recorder, int(device.memory), device.name):
+        deepspeed.init_distributed(dist_backend="nccl", verbose=False)  # wraps the group that there is
         trainer = _build(recipe, case.layout, ds_config)
         layers = trainer.stage.causal.get_submodule(trainer.stage.stack.layers)
         recorder.lines.watch_layers([layers[index] for index in trainer.stage.own_layers])
@@ -204,12 +206,12 @@ def _neighbours_shape(recipe: Recipe, layout: Layout, dtype: torch.dtype) -> Cal
     """Return what answers DeepSpeed's first message between stages: the dtype and shape of the activations that follow."""
     tokens = recipe.batch.seq_len // layout.context // (layout.tensor if layout.sequence_parallel else 1)
     shape = [recipe.batch.micro_seqs, tokens, recipe.model.get_text_config().hidden_size]
-    told = [0, PipelineEngine.DTYPE_TO_ID[dtype], len(shape), *shape]
+    told = torch.zeros(TENSOR_META_SIZE, dtype=torch.int32)
+    words = [0, PipelineEngine.DTYPE_TO_ID[dtype], len(shape), *shape]
+    told[: len(words)] = torch.tensor(words, dtype=torch.int32)
 
     def answer(tensor: torch.Tensor) -> torch.Tensor | None:
-        if tensor.dtype != torch.int32 or tensor.numel() != TENSOR_META_SIZE:
-            return None
-        return torch.tensor(told + [0] * (TENSOR_META_SIZE - len(told)), dtype=torch.int32)
+        return told if (tensor.dtype, tensor.shape) == (told.dtype, told.shape) else None
 
     return answer
 

@@ -26,7 +26,7 @@ def compared(summary: StepSummary, prediction: Prediction) -> dict[str, tuple[fl
     reduced = sum(growth.of(count)[1] for (group, _, _), growth in summary.traffic.items() if group == "data")
     return {
         "peak": (summary.peak, prediction.peak),
-        "states": (summary.held_for(STATES), prediction.states),
+        "states": (summary.held_for(STATES), prediction.states + prediction.buckets),
         "activations": (summary.held_for(ACTIVATIONS), prediction.activations),
         "loss": (summary.held_for(LOSS_MEMORY), prediction.loss),
         "products": (products, prediction.products),
@@ -37,7 +37,7 @@ def compared(summary: StepSummary, prediction: Prediction) -> dict[str, tuple[fl
 
 _MEANINGS = {
     "peak": ("memory at its peak", GIB, "GiB"),
-    "states": ("  weights, gradients, optimizer", GIB, "GiB"),
+    "states": ("  weights, gradients, optimizer, buckets", GIB, "GiB"),
     "activations": ("  activations", GIB, "GiB"),
     "loss": ("  logits and their gradients", GIB, "GiB"),
     "products": ("matrix products", TERA, "TFLOP"),
@@ -173,7 +173,7 @@ def _traffic_text(summary: StepSummary) -> str:
         calls, moved = growth.of(summary.micro_batches)
         rows.append([group, op, dtype, f"{calls:,.0f}", f"{moved / GB:,.3f}", f"{moved / calls / 1e6:,.3f}" if calls else ""])
     header = ["group", "operator", "dtype", "calls", "GB", "MB a call"]
-    return f"messages of a step ({summary.group_calls} calls made groups)\n" + (table(rows, header) if rows else "none")
+    return f"messages of a step (groups made in {summary.group_calls} calls)\n" + (table(rows, header) if rows else "none")
 
 
 def _problems_text(summary: StepSummary) -> list[str]:

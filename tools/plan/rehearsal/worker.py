@@ -10,6 +10,7 @@ import gc
 import os
 import pickle
 import sys
+import warnings
 from typing import Any, BinaryIO
 
 from tools.plan.rehearsal.shim import ShimError, load_shim
@@ -29,6 +30,8 @@ def main() -> None:
     from tools.common.forked_ranks import RankError, run_ranks
     from tools.plan.rehearsal.rehearsed_step import rehearse
 
+    # DeepSpeed asks where tensors lie; here they lie nowhere
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     gc.freeze()  # what was imported is not looked through again in every rehearsal
     _send(results, stand_in)
     while (job := _read(sys.stdin.buffer)) is not None:
