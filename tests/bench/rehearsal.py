@@ -1,6 +1,6 @@
 """Rehearses the shelf without a GPU: each recipe's layouts, their first, a middle and their last stage, against the planner.
 
-    python -m tests.bench.rehearsal [RECIPE...] [--largest] [--log FILE] [--json]
+    python -m tests.bench.rehearsal [RECIPE...] [--largest] [--layers N] [--log FILE] [--json]
 
 Exits 1 where NCCL would refuse a message, ranks would run out of memory, or the peak is not within 5 % of the planner's. With
 --log every result is also written to a file, and those already there are not rehearsed again.
@@ -26,6 +26,7 @@ from tests.support.shelf import read_shelf
 from tools.common.console import FAILED, GOOD, UsageError, exit_code, progress_bar, quiet_transformers, table
 from tools.common.devices import GIB, find_device
 from tools.common.recipe_io import load_recipe
+from tools.plan.calibrate import shorten
 from tools.plan.rehearsal.predicted import predict
 from tools.plan.rehearsal.rehearsal_case import Rehearsal
 from tools.plan.rehearsal.rehearsing import Rehearser
@@ -55,11 +56,13 @@ class ShelfCase:
         return f"{self.recipe.name} {self.gpus} {self.rank}"
 
 
-def cases(names: list[str], *, largest: bool) -> Iterator[ShelfCase]:
-    """Yield the first, a middle and the last stage of each layout; layouts that differ only in their data ranks once, unless all
-    are asked for. largest: of those the one with most GPUs."""
+def cases(names: list[str], *, largest: bool, layers: int | None) -> Iterator[ShelfCase]:
+    """Yield the first, a middle and the last stage of each layout. Those that differ in their data ranks only come once.
+
+    largest: with most GPUs; else with fewest. layers: only so many of the model.
+    """
     for name in names:
-        recipe, seen = load_recipe(str(ROOT / "recipes" / f"{name}.py")), set()
+        recipe, seen = shorten(load_recipe(str(ROOT / "recipes" / f"{name}.py")), layers), set()
         for gpus in sorted(recipe.layouts, reverse=largest):
             layout = recipe.layouts[gpus]
             if layout in seen:
@@ -101,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         known = {
             f"{row['recipe']} {row['gpus']} {row['rank']}": row for row in map(json.loads, args.log.read_text().splitlines())
         }
-    rows, found = [], list(cases(args.recipes or shelf, largest=args.largest))
+    rows, found = [], list(cases(args.recipes or shelf, largest=args.largest, layers=args.layers))
     with Rehearser() as rehearser, progress_bar("rehearsing", len(found), unit="rank") as bar:
         for case in found:
             row = known.get(case.key) or measure(case, rehearser)
@@ -135,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--largest", action="store_true", help="of layouts that differ in data ranks only, the one with most GPUs"
     )
+    parser.add_argument("--layers", type=int, metavar="N", help="rehearse the first layers only (default: all)")
     parser.add_argument("--log", type=Path, metavar="FILE", help="where results are kept; those in it are not made again")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else there")
     args = parser.parse_args(argv)

@@ -13,6 +13,7 @@ from tests.bench.spikes import monitor_overhead
 from tests.support.browser import CHROMIUM
 from tests.support.small_runs import call, call_bench
 from tests.support.synthetic_logs import healthy_loss, write_log
+from tools.plan.rehearsal import shim
 
 TINY_RECIPE = """
 from transformers import LlamaConfig
@@ -115,9 +116,19 @@ def test_report():
     assert 0 < found["pages"]["report"]["megabytes"] < 2
 
 
+@pytest.mark.skipif(shim.missing() is not None, reason=f"the stand-in for CUDA cannot be compiled: {shim.missing()}")
+def test_rehearsal():
+    called = call_bench("rehearsal", "gpt2_124m", "--layers", 1, "--json")
+    assert called.code in (0, 1), called.err
+    (row,) = called.json["rows"]
+    assert (row["recipe"], row["stage"], row["broken"], row["waits"][1]) == ("gpt2_124m", 0, {}, 0)
+    assert row["peak"] == pytest.approx(row["planned"], rel=0.2)
+
+
 @pytest.mark.parametrize(
     ("bench", "flags", "message"),
     [
+        ("rehearsal", ("nanogpt",), "nanogpt: not on the shelf"),
         ("spikes", (), "has no labels.csv"),
         ("spikes", ("--only", "causes", "--runs", 0), "--runs=0: must be 1 or more"),
         ("checkpoint", ("--folder", "/nowhere"), "there is no such folder"),

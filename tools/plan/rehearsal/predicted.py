@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,20 +10,31 @@ from recipes.common.config.ds_config import load_ds_config, precision, zero_stag
 from recipes.common.recipe import Layout, Recipe
 from tools.common.devices import Device
 from tools.plan.memory_model import StageBytes
-from tools.plan.model_cases import Candidate, memory_case, read_model, time_cases
+from tools.plan.model_cases import Candidate, ModelFacts, memory_case, read_model, time_cases
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Of one stage. No allowance for libraries and for what the allocator keeps: a rehearsal has neither."""
+    """Of one stage, with the planner's counts and none of its fitted factors, which stand for libraries and the allocator."""
 
     states: float  # bytes of weights, gradients and optimizer states
     buckets: float  # bytes of ZeRO's buffers for gradients, as they are filled and as they are sent
-    activations: float  # bytes, of the micro batches in flight, and a layer's working set
-    loss: float  # bytes
+    stored: float  # bytes of activations, of the micro batches in flight
+    working: float  # bytes of a layer's backward pass
+    loss_working: float  # bytes of the loss at its fullest
     products: float  # FLOPs of a step
     elementwise: float  # bytes that the layers' elementwise work moves in a step
     reduced: float  # bytes that the data ranks exchange in a step, a parameter's once for each way
+
+    @property
+    def activations(self) -> float:
+        """Return the bytes of activations at the peak: in a layer's backward pass, or in the loss."""
+        return self.stored + (self.working if self.working > self.loss_working else 0.0)
+
+    @property
+    def loss(self) -> float:
+        """Return the loss's bytes at the peak."""
+        return self.loss_working if self.loss_working >= self.working else 0.0
 
     @property
     def peak(self) -> float:
@@ -44,12 +56,40 @@ def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_b
     return Prediction(
         states=bytes_of.states,
         buckets=_bucket_bytes(facts.ds_config),
-        activations=bytes_of.stored + bytes_of.working,
-        loss=bytes_of.loss,
+        stored=bytes_of.stored,
+        working=bytes_of.working + _gradient_bytes(facts, candidate, own),
+        loss_working=_loss_bytes(facts, candidate) if bytes_of.loss else 0.0,
         products=(matrices + head) * tokens * micro_batches,
         elementwise=float(row.traffic[0]) * passes / 3.0 * tokens * micro_batches * len(own),
         reduced=params * float(row.reduce_bytes[0]) if data > 1 else 0.0,
     )
+
+
+def _gradient_bytes(facts: ModelFacts, candidate: Candidate, own: Sequence[int]) -> float:
+    """Return the bytes of gradients in a layer's backward pass, beside the planner's two of hidden states.
+
+    Those of what the tensor ranks share are as large as that; sequence parallelism gathers the input of a block and its
+    gradient, and of both blocks where the layer runs again.
+    """
+    layout = candidate.layout
+    sharded = max(candidate.own_seqs * facts.activations[index].sharded / layout.tensor for index in own)
+    if not layout.sequence_parallel:
+        return sharded
+    hidden = candidate.own_seqs * facts.recipe.batch.seq_len * facts.work.hidden * facts.activation_width
+    return sharded + hidden * (3.0 if layout.recompute == "full" else 2.0)
+
+
+def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
+    """Return the bytes of the loss at its fullest: in a chunk's backward pass, or when the head's whole gradient is scaled.
+
+    `explain` adds the two, and a fitted factor makes up for it.
+    """
+    tokens = min(facts.recipe.logits_chunk_tokens, candidate.own_seqs * facts.recipe.batch.seq_len)
+    head, width = facts.rank_params(candidate.layout.tensor)["head"], facts.activation_width
+    logits = tokens * facts.work.vocab / candidate.layout.tensor
+    chunk = (3.0 * 4.0 + width) * logits + 2.0 * width * head  # logits, exponentials and their gradient; the head's, twice
+    scaled = (width + 2.0 * 4.0) * head
+    return max(chunk, scaled)
 
 
 def _bucket_bytes(ds_config: dict[str, Any]) -> float:
