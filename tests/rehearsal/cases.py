@@ -11,6 +11,18 @@ from tools.plan.rehearsal.rehearsal_case import Rehearsal
 GPU = find_device("H100")
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What a variant's layer may cost for each micro batch beside products and attention, and its loss: measured, rounded up.
+
+    Who makes a layer cheaper lowers it. Elements of gradients that a step adds up count elsewhere.
+    """
+
+    kernels: int
+    kilobytes: float  # moved for each token of the micro batch, on one rank
+    logit_bytes: float = 0.0  # moved for each logit of the micro batch on one rank
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """A shelf recipe with few layers, in a layout, and the rank of it that is rehearsed."""
@@ -25,6 +37,7 @@ class Variant:
     documents: bool = False
     steps: tuple[int, ...] = (1, 1, 2)
     seq_len: int | None = None
+    budget: Budget | None = None
 
     @property
     def name(self) -> str:
@@ -50,20 +63,17 @@ class Variant:
 SP = "sequence_parallel=1"
 # Each stage, schedule, ds_config and recomputation at least once, most of them with another of the others each time.
 STEPS = (
-    Variant(recipe="llama_8b", layers=2, gpus=8, layout=f"tensor=2,{SP}", rank=1, extras=("evaluate", "drift", "layers", "save")),
-    Variant(recipe="llama_70b", layers=4, gpus=64, layout=f"tensor=8,pipeline=4,{SP}", rank=0, steps=(1, 3, 4)),
+    Variant(recipe="llama_8b", layers=2, gpus=8, layout=f"tensor=2,{SP}", rank=1, extras=("evaluate", "drift", "layers", "save"),
+            budget=Budget(92, 1190, 73)),
+    Variant(recipe="llama_70b", layers=4, gpus=64, layout=f"tensor=8,pipeline=4,{SP}", rank=0, steps=(1, 3, 4),
+            budget=Budget(91, 700)),
     Variant(recipe="llama_70b", layers=4, gpus=64, layout=f"tensor=8,pipeline=4,{SP},recompute=full", rank=17, steps=(1, 3, 4),
-            extras=("evaluate",)),
-    Variant(recipe="llama_405b", layers=4, gpus=64, layout="tensor=8,pipeline=4,recompute=selective", rank=63, steps=(1, 3, 4)),
+            extras=("evaluate",), budget=Budget(120, 840)),
+    Variant(recipe="llama_405b", layers=4, gpus=64, layout="tensor=8,pipeline=4,recompute=selective", rank=63, steps=(1, 3, 4),
+            budget=Budget(125, 7100, 157)),
     Variant(recipe="qwen3_8b", layers=4, gpus=4, layout="pipeline=2,pipeline_schedule=zero_bubble", rank=3, steps=(1, 3, 4),
-            extras=("evaluate",)),
-    Variant(recipe="qwen3_8b", layers=4, gpus=4, layout="pipeline=2,pipeline_schedule=zero_bubble_v", rank=0, steps=(1, 3, 4)),
-    Variant(recipe="mixtral_8x7b", layers=2, gpus=8, layout="tensor=2,pipeline=2", rank=0),
-    Variant(recipe="gpt2_124m", layers=2, gpus=8, layout="", rank=7, deepspeed="zero2_bf16.json", extras=("skip", "load")),
-    Variant(recipe="qwen3_0_6b", layers=2, gpus=4, layout="", rank=0, documents=True),
-    Variant(recipe="llama_1b", layers=2, gpus=4, layout="pipeline=2", rank=1, deepspeed="zero1_fp16.json", extras=("skip",)),
-    Variant(recipe="llama_8b_128k", layers=2, gpus=8, layout=f"tensor=2,context=2,{SP},recompute=full", rank=2, seq_len=16_384),
-    Variant(recipe="olmo2_7b", layers=2, gpus=8, layout=f"tensor=2,{SP},recompute=full,offload_activations=1", rank=0),
-    Variant(recipe="gemma_2b", layers=2, gpus=8, layout="mlp_chunk_tokens=2048", rank=0),
-    Variant(recipe="gpt_neox_20b", layers=2, gpus=8, layout="tensor=4,recompute=full,recompute_every=2", rank=3),
+            extras=("evaluate",), budget=Budget(140, 2840, 79)),
+    Variant(recipe="gpt2_124m", layers=2, gpus=8, layout="", rank=7, deepspeed="zero2_bf16.json", extras=("skip", "load"),
+            budget=Budget(32, 340, 56)),
+    Variant(recipe="qwen3_0_6b", layers=2, gpus=4, layout="", rank=0, documents=True, budget=Budget(141, 1040, 57)),
 )  # fmt: skip

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.rehearsal.cases import GPU, STEPS
-from tests.rehearsal.rules import BUDGETS, budget_problems, memory_problems, wait_problems
+from tests.rehearsal.rules import budget_problems, memory_problems, wait_problems
 from tools.plan.rehearsal.predicted import predict
 from tools.plan.rehearsal.step_summary import summarize
 
@@ -19,7 +19,7 @@ def test_a_step(variant, rehearsed):
     problems = [f"{problem}: {times}" for problem, times in summary.broken.items()]
     problems += [f"a number of elements depends on data: {line}" for line in summary.unanswered]
     problems += wait_problems(summary) + memory_problems(summary, prediction)
-    problems += budget_problems(summary, BUDGETS[variant.recipe], tokens=tokens, logits=tokens * recipe.model.vocab_size)
+    problems += budget_problems(summary, variant.budget, tokens=tokens, logits=tokens * recipe.model.vocab_size / layout.tensor)
     assert problems == []
     skipped = {phase["name"]: phase["said"]["skipped"] for phase in result["phases"] if isinstance(phase["said"], dict)}
     assert [name for name, skip in skipped.items() if skip] == [name for name in variant.extras if name == "skip"]

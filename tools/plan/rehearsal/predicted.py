@@ -17,8 +17,8 @@ from tools.plan.model_cases import Candidate, ModelFacts, memory_case, read_mode
 class Prediction:
     """Of one stage, with the planner's counts and none of its fitted factors, which stand for libraries and the allocator."""
 
-    states: float  # bytes of weights, gradients and optimizer states
-    buckets: float  # bytes of ZeRO's buffers for gradients, as they are filled and as they are sent
+    states: float  # bytes of weights, gradients that stay between micro batches, and optimizer states
+    reducing: float  # bytes that ZeRO's own optimizers add in a backward pass: buckets, and under ZeRO 2 whole gradients
     stored: float  # bytes of activations, of the micro batches in flight
     working: float  # bytes of a layer's backward pass
     loss_working: float  # bytes of the loss at its fullest
@@ -27,18 +27,28 @@ class Prediction:
     reduced: float  # bytes that the data ranks exchange in a step, a parameter's once for each way
 
     @property
+    def in_loss(self) -> bool:
+        """Return whether the peak is in the loss, else in a layer's backward pass."""
+        return self.loss_working >= self.working + self.reducing
+
+    @property
+    def all_states(self) -> float:
+        """Return the bytes of states at the peak."""
+        return self.states + (0.0 if self.in_loss else self.reducing)
+
+    @property
     def activations(self) -> float:
-        """Return the bytes of activations at the peak: in a layer's backward pass, or in the loss."""
-        return self.stored + (self.working if self.working > self.loss_working else 0.0)
+        """Return the bytes of activations at the peak."""
+        return self.stored + (0.0 if self.in_loss else self.working)
 
     @property
     def loss(self) -> float:
         """Return the loss's bytes at the peak."""
-        return self.loss_working if self.loss_working >= self.working else 0.0
+        return self.loss_working if self.in_loss else 0.0
 
     @property
     def peak(self) -> float:
-        return self.states + self.buckets + self.activations + self.loss
+        return self.all_states + self.activations + self.loss
 
 
 def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_batches: int, device: Device) -> Prediction:
@@ -53,16 +63,27 @@ def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_b
     matrices = 2.0 * passes * sum(work.layers[index].matrices for index in own) / layout.tensor
     head = 6.0 * work.head / layout.tensor if bytes_of.loss else 0.0
     params = bytes_of.weights / facts.activation_width
+    whole_gradients = bytes_of.weights if zero_stage(facts.ds_config) == 2 else 0.0
     return Prediction(
-        states=bytes_of.states,
-        buckets=_bucket_bytes(facts.ds_config),
-        stored=bytes_of.stored,
+        states=bytes_of.states - whole_gradients,
+        reducing=_bucket_bytes(facts.ds_config) + whole_gradients,
+        stored=bytes_of.stored + bytes_of.in_flight * _mask_bytes(facts, candidate, own),
         working=bytes_of.working + _gradient_bytes(facts, candidate, own),
         loss_working=_loss_bytes(facts, candidate) if bytes_of.loss else 0.0,
         products=(matrices + head) * tokens * micro_batches,
         elementwise=float(row.traffic[0]) * passes / 3.0 * tokens * micro_batches * len(own),
         reduced=params * float(row.reduce_bytes[0]) if data > 1 else 0.0,
     )
+
+
+def _mask_bytes(facts: ModelFacts, candidate: Candidate, own: Sequence[int]) -> float:
+    """Return the bytes of a micro batch's document mask: bools, and what each layer that is not computed again adds to its
+    scores, in the activations' precision. `explain` does not count them."""
+    if not facts.recipe.mask_documents or facts.recipe.attention != "sdpa":
+        return 0.0
+    again = candidate.layout.recomputed_layers(len(facts.activations))
+    kept = sum(index not in again for index in own)
+    return candidate.own_seqs * facts.recipe.batch.seq_len**2 * (1.0 + facts.activation_width * kept)
 
 
 def _gradient_bytes(facts: ModelFacts, candidate: Candidate, own: Sequence[int]) -> float:

@@ -26,7 +26,7 @@ def compared(summary: StepSummary, prediction: Prediction) -> dict[str, tuple[fl
     reduced = sum(growth.of(count)[1] for (group, _, _), growth in summary.traffic.items() if group == "data")
     return {
         "peak": (summary.peak, prediction.peak),
-        "states": (summary.held_for(STATES), prediction.states + prediction.buckets),
+        "states": (summary.held_for(STATES), prediction.all_states),
         "activations": (summary.held_for(ACTIVATIONS), prediction.activations),
         "loss": (summary.held_for(LOSS_MEMORY), prediction.loss),
         "products": (products, prediction.products),
@@ -37,7 +37,7 @@ def compared(summary: StepSummary, prediction: Prediction) -> dict[str, tuple[fl
 
 _MEANINGS = {
     "peak": ("memory at its peak", GIB, "GiB"),
-    "states": ("  weights, gradients, optimizer, buckets", GIB, "GiB"),
+    "states": ("  weights, gradients, optimizer", GIB, "GiB"),
     "activations": ("  activations", GIB, "GiB"),
     "loss": ("  logits and their gradients", GIB, "GiB"),
     "products": ("matrix products", TERA, "TFLOP"),
