@@ -4,15 +4,9 @@ import torch
 import torch.distributed as dist
 
 
-def _after_first_layer(trainer, change):
+def _in_first_layer(trainer, change):
     layers = trainer.stage.causal.get_submodule(trainer.stage.stack.layers)
-
-    def hook(module, args, output):
-        hidden = output[0] if isinstance(output, tuple) else output
-        changed = change(hidden)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    layers[trainer.stage.own_layers[0]].register_forward_hook(hook)
+    layers[trainer.stage.own_layers[0]].mlp.register_forward_hook(lambda module, args, output: change(output))
 
 
 def cpu_tensor_in_a_collective(trainer, recorder):
@@ -20,14 +14,14 @@ def cpu_tensor_in_a_collective(trainer, recorder):
         dist.all_reduce(torch.zeros(4))
         return hidden
 
-    _after_first_layer(trainer, change)
+    _in_first_layer(trainer, change)
 
 
 def item_in_a_layer(trainer, recorder):
     def change(hidden):
         return hidden * 2 if hidden.sum().item() == float("inf") else hidden
 
-    _after_first_layer(trainer, change)
+    _in_first_layer(trainer, change)
 
 
 def missing_contiguous(trainer, recorder):
@@ -35,7 +29,7 @@ def missing_contiguous(trainer, recorder):
         dist.all_reduce(hidden.detach().transpose(1, 2), group=trainer.grid.tensor_group)
         return hidden
 
-    _after_first_layer(trainer, change)
+    _in_first_layer(trainer, change)
 
 
 def swapped_collectives_on_rank_1(trainer, recorder):
@@ -45,24 +39,24 @@ def swapped_collectives_on_rank_1(trainer, recorder):
             dist.all_reduce(tensor)
         return hidden
 
-    _after_first_layer(trainer, change)
+    _in_first_layer(trainer, change)
 
 
 def fp32_copy_of_the_logits(trainer, recorder):
     logits = trainer.stage.logits
-    trainer.stage.logits = lambda hidden: logits(hidden).float()
+    trainer.stage.logits = lambda hidden: logits(hidden).float().to(hidden.dtype)
 
 
 def synchronous_copy(trainer, recorder):
     def change(hidden):
         return hidden * torch.ones(hidden.shape[-1], dtype=hidden.dtype).to(hidden.device)
 
-    _after_first_layer(trainer, change)
+    _in_first_layer(trainer, change)
 
 
 def cast_in_a_layer(trainer, recorder):
-    _after_first_layer(trainer, lambda hidden: hidden.float().to(hidden.dtype))
+    _in_first_layer(trainer, lambda hidden: hidden.float().to(hidden.dtype))
 
 
 def copy_in_a_layer(trainer, recorder):
-    _after_first_layer(trainer, lambda hidden: hidden.clone())
+    _in_first_layer(trainer, lambda hidden: hidden.clone())

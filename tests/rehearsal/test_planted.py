@@ -10,6 +10,7 @@ from tools.plan.rehearsal.nccl_stand_in import Call, compare
 from tools.plan.rehearsal.step_summary import summarize
 
 SMALL = Variant(recipe="llama_1b", layers=2, gpus=2, layout="tensor=2", rank=0, steps=(1, 2), seq_len=1024)
+SMALL_MICRO_BATCH = 4 * 1024  # tokens
 HERE = "tests/rehearsal/planted.py:"
 
 
@@ -57,12 +58,11 @@ def test_ranks_that_swap_two_collectives(rehearsed):
 
 
 def test_an_fp32_copy_of_the_logits(healthy, rehearsed):
-    """It is a kernel more, and more bytes, in each chunk of the loss, forward and backward; and the chunk's copy at the peak."""
+    """There and back, forward and backward: four kernels in each chunk of the loss that read or write 2 and 4 bytes a logit."""
     found = summary_with(rehearsed, planted.fp32_copy_of_the_logits)
-    logits = 4 * 1024 * 128_256 // 2
-    more = (found.work[LOSS].each[1] - healthy.work[LOSS].each[1]) / logits
-    assert 4 <= more <= 12
-    assert found.peak > healthy.peak
+    logits = SMALL_MICRO_BATCH * 128_256 / 2
+    assert (found.work[LOSS].each[1] - healthy.work[LOSS].each[1]) / logits == pytest.approx(4 * 6, rel=0.01)
+    assert found.work[LOSS].each[0] - healthy.work[LOSS].each[0] == 4 * SMALL_MICRO_BATCH / 2048
 
 
 @pytest.mark.parametrize(
@@ -74,5 +74,5 @@ def test_a_layer_that_does_more(fault, kernels, bytes_per_element, healthy, rehe
     """Planted in one of two layers: half of it a layer."""
     found = summary_with(rehearsed, fault)
     more_kernels, more_bytes = (new - old for new, old in zip(found.layer_share(), healthy.layer_share(), strict=True))
-    elements = 4 * 1024 * 2048
+    elements = SMALL_MICRO_BATCH * 2048
     assert (2 * more_kernels, 2 * more_bytes) == (kernels, bytes_per_element * elements)
