@@ -66,7 +66,7 @@ def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_b
     whole_gradients = bytes_of.weights if zero_stage(facts.ds_config) == 2 else 0.0
     return Prediction(
         states=bytes_of.states - whole_gradients,
-        reducing=_bucket_bytes(facts.ds_config) + whole_gradients,
+        reducing=_bucket_bytes(facts.ds_config) + whole_gradients + _bank_bytes(facts, own, layout.tensor),
         stored=bytes_of.stored + bytes_of.in_flight * _mask_bytes(facts, candidate, own),
         working=bytes_of.working + _gradient_bytes(facts, candidate, own),
         loss_working=_loss_bytes(facts, candidate) if bytes_of.loss else 0.0,
@@ -74,6 +74,13 @@ def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_b
         elementwise=float(row.traffic[0]) * passes / 3.0 * tokens * micro_batches * len(own),
         reduced=params * float(row.reduce_bytes[0]) if data > 1 else 0.0,
     )
+
+
+def _bank_bytes(facts: ModelFacts, own: Sequence[int], tensor: int) -> float:
+    """Return the bytes of the largest bank of experts in fp32, in which its gradient is added up; other matrices are small."""
+    names = tuple(f"{facts.stack.layers}.{index}." for index in own)
+    banks = (p.numel() for name, p in facts.causal.named_parameters() if p.ndim == 3 and name.startswith(names))
+    return 4.0 * max(banks, default=0) / tensor
 
 
 def _mask_bytes(facts: ModelFacts, candidate: Candidate, own: Sequence[int]) -> float:
