@@ -38,7 +38,7 @@ class Variant:
     steps: tuple[int, ...] = (1, 1, 2)
     seq_len: int | None = None
     budget: Budget | None = None
-    planned: bool = True  # whether the planner's memory is compared: of ZeRO 1 in fp16 it counts more than there is
+    planned: bool = True  # whether the planner knows its memory: not of ZeRO 1 in fp16, nor of MLPs by parts
 
     @property
     def name(self) -> str:
@@ -84,4 +84,8 @@ STEPS = (
             budget=Budget(146, 1610, 73)),
     Variant(recipe="llama_1b", layers=2, gpus=4, layout="pipeline=2", rank=1, deepspeed="zero1_fp16.json", extras=("skip",),
             budget=Budget(92, 1210), planned=False),
+    Variant(recipe="gemma_2b", layers=2, gpus=8, layout="mlp_chunk_tokens=2048", rank=0, budget=Budget(128, 1660, 62),
+            planned=False),
+    Variant(recipe="olmo2_7b", layers=2, gpus=8, layout=f"tensor=2,{SP},recompute=full,offload_activations=1", rank=0,
+            budget=Budget(222, 4160, 74)),
 )  # fmt: skip
