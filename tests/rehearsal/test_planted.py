@@ -9,7 +9,7 @@ from tools.plan.rehearsal.kernels import LOSS
 from tools.plan.rehearsal.nccl_stand_in import Call, compare
 from tools.plan.rehearsal.step_summary import summarize
 
-SMALL = Variant(recipe="llama_1b", layers=2, gpus=2, layout="tensor=2", rank=0, steps=(1, 2), seq_len=1024)
+SMALL = Variant(recipe="llama_1b", layers=2, gpus=2, layout="tensor=2", rank=0, seq_len=1024)
 SMALL_MICRO_BATCH = 4 * 1024  # tokens
 HERE = "tests/rehearsal/planted.py:"
 

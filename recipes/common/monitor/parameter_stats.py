@@ -31,6 +31,7 @@ from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import StepResult, Trainer
 from recipes.common.monitor.layer_stats import LayerStats
 from recipes.common.monitor.optimizer_sums import SUMS, Spans, add_sums, spans_of
+from recipes.common.runtime.device_copies import to_device
 
 STATS = ("grad_norm", "weight_norm", "update_norm", "update_ratio", "adam_rms", "tiny_v_share", "zero_share", "nonfinite")
 
@@ -146,7 +147,7 @@ class ParameterStats:
         """Return [parameters], 1 for those of this rank that no gradient has ever reached."""
         flags = np.zeros(len(self.names))
         flags[[self._rows[name] for name in self._trainer.untouched]] = 1.0
-        return torch.from_numpy(flags).to(self._sums.device)
+        return to_device(torch.from_numpy(flags), self._sums.device)
 
     def _decode(
         self, sums_over_ranks: np.ndarray, grad_norm: float, untouched: np.ndarray
