@@ -5,15 +5,25 @@ import pytest
 from tests.rehearsal.cases import Variant
 from tools.plan.rehearsal.nccl_stand_in import Call, compare
 
-COMMON = {"gpus": 8, "rank": 0, "steps": (3,), "seq_len": 256}
+COMMON = {"rank": 0, "steps": (3,), "seq_len": 256}
 WORLDS = (
     Variant(
-        recipe="llama_8b", layers=2, layout="tensor=2,pipeline=2,sequence_parallel=1", extras=("evaluate", "drift"), **COMMON
+        recipe="llama_8b",
+        layers=2,
+        gpus=8,
+        layout="tensor=2,pipeline=2,sequence_parallel=1",
+        extras=("evaluate", "drift"),
+        **COMMON,
     ),
     Variant(
-        recipe="gpt2_124m", layers=4, layout="tensor=2,pipeline=2,pipeline_schedule=zero_bubble_v", extras=("skip",), **COMMON
+        recipe="gpt2_124m",
+        layers=4,
+        gpus=4,
+        layout="tensor=2,pipeline=2,pipeline_schedule=zero_bubble_v",
+        extras=("skip",),
+        **COMMON,
     ),
-    Variant(recipe="llama_8b", layers=2, layout="tensor=2,context=2,sequence_parallel=1", extras=("layers",), **COMMON),
+    Variant(recipe="llama_8b", layers=2, gpus=4, layout="tensor=2,context=2,sequence_parallel=1", extras=("layers",), **COMMON),
 )
 
 

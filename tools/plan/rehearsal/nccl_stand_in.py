@@ -20,6 +20,7 @@ from torch.utils._mode_utils import no_dispatch
 from tools.plan.rehearsal.known_values import healthy, set_values, small, values
 
 NAME = "rehearsal"
+_REDUCTIONS = ("SUM", "AVG", "MAX", "MIN", "PRODUCT")
 _DTYPES = frozenset({
     torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool,
 })  # fmt: skip
@@ -111,7 +112,8 @@ class StandInGroup(dist.ProcessGroup):
         return NAME
 
     def allreduce(self, tensors: list[torch.Tensor], options: Any = None) -> dist.Work:
-        reduction = str(getattr(options, "reduceOp", "")).rpartition(".")[2]
+        given = getattr(options, "reduceOp", None)
+        reduction = next((name for name in _REDUCTIONS if given == getattr(dist.ReduceOp, name)), "")
         self._traffic.record("all_reduce", self, tensors, _bytes(tensors), detail=reduction)
         return StandInWork()
 
