@@ -6,6 +6,7 @@ rehearsal leaves its world behind.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
@@ -56,4 +57,5 @@ def _read(pipe: BinaryIO) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(BrokenPipeError):  # whoever asked has gone
+        main()
