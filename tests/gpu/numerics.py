@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes.common.recipe import ROOT
 from tests.common.monitor import test_parameter_stats as statistics_oracle
-from tests.gpu.place import Figures, GpuCheck, Place, RefutedError, be_deterministic, demand_equal, differing
+from tests.gpu.place import PRECISIONS, Figures, GpuCheck, Place, RefutedError, be_deterministic, demand_equal, differing
 from tests.support.fp16 import allow_fp16, fp16_config
 from tests.support.parity import trial_of
 from tests.support.tiny import ds_config, tiny_config
@@ -18,7 +18,6 @@ from tools.common.recipe_io import load_recipe, parse_layout
 from tools.verify import make_trial, verify
 
 FAMILIES = {"llama": "llama_1b", "gpt2": "gpt2_124m", "mixtral": "mixtral_8x7b"}
-PRECISIONS = ("fp32", "bf16")
 # of the gate, by ranks
 LAYOUTS = {1: ("data=1",), 2: ("tensor=2", "pipeline=2"), 8: ("tensor=2,pipeline=2,data=2",)}
 MOST_PIPELINE = {2: (2, 1, 1), 8: (2, 2, 2)}  # pipeline, tensor, data by ranks
@@ -45,7 +44,7 @@ def gate(place: Place, family: str, precision: str) -> Figures:
 def schedules(place: Place) -> Figures:
     """Train with each pipeline schedule and compare losses, norms and weights with 1F1B's, bit for bit."""
     compared = {}
-    for config in ("zero1_fp32.json", "zero1_bf16.json"):
+    for config in [f"zero1_{precision}.json" for precision in place.precisions]:
         options = {"deepspeed": ds_config(config), "device": place.device, "global_seqs": 16}
         found = {}
         for schedule in SCHEDULES:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 Figures = dict[str, Any]  # JSON types
+PRECISIONS = ("fp32", "bf16")
 
 
 class SkippedError(Exception):
@@ -31,6 +32,11 @@ class Place:
     @property
     def on_gpu(self) -> bool:
         return self.device == "cuda"
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Return the precisions that a check of equal bits goes through."""
+        return PRECISIONS if self.on_gpu else PRECISIONS[-1:]
 
 
 @dataclass(frozen=True)

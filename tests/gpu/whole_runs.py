@@ -36,7 +36,7 @@ def resume(place: Place) -> Figures:
     """Save halfway and resume: losses, weights and optimizer states are those of the uninterrupted run, bit for bit."""
     compared = {}
     data = small_runs.write_data(place.folder / "data")
-    for precision in ("fp32", "bf16"):
+    for precision in place.precisions:
         recipe = _recipe(data, f"zero1_{precision}.json")
         straight, resumed = (place.folder / f"{precision} {name}" for name in ("straight", "resumed"))
         _train(place, recipe, straight, steps=STEPS)
