@@ -27,6 +27,7 @@ from torch import nn
 
 from recipes.common.model.routers import GLOBAL_BATCH, SEQUENCE, PlannedRouter, RouterPlan, compute_in_fp32
 from recipes.common.parallel.grid import Grid
+from recipes.common.runtime.device_copies import to_device
 
 Gradient = Callable[[torch.Tensor], torch.Tensor]
 
@@ -138,13 +139,14 @@ class RouterLosses:
 
     @torch.no_grad()
     def move_biases(self, loads: torch.Tensor) -> None:
-        """Move each bias of this stage against the load of its experts. loads: [routers, experts], of the global batch.
+        """Move this stage's biases against their experts' load. loads: [routers, experts] of the global batch, on the host.
 
         DeepSeek-V3's rule: an expert with more tokens than the mean loses `bias_rate`, one with fewer gains it. Loads are whole
         numbers, and so is what is compared: every layout moves the same biases.
         """
+        loads = to_device(loads, self.counted.device)
         for index, (owner, leaf) in self._biases.items():
-            load, bias = loads[index].to(self.counted.device), getattr(owner, leaf)
+            load, bias = loads[index], getattr(owner, leaf)
             direction = torch.sign(load.sum() - self.plan.experts * load)
             bias += (self.plan.bias_rate * direction).to(bias.dtype).view_as(bias)
 
