@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -121,11 +121,14 @@ class RankTrace:
         divided = max(1.0, (result.grad_norm + 1e-6) / self._clip) if self._clip and np.isfinite(result.grad_norm) else 1.0
         self._see(DIVIDED, "clipping", torch.tensor(divided, dtype=torch.float64), [], "", (PHASES[DIVIDED], 0, 0))
         scales = {OUTPUT_GRADIENT: self._gradient_scale, INPUT_GRADIENT: self._gradient_scale, GRADIENT: divided}
-        seen = [
-            PartSeen(p.kind, p.name, p.order, p.place, p.print.scaled(scales.get(p.kind, 1.0)), p.rank, p.is_placed)
-            for p in self._seen.values()
-        ]
-        watched = [TensorPart(p.kind, p.name, p.place, p.index, p.values * scales.get(p.kind, 1.0)) for p in self._watched]
+        base = f"{self._stage.stack.base}."
+
+        def scale(kind: str, name: str) -> float:
+            # the head's gradients are taken inside the loss, before its weight
+            return 1.0 if kind != GRADIENT and not name.startswith(base) else scales.get(kind, 1.0)
+
+        seen = [replace(p, print=p.print.scaled(scale(p.kind, p.name))) for p in self._seen.values()]
+        watched = [replace(p, values=p.values * scale(p.kind, p.name)) for p in self._watched]
         return seen, watched
 
     def _next_micro_batch(self, module: nn.Module, args: tuple) -> None:
