@@ -141,14 +141,12 @@ def _pipeline_problems(config: dict[str, Any], layout: Layout) -> Iterator[str]:
         if value is True or (value is None and layout.pipeline > 1):
             found = "=true" if value else " is missing, and DeepSpeed's default is true"
             yield f"pipeline.{key}{found}: {reason}; write false"
-    if (
-        layout.pipeline_schedule != ONE_PASS
-        and precision(config) == "bf16"
-        and _at(config, "bf16.immediate_grad_update") is not True
-    ):
+    at_once = _at(config, "bf16.immediate_grad_update") is True
+    if layout.pipeline > 1 and precision(config) == "bf16" and zero_stage(config) == 1 and not at_once:
+        late = "" if layout.pipeline_schedule == ONE_PASS else f", and pipeline_schedule={layout.pipeline_schedule!r}"
         yield (
-            f"bf16.immediate_grad_update is not true, and pipeline_schedule={layout.pipeline_schedule!r}: weight gradients that "
-            "are computed late would not be accumulated in fp32; write true, or use pipeline_schedule='1f1b' in the recipe"
+            f"bf16.immediate_grad_update is not true with layout.pipeline={layout.pipeline}{late}: gradients that are there "
+            "before that of a stage's output (the head's), or are computed late, would be lost; write true"
         )
 
 

@@ -163,7 +163,7 @@ ONE_MISTAKE = {
             "ds:base": "zero1_bf16.json",
             "ds:bf16": {"enabled": True, "immediate_grad_update": False},
         },
-        [r"bf16\.immediate_grad_update is not true, and pipeline_schedule='zero_bubble': .*use pipeline_schedule='1f1b' in"],
+        [r"bf16\.immediate_grad_update is not true with layout\.pipeline=2, and pipeline_schedule='zero_bubble': .*write true"],
     ),
     "batch not divided": (
         2,

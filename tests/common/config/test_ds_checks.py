@@ -92,6 +92,7 @@ BAD = {
     "bf16.enabled=true and fp16.enabled=true": {"fp16": {"enabled": True}},
     "the old name of bf16": {"bfloat16": {"enabled": True}},
     "fp16.enabled is missing": {"fp16": {"loss_scale": 0}},
+    "bf16.immediate_grad_update is not true with layout.pipeline=2: gradients": {"bf16": {"enabled": True}},
     # ZeRO
     "zero_optimization.stage=0: without ZeRO DeepSpeed clips wrongly": {"zero_optimization.stage": 0},
     "zero_optimization.stage=0 (missing, and DeepSpeed's default is 0)": {"zero_optimization": ...},
