@@ -79,7 +79,8 @@ def _run(flags: argparse.Namespace) -> int:
     quiet_transformers()
     recipe = load_recipe(flags.recipe)
     layout, data = parse_layout(flags.layout)
-    trial = make_trial(recipe, layout, data, steps=flags.steps, seq_len=flags.seq_len, device=flags.device)
+    trial = make_trial(recipe, layout, data, steps=flags.steps, seq_len=flags.seq_len, device=flags.device,
+                       any_release=flags.any_release)  # fmt: skip
     try:
         rows = verify(trial)
     except (RankError, AssertionError) as error:
@@ -92,10 +93,18 @@ def _run(flags: argparse.Namespace) -> int:
     return GOOD if passed else FAILED
 
 
-def make_trial(recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len: int, device: str) -> Trial:
-    """Shrink the recipe to a tiny width. Raises RecipeError with everything that rules out a trial."""
+def make_trial(
+    recipe: Recipe, layout: Layout, data: int, *, steps: int, seq_len: int, device: str, any_release: bool = False
+) -> Trial:
+    """Shrink the recipe to a tiny width. Raises RecipeError with everything that rules out a trial.
+
+    any_release: try versions too that a run refuses.
+    """
     ds_config = load_ds_config(recipe.deepspeed)
-    problems = version_problems(_installed("deepspeed"), torch.__version__) + config_problems(recipe.model)
+    refused = version_problems(_installed("deepspeed"), torch.__version__)
+    if refused and any_release:
+        print(*(f"note: a run refuses this release, {problem}" for problem in refused), sep="\n", file=sys.stderr)
+    problems = ([] if any_release else refused) + config_problems(recipe.model)
     problems += value_problems(recipe.model) + _flag_problems(layout, data, steps, seq_len)
     problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout) + optimizer_problems(recipe.optimizer)
     problems += option_problems(layout, seq_len, "--layout: ")
@@ -254,6 +263,11 @@ def _parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=32, help="tokens in a sequence (default: %(default)s)")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda needs one GPU a rank (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--any-release",
+        action="store_true",
+        help="try also releases of DeepSpeed and torch that a run refuses, to find which of them train wrongly",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
     return parser.parse_args(argv)

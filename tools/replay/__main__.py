@@ -6,6 +6,7 @@
     python -m tools.replay runs/llama_8b --step 12340 --versions deepspeed=0.19.5
     python -m tools.replay runs/llama_8b --against runs/other                   # two runs: down to the first tensor that differs
     python -m tools.replay runs/llama_8b --step 12340 --set model.rms_norm_eps=1e-6 --against    # the same for a change
+    python -m tools.replay --bisect deepspeed=0.18.2..0.19.8                    # which release changed what DeepSpeed trains?
 
 The step is computed from the checkpoint before it, or from the initial weights, with the training code itself. Nothing is written
 into a run, which may be alive. Exit 0: equal, bit for bit or within rounding; 1: something differs; 2: wrong arguments.
@@ -22,7 +23,8 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.common.console import GOOD, exit_code, quiet_transformers
+from tools.common.console import GOOD, UsageError, exit_code, quiet_transformers
+from tools.replay.bisection import add_bisect_flags, run_bisect
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +33,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: argparse.Namespace) -> int:
+    if flags.bisect is not None:
+        return run_bisect(flags)
+    if flags.everything or flags.bits or flags.ask is not None or flags.jobs != 1:
+        raise UsageError("--all, --bits, --ask and --jobs say how to bisect; name the releases with --bisect PACKAGE=FIRST..LAST")
+    if flags.run is None:
+        raise UsageError("RUN is missing: the run whose step is to be computed again")
     with redirect_stdout(sys.stderr):  # DeepSpeed logs on what is stdout when it is imported
         from tools.replay import run
     quiet_transformers()
@@ -44,7 +52,7 @@ def _parse_flags(argv: list[str] | None) -> argparse.Namespace:
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m tools.replay", description=__doc__, formatter_class=as_written)
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="a run directory")
+    add("run", type=Path, metavar="RUN", nargs="?", help="a run directory; with --bisect it may be a recipe, or left out")
     add(
         "--step",
         type=int,
@@ -84,6 +92,7 @@ def _parse_flags(argv: list[str] | None) -> argparse.Namespace:
         help="go down to the first tensor that differs between the two runs; without RUN_B: between the run and the change that "
         "the other flags make",
     )
+    add_bisect_flags(parser)
     add("--json", action="store_true", help="print one JSON object on stdout and nothing else")
     return parser.parse_args(argv)
 

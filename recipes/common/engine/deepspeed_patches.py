@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,11 +27,12 @@ import deepspeed
 import torch
 from deepspeed.comm import comm
 from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime import utils as deepspeed_utils
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import module as pipe_module
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+from deepspeed.runtime.utils import get_global_norm_of_tensors
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.timer import NoopTimer
@@ -50,7 +52,7 @@ assert hasattr(bf16_optimizer, "get_global_norm_of_tensors"), "DeepSpeed's bf16 
 def patch_start() -> None:
     """Skip two things that cost seconds at a start and that training does not use. Call it before DeepSpeed is initialised."""
     # on CPU DeepSpeed would look for compilers and build an extension (25 s, and a stale lock hangs the next run)
-    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)  # before 0.19 the one that it looks for was read by its name
     # ZeRO imports DeepSpeed's Muon optimizer, which compiles three functions as it is imported: 2.4 s a rank
     compile_, torch.compile = torch.compile, lambda function=None, **_: function or (lambda decorated: decorated)
     try:
@@ -112,7 +114,7 @@ def _patch_norm(optimizer: Any, grid: Grid, gate: NormGate) -> None:
 
         def gated_groups() -> list[torch.Tensor]:
             norms = norm_groups()
-            norm = combine_grad_norm_groups(norms)
+            norm = deepspeed_utils.combine_grad_norm_groups(norms)
             return [torch.full_like(norm, torch.inf)] if gate.refuses(norm) else norms
 
         optimizer._get_norm_groups = gated_groups
