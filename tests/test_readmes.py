@@ -41,6 +41,7 @@ READMES = (
     "tools/throughput/README.md",
     "tools/spikes/README.md",
     "tools/changed/README.md",
+    "tools/replay/README.md",
     "tests/README.md",
 )
 PAGES = (*READMES, "launch/README.md")
