@@ -25,7 +25,7 @@ FLOORS = (
     ("parallel",),
     ("pipeline",),
     ("engine", "checks"),
-    ("monitor", "checkpoint"),
+    ("monitor", "checkpoint", "record"),
     ("anomalies",),
     ("train",),
 )

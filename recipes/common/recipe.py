@@ -26,6 +26,7 @@ class RecipeError(ValueError):
 
 
 RECOMPUTE = ("none", "selective", "full")  # recipes.common.model.recompute
+DETERMINISM = ("order", "rounding", "bitwise", "bitwise_stages")  # recipes.common.checks.determinism_checks
 PIPELINE_SCHEDULES = ("1f1b", "zero_bubble", "zero_bubble_v")  # recipes.common.pipeline.schedules
 
 
@@ -242,6 +243,10 @@ class Recipe:
     router: Router = field(default_factory=Router)  # of a mixture of experts; other models ignore it
     attention: str = "sdpa"  # transformers' attn_implementation
     mask_documents: bool = False  # keep attention inside each document of a packed sequence, and restart positions there
+    # What a rerun must repeat. "order": what each step reads and draws. "rounding": also, in the same layout, every number but
+    # for rounding. "bitwise": every bit, in the same layout on the same machines. "bitwise_stages": every bit, also with
+    # other pipeline stages
+    determinism: str = "order"
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     monitor: Monitor = field(default_factory=Monitor)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from recipes.common.anomalies.recovery import Recovery
-from recipes.common.anomalies.rewinds import Rewind, history_at_start, skips_ahead
+from recipes.common.anomalies.rewinds import Rewind, history_at_start, lr_factors, skips_ahead
 from recipes.common.checkpoint.changes import check_resume, resume_flag_problems
 from recipes.common.checkpoint.files import CheckpointError, out_dir_problems, writing_problems
 from recipes.common.checkpoint.position import RunPosition
@@ -32,7 +32,6 @@ from recipes.common.config.arguments import parse_flags, place_of
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.config.field_effects import NEEDS_CONSENT
 from recipes.common.config.field_types import mistyped_fields
-from recipes.common.config.json_files import read_json
 from recipes.common.config.lr_schedules import global_seqs_at, learning_rate_at
 from recipes.common.data.batches import open_train, open_validation, step_micro_batches, validation_micro_batches
 from recipes.common.data.prefetcher import Prefetcher
@@ -43,9 +42,9 @@ from recipes.common.monitor.phases import Phases
 from recipes.common.parallel.dropout import seed_dropout
 from recipes.common.parallel.grid import Grid
 from recipes.common.recipe import Layout, Recipe, RecipeError, Sizes, derive_sizes, due
+from recipes.common.record.recording import Told, open_run_dir
 from recipes.common.run_dir.checkpoint_folders import step_folder
 from recipes.common.run_dir.lease import Lease, hold_run
-from recipes.common.run_dir.run_files import recipe_to_dict, write_run_files
 from recipes.common.run_dir.run_log import RunLog
 from recipes.common.runtime.exits import end_rank, guard_rank, refusals
 from recipes.common.runtime.garbage import collect_as_usual, collect_by_steps, collect_if_due
@@ -201,23 +200,20 @@ def start_run(
         position, history = _first_position(recipe, out_dir, trainer, resume_step, skips)
         changes = check_resume(recipe, out_dir, step_folder(out_dir, position.step), accept)
     resumed_step = position.step if resume_run else None
-    if trainer.grid.rank == 0:
-        write_run_files(
-            out_dir,
-            recipe_to_dict(recipe),
-            ds_config,
-            layout=layout,
-            sizes=sizes,
-            resumed_step=resumed_step,
-            data={name: reading.identity for name, reading in position.order.readings.items()},
-            skips=position.skips,
-            order=asdict(position.order),
-            accepted=[change.recorded() for change in changes if change.effect in NEEDS_CONSENT],
-        )
-    log = _open_log(recipe, out_dir, resumed_step) if trainer.grid.rank == 0 else None
-    if log is not None:
-        for change in changes:
-            log.note(f"going on with {change}: {'accepted; ' * (change.effect in NEEDS_CONSENT)}changes {change.effect.value}")
+    told = Told(
+        recipe=recipe,
+        layout=layout,
+        sizes=sizes,
+        ds_config=ds_config,
+        resumed_step=resumed_step,
+        skips=position.skips,
+        lr_factors=lr_factors(history),
+        reading=asdict(position.order),
+        accepted=[change.recorded() for change in changes if change.effect in NEEDS_CONSENT],
+    )
+    log = open_run_dir(out_dir, told, trainer)
+    for change in changes if log is not None else ():
+        log.note(f"going on with {change}: {'accepted; ' * (change.effect in NEEDS_CONSENT)}changes {change.effect.value}")
     saver = Saver(out_dir, trainer, recipe, log, resumed_step, lease)
     monitor = RunMonitor(trainer, recipe, out_dir, resumed_step=resumed_step, log=log)
     recovery = Recovery(recipe, out_dir, trainer, saver, monitor, log)
@@ -253,19 +249,6 @@ def _first_position(
     history = history_at_start(out_dir)
     position = resume(out_dir, trainer, recipe, last_step=resume_step)
     return position.skip((*skips, *skips_ahead(history, position))), history
-
-
-def _open_log(recipe: Recipe, out_dir: Path, resumed_step: int | None) -> RunLog:
-    manifest = read_json(out_dir / "run.json")
-    config = read_json(out_dir / "recipe.json")
-    return RunLog(
-        out_dir,
-        name=recipe.name,
-        run_steps=recipe.steps,
-        resumed_step=resumed_step,
-        config=config,
-        run_id=manifest["run_id"],
-    )
 
 
 def write_record(run: Run, record: dict[str, Any]) -> None:

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes.common.recipe import ROOT, Blend, Recipe
-from recipes.common.run_dir.run_files import git_state, package_versions, recipe_to_dict
+from recipes.common.record.packages import package_versions
+from recipes.common.record.source_code import git_state
+from recipes.common.run_dir.run_files import recipe_to_dict
 from recipes.common.runtime.gpus import unused_gpus
 from tools.common.recipe_io import load_recipe
 

@@ -18,6 +18,7 @@ import numpy as np
 from recipes.common.anomalies.detector import scan
 from recipes.common.anomalies.events import KINDS
 from recipes.common.config.json_files import read_json
+from recipes.common.run_dir.segments import changed_facts, read_chain
 from tools.common.console import GOOD, UsageError, printable, table
 from tools.common.logs.log import Log
 from tools.common.logs.reader import read_log
@@ -26,7 +27,9 @@ SHOWN = 12  # steps and differing fields
 ABSENT = "(absent)"
 FILES = ("recipe.json", "deepspeed.json", "run.json")
 # fields of run.json that differ between any two starts and do not change the numbers
-OF_EVERY_START = ("run_id", "time", "command", "working_directory", "resumed_step", "hosts", "history")
+OF_EVERY_START = ("run_id", "time", "command", "working_directory", "resumed_step", "hosts", "history", "segments")
+# what of the record is not in the other files: code, packages, machines, data
+OF_THE_RECORD = ("git.", "code.", "package.", "library.", "host.", "environment.", "threads.", "data.", "tokenizer.")
 # fields of the recipe that decide which sequences a step reads
 DATA_ORDER = ("data", "seed", "batch")
 CHANCE = 1e-3  # common steps that are less probable than this by chance have a common cause
@@ -117,6 +120,11 @@ def _differences(a: Path, b: Path) -> Iterator[dict[str, Any]]:
             values = [f.get(path, ABSENT) for f in flat]
             if values[0] != values[1] and path.split(".")[0] not in OF_EVERY_START:
                 yield {"file": name, "field": path, "a": values[0], "b": values[1]}
+    newest = [chain[-1].facts for chain in (read_chain(a)[0], read_chain(b)[0]) if chain]
+    if len(newest) == 2:
+        for path in changed_facts(*newest):
+            if path.startswith(OF_THE_RECORD):
+                yield {"file": "segments", "field": path, **dict(zip("ab", (f.get(path, ABSENT) for f in newest), strict=True))}
 
 
 def _flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -42,6 +42,7 @@ from recipes.common.anomalies.rewinds import (
     history_fields,
     indices_of,
     lr_factor_at,
+    lr_factors,
     suspect_steps,
     tries_at,
 )
@@ -56,6 +57,7 @@ from recipes.common.engine.trainer import Trainer
 from recipes.common.monitor.monitor import RunMonitor
 from recipes.common.parallel.json_messages import broadcast_json
 from recipes.common.recipe import Recipe
+from recipes.common.record.recording import record_rewind
 from recipes.common.run_dir.black_box import BlackBox
 from recipes.common.run_dir.checkpoint_folders import step_folder
 from recipes.common.run_dir.metrics import METRICS, NON_FINITE, parse_record, plain
@@ -208,6 +210,8 @@ class Recovery:
         self._monitor.rewind(position.step)
         if self._log is not None:
             append_history(self._out_dir, plan, position.skips)
+            for remark in record_rewind(self._out_dir, self._recipe, position.step, position.skips, lr_factors(self.history)):
+                self._note(remark)
             self._log.rewind(position.step)
             self._log.note(f"rewound: {describe_rewind(plan)}")
         return position

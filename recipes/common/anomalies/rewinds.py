@@ -79,6 +79,11 @@ def skips_ahead(history: tuple[Rewind, ...], position: RunPosition) -> Skips:
     return tuple(r.skipped for r in history if r.skipped[0] >= here and r.to_step >= position.order.since_step)
 
 
+def lr_factors(history: tuple[Rewind, ...]) -> list[tuple[int, int, float]]:
+    """Return (after step, up to step, factor) of every stretch of the history whose learning rate is another."""
+    return [(each.to_step, each.lr_until_step, each.lr_factor) for each in history if each.lr_factor != 1.0]
+
+
 def lr_factor_at(history: tuple[Rewind, ...], step: int) -> float:
     """Return the factor on the schedule's learning rate at `step`: the product of the stretches that hold it."""
     factor = 1.0

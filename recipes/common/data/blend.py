@@ -20,6 +20,7 @@ from recipes.common.data.reading import NOTHING_READ, UNCHANGED, Order
 from recipes.common.data.shards import TokenStream, open_split
 from recipes.common.recipe import Blend, Recipe, from_root
 
+BLEND_VERSION = 1  # of the schedule over the sources: a run's record holds it; a test holds what it stands for
 MAX_PERIOD = 100_000  # of the schedule: its table is made at the start, about a microsecond an entry
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+ORDER_VERSION = 1  # of the permutation: a run's record holds it; a test holds what it stands for
 ROUNDS = 8
 MIN_BITS = 6  # tiny sets are permuted inside a larger domain: a network over 2 or 4 bits reaches too few permutations
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, splitmix64's increment

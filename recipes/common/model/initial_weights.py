@@ -20,6 +20,8 @@ from transformers.initialization import no_init_weights
 
 from recipes.common.model.sharding import ShardSpec
 
+INITIAL_WEIGHTS_VERSION = 1  # of what `draw_weights` draws: a run's record holds it; a test holds what it stands for
+SEED_VERSION = 1  # of `name_seed`, and of the names that dropout gives it (recipes.common.parallel.dropout), likewise
 _SMALL = 4096  # elements: constants that a constructor computes (an activation's slope) are this small
 _LARGE = 1 << 20  # elements: weights, which must not be allocated for even a moment (one layer's experts may fill a machine)
 

@@ -10,4 +10,9 @@ from recipes.common.parallel.grid import Grid
 
 def seed_dropout(seed: int, step: int, grid: Grid) -> None:
     """Seed torch by the step alone, so that resuming repeats it, and alike on the tensor ranks of a data rank's stage."""
-    torch.manual_seed(name_seed(seed, f"step {step}, data {grid.data_rank}, stage {grid.pipeline_rank}"))
+    torch.manual_seed(dropout_seed(seed, step, data_rank=grid.data_rank, stage=grid.pipeline_rank))
+
+
+def dropout_seed(seed: int, step: int, *, data_rank: int, stage: int) -> int:
+    """Return the seed of a step's dropout on one rank."""
+    return name_seed(seed, f"step {step}, data {data_rank}, stage {stage}")

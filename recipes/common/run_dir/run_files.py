@@ -1,8 +1,8 @@
 """Writes the files that say what a run is: `recipe.json`, `deepspeed.json`, `run.json`. Rank 0, before step 1.
 
-All are resolved: nothing else has to be read to know what was trained, how, and with which versions. Each is replaced at once: a
-reader sees the old file or the new one. A resume keeps what it replaces (`recipe.before_step_00000121.json`) and adds itself to
-`starts` in run.json.
+All are resolved: nothing else has to be read to know what was trained, and how. With which code, packages and machines, and on
+which data, is in the run's record (recipes.common.run_dir.segments). Each is replaced at once: a reader sees the old file or the
+new one. A resume keeps what it replaces (`recipe.before_step_00000121.json`) and adds itself to `starts` in run.json.
 """
 
 from __future__ import annotations
@@ -11,21 +11,15 @@ import dataclasses
 import itertools
 import json
 import os
-import platform
-import socket
-import subprocess
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from recipes.common.config.json_files import read_json, write_json
-from recipes.common.recipe import ROOT, Layout, Recipe, Sizes
-
-PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "datasets", "safetensors", "numpy")
+from recipes.common.recipe import Layout, Recipe, Sizes
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -33,7 +27,23 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
     `config` classes of transformers are read back by CONFIG_MAPPING[d["model_type"]].from_dict(d).
     """
-    return _plain(recipe)
+    return to_plain(recipe)
+
+
+def to_plain(value: Any) -> Any:
+    """Return a value of a recipe as JSON can hold it."""
+    if hasattr(value, "to_dict"):  # a transformers config; a dataclass as well, but that leaves out its model_type
+        return {"class": type(value).__name__, **to_plain(value.to_dict())}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"class": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_plain(inner) for inner in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)  # torch.dtype and the like
 
 
 def write_run_files(
@@ -84,6 +94,14 @@ def read_run(out_dir: Path) -> dict[str, Any] | None:
     return run if all(isinstance(entries, list) and all(isinstance(e, dict) for e in entries) for entries in lists) else None
 
 
+def note_segment(out_dir: Path, seal: str) -> None:
+    """Add the hash of an entry of the record to the present start: that the newest entry is still there can then be told."""
+    run = read_run(out_dir)
+    if run is not None and run["starts"]:
+        run["starts"][-1].setdefault("segments", []).append(seal)
+        write_json(out_dir / "run.json", run)
+
+
 def _start(layout: Layout, sizes: Sizes, resumed_step: int | None) -> dict[str, Any]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -93,59 +111,7 @@ def _start(layout: Layout, sizes: Sizes, resumed_step: int | None) -> dict[str, 
         "world_size": sizes.world,
         "layout": dataclasses.asdict(layout) | {"layers_per_stage": list(layout.layers_per_stage)},  # as JSON gives it back
         "sizes": dataclasses.asdict(sizes),
-        "host": socket.gethostname(),  # of rank 0
-        "device": _device(),
-        "git": git_state(),
-        "versions": {"python": platform.python_version(), **package_versions()},
     }
-
-
-def git_state(root: Path = ROOT) -> dict[str, Any]:
-    """Return the commit of `root`, and whether tracked files differ from it; both null where it is not a checkout."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None  # no git, no repository, or one that belongs to another user
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
-
-
-def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
-    """Return installed versions, null where a package is missing."""
-    found: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def _device() -> dict[str, Any]:
-    import torch
-
-    if torch.cuda.is_available():
-        return {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "cpus": os.cpu_count()}
-    return {"name": platform.machine(), "cuda": None, "cpus": os.cpu_count()}
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "to_dict"):  # a transformers config; a dataclass as well, but that leaves out its model_type
-        return {"class": type(value).__name__, **_plain(value.to_dict())}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"class": type(value).__name__, **fields}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(inner) for inner in (sorted(value) if isinstance(value, set | frozenset) else value)]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)  # torch.dtype and the like
 
 
 def _replace(path: Path, content: Any, resumed_step: int | None) -> None:

@@ -45,7 +45,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from recipes.common.run_dir.run_files import git_state
+from recipes.common.record.source_code import git_state
 from tests.bench.faults.plans import KINDS, FaultTrial, draw_trial
 from tests.bench.faults.runner import Reference, make_reference, run_trial
 from tools.common.console import FAILED, GOOD, UsageError, exit_code, table

@@ -17,6 +17,7 @@ from recipes.common.recipe import AdamW, Checkpoints, Constant, Evaluation, Layo
 from recipes.common.run_dir.black_box import read_boxes
 from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
 from recipes.common.run_dir.metrics import read_metrics
+from recipes.common.run_dir.segments import changed_facts, read_chain, read_segments
 from tests.support.small_runs import assert_same_state, run
 from tests.support.tiny import tiny_recipe, write_shards
 from tools.common.forked_ranks import RankError
@@ -149,6 +150,10 @@ def test_a_rewind_is_in_the_metrics_the_history_and_a_black_box(data, tmp_path):
     entry = manifest["history"][0]
     assert (entry["from_step"], entry["to_step"], entry["skipped"], entry["kind"]) == (6, 4, [16, 24], "diverged")
     assert manifest["starts"][-1]["skips"] == [[16, 24]]  # where the tools look for what a step read
+    start, rewind = read_segments(tmp_path)
+    assert (rewind.cause, rewind.step, rewind.attempt, read_chain(tmp_path)[1]) == ("rewind", 4, 1, [])
+    assert changed_facts(start.facts, rewind.facts) == ["run.skips"] and rewind.facts["run.skips"] == [[16, 24]]
+    assert manifest["starts"][-1]["segments"] == [start.hash, rewind.hash]
     (box,) = read_boxes(tmp_path)
     assert (box["folder"], box["class"], box["reaction"]["to_step"]) == ("step_00000006_diverged", "diverged", 4)
     window = list(read_metrics(tmp_path / "events" / box["folder"] / "metrics_window.jsonl"))
