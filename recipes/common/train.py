@@ -36,6 +36,7 @@ from recipes.common.config.lr_schedules import global_seqs_at, learning_rate_at
 from recipes.common.data.batches import open_train, open_validation, step_micro_batches, validation_micro_batches
 from recipes.common.data.prefetcher import Prefetcher
 from recipes.common.engine.build_trainer import build_recipe_trainer
+from recipes.common.engine.determinism import set_determinism
 from recipes.common.engine.trainer import NONFINITE, TOO_HIGH, StepResult, Trainer
 from recipes.common.monitor.monitor import RunMonitor
 from recipes.common.monitor.phases import Phases
@@ -194,6 +195,7 @@ def start_run(
     skips, accept, trace_steps: as the flags give them.
     """
     phases = Phases(out_dir, int(os.environ.get("RANK", "0")), trace_steps)
+    set_determinism(recipe.determinism)
     trainer = build_recipe_trainer(recipe, layout, ds_config, draw=not resume_run)
     changes, position, history = [], RunPosition(order=first_order(recipe)).skip(skips), ()
     if resume_run:

@@ -4,6 +4,9 @@
     python -m tools.changed runs/a:1 runs/a:2             # what a resume, a rewind or another layout changed
     python -m tools.changed runs/a train.log              # a log has numbers only
 
+    python -m tools.changed lineage runs/a                # its starts, resumes and rewinds, and whether the chain is unbroken
+    python -m tools.changed check runs/a                  # what is missing here to resume or replay it exactly
+
 A run without a record, of an earlier version, is compared by the files that say what it is.
 """
 
@@ -19,6 +22,10 @@ from tools.common.verbs import Verb, run_tool
 
 VERBS = {
     "show": Verb("tools.changed.show", "what differs between A and B (the word may be left out)"),
+    "lineage": Verb(
+        "tools.changed.lineage", "a run's starts, resumes, rewinds and layouts as a chain, and whether it is unbroken"
+    ),
+    "check": Verb("tools.changed.check", "what is missing here to resume or replay a run exactly"),
 }
 
 

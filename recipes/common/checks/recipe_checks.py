@@ -11,6 +11,7 @@ from operator import attrgetter
 from typing import Any
 
 from recipes.common.checks.context_checks import context_option_problems, context_size_problems
+from recipes.common.checks.determinism_checks import level_problems, machine_problems
 from recipes.common.checks.model_checks import model_problems
 from recipes.common.checks.router_checks import router_value_problems
 from recipes.common.config.ds_checks import device_problems, ds_config_problems, fp16_supported, version_problems
@@ -82,8 +83,12 @@ def check_recipe(
         problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout)
     if sound("model", "num_params", "batch", "attention", "mask_documents", "router"):
         problems += model_problems(recipe, layout)
+    if sound("determinism", "layouts", "model"):
+        problems += level_problems(recipe, layout, world_size, ds_config)
     if check_machine:
         problems += _machine_problems(recipe, ds_config, mistyped)
+        if sound("determinism", "attention", "model"):
+            problems += machine_problems(recipe, world_size, ds_config)
     if problems:
         raise RecipeError(f"recipe {shown(recipe.name)} on {world_size} GPUs", list(dict.fromkeys(problems)))
     return layout, ds_config

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 # packages whose code computes: their loaded modules are compared with what was installed
-COMPUTE = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy", "triton", "flash_attn", "accelerate")
+COMPUTE = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy", "triton", "flash-attn", "accelerate")
 MAIN = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "datasets", "safetensors", "numpy")
 _INFO = re.compile(r"([^-]+)-([^-]+)(?:-[^-]+)*\.(?:dist|egg)-info")
 _KEPT = (b"METADATA", b"WHEEL", b"entry_points.txt")  # of a wheel's own description; the rest says how it was installed
@@ -79,7 +79,7 @@ def _installed(path: Sequence[str]) -> dict[str, Path]:
         if here.is_dir():
             for info in sorted(here.glob("*-info")):
                 if match := _INFO.fullmatch(info.name):
-                    found.setdefault(re.sub(r"[-_.]+", "_", match[1]).lower(), info)
+                    found.setdefault(re.sub(r"[-_.]+", "-", match[1]).lower(), info)
     return found
 
 

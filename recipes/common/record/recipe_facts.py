@@ -60,11 +60,15 @@ def deepspeed_facts(ds_config: Mapping[str, Any], resolved: object = None) -> tu
 
 
 def plan_facts(recipe: Recipe, layout: Layout, sizes: Sizes) -> dict[str, Any]:
-    """Return what follows from the recipe on so many ranks, and the versions of the algorithms that draw from its seed."""
+    """Return what follows from the recipe on so many ranks, and what draws from its seed."""
     facts = {f"layout.{name}": value for name, value in dataclasses.asdict(layout).items()}
     derived = ("world", "data", "accumulation", "tokens_per_step")  # the others are the layout's
-    return facts | {
-        **{f"sizes.{name}": getattr(sizes, name) for name in derived},
+    return facts | {f"sizes.{name}": getattr(sizes, name) for name in derived} | algorithm_facts(recipe)
+
+
+def algorithm_facts(recipe: Recipe) -> dict[str, Any]:
+    """Return what draws from the recipe's seed: the versions of the algorithms, and a state of torch's generator."""
+    return {
         "seed.recipe": recipe.seed,
         "seed.dropout": _generator_state(dropout_seed(recipe.seed, 1, data_rank=0, stage=0)),
         "algorithm.order": ORDER_VERSION,

@@ -24,7 +24,7 @@ from recipes.common.record.data_content import data_facts, folder_names
 from recipes.common.record.environment import environment_facts
 from recipes.common.record.machine import device_of, host_facts, host_key, library_facts, rank_facts
 from recipes.common.record.packages import package_facts
-from recipes.common.record.recipe_facts import deepspeed_facts, plan_facts, recipe_facts
+from recipes.common.record.recipe_facts import algorithm_facts, deepspeed_facts, plan_facts, recipe_facts
 from recipes.common.record.source_code import code_facts
 from recipes.common.run_dir.run_files import note_segment, recipe_to_dict, write_run_files
 from recipes.common.run_dir.run_log import RunLog
@@ -115,7 +115,7 @@ def record_start(out_dir: Path, told: Told, trainer: Trainer, run: Mapping[str, 
 
     run: the content of run.json, on rank 0.
     """
-    gathered = _of_this_run(told, getattr(trainer.engine, "_config", None))
+    gathered = Gathered() if run is None else _of_this_run(told, getattr(trainer.engine, "_config", None))
     spare = out_dir / FOLDER if dist.get_rank() == 0 else None
     gather_hosts(gathered, told.recipe, trainer.grid.device, spare)
     if run is None:
@@ -171,6 +171,17 @@ def of_this_host(recipe: Recipe, spare: Path | None = None, *, data_seconds: flo
     own.add("code", lambda: _with_patch(own))
     own.add("data", lambda: _data_facts(recipe, spare, data_seconds))
     return own
+
+
+def facts_here(recipe: Recipe, device: torch.device, *, data_seconds: float) -> dict[str, Any]:
+    """Return what a record would hold of this machine, if a run of one rank began in this process: all but what it was told."""
+    found = of_this_host(recipe, data_seconds=data_seconds)
+    found.add("environment", lambda: environment_facts(os.environ))
+    found.add("settings", lambda: rank_facts(device))
+    found.add("algorithms", lambda: algorithm_facts(recipe))
+    found.add("host", lambda: {f"host.0.{name}": value for name, value in host_facts().items()})
+    kinds = [device_of(torch.device("cuda", index))[0] for index in range(torch.cuda.device_count())]
+    return found.facts | ({"host.0.gpus": kinds} if kinds else {})
 
 
 def facts_of_ranks(ranks: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, Any]:
