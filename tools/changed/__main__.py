@@ -3,7 +3,6 @@
     python -m tools.changed runs/a runs/b                 # every difference, by what it can change; where the numbers part
     python -m tools.changed runs/a:1 runs/a:2             # what a resume, a rewind or another layout changed
     python -m tools.changed runs/a train.log              # a log has numbers only
-
     python -m tools.changed lineage runs/a                # its starts, resumes and rewinds, and whether the chain is unbroken
     python -m tools.changed check runs/a                  # what is missing here to resume or replay it exactly
 
