@@ -83,13 +83,12 @@ def _segment(run_dir: Path, index: int | None) -> Segment:
 def missing_here(segment: Segment, here: Mapping[str, Any], recipe: Recipe, run_dir: Path) -> list[Missing]:
     """Return every fact of `segment` that a machine can have and that is not so here. here: from `facts_here`."""
     names = dict.fromkeys(name for name in (*segment.facts, *here) if _is_of_a_machine(name))
-    same_code = "code.hash" in here and segment.facts.get("code.hash") == here["code.hash"]
     found = []
     for name in names:
         then, now = segment.facts.get(name, ABSENT), here.get(name, ABSENT)
         if canonical(_kind(name, then)) == canonical(_kind(name, now)) or _is_no_lack(name, segment.facts, here):
             continue
-        matters = effect_of_fact(name) in CHANGES_LOSS and not (same_code and name in ("git.commit", PATCH))
+        matters = effect_of_fact(name) in CHANGES_LOSS and not (name.startswith("git.") and _is_same_code(segment.facts, here))
         found.append(Missing(name, then, now, _cure(name, segment, recipe, run_dir), matters))
     return found
 
@@ -123,7 +122,13 @@ def _is_no_lack(name: str, then: Mapping[str, Any], here: Mapping[str, Any]) -> 
     if group == "package":
         version = f"package.{rest.rpartition('.')[0]}.version"
         return version not in then or (name != version and then[version] != here.get(version))
+    if group == "git":  # the commit of another code
+        return not _is_same_code(then, here) and "code.hash" in then
     return group == "torch" and name not in here  # a switch for GPUs, on a machine without
+
+
+def _is_same_code(then: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    return "code.hash" in here and then.get("code.hash") == here["code.hash"]
 
 
 def _kind(name: str, value: Any) -> Any:

@@ -62,7 +62,7 @@ def found(here: dict[str, Any], gone: tuple[str, ...] = ()) -> list[tuple[str, b
         ({}, ("package.torch.version", "package.torch.files"), "package.torch.version", True, "install torch==2.13.0"),
         ({"package.tqdm.version": "5.0"}, (), "package.tqdm.version", False, "install tqdm==4.0"),
         ({"git.commit": "def"}, (), "git.commit", False, "git checkout abc"),  # the code is the same
-        ({"code.hash": "x"}, (), "code.hash", True, "git checkout abc"),
+        ({"code.hash": "x", "git.commit": "def", "git.patch": "y"}, (), "code.hash", True, "git checkout abc"),
         ({"library.cuda": "12.8"}, (), "library.cuda", True, "use an environment with that library"),
         ({"environment.NCCL_ALGO": "Tree"}, (), "environment.NCCL_ALGO", True, "export NCCL_ALGO=Ring"),
         ({"environment.NVIDIA_TF32_OVERRIDE": "1"}, (), "environment.NVIDIA_TF32_OVERRIDE", True, "unset NVIDIA_TF32_OVERRIDE"),
