@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from recipes.common.recipe import ROOT
-from recipes.common.run_dir.run_files import git_state
+from recipes.common.record.source_code import git_state
 from tests.gpu import numerics, speed, whole_runs
 from tests.gpu.place import GpuCheck, Place, RefutedError, SkippedError
 from tests.gpu.results import (
