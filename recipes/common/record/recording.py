@@ -7,6 +7,7 @@ out is a fact of its own, "record.failed.PART", and remarked once.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from recipes.common.record.machine import device_of, host_facts, host_key, libra
 from recipes.common.record.packages import package_facts
 from recipes.common.record.recipe_facts import algorithm_facts, deepspeed_facts, plan_facts, recipe_facts
 from recipes.common.record.source_code import code_facts
+from recipes.common.run_dir.differences import describe_changes, find_differences
 from recipes.common.run_dir.run_files import note_segment, recipe_to_dict, write_run_files
 from recipes.common.run_dir.run_log import RunLog
 from recipes.common.run_dir.segments import (
@@ -249,11 +251,18 @@ def _newest(out_dir: Path) -> Segment | None:
     return segments[-1] if segments else None
 
 
+def _changes(before: Segment, facts: Mapping[str, Any]) -> str:
+    """Return what changed, the gravest first, and how much of it can change the loss."""
+    try:
+        return describe_changes(find_differences(before.facts, json.loads(json.dumps(facts))))
+    except Exception:  # a fact of a kind that nobody expected: its name says enough
+        return ", ".join(changed_facts(before.facts, facts)[:_SHOWN])
+
+
 def _append(out_dir: Path, gathered: Gathered, before: Segment | None, **entry: Any) -> list[str]:
     remarks = gathered.failures()
-    if before is not None and (changed := changed_facts(before.facts, gathered.facts)):
-        more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-        remarks.append(f"changed since {FOLDER}/{before.index:05d}.json: {', '.join(changed[:_SHOWN])}{more}")
+    if before is not None and (text := _changes(before, gathered.facts)):
+        remarks.append(f"changed since {FOLDER}/{before.index:05d}.json: {text}")
     try:
         segment = append_segment(out_dir, **entry, facts=gathered.facts, origins=gathered.origins, patch=gathered.patch)
         note_segment(out_dir, segment.hash)
