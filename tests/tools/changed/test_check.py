@@ -90,8 +90,8 @@ def test_what_is_no_lack() -> None:
 
 def test_a_run_on_its_own_machine_and_then_with_another_byte(tmp_path: Path) -> None:
     write_shards(tmp_path / "tokens", tokens=4_000)
-    recipe = tiny_recipe(tmp_path / "tokens", steps=1, checkpoints=Checkpoints(), evaluation=Evaluation())
-    run(recipe, 1, tmp_path / "run")
+    recipe = tiny_recipe(tmp_path / "tokens", checkpoints=Checkpoints(every_steps=1), evaluation=Evaluation())
+    run(recipe, 1, tmp_path / "run", max_steps=1)
     same = call("changed", "check", tmp_path / "run")
     assert same.code == 0 and "nothing is missing" in same.out, same
     shard = tmp_path / "tokens/train_00000.bin"
