@@ -14,8 +14,8 @@ Tensors = tuple[torch.Tensor, ...]
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a tensor of the host on `device`; on a CPU itself. The host goes on at once: torch keeps the pinned copy alive."""
-    if device.type == "cpu":
-        return tensor
+    if device.type != "cuda":
+        return tensor.to(device)
     if not tensor.numel():
         return torch.empty_like(tensor, device=device)
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
