@@ -11,7 +11,7 @@ from recipes.common.recipe import ROOT
 from recipes.common.run_dir.metrics import read_metrics
 from tests.support.launched import copy_repository, deepspeed, start, torchrun
 from tools.common.forked_ranks import run_ranks
-from tools.verify import load_recipe
+from tools.common.recipe_io import load_recipe
 
 STEPS = 2
 FLAGS = ("--max-steps", STEPS)

@@ -14,7 +14,8 @@ import pytest
 from recipes.common.recipe import ROOT, Layout, Recipe, RecipeError
 from tests.support.shelf import read_shelf
 from tools.common.forked_ranks import run_ranks
-from tools.verify import load_recipe, make_trial, verify
+from tools.common.recipe_io import load_recipe
+from tools.verify.gate import make_trial, verify
 
 NAMES = sorted(path.stem for path in ROOT.glob("recipes/*.py") if path.stem != "__init__")
 PATHS = [ROOT / "recipes" / f"{name}.py" for name in NAMES]

@@ -15,7 +15,7 @@ from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
 from tools.common.parity import Trial, initial_model, train_in_layout, train_plain
 from tools.common.recipe_io import load_recipe, parse_layout
-from tools.verify import make_trial, verify
+from tools.verify.gate import make_trial, verify
 
 FAMILIES = {"llama": "llama_1b", "gpt2": "gpt2_124m", "mixtral": "mixtral_8x7b"}
 # of the gate, by ranks

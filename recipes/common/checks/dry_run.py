@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from recipes.common.checks.attention_kernel import attention_lines
-from recipes.common.checks.run_notes import router_lines, run_notes
+from recipes.common.checks.run_notes import router_lines, run_notes, tensor_lines
 from recipes.common.config.lr_schedules import learning_rate_at, seqs_after, tokens_of_run
 from recipes.common.config.placement import ONE_PASS
 from recipes.common.model.decoder import find_stack
@@ -42,6 +42,7 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
         *(f"attention   {line}" for line in attention_lines(recipe, layout)),
         *_masks(recipe, layout),
         *router_lines(recipe, causal),
+        *tensor_lines(causal, layout),
         f"on anomaly  {_reaction(recipe.reaction)}",
         *(f"note        {note}" for note in run_notes(recipe, causal)),
         "stage  layers        part of the cost",

@@ -13,7 +13,9 @@ from recipes.common.data.blend import data_folders
 from recipes.common.data.shards import read_manifest
 from recipes.common.model.decoder import find_stack
 from recipes.common.model.routers import GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, plan_routers
-from recipes.common.recipe import Recipe, from_root
+from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
+from recipes.common.parallel.tensor_plans import whole_matrices
+from recipes.common.recipe import Layout, Recipe, from_root
 
 _BALANCING = ("router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha")
 _Z_LOSS = "router_z_loss_coef"
@@ -22,6 +24,7 @@ _IN_WORDS = {
     GLOBAL_BATCH: "transformers' loss of the global batch",
     SEQUENCE: "DeepSeek's loss of each sequence",
 }
+_LARGE_SHARE, _MOST_NAMES = 0.01, 6  # of the elements of all matrices of the layers
 _NUMBER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -75,6 +78,24 @@ def router_lines(recipe: Recipe, causal: PreTrainedModel) -> list[str]:
     parts += [f"biases move by {plan.bias_rate:g} a step against the load"] if plan.bias_rate else []
     parts += ["computed in fp32"] if plan.fp32 else []
     return [f"routers     {len(plan.routers)}, {plan.chosen} of {plan.experts} experts a token: {', '.join(parts)}"]
+
+
+def tensor_lines(causal: PreTrainedModel, layout: Layout) -> list[str]:
+    """Say which matrices of the layers every tensor rank holds whole, where they are a part that counts."""
+    if layout.tensor == 1:
+        return []
+    stack = find_stack(causal)
+    plan = plan_tensor_parallel(causal, stack, layout.tensor, sequence_parallel=layout.sequence_parallel)
+    total = sum(p.numel() for p in causal.get_submodule(stack.layers).parameters() if p.ndim > 1)
+    shares = {name: count / total for name, count in whole_matrices(causal, stack, plan.shards).items()}
+    large = sorted((name for name, share in shares.items() if share >= _LARGE_SHARE), key=shares.get, reverse=True)
+    if not large:
+        return []
+    more = f" and {len(large) - _MOST_NAMES} more" if len(large) > _MOST_NAMES else ""
+    return [
+        f"tensor      {100 * sum(shares.values()):.0f} % of the layers' matrices are whole on each of the {layout.tensor} tensor "
+        f"ranks, which all compute them: {', '.join(large[:_MOST_NAMES])}{more}"
+    ]
 
 
 def _mask_notes(recipe: Recipe) -> Iterator[str]:

@@ -35,6 +35,11 @@ def find_blocks(styles: dict[str, str], family: str) -> frozenset[str]:
     if unknown:
         raise PlanError(f"model_type={family}: its tensor-parallel plan has {unknown}, which sequence_parallel does not support")
     blocks = frozenset(name.rpartition(".")[0] for name, style in styles.items() if STYLES[style].in_block == ROW)
+    if not blocks:
+        raise PlanError(f"model_type={family}: no block of its layers is sharded, which sequence_parallel needs")
+    nested = sorted(name for name in blocks if any(other.startswith(f"{name}.") for other in blocks))
+    if nested:
+        raise PlanError(f"model_type={family}: {nested[0]} holds a block and its norm, which sequence_parallel must part")
     outside = sorted(n for n, s in styles.items() if STYLES[s].in_block == COLUMN and n.rpartition(".")[0] not in blocks)
     if outside:
         raise PlanError(f"model_type={family}: {outside[0]} has no row-parallel linear beside it, which sequence_parallel needs")

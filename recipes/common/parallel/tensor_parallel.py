@@ -22,7 +22,7 @@ from recipes.common.parallel.tensor_plans import divided_attributes, tensor_plan
 from recipes.common.parallel.tensor_styles import COLUMN, STYLES, Setting, shard_embedding
 
 # Projections whose output is heads: they may only be sharded between heads. Exact names of transformers 5.
-_QUERY_NAMES = frozenset({"q_proj", "qkv_proj", "query_key_value", "c_attn", "q_b_proj", "kv_b_proj"})
+_QUERY_NAMES = frozenset({"q_proj", "qkv_proj", "query_key_value", "c_attn", "q_b_proj", "kv_b_proj", "Wq"})
 _KEY_VALUE_NAMES = frozenset({"k_proj", "v_proj"})
 
 
@@ -129,7 +129,8 @@ def apply_tensor_parallel(causal: PreTrainedModel, plan: TensorPlan, stack: Stac
         _share_input_copy(modules[name], own, grid)
     for name, attributes in plan.divided.items():
         for attribute in attributes if name in modules else ():
-            setattr(modules[name], attribute, getattr(modules[name], attribute) // grid.tensor)
+            # where ranks share a key/value head, each has that one
+            setattr(modules[name], attribute, max(getattr(modules[name], attribute) // grid.tensor, 1))
     if isinstance(modules[stack.embedding], nn.Embedding):  # else it is on the first stage
         shard_embedding(modules[stack.embedding], grid)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -142,6 +143,33 @@ def _connect_experts(module: nn.Module, setting: Setting) -> None:
     module.forward = run
 
 
+def _connect_biased_experts(module: nn.Module, setting: Setting, *, bias: str) -> None:
+    """Connect experts that add a whole bias to their outputs: each rank adds its share of it, so that the sum has it once."""
+    forward, group, size = module.forward, setting.grid.tensor_group, setting.grid.tensor
+
+    def run(*args: torch.Tensor) -> torch.Tensor:
+        vars(module)[bias] = copy_to(module.get_parameter(bias), group) / size  # is found before the parameter
+        try:
+            return forward(*args)
+        finally:
+            del vars(module)[bias]
+
+    module.forward = run
+    _connect_experts(module, setting)
+
+
+def _connect_alibi(module: nn.Module, setting: Setting) -> None:
+    """Give an attention the biases of its own heads, of those of all heads: `alibi` [sequences * heads, 1, seq_len]."""
+    forward, grid = module.forward, setting.grid
+
+    def run(*args: Any, alibi: torch.Tensor, **kwargs: Any) -> Any:
+        by_head = alibi.unflatten(0, (-1, module.num_heads * grid.tensor))
+        own = by_head.narrow(1, grid.tensor_rank * module.num_heads, module.num_heads)
+        return forward(*args, alibi=own.flatten(0, 1), **kwargs)
+
+    module.forward = run
+
+
 def _connect_latent_key(module: nn.Module, setting: Setting) -> None:
     """Sum the gradient of DeepSeek's rotary key, the end of the latent: each rank's heads use it past the sharded projections."""
     forward, rope, group = module.forward, setting.config.qk_rope_head_dim, setting.grid.tensor_group
@@ -163,7 +191,7 @@ _SPLITTING_ROW = TensorStyle(
     shard_module=partial(_shard_linear, inputs=True), connect=partial(_sum_output, split_input=True), in_block=ROW
 )
 
-# transformers' names (its `distributed/tensor_parallel.py`), and packed3_colwise, which is ours
+# transformers' names (its `distributed/tensor_parallel.py`), and ours: packed3_colwise, biased_experts, alibi_by_head
 STYLES: dict[str, TensorStyle] = {
     "colwise": TensorStyle(shard_module=_shard_linear, shard_parameter=_shard_outputs, in_block=COLUMN),
     "packed_colwise": TensorStyle(
@@ -183,6 +211,8 @@ STYLES: dict[str, TensorStyle] = {
     "rowwise_rep": _SPLITTING_ROW,
     "embedding_rowwise": TensorStyle(shard_module=_shard_rows, may_pad=True, connect=_connect_embedding),
     "moe_tp_experts": TensorStyle(connect=_connect_experts),
+    "biased_experts": TensorStyle(connect=partial(_connect_biased_experts, bias="down_proj_bias")),
+    "alibi_by_head": TensorStyle(connect=_connect_alibi),
     "mla_kv_a_proj": TensorStyle(connect=_connect_latent_key),
     "replicated_with_grad_allreduce": TensorStyle(connect=_sum_gradients, in_block=INSIDE),
     "local_params": TensorStyle(),  # parameters named beside it are sharded; nothing is exchanged

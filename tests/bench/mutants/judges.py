@@ -23,7 +23,7 @@ from transformers import AutoConfig
 with redirect_stdout(sys.stderr):
     from recipes.quickstart import recipe as quickstart
     from tools.common.recipe_io import parse_layout
-    from tools.verify import make_trial, verify
+    from tools.verify.gate import make_trial, verify
 
 ROOT = Path(__file__).resolve().parents[3]
 Said = tuple[str, bool, str, float]  # judge, whether it found nothing wrong, what it says, seconds

@@ -58,9 +58,10 @@ def test_every_entry_of_ours_matches(family):
     assert isinstance(plan, dict), plan
     assert set(plan) <= names
     for pattern, style in (tensor_plans.BUILT_IN_TENSOR.get(family) or tensor_plans.ADDED_TENSOR[family]).items():
-        rule = re.compile(r"\w+\." + re.escape(pattern).replace(r"\*", r"\d+"))
+        rule = re.compile(r"\w+\." + re.escape(pattern.removeprefix("?")).replace(r"\*", r"\d+"))
         matched = [name for name in plan if rule.fullmatch(name)]
-        assert len(matched) == config_of(family).num_hidden_layers, pattern
+        layers = config_of(family).num_hidden_layers
+        assert 1 <= len(matched) <= layers if pattern.startswith("?") else len(matched) == layers, pattern
         assert {plan[name] for name in matched} == {style}
 
 
@@ -88,22 +89,51 @@ def test_a_refused_family_says_why(family):
     assert refusal == f"model_type={family} cannot be tensor-parallel: {tensor_plans.REFUSED_TENSOR[family]}"
 
 
-@pytest.mark.parametrize("family", ["gptj", "opt", "bloom"])
-def test_a_family_without_a_plan_is_refused_at_tensor_over_one(family):
-    alone, sharded = run_ranks(_plans, 1, family)[0]
-    assert alone == "accepted"
-    assert sharded == f"model_type={family} has no plan in transformers, nor in recipes/common/parallel/tensor_plans.py"
+@pytest.mark.parametrize("family", ["mamba", "rwkv"])
+def test_a_family_without_a_plan_has_its_vocabulary_sharded_and_the_rest_whole(family):
+    assert run_ranks(_whole, 1, family) == [[True, True, f"model_type={family}: no block of its layers is sharded, which "
+                                             "sequence_parallel needs"]]  # fmt: skip
 
 
-def _plans(family):
-    causal, answers = build_empty(config_of(family), "eager"), []
-    for size in (1, 2):
-        try:
-            plan_tensor_parallel(causal, find_stack(causal), size)
-            answers.append("accepted")
-        except PlanError as error:
-            answers.append(str(error))
-    return answers
+def _whole(family):
+    """[only the vocabulary is sharded, every matrix of the layers is told, why sequence parallelism is refused]"""
+    causal = build_empty(config_of(family), "eager")
+    stack = find_stack(causal)
+    shards = plan_tensor_parallel(causal, stack, 2).shards
+    matrices = sum(p.numel() for p in causal.get_submodule(stack.layers).parameters() if p.ndim > 1)
+    told = sum(tensor_plans.whole_matrices(causal, stack, shards).values()) == matrices
+    with pytest.raises(PlanError) as refusal:
+        plan_tensor_parallel(causal, stack, 2, sequence_parallel=True)
+    return [set(shards) == {f"{stack.embedding}.weight", f"{stack.head}.weight"}, told, str(refusal.value)]
+
+
+def test_blocks_within_a_block_are_refused_under_sequence_parallelism():
+    """The MLP of opt is not a module: its norm is beside its linears, and must not see the whole sequence."""
+    assert "model.decoder.layers.0 holds a block and its norm" in run_ranks(_nested, 1)[0]
+
+
+def _nested():
+    causal = build_empty(config_of("opt"), "eager")
+    with pytest.raises(PlanError) as refusal:
+        plan_tensor_parallel(causal, find_stack(causal), 2, sequence_parallel=True)
+    return str(refusal.value)
+
+
+def test_a_config_with_a_norm_for_each_head_has_its_own_plan():
+    """stablelm's heads may each have a norm: its attention is then gathered, and no count of heads is divided."""
+    styles, divided = run_ranks(_variants, 1)[0]
+    assert styles == ["colwise", "colwise_gather_output"]
+    assert divided == [True, False]
+
+
+def _variants():
+    styles, divided = [], []
+    for norms in (False, True):
+        causal = build_empty(tiny_config("stablelm", qk_layernorm=norms), "eager")
+        stack = find_stack(causal)
+        styles.append(tensor_plan(causal, stack)["model.layers.0.self_attn.q_proj"])
+        divided.append(bool(tensor_plans.divided_attributes(causal, stack)))
+    return styles, divided
 
 
 def test_an_unknown_style_is_refused():

@@ -9,7 +9,13 @@ import torch
 
 from recipes.common.recipe import ROOT
 
-TOOLS = ("tools.verify", "tools.throughput.measure", "tools.spikes.replay", "tools.plan.calibrate", "tools.preflight.__main__")
+TOOLS = (
+    "tools.verify.__main__",
+    "tools.throughput.measure",
+    "tools.spikes.replay",
+    "tools.plan.calibrate",
+    "tools.preflight.__main__",
+)
 MACHINE = """
 import importlib, sys
 import torch

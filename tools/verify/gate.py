@@ -1,25 +1,11 @@
-"""Checks that a recipe, in a layout and with the installed versions, trains exactly what plain transformers trains.
-
-    python -m tools.verify recipes/llama_1b.py --layout tensor=2,pipeline=2,data=2
-
-Shrinks the recipe's own model (same family, same options), trains a few steps in the layout and in one process with plain
-transformers, and prints the largest differences in loss, gradient norm, gradients and parameters, by parameter name. Gradients
-come from a step of plain SGD without clipping, because Adam and clipping hide a wrong scale. What rounding alone changes is
-measured on the same small model, and a few times that is allowed. Exits 1 beyond it.
-"""
+"""Trains a small model in a layout and in one process with plain transformers, and compares. What rounding makes is measured."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-
-if not __package__:  # run as a script: import from the repository root, not from tools/
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedConfig
@@ -34,10 +20,9 @@ from recipes.common.config.ds_checks import ds_config_problems, version_problems
 from recipes.common.config.ds_config import ds_config_path, load_ds_config, precision, zero_stage
 from recipes.common.model.decoder import PlanError
 from recipes.common.recipe import AdamW, Layout, Recipe, RecipeError
-from tools.common.console import FAILED, GOOD, CheckError, exit_code, quiet_transformers
 from tools.common.dropout import DROPOUTS
-from tools.common.forked_ranks import RankError, run_ranks
-from tools.common.recipe_io import layout_text, load_recipe, parse_layout
+from tools.common.forked_ranks import run_ranks
+from tools.common.recipe_io import layout_text
 
 with redirect_stdout(sys.stderr):  # DeepSpeed logs on what is stdout when it is imported
     from tools.common.parity import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain, train_stirred
@@ -68,29 +53,6 @@ class WorstDifference:
     @property
     def passed(self) -> bool:
         return self.difference <= self.bound  # False for NaN
-
-
-def main(argv: list[str] | None = None) -> int:
-    flags = _parse_flags(argv)
-    return exit_code(lambda: _run(flags))
-
-
-def _run(flags: argparse.Namespace) -> int:
-    quiet_transformers()
-    recipe = load_recipe(flags.recipe)
-    layout, data = parse_layout(flags.layout)
-    trial = make_trial(recipe, layout, data, steps=flags.steps, seq_len=flags.seq_len, device=flags.device,
-                       any_release=flags.any_release)  # fmt: skip
-    try:
-        rows = verify(trial)
-    except (RankError, AssertionError) as error:
-        raise CheckError(f"the layout could not be trained: {error}") from error
-    passed = all(row.passed for row in rows)
-    if flags.json:
-        print(json.dumps({"recipe": recipe.name, "layout": flags.layout, "passed": passed, "rows": [asdict(r) for r in rows]}))
-    else:
-        print(_table(recipe, trial, rows))
-    return GOOD if passed else FAILED
 
 
 def make_trial(
@@ -160,19 +122,19 @@ def verify(trial: Trial) -> list[WorstDifference]:
     trained, plain, stirred = _both(trial)
     if precision(trial.deepspeed) == "fp32":
         rows = [
-            _worst_step("loss", trained.losses, plain.losses, floors=[each.losses for each in stirred]),
-            _worst_step("gradient norm", trained.grad_norms, plain.grad_norms, floors=[each.grad_norms for each in stirred]),
-            _worst_tensor("parameter", trained, plain, stirred),
+            worst_step("loss", trained.losses, plain.losses, floors=[each.losses for each in stirred]),
+            worst_step("gradient norm", trained.grad_norms, plain.grad_norms, floors=[each.grad_norms for each in stirred]),
+            worst_tensor("parameter", trained, plain, stirred),
         ]
     else:
         travelled = 2 * trial.steps * trial.optimizer.lr
         rows = [
-            _worst_step("loss", trained.losses, plain.losses, LOW_LOSS),
-            _worst_step("gradient norm", trained.grad_norms, plain.grad_norms, LOW_NORM),
-            _worst_tensor("parameter", trained, plain, [], travelled, LOW_ROUNDING),
+            worst_step("loss", trained.losses, plain.losses, LOW_LOSS),
+            worst_step("gradient norm", trained.grad_norms, plain.grad_norms, LOW_NORM),
+            worst_tensor("parameter", trained, plain, [], travelled, LOW_ROUNDING),
         ]
     in_fp32 = _both(gradient_trial(replace(trial, deepspeed=_in_fp32(trial.deepspeed))))
-    return [*rows, _worst_tensor("gradient, fp32", *in_fp32)]
+    return [*rows, worst_tensor("gradient, fp32", *in_fp32)]
 
 
 def _in_fp32(config: dict) -> dict:
@@ -194,7 +156,7 @@ def _within(floor: float, limits: tuple[float, float]) -> float:
     return min(max(FACTOR * floor, limits[0]), limits[1])
 
 
-def _worst_step(
+def worst_step(
     what: str, ours: list[float], plain: list[float], bound: float | None = None, floors: Sequence[list[float]] = ()
 ) -> WorstDifference:
     """Return the step that is furthest beyond its bound, or nearest to it. Each step has its own: roundings add up."""
@@ -210,7 +172,7 @@ def _worst_step(
     return max(rows, key=lambda row: row.difference / row.bound if row.difference == row.difference else float("inf"))
 
 
-def _worst_tensor(
+def worst_tensor(
     what: str, trained: Outcome, oracle: Outcome, stirred: list[Outcome], bound: float | None = None, rounding: float = 0.0
 ) -> WorstDifference:
     """Return the worst element. rounding: the share of an element by which it may differ in addition to the bound."""
@@ -235,9 +197,9 @@ def _installed(package: str) -> str:
     return version(package)
 
 
-def _table(recipe: Recipe, trial: Trial, rows: list[WorstDifference]) -> str:
+def gate_table(name: str, trial: Trial, rows: list[WorstDifference]) -> str:
     lines = [
-        f"{recipe.name}: {type(trial.model).__name__} at hidden size {trial.model.hidden_size}, tensor {trial.layout.tensor} x "
+        f"{name}: {type(trial.model).__name__} at hidden size {trial.model.hidden_size}, tensor {trial.layout.tensor} x "
         f"pipeline {trial.layout.pipeline} x data {trial.data}{_context(trial.layout)}, {precision(trial.deepspeed)}, "
         f"ZeRO {zero_stage(trial.deepspeed)}, {trial.steps} steps, against one process of plain transformers",
         f"{'':16}{'largest difference':>20}{'allowed':>12}{'rounding':>12}  where",
@@ -251,27 +213,3 @@ def _table(recipe: Recipe, trial: Trial, rows: list[WorstDifference]) -> str:
 
 def _context(layout: Layout) -> str:
     return f" (context {layout.context})" if layout.context > 1 else ""
-
-
-def _parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file")
-    parser.add_argument("--layout", default="tensor=2,pipeline=2,data=2", help="sizes left out are 1 (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="training steps (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, default=32, help="tokens in a sequence (default: %(default)s)")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda needs one GPU a rank (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--any-release",
-        action="store_true",
-        help="try also releases of DeepSpeed and torch that a run refuses, to find which of them train wrongly",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,9 @@ import pytest
 from recipes.common.recipe import Layout, RecipeError
 from tests.support.tiny import ROOT
 from tools.common.forked_ranks import run_ranks
-from tools.verify import FACTOR, STEP_LIMITS, TENSOR_LIMITS, main, parse_layout
+from tools.common.recipe_io import parse_layout
+from tools.verify.__main__ import main
+from tools.verify.gate import FACTOR, STEP_LIMITS, TENSOR_LIMITS
 
 QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
 SHORT = ["--steps", "2", "--seq-len", "16"]

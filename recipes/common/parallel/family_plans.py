@@ -1,0 +1,99 @@
+"""Keeps the tensor-parallel plans of families that transformers gives none, a few lines each.
+
+Patterns are relative to the base model; `*` is a layer's index. A pattern that begins with `?` may match nothing: only some
+configs of its family have such a module. What no pattern names is whole on every tensor rank, and the dry run says so.
+
+Two shapes of attention. Where a rank's rows of the projections are whole heads, its heads attend alone, and the attributes of
+`BUILT_IN_DIVIDE` become the rank's own. Where queries, keys and values are packed in another order, are mixed or normed across
+heads, or meet biases by head, the projections are sharded, but what they give is gathered and every rank attends with all heads.
+"""
+
+from __future__ import annotations
+
+
+def _block(path: str, columns: str, rows: str, *, gathered: bool = False) -> dict[str, str]:
+    """Return the plan of a block: its projections, by names, and what reads their outputs."""
+    column, row = ("colwise_gather_output", "rowwise_split_input") if gathered else ("colwise", "rowwise")
+    return {f"{path}.{name}": column for name in columns.split()} | {f"{path}.{name}": row for name in rows.split()}
+
+
+def _head_norms(path: str, names: str) -> dict[str, str]:
+    """Return the plan of norms that are shared by all heads."""
+    return {f"{path}.{name}": "replicated_with_grad_allreduce" for name in names.split()}
+
+
+_QKV = "q_proj k_proj v_proj"
+_BART = "layers.*.self_attn"
+
+BUILT_IN_TENSOR: dict[str, dict[str, str]] = {
+    "bamba": _block("?layers.*.self_attn", _QKV, "o_proj") | _block("layers.*.feed_forward", "gate_proj up_proj", "down_proj"),
+    "biogpt": _block(_BART, _QKV, "out_proj") | _block("layers.*", "fc1", "fc2"),
+    "bitnet": _block("layers.*.self_attn", _QKV, "o_proj", gathered=True)
+    | _block("layers.*.mlp", "gate_proj up_proj", "down_proj", gathered=True),
+    "bloom": {"h.*.self_attention": "alibi_by_head"}
+    | _block("h.*.self_attention", "query_key_value", "dense")
+    | _block("h.*.mlp", "dense_h_to_4h", "dense_4h_to_h"),
+    "codegen": _block("h.*.attn", "qkv_proj", "out_proj", gathered=True) | _block("h.*.mlp", "fc_in", "fc_out"),
+    "ctrl": _block("h.*.multi_head_attention", "Wq Wk Wv", "dense") | _block("h.*.ffn", "0", "2"),
+    "diffllama": _block("layers.*.self_attn", _QKV, "o_proj", gathered=True)
+    | _block("layers.*.mlp", "gate_proj up_proj", "down_proj"),
+    "falcon": _block("h.*.self_attention", "query_key_value", "dense", gathered=True)
+    | _block("h.*.mlp", "dense_h_to_4h", "dense_4h_to_h"),
+    "falcon_h1": _block("layers.*.self_attn", _QKV, "o_proj") | _block("layers.*.feed_forward", "gate_proj up_proj", "down_proj"),
+    "gpt2": _block("h.*.attn", "", "c_proj") | {"h.*.attn.c_attn": "packed3_colwise"} | _block("h.*.mlp", "c_fc", "c_proj"),
+    "gpt_bigcode": _block("h.*.attn", "c_attn", "c_proj", gathered=True) | _block("h.*.mlp", "c_fc", "c_proj"),
+    "gpt_neo": _block("h.*.attn.attention", _QKV, "out_proj") | _block("h.*.mlp", "c_fc", "c_proj"),
+    "gpt_neox_japanese": _block("layers.*.attention", "query_key_value", "dense")
+    | _block("layers.*.mlp", "dense_h_to_4h", "dense_4h_to_h"),
+    "gpt_oss": _block("layers.*.self_attn", _QKV, "o_proj")
+    | {
+        "layers.*.self_attn.sinks": "colwise",
+        "layers.*.mlp.experts.gate_up_proj": "rowwise",  # [experts, in, out]: gate and up alternate
+        "layers.*.mlp.experts.gate_up_proj_bias": "rowwise",
+        "layers.*.mlp.experts.down_proj": "colwise",
+        "layers.*.mlp.experts": "biased_experts",
+    },
+    "gptj": _block("h.*.attn", _QKV, "out_proj") | _block("h.*.mlp", "fc_in", "fc_out"),
+    "hunyuan_v1_dense": _block("layers.*.self_attn", _QKV, "o_proj")
+    | _head_norms("layers.*.self_attn", "query_layernorm key_layernorm")
+    | _block("layers.*.mlp", "gate_proj up_proj", "down_proj"),
+    "lfm2": _block("?layers.*.self_attn", _QKV, "out_proj")
+    | _head_norms("?layers.*.self_attn", "q_layernorm k_layernorm")
+    | _block("layers.*.feed_forward", "w1 w3", "w2"),
+    "lfm3": _block("?layers.*.self_attn", f"{_QKV} g_proj", "o_proj")
+    | _head_norms("?layers.*.self_attn", "q_norm k_norm")
+    | _block("layers.*.feed_forward", "w1 w3", "w2"),
+    "mpt": _block("blocks.*.attn", "Wqkv", "out_proj", gathered=True) | _block("blocks.*.ffn", "up_proj", "down_proj"),
+    "openai-gpt": _block("h.*.attn", "", "c_proj") | {"h.*.attn.c_attn": "packed3_colwise"} | _block("h.*.mlp", "c_fc", "c_proj"),
+    "opt": _block(f"decoder.{_BART}", _QKV, "out_proj") | _block("decoder.layers.*", "fc1", "fc2"),
+    "persimmon": _block("layers.*.self_attn", "query_key_value", "dense")
+    | _head_norms("?layers.*.self_attn", "q_layernorm k_layernorm")
+    | _block("layers.*.mlp", "dense_h_to_4h", "dense_4h_to_h"),
+    "recurrent_gemma": _block("?layers.*.temporal_block", _QKV, "o_proj", gathered=True)
+    | _block("layers.*.mlp_block", "gate_proj up_proj", "down_proj"),
+    "stablelm": _block("layers.*.self_attn", _QKV, "o_proj") | _block("layers.*.mlp", "gate_proj up_proj", "down_proj"),
+    "xglm": _block(_BART, _QKV, "out_proj") | _block("layers.*", "fc1", "fc2"),
+}
+
+# Attributes that count heads or widths of the local shard.
+BUILT_IN_DIVIDE: dict[str, dict[str, tuple[str, ...]]] = {
+    "bloom": {"h.*.self_attention": ("num_heads",)},
+    "gpt2": {"h.*.attn": ("split_size", "num_heads")},
+    "gpt_neo": {"h.*.attn.attention": ("num_heads",)},
+    "gpt_neox_japanese": {"layers.*.attention": ("num_attention_heads",)},
+    "gptj": {"h.*.attn": ("num_attention_heads",)},
+    "openai-gpt": {"h.*.attn": ("split_size", "n_head")},
+    "opt": {f"decoder.{_BART}": ("num_heads",)},
+    "persimmon": {"layers.*.self_attn": ("num_heads",)},
+    "stablelm": {"layers.*.self_attn": ("num_heads", "num_key_value_heads")},
+    "xglm": {_BART: ("num_heads", "embed_dim")},
+}
+
+# Plans of configs that have a field on: (field, plan, attributes to divide).
+VARIANTS: dict[str, tuple[str, dict[str, str], dict[str, tuple[str, ...]]]] = {
+    "stablelm": (  # a norm of its own for each head
+        "qk_layernorm",
+        _block("layers.*.self_attn", _QKV, "o_proj", gathered=True) | _block("layers.*.mlp", "gate_proj up_proj", "down_proj"),
+        {},
+    ),
+}

@@ -1,0 +1,35 @@
+"""Plants wrong entries in every tensor plan of our own, a column called row, a missing sum, and counts how many are found.
+
+    python -m tests.bench.planted_plans [FAMILY ...]
+
+Exits 1 if one is not found, or if a plan as it is is not exact.
+"""
+
+import sys
+
+from recipes.common.parallel.family_plans import BUILT_IN_TENSOR
+from tests.support.planted_plans import SIZE, planted
+from tools.common.console import quiet_transformers
+from tools.common.forked_ranks import run_ranks
+
+
+def main(families: list[str]) -> int:
+    quiet_transformers()
+    entries, missed, inexact = 0, [], []
+    for family in families or sorted(BUILT_IN_TENSOR):
+        right, found = run_ranks(planted, SIZE, family)[0]
+        entries += len(found)
+        missed += [f"{family}: {entry}" for entry, caught in found.items() if not caught]
+        inexact += [family] if not right < 1.0 else []
+        print(f"{family:<20} {sum(found.values())} of {len(found)} found; as it is {right:.1e} of what is allowed", flush=True)
+    print(
+        f"{entries - len(missed)} of {entries} planted entries found",
+        *missed,
+        *(f"{each} is not exact" for each in inexact),
+        sep="\n",
+    )
+    return 1 if missed or inexact else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,174 @@
+"""Judges model types: a tiny model of each trains in layouts and in one process of plain transformers.
+
+One configuration serves all layouts of a type, so that the oracle trains once. What rounding alone makes is measured only where a
+fixed bound is missed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from recipes.common.checks.family_trials import partition_problems
+from recipes.common.checks.tiny_model import field_of
+from recipes.common.checks.tiny_trial import trial_problems
+from recipes.common.config.ds_config import load_ds_config
+from recipes.common.model.decoder import PlanError
+from recipes.common.parallel.tensor_plans import whole_matrices
+from recipes.common.pipeline.stage import plan_model
+from recipes.common.recipe import AdamW, Layout
+from tools.common.console import UsageError, progress_bar
+from tools.common.forked_ranks import RankError, run_ranks
+from tools.common.parity import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain, train_stirred
+from tools.verify.family_log import FamilyLog
+from tools.verify.family_verdict import FAILED_GATE, LEFT_OUT, PASSED, REFUSED, FamilyVerdict
+from tools.verify.gate import SAMPLES, WorstDifference, worst_step, worst_tensor
+from tools.verify.tiny_families import LeftOutError, family_names, tiny_family
+
+LAYOUTS: dict[str, tuple[Layout, int]] = {
+    "pipeline=2": (Layout(pipeline=2), 1),
+    "tensor=2": (Layout(tensor=2), 1),
+    "tensor=2,pipeline=2": (Layout(tensor=2, pipeline=2), 1),
+}
+_ATTENTION = "eager"
+_OPTIMIZER = AdamW(lr=1e-3, eps=1e-5, clip=0.5)  # eps above rounding, so that near-zero gradients do not become whole steps
+STEP_BOUND, TENSOR_BOUND = 1e-6, 1e-5  # relative; absolute
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_LONGEST_REASON = 400
+
+
+def judge_families(
+    names: Sequence[str] | None, layouts: Mapping[str, tuple[Layout, int]], log: FamilyLog, *, steps: int, seq_len: int
+) -> list[FamilyVerdict]:
+    """Judge these types (None: all) in each layout, those aside that the log has. Raises UsageError for an unknown name."""
+    known = family_names()
+    for name in names or ():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise UsageError(f"--family {name}: the installed transformers knows no causal model type of this name{hint}")
+    verdicts: list[FamilyVerdict] = []
+    with progress_bar("families", len(names or known), unit="family") as bar:
+        for name in known if names is None else dict.fromkeys(names):
+            missing = {words: each for words, each in layouts.items() if log.find(name, words) is None}
+            for verdict in _judge(name, missing, steps=steps, seq_len=seq_len) if missing else ():
+                log.add(verdict)
+                verdicts.append(verdict)
+            verdicts += [found for words in layouts if (found := log.find(name, words)) is not None]
+            bar.update()
+    order = list(layouts)
+    return sorted(verdicts, key=lambda verdict: (verdict.family, order.index(verdict.layout)))
+
+
+def _judge(name: str, layouts: Mapping[str, tuple[Layout, int]], *, steps: int, seq_len: int) -> Iterator[FamilyVerdict]:
+    try:
+        known = run_ranks(_describe, 1, name, dict(layouts))[0]
+    except RankError as error:
+        known = {"left_out": f"its tiny model cannot be described: {_last_line(error)}"}
+    if "left_out" in known:
+        yield from (FamilyVerdict(family=name, layout=w, outcome=LEFT_OUT, reason=known["left_out"]) for w in layouts)
+        return
+
+    @cache
+    def oracle(stirred: bool, gradient: bool, data: int) -> list[Outcome]:
+        trial = _trial(known["config"], Layout(), data, steps=steps, seq_len=seq_len)
+        trial = gradient_trial(trial) if gradient else trial
+        return run_ranks(train_stirred, SAMPLES, trial) if stirred else run_ranks(train_plain, 1, trial)
+
+    for words, (layout, data) in layouts.items():
+        facts = {"family": name, "layout": words, "experts": known["experts"], "tied": known["tied"]}
+        facts["whole"] = known["whole"].get(words, 0.0)
+        if reason := known["refused"].get(words):
+            yield FamilyVerdict(**facts, outcome=REFUSED, reason=reason)
+            continue
+        trial = _trial(known["config"], layout, data, steps=steps, seq_len=seq_len)
+        try:
+            rows = _compare(trial, lambda stirred, gradient, data=data: oracle(stirred, gradient, data))
+        except (RankError, AssertionError) as error:
+            yield FamilyVerdict(**facts, outcome=FAILED_GATE, reason=f"it could not be trained: {_last_line(error)}")
+            continue
+        wrong = [row for row in rows if not row.passed]
+        reason = "; ".join(f"{row.what} of {row.where} differs by {row.difference:.1e}" for row in wrong)
+        yield FamilyVerdict(**facts, outcome=FAILED_GATE if wrong else PASSED, reason=reason, rows=[asdict(row) for row in rows])
+
+
+def _describe(name: str, layouts: dict[str, tuple[Layout, int]]) -> dict[str, Any]:
+    """Return the tiny model, and why layouts are refused; or why the type is left out. In a rank of its own: tensor code."""
+    widest = Layout(
+        tensor=max(layout.tensor for layout, _ in layouts.values()),
+        pipeline=max(layout.pipeline for layout, _ in layouts.values()),
+    )
+    try:
+        config = tiny_family(name, widest).config
+    except LeftOutError as reason:
+        return {"left_out": str(reason)}
+    refused, whole, tied = {}, {}, False
+    problems = trial_problems(config, _ATTENTION)
+    for words, (layout, _) in layouts.items():
+        try:
+            planned = plan_model(config, layout, attention=_ATTENTION)
+            tied = planned.stack.tied
+            if layout.tensor > 1:
+                matrices = [p.numel() for p in planned.causal.get_submodule(planned.stack.layers).parameters() if p.ndim > 1]
+                kept = whole_matrices(planned.causal, planned.stack, planned.tensor_plan.shards)
+                whole[words] = sum(kept.values()) / max(sum(matrices), 1)
+            found = [*problems, *partition_problems(config, layout, _ATTENTION)]
+        except PlanError as error:
+            found = [str(error)]
+        except Exception as error:  # a family's own code may raise anything
+            found = [f"its model is not built: {type(error).__name__}: {' '.join(str(error).split())}"]
+        if found:
+            refused[words] = "; ".join(found)[:_LONGEST_REASON]
+    experts = next((n for each in _EXPERTS if isinstance(n := field_of(config, each), int)), 0)
+    return {"config": config, "refused": refused, "whole": whole, "tied": tied, "experts": experts}
+
+
+def _trial(config: PreTrainedConfig, layout: Layout, data: int, *, steps: int, seq_len: int) -> Trial:
+    return Trial(
+        model=config,
+        layout=layout,
+        world_size=layout.tensor * layout.pipeline * data,
+        optimizer=_OPTIMIZER,
+        deepspeed=load_ds_config("zero1_fp32.json"),
+        steps=steps,
+        seq_len=seq_len,
+        global_seqs=2 * data,
+        attention=_ATTENTION,
+    )
+
+
+def _compare(trial: Trial, oracle: Any) -> list[WorstDifference]:
+    """Train in the layout, and return the differences; where a fixed bound is missed, against what rounding alone makes."""
+    rows = []
+    for gradient in (False, True):
+        plain = oracle(False, gradient)[0]
+        shapes = {name: tensor.shape for name, tensor in plain.parameters.items()}
+        own = gradient_trial(trial) if gradient else trial
+        trained = outcome(run_ranks(train_in_layout, own.world_size, own), shapes)
+        found = _rows(trained, plain, [], gradient)
+        if not all(row.passed for row in found):
+            measured = _rows(trained, plain, oracle(True, gradient), gradient)
+            found = [row if row.passed else again for row, again in zip(found, measured, strict=True)]
+        rows += found
+    return rows
+
+
+def _rows(trained: Outcome, plain: Outcome, stirred: list[Outcome], gradient: bool) -> list[WorstDifference]:
+    step, tensor = (None, None) if stirred else (STEP_BOUND, TENSOR_BOUND)
+    losses, norms = [each.losses for each in stirred], [each.grad_norms for each in stirred]
+    end = ", SGD" if gradient else ""
+    return [
+        worst_step(f"loss{end}", trained.losses, plain.losses, step, losses),
+        worst_step(f"gradient norm{end}", trained.grad_norms, plain.grad_norms, step, norms),
+        worst_tensor("gradient" if gradient else "parameter", trained, plain, stirred, tensor),
+    ]
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:_LONGEST_REASON]

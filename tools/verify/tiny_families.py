@@ -1,0 +1,109 @@
+"""Makes a tiny random configuration of each causal model type that the installed transformers knows, or says why it does not.
+
+No list of families: a type's own default configuration is shrunk as a recipe's would be. Fields that it leaves open (None) get
+what the family computes from the others; what cannot be a decoder of text alone is left out by what its configuration says.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from recipes.common.checks.tiny_model import field_of, shrink
+from recipes.common.model.initial_weights import build_empty
+from recipes.common.recipe import Layout
+
+# Fields that a family's default leaves unset or sets for a larger model, where no rule finds them
+_FIELDS: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0}, "ffn_config": {"ffn_hidden_size": 96}},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+}
+_ONE_SIZE = ("num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+class LeftOutError(ValueError):
+    """Raised for a type that is no decoder of text alone, or whose configuration cannot be made tiny; the message says why."""
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """A tiny model of a type that both sides of the gate train."""
+
+    name: str
+    config: PreTrainedConfig
+
+
+def family_names() -> list[str]:
+    """Return every causal model type of the installed transformers."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny_family(name: str, layout: Layout) -> TinyFamily:
+    """Return a tiny model of a type that `layout` divides. Builds on the meta device: call it in a rank of its own."""
+    try:
+        config = AutoConfig.for_model(name, **_FIELDS.get(name, {}))
+    except Exception as error:  # a family's own validation may raise anything
+        raise LeftOutError(f"its default configuration is refused: {_line(error)}") from error
+    if reason := _no_decoder(config):
+        raise LeftOutError(reason)
+    failed: Exception | None = None
+    for prepare in (copy.deepcopy, _completed):
+        try:
+            tiny = _without_dropout(shrink(prepare(config), layout))
+            build_empty(tiny, "eager")
+            return TinyFamily(name, tiny)
+        except Exception as error:  # shrunk so, the family's parts do not fit together
+            failed = failed or error
+    raise LeftOutError(f"its default configuration cannot be made tiny: {_line(failed)}") from failed
+
+
+def _no_decoder(config: PreTrainedConfig) -> str:
+    """Say why a type is no decoder of text alone; empty if it is one."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder with a decoder"
+    try:
+        text = config.get_text_config()
+    except ValueError:  # it has several
+        return "a multimodal type: its text model is inside it"
+    if text is not config:
+        return f"a multimodal type: its text model is of type {text.model_type}"
+    if getattr(config, "is_decoder", None) is False:
+        return "an encoder: its default configuration says is_decoder=False"
+    if not isinstance(field_of(config, "num_hidden_layers"), int):
+        return "its configuration has no num_hidden_layers: it is no single stack of layers"
+    return ""
+
+
+def _completed(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config with the sizes of heads that it leaves open: one of key/value for each of query, of equal widths."""
+    completed = copy.deepcopy(config)
+    heads = field_of(config, "num_attention_heads")
+    sizes = dict(zip(_ONE_SIZE, (heads, heads, config.hidden_size // heads if heads else None), strict=True))
+    for name, size in sizes.items():
+        if hasattr(config, name) and field_of(config, name) is None:
+            setattr(completed, name, size)
+    return completed
+
+
+def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Turn dropout off, in the blocks inside a config too: its random zeros differ between layouts by design."""
+    _zero_dropout(vars(config))
+    return config
+
+
+def _zero_dropout(fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        if isinstance(value, float) and any(word in ("pdrop", "dropout") for word in name.split("_")):
+            fields[name] = 0.0
+        elif isinstance(value, PreTrainedConfig):
+            _zero_dropout(vars(value))
+
+
+def _line(error: Exception | None) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
