@@ -20,7 +20,15 @@ from recipes.common.recipe import Layout
 # Fields that a family's default leaves unset or sets for a larger model, where no rule finds them
 _FIELDS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0}, "ffn_config": {"ffn_hidden_size": 96}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
 }
 _ONE_SIZE = ("num_attention_heads", "num_key_value_heads", "head_dim")

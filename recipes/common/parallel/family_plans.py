@@ -11,7 +11,7 @@ heads, or meet biases by head, the projections are sharded, but what they give i
 from __future__ import annotations
 
 
-def _block(path: str, columns: str, rows: str, *, gathered: bool = False) -> dict[str, str]:
+def block(path: str, columns: str, rows: str, *, gathered: bool = False) -> dict[str, str]:
     """Return the plan of a block: its projections, by names, and what reads their outputs."""
     column, row = ("colwise_gather_output", "rowwise_split_input") if gathered else ("colwise", "rowwise")
     return {f"{path}.{name}": column for name in columns.split()} | {f"{path}.{name}": row for name in rows.split()}
@@ -26,26 +26,26 @@ _QKV = "q_proj k_proj v_proj"
 _BART = "layers.*.self_attn"
 
 BUILT_IN_TENSOR: dict[str, dict[str, str]] = {
-    "bamba": _block("?layers.*.self_attn", _QKV, "o_proj") | _block("layers.*.feed_forward", "gate_proj up_proj", "down_proj"),
-    "biogpt": _block(_BART, _QKV, "out_proj") | _block("layers.*", "fc1", "fc2"),
-    "bitnet": _block("layers.*.self_attn", _QKV, "o_proj", gathered=True)
-    | _block("layers.*.mlp", "gate_proj up_proj", "down_proj", gathered=True),
+    "bamba": block("?layers.*.self_attn", _QKV, "o_proj") | block("layers.*.feed_forward", "gate_proj up_proj", "down_proj"),
+    "biogpt": block(_BART, _QKV, "out_proj") | block("layers.*", "fc1", "fc2"),
+    "bitnet": block("layers.*.self_attn", _QKV, "o_proj", gathered=True)
+    | block("layers.*.mlp", "gate_proj up_proj", "down_proj", gathered=True),
     "bloom": {"h.*.self_attention": "alibi_by_head"}
-    | _block("h.*.self_attention", "query_key_value", "dense")
-    | _block("h.*.mlp", "dense_h_to_4h", "dense_4h_to_h"),
-    "codegen": _block("h.*.attn", "qkv_proj", "out_proj", gathered=True) | _block("h.*.mlp", "fc_in", "fc_out"),
-    "ctrl": _block("h.*.multi_head_attention", "Wq Wk Wv", "dense") | _block("h.*.ffn", "0", "2"),
-    "diffllama": _block("layers.*.self_attn", _QKV, "o_proj", gathered=True)
-    | _block("layers.*.mlp", "gate_proj up_proj", "down_proj"),
-    "falcon": _block("h.*.self_attention", "query_key_value", "dense", gathered=True)
-    | _block("h.*.mlp", "dense_h_to_4h", "dense_4h_to_h"),
-    "falcon_h1": _block("layers.*.self_attn", _QKV, "o_proj") | _block("layers.*.feed_forward", "gate_proj up_proj", "down_proj"),
-    "gpt2": _block("h.*.attn", "", "c_proj") | {"h.*.attn.c_attn": "packed3_colwise"} | _block("h.*.mlp", "c_fc", "c_proj"),
-    "gpt_bigcode": _block("h.*.attn", "c_attn", "c_proj", gathered=True) | _block("h.*.mlp", "c_fc", "c_proj"),
-    "gpt_neo": _block("h.*.attn.attention", _QKV, "out_proj") | _block("h.*.mlp", "c_fc", "c_proj"),
-    "gpt_neox_japanese": _block("layers.*.attention", "query_key_value", "dense")
-    | _block("layers.*.mlp", "dense_h_to_4h", "dense_4h_to_h"),
-    "gpt_oss": _block("layers.*.self_attn", _QKV, "o_proj")
+    | block("h.*.self_attention", "query_key_value", "dense")
+    | block("h.*.mlp", "dense_h_to_4h", "dense_4h_to_h"),
+    "codegen": block("h.*.attn", "qkv_proj", "out_proj", gathered=True) | block("h.*.mlp", "fc_in", "fc_out"),
+    "ctrl": block("h.*.multi_head_attention", "Wq Wk Wv", "dense") | block("h.*.ffn", "0", "2"),
+    "diffllama": block("layers.*.self_attn", _QKV, "o_proj", gathered=True)
+    | block("layers.*.mlp", "gate_proj up_proj", "down_proj"),
+    "falcon": block("h.*.self_attention", "query_key_value", "dense", gathered=True)
+    | block("h.*.mlp", "dense_h_to_4h", "dense_4h_to_h"),
+    "falcon_h1": block("layers.*.self_attn", _QKV, "o_proj") | block("layers.*.feed_forward", "gate_proj up_proj", "down_proj"),
+    "gpt2": block("h.*.attn", "", "c_proj") | {"h.*.attn.c_attn": "packed3_colwise"} | block("h.*.mlp", "c_fc", "c_proj"),
+    "gpt_bigcode": block("h.*.attn", "c_attn", "c_proj", gathered=True) | block("h.*.mlp", "c_fc", "c_proj"),
+    "gpt_neo": block("h.*.attn.attention", _QKV, "out_proj") | block("h.*.mlp", "c_fc", "c_proj"),
+    "gpt_neox_japanese": block("layers.*.attention", "query_key_value", "dense")
+    | block("layers.*.mlp", "dense_h_to_4h", "dense_4h_to_h"),
+    "gpt_oss": block("layers.*.self_attn", _QKV, "o_proj")
     | {
         "layers.*.self_attn.sinks": "colwise",
         "layers.*.mlp.experts.gate_up_proj": "rowwise",  # [experts, in, out]: gate and up alternate
@@ -53,26 +53,26 @@ BUILT_IN_TENSOR: dict[str, dict[str, str]] = {
         "layers.*.mlp.experts.down_proj": "colwise",
         "layers.*.mlp.experts": "biased_experts",
     },
-    "gptj": _block("h.*.attn", _QKV, "out_proj") | _block("h.*.mlp", "fc_in", "fc_out"),
-    "hunyuan_v1_dense": _block("layers.*.self_attn", _QKV, "o_proj")
+    "gptj": block("h.*.attn", _QKV, "out_proj") | block("h.*.mlp", "fc_in", "fc_out"),
+    "hunyuan_v1_dense": block("layers.*.self_attn", _QKV, "o_proj")
     | _head_norms("layers.*.self_attn", "query_layernorm key_layernorm")
-    | _block("layers.*.mlp", "gate_proj up_proj", "down_proj"),
-    "lfm2": _block("?layers.*.self_attn", _QKV, "out_proj")
+    | block("layers.*.mlp", "gate_proj up_proj", "down_proj"),
+    "lfm2": block("?layers.*.self_attn", _QKV, "out_proj")
     | _head_norms("?layers.*.self_attn", "q_layernorm k_layernorm")
-    | _block("layers.*.feed_forward", "w1 w3", "w2"),
-    "lfm3": _block("?layers.*.self_attn", f"{_QKV} g_proj", "o_proj")
+    | block("layers.*.feed_forward", "w1 w3", "w2"),
+    "lfm3": block("?layers.*.self_attn", f"{_QKV} g_proj", "o_proj")
     | _head_norms("?layers.*.self_attn", "q_norm k_norm")
-    | _block("layers.*.feed_forward", "w1 w3", "w2"),
-    "mpt": _block("blocks.*.attn", "Wqkv", "out_proj", gathered=True) | _block("blocks.*.ffn", "up_proj", "down_proj"),
-    "openai-gpt": _block("h.*.attn", "", "c_proj") | {"h.*.attn.c_attn": "packed3_colwise"} | _block("h.*.mlp", "c_fc", "c_proj"),
-    "opt": _block(f"decoder.{_BART}", _QKV, "out_proj") | _block("decoder.layers.*", "fc1", "fc2"),
-    "persimmon": _block("layers.*.self_attn", "query_key_value", "dense")
+    | block("layers.*.feed_forward", "w1 w3", "w2"),
+    "mpt": block("blocks.*.attn", "Wqkv", "out_proj", gathered=True) | block("blocks.*.ffn", "up_proj", "down_proj"),
+    "openai-gpt": block("h.*.attn", "", "c_proj") | {"h.*.attn.c_attn": "packed3_colwise"} | block("h.*.mlp", "c_fc", "c_proj"),
+    "opt": block(f"decoder.{_BART}", _QKV, "out_proj") | block("decoder.layers.*", "fc1", "fc2"),
+    "persimmon": block("layers.*.self_attn", "query_key_value", "dense")
     | _head_norms("?layers.*.self_attn", "q_layernorm k_layernorm")
-    | _block("layers.*.mlp", "dense_h_to_4h", "dense_4h_to_h"),
-    "recurrent_gemma": _block("?layers.*.temporal_block", _QKV, "o_proj", gathered=True)
-    | _block("layers.*.mlp_block", "gate_proj up_proj", "down_proj"),
-    "stablelm": _block("layers.*.self_attn", _QKV, "o_proj") | _block("layers.*.mlp", "gate_proj up_proj", "down_proj"),
-    "xglm": _block(_BART, _QKV, "out_proj") | _block("layers.*", "fc1", "fc2"),
+    | block("layers.*.mlp", "dense_h_to_4h", "dense_4h_to_h"),
+    "recurrent_gemma": block("?layers.*.temporal_block", _QKV, "o_proj", gathered=True)
+    | block("layers.*.mlp_block", "gate_proj up_proj", "down_proj"),
+    "stablelm": block("layers.*.self_attn", _QKV, "o_proj") | block("layers.*.mlp", "gate_proj up_proj", "down_proj"),
+    "xglm": block(_BART, _QKV, "out_proj") | block("layers.*", "fc1", "fc2"),
 }
 
 # Attributes that count heads or widths of the local shard.
@@ -93,7 +93,7 @@ BUILT_IN_DIVIDE: dict[str, dict[str, tuple[str, ...]]] = {
 VARIANTS: dict[str, tuple[str, dict[str, str], dict[str, tuple[str, ...]]]] = {
     "stablelm": (  # a norm of its own for each head
         "qk_layernorm",
-        _block("layers.*.self_attn", _QKV, "o_proj", gathered=True) | _block("layers.*.mlp", "gate_proj up_proj", "down_proj"),
+        block("layers.*.self_attn", _QKV, "o_proj", gathered=True) | block("layers.*.mlp", "gate_proj up_proj", "down_proj"),
         {},
     ),
 }

@@ -8,13 +8,17 @@ from collections.abc import Mapping
 from transformers import PreTrainedModel
 
 from recipes.common.model.decoder import PlanError, Stack
-from recipes.common.parallel.family_plans import BUILT_IN_DIVIDE, BUILT_IN_TENSOR, VARIANTS
+from recipes.common.parallel.family_plans import BUILT_IN_DIVIDE, BUILT_IN_TENSOR, VARIANTS, block
 from recipes.common.parallel.tensor_styles import STYLES
 
 # Entries that transformers' plans lack: found by comparing every family's gradients with one process.
-ADDED_TENSOR: dict[str, dict[str, str]] = {"apertus": {"layers.*.mlp.act_fn": "replicated_with_grad_allreduce"}}
+ADDED_TENSOR: dict[str, dict[str, str]] = {
+    "apertus": {"layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},
+    # values decide, by projections and parameters for each head, which keys are seen
+    "doge": block("layers.*.self_attn", "q_proj k_proj v_proj", "o_proj", gathered=True)
+    | {"layers.*.self_attn.dt_proj": "replicate"},
+}
 REFUSED_TENSOR: dict[str, str] = {
-    "doge": "its plan does not shard the per-head parameters between the projections",
     "phimoe": "its experts are drawn at random in training, differently on each rank",
 }
 

@@ -49,8 +49,8 @@ def no_training():
 
 def test_a_family_passes_once_and_is_not_tried_again(tmp_path):
     flags = ("--family", "bloom,bert", "--layout", "tensor=2", "--log", tmp_path / "log", "--json")
-    code, out, err = call(*flags)
-    assert (code, err) == (0, "")
+    code, out, _ = call(*flags)  # a bar may be on stderr
+    assert code == 0
     found = json.loads(out)
     bert, bloom = found["verdicts"]
     assert found["passed"] and (bert["family"], bert["outcome"]) == ("bert", "left out")
@@ -58,7 +58,7 @@ def test_a_family_passes_once_and_is_not_tried_again(tmp_path):
     assert (bloom["outcome"], bloom["reason"], bloom["tied"], bloom["whole"]) == ("passed", "", True, 0.0)
     assert [row["what"] for row in bloom["rows"]][-3:] == ["loss, SGD", "gradient norm, SGD", "gradient"]
     assert all(row["difference"] <= row["bound"] for row in bloom["rows"])
-    assert call(*flags, fault=no_training) == (code, out, err)
+    assert call(*flags, fault=no_training)[:2] == (code, out)
 
 
 def test_a_family_that_trains_wrongly_is_exit_1():
