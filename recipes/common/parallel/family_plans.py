@@ -64,7 +64,6 @@ BUILT_IN_TENSOR: dict[str, dict[str, str]] = {
     | _head_norms("?layers.*.self_attn", "q_norm k_norm")
     | block("layers.*.feed_forward", "w1 w3", "w2"),
     "mpt": block("blocks.*.attn", "Wqkv", "out_proj", gathered=True) | block("blocks.*.ffn", "up_proj", "down_proj"),
-    "openai-gpt": block("h.*.attn", "", "c_proj") | {"h.*.attn.c_attn": "packed3_colwise"} | block("h.*.mlp", "c_fc", "c_proj"),
     "opt": block(f"decoder.{_BART}", _QKV, "out_proj") | block("decoder.layers.*", "fc1", "fc2"),
     "persimmon": block("layers.*.self_attn", "query_key_value", "dense")
     | _head_norms("?layers.*.self_attn", "q_layernorm k_layernorm")
@@ -82,7 +81,6 @@ BUILT_IN_DIVIDE: dict[str, dict[str, tuple[str, ...]]] = {
     "gpt_neo": {"h.*.attn.attention": ("num_heads",)},
     "gpt_neox_japanese": {"layers.*.attention": ("num_attention_heads",)},
     "gptj": {"h.*.attn": ("num_attention_heads",)},
-    "openai-gpt": {"h.*.attn": ("split_size", "n_head")},
     "opt": {f"decoder.{_BART}": ("num_heads",)},
     "persimmon": {"layers.*.self_attn": ("num_heads",)},
     "stablelm": {"layers.*.self_attn": ("num_heads", "num_key_value_heads")},
