@@ -144,10 +144,12 @@ def _connect_embedding(module: nn.Module, setting: Setting) -> None:
 def _connect_experts(module: nn.Module, setting: Setting) -> None:
     forward, group = module.forward, setting.grid.tensor_group
 
-    def run(hidden: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+    def copied(x: torch.Tensor) -> torch.Tensor:
         # routing weights are floats that multiply every rank's shard of the experts; expert indices are integers
-        routing = tuple(copy_to(r, group) if r.is_floating_point() else r for r in routing)
-        return reduce_from(forward(copy_to(hidden, group), *routing), group)
+        return copy_to(x, group) if x.is_floating_point() else x
+
+    def run(*args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        return reduce_from(forward(*map(copied, args), **{name: copied(x) for name, x in named.items()}), group)
 
     module.forward = run
 
@@ -156,10 +158,10 @@ def _connect_biased_experts(module: nn.Module, setting: Setting, *, bias: str) -
     """Connect experts that add a whole bias to their outputs: each rank adds its share of it, so that the sum has it once."""
     forward, group, size = module.forward, setting.grid.tensor_group, setting.grid.tensor
 
-    def run(*args: torch.Tensor) -> torch.Tensor:
+    def run(*args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         vars(module)[bias] = copy_to(module.get_parameter(bias), group) / size  # is found before the parameter
         try:
-            return forward(*args)
+            return forward(*args, **named)
         finally:
             del vars(module)[bias]
 

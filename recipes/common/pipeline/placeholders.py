@@ -37,7 +37,13 @@ class PlaceholderEmbedding(nn.Module):
 
 
 class PlaceholderBase(nn.Module):
-    """Returns the hidden states it is given in the place of the base model, while the head runs."""
+    """Returns the hidden states it is given in the place of the base model, while the head runs. Its numbers remain."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        for name, value in vars(original).items():
+            if isinstance(value, int | float) and not name.startswith("_") and not hasattr(self, name):
+                setattr(self, name, value)  # falcon_h1 keeps the logits' scale there
 
     def forward(self, input_ids: None = None, inputs_embeds: torch.Tensor | None = None, **kwargs: Any) -> _Hidden:
         return _Hidden(inputs_embeds)

@@ -227,7 +227,8 @@ class Stage(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run the ForCausalLM's own forward from the final hidden states on: soft-caps and logit scales are the family's."""
         modules, name = self.causal._modules, self.stack.base
-        base, placeholder = modules[name], PlaceholderBase()
+        base = modules[name]
+        placeholder = PlaceholderBase(base)
         for part in self.stack.layers.split(".")[1:-1]:  # some families call `self.model.decoder` rather than `self.model`
             object.__setattr__(placeholder, part, placeholder)
         modules[name] = placeholder
