@@ -38,13 +38,8 @@ def plan_tensor_parallel(causal: PreTrainedModel, stack: Stack, size: int, *, se
         return TensorPlan(size=1, styles={}, shards={}, divided={}, split_heads=frozenset(), ranks_per_kv_head=1)
     plan = tensor_plan(causal, stack)
     embedding = causal.get_submodule(stack.embedding)
-    if not isinstance(embedding, nn.Embedding) or len(list(embedding.parameters())) > 1:  # it does more than look up: it is whole
-        if stack.tied:
-            raise PlanError(
-                f"{stack.embedding} is a {type(embedding).__name__} that does more than look up, and cannot be sharded as "
-                "its head is, with which it shares its weight; use tie_word_embeddings=False, or tensor=1"
-            )
-        del shards[f"{stack.embedding}.weight"]
+    if not isinstance(embedding, nn.Embedding) or len(list(embedding.parameters())) > 1:
+        raise PlanError(f"{stack.embedding} is a {type(embedding).__name__} that does more than look up, and cannot be sharded")
     modules, styles, ranks_per_head, split_heads = dict(causal.named_modules()), {}, set(), set()
     for name, style in plan.items():
         shards.update(_shards_of(causal, modules, name, style))
@@ -136,8 +131,7 @@ def apply_tensor_parallel(causal: PreTrainedModel, plan: TensorPlan, stack: Stac
         for attribute in attributes if name in modules else ():
             # where ranks share a key/value head, each has that one
             setattr(modules[name], attribute, max(getattr(modules[name], attribute) // grid.tensor, 1))
-    # else it is on the first stage, or whole
-    if isinstance(modules[stack.embedding], nn.Embedding) and f"{stack.embedding}.weight" in plan.shards:
+    if isinstance(modules[stack.embedding], nn.Embedding):  # else it is on the first stage
         shard_embedding(modules[stack.embedding], grid)
 
 

@@ -94,15 +94,6 @@ def _shard_outputs(parameter: nn.Parameter, label: str) -> ShardSpec:
     return ShardSpec(0) if parameter.ndim == 1 else _shard_bank(parameter, label, dim=-2)
 
 
-def _shard_columns(module: nn.Module, label: str) -> dict[str, ShardSpec]:
-    return {"weight": ShardSpec(1)}
-
-
-def _gather_columns(module: nn.Module, setting: Setting) -> None:
-    forward, group = module.forward, setting.grid.tensor_group
-    module.forward = lambda ids: gather_from(forward(ids), group)
-
-
 def _gather_output(module: nn.Module, setting: Setting) -> None:
     forward, width, group = module.forward, module.out_features, setting.grid.tensor_group
     module.forward = lambda x: gather_from(forward(x), group)[..., :width]  # beyond the whole width lies padding
@@ -221,9 +212,7 @@ STYLES: dict[str, TensorStyle] = {
     "rowwise_split_input": _SPLITTING_ROW,
     "rowwise_rep": _SPLITTING_ROW,
     "embedding_rowwise": TensorStyle(shard_module=_shard_rows, may_pad=True, connect=_connect_embedding),
-    "embedding_colwise": TensorStyle(shard_module=_shard_columns, connect=_gather_columns),
     "moe_tp_experts": TensorStyle(connect=_connect_experts),
-    "all_reduce": TensorStyle(connect=_connect_experts),  # shared experts, whose banks a plan names by themselves
     "biased_experts": TensorStyle(connect=partial(_connect_biased_experts, bias="down_proj_bias")),
     "alibi_by_head": TensorStyle(connect=_connect_alibi),
     "mla_kv_a_proj": TensorStyle(connect=_connect_latent_key),
