@@ -23,6 +23,7 @@ from tools.changed.side import Side
 DRIFT = re.compile(r"(\S+) differs across (data|tensor|pipeline) ranks: rank ([\d, ]+) of ([\d, ]+), by up to (\S+?)(?:[;,\s]|$)")
 AFTER = 24  # steps after a resume in which a counter that began anew shows
 LEAST = 4  # of them that have to be there
+MOST_COUNTED = 64  # steps whose rate says which count it is of
 CLOSE = 0.25  # of the effect that is looked for: what may be left of it
 DATA = ("data.", "recipe.data")
 SCHEDULES = ("Constant", "Linear", "Cosine", "WSD", "InverseSqrt")
@@ -245,7 +246,7 @@ def _counter_of(side: Side, actual: Mapping[int, float], wrong: list[int]) -> st
     peak = facts["recipe.optimizer.lr"]
     limit = int(facts["recipe.steps"])
     rates = {count: _rate(facts, count, 0) for count in range(1, limit + 1)}
-    usable = [s for s in wrong if actual[s] < peak]
+    usable = [s for s in wrong if actual[s] < peak][:MOST_COUNTED]
     matches = {
         s: [c for c, rate in rates.items() if rate is not None and math.isclose(rate, actual[s], rel_tol=1e-6)] for s in usable
     }

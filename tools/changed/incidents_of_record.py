@@ -5,16 +5,19 @@ Each rule is an incident that large runs have had, and found weeks later.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
 from recipes.common.config.fact_effects import CHANGES_LOSS
 from recipes.common.config.field_effects import Effect
-from recipes.common.run_dir.data_differences import CONTENT, HASH, INPUTS, folder_facts
-from recipes.common.run_dir.difference import short_value
+from recipes.common.run_dir.data_differences import CONTENT, INPUTS, folder_facts
+from recipes.common.run_dir.difference import Difference, short_value
 from recipes.common.run_dir.differences import short_name
-from recipes.common.run_dir.patch_differences import patch_files
+from recipes.common.run_dir.patch_differences import patch_lines
 from tools.changed.incident import Compared, Incident
 
 # DeepSpeed's releases that trained wrongly without an error: first, first good one, what, and where it shows
@@ -29,8 +32,17 @@ WRONG_RELEASES = (
 )  # fmt: skip
 ASKED = ("recipe", "deepspeed", "flags")  # facts that somebody asked for, and that act at every step
 CODE = ("package", "git", "library")
-LATE = ("recipe.steps", "recipe.evaluation", "recipe.checkpoints", "recipe.reaction", "recipe.monitor")  # act at some steps only
+LATE = (
+    "recipe.steps",
+    "recipe.evaluation",
+    "recipe.checkpoints",
+    "recipe.reaction",
+    "recipe.monitor",
+    "recipe.schedule",
+    "recipe.batch.ramp",
+)  # act at some steps only; whether the schedule was applied is a rule of its own
 ENOUGH_STEPS = 3  # with numbers that are equal, before a setting is said to have no effect
+PROCESSORS = ("cpu", "gpus")  # facts of a host
 LAYOUT = ("tensor", "pipeline", "context", "data", "world")
 
 
@@ -80,24 +92,36 @@ def without_effect(compared: Compared) -> Iterator[Incident]:
         return
     for d in compared.differences:
         grave = d.effect in CHANGES_LOSS and d.effect is not Effect.ROUNDING
-        if grave and not d.follows and d.name.partition(".")[0] in ASKED and not d.name.startswith(LATE):
+        if grave and not d.follows and d.name.partition(".")[0] in ASKED and not _acts_late(d, compared):
             text = f"{short_name(d.name)}={short_value(d.new)} instead of {short_value(d.old)} was asked for, and was not applied"
             yield Incident(
                 "silently ignored",
-                text,
+                f"{text}, or does nothing in these steps",
                 (f"it changes {d.effect.value}, yet no number of the {len(metrics.steps)} common steps differs in one bit",),
             )
 
 
+def _acts_late(d: Difference, compared: Compared) -> bool:
+    """Whether a setting need not have acted yet: a limit that no gradient has reached, a change of the data that is to come."""
+    if d.name == "recipe.optimizer.clip":
+        limits = [limit for limit in (d.old, d.new) if isinstance(limit, int | float) and limit > 0]  # 0: no limit
+        norms = [norm for side in compared.sides for norm in side.column("grad_norm").values()]
+        return bool(norms) and max(norms) <= min(limits, default=math.inf)
+    if d.name == "recipe.data" and isinstance(d.old, Mapping) and isinstance(d.new, Mapping):
+        return d.old.get("weights") == d.new.get("weights")
+    return d.name.startswith(LATE)
+
+
 def other_device(compared: Compared) -> Iterator[Incident]:
     """Another kind of processor: the same seed on V100 and A100 parts by rounding, and then further."""
-    kinds = [d for d in compared.differences if d.name.startswith("host.") and d.effect is Effect.ROUNDING]
-    if not kinds:
+    kinds = [[_kinds(side.facts, what) for what in PROCESSORS] for side in (compared.a, compared.b)]
+    changed = [(what, old, new) for what, old, new in zip(PROCESSORS, *kinds, strict=True) if old and new and old != new]
+    if not changed:
         return
     seeds = [side.facts.get("recipe.seed") for side in compared.sides]
     same = "the same seed on " if seeds[0] is not None and len(set(seeds)) == 1 else ""
     parting = compared.metrics.of("loss") if compared.metrics else None
-    evidence = [f"{d.name}: {short_value(d.old)} -> {short_value(d.new)}" for d in kinds]
+    evidence = [f"{what}: {', '.join(old)} -> {', '.join(new)}" for what, old, new in changed]
     if parting is not None:
         how = "within" if parting.within_rounding else "beyond"
         evidence.append(
@@ -108,27 +132,37 @@ def other_device(compared: Compared) -> Iterator[Incident]:
     )
 
 
+def _kinds(facts: Mapping[str, Any], what: str) -> list[str]:
+    """Return the kinds of a processor that a run's hosts have, however many there are of each."""
+    values = [value for name, value in facts.items() if re.fullmatch(rf"host\.\d+\.{what}", name)]
+    return sorted({str(kind) for value in values for kind in (value if isinstance(value, list) else [value]) if kind})
+
+
 def tokens_of_before(compared: Compared) -> Iterator[Incident]:
     """Data prepared anew whose tokens are those of before: Marin's cached files still held a test set after its removal."""
     old, new = (folder_facts(side.facts) for side in (compared.a, compared.b))
     preparation = _changed_preparation(compared)
     for folder in old.keys() & new.keys():
         one, other = old[folder], new[folder]
-        again = [key for key in (INPUTS, HASH) if one.get(key) != other.get(key)]
+        again = one.get(INPUTS) != other.get(INPUTS)
         if one.get(CONTENT) is None or one.get(CONTENT) != other.get(CONTENT) or not (again or preparation):
             continue
         what = "what it is prepared from" if again else preparation
-        text = f"data.{folder}: {what} changed, and its tokens are those of before: a cached copy was read"
+        text = (
+            f"data.{folder}: {what} changed, and its tokens are those of before: a cached copy was read, or that changes no token"
+        )
         yield Incident("stale tokens", text, (f"the bytes of all its shards are equal ({short_value(one[CONTENT])})",))
 
 
 def _changed_preparation(compared: Compared) -> str:
-    """Return the code of the preparation that the uncommitted changes of one run touch, and the other's do not."""
-    files: list[dict[str, int]] = []
-    for side in (compared.a, compared.b):
-        patch = side.record.patch(side.newest) if side.newest else None
-        files.append({path: n for path, n in patch_files(patch or b"").items() if path.startswith("tools/data/")})
-    changed = [path for path in dict.fromkeys((*files[0], *files[1])) if files[0].get(path) != files[1].get(path)]
+    """Return the code of the preparation in which the uncommitted changes of the two differ, in words; "" for none."""
+    patches = [side.record.patch(side.newest) if side.newest else None for side in (compared.a, compared.b)]
+    lines = [patch_lines(patch or b"") for patch in patches]
+    changed = [
+        path
+        for path in dict.fromkeys((*lines[0], *lines[1]))
+        if path.startswith("tools/data/") and lines[0].get(path) != lines[1].get(path)
+    ]
     return f"the code that prepares data ({', '.join(changed)})" if changed else ""
 
 

@@ -8,8 +8,9 @@ rounding to be expected at the first step that differs is
 
 8: a number goes through some dozens of roundings, which add up as a random walk does. Every further step rounds anew and starts
 from weights that differ already, so k steps later (k + 1) times as much is expected. A log adds half of the last digit that it
-prints. Counters, and the learning rate, which is arithmetic on them, have no rounding. Rounding also grows smoothly: a step at
-which the difference is over 8 times its largest so far, over all of this and over the noise of the steps, is a jump, and named.
+prints, at every step. Counters, and the learning rate, which is arithmetic on them, have no rounding. Rounding also grows
+smoothly: a step at which the difference is over 8 times its largest so far, over all of this and over the noise of the steps, is
+a jump, and named.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,10 @@ WALK = 8.0  # the square root of some dozens of roundings; and how fast rounding
 EXACT = ("step", "tokens", "consumed_tokens", "consumed_seqs", "lr", "lr_factor", "skipped_steps", "loss_scale", "rewinds",
          "rewound_from_step", "loss_max_rank")  # fmt: skip
 MEANS = ("loss", "val_loss", "loss_max", "log_z")  # over the tokens of the step
+EVERY_STEP = (
+    "loss",
+    "grad_norm",
+)  # not finite in one run, they differ there; another number may not have been taken at that step
 NOT_TRAINED = ("seconds", "tokens_per_second", "data_wait_share", "save_seconds", "save_stall_seconds", "loss_excess")
 FIRST = ("loss", "grad_norm", "lr", "consumed_seqs", "consumed_tokens", "tokens")  # the order in which columns are told
 
@@ -75,14 +81,15 @@ class Metrics:
         return self.partings[0] if self.partings else None
 
 
-def compare_metrics(a: Table, b: Table, precision: str, printed: bool = False) -> Metrics | None:
-    """Compare the steps that both have; None without any. printed: the numbers of one are a log's, with the digits it shows."""
+def compare_metrics(a: Table, b: Table, precision: str, printed: tuple[bool, bool] = (False, False)) -> Metrics | None:
+    """Compare the steps that both have; None without any. printed: which of the two is a log, with the digits that it shows."""
     steps, in_a, in_b = np.intersect1d(a["step"], b["step"], return_indices=True)
     if not len(steps):
         return None
     names = [name for name in a if name in b and name != "step" and not _of_times(name)]
     columns = {name: (a[name][in_a], b[name][in_b]) for name in names}
-    columns = {name: both for name, both in columns.items() if np.isfinite(both[0]).any() and np.isfinite(both[1]).any()}
+    taken = {name: ~np.isnan(both) for name, both in columns.items()}  # by both at one step, or else there is nothing to compare
+    columns = {name: both for name, both in columns.items() if taken[name].all(axis=0).any()}
     tokens = columns["tokens"][0] if "tokens" in columns else np.ones(len(steps))
     found = {name: _part(name, steps, *both, tokens, precision, printed) for name, both in columns.items()}
     order = {name: place for place, name in enumerate(FIRST)}
@@ -101,16 +108,16 @@ def precision_of(facts: Mapping[str, Any]) -> str | None:
     return next((name for name in ("bf16", "fp16") if facts.get(f"deepspeed.{name}.enabled") is True), "fp32")
 
 
-def expected_rounding(column: str, value: np.ndarray, tokens: np.ndarray, precision: str, digit: float = 0.0) -> np.ndarray:
-    """Return the rounding to be expected of `value` [n] at a first step that differs. digit: the last one that is printed."""
+def expected_rounding(column: str, value: np.ndarray, tokens: np.ndarray, precision: str) -> np.ndarray:
+    """Return the rounding to be expected of `value` [n] at a first step that differs."""
     if column in EXACT:
-        return np.full(len(value), digit / 2)
+        return np.zeros(len(value))
     unit = (
         ROUNDOFF[precision] / np.sqrt(np.maximum(np.nan_to_num(tokens, nan=1.0), 1.0))
         if _is_mean(column)
         else ROUNDOFF[precision]
     )
-    return WALK * np.abs(value) * (ROUNDOFF["fp32"] + unit) + digit / 2
+    return WALK * np.abs(value) * (ROUNDOFF["fp32"] + unit)
 
 
 def step_noise(values: np.ndarray) -> float:
@@ -122,25 +129,26 @@ def step_noise(values: np.ndarray) -> float:
 
 
 def _part(
-    name: str, steps: np.ndarray, a: np.ndarray, b: np.ndarray, tokens: np.ndarray, precision: str, printed: bool
+    name: str, steps: np.ndarray, a: np.ndarray, b: np.ndarray, tokens: np.ndarray, precision: str, printed: tuple[bool, bool]
 ) -> Parting | None:
-    known = ~(np.isnan(a) & np.isnan(b))
+    missing = np.isnan((a, b))
+    known = ~missing.all(axis=0) if name in EVERY_STEP[: 1 if any(printed) else 2] else ~missing.any(axis=0)
     steps, a, b, tokens = steps[known], a[known], b[known], tokens[known]
     apart = np.flatnonzero(a != b)
     if not len(apart):
         return None
     first = int(apart[0])
-    digit = max(_last_digit(a), _last_digit(b)) if printed else 0.0
-    each = expected_rounding(name, a, tokens, precision, digit)
+    each = expected_rounding(name, a, tokens, precision)
+    digits = sum((_half_digit(values) for values, of_log in zip((a, b), printed, strict=True) if of_log), np.zeros(len(a)))
     noise = step_noise(a[: first + 1] if first > 8 else a)
-    jump = _jump(steps[first:], np.abs(b - a)[first:], each[first:], noise, exact=name in EXACT)
-    return Parting(name, int(steps[first]), float(a[first]), float(b[first]), float(each[first]), noise, jump)
+    expected = each[first:] * (steps[first:] - steps[first] + 1) + digits[first:]
+    jump = _jump(steps[first:], np.abs(b - a)[first:], expected, noise, exact=name in EXACT)
+    return Parting(name, int(steps[first]), float(a[first]), float(b[first]), float(expected[0]), noise, jump)
 
 
-def _jump(steps: np.ndarray, difference: np.ndarray, each: np.ndarray, noise: float, *, exact: bool) -> int | None:
+def _jump(steps: np.ndarray, difference: np.ndarray, expected: np.ndarray, noise: float, *, exact: bool) -> int | None:
     """Return the first step whose difference is not rounding's."""
     difference = np.where(np.isnan(difference), np.inf, difference)
-    expected = each * (1 if exact else steps - steps[0] + 1)
     over = difference > expected
     if not exact:
         before = np.maximum.accumulate(np.append(0.0, difference[:-1]))  # the largest so far
@@ -157,10 +165,16 @@ def _is_mean(name: str) -> bool:
     return name.partition("/")[0] in MEANS
 
 
-def _last_digit(values: np.ndarray) -> float:
-    """Return the unit of the last decimal that a log prints of a column; 0 where it prints all."""
-    digits = [len(repr(float(v)).partition(".")[2]) for v in values[np.isfinite(values)][:200] if "e" not in repr(float(v))]
-    return 10.0 ** -max(digits, default=0) if digits and max(digits) <= 8 else 0.0
+def _half_digit(values: np.ndarray) -> np.ndarray:
+    """Return half of the last digit that a log prints of each value [n]: it prints so many decimals, or so many digits in all."""
+    known = [Decimal(repr(float(v))).as_tuple() for v in values[np.isfinite(values) & (values != 0)][:200]]
+    decimals = min((found.exponent for found in known), default=0)
+    digits = max((len(found.digits) for found in known), default=0)
+    with np.errstate(divide="ignore"):
+        first = np.floor(np.log10(np.abs(values)))
+    by_digits = np.where(np.isfinite(first), 10.0 ** (np.nan_to_num(first, posinf=0.0, neginf=0.0) + 1 - digits), 0.0)
+    unit = np.maximum(by_digits, 10.0**decimals) if known else np.zeros(len(values))
+    return unit / 2 * (1 + 1e-6)  # a tie, in binary, is a little more
 
 
 def told_columns(metrics: Metrics) -> Iterator[Parting]:

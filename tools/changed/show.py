@@ -13,7 +13,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 from recipes.common.config.field_effects import Effect
 from recipes.common.run_dir.difference import Difference, short_value
 from recipes.common.run_dir.differences import counted, find_differences, not_recorded, short_name, verdict
+from recipes.common.run_dir.metrics import plain
 from recipes.common.run_dir.segments import Segment
 from tools.changed.incident import Compared, Incident
 from tools.changed.incidents_of_numbers import number_incidents
@@ -68,7 +69,7 @@ def compare(a: str, b: str) -> tuple[Compared, dict[str, int]]:
 def _metrics(a: Side, b: Side) -> Metrics | None:
     if a.table is None or b.table is None:
         return None
-    printed = not (a.record.source.is_dir() and b.record.source.is_dir())
+    printed = (not a.record.source.is_dir(), not b.record.source.is_dir())
     known = [side.precision for side in (a, b) if side.precision]
     return compare_metrics(a.table, b.table, coarser(*known) if known else "bf16", printed)
 
@@ -133,7 +134,9 @@ def _as_json(compared: Compared, missing: dict[str, int], incidents: Sequence[In
         "a": compared.a.name,
         "b": compared.b.name,
         "differences": [
-            vars(d) | {"effect": d.effect.name.lower(), "changes": d.effect.value, "can_change_loss": d.can_change_loss}
+            vars(d)
+            | {"old": _plain(d.old), "new": _plain(d.new)}
+            | {"effect": d.effect.name.lower(), "changes": d.effect.value, "can_change_loss": d.can_change_loss}
             for d in compared.differences
         ],
         "can_change_loss": able,
@@ -148,6 +151,13 @@ def _as_json(compared: Compared, missing: dict[str, int], incidents: Sequence[In
         "incidents": [incident.as_json() for incident in incidents],
         "picture": None if picture is None else str(picture),
     }
+
+
+def _plain(value: Any) -> Any:
+    """Return a fact's value as JSON can hold it: a model's configuration may have an infinity."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else plain(value)
 
 
 def _report(compared: Compared, missing: dict[str, int], incidents: Sequence[Incident], picture: Path | None) -> Iterator[str]:

@@ -246,8 +246,3 @@ def _with_sources(found: Sequence[Difference]) -> list[Difference]:
 def _sorted(found: Sequence[Difference]) -> list[Difference]:
     order = list(Effect)
     return sorted(found, key=lambda d: (order.index(d.effect), bool(d.follows), d.name))
-
-
-def effect_of_all(differences: Sequence[Difference]) -> Effect:
-    """Return what the differences together can change at most."""
-    return gravest(d.effect for d in differences)

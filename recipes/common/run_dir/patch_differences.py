@@ -40,7 +40,7 @@ def patch_differences(
         effect, note = (Effect.NOTHING, "the code that trains is the same") if same else (None, "its patch is not at hand")
         yield differ(before, after, "git.patch", effect, f"uncommitted changes: {note}")
         return
-    sections = [_sections(patch or b"") for patch in kept]
+    sections = [patch_lines(patch or b"") for patch in kept]
     changed = [path for path in dict.fromkeys((*sections[0], *sections[1])) if sections[0].get(path) != sections[1].get(path)]
     by_effect: dict[Effect, list[str]] = {}
     for path in changed:
@@ -57,7 +57,7 @@ def _lines(count: int) -> str:
     return f"{count} line{'s' * (count != 1)}"
 
 
-def _sections(patch: bytes) -> dict[str, list[str]]:
+def patch_lines(patch: bytes) -> dict[str, list[str]]:
     """Return path -> the changed lines of a patch: without places and blob names, which other lines move."""
     found: dict[str, list[str]] = {}
     path = ""

@@ -120,12 +120,26 @@ def read_chain(run_dir: Path) -> tuple[list[Segment], list[str]]:
 def changed_facts(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Return the names of the facts that are not equal, or in one of the two only, in the order of `after`."""
     names = dict.fromkeys((*after, *before))
-    return [n for n in names if (n in before) != (n in after) or canonical(before[n]) != canonical(after[n])]
+    return [n for n in names if (n in before) != (n in after) or not equal_values(before[n], after[n])]
+
+
+def equal_values(one: Any, other: Any) -> bool:
+    """Whether two values of a fact are equal: 1 is 1.0, True is not 1, and NaN is NaN."""
+    return canonical(one) == canonical(other) or canonical(_with_whole_numbers(one)) == canonical(_with_whole_numbers(other))
 
 
 def canonical(value: Any) -> bytes:
     """Return a value as JSON with one way to write it: equal values, equal bytes; NaN is equal to itself."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def _with_whole_numbers(value: Any) -> Any:
+    """Return a value with an integer for each float that is one."""
+    if isinstance(value, Mapping):
+        return {key: _with_whole_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_whole_numbers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def content_hash(content: bytes) -> str:

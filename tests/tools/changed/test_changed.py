@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import shutil
 
 import numpy as np
@@ -151,6 +152,67 @@ def test_numbers_that_are_not_finite_in_one_run_only_part_there():
     a, b = [3.0, 2.9, 2.8, 2.7], [3.0, 2.9, np.nan, np.nan]
     parting = compare_metrics(table(a), table(b), "fp32").of("loss")
     assert parting.step == 3 and not parting.within_rounding and parting.as_json()["difference"] is None
+
+
+def test_a_number_that_one_run_took_more_often_is_compared_where_both_have_it():
+    a = np.linspace(4, 3, 40)
+    often, rarely = np.full(40, np.nan), np.full(40, np.nan)
+    often[4::5], rarely[9::10] = a[4::5] + 0.1, a[9::10] + 0.1
+    found = compare_metrics(table(a, val_loss=often), table(a, val_loss=rarely), "fp32")
+    assert found.partings == () and "val_loss" in found.equal
+    never = np.roll(rarely, 1)  # at other steps: nothing to compare, so not said to be equal
+    found = compare_metrics(table(a, val_loss=rarely), table(a, val_loss=never), "fp32")
+    assert found.partings == () and found.equal == ("loss", "tokens")
+    found = compare_metrics(table(a, val_loss=often), table(a, val_loss=rarely + (np.arange(40) >= 30)), "fp32")
+    assert found.first.column == "val_loss" and found.first.step == 40
+
+
+def test_a_log_is_compared_to_the_digits_that_it_prints():
+    steps = np.arange(1, 41)
+    loss, rate = 3.0 - 0.0123456789 * steps, 3e-4 * steps / 1300
+    by_decimals = table([float(f"{v:.4f}") for v in loss], lr=np.array([float(f"{v:.3E}") for v in rate]))
+    found = compare_metrics(table(loss, lr=rate), by_decimals, "fp32", (False, True))
+    assert {p.column: p.within_rounding for p in found.partings} == {"loss": True, "lr": True}
+    assert found.of("lr").expected == pytest.approx(0.5e-3 * 10 ** np.floor(np.log10(rate[found.of("lr").step - 1])), rel=1e-3)
+    other = table(loss, lr=rate * (1 + 2e-3 * (steps >= 20)))
+    assert compare_metrics(other, by_decimals, "fp32", (False, True)).of("lr").jump == 20
+    late = table(loss + 6e-4 * (steps >= 35))  # a digit does not grow with the steps, as rounding does
+    assert compare_metrics(late, by_decimals, "fp32", (False, True)).of("loss").jump == 35
+    exact = compare_metrics(table(loss, lr=np.full(40, 0.001)), table(loss, lr=np.full(40, 0.0014)), "fp32", (False, False))
+    assert not exact.of("lr").within_rounding
+
+
+def test_equal_values_written_otherwise_differ_in_nothing_and_infinities_are_told(tmp_path):
+    a = run(tmp_path / "a", ("start", 0, FACTS | {"recipe.optimizer.clip": 1, "recipe.optimizer.betas": [0.9, 1]}))
+    same = FACTS | {"recipe.optimizer.clip": 1.0, "recipe.optimizer.betas": [0.9, 1.0]}
+    b = run(tmp_path / "b", ("start", 0, same), curve=losses())
+    assert json.loads(changed(a, b, "--json")[1])["differences"] == []
+    c = run(tmp_path / "c", ("start", 0, same | {"recipe.optimizer.clip": True, "recipe.model.time_step_limit": [0.0, math.inf]}))
+    code, out, _ = changed(b, c, "--json")
+    found = {d["name"]: d["new"] for d in json.loads(out, parse_constant=pytest.fail)["differences"]}
+    assert code == 0 and found == {"recipe.optimizer.clip": True, "recipe.model.time_step_limit": [0.0, "Infinity"]}
+
+
+@pytest.mark.parametrize(
+    ("other", "kinds"),
+    [
+        ({"sizes.world": 2, "host.0.gpus": 2 * ["Tesla V100-SXM2-32GB"]}, ["another layout"]),  # more of the same
+        ({"host.0.driver": "580.1", "host.0.firmware.gpus": ["96.00"]}, []),
+        ({"host.1.cpu": "EPYC 9654", "host.1.gpus": ["Tesla V100-SXM2-32GB"], "rank_hosts": [0, 1]}, []),
+        ({"host.1.cpu": "EPYC 9654", "host.1.gpus": ["NVIDIA H200"], "rank_hosts": [0, 1]}, ["another kind of device"]),
+        ({"recipe.optimizer.clip": 0.5}, []),  # no gradient was so large
+        ({"recipe.optimizer.clip": 0.05}, ["silently ignored"]),
+        ({"recipe.schedule.decay_steps": 999}, []),  # the rate is as both schedules give it
+        ({"data.tokens.hash": "sha256:" + 64 * "9"}, []),  # described anew, prepared from the same
+    ],
+)
+def test_an_incident_is_claimed_only_where_it_is_one(tmp_path, other, kinds):
+    a, b = (run(tmp_path / name, ("start", 0, facts)) for name, facts in (("a", FACTS), ("b", FACTS | other)))
+    for folder in (a, b):
+        rows = [json.loads(line) | {"grad_norm": 0.09} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        (folder / "metrics.jsonl").write_bytes(b"".join(map(encode, rows)))
+    found = json.loads(changed(a, b, "--json")[1])
+    assert found["partings"] == [] and [incident["kind"] for incident in found["incidents"]] == kinds
 
 
 def test_the_report_and_the_curves_show_the_segments_and_what_changed_at_each(tmp_path):
