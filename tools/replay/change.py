@@ -191,9 +191,12 @@ def _with_config_field(config: PreTrainedConfig, path: list[str], value: Any, na
     ):
         raise UsageError(f"{name}={shown(value)} must be like {shown(old)}, the run's value")
     try:
-        return CONFIG_MAPPING[config.model_type].from_dict(fields)
+        made = CONFIG_MAPPING[config.model_type].from_dict(fields)
     except Exception as error:  # whatever a family's own checks raise
         raise UsageError(f"{name}={shown(value)}: {' '.join(str(error).split())[:300]}") from error
+    if made.to_dict() == config.to_dict():
+        raise UsageError(f"{name}={shown(value)}: {type(config).__name__} takes no other value there; change another field")
+    return made
 
 
 def _with_key(ds_config: dict[str, Any], path: list[str], value: Any, name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,16 @@ from recipes.common.anomalies.rewinds import Rewind, read_history
 from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.config.ds_config import merge_ds_config
+from recipes.common.config.fact_effects import CHANGES_LOSS, effect_of_package
 from recipes.common.config.json_files import JsonError, laid_out, read_json
 from recipes.common.recipe import Layout, Recipe, derive_sizes
 from recipes.common.run_dir.checkpoint_folders import checkpoint_step, newest_before, sealed_checkpoints
 from recipes.common.run_dir.metrics import read_metrics
 from recipes.common.run_dir.run_files import recipe_to_dict
-from recipes.common.run_dir.segments import read_segments
 from recipes.common.run_dir.tensor_stats import Stats, read_stats
 from tools.common.console import UsageError
 from tools.common.recipe_io import read_recipe_file
+from tools.common.run_record import open_record
 from tools.data.lookup import file_at, read_run
 
 
@@ -70,7 +72,7 @@ class LoggedSteps:
     stats: Stats | None  # of those steps; None where the run kept none
     layout: Layout
     world_size: int
-    versions: dict[str, str | None]
+    versions: dict[str, str]  # of the packages that can change a number, as recorded
     device: str  # its name
 
 
@@ -103,7 +105,7 @@ def enter(folder: Path, step: int, *, beginning: tuple[int, str | None] | None =
         stated = {"layers_per_stage": tuple(start["layout"]["layers_per_stage"])}  # a list in JSON
         layout, world_size = Layout(**start["layout"] | stated), int(start["world_size"])
     sizes = derive_sizes(recipe, layout, world_size)
-    first = records[begins + 1]
+    first, facts = records[begins + 1], _facts(folder, step)
     plan = ReplayPlan(
         run=str(folder),
         recipe=recipe,
@@ -116,15 +118,15 @@ def enter(folder: Path, step: int, *, beginning: tuple[int, str | None] | None =
         skipped_steps=frozenset(s for s in range(begins + 1, step + 1) if records[s].get("skip_reason")),
         history=read_history(folder),
         device=choose_device(world_size),
-        threads=_threads(folder, step),
+        threads=_threads(facts),
     )
     logged = LoggedSteps(
         records={s: records[s] for s in range(begins + 1, step + 1)},
         stats=_stats(folder, begins + 1, step),
         layout=layout,
         world_size=world_size,
-        versions=dict(start.get("versions", {})),
-        device=str(start.get("device", {}).get("name", "")),
+        versions=_versions(facts),
+        device=_device(facts),
     )
     return plan, logged
 
@@ -184,14 +186,30 @@ def _check_one_recipe(folder: Path, recipe: Recipe, begins: int, start: Mapping[
             )
 
 
-def _threads(folder: Path, step: int) -> int:
-    """Return how many threads a rank had, by the run's record; one, as the launchers set it, where that does not say."""
+def _facts(folder: Path, step: int) -> Mapping[str, Any]:
+    """Return what is recorded of the machine and the packages that computed a step; nothing where the record is damaged."""
     try:
-        facts = [segment.facts for segment in read_segments(folder) if segment.step < step]
+        segment = open_record(str(folder)).at(step)
     except JsonError:
-        return 1
-    threads = facts[-1].get("threads.torch") if facts else None
+        return {}
+    return segment.facts if segment is not None else {}
+
+
+def _threads(facts: Mapping[str, Any]) -> int:
+    """Return how many threads a rank had; one, as the launchers set it, where the record does not say."""
+    threads = facts.get("threads.torch")
     return threads if type(threads) is int and threads >= 1 else 1
+
+
+def _versions(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return the versions of the packages that can change a number."""
+    named = {name.split(".")[1]: version for name, version in facts.items() if re.fullmatch(r"package\.[^.]+\.version", name)}
+    return {name: str(version) for name, version in named.items() if version and effect_of_package(name) in CHANGES_LOSS}
+
+
+def _device(facts: Mapping[str, Any]) -> str:
+    gpus = facts.get("host.0.gpus")
+    return str(gpus[0] if isinstance(gpus, list) and gpus else facts.get("host.0.cpu") or "a machine that is not recorded")
 
 
 def _position(

@@ -22,6 +22,7 @@ from packaging.version import InvalidVersion, Version
 from tools.common.console import UsageError, table
 
 RIGHT, WRONG, NO_RUN = "right", "wrong", "does not run"
+DIFFERS = "differs"  # as tools.replay.compare says it of a step
 INDEX_SECONDS = 300.0
 
 
@@ -76,7 +77,15 @@ class History:
 
     @property
     def is_clean(self) -> bool:
-        return not self.turns() and all(answer.verdict != WRONG for each in self.answers.values() for answer in each.values())
+        """Whether every question was answered, and all answers are right and the same."""
+        verdicts = [answer.verdict for each in self.answers.values() for answer in each.values()]
+        return not self.turns() and not self.unanswered and not {WRONG, DIFFERS} & set(verdicts)
+
+    @property
+    def unanswered(self) -> list[str]:
+        """Return the questions that none of the releases that were asked could be run for."""
+        told = {name for each in self.answers.values() for name, answer in each.items() if answer.verdict != NO_RUN}
+        return [name for name in self.questions if name not in told]
 
     def to_json(self) -> dict[str, Any]:
         answers = {release: {q: asdict(a) for q, a in self.answers[release].items()} for release in self.asked}
@@ -91,7 +100,10 @@ class History:
             rows.append([release, *cells])
         lines = [table(rows, [self.package, *self.questions])]
         lines += ["", *map(self._turn_text, self.turns())]
-        if not self.turns():
+        if self.unanswered:
+            reasons = {answer.words: None for each in self.answers.values() for answer in each.values() if answer.words}
+            lines.append(f"no release could be asked: {', '.join(self.unanswered)} ({next(iter(reasons), 'no word of why')})")
+        elif not self.turns():
             lines.append(f"no release of {self.package} from {self.releases[0]} to {self.releases[-1]} changed an answer")
         unasked = len(self.releases) - len(self.answers)
         if unasked:

@@ -184,10 +184,8 @@ def _notes(
             notes.append(
                 f"dropout draws other zeros in another layout ({', '.join(dropped)}): only the run's own layout compares"
             )
-    here = {name: versions.get(name) or _installed(name) for name in logged.versions if name != "python"}
-    other = [
-        f"{name} {then} (here {here[name]})" for name, then in logged.versions.items() if name in here and here[name] != then
-    ]
+    here = {name: versions.get(name) or _installed(name) for name in logged.versions}
+    other = [f"{name} {then} (here {here[name]})" for name, then in logged.versions.items() if here[name] != then]
     if other:
         notes.append(f"the run was computed with other versions: {', '.join(other)}")
     return notes

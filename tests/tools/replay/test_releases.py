@@ -14,11 +14,13 @@ import pytest
 from packaging.version import Version
 
 from tools.common.console import UsageError
+from tools.replay import compare
 from tools.replay import releases as module
 from tools.replay.bisection import choose_judge
+from tools.replay.compare import BITWISE
 from tools.replay.release_cases import QUESTIONS
 from tools.replay.release_judges import Judge, ask, bisect, gate, step, trials
-from tools.replay.releases import NO_RUN, RIGHT, WRONG, Answer, Answers, History, Turn, parse_range, search
+from tools.replay.releases import DIFFERS, NO_RUN, RIGHT, WRONG, Answer, Answers, History, Turn, parse_range, search
 
 RELEASES = tuple(f"0.{minor}.{patch}" for minor in (17, 18, 19) for patch in range(7))
 
@@ -53,6 +55,25 @@ def test_a_window_is_found_to_the_release(window: tuple[str, str], turns: list, 
     assert history.is_clean == (not turns)
     if everything or not turns:  # that nothing changed anywhere is known only when everyone was asked
         assert history.asked == list(RELEASES)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "is_clean", "words"),
+    [
+        ((NO_RUN, NO_RUN), False, "no release could be asked: q (pip cannot install it)"),
+        ((DIFFERS, DIFFERS), False, "no release of thing from 1.0 to 1.1 changed an answer"),
+        ((BITWISE, BITWISE), True, "no release of thing from 1.0 to 1.1 changed an answer"),
+        ((NO_RUN, RIGHT), False, "thing 1.1 changed it"),
+    ],
+)
+def test_what_was_not_answered_or_differs_everywhere_is_no_success(verdicts, is_clean, words) -> None:
+    assert DIFFERS == compare.DIFFERS
+    answers = {
+        release: {"q": Answer(verdict, "pip cannot install it" if verdict == NO_RUN else "")}
+        for release, verdict in zip(("1.0", "1.1"), verdicts, strict=True)
+    }
+    history = History("thing", ("1.0", "1.1"), answers, by_bits=False)
+    assert history.is_clean == is_clean and words in history.text()
 
 
 def test_few_are_asked_where_the_ends_differ() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from importlib import metadata
 
 import pytest
 
@@ -11,6 +12,7 @@ from recipes.common.run_dir.metrics import read_metrics
 from tests.support.small_runs import call
 from tools.common.forked_ranks import run_ranks
 from tools.replay.compare import BITWISE, DIFFERS, WITHIN_ROUNDING, judge
+from tools.replay.enter import enter
 
 
 def replay(*arguments):
@@ -127,6 +129,7 @@ def test_a_log_that_nobody_can_compute_is_told_by_its_step_and_quantity(plain, t
         (("--step", 4, "--set", "optimizer.clip=0.5"), "the run had that value"),
         (("--step", 4, "--set", "model.hidden_size=32"), "mean nothing then"),
         (("--step", 4, "--set", "model.rms_norm_epsilon=1"), "there is no field 'rms_norm_epsilon'"),
+        (("--step", 4, "--set", "model.model_type=gpt2"), "LlamaConfig takes no other value there"),
         (("--step", 4, "--set", "zero_optimization.stages=1"), "unknown key 'zero_optimization.stages'"),
         (("--step", 4, "--set", "gradient_clipping=1"), "it is optimizer.clip of the recipe"),
         (("--step", 4, "--without", "5:3"), "expected START:STOP"),
@@ -152,6 +155,22 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_computed_from_it(plain, tm
     told = replay(copy, "--step", 4)
     assert told.code == 1 and told.out == "" and "Traceback" not in told.err
     assert "rank_00000.safetensors: its content changed since it was written (checksum)" in told.err
+
+
+def test_what_a_run_was_computed_with_is_read_from_its_record(plain, tmp_path):
+    logged = enter(plain, 4)[1]
+    assert logged.versions["torch"] == metadata.version("torch") and "deepspeed" in logged.versions
+    assert "tqdm" not in logged.versions and logged.device  # that changes no number
+    copy = shutil.copytree(plain, tmp_path / "run")
+    (entry,) = (copy / "segments").glob("*.json")
+    content = json.loads(entry.read_text())
+    content["facts"] |= {"package.torch.version": "1.0", "threads.torch": 3, "host.0.gpus": ["NVIDIA H200"]}
+    entry.write_text(json.dumps(content))
+    plan, logged = enter(copy, 4)
+    assert (logged.versions["torch"], logged.device, plan.threads) == ("1.0", "NVIDIA H200", 3)
+    entry.write_text("{")  # damaged: the step can be computed all the same
+    plan, logged = enter(copy, 4)
+    assert logged.versions == {} and plan.threads == 1
 
 
 def test_a_folder_that_is_no_run_is_said(tmp_path):
