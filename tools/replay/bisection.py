@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from tools.common.console import FAILED, GOOD, UsageError
-from tools.replay.release_judges import Judge, bisect, gate, step, trials
+from tools.replay.release_judges import STEP, Judge, bisect, gate, step, trials
 from tools.replay.releases import parse_range
 
 
@@ -36,10 +38,23 @@ def run_bisect(flags: argparse.Namespace) -> int:
     if flags.jobs < 1 or (flags.jobs > 1 and not flags.everything):
         raise UsageError(f"--jobs {flags.jobs}: a number from 1 on, with --all; a search asks one release after the other")
     judge = choose_judge(flags.run, flags.step, flags.layout, flags.ask)
+    if judge.questions == STEP:
+        _check_step(flags.run, flags.step, flags.layout)
     package, releases = parse_range(flags.bisect)
     history = bisect(package, releases, judge, by_bits=flags.bits, everything=flags.everything, jobs=flags.jobs)
     print(json.dumps(history.to_json()) if flags.json else history.text())
     return GOOD if history.is_clean else FAILED
+
+
+def _check_step(run: Path, number: int, layout: str | None) -> None:
+    """Raise UsageError for a step that cannot be computed again, before any release is installed."""
+    if number < 1:
+        raise UsageError(f"--step {number}: steps count from 1")
+    with redirect_stdout(sys.stderr):  # DeepSpeed logs on what is stdout when it is imported
+        from tools.replay.change import ReplayChange, changed_plan
+        from tools.replay.enter import enter
+
+        changed_plan(enter(run, number)[0], ReplayChange(layout=layout))
 
 
 def choose_judge(subject: Path | None, number: int | None, layout: str | None, asked: str | None) -> Judge:

@@ -20,6 +20,7 @@ from tools.replay.releases import NO_RUN, RIGHT, WRONG, Answer, Answers, History
 from tools.replay.versions import release_environment, release_folder
 
 ANSWER_SECONDS = 3600.0
+STEP = ("step",)  # the question of `step`
 _SHOWN = 300  # characters of an error
 
 
@@ -69,7 +70,7 @@ def step(run: Path, number: int, layout: str | None) -> Judge:
         first = found["first"] and f"{found['first']['quantity']} of step {found['first']['step']} differs first"
         return {"step": Answer(found["verdict"], first or "", json.dumps([found["replayed"], found["first"]]))}
 
-    return Judge(("step",), ("tools.replay", str(run), "--step", str(number), *_layout(layout), "--json"), read)
+    return Judge(STEP, ("tools.replay", str(run), "--step", str(number), *_layout(layout), "--json"), read)
 
 
 def _layout(layout: str | None) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from packaging.version import Version
 from tools.common.console import UsageError
 from tools.replay import compare
 from tools.replay import releases as module
+from tools.replay.__main__ import main
 from tools.replay.bisection import choose_judge
 from tools.replay.compare import BITWISE
 from tools.replay.release_cases import QUESTIONS
@@ -74,6 +75,15 @@ def test_what_was_not_answered_or_differs_everywhere_is_no_success(verdicts, is_
     }
     history = History("thing", ("1.0", "1.1"), answers, by_bits=False)
     assert history.is_clean == is_clean and words in history.text()
+
+
+@pytest.mark.parametrize(("number", "words"), [("3", "is no run directory: it has no recipe.json"), ("0", "steps count from 1")])
+def test_a_step_that_cannot_be_computed_is_told_before_a_release_is_installed(
+    tmp_path, monkeypatch, capsys, number, words
+) -> None:
+    monkeypatch.setattr("tools.replay.bisection.bisect", lambda *_, **__: pytest.fail("a release was asked"))
+    words_given = [str(tmp_path), "--step", number, "--bisect", "deepspeed=0.18.2,0.19.8"]
+    assert main(words_given) == 2 and words in capsys.readouterr().err
 
 
 def test_few_are_asked_where_the_ends_differ() -> None:
