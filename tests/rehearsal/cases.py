@@ -81,7 +81,7 @@ STEPS = (
     Variant(recipe="gpt2_124m", layers=2, gpus=8, layout="", rank=7, deepspeed="zero2_bf16.json", extras=("skip", "load"),
             budget=Budget(32, 340, 56)),
     Variant(recipe="qwen3_0_6b", layers=2, gpus=4, layout="", rank=0, documents=True, budget=Budget(141, 1040, 57)),
-    Variant(recipe="mixtral_8x7b", layers=2, gpus=8, layout="tensor=2,pipeline=2", rank=0, budget=Budget(140, 4380)),
+    Variant(recipe="mixtral_8x7b", layers=2, gpus=8, layout="tensor=2,pipeline=2", rank=0, budget=Budget(160, 4380)),
     Variant(recipe="llama_8b_128k", layers=2, gpus=8, layout=f"tensor=2,context=2,{SP},recompute=full", rank=2, seq_len=16_384,
             budget=Budget(146, 1610, 73)),
     Variant(recipe="llama_1b", layers=2, gpus=4, layout="pipeline=2", rank=1, deepspeed="zero1_fp16.json", extras=("skip",),

@@ -141,9 +141,9 @@ def test_the_next_command_is_true(tmp_path):
     [
         (
             {"--like": "bert"},
-            "there is no recipes/bert.py, and no recipe of that model_type; the recipes are gemma_2b,",
+            "there is no recipes/bert.py, and no recipe of that model_type; the recipes are deepseek_v3, gemma_2b,",
         ),
-        ({"--like": "bert"}, "their types gemma, gpt2, gpt_neox, llama, mixtral, olmo2, qwen3"),
+        ({"--like": "bert"}, "their types deepseek_v3, gemma, gpt2, gpt_neox, llama, mixtral, olmo2, qwen3, qwen3_moe"),
         ({"--params": "-1", "--tokens": "nan", "--gpus": "0"}, "--params=-1 must be a number over 0"),
         ({"--params": "-1", "--tokens": "nan", "--gpus": "0"}, "--tokens=nan must be a number over 0"),
         ({"--params": "-1", "--tokens": "nan", "--gpus": "0"}, "--gpus=0 must be a number over 0"),
