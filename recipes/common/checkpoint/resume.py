@@ -79,7 +79,8 @@ def load_state(reader: Reader, trainer: Trainer) -> None:
 
 def _check_same_model(reader: Reader, trainer: Trainer) -> None:
     problems = []
-    for name, shape in trainer.stage.whole_shapes.items():
+    constants = {name: tuple(buffer.shape) for name, buffer in trainer.stage.persistent_buffers()}
+    for name, shape in (trainer.stage.whole_shapes | constants).items():
         if name not in reader.tensors:
             problems.append(f"{name} is not in it")
         elif reader.shape(name) != tuple(shape):

@@ -22,6 +22,8 @@ from recipes.common.model.sharding import ShardSpec
 
 INITIAL_WEIGHTS_VERSION = 1  # of what `draw_weights` draws: a run's record holds it; a test holds what it stands for
 SEED_VERSION = 1  # of `name_seed`, and of the names that dropout gives it (recipes.common.parallel.dropout), likewise
+# of router biases, exact, in transformers 5: what a router adds to its scores to choose by, and no gradient reaches
+ROUTER_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 _SMALL = 4096  # elements: constants that a constructor computes (an activation's slope) are this small
 _LARGE = 1 << 20  # elements: weights, which must not be allocated for even a moment (one layer's experts may fill a machine)
 
@@ -62,30 +64,27 @@ def _parameters_on_meta() -> Iterator[None]:
 def build_empty(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
     """Build the family's ForCausalLM in fp32 with its parameters on the meta device (no memory, no weights).
 
-    A small parameter that the family freezes (the bias of a router's choices) becomes what it is, a buffer: no optimizer gets it,
-    checkpoints and exports hold it under its name.
+    The bias of a router's choices is a buffer, also where the family makes it a frozen parameter: no optimizer gets it,
+    checkpoints and exports hold it under its name. Other frozen parameters stay what they are.
     """
     with _parameters_on_meta(), _LargeOnMeta(), no_init_weights():
         causal = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
         )
         causal.tie_weights()
-    _make_constants(causal)
+    _make_buffers(causal)
     lost = [name for name, buffer in causal.named_buffers() if buffer.is_meta]
     if lost:
         raise ValueError(f"{type(causal).__name__} leaves the buffers {lost} empty, and they are too large to be a constant")
     return causal
 
 
-def _make_constants(causal: PreTrainedModel) -> None:
+def _make_buffers(causal: PreTrainedModel) -> None:
     for module in causal.modules():
         for leaf, parameter in list(module._parameters.items()):
-            if parameter is None or parameter.requires_grad:
-                continue
-            first = getattr(parameter, "constructed", None)
-            if first is not None and first.isfinite().all():
+            if leaf in ROUTER_BIASES and parameter is not None and not parameter.requires_grad:
                 del module._parameters[leaf]
-                module.register_buffer(leaf, first)
+                module.register_buffer(leaf, torch.zeros(parameter.shape))  # as families start it
 
 
 def draw_weights(

@@ -8,25 +8,27 @@ A family says itself which modules are its routers and which of their outputs ar
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from recipes.common.model.decoder import PlanError, Stack
+from recipes.common.model.initial_weights import ROUTER_BIASES
 from recipes.common.model.linears import plain_linears
 from recipes.common.recipe import Router
 
 MICRO_BATCH, SEQUENCE, GLOBAL_BATCH = "micro_batch", "sequence", "global_batch"
 ROUTER_LOSSES = (MICRO_BATCH, SEQUENCE, GLOBAL_BATCH)
-BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")  # in transformers 5, exact
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # attributes of the ForCausalLM classes that compute the loss
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
+_ROWS, _ROUNDED = 64, 0.005  # tokens by which a router's scores are told, and how far 16 bits may move their shares
 _LOSS = "load_balancing_loss_func"
 _LOSS_ARGUMENTS = ("gate_logits", "num_experts", "top_k", "attention_mask")
 
@@ -132,9 +134,9 @@ def compute_in_fp32(router: nn.Module, logits: int) -> None:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not types:
-            with torch.no_grad():
+            with torch.no_grad(), _disable_current_modes():  # selective recomputation would count its products
                 types.extend(getattr(output, "dtype", None) for output in _as_tuple(inner(*args, **kwargs)))
-        with _wide_parameters(router):
+        with _parameters_as(router, _wide):
             result = inner(*(_wide(each) for each in args), **{name: _wide(each) for name, each in kwargs.items()})
         outputs = _as_tuple(result)
         outputs = tuple(
@@ -146,13 +148,53 @@ def compute_in_fp32(router: nn.Module, logits: int) -> None:
     router.forward = run
 
 
+def weighs_by_sigmoid(router: nn.Module, logits: int, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Return whether a router's weights are in proportion to sigmoids of its logits; to a softmax, or to something else, if not.
+
+    Tried with weights and hidden states of its own: a router that starts at zero weighs alike either way. args, kwargs: of a
+    call, the hidden states first. logits: which of its outputs.
+    """
+    dice = torch.Generator().manual_seed(0)
+
+    def drawn(parameter: torch.Tensor) -> torch.Tensor:
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 has none of it here
+        width = shape[-1] if shape else 1
+        return (torch.randn(shape, generator=dice) / width**0.5).to(parameter.device, parameter.dtype)
+
+    hidden = torch.randn(*(1,) * (args[0].ndim - 2), _ROWS, args[0].shape[-1], generator=dice).to(args[0].device, args[0].dtype)
+    devices = [hidden.device] if hidden.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices), _parameters_as(router, drawn):
+        outputs = _as_tuple(router.forward(hidden, *args[1:], **kwargs))
+    scores = outputs[logits].float().sigmoid()
+    chosen = next(output for output in outputs if _are_ids(output))
+    of_chosen = scores.gather(1, chosen.long())
+    weights = next(output for output in outputs if _weigh(output, chosen)).float()
+    # shares of the chosen, to less than a softmax of such logits differs from sigmoids
+    errors = of_chosen / of_chosen.sum(-1, keepdim=True) - weights / weights.sum(-1, keepdim=True)
+    return errors.abs().mean().item() * chosen.shape[1] < _ROUNDED
+
+
+def weighs_choices(outputs: tuple) -> bool:
+    """Return whether a router's outputs hold the ids of several experts for each token, and their weights."""
+    chosen = next((output for output in outputs if _are_ids(output)), None)
+    return chosen is not None and chosen.shape[1] > 1 and any(_weigh(output, chosen) for output in outputs)
+
+
+def _are_ids(output: Any) -> bool:
+    return torch.is_tensor(output) and output.dtype in (torch.int64, torch.int32) and output.ndim == 2
+
+
+def _weigh(output: Any, chosen: torch.Tensor) -> bool:
+    return torch.is_tensor(output) and output.is_floating_point() and output.shape == chosen.shape
+
+
 @contextmanager
-def _wide_parameters(module: nn.Module) -> Iterator[None]:
-    """Put fp32 copies in the place of parameters; autograd leads from them to the parameters."""
+def _parameters_as(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Put others in the place of parameters; where they are computed from them, autograd leads back."""
     held = [(each, dict(each._parameters)) for each in module.modules()]
     try:
         for each, parameters in held:
-            each._parameters.update({name: _wide(parameter) for name, parameter in parameters.items()})
+            each._parameters.update({name: p if p is None else change(p) for name, p in parameters.items()})
         yield
     finally:
         for each, parameters in held:
@@ -192,7 +234,7 @@ def _bias_of(causal: nn.Module, router: str) -> str | None:
     parent = router.rpartition(".")[0]
     inside = [router, *(f"{router}.{name}" for name, _ in modules[router].named_modules() if name)]
     for owner in (*inside, parent):
-        for leaf in BIASES:
+        for leaf in ROUTER_BIASES:
             if leaf in modules[owner]._parameters or leaf in modules[owner]._buffers:
                 return f"{owner}.{leaf}"
     return None

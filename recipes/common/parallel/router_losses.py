@@ -25,14 +25,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from recipes.common.model.routers import GLOBAL_BATCH, SEQUENCE, PlannedRouter, RouterPlan, compute_in_fp32
+from recipes.common.model.routers import (
+    GLOBAL_BATCH,
+    SEQUENCE,
+    PlannedRouter,
+    RouterPlan,
+    compute_in_fp32,
+    weighs_by_sigmoid,
+    weighs_choices,
+)
 from recipes.common.parallel.grid import Grid
 from recipes.common.runtime.device_copies import to_device
 
 Gradient = Callable[[torch.Tensor], torch.Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class MicroBatchCounts:
     """What one micro batch's tokens chose, on this rank and then over the ranks that share its loss."""
 
@@ -47,7 +55,7 @@ class MicroBatchCounts:
 
     def share(self, group: dist.ProcessGroup | None) -> None:
         """Begin to sum over the ranks, beside the computation."""
-        if group is not None:
+        if group is not None and self.counts.numel():  # of sequences, a stage may have no routers to count
             self.work = dist.all_reduce(self.counts, group=group, async_op=True)
 
     def total(self) -> tuple[torch.Tensor, int]:
@@ -78,6 +86,7 @@ class RouterLosses:
         # by router: tokens of each expert, and of the routers' softmax the sum of its entropies (nats), and how many
         self.counted = torch.zeros(len(plan.routers), plan.experts + 2, dtype=torch.float64, device=grid.device)
         self._by_sigmoid: dict[int, bool] = {}
+        self._calls: dict[int, tuple[tuple, dict[str, Any]]] = {}  # of routers whose scores are not known yet
         modules = dict(causal.named_modules())
         self.own = {index: modules[router.name] for index, router in enumerate(plan.routers) if router.name in modules}
         owners = {index: plan.routers[index].bias for index in self.own}
@@ -88,7 +97,7 @@ class RouterLosses:
         for row, (index, module) in enumerate(self.own.items()):
             if plan.fp32:
                 compute_in_fp32(module, plan.routers[index].logits)
-            module.register_forward_hook(partial(self._after_router, index, row, plan.routers[index]))
+            module.register_forward_hook(partial(self._after_router, index, row, plan.routers[index]), with_kwargs=True)
 
     @property
     def _per_sequence(self) -> bool:
@@ -150,7 +159,9 @@ class RouterLosses:
             direction = torch.sign(load.sum() - self.plan.experts * load)
             bias += (self.plan.bias_rate * direction).to(bias.dtype).view_as(bias)
 
-    def _after_router(self, index: int, row: int, router: PlannedRouter, module: nn.Module, args: Any, output: Any) -> Any:
+    def _after_router(
+        self, index: int, row: int, router: PlannedRouter, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> Any:
         outputs = output if isinstance(output, tuple) else (output,)
         logits = outputs[router.logits]
         if self._counts_ahead:
@@ -166,6 +177,8 @@ class RouterLosses:
             record.rows[index] = first_row + logits[..., 0].numel()
             with torch.no_grad():
                 self._count(record, index, row, outputs, logits, first_row)
+            if self._per_sequence and index not in self._by_sigmoid and index not in self._calls:
+                self._keep_call(index, outputs, args, kwargs)
         if not (self.plan.balances or self.plan.z_loss) or not logits.requires_grad:
             return None
         gradient = partial(self._gradient, record, index, row, first_row)
@@ -186,8 +199,6 @@ class RouterLosses:
         if not self.plan.balances or self._ahead is not None:
             return
         if self._per_sequence:
-            if index not in self._by_sigmoid:
-                self._by_sigmoid[index] = _by_sigmoid(outputs, logits, chosen)
             sequence = self._sequences(record, first_row, len(by_probability)).unsqueeze(1)
             flat = record.counts[row].view(-1)
             places = (sequence * experts + by_probability).flatten()
@@ -195,6 +206,19 @@ class RouterLosses:
         else:
             record.counts[:-1] += _count(by_probability, experts)
             record.counts[-1] += len(by_probability)
+
+    def _keep_call(self, index: int, outputs: tuple, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Keep how a router is called, to learn its scores in the first backward pass: recomputation must not see the trial."""
+        if args and weighs_choices(outputs):
+            self._calls[index] = (args[0].detach()[..., :1, :].clone(), *args[1:]), kwargs
+        else:
+            self._by_sigmoid[index] = False
+
+    def _weighs_by_sigmoid(self, index: int) -> bool:
+        if index not in self._by_sigmoid:
+            args, kwargs = self._calls.pop(index)
+            self._by_sigmoid[index] = weighs_by_sigmoid(self.own[index], self.plan.routers[index].logits, args, kwargs)
+        return self._by_sigmoid[index]
 
     def _sequences(self, record: MicroBatchCounts, first_row: int, rows: int) -> torch.Tensor:
         """Return which sequence of the micro batch each of a router's rows is of."""
@@ -229,7 +253,7 @@ class RouterLosses:
             length = record.local_length * self._grid.context
             scale = experts / (self.plan.chosen * length**2 * counts.shape[1])
             weight = (counts[row] * scale).float()[self._sequences(record, first_row, len(logits))]
-            by_sigmoid = self._by_sigmoid[index]
+            by_sigmoid = self._weighs_by_sigmoid(index)
         else:
             counts, number = record.total() if self._ahead is None else (self._ahead, self._batches_ahead)
             readers = self._grid.readers if self.plan.loss == GLOBAL_BATCH else 1
@@ -285,18 +309,3 @@ def _count(chosen: torch.Tensor, experts: int) -> torch.Tensor:
     ids = chosen.flatten().long().clamp(max=experts)
     ones = torch.ones(ids.shape, dtype=torch.float64, device=ids.device)
     return torch.zeros(experts + 1, dtype=torch.float64, device=ids.device).index_add_(0, ids, ones)[:experts]
-
-
-def _by_sigmoid(outputs: tuple, logits: torch.Tensor, chosen: torch.Tensor) -> bool:
-    """Return whether a router's weights are in proportion to sigmoids, not to a softmax. It waits for the device."""
-    if chosen.ndim != 2 or chosen.shape[1] < 2:
-        return False
-    for weights in outputs:
-        if torch.is_tensor(weights) and weights.is_floating_point() and weights.shape == chosen.shape:
-            share = weights.detach().float() / weights.detach().float().sum(-1, keepdim=True)
-            errors = []
-            for scores in (logits.float().sigmoid(), logits.float().softmax(-1)):
-                of_chosen = scores.gather(1, chosen.long())
-                errors.append((of_chosen / of_chosen.sum(-1, keepdim=True) - share).abs().mean().item())
-            return errors[0] < errors[1]
-    return False

@@ -1,12 +1,15 @@
 """A mixture whose biases move, stopped, resumed in another layout and exported, has the biases of a run that went through."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig
 
+from recipes.common.checkpoint.files import CheckpointError
+from recipes.common.checkpoint.resume import load_state
 from recipes.common.checks.tiny_model import shrink
 from recipes.common.recipe import AdamW, Layout, Router
 from tests.support.small_runs import call, masters, small_recipe, train_run, write_data
@@ -42,6 +45,13 @@ def test_stopped_resumed_elsewhere_and_exported(tmp_path):
     loaded = run_ranks(_loaded, 1, str(tmp_path / "hf"))[0]
     for name, bias in straight.items():
         assert loaded[name].equal(torch.from_numpy(bias)), name
+
+
+def test_a_checkpoint_without_the_biases_is_of_another_model():
+    stage = SimpleNamespace(whole_shapes={"gate.weight": (4, 8)}, persistent_buffers=lambda: [("gate.bias", torch.zeros(4))])
+    reader = SimpleNamespace(tensors={"gate.weight"}, shape=lambda name: (4, 8), folder="step_00000002")
+    with pytest.raises(CheckpointError, match=r"^step_00000002 holds another model: gate\.bias is not in it$"):
+        load_state(reader, SimpleNamespace(stage=stage, grid=None))
 
 
 def _loaded(folder):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GlmMoeDsaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GlmMoeDsaConfig
 
 from recipes.common.model.initial_weights import build_empty, name_seed
 from recipes.common.model.sharding import ShardSpec
@@ -21,6 +21,23 @@ def weights_of(config, seed=3):
 
     stage = build_stage(plan_model(config, attention="eager"), one_process(), seq_len=16, seed=seed)
     return dict(stage.hf_named_parameters())
+
+
+@pytest.mark.parametrize("family", ["roformer", "ernie4_5_moe"])
+def test_of_what_a_family_freezes_only_router_biases_become_buffers(family):
+    """A table of sines, which its constructor leaves empty, would be what the memory held; it stays frozen, and is refused."""
+    config = AutoConfig.for_model(
+        family, hidden_size=32, num_attention_heads=4, num_key_value_heads=4, intermediate_size=32, num_hidden_layers=2,
+        vocab_size=64, max_position_embeddings=32, moe_num_experts=4, moe_k=2, is_decoder=True,
+    )  # fmt: skip
+    causal = build_empty(config, "eager")
+    frozen = [name for name, parameter in causal.named_parameters() if not parameter.requires_grad]
+    buffers = {name: buffer for name, buffer in causal.named_buffers() if name in causal.state_dict()}
+    if family == "roformer":
+        assert len(frozen) == 1 and "embed_positions" in frozen[0] and not buffers
+    else:
+        assert not frozen and buffers and not any(bias.count_nonzero() for bias in buffers.values())
+        assert {name.rpartition(".")[2] for name in buffers} == {"e_score_correction_bias"}
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

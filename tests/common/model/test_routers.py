@@ -9,7 +9,8 @@ from recipes.common.checks.tiny_model import shrink
 from recipes.common.model.decoder import PlanError, find_stack
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.linears import route_products
-from recipes.common.model.routers import compute_in_fp32, find_routers, plan_routers
+from recipes.common.model.recompute import recompute
+from recipes.common.model.routers import compute_in_fp32, find_routers, plan_routers, weighs_by_sigmoid, weighs_choices
 from recipes.common.recipe import Layout, Router
 from tests.support.parity import trial_of
 from tests.support.tiny import ds_config, tiny_config
@@ -80,6 +81,61 @@ def test_a_router_in_fp32(family):
     assert error < 1e-5 < low_error
     assert types == [torch.float32, *low_types[1:]] and low_types[0] == torch.bfloat16
     assert gradient_error < 2**-7  # a weight's gradient is rounded to its own bf16
+
+
+class _Scored(torch.nn.Module):
+    """A router that starts at zero, in bf16, and weighs its choices by `score`."""
+
+    def __init__(self, score, *, normed=True):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(16, 32, dtype=torch.bfloat16))
+        self.score, self.normed = score, normed
+
+    def forward(self, hidden, *, bias):
+        logits = F.linear(hidden.view(-1, 32), self.weight)
+        scores = self.score(logits.float())
+        chosen = (scores + bias).topk(4).indices
+        weights = scores.gather(1, chosen)
+        return logits, (weights / weights.sum(-1, keepdim=True) if self.normed else 2.5 * weights).bfloat16(), chosen
+
+
+def _told():
+    def softmax(logits):
+        return logits.softmax(-1)
+
+    def root(logits):  # DeepSeek-V4's
+        return F.softplus(logits).sqrt()
+
+    call = (torch.zeros(2, 1, 32, dtype=torch.bfloat16),), {"bias": torch.arange(16) / 16}
+    routers = [_Scored(torch.sigmoid), _Scored(torch.sigmoid, normed=False), _Scored(softmax), _Scored(root)]
+    before = torch.get_rng_state()
+    found = [weighs_by_sigmoid(router, 0, *call) for router in routers]
+    assert before.equal(torch.get_rng_state()) and not any(router.weight.count_nonzero() for router in routers)
+    assert weighs_choices(routers[0](*call[0], **call[1])) and not weighs_choices((torch.zeros(2, 16),))
+    return found
+
+
+def test_what_weighs_the_choices_of_a_router_that_starts_at_zero():
+    assert run_ranks(_told, 1)[0] == [True, True, False, False]
+
+
+def _recomputed(keep_products):
+    """Return the gradient of a router in fp32, in a layer that is recomputed or (None) not, and of a linear after it."""
+    torch.manual_seed(0)
+    linears = [torch.nn.Linear(32, 32, bias=False, dtype=torch.bfloat16) for _ in range(2)]
+    layer = torch.nn.Sequential(*linears, torch.nn.Tanh())
+    compute_in_fp32(layer[0], 0)
+    layer[0].register_forward_hook(lambda module, args, output: output.bfloat16())
+    if keep_products is not None:
+        recompute(layer, keep_products=keep_products)
+    layer(torch.randn(5, 32, dtype=torch.bfloat16).requires_grad_()).float().square().sum().backward()
+    return [linear.weight.grad for linear in linears]
+
+
+def test_a_router_in_fp32_is_recomputed():
+    plain = run_ranks(_recomputed, 1, None)[0]
+    for keep_products in (False, True):
+        assert all(map(torch.equal, run_ranks(_recomputed, 1, keep_products)[0], plain)), keep_products
 
 
 def test_a_bf16_run_with_routers_in_fp32():

@@ -62,6 +62,11 @@ def test_families(family):
     assert_equal(gradient_trial(trial_of(config, 2, 1, 1, global_seqs=2, router=STRONG)))
 
 
+def test_a_router_of_sigmoids_that_starts_at_zero():
+    config = shrink(AutoConfig.for_model("afmoe"), Layout())
+    assert_equal(gradient_trial(trial_of(config, 1, 1, 1, global_seqs=2, router=SEQUENCE, recompute="selective")))
+
+
 def test_the_loss_is_not_for_nothing_and_adamw_keeps_pace():
     trial = trial_of(tiny_config("mixtral"), 2, 1, 1, global_seqs=4, router=STRONG)
     assert_equal(trial)
