@@ -9,11 +9,17 @@ import sys
 
 from recipes.common.parallel.family_plans import BUILT_IN_TENSOR
 from tests.support.planted_plans import SIZE, planted
-from tools.common.console import quiet_transformers
+from tools.common.console import UsageError, exit_code, quiet_transformers
 from tools.common.forked_ranks import run_ranks
 
 
 def main(families: list[str]) -> int:
+    return exit_code(lambda: _run(families))
+
+
+def _run(families: list[str]) -> int:
+    if unknown := [family for family in families if family not in BUILT_IN_TENSOR]:
+        raise UsageError(f"{', '.join(unknown)}: no tensor plan of our own. There are: {', '.join(sorted(BUILT_IN_TENSOR))}")
     quiet_transformers()
     entries, missed, inexact = 0, [], []
     for family in families or sorted(BUILT_IN_TENSOR):

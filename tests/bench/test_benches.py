@@ -125,10 +125,17 @@ def test_rehearsal():
     assert row["peak"] == pytest.approx(row["planned"], rel=0.2)
 
 
+def test_planted_plans():
+    called = call_bench("planted_plans", "bloom")
+    assert called.code == 0, called.err
+    assert re.search(r"bloom +(\d+) of \1 found", called.out)
+
+
 @pytest.mark.parametrize(
     ("bench", "flags", "message"),
     [
         ("rehearsal", ("nanogpt",), "nanogpt: not on the shelf"),
+        ("planted_plans", ("nanogpt",), "nanogpt: no tensor plan of our own"),
         ("spikes", (), "has no labels.csv"),
         ("spikes", ("--only", "causes", "--runs", 0), "--runs=0: must be 1 or more"),
         ("checkpoint", ("--folder", "/nowhere"), "there is no such folder"),
