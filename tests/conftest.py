@@ -3,6 +3,7 @@
 Tests that compute fork their ranks from here (tools.common.forked_ranks): a fork that inherits autograd or OpenMP threads hangs.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -20,8 +21,12 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+# imported once, before ranks are forked: what every rank would import again, on each of thousands of forks
+import deepspeed.module_inject.auto_ep_layer  # noqa: E402, F401
 import pytest  # noqa: E402
-import torch.utils.tensorboard  # noqa: E402, F401  imported once, before ranks are forked
+import requests  # noqa: E402, F401  by wandb
+import torch.utils.tensorboard  # noqa: E402, F401
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
 import wandb  # noqa: E402, F401
 
 from tests.support import supervised  # noqa: E402
@@ -37,6 +42,12 @@ LONG = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+
+
+def pytest_collection_finish(session):
+    """Set aside all that is imported by now: a forked rank that collects garbage does not look at it, nor copies its pages."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def draw_weights(
     units = list(_units(causal, root, prefix))
     for name, module, submodules in units:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(name_seed(seed, name))
+            torch.default_generator.manual_seed(name_seed(seed, name))  # `torch.manual_seed` takes 5 ms: it asks every device
             constants = _materialise(module, submodules)
             for _, child in submodules:
                 causal._init_weights(child)

@@ -129,7 +129,7 @@ def run_tests(names: list[str], say: Say, calls: Path | None = None) -> None:
     """Run tests by node id, or all under paths, until one fails (with `calls`: all)."""
     reporter = _Reporter(say, Calls(calls) if calls else None)
     first = () if calls else ("-x",)
-    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "-m", "not gpu")
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:timeout", "--tb=line", "-m", "not gpu")
     os.environ["SLOT_HELD"] = "1"
     code = pytest.main([*options, *first, *names], plugins=[reporter])
     if code not in (0, 1):  # a module of tests that cannot even be imported
