@@ -17,6 +17,7 @@ a rank than 1F1B does on its first stage.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from typing import NamedTuple
 
 from recipes.common.config.placement import FOLDED, ZERO_BUBBLE, chunk_count, chunks_of_rank, rank_of_chunk
@@ -64,12 +65,18 @@ def order_passes(schedule: str, pipeline: int, micro_batches: int, costs: tuple[
     if schedule != FOLDED:
         return [list(_one_chunk(pipeline, rank, micro_batches, schedule == ZERO_BUBBLE)) for rank in range(pipeline)]
     # several ways to be greedy, each best somewhere: the shortest is taken, the first of equals
-    found = [
-        _Folded(pipeline, micro_batches, costs, max_deferred, forward_first).order()
-        for max_deferred in (1, 2, pipeline, 2 * pipeline)
-        for forward_first in (False, True)
-    ]
-    return min(found, key=lambda each: each[0])[1]
+    shortest, orders, as_before = inf, [], set()
+    for max_deferred in (1, 2, pipeline, 2 * pipeline):
+        for forward_first in (False, True):
+            if forward_first in as_before:
+                continue
+            greedy = _Folded(pipeline, micro_batches, costs, max_deferred, forward_first)
+            span = greedy.run(shortest)
+            if span < shortest:
+                shortest, orders = span, greedy.passes
+            if not greedy.was_limited:
+                as_before.add(forward_first)  # a higher limit changes nothing
+    return orders
 
 
 def _one_chunk(pipeline: int, rank: int, micro_batches: int, zero_bubble: bool) -> Iterator[Pass]:
@@ -101,63 +108,79 @@ class _Folded:
     """Builds a greedy order of two chunks a rank: the pass that can start first runs; ties are broken by priority.
 
     max_deferred: weight gradients that a rank may defer before it computes one. forward_first: forward passes go before backward
-    ones.
+    ones. It costs a few list look-ups a pass: a rank's choice is made again only when it or a neighbour has ended a pass.
     """
 
     def __init__(
         self, pipeline: int, micro_batches: int, costs: tuple[Costs, ...], max_deferred: int, forward_first: bool
     ) -> None:
-        self.pipeline, self.micro_batches, self.costs = pipeline, micro_batches, costs
-        self.max_deferred, self.forward_first = max_deferred, forward_first
-        self.chunks = 2 * pipeline
-        self.done: dict[Pass, float] = {}  # when each ended
-        self.counts = {kind: [0] * self.chunks for kind in (FORWARD, INPUTS, WEIGHTS)}  # passes begun, by chunk
+        self.pipeline, self.micro_batches = pipeline, micro_batches
+        self.seconds = dict(zip((FORWARD, INPUTS, WEIGHTS), zip(*costs, strict=True), strict=True))
+        self.max_deferred, self.was_limited = max_deferred, False
+        self.priorities = {FORWARD: 0, INPUTS: 1} if forward_first else {FORWARD: 1, INPUTS: 0}
+        # when each pass ended, by kind and chunk: those of a chunk run in order, so a row's length counts them
+        self.ends = {kind: [[] for _ in range(2 * pipeline)] for kind in (FORWARD, INPUTS, WEIGHTS)}
+        # when what a pass needs had ended: the rows of the passes before it (see `needs`), which grow meanwhile
+        forward, inputs = self.ends[FORWARD], self.ends[INPUTS]
+        self.ready = {FORWARD: [[0.0] * micro_batches, *forward[:-1]], INPUTS: [*inputs[1:], forward[-1]]}
         self.clocks, self.passes = [0.0] * pipeline, [[] for _ in range(pipeline)]
 
-    def order(self) -> tuple[float, list[list[Pass]]]:
-        """Return (when the last pass ends, the passes of every rank)."""
+    def run(self, shortest: float) -> float:
+        """Fill `passes` and return when the last one ends; give up at infinity once that must be later than `shortest`."""
+        a_micro_batch = [sum(of_chunk) for of_chunk in zip(*self.seconds.values(), strict=True)]
+        needed = [self.micro_batches * (a_micro_batch[rank] + a_micro_batch[-1 - rank]) for rank in range(self.pipeline)]
         nexts = [self._next(rank) for rank in range(self.pipeline)]
-        while any(nexts):
-            rank = min((rank for rank, option in enumerate(nexts) if option), key=lambda rank: nexts[rank][0])
-            start, _, step = nexts[rank]
-            self.clocks[rank] = self.done[step] = start + self.costs[step.chunk].of(step.kind)
-            self.counts[step.kind][step.chunk] += 1
-            self.passes[rank].append(step)
-            for other in {rank, max(rank - 1, 0), min(rank + 1, self.pipeline - 1)}:
-                nexts[other] = self._next(other)
-        return max(self.clocks), self.passes
+        starts = [option[0] for option in nexts]
+        while (start := min(starts)) < inf:
+            rank = starts.index(start)
+            *_, kind, chunk = nexts[rank]
+            needed[rank] += start - self.clocks[rank]  # and what it lost
+            if needed[rank] > shortest * (1 + 1e-9):  # no rounding makes up for that
+                return inf
+            row = self.ends[kind][chunk]
+            self.passes[rank].append(Pass(kind, len(row), chunk))
+            self.clocks[rank] = start + self.seconds[kind][chunk]
+            row.append(self.clocks[rank])
+            for changed in {rank, self._waiting(kind, chunk, rank)}:
+                nexts[changed] = self._next(changed)
+                starts[changed] = nexts[changed][0]
+        return max(self.clocks)
 
-    def _next(self, rank: int) -> tuple[float, tuple[int, int], Pass] | None:
-        """Return (when it can start, its priority, the pass) of what a rank runs next; None if nothing can start."""
-        forward, inputs, weights = (self.counts[kind] for kind in (FORWARD, INPUTS, WEIGHTS))
-        own = chunks_of_rank(FOLDED, self.pipeline, rank)
-        deferred = {chunk: inputs[chunk] - weights[chunk] for chunk in own if inputs[chunk] > weights[chunk]}
+    def _next(self, rank: int) -> tuple[float, int, int, str, int]:
+        """Return (when it can start, its priority, -chunk, kind, chunk) of what a rank runs next; at infinity if nothing can."""
+        clock, low, high = self.clocks[rank], rank, 2 * self.pipeline - 1 - rank
+        forward, inputs, weights = self.ends.values()
+        owed_low, owed_high = len(inputs[low]) - len(weights[low]), len(inputs[high]) - len(weights[high])
         options = []
-        if deferred:
-            chunk = max(deferred, key=lambda chunk: (deferred[chunk], chunk))
-            options.append((self.clocks[rank], (2, -chunk), Pass(WEIGHTS, weights[chunk], chunk)))
-            if sum(deferred.values()) > self.max_deferred:
+        if owed_low or owed_high:
+            chunk = high if owed_high >= owed_low else low
+            options.append((clock, 2, -chunk, WEIGHTS, chunk))
+            if owed_low + owed_high > self.max_deferred:
+                self.was_limited = True
                 return options[0]
-        in_flight = sum(forward[chunk] - weights[chunk] for chunk in own)
-        for chunk in own:
+        in_flight = len(forward[low]) - len(weights[low]) + len(forward[high]) - len(weights[high])
+        for chunk in (low, high):
             # at most as many activations as 1F1B's first stage holds; downward passes keep one slot free, or upward passes could
             # deadlock
-            max_in_flight = self.chunks if chunk >= self.pipeline else self.chunks - 1
-            if in_flight < max_in_flight:
-                options += self._option(Pass(FORWARD, forward[chunk], chunk), 0 if self.forward_first else 1)
-            options += self._option(Pass(INPUTS, inputs[chunk], chunk), 1 if self.forward_first else 0)
-        return min(options) if options else None
+            if in_flight < 2 * self.pipeline - (chunk == low):
+                options += self._option(clock, FORWARD, chunk)
+            if len(inputs[chunk]) < len(forward[chunk]):
+                options += self._option(clock, INPUTS, chunk)
+        return min(options, default=(inf, 0, 0, "", 0))
 
-    def _option(self, step: Pass, priority: int) -> list[tuple[float, tuple[int, int], Pass]]:
-        if step.micro_batch == self.micro_batches:
+    def _waiting(self, kind: str, chunk: int, rank: int) -> int:
+        """Return the rank whose choice `chunk`'s last pass changes beside its own `rank`'s: the next chunk's, if it waits."""
+        target = chunk + 1 if kind == FORWARD else chunk - 1
+        if kind == WEIGHTS or not 0 <= target < 2 * self.pipeline:
+            return rank
+        waits = len(self.ends[kind][target]) + 1 == len(self.ends[kind][chunk])
+        return rank_of_chunk(FOLDED, self.pipeline, target) if waits else rank
+
+    def _option(self, clock: float, kind: str, chunk: int) -> list[tuple[float, int, int, str, int]]:
+        ready, micro_batch = self.ready[kind][chunk], len(self.ends[kind][chunk])
+        if micro_batch >= min(len(ready), self.micro_batches):
             return []
-        own_forward = Pass(FORWARD, step.micro_batch, step.chunk)
-        needed = [before for before in (needs(step, self.chunks), own_forward if step.kind == INPUTS else None) if before]
-        if any(before not in self.done for before in needed):
-            return []
-        rank = rank_of_chunk(FOLDED, self.pipeline, step.chunk)
-        start = max([self.clocks[rank], *(self.done[before] for before in needed)])
-        return [(start, (priority, -step.chunk), step)]
+        return [(max(clock, ready[micro_batch]), self.priorities[kind], -chunk, kind, chunk)]
 
 
 def finish_times(orders: list[list[Pass]], costs: tuple[Costs, ...]) -> list[float]:

@@ -92,10 +92,12 @@ def executor_program(orders: list[list[Pass]], schedule: str, rank: int, streams
     last: Pass | None = None
     for index, step in enumerate(orders[rank]):
         for message in map(received, orders[rank][index : index + ahead + 1]):
-            while message is not None and message in coming[sender[message]]:
+            while message in sender:
                 stage = sender[message]
                 channel = _channel("down" if stage < rank else "up", rank, stage, streams)
-                program.append(Operation(coming[stage].popleft(), (channel,), last))
+                posted = coming[stage].popleft()
+                del sender[posted]
+                program.append(Operation(posted, (channel,), last))
         program.append(Operation(step, (_COMPUTE,), received(step)))
         for to, message in sent_messages([step], schedule, pipeline):
             program.append(Operation(message, (_channel("down" if to > rank else "up", rank, to, streams),), step))

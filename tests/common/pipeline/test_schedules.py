@@ -1,6 +1,7 @@
 """Schedules as data: every pass once, in an order that no message can block, with the bubble and the memory that they promise."""
 
 from collections import Counter
+from hashlib import blake2b
 
 import pytest
 
@@ -150,3 +151,26 @@ def test_no_rank_keeps_more_than_1f1bs_first_stage(schedule, pipeline, micro_bat
         assert most <= (chunks if schedule == FOLDED else min(pipeline - rank, micro_batches))
         if schedule == ZERO_BUBBLE:
             assert most_owed <= rank
+
+
+# digests of orders found by choosing anew after every pass: (stages, micro batches) -> of chunks that cost the same, and
+# of chunks that do not
+FOLDED_ORDERS = {
+    (2, 1): ("d2278e0800d5b1fd", "d2278e0800d5b1fd"),
+    (2, 7): ("ac9ad562398c877b", "99608e674c7f1cb3"),
+    (3, 2): ("5efdd56c234e77d9", "5efdd56c234e77d9"),
+    (4, 3): ("55f9b4fe2394ed37", "d4da4a1d73f5786e"),
+    (4, 9): ("727551ee9906d785", "70de0373d8211d4e"),
+    (8, 16): ("42856ecfd3ced308", "c9c61b08add32b96"),
+    (16, 64): ("5b8d561935c7c279", "764804e215538602"),
+}
+
+
+@pytest.mark.parametrize(("depth", "digests"), FOLDED_ORDERS.items())
+def test_folded_orders_are_those_of_choosing_anew_after_every_pass(depth, digests):
+    even = evenly(FOLDED, depth[0], UNEVEN)
+    uneven = tuple(Costs(1 + c % 3 / 4, 1.25 + c % 5 / 8, 0.75 + c % 2 / 8) for c in range(2 * depth[0]))
+    for costs, digest in zip((even, uneven), digests, strict=True):
+        orders = order_passes(FOLDED, *depth, costs)
+        text = " ".join(f"{kind}{micro_batch}.{chunk}" for order in orders for kind, micro_batch, chunk in order)
+        assert blake2b(text.encode(), digest_size=8).hexdigest() == digest
