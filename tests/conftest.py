@@ -21,15 +21,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
-# imported once, before ranks are forked: what every rank would import again, on each of thousands of forks
-import deepspeed.module_inject.auto_ep_layer  # noqa: E402, F401
 import pytest  # noqa: E402
-import requests  # noqa: E402, F401  by wandb
-import torch.utils.tensorboard  # noqa: E402, F401
-import transformers.models.llama.modeling_llama  # noqa: E402, F401
-import wandb  # noqa: E402, F401
-
-from tests.support import supervised  # noqa: E402
 
 # files of few long tests, begun first: one that comes last keeps one worker busy while the other has nothing left
 LONG = (
@@ -45,7 +37,15 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """Set aside all that is imported by now: a forked rank that collects garbage does not look at it, nor copies its pages."""
+    """Import what every rank would import again on each of thousands of forks, and set it aside.
+
+    A forked rank that collects garbage does not look at it, nor copies its pages.
+    """
+    if session.config.pluginmanager.hasplugin("dsession"):  # it hands tests to other processes, and runs none
+        return
+    if "tools.common.forked_ranks" in sys.modules:  # some test forks ranks
+        from tests.support import forked_jobs  # noqa: F401
+
     gc.collect()
     gc.freeze()
 
@@ -53,6 +53,8 @@ def pytest_collection_finish(session):
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory):
     """(recipe file, run directory): under the supervisor on 2 ranks, interrupted by nobody. Broken runs are held to it."""
+    from tests.support import supervised  # imports what a rank does
+
     folder = tmp_path_factory.mktemp("straight")
     recipe, run_dir = supervised.recipe_copy(folder), folder / "straight"
     assert supervised.supervise(recipe, run_dir).wait(120) == 0, supervised.output(run_dir)

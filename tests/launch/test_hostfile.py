@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from recipes.common.recipe import ROOT
+from tests.support.forked_jobs import LAUNCHER
 from tests.support.small_runs import assert_same_state
 from tests.support.supervised import (
-    FORKED,
     assert_all_end,
     ends,
     environment,
@@ -78,6 +78,6 @@ def test_two_hosts_train_as_one_and_go_on_after_a_cut_cable(hosts, tmp_path):
     assert finished["cause"] == "finished"
 
     one = tmp_path / "one"
-    assert supervise(recipe, one, launcher=FORKED + " 4").wait(120) == 0, output(one)
+    assert supervise(recipe, one, launcher=f"{LAUNCHER} 4").wait(120) == 0, output(one)
     assert losses(run_dir) == losses(one)
     assert_same_state(one, run_dir, 0.0)

@@ -15,10 +15,10 @@ from recipes.common.recipe import ROOT
 from recipes.common.run_dir.attempts import read_attempts
 from recipes.common.run_dir.heartbeat import Beat, read_beats
 from recipes.common.run_dir.metrics import read_metrics
+from tests.support.forked_jobs import LAUNCHER, ForkedProcess, start_job
 from tests.support.launched import copy_repository
 
 END_SECONDS = 15.0  # what is promised: from a rank's death to the last process's end, on every host
-FORKED = f"{sys.executable} -m tests.support.forked_launcher"
 STEPS = 40
 SETTINGS = """
 from dataclasses import replace  # noqa
@@ -38,13 +38,19 @@ def environment() -> dict[str, str]:
 
 
 def supervise(
-    recipe: Path, run_dir: Path, *options: object, launcher: str = FORKED + " 2", flags: tuple = ()
-) -> subprocess.Popen:
-    """Start the supervisor; its output and its ranks' goes to RUN_DIR.out."""
+    recipe: Path, run_dir: Path, *options: object, launcher: str = f"{LAUNCHER} 2", flags: tuple = ()
+) -> subprocess.Popen | ForkedProcess:
+    """Start the supervisor; its output and its ranks' goes to RUN_DIR.out.
+
+    With the launcher of `forked_jobs`, supervisor and ranks are forks of this process; with any other, a program of its own.
+    """
     words = ["--backoff-seconds", "0.1", "--no-preflight", *options, "--launcher", launcher, recipe, "--out-dir", run_dir, *flags]
-    command = [sys.executable, ROOT / "tools" / "supervise" / "__main__.py", *words]
+    words = [str(word) for word in words]
     with run_dir.with_suffix(".out").open("ab") as output:
-        return subprocess.Popen([str(word) for word in command], env=environment(), stdout=output, stderr=output)
+        if launcher.split()[0] == LAUNCHER:
+            return start_job(words, output.fileno())
+        command = [sys.executable, str(ROOT / "tools" / "supervise" / "__main__.py"), *words]
+        return subprocess.Popen(command, env=environment(), stdout=output, stderr=output)
 
 
 def output(run_dir: Path) -> str:
@@ -58,7 +64,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 90.0, what: obj
         time.sleep(0.02)
 
 
-def wait_for_step(job: subprocess.Popen | None, run_dir: Path, step: int, since: float = 0.0) -> list[Beat]:
+def wait_for_step(job: subprocess.Popen | ForkedProcess | None, run_dir: Path, step: int, since: float = 0.0) -> list[Beat]:
     """Until every rank of the newest attempt is at `step` or later, and alive. Gives their heartbeats."""
 
     def there() -> bool:
@@ -68,6 +74,11 @@ def wait_for_step(job: subprocess.Popen | None, run_dir: Path, step: int, since:
 
     wait_until(there, what=lambda: output(run_dir)[-3000:])
     return [beat for beat in read_beats(run_dir) if beat.time >= since]
+
+
+def processes_under(supervisor: ForkedProcess) -> list[psutil.Process]:
+    """A forked supervisor's launcher, ranks, and their guards."""
+    return psutil.Process(supervisor.pid).children(recursive=True)
 
 
 def processes_of(run_dir: Path) -> list[psutil.Process]:

@@ -18,10 +18,11 @@ import psutil
 from recipes.common.run_dir.heartbeat import FOLDER as HEARTBEATS
 from tests.bench.faults.blows import deal, lose_heartbeats
 from tests.bench.faults.harms import KEPT, do_harm
-from tests.bench.faults.jobs import STEPS, Prepare, start_job, write_recipe
+from tests.bench.faults.jobs import STEPS, start_trial, write_recipe
 from tests.bench.faults.judge import Curve, curve, last_problems, sealed_problems, stop_problems
 from tests.bench.faults.plans import Blow, FaultTrial
 from tests.bench.faults.planted import Injector, PlantedFault, wrap_calls
+from tests.support.forked_jobs import Prepare
 
 LIMIT_SECONDS = 200.0  # for a command; a hang is found within 12 s, in a start or a save within 40
 GONE_SECONDS = 20.0  # after the supervisor's end, for its ranks' (15 are promised)
@@ -196,7 +197,7 @@ def run_command(
     if how == "cut pipe":
         os.close(reader)
         reader = -1
-    first = start_job(recipe, ranks, run_dir, writer, prepare)
+    first = start_trial(recipe, ranks, run_dir, writer, prepare)
     if writer != file:
         os.close(writer)
     running: dict[int, bool] = {first: False}  # process -> of the other recipe
@@ -215,7 +216,7 @@ def run_command(
             del due[blow]
             if blow.what == "second job":
                 words = (other_recipe if blow.other else recipe, ranks, run_dir, file, Prepare())
-                running[start_job(*words)] = blow.other
+                running[start_trial(*words)] = blow.other
             elif blow.what == "close pipe":
                 reader = _close(reader)
             elif blow.what == "heartbeats":

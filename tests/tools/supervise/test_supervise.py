@@ -16,15 +16,15 @@ from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
 from recipes.common.run_dir.heartbeat import read_beats
 from recipes.common.run_dir.lease import FOLDER, held
 from recipes.common.runtime.supervisor_link import WAITING_FUNCTION
+from tests.support.forked_jobs import LAUNCHER
 from tests.support.small_runs import assert_same_state
 from tests.support.supervised import (
-    FORKED,
     STEPS,
     assert_all_end,
     ends,
     losses,
     output,
-    processes_of,
+    processes_under,
     recipe_copy,
     supervise,
     wait_for_step,
@@ -45,19 +45,19 @@ def test_a_killed_rank_a_killed_launcher_and_a_stopped_rank(straight, tmp_path):
     supervisor = supervise(recipe, run_dir, "--hang-seconds", 4)
 
     beats = wait_for_step(supervisor, run_dir, 12)
-    everyone = processes_of(run_dir)
+    everyone = processes_under(supervisor)
     assert len(everyone) == 2 * 2 + 1  # ranks, guards, the launcher
     os.kill(beats[1].pid, signal.SIGKILL)
     assert_all_end(everyone)
 
     beats = wait_for_step(supervisor, run_dir, 22, since=time.time())
-    everyone = processes_of(run_dir)
+    everyone = processes_under(supervisor)
     (launcher,) = psutil.Process(supervisor.pid).children()
     launcher.kill()
     assert_all_end(everyone)
 
     beats = wait_for_step(supervisor, run_dir, 32, since=time.time())
-    everyone = processes_of(run_dir)
+    everyone = processes_under(supervisor)
     os.kill(beats[1].pid, signal.SIGSTOP)
     assert supervisor.wait(120) == 0, output(run_dir)
     assert_all_end(everyone)
@@ -85,7 +85,7 @@ def test_a_killed_supervisor_takes_all_down_and_one_asked_to_end_saves(straight,
     run_dir = tmp_path / "run"
     supervisor = supervise(recipe, run_dir)
     wait_for_step(supervisor, run_dir, 12)
-    everyone = processes_of(run_dir)
+    everyone = processes_under(supervisor)
     supervisor.kill()
     assert_all_end(everyone)
     supervisor.wait()
@@ -93,7 +93,7 @@ def test_a_killed_supervisor_takes_all_down_and_one_asked_to_end_saves(straight,
     since = time.time()
     supervisor = supervise(recipe, run_dir, flags=("--resume",))
     wait_for_step(supervisor, run_dir, 15, since)
-    everyone = processes_of(run_dir)
+    everyone = processes_under(supervisor)
     supervisor.send_signal(signal.SIGTERM)
     assert supervisor.wait(30) == 75, output(run_dir)
     assert_all_end(everyone, 1)
@@ -111,7 +111,7 @@ def test_ranks_may_change_between_restarts(straight, tmp_path):
     recipe, one_layout = straight
     run_dir, hostfile = tmp_path / "run", tmp_path / "hostfile"
     hostfile.write_text("localhost slots=4\n")
-    launcher = FORKED + " {hostfile}"
+    launcher = LAUNCHER + " {hostfile}"
     supervisor = supervise(recipe, run_dir, "--hostfile", hostfile, launcher=launcher, flags=("--max-steps", 26))
     since = 0.0
     for step, slots in ((12, 8), (22, 2)):
