@@ -4,7 +4,8 @@
     python -m tools.changed check runs/mine --segment 1     # against an earlier one
 
 Reads all of the run's data that nobody has read since it was prepared. What can change a number is missing, and the exit code
-is 1; what cannot is a note. The environment is that of this shell: launchers set variables of their own.
+is 1; what cannot is a note. A variable of the environment is missing if neither this shell nor the launch scripts (launch/env.sh)
+would set it as in the run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +24,9 @@ import torch
 from recipes.common.config.fact_effects import CHANGES_LOSS, effect_of_fact
 from recipes.common.data.blend import data_folders
 from recipes.common.engine.determinism import set_determinism
-from recipes.common.recipe import Recipe, from_root
+from recipes.common.recipe import ROOT, Recipe, from_root
 from recipes.common.record.data_content import folder_names
+from recipes.common.record.environment import environment_facts
 from recipes.common.record.recording import facts_here
 from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
 from recipes.common.run_dir.segments import FOLDER, PATCH, Segment, canonical, read_segments
@@ -58,7 +61,7 @@ def run(flags: argparse.Namespace) -> int:
     set_determinism(recipe.determinism)  # as a run does: the switches of torch are facts
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     found = [
-        *missing_here(segment, facts_here(recipe, device, data_seconds=math.inf), recipe, flags.run),
+        *missing_here(segment, facts_here(recipe, device, data_seconds=math.inf), recipe, flags.run, launched_facts()),
         *_missing_of_the_run(flags.run),
     ]
     found.sort(key=lambda each: not each.matters)
@@ -80,13 +83,27 @@ def _segment(run_dir: Path, index: int | None) -> Segment:
     return chosen[0]
 
 
-def missing_here(segment: Segment, here: Mapping[str, Any], recipe: Recipe, run_dir: Path) -> list[Missing]:
-    """Return every fact of `segment` that a machine can have and that is not so here. here: from `facts_here`."""
+def launched_facts() -> dict[str, str]:
+    """Return the facts of the environment that the launch scripts make of this shell's."""
+    command = ["bash", "-c", 'source "$1" && env -0', "bash", str(ROOT / "launch/env.sh")]
+    said = subprocess.run(command, capture_output=True, check=True).stdout.decode(errors="surrogateescape")
+    return environment_facts(dict(line.split("=", 1) for line in said.split("\0") if "=" in line))
+
+
+def missing_here(
+    segment: Segment, here: Mapping[str, Any], recipe: Recipe, run_dir: Path, launched: Mapping[str, str]
+) -> list[Missing]:
+    """Return every fact of `segment` that a machine can have and that is not so here.
+
+    here: from `facts_here`. launched: of the environment, what a launch script would make of it.
+    """
     names = dict.fromkeys(name for name in (*segment.facts, *here) if _is_of_a_machine(name))
     found = []
     for name in names:
         then, now = segment.facts.get(name, ABSENT), here.get(name, ABSENT)
         if canonical(_kind(name, then)) == canonical(_kind(name, now)) or _is_no_lack(name, segment.facts, here):
+            continue
+        if _is_set_at_launch(name, then, launched):
             continue
         matters = effect_of_fact(name) in CHANGES_LOSS and not (name.startswith("git.") and _is_same_code(segment.facts, here))
         found.append(Missing(name, then, now, _cure(name, segment, recipe, run_dir), matters))
@@ -125,6 +142,12 @@ def _is_no_lack(name: str, then: Mapping[str, Any], here: Mapping[str, Any]) -> 
     if group == "git":  # the commit of another code
         return not _is_same_code(then, here) and "code.hash" in then
     return group == "torch" and name not in here  # a switch for GPUs, on a machine without
+
+
+def _is_set_at_launch(name: str, then: Any, launched: Mapping[str, str]) -> bool:
+    if name == "threads.torch":
+        return str(then) == launched.get("environment.OMP_NUM_THREADS")
+    return name in launched and then == launched[name]
 
 
 def _is_same_code(then: Mapping[str, Any], here: Mapping[str, Any]) -> bool:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from recipes.common.config.fact_effects import ENVIRONMENT_EFFECTS
 from recipes.common.recipe import Checkpoints, Evaluation
-from recipes.common.record.environment import NAMES, environment_facts
+from recipes.common.record.environment import environment_facts
 from recipes.common.record.machine import host_facts, library_facts
 from recipes.common.record.recording import Gathered, facts_of_hosts, facts_of_ranks
 from recipes.common.run_dir.segments import changed_facts, read_chain, read_segments
@@ -63,7 +64,11 @@ def test_the_variables_that_matter_are_listed_by_name_and_no_secret_is() -> None
     secret = {"WANDB_API_KEY": "a", "HF_TOKEN": "b", "AWS_SECRET_ACCESS_KEY": "c", "NCCL_ALGO_SECRET": "d", "HOME": "/root"}
     facts = environment_facts(secret | {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
     assert facts == {"environment.NCCL_ALGO": "Ring", "environment.CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    assert not [name for name in NAMES if any(word in name for word in ("KEY", "TOKEN_", "SECRET", "PASSWORD", "CREDENTIAL"))]
+    assert not [
+        name
+        for name in ENVIRONMENT_EFFECTS
+        if any(word in name for word in ("KEY", "TOKEN_", "SECRET", "PASSWORD", "CREDENTIAL"))
+    ]
 
 
 @pytest.mark.parametrize("name", VARIABLES.split())

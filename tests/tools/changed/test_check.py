@@ -13,7 +13,7 @@ from recipes.common.recipe import Checkpoints, Evaluation
 from recipes.common.run_dir.segments import Segment, read_segments
 from tests.support.small_runs import call, run
 from tests.support.tiny import tiny_recipe, write_shards
-from tools.changed.check import missing_here
+from tools.changed.check import launched_facts, missing_here
 
 RECIPE = tiny_recipe(Path("/data/web"))
 FACTS: dict[str, Any] = {
@@ -40,12 +40,16 @@ FACTS: dict[str, Any] = {
 }
 
 
-def found(here: dict[str, Any], gone: tuple[str, ...] = ()) -> list[tuple[str, bool, str]]:
+def found(
+    here: dict[str, Any], gone: tuple[str, ...] = (), launched: dict[str, str] | None = None
+) -> list[tuple[str, bool, str]]:
     segment = Segment(
         index=1, cause="start", step=0, attempt=1, time="", run_id="", previous="", hash="", facts=FACTS, origins={}
     )
     now = {name: value for name, value in {**FACTS, **here}.items() if name not in gone}
-    return [(each.fact, each.matters, each.cure) for each in missing_here(segment, now, RECIPE, Path("runs/mine"))]
+    return [
+        (each.fact, each.matters, each.cure) for each in missing_here(segment, now, RECIPE, Path("runs/mine"), launched or {})
+    ]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +90,18 @@ def test_what_is_no_lack() -> None:
     more = {"host.0.name": "node-b", "host.0.gpus": ["H100"], "package.black.version": "1", "package.black.files": "sha256:9"}
     assert found(more) == []
     assert found({}, ("torch.tf32_matmul",)) == []  # no GPU here: the GPUs say so
+
+
+def test_what_the_launch_scripts_set_is_no_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"environment.NCCL_ALGO": "Ring", "environment.OMP_NUM_THREADS": "8"}
+    assert found({"threads.torch": 2}, ("environment.NCCL_ALGO",), told) == []
+    told = {"environment.NCCL_ALGO": "Tree", "environment.OMP_NUM_THREADS": "1"}
+    lacks = found({"threads.torch": 2}, ("environment.NCCL_ALGO",), told)
+    assert [fact for fact, *_ in lacks] == ["environment.NCCL_ALGO", "threads.torch"]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    launched = launched_facts()
+    assert (launched["environment.OMP_NUM_THREADS"], launched["environment.NCCL_DEBUG"]) == ("1", "INFO")
 
 
 def test_a_run_on_its_own_machine_and_then_with_another_byte(tmp_path: Path) -> None:

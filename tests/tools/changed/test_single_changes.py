@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from recipes.common.config.ds_config import merge_ds_config
-from recipes.common.config.fact_effects import DEEPSPEED_EFFECTS, ENVIRONMENT_EFFECTS, effect_of_fact
+from recipes.common.config.fact_effects import DEEPSPEED_EFFECTS, effect_of_fact
 from recipes.common.config.field_effects import Effect
 from recipes.common.recipe import (
     SGD,
@@ -34,7 +34,7 @@ from recipes.common.recipe import (
 )
 from recipes.common.record import recipe_facts as recording
 from recipes.common.record.data_content import data_facts
-from recipes.common.record.environment import NAMES, environment_facts
+from recipes.common.record.environment import environment_facts
 from recipes.common.record.packages import package_facts
 from recipes.common.record.recording import facts_of_hosts, facts_of_ranks
 from recipes.common.record.source_code import code_facts
@@ -438,7 +438,6 @@ def test_every_fact_that_a_run_records_has_a_class_of_its_own(real):
     unknown = [n for n in unknown if n.removeprefix("deepspeed.") not in DEEPSPEED_EFFECTS]
     allowed = ("git.", "code.", "algorithm.", "seed.", "tokenizer.", "record.", "environment.LD_", "environment.PYTHONPATH")
     assert [n for n in unknown if not n.startswith(allowed) and not n.endswith(".tokenizer")] == []
-    assert set(NAMES) - ENVIRONMENT_EFFECTS.keys() == set()
 
 
 def test_a_record_written_with_a_change_shows_it_at_its_segment(real, root, tmp_path):
