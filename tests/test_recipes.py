@@ -145,7 +145,10 @@ def test_dry_run_of_llama_1b_on_64_gpus_takes_seconds(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+SAME_AT_THIS_WIDTH = {"llama_405b", "llama_8b", "llama_8b_continued"}  # as llama_70b
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - SAME_AT_THIS_WIDTH))
 def test_the_numerics_gate_passes_at_tiny_width(name):
     shared = any(layout.sequence_parallel for layout in RECIPES[name].layouts.values())
     context = 2 if any(layout.context > 1 for layout in RECIPES[name].layouts.values()) else 1

@@ -27,7 +27,7 @@ OPTIONS = (
 
 def trial_of(config: PreTrainedConfig, pipeline: int, tensor: int, data: int, **fields: Any) -> Trial:
     options = {name: fields.pop(name) for name in OPTIONS if name in fields}
-    defaults = {"optimizer": ADAMW, "deepspeed": ds_config("zero1_fp32.json")}
+    defaults = {"optimizer": ADAMW, "deepspeed": ds_config("zero1_fp32.json"), "global_seqs": 4}
     return Trial(
         model=config,
         layout=Layout(pipeline=pipeline, tensor=tensor, **options),
