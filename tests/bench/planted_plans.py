@@ -5,6 +5,7 @@
 Exits 1 if one is not found, or if a plan as it is is not exact.
 """
 
+import argparse
 import sys
 
 from recipes.common.parallel.family_plans import BUILT_IN_TENSOR
@@ -13,8 +14,11 @@ from tools.common.console import UsageError, exit_code, quiet_transformers
 from tools.common.forked_ranks import run_ranks
 
 
-def main(families: list[str]) -> int:
-    return exit_code(lambda: _run(families))
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.planted_plans", description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="a family with a plan of our own (default: all)")
+    flags = parser.parse_args(argv)
+    return exit_code(lambda: _run(flags.families))
 
 
 def _run(families: list[str]) -> int:
@@ -38,4 +42,4 @@ def _run(families: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

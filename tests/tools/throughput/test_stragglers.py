@@ -146,7 +146,7 @@ def test_all_ranks_of_a_run_share_the_false_calls():
     assert stage[0].called and not run_of_three[0].called
 
 
-STEPS, SLOW_RANK, SLOWER_SECONDS = 12, 1, 0.02
+STEPS, SLOW_RANK, SLOWER_SECONDS = 12, 1, 0.06
 
 
 def test_a_rank_that_computes_slowly_is_told_from_those_that_wait_for_it(tmp_path):

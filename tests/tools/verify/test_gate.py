@@ -108,12 +108,12 @@ def test_the_table_names_where():
 
 
 def test_rounding_that_adam_adds_up_is_allowed_and_shown():
-    """In this layout the third step's gradient norm is off by 1e-6, for no other reason than the order of its sums."""
+    """In this layout the third step's gradient norm is off by 1e-8 to 3e-6, as the processor sums, and for no other reason."""
     layout = "tensor=2,pipeline=2,data=1,sequence_parallel=1"
     code, out, _ = call(QUICKSTART, "--layout", layout, "--steps", "3", "--seq-len", "32", "--json")
     rows = {row["what"]: row for row in json.loads(out)["rows"]}
     assert code == 0
-    assert rows["gradient norm"]["floor"] > 1e-7 and rows["gradient, fp32"]["bound"] <= 1e-5
+    assert 0 < rows["gradient norm"]["floor"] < rows["gradient norm"]["bound"] and rows["gradient, fp32"]["bound"] <= 1e-5
 
 
 def test_a_model_that_sees_the_future_is_refused(tmp_path):
