@@ -65,6 +65,15 @@ def library_bytes(groups: int, bucket_elements: float, gradient_bytes: float) ->
     return CONTEXT_BYTES + GROUP_BYTES * groups + bucket_elements * (3.0 * gradient_bytes + 2.0 * 2.0)
 
 
+def loss_bytes(logits: float, head: float, width: float) -> float:
+    """Return the bytes of a chunk's loss and of the head's gradient, from their elements.
+
+    width: bytes of an activation. The logits' gradient takes their place, beside exponentials in fp32; the head's is added up in
+    fp32, and rescaled in the weights' precision.
+    """
+    return (width + 4.0) * logits + (width + 4.0) * head
+
+
 def stage_totals(terms: np.ndarray, case: MemoryCase) -> np.ndarray:
     """Return the bytes [stages] that the driver would show at the peak."""
     k = dict(zip(TERMS, terms, strict=True))

@@ -22,12 +22,10 @@ from tools.common.console import UsageError
 from tools.common.devices import Device
 from tools.plan.activations import TRAFFIC_PER_SAVED, LayerBytes, layer_activations
 from tools.plan.context_cost import ContextCost, context_cost
-from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes, state_bytes
+from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes, loss_bytes, state_bytes
 from tools.plan.time_model import Cases
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_LOSS_BYTES = 14.0  # a logit of the current chunk: in 16 bits, in fp32, its exponential, its gradient in fp32 and in 16 bits
-_HEAD_GRADIENT_BYTES = 10.0  # an element of the head: its gradient, and the copy rescaled in fp32
 _FP32_REDUCE = 4.0  # bytes a parameter: gradients are reduced in fp32, weights gathered in their own precision
 
 
@@ -250,7 +248,7 @@ def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
     """Return the bytes of one chunk's logits (parallel.cross_entropy) and of the gradient of the head."""
     tokens = min(facts.recipe.logits_chunk_tokens, candidate.own_seqs * facts.recipe.batch.seq_len)
     tensor = candidate.layout.tensor
-    return _LOSS_BYTES * tokens * facts.work.vocab / tensor + _HEAD_GRADIENT_BYTES * facts.rank_params(tensor)["head"]
+    return loss_bytes(tokens * facts.work.vocab / tensor, facts.rank_params(tensor)["head"], facts.activation_width)
 
 
 def _library_bytes(facts: ModelFacts, candidate: Candidate) -> float:

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from recipes.common.model.gradient_sums import GradientSums
 from recipes.common.model.weight_grad_store import WeightGradStore
 
 Linear = nn.Linear | Conv1D
+Store = WeightGradStore | GradientSums
 
 
 def plain_linears(module: nn.Module) -> list[Linear]:
@@ -34,8 +36,8 @@ def route_products(module: nn.Module, *, by_torch: bool = False) -> None:
         inner.forward, inner.by_torch = partial(linear, inner), by_torch
 
 
-def defer_weight_gradients(module: nn.Module, store: WeightGradStore) -> None:
-    """Put the weight gradients of the plain linears in `module`, which `route_products` has routed, into `store`."""
+def defer_weight_gradients(module: nn.Module, store: Store) -> None:
+    """Put the weight gradients of the plain linears in `module`, itself too, which `route_products` has routed, into `store`."""
     for inner in plain_linears(module):
         inner.weight_grad_store = store
 
@@ -106,9 +108,7 @@ class _DeferredLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, x: torch.Tensor, bias: nn.Parameter | None, module: Linear, store: WeightGradStore, onednn: bool
-    ) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, bias: nn.Parameter | None, module: Linear, store: Store, onednn: bool) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.module, ctx.store, ctx.product = module, store, product if onednn else torch.mm
         return _forward(x, _matrix(module), bias, onednn)

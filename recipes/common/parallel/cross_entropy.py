@@ -1,17 +1,21 @@
 """Computes next-token cross-entropy on a vocabulary sharded over the tensor ranks, a chunk of tokens at a time.
 
 Full logits never exist: a chunk's logits [tokens, vocabulary / tensor] live only while its loss and its gradient are computed,
-both in the forward pass (the idea of Liger's fused linear cross-entropy, arXiv 2410.10989). The family's own code turns
-hidden states into logits, so soft-caps and logit scales are kept.
+both in the forward pass (the idea of Liger's fused linear cross-entropy, arXiv 2410.10989). Their gradient takes the logits'
+place, and the head's is added up in fp32. The family's own code turns hidden states into logits, so soft-caps and logit scales
+are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from recipes.common.model.gradient_sums import GradientSums
 from recipes.common.parallel.collectives import all_reduce
 
 IGNORED = -100  # a target that is not scored, as in transformers
@@ -30,95 +34,144 @@ def vocabulary_loss(
     group: dist.ProcessGroup | None,
     chunk_tokens: int,
     z_loss: float,
+    head_sums: GradientSums | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (loss [], sums [3] of cross-entropy, log(Z)^2 and log(Z), largest logit []) over the scored tokens; fp32.
 
     logits_of: hidden [1, tokens, width] -> this rank's logits [1, tokens, rows]; uses the parameters in `head`.
     hidden: [micro_seqs, seq_len, width]; targets: [micro_seqs, seq_len], IGNORED where not scored.
     vocab_size: rows of the whole vocabulary; `first_row` is this rank's first one, rows past the end are padding.
+    head_sums: where `logits_of` puts gradients of `head` that it does not give to autograd.
     The first result is cross-entropy + z_loss * log(Z)^2; only it carries a gradient. The largest of no logits is -inf.
     """
     flat = hidden.reshape(1, -1, hidden.shape[-1])
-    args = (logits_of, targets.reshape(-1), vocab_size, first_row, group, chunk_tokens, z_loss)
+    sums = GradientSums() if head_sums is None else head_sums
+    args = (logits_of, targets.reshape(-1), vocab_size, first_row, group, chunk_tokens, z_loss, sums)
     return _VocabularyLoss.apply(flat, args, *head)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where each target [tokens] lies among this rank's rows."""
+
+    scored: torch.Tensor
+    here: torch.Tensor  # scored, and in one of this rank's rows
+    local: torch.Tensor  # that row, from 0 on; 0 where there is none
+    padding: slice  # rows past the end of the vocabulary
+
+    def of(self, part: slice) -> _Rows:
+        return _Rows(self.scored[part], self.here[part], self.local[part], self.padding)
 
 
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, args: tuple, *head: torch.nn.Parameter):
-        logits_of, targets, vocab_size, first_row, group, chunk_tokens, z_loss = args
+        logits_of, targets, vocab_size, first_row, group, chunk_tokens, z_loss, head_sums = args
         learn = any(ctx.needs_input_grad)
-        sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
-        largest = torch.full((), float("-inf"), dtype=torch.float32, device=hidden.device)
+        tokens = targets.numel()
+        found = torch.empty(3, tokens, dtype=torch.float32, device=hidden.device)  # largest logit, Z / e^that, target's - that
         grad_hidden = torch.empty_like(hidden) if learn else None
-        grad_head: list[torch.Tensor | None] = [None] * len(head)
-        for start in range(0, targets.numel(), chunk_tokens):
+        rows, shared = None, False
+        for start in range(0, tokens, chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            with torch.set_grad_enabled(learn):
+            with torch.set_grad_enabled(learn), _saved_storages(learn and start == 0) as saved:
                 chunk = hidden[:, part].detach().requires_grad_(learn)
                 logits = logits_of(chunk)
             with torch.no_grad():
-                chunk_sums, top, grad_logits = _score(
-                    logits.detach()[0], targets[part], vocab_size, first_row, group, z_loss if learn else None
-                )
-                sums += chunk_sums
-                largest = torch.maximum(largest, top)
+                values = logits.data[0]  # not autograd's concern: what it saved is looked at here
+                if rows is None:
+                    rows, shared = _locate(targets, vocab_size, first_row, values.shape[1]), _storage(values) in saved
+                scores = values.clone() if shared else values
+                found[:, part] = _score(scores, rows.of(part), group, z_loss if learn else None)
             if learn:
-                grads = torch.autograd.grad(logits, [chunk, *head], grad_logits.to(logits.dtype).unsqueeze(0), allow_unused=True)
+                grads = torch.autograd.grad(logits, [chunk, *head], scores.unsqueeze(0), allow_unused=True)
                 grad_hidden[:, part] = grads[0]
-                grad_head = [_accumulate(total, grad) for total, grad in zip(grad_head, grads[1:], strict=True)]
+                for parameter, grad in zip(head, grads[1:], strict=True):
+                    if grad is not None:
+                        head_sums.add(parameter, grad)
         if learn:
             # each tensor rank has the gradient through its own rows: one sum for the whole micro batch
-            grad_hidden = all_reduce(grad_hidden, group)
-            ctx.save_for_backward(grad_hidden, *grad_head)
+            ctx.gradients = [all_reduce(grad_hidden, group), *head_sums.take(list(head))]
+            ctx.dtypes = [hidden.dtype, *(parameter.dtype for parameter in head)]
+        sums, largest = _sums(*found, targets != IGNORED)
         ctx.mark_non_differentiable(sums, largest)
         return sums[0] + z_loss * sums[1], sums, largest
 
     @staticmethod
     def backward(ctx, scale: torch.Tensor, *_unused: torch.Tensor):
         # `scale` is 1/tokens times the loss scale: applied here, after the sums, so that fp16 gradients do not underflow
-        grads = [None if grad is None else (grad.float() * scale).to(grad.dtype) for grad in ctx.saved_tensors]
-        return grads[0], None, *grads[1:]
+        scaled = [_scaled(grad, scale, dtype) for grad, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)]
+        del ctx.gradients
+        return scaled[0], None, *scaled[1:]
 
 
-def _accumulate(total: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
-    if total is None or grad is None:
-        return grad if total is None else total
-    return total.add_(grad)
-
-
-def _score(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    vocab_size: int,
-    first_row: int,
-    group: dist.ProcessGroup | None,
-    z_loss: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return (sums, largest logit, gradient of cross-entropy + z_loss * log(Z)^2) of logits [tokens, rows], as above.
-
-    The gradient is None when `z_loss` is.
-    """
-    scored = targets != IGNORED
-    logits = logits.float().clone()
-    rows = logits.shape[1]
-    if first_row + rows > vocab_size:
-        logits[:, max(vocab_size - first_row, 0) :] = float("-inf")
-    top = all_reduce(logits.amax(dim=1), group, dist.ReduceOp.MAX)
-    local = targets - first_row
+def _locate(targets: torch.Tensor, vocab_size: int, first_row: int, rows: int) -> _Rows:
+    scored, local = targets != IGNORED, targets - first_row
     here = scored & (local >= 0) & (local < rows)
-    local = local.masked_fill(~here, 0)
-    chosen = torch.where(here, logits.gather(1, local.unsqueeze(1)).squeeze(1) - top, 0.0)
-    exponents = logits.sub_(top.unsqueeze(1)).exp_()
+    return _Rows(scored, here, local.masked_fill(~here, 0), slice(min(max(vocab_size - first_row, 0), rows), rows))
+
+
+@contextlib.contextmanager
+def _saved_storages(watch: bool) -> Iterator[set[int]]:
+    """Give the storages that autograd saves meanwhile: a family may compute its gradient from its logits, as a tanh does."""
+    saved: set[int] = set()
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        saved.add(_storage(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor) if watch else contextlib.nullcontext():
+        yield saved
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _score(logits: torch.Tensor, rows: _Rows, group: dist.ProcessGroup | None, z_loss: float | None) -> torch.Tensor:
+    """Return fp32 [3, tokens]: each token's largest logit, Z over its exponential, and the target's logit less the largest.
+
+    logits: [tokens, rows]. They become their gradient, of cross-entropy + z_loss * log(Z)^2, unless `z_loss` is None.
+    """
+    _fill_padding(logits, rows)
+    top = all_reduce(logits.amax(dim=1).float(), group, dist.ReduceOp.MAX)
+    local = rows.local.unsqueeze(1)
+    chosen = torch.where(rows.here, logits.gather(1, local).squeeze(1) - top, 0.0)
+    exponents = torch.sub(logits, top.unsqueeze(1)).exp_()  # the only fp32 copy
     total, chosen = all_reduce(torch.stack([exponents.sum(dim=1), chosen]), group)
-    log_z = total.log() + top
-    cross_entropy = torch.where(scored, total.log() - chosen, 0.0)
-    log_z_scored = torch.where(scored, log_z, 0.0)
-    sums = torch.stack([cross_entropy.sum(), log_z_scored.square().sum(), log_z_scored.sum()])
-    largest = top.masked_fill(~scored, float("-inf")).amax()
-    if z_loss is None:
-        return sums, largest, None
-    weight = torch.where(scored, (1.0 + 2.0 * z_loss * log_z) / total, 0.0)
-    grad = exponents.mul_(weight.unsqueeze(1))
-    grad.scatter_add_(1, local.unsqueeze(1), -here.to(grad.dtype).unsqueeze(1))
-    return sums, largest, grad
+    if z_loss is not None:
+        weight = _weights(top, total, rows, z_loss)
+        at_target = exponents.gather(1, local).squeeze(1) * weight - rows.here.float()
+        torch.mul(exponents, weight.unsqueeze(1), out=logits)  # rounds once
+        logits.scatter_(1, local, at_target.to(logits.dtype).unsqueeze(1))
+    return torch.stack([top, total, chosen])
+
+
+def _weights(top: torch.Tensor, total: torch.Tensor, rows: _Rows, z_loss: float) -> torch.Tensor:
+    """Return by what the exponentials of each token are multiplied in the gradient: it is 0 where none is scored."""
+    return torch.where(rows.scored, (1.0 + 2.0 * z_loss * (total.log() + top)) / total, 0.0)
+
+
+def _fill_padding(logits: torch.Tensor, rows: _Rows) -> None:
+    """Give the rows past the vocabulary's end the probability 0, on a rank that has no others too."""
+    if rows.padding.start < rows.padding.stop:
+        logits[:, rows.padding] = torch.finfo(logits.dtype).min
+
+
+def _sums(
+    top: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor, scored: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (sums [3] of cross-entropy, log(Z)^2 and log(Z), largest logit []) over the scored of all tokens."""
+    log_total = total.log()
+    log_z = torch.where(scored, log_total + top, 0.0)
+    cross_entropy = torch.where(scored, log_total - chosen, 0.0)
+    sums = torch.stack([cross_entropy, log_z.square(), log_z]).sum(dim=1)
+    return sums, top.masked_fill(~scored, float("-inf")).amax()
+
+
+def _scaled(grad: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return grad * scale, computed in fp32 and rounded once; `grad` may be overwritten."""
+    if grad is None:
+        return None
+    out = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+    return torch.mul(grad, scale.view((1,) * grad.ndim), out=out)

@@ -62,6 +62,20 @@ class _Hidden:
         return None
 
 
+def run_head(causal: PreTrainedModel, stack: Stack, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits that the ForCausalLM's own forward makes of final hidden states."""
+    modules, name = causal._modules, stack.base
+    base = modules[name]
+    placeholder = PlaceholderBase(base)
+    for part in stack.layers.split(".")[1:-1]:  # some families call `self.model.decoder` rather than `self.model`
+        object.__setattr__(placeholder, part, placeholder)
+    modules[name] = placeholder
+    try:
+        return causal(inputs_embeds=hidden, use_cache=False).logits
+    finally:
+        modules[name] = base
+
+
 class Slot:
     """Exchanges a module of one chunk for its placeholder while another chunk runs."""
 

@@ -24,13 +24,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from recipes.common.config.placement import ONE_PASS
 from recipes.common.model.decoder import Stack, find_stack
 from recipes.common.model.flops import attention_costs, layer_costs
-from recipes.common.model.host_activations import HostActivations
+from recipes.common.model.gradient_sums import GradientSums
 from recipes.common.model.initial_weights import build_empty, draw_weights
-from recipes.common.model.linears import defer_weight_gradients, route_products
-from recipes.common.model.recompute import recompute
+from recipes.common.model.linears import defer_weight_gradients
 from recipes.common.model.routers import RouterPlan, plan_routers
 from recipes.common.model.sharding import TensorPlan
-from recipes.common.model.token_chunks import chunk_tokens, find_mlp
 from recipes.common.model.weight_grad_store import WeightGradStore
 from recipes.common.parallel.context_parallel import ContextAttention, head_ranks
 from recipes.common.parallel.cross_entropy import vocabulary_loss
@@ -38,8 +36,9 @@ from recipes.common.parallel.grid import Grid
 from recipes.common.parallel.router_losses import RouterLosses
 from recipes.common.parallel.sequence_parallel import shard_sequence
 from recipes.common.parallel.tensor_parallel import apply_tensor_parallel, plan_tensor_parallel
+from recipes.common.pipeline.layer_options import keep_less, route_linears
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers, pass_costs
-from recipes.common.pipeline.placeholders import PlaceholderBase, PlaceholderEmbedding, Slot, chunk_of, take_out
+from recipes.common.pipeline.placeholders import PlaceholderEmbedding, Slot, chunk_of, run_head, take_out
 from recipes.common.pipeline.schedules import Costs
 from recipes.common.recipe import Layout, Router
 
@@ -113,6 +112,9 @@ class Stage(nn.Module):
         self.vocab_size = causal.config.get_text_config().vocab_size
         self.whole_shapes, self.weight_grad_stores = whole_shapes, weight_grad_stores
         self.schedule, self.pass_costs = schedule, pass_costs
+        self._head_sums = GradientSums()
+        if self.is_last:  # of a plain linear; any other head's gradient is autograd's, and added up after it
+            defer_weight_gradients(causal.get_submodule(stack.head), self._head_sums)
         self._slots = [Slot(causal, name, module, chunk_of(name, stack, chunks)) for name, module in placeholders.items()]
         self.set_positions([])
         self._received: torch.Tensor | None = None
@@ -211,6 +213,7 @@ class Stage(nn.Module):
             group=self.grid.tensor_group,
             chunk_tokens=self.chunk_tokens,
             z_loss=self.z_loss,
+            head_sums=self._head_sums,
         )
         self.loss_sums += sums.detach() * weight.double()
         torch.maximum(self.max_logit, largest.detach(), out=self.max_logit)
@@ -226,16 +229,7 @@ class Stage(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run the ForCausalLM's own forward from the final hidden states on: soft-caps and logit scales are the family's."""
-        modules, name = self.causal._modules, self.stack.base
-        base = modules[name]
-        placeholder = PlaceholderBase(base)
-        for part in self.stack.layers.split(".")[1:-1]:  # some families call `self.model.decoder` rather than `self.model`
-            object.__setattr__(placeholder, part, placeholder)
-        modules[name] = placeholder
-        try:
-            return self.causal(inputs_embeds=hidden, use_cache=False).logits
-        finally:
-            modules[name] = base
+        return run_head(self.causal, self.stack, hidden)
 
     def _inject(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
@@ -283,14 +277,14 @@ def build_stage(
     _draw_stage(model, grid, embedding, seed if draw else None)
     # 4. Route plain linears' products, before their forwards are wrapped.
     stores = tuple(WeightGradStore() for _ in chunks) if layout.pipeline_schedule != ONE_PASS else ()
-    _route_linears(causal, [[own_layers[index] for index in chunk] for chunk in chunks], stores, by_torch=torch_linears)
+    route_linears(causal, own_layers, chunks, stores, by_torch=torch_linears)
     # 5. Wrap modules in the collectives of tensor parallelism.
     apply_tensor_parallel(causal, tensor_plan, stack, grid)
     # 6. Shard the sequence around these modules.
     if tensor_plan.blocks:
         shard_sequence(causal, stack, tensor_plan, chunks, placeholders, grid, recomputed)
     # 7. Keep less between the passes: recompute MLPs by parts and whole layers, their collectives included.
-    _keep_less(own_layers, chunks, layout, recomputed)
+    keep_less(own_layers, chunks, layout, recomputed)
     return Stage(
         model,
         grid,
@@ -305,28 +299,6 @@ def build_stage(
         context=_share_attention(model, grid) if grid.context > 1 else None,
         router_losses=RouterLosses(model.routers, causal, grid, router_group) if model.routers.routers else None,
     )
-
-
-def _route_linears(
-    causal: nn.Module, chunks: list[list[nn.Module]], stores: tuple[WeightGradStore, ...], *, by_torch: bool
-) -> None:
-    """Route products, and the gradients of the weights in each chunk's layers to its store: it takes those of routed products."""
-    if stores or not by_torch:
-        route_products(causal, by_torch=by_torch)
-    for layers, store in zip(chunks, stores, strict=False):
-        for layer in layers:
-            defer_weight_gradients(layer, store)
-
-
-def _keep_less(own_layers: dict[int, nn.Module], chunks: tuple[range, ...], layout: Layout, recomputed: range) -> None:
-    host = HostActivations()
-    for index, layer in own_layers.items():
-        if layout.mlp_chunk_tokens:
-            chunk_tokens(find_mlp(layer), layout.mlp_chunk_tokens)
-        if index in recomputed:
-            recompute(layer, keep_products=layout.recompute == "selective")
-            if layout.offload_activations:
-                host.keep_inputs(layer, first=any(index == chunk[0] for chunk in chunks))
 
 
 def _share_attention(model: PlannedModel, grid: Grid) -> ContextAttention:

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from recipes.common.parallel.grid import one_process
+from recipes.common.pipeline import layer_options
 from recipes.common.pipeline import stage as stage_module
 from recipes.common.recipe import Layout
 from tests.support.stages import FAMILIES, config_of, stages_of
@@ -82,7 +83,7 @@ def test_what_a_layout_recomputes(options, wanted):
 
 def _recomputed(options):
     asked = []
-    stage_module.recompute = lambda layer, *, keep_products: asked.append((layer.self_attn.layer_idx, keep_products))
+    layer_options.recompute = lambda layer, *, keep_products: asked.append((layer.self_attn.layer_idx, keep_products))
     layout = Layout(**options)
     stage_module.build_stage(stage_module.plan_model(config_of("llama"), layout), one_process(), layout, seq_len=16)
     return asked

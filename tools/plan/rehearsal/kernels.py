@@ -42,23 +42,27 @@ def starts_kernel(func: Any, name: str) -> bool:
 
 def flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> float:
     count = flop_registry.get(func._overloadpacket)
-    return 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
+    shaped = [each for each in args if not isinstance(each, torch.dtype)]  # torch's formula takes an output's dtype for its shape
+    return 0.0 if count is None else float(count(*shaped, **kwargs, out_val=out))
 
 
 def moved_bytes(func: Any, name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> int:
-    """Return the bytes that a kernel reads and writes, each tensor once for each."""
+    """Return the bytes that a kernel reads and writes, each tensor once for each. What it is given as `out` it writes only."""
     written = {id(tensor) for tensor in outputs}
+    given_out = sum(argument.is_out for argument in func._schema.arguments)
+    read = {id(tensor): _size(tensor) for tensor in inputs[: len(inputs) - given_out]}
     if name in _PICKS:  # of the large tensor only what is picked
         return 3 * (min if name != "embedding" else max)(map(_size, [*inputs, *outputs]))
     if name == "copy_":
         return _size(inputs[0]) + _size(inputs[1])
     if name in _WRITES_ONLY:
         return sum(map(_size, inputs))
-    mutated = sum(_size(tensor) for tensor in inputs if id(tensor) in written) if func._schema.is_mutable else 0
+    known = {id(tensor): _size(tensor) for tensor in inputs}
+    mutated = sum(size for key, size in known.items() if key in written) if func._schema.is_mutable else 0
     new = sum(_size(tensor) for tensor in outputs if not any(tensor is each for each in inputs))
     if func._schema.is_mutable and not outputs:  # _foreach_*_ and fused optimizers return nothing
         mutated = sum(map(_size, inputs)) // 2
-    return sum(map(_size, inputs)) + mutated + new
+    return sum(read.values()) + mutated + new
 
 
 def _size(tensor: torch.Tensor) -> int:

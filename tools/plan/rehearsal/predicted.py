@@ -115,8 +115,8 @@ def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
     tokens = min(facts.recipe.logits_chunk_tokens, candidate.own_seqs * facts.recipe.batch.seq_len)
     head, width = facts.rank_params(candidate.layout.tensor)["head"], facts.activation_width
     logits = tokens * facts.work.vocab / candidate.layout.tensor
-    chunk = (3.0 * 4.0 + width) * logits + 2.0 * width * head  # logits, exponentials and their gradient; the head's, twice
-    scaled = (width + 2.0 * 4.0) * head
+    chunk = (4.0 + width) * logits + 4.0 * head  # logits and exponentials; the head's gradient in fp32
+    scaled = (4.0 + (width if width < 4.0 else 0.0)) * head  # in place in fp32
     return max(chunk, scaled)
 
 

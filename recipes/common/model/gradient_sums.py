@@ -1,0 +1,50 @@
+"""Adds up in fp32 the gradients that a micro batch's parts have of the same weights: the head's, a chunk of tokens at a time.
+
+A product's gradient goes into its sum inside the product, on a GPU: it is never rounded, nor written by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from recipes.common.model.weight_grad_store import Product
+
+
+class GradientSums:
+    """fp32 sums of gradients, by parameter."""
+
+    def __init__(self) -> None:
+        self._sums: dict[nn.Parameter, torch.Tensor] = {}
+
+    def put(self, weight: nn.Parameter, left: torch.Tensor, right: torch.Tensor, product: Product) -> None:
+        """Add product(left, right) to the sum of `weight`; `linears` puts them here as into a WeightGradStore."""
+        if left.device.type == "cuda":
+            known = self._sums.get(weight)
+            self._sums[weight] = _first_product(left, right) if known is None else _add_product(known, left, right)
+        else:
+            self.add(weight, product(left, right))
+
+    def add(self, weight: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Add a gradient that nobody else holds to the sum of `weight`."""
+        known = self._sums.get(weight)
+        if known is None:
+            self._sums[weight] = gradient.float()
+        else:
+            known.add_(gradient)
+
+    def take(self, parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
+        """Return the sums of `parameters`, None where there is none, and forget them."""
+        taken = [self._sums.pop(parameter, None) for parameter in parameters]
+        assert not self._sums, "a gradient of another parameter"
+        return taken
+
+
+def _first_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return left @ right if left.dtype == torch.float32 else torch.mm(left, right, out_dtype=torch.float32)
+
+
+def _add_product(known: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if left.dtype == torch.float32:
+        return known.addmm_(left, right)
+    return torch.addmm(known, left, right, out_dtype=torch.float32, out=known)

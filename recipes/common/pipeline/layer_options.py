@@ -1,0 +1,39 @@
+"""Gives a rank's own layers what a layout asks of them: deferred weight gradients, recomputation, MLPs by parts."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from recipes.common.model.host_activations import HostActivations
+from recipes.common.model.linears import defer_weight_gradients, route_products
+from recipes.common.model.recompute import recompute
+from recipes.common.model.token_chunks import chunk_tokens, find_mlp
+from recipes.common.model.weight_grad_store import WeightGradStore
+from recipes.common.recipe import Layout
+
+
+def route_linears(
+    causal: nn.Module,
+    own_layers: dict[int, nn.Module],
+    chunks: tuple[range, ...],
+    stores: tuple[WeightGradStore, ...],
+    *,
+    by_torch: bool,
+) -> None:
+    """Route products, and the gradients of the weights in each chunk's layers to its store."""
+    route_products(causal, by_torch=by_torch)
+    for chunk, store in zip(chunks, stores, strict=False):
+        for index in chunk:
+            defer_weight_gradients(own_layers[index], store)
+
+
+def keep_less(own_layers: dict[int, nn.Module], chunks: tuple[range, ...], layout: Layout, recomputed: range) -> None:
+    """Let MLPs run by parts of their tokens, and layers again in the backward pass, their inputs kept on the host if asked."""
+    host = HostActivations()
+    for index, layer in own_layers.items():
+        if layout.mlp_chunk_tokens:
+            chunk_tokens(find_mlp(layer), layout.mlp_chunk_tokens)
+        if index in recomputed:
+            recompute(layer, keep_products=layout.recompute == "selective")
+            if layout.offload_activations:
+                host.keep_inputs(layer, first=any(index == chunk[0] for chunk in chunks))
