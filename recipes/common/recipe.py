@@ -27,6 +27,7 @@ class RecipeError(ValueError):
 
 RECOMPUTE = ("none", "selective", "full")  # recipes.common.model.recompute
 DETERMINISM = ("order", "rounding", "bitwise", "bitwise_stages")  # recipes.common.checks.determinism_checks
+EXPERTS = SLICES, WHOLE = "slices", "tensor"  # recipes.common.parallel.experts
 PIPELINE_SCHEDULES = ("1f1b", "zero_bubble", "zero_bubble_v")  # recipes.common.pipeline.schedules
 
 
@@ -50,6 +51,9 @@ class Layout:
     offload_activations: bool = False  # keep the inputs of recomputed layers in the host's memory: recompute="full"
     mlp_chunk_tokens: int = 0  # compute MLPs for so many tokens at a time, and again in the backward pass; 0: for all at once
     sequence_parallel: bool = False  # outside attention and MLP, each tensor rank holds its part of the sequence only
+    # How tensor ranks share a mixture's experts. "slices": each has a slice of every expert. "tensor": each has whole experts, a
+    # part of them; the same messages, and larger products
+    experts: str = "slices"
     # "1f1b": one forward, one backward. "zero_bubble": weight gradients are computed late, to fill the bubble.
     # "zero_bubble_v": also, each stage has two chunks of layers, one from either end of the model (ZB-V)
     pipeline_schedule: str = "1f1b"

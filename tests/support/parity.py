@@ -20,6 +20,7 @@ OPTIONS = (
     "context_heads",
     "offload_activations",
     "mlp_chunk_tokens",
+    "experts",
     "pipeline_schedule",
     "layers_per_stage",
 )

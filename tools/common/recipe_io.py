@@ -50,7 +50,7 @@ def _read_failing(file: Path) -> tuple[Recipe, list[str]]:
 
 _SWITCHES = ("sequence_parallel", "offload_activations")
 _NUMBERS = ("tensor", "pipeline", "data", "context", "context_heads", "recompute_every", "mlp_chunk_tokens", *_SWITCHES)
-_WORDS = ("recompute", "pipeline_schedule")
+_WORDS = ("recompute", "pipeline_schedule", "experts")
 
 
 def parse_layout(text: str) -> tuple[Layout, int]:
@@ -68,8 +68,8 @@ def parse_layout(text: str) -> tuple[Layout, int]:
             or (name == "layers_per_stage" and all(count.isdigit() for count in counts))
         ):
             known = "tensor=N, pipeline=N, data=N, context=N, context_heads=N, sequence_parallel=0 or 1, recompute=NAME, "
-            known += "recompute_every=N, offload_activations=0 or 1, mlp_chunk_tokens=N, pipeline_schedule=NAME or "
-            known += "layers_per_stage=N+N+..."
+            known += "recompute_every=N, offload_activations=0 or 1, mlp_chunk_tokens=N, experts=NAME, pipeline_schedule=NAME "
+            known += "or layers_per_stage=N+N+..."
             raise RecipeError("--layout", [f"--layout={text!r}: {item!r} is not {known}, each at most once"])
         values[name] = value if name in _WORDS else int(value) if name in _NUMBERS else tuple(map(int, counts))
     data = values.pop("data", values.get("context", 1))

@@ -12,6 +12,7 @@ from typing import Any
 
 from recipes.common.checks.context_checks import context_option_problems, context_size_problems
 from recipes.common.checks.determinism_checks import level_problems, machine_problems
+from recipes.common.checks.expert_checks import expert_option_problems
 from recipes.common.checks.model_checks import model_problems
 from recipes.common.checks.router_checks import router_value_problems
 from recipes.common.config.ds_checks import device_problems, ds_config_problems, fp16_supported, version_problems
@@ -161,7 +162,7 @@ def option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]
             f"{prefix}offload_activations=True with recompute={layout.recompute!r}: it keeps on the host the inputs of "
             "recomputed layers; use recompute='full', or leave it out"
         )
-    problems += _mlp_option_problems(layout, prefix)
+    problems += _mlp_option_problems(layout, prefix) + expert_option_problems(layout, prefix)
     if layout.sequence_parallel and layout.tensor == 1:
         problems.append(
             f"{prefix}sequence_parallel=True with tensor=1: no tensor ranks could share a sequence; leave it out, or use "

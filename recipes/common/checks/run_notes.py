@@ -15,7 +15,7 @@ from recipes.common.model.decoder import find_stack
 from recipes.common.model.routers import GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, plan_routers
 from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from recipes.common.parallel.tensor_plans import whole_matrices
-from recipes.common.recipe import Layout, Recipe, from_root
+from recipes.common.recipe import WHOLE, Layout, Recipe, from_root
 
 _BALANCING = ("router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha")
 _Z_LOSS = "router_z_loss_coef"
@@ -85,7 +85,7 @@ def tensor_lines(causal: PreTrainedModel, layout: Layout) -> list[str]:
     if layout.tensor == 1:
         return []
     stack = find_stack(causal)
-    plan = plan_tensor_parallel(causal, stack, layout.tensor, sequence_parallel=layout.sequence_parallel)
+    plan = plan_tensor_parallel(causal, stack, layout.tensor, whole_experts=layout.experts == WHOLE)
     total = sum(p.numel() for p in causal.get_submodule(stack.layers).parameters() if p.ndim > 1)
     shares = {name: count / total for name, count in whole_matrices(causal, stack, plan.shards).items()}
     large = sorted((name for name, share in shares.items() if share >= _LARGE_SHARE), key=shares.get, reverse=True)

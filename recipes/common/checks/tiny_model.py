@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from recipes.common.parallel.context_parallel import head_ranks
-from recipes.common.recipe import Layout
+from recipes.common.recipe import WHOLE, Layout
 
 # transformers' common names; a family's own (n_embd, ...) are found through its attribute_map
 _CAPS = {
@@ -56,6 +56,7 @@ _CAPS = {
     "index_n_heads": 4,
     "index_topk": 16,
 }
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _HEAD_DIM = 16
 VOCAB_SIZE = 503  # a prime: no tensor size divides it, as with real vocabularies
 
@@ -90,6 +91,7 @@ def shrink(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
         own = names.get(name, name)
         if isinstance(fields.get(own), int) and not isinstance(fields[own], bool):
             fields[own] = min(fields[own], cap)
+    _shrink_experts(fields, names, config, layout)
     heads, kv_heads = _heads(config, layout.tensor * head_ranks(config, layout))
     put("num_attention_heads", heads)
     put("num_key_value_heads", kv_heads)
@@ -100,6 +102,15 @@ def shrink(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
     _shrink_state_space(fields, put, heads * _HEAD_DIM)
     _shrink_rotations(fields, _rotary_width(config), width)
     return _rebuilt(config, fields, layers)
+
+
+def _shrink_experts(fields: dict[str, Any], names: dict[str, str], config: PreTrainedConfig, layout: Layout) -> None:
+    """Keep a whole number of experts on each rank that shares them, where there is one."""
+    ranks = layout.tensor if layout.experts == WHOLE else 1
+    for name in _EXPERT_COUNTS:
+        own, count = names.get(name, name), field_of(config, name)
+        if isinstance(count, int) and count and count % ranks == 0 and isinstance(fields.get(own), int):
+            fields[own] = ranks * -(-fields[own] // ranks)
 
 
 def _shrink_state_space(fields: dict[str, Any], put: Callable[[str, Any], None], hidden: int) -> None:
@@ -121,7 +132,7 @@ def shallow(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the config with its own widths, and less of what only repeats: two layers, few experts and a small vocabulary."""
     names = dict(getattr(type(config), "attribute_map", {}))
     fields = config.to_dict()
-    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok"):
+    for name in (*_EXPERT_COUNTS, "num_experts_per_tok"):
         own = names.get(name, name)
         if isinstance(fields.get(own), int) and not isinstance(fields[own], bool):
             fields[own] = min(fields[own], _CAPS[name])

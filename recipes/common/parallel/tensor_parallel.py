@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from recipes.common.model.decoder import PlanError, Stack
 from recipes.common.model.sharding import ShardSpec, TensorPlan
 from recipes.common.parallel.collectives import copy_to, gather_from
+from recipes.common.parallel.experts import with_whole_experts
 from recipes.common.parallel.grid import Grid
 from recipes.common.parallel.sequence_parallel import find_blocks
 from recipes.common.parallel.tensor_plans import divided_attributes, tensor_plan
@@ -26,17 +27,22 @@ _QUERY_NAMES = frozenset({"q_proj", "qkv_proj", "query_key_value", "c_attn", "q_
 _KEY_VALUE_NAMES = frozenset({"k_proj", "v_proj"})
 
 
-def plan_tensor_parallel(causal: PreTrainedModel, stack: Stack, size: int, *, sequence_parallel: bool = False) -> TensorPlan:
+def plan_tensor_parallel(
+    causal: PreTrainedModel, stack: Stack, size: int, *, sequence_parallel: bool = False, whole_experts: bool = False
+) -> TensorPlan:
     """Plan how to shard `causal` (on the meta device) over `size` tensor ranks.
 
-    Raises PlanError for a family without a plan, for one that sequence parallelism does not support, and for shapes that `size`
-    does not divide.
+    whole_experts: a tensor rank has whole experts of a mixture, not a slice of each.
+    Raises PlanError for a family that cannot be sharded so, or that sequence parallelism does not support, and for shapes that
+    `size` does not divide.
     """
     shards = {f"{stack.embedding}.weight": ShardSpec(0)}
     shards.update({f"{stack.head}.{name}": ShardSpec(0) for name, _ in causal.get_submodule(stack.head).named_parameters()})
     if size == 1:
         return TensorPlan(size=1, styles={}, shards={}, divided={}, split_heads=frozenset(), ranks_per_kv_head=1)
     plan = tensor_plan(causal, stack)
+    if whole_experts:
+        plan = with_whole_experts(plan, causal, stack)
     embedding = causal.get_submodule(stack.embedding)
     if not isinstance(embedding, nn.Embedding) or len(list(embedding.parameters())) > 1:
         raise PlanError(f"{stack.embedding} is a {type(embedding).__name__} that does more than look up, and cannot be sharded")

@@ -21,6 +21,7 @@ from recipes.common.model.decoder import PlanError
 from recipes.common.model.linears import linear
 from recipes.common.model.sharding import ShardSpec
 from recipes.common.parallel.collectives import copy_to, gather_from, reduce_from, scatter_sequence, split_to, sum_gradient
+from recipes.common.parallel.experts import BANK, CALLED, connect_whole_experts
 from recipes.common.parallel.grid import Grid
 
 # A style's place in a block (attention, MLP). Under sequence parallelism a block gathers its input and its rows scatter the sum.
@@ -160,6 +161,14 @@ def _connect_biased_experts(module: nn.Module, setting: Setting, *, bias: str) -
     _connect_experts(module, setting)
 
 
+def _shard_experts(parameter: nn.Parameter, label: str) -> ShardSpec:
+    return ShardSpec(0)
+
+
+def _connect_whole_experts(module: nn.Module, setting: Setting) -> None:
+    connect_whole_experts(module, setting.grid)
+
+
 def _connect_alibi(module: nn.Module, setting: Setting) -> None:
     """Give an attention the biases of its own heads, of those of all heads: `alibi` [sequences * heads, 1, seq_len]."""
     forward, grid = module.forward, setting.grid
@@ -214,6 +223,8 @@ STYLES: dict[str, TensorStyle] = {
     "embedding_rowwise": TensorStyle(shard_module=_shard_rows, may_pad=True, connect=_connect_embedding),
     "moe_tp_experts": TensorStyle(connect=_connect_experts),
     "biased_experts": TensorStyle(connect=partial(_connect_biased_experts, bias="down_proj_bias")),
+    BANK: TensorStyle(shard_module=None, shard_parameter=_shard_experts),
+    CALLED: TensorStyle(connect=_connect_whole_experts),
     "alibi_by_head": TensorStyle(connect=_connect_alibi),
     "mla_kv_a_proj": TensorStyle(connect=_connect_latent_key),
     "replicated_with_grad_allreduce": TensorStyle(connect=_sum_gradients, in_block=INSIDE),

@@ -40,7 +40,7 @@ from recipes.common.pipeline.layer_options import keep_less, route_linears
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers, pass_costs
 from recipes.common.pipeline.placeholders import PlaceholderEmbedding, Slot, chunk_of, run_head, take_out
 from recipes.common.pipeline.schedules import Costs
-from recipes.common.recipe import Layout, Router
+from recipes.common.recipe import WHOLE, Layout, Router
 
 NO_OPTIONS = Layout()
 NO_ROUTER_LOSS = Router(loss=None)
@@ -69,7 +69,8 @@ def plan_model(
         config = copy.deepcopy(config)  # the model's attention is replaced, which its config says
     causal = build_empty(config, attention)
     stack = find_stack(causal)
-    tensor_plan = plan_tensor_parallel(causal, stack, layout.tensor, sequence_parallel=layout.sequence_parallel)
+    options = {"sequence_parallel": layout.sequence_parallel, "whole_experts": layout.experts == WHOLE}
+    tensor_plan = plan_tensor_parallel(causal, stack, layout.tensor, **options)
     routers = plan_routers(causal, stack, router)
     return PlannedModel(causal, stack, tensor_plan, attention, head_ranks(config, layout), routers)
 
