@@ -35,7 +35,8 @@ PIPELINE_SCHEDULES = ("1f1b", "zero_bubble", "zero_bubble_v")  # recipes.common.
 class Layout:
     """The parallelism of one replica of the model: tensor x pipeline GPUs. Data parallelism uses all GPUs that remain.
 
-    `context` data ranks share their sequences, each with a slice: it splits the data dimension, and adds no GPUs.
+    `context` data ranks share their sequences, each with a slice; `expert` data ranks share experts, each with some of them. Both
+    split the data dimension, and add no GPUs.
     """
 
     tensor: int = 1  # tensor-parallel size: GPUs that shard each layer's matrices; best a divisor of the GPUs of a node
@@ -51,6 +52,9 @@ class Layout:
     offload_activations: bool = False  # keep the inputs of recomputed layers in the host's memory: recompute="full"
     mlp_chunk_tokens: int = 0  # compute MLPs for so many tokens at a time, and again in the backward pass; 0: for all at once
     sequence_parallel: bool = False  # outside attention and MLP, each tensor rank holds its part of the sequence only
+    # Data ranks that share a mixture's experts, each with whole ones, a part of them; tokens travel to their experts. It splits
+    # the data dimension, context ranks included, and adds no GPUs
+    expert: int = 1
     # How tensor ranks share a mixture's experts. "slices": each has a slice of every expert. "tensor": each has whole experts, a
     # part of them; the same messages, and larger products
     experts: str = "slices"
@@ -268,6 +272,7 @@ class Sizes:
     accumulation: int  # micro batches of one data rank in a step of the full batch
     tokens_per_step: int
     context: int = 1  # data ranks that share their sequences
+    expert: int = 1  # data ranks that share experts
 
     @property
     def readers(self) -> int:
@@ -292,6 +297,7 @@ def derive_sizes(recipe: Recipe, layout: Layout, world_size: int) -> Sizes:
         accumulation=batch.global_seqs // (batch.micro_seqs * (data // layout.context)),
         tokens_per_step=batch.global_seqs * batch.seq_len,
         context=layout.context,
+        expert=layout.expert,
     )
 
 

@@ -56,7 +56,7 @@ def measure(path: str, layout_text: str, rounds: int, out: str) -> TimerCost:
     micro_batches = [torch.randint(vocab, shape, generator=generator) for _ in range(sizes.accumulation)]
     seconds: dict[bool, list[float]] = {False: [], True: []}
     steps_timed = 0
-    CLOCK.start(grid, grid.device)
+    CLOCK.start(grid, grid.device, grid.timed_groups())
     for step in range(1, WARM_STEPS + 2 * rounds + 1):
         timed = bool((step - 1 + (step - 1) // 2) % 2)  # off on, on off, ...
         began = time.thread_time()

@@ -182,7 +182,7 @@ def _measure_shares(device: str, ranks: int) -> dict[str, float]:
         "statistics": lambda number: step(number, parameters=True),
         "statistics_and_layers": lambda number: step(number, parameters=True, layers=True),
     }
-    CLOCK.start(trainer.grid, trainer.grid.device)
+    CLOCK.start(trainer.grid, trainer.grid.device, trainer.grid.timed_groups())
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for number in range(1, rounds + 2):
         for name, take in kinds.items():

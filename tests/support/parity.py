@@ -21,6 +21,7 @@ OPTIONS = (
     "offload_activations",
     "mlp_chunk_tokens",
     "experts",
+    "expert",
     "pipeline_schedule",
     "layers_per_stage",
 )

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from recipes.common.data.document_masking import document_positions
 from recipes.common.engine.build_trainer import build_trainer
 from recipes.common.engine.trainer import StepResult, Trainer
-from recipes.common.model.sharding import ShardSpec
+from recipes.common.model.sharding import HeldTensor
 from recipes.common.parallel.grid import one_process
 from recipes.common.pipeline.stage import NO_ROUTER_LOSS, Stage, build_stage, plan_model
 from recipes.common.recipe import SGD, AdamW, Layout, Optimizer, Router
@@ -106,10 +106,8 @@ def train_in_layout(trial: Trial) -> dict[str, Any]:
     with deepspeed.zero.GatheredParameters(list(stage.parameters()), enabled=_stage(trial) == 3):
         shards = {name: shard.float().cpu().clone() for name, shard in trainer.hf_shards().items()}
     buffers = {name: buffer.cpu().clone() for name, buffer in stage.persistent_buffers()}
-    cuts = {name: (cut.dim, cut.packs) for name, cut in stage.tensor_plan.shards.items()}
-    keep = grid.data_rank == 0
-    place = (grid.tensor_rank, grid.tensor)
-    held = {"shards": shards if keep else {}, "cuts": cuts, "place": place, "buffers": buffers}
+    kept = {name: shard for name, shard in shards.items() if grid.data_rank == 0 or name in stage.held.banks}
+    held = {"shards": kept, "held": stage.held, "buffers": buffers}
     return {"losses": losses, "norms": norms, "skipped": skipped, **held}
 
 
@@ -197,10 +195,9 @@ def outcome(ranks: list[dict[str, Any]], shapes: dict[str, torch.Size]) -> Outco
     """Assemble the ranks' shards. Raises AssertionError where copies of one element differ between ranks."""
     whole: dict[str, torch.Tensor] = {}
     for rank in ranks:
-        tensor_rank, size = rank["place"]
         for name, shard in rank["shards"].items():
             full = whole.setdefault(name, torch.full(shapes[name], float("nan")))
-            _place(full, shard, rank["cuts"].get(name), tensor_rank, size, name)
+            _place(full, shard, rank["held"].of(name), name)
     buffers: dict[str, torch.Tensor] = {}
     for rank in ranks:
         for name, buffer in rank["buffers"].items():
@@ -209,17 +206,16 @@ def outcome(ranks: list[dict[str, Any]], shapes: dict[str, torch.Size]) -> Outco
     return Outcome(first["losses"], first["norms"], whole, first["skipped"], buffers)
 
 
-def _place(full: torch.Tensor, shard: torch.Tensor, cut: tuple[int, int] | None, rank: int, size: int, name: str) -> None:
-    if cut is None or size == 1:
-        pieces, dim = [(0, 0, full.shape[0])], 0
-    else:
-        dim = cut[0]
-        pieces = ShardSpec(*cut).ranges(full.shape[dim], rank, size)
-    for here, there, count in pieces:
-        target, source = full.narrow(dim, there, count), shard.narrow(dim, here, count)
-        drift = (target - source).abs().nan_to_num(0.0).max().item()
+def _place(full: torch.Tensor, own: torch.Tensor, held: HeldTensor, name: str) -> None:
+    shard, dim = held.shard, held.shard.dim
+    local, has = torch.zeros(2, *shard.shape(tuple(full.shape)))  # the tensor rank's, of which this rank may have a part
+    part = slice(held.start(tuple(full.shape)), held.start(tuple(full.shape)) + own.numel())
+    local.view(-1)[part], has.view(-1)[part] = own.reshape(-1), 1.0
+    for here, there, count in shard.ranges(tuple(full.shape)):
+        target, source, known = full.narrow(dim, there, count), local.narrow(dim, here, count), has.narrow(dim, here, count) > 0
+        drift = (target - source).abs().masked_fill(~known, 0.0).nan_to_num(0.0).max().item()
         assert drift < 1e-6, f"copies of {name} on different ranks differ by {drift:.1e}"
-        target.copy_(source)
+        target.copy_(torch.where(known, source, target))
 
 
 def gradient_trial(trial: Trial) -> Trial:

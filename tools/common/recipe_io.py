@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -49,14 +50,16 @@ def _read_failing(file: Path) -> tuple[Recipe, list[str]]:
 
 
 _SWITCHES = ("sequence_parallel", "offload_activations")
-_NUMBERS = ("tensor", "pipeline", "data", "context", "context_heads", "recompute_every", "mlp_chunk_tokens", *_SWITCHES)
+_SIZES = ("tensor", "pipeline", "data", "context", "context_heads", "expert")
+_NUMBERS = (*_SIZES, "recompute_every", "mlp_chunk_tokens", *_SWITCHES)
 _WORDS = ("recompute", "pipeline_schedule", "experts")
 
 
 def parse_layout(text: str) -> tuple[Layout, int]:
     """Return (layout, data ranks) of "tensor=2,data=2,recompute=full,pipeline_schedule=zero_bubble,layers_per_stage=5+3".
 
-    Sizes that are left out are 1, but `data` is then `context`. Raises RecipeError on an unknown name or a value of another form.
+    Sizes that are left out are 1, but `data` is then what `context` and `expert` need. Raises RecipeError on an unknown name or a
+    value of another form.
     """
     values: dict[str, Any] = {}
     for item in text.split(","):
@@ -67,17 +70,19 @@ def parse_layout(text: str) -> tuple[Layout, int]:
             or (name in _NUMBERS and value.isdigit())
             or (name == "layers_per_stage" and all(count.isdigit() for count in counts))
         ):
-            known = "tensor=N, pipeline=N, data=N, context=N, context_heads=N, sequence_parallel=0 or 1, recompute=NAME, "
+            known = f"{'=N, '.join(_SIZES)}=N, sequence_parallel=0 or 1, recompute=NAME, "
             known += "recompute_every=N, offload_activations=0 or 1, mlp_chunk_tokens=N, experts=NAME, pipeline_schedule=NAME "
             known += "or layers_per_stage=N+N+..."
             raise RecipeError("--layout", [f"--layout={text!r}: {item!r} is not {known}, each at most once"])
         values[name] = value if name in _WORDS else int(value) if name in _NUMBERS else tuple(map(int, counts))
-    data = values.pop("data", values.get("context", 1))
+    data = values.pop("data", math.lcm(*(max(values.get(name, 1), 1) for name in ("context", "expert"))))
     layout = Layout(**values | {name: bool(values[name]) for name in _SWITCHES if name in values})
-    if min(data, layout.tensor, layout.pipeline, layout.context, layout.recompute_every) < 1:
+    if min(data, layout.tensor, layout.pipeline, layout.context, layout.expert, layout.recompute_every) < 1:
         raise RecipeError("--layout", [f"--layout={text!r}: sizes start at 1"])
-    if data % layout.context:
-        raise RecipeError("--layout", [f"--layout={text!r}: context={layout.context} does not divide data={data} data ranks"])
+    for name in ("context", "expert"):
+        if data % getattr(layout, name):
+            why = f"{name}={getattr(layout, name)} does not divide data={data} data ranks"
+            raise RecipeError("--layout", [f"--layout={text!r}: {why}"])
     return layout, data
 
 

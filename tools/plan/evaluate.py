@@ -19,6 +19,7 @@ from tools.common.devices import GIB, Device
 from tools.plan.coefficients import Coefficients
 from tools.plan.memory_model import MemoryCase, interval, stage_totals
 from tools.plan.model_cases import Candidate, ModelFacts, memory_case, time_cases
+from tools.plan.rank_params import expert_sizes
 from tools.plan.time_model import step_parts
 
 SHORTEST_SLICE = 4096  # tokens: with fewer, more sequences' ranks do better than context ranks
@@ -54,7 +55,8 @@ class Rejected:
 def candidates(facts: ModelFacts, gpus: int, device: Device) -> list[Candidate]:
     """Return every split of `gpus` with tensor parallelism inside a node, micro batches of powers of two, all layout options.
 
-    Context ranks share sequences one at a time, where each still has a long slice.
+    Context ranks share sequences one at a time, where each still has a long slice. Of a mixture, any power of two of data ranks
+    may share the experts.
     """
     found = []
     for tensor in (size for size in range(1, min(gpus, device.node) + 1) if gpus % size == 0):
@@ -68,11 +70,13 @@ def candidates(facts: ModelFacts, gpus: int, device: Device) -> list[Candidate]:
                         tensor=tensor,
                         pipeline=pipeline,
                         context=context,
+                        expert=expert,
                         sequence_parallel=shared,
                         pipeline_schedule=schedule,
                         recompute=recompute,
                     )
                     for recompute in RECOMPUTE
+                    for expert in expert_sizes(facts.causal, facts.stack, data)
                     for shared in (False, True)[: 1 + (tensor > 1)]
                     for schedule in PIPELINE_SCHEDULES[: None if pipeline > 1 else 1]
                 ]
@@ -169,8 +173,9 @@ def _plan(
 
 
 def _pipeline_of(layout: Layout) -> Layout:
-    """Return only the fields of a layout that decide the partition into stages."""
-    return Layout(pipeline=layout.pipeline, pipeline_schedule=layout.pipeline_schedule, layers_per_stage=layout.layers_per_stage)
+    """Return only the fields of a layout that decide the partition into stages, and whether the ds_config allows it."""
+    fields = {"pipeline_schedule": layout.pipeline_schedule, "layers_per_stage": layout.layers_per_stage}
+    return Layout(pipeline=layout.pipeline, expert=min(layout.expert, 2), **fields)
 
 
 def pipeline_problems(facts: ModelFacts, pipelines: set[Layout]) -> dict[Layout, str]:
@@ -191,7 +196,7 @@ def pipeline_problems(facts: ModelFacts, pipelines: set[Layout]) -> dict[Layout,
 
 def _why_not(facts: ModelFacts, candidate: Candidate, by_pipeline: dict[Layout, str], of_sequences: str, of_context: str) -> str:
     """Return what rules a candidate out before memory is counted, or ""."""
-    layout, counts = candidate.layout, facts.rank_params(candidate.layout.tensor)
+    layout, counts = candidate.layout, facts.rank_params(candidate.layout)
     if isinstance(counts, str):
         return f"tensor={layout.tensor}: {counts}"
     if by_pipeline[_pipeline_of(layout)]:

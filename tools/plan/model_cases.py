@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,17 +12,19 @@ import torch
 
 from recipes.common.config.ds_config import precision, zero_stage
 from recipes.common.config.placement import FOLDED, ONE_PASS, chunk_count, rank_of_chunk
-from recipes.common.model.decoder import PlanError, Stack, find_stack
+from recipes.common.model.decoder import Stack, find_stack
 from recipes.common.model.flops import ModelWork, layer_costs, model_work, training_flops
 from recipes.common.model.initial_weights import build_empty
-from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
+from recipes.common.model.routers import plan_routers
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers
+from recipes.common.pipeline.stage import NO_ROUTER_LOSS
 from recipes.common.recipe import AdamW, Layout, Recipe
 from tools.common.console import UsageError
 from tools.common.devices import Device
 from tools.plan.activations import TRAFFIC_PER_SAVED, LayerBytes, layer_activations
 from tools.plan.context_cost import ContextCost, context_cost
 from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes, loss_bytes, state_bytes
+from tools.plan.rank_params import rank_params
 from tools.plan.time_model import Cases
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -62,13 +64,19 @@ class ModelFacts:
     stack: Stack
     work: ModelWork
     activations: tuple[LayerBytes, ...]  # by layer
-    params_by_tensor: dict[int, dict[str, float] | str] = field(default_factory=dict)  # results of `rank_params`
+    params_by_ranks: dict[tuple[int, str, int], dict[str, float] | str] = field(default_factory=dict)  # results of `rank_params`
     layers_by_pipeline: dict[tuple[int, str, tuple[int, ...]], list[list[int]]] = field(default_factory=dict)  # of `own_layers`
 
     @cached_property
     def flops(self) -> float:
         """FLOPs of a token, forward and backward."""
         return training_flops(self.work, self.recipe.batch.seq_len)
+
+    @cached_property
+    def routed(self) -> float:
+        """Return how many experts of the mean layer a token chooses."""
+        plan = plan_routers(self.causal, self.stack, NO_ROUTER_LOSS)
+        return plan.chosen * len(plan.routers) / len(self.work.layers)
 
     @cached_property
     def costs(self) -> tuple[list[float], float]:
@@ -120,35 +128,11 @@ class ModelFacts:
         mean = sum(costs) / len(costs)
         return [sum(costs[i] for i in own) / mean for own in self.own_layers(layout)]
 
-    def rank_params(self, tensor: int) -> dict[str, float] | str:
-        """Return {"embedding", "head", "norm" or a layer's index: parameters on one tensor rank}, or why it cannot be sharded."""
-        if tensor not in self.params_by_tensor:
-            try:
-                sharded = plan_tensor_parallel(self.causal, self.stack, tensor).shards
-            except PlanError as error:
-                self.params_by_tensor[tensor] = str(error)
-            else:
-                self.params_by_tensor[tensor] = _count(self.causal, self.stack, sharded, tensor)
-        return self.params_by_tensor[tensor]
-
-
-def _count(causal: Any, stack: Stack, sharded: Mapping[str, Any], tensor: int) -> dict[str, float]:
-    counts: dict[str, float] = {"embedding": 0.0, "head": 0.0, "norm": 0.0}
-    first = tuple(f"{name}." for name in stack.before)
-    for name, parameter in causal.named_parameters():
-        size = parameter.numel() / (tensor if name in sharded else 1)
-        if name.startswith(f"{stack.layers}."):
-            part = name[len(stack.layers) + 1 :].partition(".")[0]
-        elif name.startswith(f"{stack.head}.") and not stack.tied:
-            part = "head"
-        elif name.startswith((f"{stack.embedding}.", *first)):
-            part = "embedding"
-        else:
-            part = "norm"
-        counts[part] = counts.get(part, 0.0) + size
-    if stack.tied:
-        counts["head"] = causal.get_submodule(stack.embedding).weight.numel() / tensor
-    return counts
+    def rank_params(self, layout: Layout) -> dict[str, float] | str:
+        """Return `rank_params` of a layout's sizes, kept."""
+        if (key := (layout.tensor, layout.experts, layout.expert)) not in self.params_by_ranks:
+            self.params_by_ranks[key] = rank_params(self.causal, self.stack, layout)
+        return self.params_by_ranks[key]
 
 
 def read_model(recipe: Recipe, ds_config: dict[str, Any]) -> ModelFacts:
@@ -177,6 +161,8 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
     )
     boundary, layers = _boundary_bytes(facts, candidate), _layer_memory(facts, candidate)
     micro_batches = facts.recipe.batch.global_seqs // (candidate.micro_seqs * candidate.readers)
+    # of experts that expert ranks divide, fewer data ranks partition the states of fewer parameters
+    undivided = _stage_params(facts, replace(layout, expert=1))
     stages = []
     for index, (own, params) in enumerate(zip(facts.own_layers(layout), _stage_params(facts, layout), strict=True)):
         # 1F1B: stage i of p keeps p - i micro batches; a folded schedule fills every rank as 1F1B fills the first
@@ -184,7 +170,7 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
         received = boundary if layout.pipeline > 1 else 0.0
         stages.append(
             StageBytes(
-                weights=weights * params, gradients=gradients * params, optimizer=states * params,
+                weights=weights * params, gradients=gradients * params, optimizer=states * undivided[index],
                 stored=in_flight * (sum(layers[i].stored for i in own) + received),
                 working=max((layers[i].recomputed for i in own), default=0.0) + 2 * boundary,
                 loss=_loss_bytes(facts, candidate) if index == _head_stage(layout) else 0.0, in_flight=in_flight,
@@ -196,7 +182,7 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
 
 def _stage_params(facts: ModelFacts, layout: Layout) -> list[float]:
     """Return the parameters of each stage on one tensor rank. A tied head counts once where the embedding is on its stage."""
-    counts, head = facts.rank_params(layout.tensor), _head_stage(layout)
+    counts, head = facts.rank_params(layout), _head_stage(layout)
     params = [sum(counts[str(i)] for i in own) for own in facts.own_layers(layout)]
     params[0] += counts["embedding"]
     params[head] += counts["norm"] + (0.0 if facts.stack.tied and head == 0 else counts["head"])
@@ -247,13 +233,13 @@ def _product_bytes(facts: ModelFacts, candidate: Candidate, saved: LayerBytes) -
 def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
     """Return the bytes of one chunk's logits (parallel.cross_entropy) and of the gradient of the head."""
     tokens = min(facts.recipe.logits_chunk_tokens, candidate.own_seqs * facts.recipe.batch.seq_len)
-    tensor = candidate.layout.tensor
-    return loss_bytes(tokens * facts.work.vocab / tensor, facts.rank_params(tensor)["head"], facts.activation_width)
+    tensor, head = candidate.layout.tensor, facts.rank_params(candidate.layout)["head"]
+    return loss_bytes(tokens * facts.work.vocab / tensor, head, facts.activation_width)
 
 
 def _library_bytes(facts: ModelFacts, candidate: Candidate) -> float:
     options, layout = facts.ds_config.get("zero_optimization", {}), candidate.layout
-    groups = 1 + sum(size > 1 for size in (layout.tensor, layout.pipeline, candidate.data, layout.context))
+    groups = 1 + sum(size > 1 for size in (layout.tensor, layout.pipeline, candidate.data, layout.context, layout.expert))
     bucket = max(options.get("reduce_bucket_size", 5e8), options.get("allgather_bucket_size", 5e8))
     return library_bytes(groups, bucket, 4.0)
 
@@ -307,11 +293,13 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
     whole, sharded = facts.mean_activations
     saved = whole / _sequence_ranks(layout) + sharded / layout.tensor
     loads, head, cost = facts.stage_loads(layout), _head_stage(layout), facts.context_cost(layout)
-    params = max(_stage_params(facts, layout))
+    params, undivided = (max(_stage_params(facts, each)) for each in (layout, replace(layout, expert=1)))
     return {
         "tokens": candidate.own_seqs * batch.seq_len,
         "scores": cost.work * facts.mean_scores,
         "context": layout.context,
+        "expert": layout.expert,
+        "routed": facts.routed * facts.work.hidden * facts.activation_width,
         "exchanged": cost.sent * facts.activation_width / (batch.seq_len / layout.context),
         "traffic": TRAFFIC_PER_SAVED * saved / batch.seq_len * elementwise,
         "passes": passes,
@@ -322,7 +310,7 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
         "layers_slowest": max(loads[:head] + loads[head + 1 :], default=0.0),
         "layers_last": loads[head],
         "params": params,
-        "updated": params / candidate.data if zero_stage(facts.ds_config) else params,
+        "updated": undivided / candidate.data if zero_stage(facts.ds_config) else params,
         "bubble_share": _bubble_share(layout, passes),
         "pipe_share": _sequence_ranks(layout) / (2.0 if layout.pipeline_schedule == FOLDED else 1.0),  # a fold sends twice
     }

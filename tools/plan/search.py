@@ -13,7 +13,7 @@ from recipes.common.checks.model_checks import config_problems, value_problems
 from recipes.common.checks.recipe_checks import range_problems
 from recipes.common.config.ds_config import load_ds_config
 from recipes.common.config.field_types import type_problems
-from recipes.common.recipe import PIPELINE_SCHEDULES, Layout, RecipeError
+from recipes.common.recipe import PIPELINE_SCHEDULES, SLICES, Layout, RecipeError
 from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table
 from tools.common.devices import DEVICES, GIB, Device, find_device
 from tools.common.recipe_io import load_recipe
@@ -25,7 +25,7 @@ from tools.plan.model_cases import Candidate, ModelFacts, read_model
 RECIPE_HELP = "a recipe file; its batch, schedule and ds_config count, its layouts do not"
 PART_NAMES = {
     "matrices": "matrix products", "attention": "attention", "elementwise": "memory traffic", "host": "kernel launches",
-    "head": "head and loss", "tensor": "tensor all-reduce", "context": "context all-to-all",
+    "head": "head and loss", "tensor": "tensor all-reduce", "context": "context all-to-all", "expert": "expert all-to-all",
     "pipeline": "between stages", "bubble": "bubble",
     "data": "data reduction", "optimizer": "optimizer", "other": "other",
 }  # fmt: skip
@@ -93,6 +93,8 @@ def options_of(layout: Layout) -> str:
     said += [f"recompute_every={layout.recompute_every}"] if layout.recompute_every > 1 else []
     said += [f"context={layout.context}"] if layout.context > 1 else []
     said += [f"context_heads={layout.context_heads}"] if layout.context_heads else []
+    said += [f"expert={layout.expert}"] if layout.expert > 1 else []
+    said += [f"experts={layout.experts}"] if layout.experts != SLICES else []
     said += ["offload_activations"] if layout.offload_activations else []
     said += [f"mlp_chunk_tokens={layout.mlp_chunk_tokens}"] if layout.mlp_chunk_tokens else []
     said += ["sequence_parallel"] if layout.sequence_parallel else []

@@ -1,9 +1,9 @@
 """Predicts the time of a training step for many layouts at once: a roofline with fitted efficiencies, and the schedule.
 
 A layer's pass takes the smooth maximum of GPU time (matrix products, attention, memory traffic) and of the host's launches, plus
-its tensor-parallel all-reduces and context-parallel all-to-alls. A step is 1F1B: the slowest stage for every micro batch, every
-stage once to fill and drain the pipeline, then the gradients' reduction (its smooth maximum with compute where the software
-overlaps them), the optimizer, and a constant. Efficiencies are dimensionless, so those fitted on one GPU serve another.
+its tensor-parallel all-reduces and the all-to-alls of context and expert ranks. A step is 1F1B: the slowest stage for every micro
+batch, every stage once to fill and drain the pipeline, then the gradients' reduction (its smooth maximum with compute where the
+software overlaps them), the optimizer, and a constant. Efficiencies are dimensionless, so those fitted on one GPU serve another.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class Cases:
     pipeline: np.ndarray
     context: np.ndarray  # of the data ranks, those that share a sequence
     exchanged: np.ndarray  # bytes a token, a layer, that a context rank sends in a forward pass
+    expert: np.ndarray  # of the data ranks, those that share experts
+    routed: np.ndarray  # bytes a token, a layer, of what goes to all the experts that it chooses
     micro_batches: np.ndarray
     layers: np.ndarray  # of the model
     layers_slowest: np.ndarray  # of the slowest stage without the head
@@ -81,7 +83,7 @@ def step_parts(terms: np.ndarray, c: Cases, effects: np.ndarray | float = 1.0) -
     """Return the seconds [n] of a step by part; they sum to the step. effects [n] multiply a layer's time."""
     k = dict(zip(TERMS, terms, strict=True))
     micro = _micro_batch(k, c, effects)
-    layer = sum(micro[name] for name in ("matrices", "attention", "elementwise", "host", "tensor", "context"))
+    layer = sum(micro[name] for name in ("matrices", "attention", "elementwise", "host", "tensor", "context", "expert"))
     rest = micro["head"]
     last = c.layers_last * layer + rest
     slowest = np.maximum(c.layers_slowest * layer, last)
@@ -92,6 +94,7 @@ def step_parts(terms: np.ndarray, c: Cases, effects: np.ndarray | float = 1.0) -
     parts["head"] = c.micro_batches * steady_head * rest
     parts["tensor"] = c.micro_batches * steady_layers * micro["tensor"]
     parts["context"] = c.micro_batches * steady_layers * micro["context"]
+    parts["expert"] = c.micro_batches * steady_layers * micro["expert"]
     parts["pipeline"] = (c.micro_batches + c.pipeline - 1) * micro["pipe"]
     parts["bubble"] = np.maximum(c.layers * layer + rest - slowest, 0.0) * c.bubble_share
     # a ring over nodes uses the network adapter of each of its ranks in a node
@@ -128,6 +131,11 @@ def _micro_batch(k: dict[str, float], c: Cases, effects: np.ndarray | float) -> 
     rate = np.where(within, k["tensor_link"] * c.link, k["tensor_network"] * c.network)
     exchange = 2.0 * k["tensor_latency"] * (c.context - 1) + c.tokens * c.exchanged / rate  # to heads, and back
     context = np.where(c.context > 1, (c.passes - 1.0) * exchange, 0.0)
+    within = c.tensor * c.expert <= c.node
+    rate = np.where(within, k["tensor_link"] * c.link, k["tensor_network"] * c.network)
+    # to the experts and back, if their loads are even, and the counts before, for which the host waits
+    travel = 3.0 * k["tensor_latency"] * (c.expert - 1) + 2.0 * c.tokens * c.routed * (c.expert - 1) / c.expert / rate
+    expert = np.where(c.expert > 1, (c.passes - 1.0) * travel, 0.0)
     inside = c.tensor * c.data * 2 <= c.node
     pipe = k["pipe_latency"] + activation / c.pipe_share / (k["pipe_rate"] * np.where(inside, c.link, c.network))
     return {
@@ -137,6 +145,7 @@ def _micro_batch(k: dict[str, float], c: Cases, effects: np.ndarray | float) -> 
         "host": (layer - gpu) * effects,
         "tensor": tensor * effects,
         "context": context * effects,
+        "expert": expert * effects,
         "head": 6.0 * c.tokens * c.head / c.tensor / (k["head"] * c.peak_half),
         "pipe": np.where(c.pipeline > 1, 2.0 * pipe, 0.0),
     }

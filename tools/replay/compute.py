@@ -25,7 +25,6 @@ from recipes.common.data.batches import open_train, step_micro_batches
 from recipes.common.engine import zero_state
 from recipes.common.engine.build_trainer import build_recipe_trainer
 from recipes.common.engine.trainer import StepResult, Trainer
-from recipes.common.model.sharding import rank_shard
 from recipes.common.monitor.parameter_stats import ParameterStats
 from recipes.common.parallel.dropout import seed_dropout
 from recipes.common.recipe import ROOT, Recipe, due
@@ -201,11 +200,12 @@ def _state_difference(plan: ReplayPlan, trainer: Trainer) -> dict[str, float] | 
     reader, found = Reader(folder), {}
     for partition in zero_state.partitions(trainer):
         for f in partition.fragments:
-            shard = rank_shard(trainer.stage.tensor_plan.shards.get(f.name), trainer.grid.tensor_rank, trainer.grid.tensor)
+            held = trainer.stage.held.of(f.name)
+            before = held.start(trainer.stage.whole_shapes[f.name])
             for kind, flat in partition.states.items():
                 if f.name not in reader.tensors or kind not in reader.tensors[f.name]["kinds"]:
                     continue
-                saved = torch.from_numpy(reader.shard(f.name, kind, shard, f.start, f.stop))
+                saved = torch.from_numpy(reader.shard(f.name, kind, held.shard, before + f.start, before + f.stop))
                 ours = flat[f.offset : f.offset + f.stop - f.start].float().cpu()
                 key = f"{kind} of {f.name}"
                 found[key] = max(found.get(key, 0.0), float((ours - saved).abs().max().nan_to_num(math.inf)))

@@ -11,7 +11,6 @@ import torch
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
 from recipes.common.model.initial_weights import name_seed
-from recipes.common.model.sharding import rank_shard
 from tools.replay.fingerprint import mix
 
 COMPUTED = "weight"  # what the model computes with, in its own precision
@@ -64,7 +63,9 @@ def _is_tied_copy(trainer: Trainer, name: str) -> bool:
 def _index(trainer: Trainer, name: str, start: int, stop: int) -> tuple[torch.Tensor, str]:
     """Return where elements [start, stop) of this rank's flattened shard lie in the whole, and which part of it they are."""
     shape = tuple(trainer.stage.whole_shapes[name])
-    shard = rank_shard(trainer.stage.tensor_plan.shards.get(name), trainer.grid.tensor_rank, trainer.grid.tensor)
+    held = trainer.stage.held.of(name)
+    shard, before = held.shard, held.start(shape)
+    start, stop = before + start, before + stop
     flat = torch.arange(start, stop, dtype=torch.int64)
     if shard.spec is None:
         return flat, f"{start}:{stop}"

@@ -13,7 +13,7 @@ from recipes.common.model.initial_weights import build_empty
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers
 from recipes.common.pipeline.schedules import Costs, finish_times, order_passes
 from recipes.common.recipe import Recipe
-from recipes.common.runtime.step_clock import BACKWARD, CONTEXT, FORWARD, PARTS, RECOMPUTE, TENSOR, WEIGHTS
+from recipes.common.runtime.step_clock import BACKWARD, CONTEXT, EXPERT, FORWARD, PARTS, RECOMPUTE, TENSOR, WEIGHTS
 from tools.throughput.timings import MESSAGES, Timings
 
 
@@ -55,15 +55,15 @@ class Balance:
 
 
 def stage_times(timings: Timings) -> list[StageTimes]:
-    """Return means over each stage's ranks. Communication of tensor and context ranks counts half to each direction's passes."""
+    """Return means over each stage's ranks. What tensor, context and expert ranks send counts half to each direction's passes."""
     found = []
     for stage in range(timings.pipeline):
         ranks = [rank for rank in timings.ranks if rank.stage == stage]
         part = {name: float(np.mean([np.median(rank.parts[:, PARTS.index(name)]) for rank in ranks])) for name in PARTS}
         found.append(
             StageTimes(
-                (part[FORWARD] + (part[TENSOR] + part[CONTEXT]) / 2) / timings.micro_batches,
-                (part[BACKWARD] + part[RECOMPUTE] + (part[TENSOR] + part[CONTEXT]) / 2) / timings.micro_batches,
+                (part[FORWARD] + (part[TENSOR] + part[CONTEXT] + part[EXPERT]) / 2) / timings.micro_batches,
+                (part[BACKWARD] + part[RECOMPUTE] + (part[TENSOR] + part[CONTEXT] + part[EXPERT]) / 2) / timings.micro_batches,
                 part[WEIGHTS] / timings.micro_batches,
             )
         )
@@ -102,7 +102,7 @@ def find_bubble(timings: Timings) -> Bubble | None:
         return None
     stages = stage_times(timings)
     mean = StageTimes(*(float(np.mean([getattr(s, name) for s in stages])) for name in ("forward", "backward", "weights")))
-    passes = [PARTS.index(name) for name in (FORWARD, BACKWARD, RECOMPUTE, WEIGHTS, TENSOR, CONTEXT)]
+    passes = [PARTS.index(name) for name in (FORWARD, BACKWARD, RECOMPUTE, WEIGHTS, TENSOR, CONTEXT, EXPERT)]
     messages = [PARTS.index(name) for name in MESSAGES]
     measured, exposed = [], []
     for rank in timings.ranks:

@@ -23,6 +23,7 @@ COLOURS = {
     "optimizer": "#0b7a4b",
     "tensor": "#d9480f",
     "context": "#e8751a",
+    "expert": "#f76707",
     "pipeline": "#f08c00",
     "bubble": "#ced4de",
     "data_parallel": "#c92a2a",
@@ -60,7 +61,7 @@ def page_text(facts: dict[str, Any]) -> str:
 
 def _figures(facts: dict[str, Any]) -> str:
     parts, step = facts["parts"], facts["step_ms"]
-    exposed = sum(parts[part] for part in ("tensor", "context", "pipeline", "data_parallel", "all_ranks"))
+    exposed = sum(parts[part] for part in ("tensor", "context", "expert", "pipeline", "data_parallel", "all_ranks"))
     shown = [
         (f"{step:,.1f} ms", "a step"),
         (f"{100 * sum(parts[part] for part in COMPUTING) / step:.1f} %", "computing"),

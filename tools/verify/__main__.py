@@ -64,7 +64,7 @@ def _run(flags: argparse.Namespace) -> int:
 def _run_families(flags: argparse.Namespace) -> int:
     quiet_transformers()
     if flags.table and flags.layout:
-        raise UsageError("--table: the page has the three layouts beside each other; leave out --layout")
+        raise UsageError("--table: the page has all layouts beside each other; leave out --layout")
     layouts = {flags.layout: parse_layout(flags.layout)} if flags.layout else LAYOUTS
     log = FamilyLog(flags.log)
     names = None if flags.family == "all" else flags.family.split(",")

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from recipes.common.checks.expert_trial import expert_trial_problems
 from recipes.common.checks.family_trials import partition_problems
 from recipes.common.checks.tiny_model import field_of
 from recipes.common.checks.tiny_trial import trial_problems
@@ -34,6 +35,7 @@ LAYOUTS: dict[str, tuple[Layout, int]] = {
     "pipeline=2": (Layout(pipeline=2), 1),
     "tensor=2": (Layout(tensor=2), 1),
     "tensor=2,pipeline=2": (Layout(tensor=2, pipeline=2), 1),
+    "expert=2": (Layout(expert=2), 2),  # of mixtures alone
 }
 _ATTENTION = "eager"
 _OPTIMIZER = AdamW(lr=1e-3, eps=1e-5, clip=0.5)  # eps above rounding, so that near-zero gradients do not become whole steps
@@ -83,6 +85,9 @@ def _judge(name: str, layouts: Mapping[str, tuple[Layout, int]], *, steps: int, 
     for words, (layout, data) in layouts.items():
         facts = {"family": name, "layout": words, "experts": known["experts"], "tied": known["tied"]}
         facts["whole"] = known["whole"].get(words, 0.0)
+        if layout.expert > 1 and not known["experts"]:
+            yield FamilyVerdict(**facts, outcome=LEFT_OUT)
+            continue
         if reason := known["refused"].get(words):
             yield FamilyVerdict(**facts, outcome=REFUSED, reason=reason)
             continue
@@ -102,6 +107,7 @@ def _describe(name: str, layouts: dict[str, tuple[Layout, int]]) -> dict[str, An
     widest = Layout(
         tensor=max(layout.tensor for layout, _ in layouts.values()),
         pipeline=max(layout.pipeline for layout, _ in layouts.values()),
+        expert=max(layout.expert for layout, _ in layouts.values()),
     )
     try:
         config = tiny_family(name, widest).config
@@ -118,6 +124,7 @@ def _describe(name: str, layouts: dict[str, tuple[Layout, int]]) -> dict[str, An
                 kept = whole_matrices(planned.causal, planned.stack, planned.tensor_plan.shards)
                 whole[words] = sum(kept.values()) / max(sum(matrices), 1)
             found = [*problems, *partition_problems(config, layout, _ATTENTION)]
+            found += expert_trial_problems(config, layout, _ATTENTION)
         except PlanError as error:
             found = [str(error)]
         except Exception as error:  # a family's own code may raise anything

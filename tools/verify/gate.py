@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from recipes.common.checks.context_checks import context_problems
+from recipes.common.checks.expert_trial import expert_trial_problems
 from recipes.common.checks.family_trials import chunk_problems, partition_problems, sequence_problems
 from recipes.common.checks.model_checks import config_problems, depth_problems, value_problems
 from recipes.common.checks.recipe_checks import optimizer_problems, option_problems
@@ -80,7 +81,7 @@ def make_trial(
         raise RecipeError(f"recipe {recipe.name!r}", [*problems, f"model: cannot be shrunk for the trial: {error}"]) from error
     if not problems:  # in a rank of its own, like all tensor code: see tools.common.forked_ranks
         problems += run_ranks(trial_problems, 1, recipe.model, recipe.attention)[0]
-        for proof in () if problems else (partition_problems, sequence_problems, chunk_problems):
+        for proof in () if problems else (partition_problems, sequence_problems, chunk_problems, expert_trial_problems):
             problems += run_ranks(proof, 1, recipe.model, layout, recipe.attention)[0]
         problems += run_ranks(context_problems, 1, recipe, layout)[0] if layout.context > 1 else []
     if problems:
@@ -200,7 +201,7 @@ def _installed(package: str) -> str:
 def gate_table(name: str, trial: Trial, rows: list[WorstDifference]) -> str:
     lines = [
         f"{name}: {type(trial.model).__name__} at hidden size {trial.model.hidden_size}, tensor {trial.layout.tensor} x "
-        f"pipeline {trial.layout.pipeline} x data {trial.data}{_context(trial.layout)}, {precision(trial.deepspeed)}, "
+        f"pipeline {trial.layout.pipeline} x data {trial.data}{_shared(trial.layout)}, {precision(trial.deepspeed)}, "
         f"ZeRO {zero_stage(trial.deepspeed)}, {trial.steps} steps, against one process of plain transformers",
         f"{'':16}{'largest difference':>20}{'allowed':>12}{'rounding':>12}  where",
     ]
@@ -211,5 +212,7 @@ def gate_table(name: str, trial: Trial, rows: list[WorstDifference]) -> str:
     return "\n".join(lines)
 
 
-def _context(layout: Layout) -> str:
-    return f" (context {layout.context})" if layout.context > 1 else ""
+def _shared(layout: Layout) -> str:
+    """Say what data ranks share."""
+    said = [f"{name} {getattr(layout, name)}" for name in ("context", "expert") if getattr(layout, name) > 1]
+    return f" ({', '.join(said)})" if said else ""

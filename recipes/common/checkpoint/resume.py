@@ -15,7 +15,6 @@ from recipes.common.checkpoint.reader import Reader
 from recipes.common.checkpoint.reorder import carry_over
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
-from recipes.common.model.sharding import rank_shard
 from recipes.common.recipe import Recipe
 from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_checkpoints
 
@@ -57,7 +56,7 @@ def _newest_intact(out_dir: Path, trainer: Trainer, last_step: int | None) -> Pa
 
 def load_state(reader: Reader, trainer: Trainer) -> None:
     """Fill this rank's partitions from a checkpoint of any layout, then the weights that the model computes with."""
-    stage, grid = trainer.stage, trainer.grid
+    stage = trainer.stage
     _check_same_model(reader, trainer)
     kinds = sorted(reader.kinds() - {zero_state.MASTER, "buffer"})
     if kinds or reader.state["optimizer_steps"]:
@@ -67,9 +66,10 @@ def load_state(reader: Reader, trainer: Trainer) -> None:
     with torch.no_grad():
         for partition in zero_state.partitions(trainer):
             for f in partition.fragments:
+                held = stage.held.of(f.name)
+                before = held.start(stage.whole_shapes[f.name])
                 for kind, flat in partition.states.items():
-                    shard = rank_shard(stage.tensor_plan.shards.get(f.name), grid.tensor_rank, grid.tensor)
-                    data = reader.shard(f.name, kind, shard, f.start, f.stop)
+                    data = reader.shard(f.name, kind, held.shard, before + f.start, before + f.stop)
                     flat[f.offset : f.offset + f.stop - f.start].copy_(torch.from_numpy(data))
         for name, buffer in stage.persistent_buffers():
             buffer.copy_(torch.from_numpy(reader.whole(name, "buffer")))

@@ -27,7 +27,7 @@ from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.save_in_flight import SaveInFlight
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
-from recipes.common.model.sharding import RankShard, rank_shard
+from recipes.common.model.sharding import RankShard
 from recipes.common.recipe import Recipe, due
 from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_checkpoints, step_folder
 from recipes.common.run_dir.lease import Lease
@@ -222,13 +222,14 @@ class Saver:
         for index, partition in enumerate(zero_state.partitions(self._trainer)):
             host = {kind: self._to_host((index, kind), flat) for kind, flat in partition.states.items()}
             for f in partition.fragments:
-                shard = rank_shard(stage.tensor_plan.shards.get(f.name), grid.tensor_rank, grid.tensor)
-                stop = min(f.stop, shard.stored_elements(shapes[f.name]))
-                if f.name == tied_copy or shard.rank != grid.tensor_rank or f.start >= stop:  # another rank saves it; padding
+                held = stage.held.of(f.name)
+                shard, before = held.shard, held.start(shapes[f.name])
+                start, stop = before + f.start, min(before + f.stop, shard.stored_elements(shapes[f.name]))
+                if f.name == tied_copy or shard.rank != grid.tensor_rank or start >= stop:  # another rank saves it; padding
                     continue
                 for kind, flat in host.items():
-                    data = flat[f.offset : f.offset + stop - f.start]
-                    parts.append(Part(f.name, kind, shapes[f.name], shard, f.start, stop, data))
+                    data = flat[f.offset : f.offset + stop - start]
+                    parts.append(Part(f.name, kind, shapes[f.name], shard, start, stop, data))
         if grid.data_rank == 0 and grid.tensor_rank == 0:
             for name, buffer in stage.persistent_buffers():
                 data = buffer.detach().to("cpu", copy=True).numpy().reshape(-1)  # training moves a router's bias

@@ -93,6 +93,8 @@ def _stage_problems(recipe: Recipe, layout: Layout, world_size: int) -> Iterator
         )
     if layout.context > 1:
         yield f"context={layout.context}: equal bits in other stages were not shown for it; use determinism='bitwise'"
+    if layout.expert > 1:
+        yield f"expert={layout.expert}: equal bits in other stages were not shown for it; use determinism='bitwise'"
     fields = recipe.model.to_dict()
     if recipe.model.get_text_config().tie_word_embeddings:
         yield (

@@ -16,7 +16,7 @@ from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.linears import deferrable_fraction
 from recipes.common.parallel.context_parallel import head_ranks
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers
-from recipes.common.recipe import Blend, Layout, Reaction, Recipe, Sizes
+from recipes.common.recipe import WHOLE, Blend, Layout, Reaction, Recipe, Sizes
 
 LARGE_GIB = 1.0  # of masks: worth a line
 
@@ -31,7 +31,7 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
     lines = [
         f"{recipe.name}: {recipe.num_params:,} parameters ({type(causal).__name__}), {'tied' if stack.tied else 'untied'} head",
         f"layout      {sizes.world} GPUs = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}"
-        f"{_context(recipe, layout)}, "
+        f"{_context(recipe, layout)}{_experts(layout)}, "
         f"recompute {recompute}" + _options(layout, causal.get_submodule(stack.layers)),
         f"batch       {recipe.batch.global_seqs} sequences of {recipe.batch.seq_len} = {sizes.tokens_per_step:,} tokens a step: "
         f"{recipe.batch.micro_seqs} a micro batch x {sizes.readers} {readers} x {sizes.accumulation} accumulated",
@@ -63,6 +63,12 @@ def _context(recipe: Recipe, layout: Layout) -> str:
     heads = head_ranks(recipe.model, layout)
     how = "by heads" if heads == layout.context else f"{heads} by heads x {layout.context // heads} by queries"
     return f" ({layout.context} context ranks share a sequence, {how})"
+
+
+def _experts(layout: Layout) -> str:
+    said = [f"{layout.expert} data ranks share experts"] if layout.expert > 1 else []
+    said += ["tensor ranks have whole experts"] if layout.experts == WHOLE else []
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _masks(recipe: Recipe, layout: Layout) -> list[str]:

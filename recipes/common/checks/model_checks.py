@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from recipes.common.checks.context_checks import context_head_problems, context_trial_problems
-from recipes.common.checks.expert_checks import expert_problems
+from recipes.common.checks.expert_trial import shared_expert_problems
 from recipes.common.checks.family_trials import chunk_problems, masking_problems, partition_problems, sequence_problems
 from recipes.common.checks.router_checks import router_problems, router_value_problems
 from recipes.common.checks.tiny_model import field_of, shallow
@@ -76,7 +76,7 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
         except PlanError as error:
             routers = error
         problems += router_problems(recipe.model, recipe.router, routers, recipe.attention)
-    if min(layout.tensor, layout.pipeline, layout.context, recipe.batch.seq_len) < 1:  # reported by recipe_checks
+    if min(layout.tensor, layout.pipeline, layout.context, layout.expert, recipe.batch.seq_len) < 1:  # reported by recipe_checks
         return problems
     too_deep = depth_problems(layout, len(causal.get_submodule(stack.layers)))
     problems += too_deep
@@ -88,9 +88,10 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
         else:
             if not tried:
                 problems += sequence_problems(recipe.model, layout, recipe.attention)
+                problems += chunk_problems(recipe.model, layout, recipe.attention)
+                problems += shared_expert_problems(recipe.model, causal, stack, layout, recipe.attention)
             problems += context_head_problems(recipe.model, layout, recipe.attention)
-            problems += [] if tried else chunk_problems(recipe.model, layout, recipe.attention)
-        problems += group_problems(recipe, causal, stack, layout) + expert_problems(causal, stack, layout)
+        problems += group_problems(recipe, causal, stack, layout)
     if not problems and recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
         problems += masking_problems(recipe.model, recipe.attention)
     if not problems:

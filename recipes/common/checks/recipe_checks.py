@@ -12,7 +12,7 @@ from typing import Any
 
 from recipes.common.checks.context_checks import context_option_problems, context_size_problems
 from recipes.common.checks.determinism_checks import level_problems, machine_problems
-from recipes.common.checks.expert_checks import expert_option_problems
+from recipes.common.checks.expert_checks import expert_option_problems, expert_size_problems
 from recipes.common.checks.model_checks import model_problems
 from recipes.common.checks.router_checks import router_value_problems
 from recipes.common.config.ds_checks import device_problems, ds_config_problems, fp16_supported, version_problems
@@ -101,7 +101,7 @@ def _batch_sizes(recipe: Recipe) -> tuple[int, ...]:
 
 def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str]:
     """Check a layout on `world_size` ranks, and the batch there, by arithmetic alone."""
-    names = ("tensor", "pipeline", "context", "recompute_every")
+    names = ("tensor", "pipeline", "context", "expert", "recompute_every")
     problems = [
         f"layouts[{world_size}].{name}={getattr(layout, name)} must be a whole number from 1"
         for name in names
@@ -118,7 +118,9 @@ def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str
             f"{world_size} GPUs; change the layout or the number of GPUs"
         ]
     data = world_size // replica
-    if uneven := context_size_problems(layout, data, f"layouts[{world_size}]."):
+    uneven = context_size_problems(layout, data, f"layouts[{world_size}].")
+    uneven += expert_size_problems(layout, data, f"layouts[{world_size}].")
+    if uneven:
         return problems + uneven
     readers = data // layout.context
     unit = recipe.batch.micro_seqs * readers

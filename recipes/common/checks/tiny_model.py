@@ -106,7 +106,7 @@ def shrink(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
 
 def _shrink_experts(fields: dict[str, Any], names: dict[str, str], config: PreTrainedConfig, layout: Layout) -> None:
     """Keep a whole number of experts on each rank that shares them, where there is one."""
-    ranks = layout.tensor if layout.experts == WHOLE else 1
+    ranks = layout.expert * (layout.tensor if layout.experts == WHOLE else 1)
     for name in _EXPERT_COUNTS:
         own, count = names.get(name, name), field_of(config, name)
         if isinstance(count, int) and count and count % ranks == 0 and isinstance(fields.get(own), int):

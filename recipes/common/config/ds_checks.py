@@ -111,6 +111,11 @@ def _zero_problems(config: dict[str, Any], layout: Layout) -> Iterator[str]:
             f"zero_optimization.stage={stage} with layout.pipeline={layout.pipeline}: DeepSpeed's pipeline "
             "engine reduces gradients once a step and takes stage 1 only; write 1, or set pipeline=1 in the recipe"
         )
+    if layout.expert > 1 and (stage > 1 or _at(config, "zero_optimization.offload_optimizer.device") not in (None, "none")):
+        yield (
+            f"zero_optimization with layout.expert={layout.expert}: experts that ranks share are partitioned by stage 1 "
+            "alone, without offload; write stage 1 and delete offload_optimizer, or set expert=1 in the recipe"
+        )
     if _at(config, "zero_optimization.offload_param") is not None and stage != 3:
         yield f"zero_optimization.offload_param with zero_optimization.stage={stage}: only stage 3 supports it; delete it"
     device = _at(config, "zero_optimization.offload_optimizer.device")

@@ -140,7 +140,7 @@ DEEPSPEED_EFFECTS = {key: effect for effect, keys in _DEEPSPEED.items() for key 
 
 # the layout that a start trains in, and what follows from it
 _LAYOUT = {
-    Effect.ROUNDING: """tensor pipeline context context_heads data world mlp_chunk_tokens sequence_parallel experts
+    Effect.ROUNDING: """tensor pipeline context context_heads expert data world mlp_chunk_tokens sequence_parallel experts
         accumulation""",
     Effect.SPEED: "recompute recompute_every offload_activations pipeline_schedule layers_per_stage",
     Effect.COURSE: "tokens_per_step",

@@ -21,6 +21,7 @@ class Coordinates:
     pipeline_rank: int
     data_rank: int
     context: int = 1  # data ranks that share their sequences: neighbours
+    expert: int = 1  # data ranks that share experts: neighbours
     folded: bool = False  # the pipeline turns back at its last rank and ends on its first
 
     @property
@@ -39,6 +40,11 @@ class Coordinates:
         return self.data_rank % self.context
 
     @property
+    def expert_rank(self) -> int:
+        """Return which of the experts' parts this rank has."""
+        return self.data_rank % self.expert
+
+    @property
     def is_first_stage(self) -> bool:
         """Return whether this rank has the embedding."""
         return self.pipeline_rank == 0
@@ -53,7 +59,7 @@ def coordinates(rank: int, world_size: int, layout: Layout) -> Coordinates:
     """Return the coordinates of `rank`."""
     tensor, pipeline = layout.tensor, layout.pipeline
     data = world_size // (tensor * pipeline)
-    assert data * tensor * pipeline == world_size and data % layout.context == 0, (world_size, layout)
+    assert data * tensor * pipeline == world_size and data % layout.context == data % layout.expert == 0, (world_size, layout)
     return Coordinates(
         rank=rank,
         tensor=tensor,
@@ -63,6 +69,7 @@ def coordinates(rank: int, world_size: int, layout: Layout) -> Coordinates:
         pipeline_rank=rank // (tensor * data),
         data_rank=rank // tensor % data,
         context=layout.context,
+        expert=layout.expert,
         folded=layout.pipeline_schedule == FOLDED,
     )
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from deepspeed.utils import groups
 
 from recipes.common.parallel.grid import Grid
 
@@ -64,3 +68,17 @@ class Mpu:
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
     get_tensor_model_parallel_group = get_model_parallel_group
+
+
+def name_expert_groups(grid: Grid, banks: Iterable[torch.nn.Parameter]) -> str:
+    """Tell DeepSpeed which data ranks have the same experts. Returns its name of them.
+
+    Banks of experts are marked as its own: it takes the mean of their gradients over all data ranks, of which each expert rank
+    has summed a part, and partitions their optimizer states over those of the same experts.
+    """
+    name = f"experts_{len(groups._EXPERT_DATA_PARALLEL_GROUP)}"  # a process may build one trainer after another
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = grid.expert_data_group or grid.alone_group
+    groups._EXPERT_PARALLEL_GROUP[name] = grid.expert_group
+    for parameter in banks:
+        parameter.allreduce, parameter.group_name = False, name
+    return name

@@ -5,8 +5,10 @@ its arguments, and without any does what DeepSpeed's own does.
     deepspeed.ops.__compatible_ops__             empty: no compiler is looked for at start
     torch.compile, while Muon is imported        off: Muon is unused
     module.PipelineParallelGrid, while a pipeline is built    deepspeed_groups.PipelineGroups: our groups, not a second set
+    engine._configure_distributed_model, while one is built   the same, and whether it has experts: it knows only DeepSpeed's own
     deepspeed.comm.comm.cdb                      deepspeed_timers.TimedBackend: collectives on the clock
     bf16_optimizer.get_global_norm_of_tensors    gradient_norm: the exact norm and the gate
+    bf16_optimizer.get_norm_with_moe_layers      nothing: that norm has the experts in it
 On one engine:
     optimizer.scaled_global_norm, optimizer._get_norm_groups    gradient_norm: the same for ZeRO 1 and 2, and for ZeRO 3
     engine._INSTRUCTION_MAP                      deepspeed_timers: instructions on the clock; executor: a zero-bubble step
@@ -32,14 +34,14 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import module as pipe_module
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from deepspeed.runtime.utils import get_global_norm_of_tensors
+from deepspeed.runtime.utils import get_global_norm_of_tensors, get_norm_with_moe_layers
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.timer import NoopTimer
 
 from recipes.common.engine.deepspeed_groups import PipelineGroups
 from recipes.common.engine.deepspeed_timers import TimedBackend, timed_instructions
-from recipes.common.engine.gradient_norm import NormGate, norm_of_partitions, norm_of_replicated
+from recipes.common.engine.gradient_norm import NormGate, expert_gradients, norm_of_partitions, norm_of_replicated
 from recipes.common.parallel.grid import Grid
 from recipes.common.pipeline.executor import OneStep, PipelineExecutor, RunPasses
 
@@ -47,6 +49,7 @@ INVALID = -1.0  # DeepSpeed's mark for a norm that is not a number
 
 assert hasattr(pipe_module, "PipelineParallelGrid"), "DeepSpeed's pipeline makes its groups in another way"
 assert hasattr(bf16_optimizer, "get_global_norm_of_tensors"), "DeepSpeed's bf16 optimizer takes its norm in another way"
+assert hasattr(DeepSpeedEngine, "_configure_distributed_model"), "DeepSpeed looks for layers of experts in another way"
 
 
 def patch_start() -> None:
@@ -76,6 +79,22 @@ def share_groups(grid: Grid) -> Iterator[None]:
         pipe_module.PipelineParallelGrid = theirs
 
 
+@contextlib.contextmanager
+def with_experts(has_banks: bool) -> Iterator[None]:
+    """Let an engine that is built meanwhile look for groups of experts among its optimizer's, where this stage has banks."""
+    theirs = DeepSpeedEngine._configure_distributed_model
+
+    def ours(engine: DeepSpeedEngine, model: torch.nn.Module) -> None:
+        theirs(engine, model)
+        engine.has_moe_layers = has_banks
+
+    DeepSpeedEngine._configure_distributed_model = ours
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._configure_distributed_model = theirs
+
+
 def patch_engine(engine: DeepSpeedEngine, grid: Grid, executor: PipelineExecutor | None) -> NormGate:
     """Replace the functions of the table above for this engine. Returns the gate of its steps."""
     gate = NormGate(grid.device)
@@ -100,8 +119,12 @@ def _patch_norm(optimizer: Any, grid: Grid, gate: NormGate) -> None:
     """
     if isinstance(optimizer, BF16_Optimizer):
         # the engine's own mpu is all that identifies it in this function's arguments
-        optimizer.mpu.trifold_norm = lambda gradients: gate.checked(norm_of_replicated(gradients, grid), INVALID)
+        def exact_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+            return gate.checked(norm_of_replicated(gradients, expert_gradients(optimizer, grid), grid), INVALID)
+
+        optimizer.mpu.trifold_norm = exact_norm
         bf16_optimizer.get_global_norm_of_tensors = _bf16_norm
+        bf16_optimizer.get_norm_with_moe_layers = _norm_with_experts
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         theirs = optimizer.scaled_global_norm
 
@@ -118,6 +141,10 @@ def _patch_norm(optimizer: Any, grid: Grid, gate: NormGate) -> None:
             return [torch.full_like(norm, torch.inf)] if gate.refuses(norm) else norms
 
         optimizer._get_norm_groups = gated_groups
+
+
+def _norm_with_experts(norm: torch.Tensor, mpu: Any, **options: Any) -> torch.Tensor:
+    return norm if hasattr(mpu, "trifold_norm") else get_norm_with_moe_layers(norm, mpu, **options)
 
 
 def _bf16_norm(input_tensors: Iterable[torch.Tensor], norm_type: float = 2, mpu: Any = None, **options: Any) -> torch.Tensor:

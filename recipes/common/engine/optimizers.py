@@ -7,9 +7,32 @@ from typing import Any
 
 import torch
 
+from recipes.common.engine.deepspeed_groups import name_expert_groups
+from recipes.common.pipeline.stage import Stage
 from recipes.common.recipe import AdamW, Optimizer
 
 _UNIT = 16  # elements: the 64 bytes that torch's kernel for CPUs works on at a time
+
+
+def parameter_groups(stage: Stage, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return [decayed, not decayed], in this order on every rank (DeepSpeed's norms deadlock when ranks differ, #1522).
+
+    Not decayed: parameters of fewer than two dimensions (norms, biases) and, by choice, the embeddings. Where expert ranks divide
+    experts, those that this stage has follow: DeepSpeed partitions them over other ranks.
+    """
+    embeddings = {f"{stage.stack.embedding}.weight", f"{stage.stack.head}.weight"}
+    groups: list[list[torch.nn.Parameter]] = [[], []]
+    banks = dict(stage.banks())
+    for name, parameter in stage.hf_named_parameters():
+        if parameter.requires_grad and name not in banks:
+            not_decayed = parameter.ndim < 2 or (name in embeddings and not optimizer.decay_embeddings)
+            groups[not_decayed].append(parameter)
+    decays = (optimizer.weight_decay, 0.0)
+    found: list[dict[str, Any]] = [{"params": p, "weight_decay": d} for p, d in zip(groups, decays, strict=True) if p]
+    if banks:
+        options = {"moe": True, "name": name_expert_groups(stage.grid, banks.values())}
+        found.append({"params": list(banks.values()), "weight_decay": optimizer.weight_decay} | options)
+    return found
 
 
 def build_optimizer(

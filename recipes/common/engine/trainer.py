@@ -24,8 +24,8 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from recipes.common.data.batches import context_slice
 from recipes.common.data.document_masking import document_positions
 from recipes.common.engine.deepspeed_groups import Mpu
-from recipes.common.engine.deepspeed_patches import patch_engine, share_groups
-from recipes.common.engine.optimizers import build_optimizer
+from recipes.common.engine.deepspeed_patches import patch_engine, share_groups, with_experts
+from recipes.common.engine.optimizers import build_optimizer, parameter_groups
 from recipes.common.engine.startup import quiet_deepspeed
 from recipes.common.model.document_bounds import no_questions, positions_on
 from recipes.common.parallel.cross_entropy import IGNORED
@@ -106,21 +106,6 @@ class PipelineStages(PipelineModule):
         return [(SimpleNamespace(grad=gradient_of(w), _hp_grad=gradient_of(w)), group) for w, group in self._tied]
 
 
-def parameter_groups(stage: Stage, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return [decayed, not decayed], in this order on every rank (DeepSpeed's norms deadlock when ranks differ, #1522).
-
-    Not decayed: parameters of fewer than two dimensions (norms, biases) and, by choice, the embeddings.
-    """
-    embeddings = {f"{stage.stack.embedding}.weight", f"{stage.stack.head}.weight"}
-    groups: list[list[torch.nn.Parameter]] = [[], []]
-    for name, parameter in stage.hf_named_parameters():
-        if parameter.requires_grad:
-            not_decayed = parameter.ndim < 2 or (name in embeddings and not optimizer.decay_embeddings)
-            groups[not_decayed].append(parameter)
-    decays = (optimizer.weight_decay, 0.0)
-    return [{"params": p, "weight_decay": d} for p, d in zip(groups, decays, strict=True) if p]
-
-
 class Trainer:
     """Holds a stage, its optimizer and DeepSpeed's engine, and trains. The loop and the state of a run are elsewhere."""
 
@@ -133,7 +118,7 @@ class Trainer:
         # DeepSpeed knows optimizers by their class; tests hold ours to torch's
         ds_config = ds_config | {"zero_allow_untested_optimizer": True}
         self.optimizer = build_optimizer(parameter_groups(stage, optimizer), optimizer, grid.device, offload=offload)
-        with quiet_deepspeed():
+        with quiet_deepspeed(), with_experts(any(True for _ in stage.banks())):
             if grid.pipeline > 1:
                 topology = PipeModelDataParallelTopology(num_pp=grid.pipeline, num_mp=grid.tensor, num_dp=grid.data)
                 module, mpu = PipelineStages(stage, topology), None

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from recipes.common.model.sharding import ShardSpec
+from recipes.common.model.sharding import Holdings
 
 INITIAL_WEIGHTS_VERSION = 1  # of what `draw_weights` draws: a run's record holds it; a test holds what it stands for
 SEED_VERSION = 1  # of `name_seed`, and of the names that dropout gives it (recipes.common.parallel.dropout), likewise
@@ -87,16 +87,14 @@ def _make_buffers(causal: PreTrainedModel) -> None:
                 module.register_buffer(leaf, torch.zeros(parameter.shape))  # as families start it
 
 
-def draw_weights(
-    causal: PreTrainedModel, root: nn.Module, prefix: str, *, seed: int | None, shards: dict[str, ShardSpec], rank: int, size: int
-) -> None:
+def draw_weights(causal: PreTrainedModel, root: nn.Module, prefix: str, *, seed: int | None, held: Holdings) -> None:
     """Give every module at or under `root` (whose name in the whole model is `prefix`) its initial weights.
 
-    `causal` lends its `_init_weights`; `rank` and `size` are the tensor rank and size whose shards are kept. seed: None to draw
-    nothing and leave NaN, which takes no time: a checkpoint is loaded.
+    `causal` lends its `_init_weights`; held: what this rank keeps of them. seed: None to draw nothing and leave NaN, which takes
+    no time: a checkpoint is loaded.
     """
     if seed is None:
-        _leave_empty(root, prefix, shards, rank, size)
+        _leave_empty(root, prefix, held)
         return
     units = list(_units(causal, root, prefix))
     for name, module, submodules in units:
@@ -108,25 +106,17 @@ def draw_weights(
             _finish(name, submodules, constants)
         for child_name, child in submodules:
             for leaf, parameter in list(child.named_parameters(recurse=False)):
-                shard = shards.get(f"{child_name}.{leaf}")
-                data = parameter.data if shard is None else shard.take(parameter.data, rank, size)
+                data = held.of(f"{child_name}.{leaf}").take(parameter.data)
                 child._parameters[leaf] = nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
-def _leave_empty(root: nn.Module, prefix: str, shards: dict[str, ShardSpec], rank: int, size: int) -> None:
-    """Give every parameter at or under `root` the shape of its shard, and NaN, zero where a shard is padded."""
+def _leave_empty(root: nn.Module, prefix: str, held: Holdings) -> None:
+    """Give every parameter at or under `root` the shape that this rank holds, and NaN, zero where it is padded."""
     for name, module in root.named_modules(prefix=prefix):
         for leaf, parameter in list(module.named_parameters(recurse=False)):
-            shard = shards.get(f"{name}.{leaf}" if name else leaf)
-            shape = list(parameter.shape)
-            if shard is not None:
-                shape[shard.dim] = shard.local_length(shape[shard.dim], size)
-            data = torch.zeros(shape)
-            if shard is None:
-                data.fill_(torch.nan)
-            else:
-                for start, _, count in shard.ranges(parameter.shape[shard.dim], rank, size):
-                    data.narrow(shard.dim, start, count).fill_(torch.nan)
+            own, whole = held.of(f"{name}.{leaf}" if name else leaf), tuple(parameter.shape)
+            data = torch.zeros(own.shape(whole))
+            own.fill(data, whole, torch.nan)
             module._parameters[leaf] = nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 

@@ -1,9 +1,10 @@
-"""Says how each parameter is sharded over the tensor ranks."""
+"""Says how each parameter is sharded over the tensor ranks, and experts besides over the expert ranks."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # checkpoint files, and with them every tool, are read without torch
@@ -77,6 +78,58 @@ class RankShard:
 def rank_shard(spec: ShardSpec | None, rank: int, size: int) -> RankShard:
     """Return a rank's shard; the whole tensor where it is replicated (spec None) or there is one rank."""
     return RankShard() if spec is None or size == 1 else RankShard(spec, rank, size)
+
+
+@dataclass(frozen=True)
+class HeldTensor:
+    """What one rank holds of a tensor: its tensor rank's shard, or, of a bank of experts, one of the equal parts of that shard.
+
+    The parts are by the shard's first dimension, so they lie one after another in the flattened shard: files know tensor ranks'
+    shards alone.
+    """
+
+    shard: RankShard
+    part: int = 0
+    parts: int = 1
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the local shape, padding included."""
+        first, *others = self.shard.shape(whole) or (1,)
+        return (first // self.parts, *others) if whole else whole
+
+    def start(self, whole: tuple[int, ...]) -> int:
+        """Return how many elements of the tensor rank's flattened shard come before this rank's own."""
+        return self.part * math.prod(self.shape(whole)) if self.parts > 1 else 0
+
+    def take(self, full: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of the whole tensor, zero where padded."""
+        shard = self.shard
+        local = full if shard.spec is None else shard.spec.take(full, shard.rank, shard.size)
+        return local if self.parts == 1 else local.chunk(self.parts)[self.part].clone()
+
+    def fill(self, local: torch.Tensor, whole: tuple[int, ...], value: float) -> None:
+        """Fill what is no padding of this rank's part."""
+        if not whole or self.parts > 1:  # no bank of experts is padded
+            local.fill_(value)
+            return
+        for start, _, count in self.shard.ranges(whole):
+            local.narrow(self.shard.dim, start, count).fill_(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holdings:
+    """Which part of every parameter one rank holds."""
+
+    shards: Mapping[str, ShardSpec] = field(default_factory=dict)  # a TensorPlan's
+    tensor_rank: int = 0
+    tensor: int = 1
+    banks: frozenset[str] = frozenset()  # of experts, which expert ranks divide
+    expert_rank: int = 0
+    expert: int = 1
+
+    def of(self, name: str) -> HeldTensor:
+        shard = rank_shard(self.shards.get(name), self.tensor_rank, self.tensor)
+        return HeldTensor(shard, self.expert_rank, self.expert) if name in self.banks else HeldTensor(shard)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
+from recipes.common.model.sharding import Holdings
 from recipes.common.monitor.parameter_groups import group_of
 from recipes.common.parallel.json_messages import gather_json
 
@@ -95,7 +96,8 @@ def find_nonfinite(trainer: Trainer, micro_batches: list[torch.Tensor], scored_t
     own = _RankReport(grid.pipeline_rank, grid.data_rank, grid.tensor_rank, search.findings, dict(search.gradients))
     reports = [_received(fields) for fields in gather_json(asdict(own), grid.device)]
     sizes = {"data": grid.data, "context": grid.context, "micro_seqs": trainer.micro_seqs}
-    return _first(reports, len(micro_batches), sharded=set(trainer.stage.tensor_plan.shards), **sizes)
+    held = trainer.stage.held
+    return _first(reports, len(micro_batches), held=held, **sizes)
 
 
 def _received(fields: dict[str, Any]) -> _RankReport:
@@ -195,9 +197,9 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _first(
-    reports: list[_RankReport], micro_batches: int, *, micro_seqs: int, data: int, context: int, sharded: set[str]
+    reports: list[_RankReport], micro_batches: int, *, micro_seqs: int, data: int, context: int, held: Holdings
 ) -> NonFinite:
-    """Return the cause of all that the ranks found. micro_batches: per data rank. sharded: parameters on shards."""
+    """Return the cause of all that the ranks found. micro_batches: per data rank. held: how this rank's parameters are shared."""
     found = [(report, finding) for report in reports for finding in report.findings]
     if not found:
         return NonFinite(kind=UNREPEATED, micro_batches=micro_batches * data)
@@ -217,7 +219,7 @@ def _first(
         hit=tuple(sorted({(r.data_rank, f.micro_batch) for r, f in found if f.kind == finding.kind and by_batch})),
         micro_batches=micro_batches * data,
         sequences=(start, start + micro_seqs) if by_batch else None,
-        gradients=_gradient_counts(reports, sharded),
+        gradients=_gradient_counts(reports, held),
     )
 
 
@@ -228,12 +230,16 @@ def _order(report: _RankReport, finding: _Finding) -> tuple[int, ...]:
     return kind, finding.micro_batch, passed, finding.order, report.data_rank, report.tensor_rank
 
 
-def _gradient_counts(reports: list[_RankReport], sharded: set[str]) -> tuple[tuple[str, int], ...]:
-    """Return (parameter, non-finite elements): the most of any data rank, summed over the tensor ranks of a sharded parameter."""
-    worst: dict[str, Counter[int]] = {}  # parameter -> tensor rank -> elements
+def _gradient_counts(reports: list[_RankReport], held: Holdings) -> tuple[tuple[str, int], ...]:
+    """Return (parameter, non-finite elements): the most of any data rank, summed over the parts of a sharded parameter."""
+    worst: dict[str, Counter[tuple[int, int]]] = {}  # parameter -> part -> elements
     for report in reports:
         for name, count in report.gradients.items():
-            by_rank = worst.setdefault(name, Counter())
-            by_rank[report.tensor_rank] = max(by_rank[report.tensor_rank], count)
-    counts = {name: by_rank.total() if name in sharded else max(by_rank.values()) for name, by_rank in worst.items()}
+            by_part = worst.setdefault(name, Counter())
+            part = (
+                report.tensor_rank if name in held.shards else 0,
+                report.data_rank % held.expert if name in held.banks else 0,
+            )
+            by_part[part] = max(by_part[part], count)
+    counts = {name: by_part.total() for name, by_part in worst.items()}
     return tuple((name, count) for name, count in sorted(counts.items()) if count)

@@ -39,13 +39,14 @@ class Phases:
                 "data": grid.data,
                 "tensor": grid.tensor,
                 "context": grid.context,
+                "expert": grid.expert,
                 "schedule": stage.schedule,
                 "layers": [[chunk.start, chunk.stop] for chunk in stage.chunks],
                 "host": socket.gethostname(),
                 "device": grid.device.type,
             },
         )
-        CLOCK.start(grid, grid.device, [group for group in (grid.head_group, grid.span_group) if group is not None])
+        CLOCK.start(grid, grid.device, grid.timed_groups())
 
     def enter(self, step: int, phase: str) -> None:
         """Report that `phase` of `step` begins now."""

@@ -1,6 +1,6 @@
 """Checks that every rank that holds a copy of a tensor holds the same bits.
 
-    across data ranks      every weight that the model computes with (ZeRO 3 keeps no copies)
+    across data ranks      every weight that the model computes with (ZeRO 3 keeps no copies); of experts, where they are the same
     across tensor ranks    what is not sharded (norms, routers, biases of row-parallel layers): its fp32 master weights
     across the pipeline    embeddings that the first and the last stage share
 
@@ -100,7 +100,9 @@ def _copies(trainer: Trainer) -> Iterator[Copies]:
     weights = trainer.hf_shards()
     partitioned = any(hasattr(parameter, "ds_tensor") for parameter in stage.parameters())
     if grid.data_group is not None and not partitioned:
-        yield "data", grid.data_group, weights
+        yield "data", grid.data_group, {name: weight for name, weight in weights.items() if name not in stage.held.banks}
+    if grid.expert_data_group is not None and (banks := {n: w for n, w in weights.items() if n in stage.held.banks}):
+        yield "data", grid.expert_data_group, banks
     if grid.tensor_group is not None:
         # data ranks own different fragments; tensor ranks of one data rank own the same ones
         own = {

@@ -40,6 +40,11 @@ def expert_plan(causal: PreTrainedModel, stack: Stack) -> dict[str, str]:
     return plan
 
 
+def bank_names(causal: PreTrainedModel, stack: Stack) -> list[str]:
+    """Return the parameters that are banks of experts. Raises PlanError as `expert_plan` does."""
+    return [name for name, style in expert_plan(causal, stack).items() if style == BANK]
+
+
 def with_whole_experts(plan: dict[str, str], causal: PreTrainedModel, stack: Stack) -> dict[str, str]:
     """Return a tensor-parallel plan in which tensor ranks have whole experts. Raises PlanError as `expert_plan` does."""
     experts = expert_plan(causal, stack)
@@ -51,9 +56,10 @@ def with_whole_experts(plan: dict[str, str], causal: PreTrainedModel, stack: Sta
 def connect_whole_experts(module: nn.Module, grid: Grid) -> None:
     """Let a module that holds this tensor rank's experts compute what is routed to them; the sum over the ranks is the output."""
     forward, group = module.forward, grid.tensor_group
-    count = next(module.parameters(recurse=False)).shape[0]
+    own = next(module.parameters(recurse=False)).shape[0]
+    count = own * grid.expert  # of this tensor rank, over the expert ranks
     first = grid.tensor_rank * count
-    skip_absent_experts(module, count)
+    skip_absent_experts(module, own)
     for parameter in module.parameters():
         if not getattr(parameter, "tensor_model_parallel", False):  # what all experts share sees this rank's tokens only
             sum_gradient(parameter, group)

@@ -6,6 +6,7 @@ so that tensor-parallel traffic stays inside a node and pipeline stages are the 
     rank = (pipeline_rank * data + data_rank) * tensor + tensor_rank
 
 Context ranks are neighbouring data ranks, data_rank = reader * context + context_rank, and of those neighbours divide heads.
+Expert ranks are neighbouring data ranks too; the two splits need not match.
 
 A rank makes only groups that it is in, the same few at any world size, and DeepSpeed is given them instead of making its own
 (recipes.common.engine.deepspeed_groups): 7 calls a rank for 405B on 8,192, where a call for every row of ranks takes 3,969.
@@ -22,6 +23,7 @@ import torch.distributed as dist
 
 from recipes.common.config.placement import ONE_PASS, Coordinates, coordinates
 from recipes.common.recipe import Layout
+from recipes.common.runtime.step_clock import CONTEXT, EXPERT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,14 @@ class Grid(Coordinates):
     # arrive in the order sent, and neither direction waits for the other. None with "1f1b", whose messages DeepSpeed sends
     down_group: dist.ProcessGroup | None = None
     up_group: dist.ProcessGroup | None = None
+    expert_group: dist.ProcessGroup | None = None  # the data ranks that share experts: tokens travel between them
+    expert_data_group: dist.ProcessGroup | None = None  # the data ranks with the same experts, if there are others
     alone_group: dist.ProcessGroup | None = None  # this rank's own, for DeepSpeed, which reduces over one rank as well
+
+    def timed_groups(self) -> dict[dist.ProcessGroup, str]:
+        """Return the groups whose time the clock counts apart from that of other data ranks, with their part of a step."""
+        parts = {self.head_group: CONTEXT, self.span_group: CONTEXT, self.expert_group: EXPERT}
+        return {group: part for group, part in parts.items() if group is not None}
 
     def rank_of_stage(self, stage: int) -> int:
         """Return the rank of another stage that has this rank's data and tensor coordinates."""
@@ -59,7 +68,7 @@ def one_process(device: torch.device | None = None) -> Grid:
 # every rank makes equally many. Where others make their tie_group, a stage between the ends makes this one, of itself
 _UNUSED = "unused"
 # their messages must not wait for those of another group of the same ranks; the clock counts context ranks' groups by themselves
-_UNSHARED = ("head_group", "span_group", "down_group", "up_group", _UNUSED)
+_UNSHARED = ("head_group", "span_group", "expert_group", "down_group", "up_group", _UNUSED)
 
 
 def rank_groups(own: Coordinates, schedule: str, ranks_per_kv_head: int = 1, head_ranks: int = 1) -> dict[str, tuple[int, ...]]:
@@ -89,11 +98,13 @@ def rank_groups(own: Coordinates, schedule: str, ranks_per_kv_head: int = 1, hea
         "kv_group": ranks(stage, data, block(tensor, ranks_per_kv_head)),
         "head_group": ranks(stage, block(data, head_ranks), tensor),
         "span_group": ranks(stage, slices[own.context_rank % head_ranks :: head_ranks], tensor),
+        "expert_group": ranks(stage, block(data, own.expert), tensor),
+        "expert_data_group": ranks(stage, range(data % own.expert, own.data, own.expert), tensor) if own.expert > 1 else (),
         "down_group": two_ways,
         "up_group": two_ways,
         "tie_group": ranks(ends, data, tensor) if stage in ends and not own.folded else (),
     }
-    alone = {"alone_group": (own.rank,)} if 1 in (own.tensor, own.data) else {}
+    alone = {"alone_group": (own.rank,)} if 1 in (own.tensor, own.data, own.data // own.expert) else {}
     unused = {_UNUSED: (own.rank,)} if stage not in ends and not own.folded else {}
     return alone | {name: members for name, members in groups.items() if len(members) > 1} | unused
 

@@ -25,13 +25,15 @@ from recipes.common.config.placement import ONE_PASS
 from recipes.common.model.decoder import Stack, find_stack
 from recipes.common.model.flops import attention_costs, layer_costs
 from recipes.common.model.gradient_sums import GradientSums
-from recipes.common.model.initial_weights import build_empty, draw_weights
+from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.linears import defer_weight_gradients
 from recipes.common.model.routers import RouterPlan, plan_routers
-from recipes.common.model.sharding import TensorPlan
+from recipes.common.model.sharding import Holdings, TensorPlan
 from recipes.common.model.weight_grad_store import WeightGradStore
 from recipes.common.parallel.context_parallel import ContextAttention, head_ranks
 from recipes.common.parallel.cross_entropy import vocabulary_loss
+from recipes.common.parallel.expert_parallel import spread_experts
+from recipes.common.parallel.experts import expert_plan
 from recipes.common.parallel.grid import Grid
 from recipes.common.parallel.router_losses import RouterLosses
 from recipes.common.parallel.sequence_parallel import shard_sequence
@@ -40,6 +42,7 @@ from recipes.common.pipeline.layer_options import keep_less, route_linears
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers, pass_costs
 from recipes.common.pipeline.placeholders import PlaceholderEmbedding, Slot, chunk_of, run_head, take_out
 from recipes.common.pipeline.schedules import Costs
+from recipes.common.pipeline.stage_weights import draw_stage, holdings
 from recipes.common.recipe import WHOLE, Layout, Router
 
 NO_OPTIONS = Layout()
@@ -56,6 +59,7 @@ class PlannedModel:
     attention: str  # transformers' attn_implementation
     head_ranks: int  # context ranks that divide heads
     routers: RouterPlan
+    experts: dict[str, str]  # those that expert ranks divide: see parallel.experts.expert_plan
 
 
 def plan_model(
@@ -72,7 +76,8 @@ def plan_model(
     options = {"sequence_parallel": layout.sequence_parallel, "whole_experts": layout.experts == WHOLE}
     tensor_plan = plan_tensor_parallel(causal, stack, layout.tensor, **options)
     routers = plan_routers(causal, stack, router)
-    return PlannedModel(causal, stack, tensor_plan, attention, head_ranks(config, layout), routers)
+    experts = expert_plan(causal, stack) if layout.expert > 1 else {}
+    return PlannedModel(causal, stack, tensor_plan, attention, head_ranks(config, layout), routers, experts)
 
 
 class Stage(nn.Module):
@@ -84,6 +89,7 @@ class Stage(nn.Module):
         grid: Grid,
         chunks: tuple[range, ...],
         *,
+        held: Holdings,
         whole_shapes: dict[str, tuple[int, ...]],
         z_loss: float,
         chunk_tokens: int,
@@ -96,6 +102,7 @@ class Stage(nn.Module):
     ) -> None:
         """model: with this stage's modules alone. chunks: the layers of each, by index, in the model's order.
 
+        held: what this rank has of each parameter.
         whole_shapes: of every parameter of the whole model, by Hugging Face name.
         pass_costs: of every chunk of the model, this rank's or not.
         weight_grad_stores: each chunk's, for a schedule that defers weight gradients.
@@ -111,7 +118,7 @@ class Stage(nn.Module):
         self.is_first, self.is_last = grid.is_first_stage, grid.is_last_stage
         self.grid, self.z_loss, self.chunk_tokens = grid, z_loss, chunk_tokens
         self.vocab_size = causal.config.get_text_config().vocab_size
-        self.whole_shapes, self.weight_grad_stores = whole_shapes, weight_grad_stores
+        self.whole_shapes, self.weight_grad_stores, self.held = whole_shapes, weight_grad_stores, held
         self.schedule, self.pass_costs = schedule, pass_costs
         self._head_sums = GradientSums()
         if self.is_last:  # of a plain linear; any other head's gradient is autograd's, and added up after it
@@ -143,6 +150,10 @@ class Stage(nn.Module):
         for name, parameter in self.causal.named_parameters():
             tied = self.stack.tied and name == f"{self.stack.head}.weight"
             yield (f"{self.stack.embedding}.weight" if tied else name), parameter
+
+    def banks(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return the parameters of experts that expert ranks divide."""
+        return ((name, parameter) for name, parameter in self.causal.named_parameters() if name in self.held.banks)
 
     def persistent_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Return (Hugging Face name, tensor) of the constants that a family's state dict holds; the same in every layout."""
@@ -256,9 +267,8 @@ def build_stage(
 ) -> Stage:
     """Turn `model` into this rank's stage with its initial weights, on the CPU in fp32. One model makes one stage.
 
-    layout: its options; the sizes are the grid's. torch_linears: use torch's own products, as Trifold's oracles do. draw: False
-    where a checkpoint is loaded at once: weights are NaN until then, so that one that it lacks shows. router_group: see
-    RouterLosses.
+    layout: its options; the sizes are the grid's. torch_linears: use torch's own products, as oracles do. draw: False where a
+    checkpoint is loaded at once: weights are NaN until then, so that one that it lacks shows. router_group: see RouterLosses.
     """
     causal, stack, tensor_plan = model.causal, model.stack, model.tensor_plan
     assert tensor_plan.size == grid.tensor, (tensor_plan.size, grid.tensor)
@@ -275,11 +285,12 @@ def build_stage(
     embedding = causal.get_submodule(stack.embedding)
     placeholders = take_out(causal, stack, chunks, first=grid.is_first_stage, last=grid.is_last_stage)
     # 3. Draw this rank's shards of the weights, and only then tie the head to them.
-    _draw_stage(model, grid, embedding, seed if draw else None)
+    held = draw_stage(causal, stack, embedding, holdings(tensor_plan, model.experts, grid), grid, seed if draw else None)
     # 4. Route plain linears' products, before their forwards are wrapped.
     stores = tuple(WeightGradStore() for _ in chunks) if layout.pipeline_schedule != ONE_PASS else ()
     route_linears(causal, own_layers, chunks, stores, by_torch=torch_linears)
-    # 5. Wrap modules in the collectives of tensor parallelism.
+    # 5. Wrap modules in the collectives of expert and of tensor parallelism.
+    spread_experts(causal, model.experts, grid)
     apply_tensor_parallel(causal, tensor_plan, stack, grid)
     # 6. Shard the sequence around these modules.
     if tensor_plan.blocks:
@@ -290,6 +301,7 @@ def build_stage(
         model,
         grid,
         chunks,
+        held=held,
         whole_shapes=shapes,
         z_loss=z_loss,
         chunk_tokens=chunk_tokens,
@@ -309,13 +321,3 @@ def _share_attention(model: PlannedModel, grid: Grid) -> ContextAttention:
     context = ContextAttention(model.causal.config, model.attention, **shares, **groups)
     context.attach(model.causal)
     return context
-
-
-def _draw_stage(model: PlannedModel, grid: Grid, embedding: nn.Module, seed: int | None) -> None:
-    causal, stack = model.causal, model.stack
-    options = {"seed": seed, "shards": model.tensor_plan.shards, "rank": grid.tensor_rank, "size": grid.tensor}
-    draw_weights(causal, causal, "", **options)
-    if grid.is_last_stage and stack.tied:
-        if not grid.is_first_stage:  # the embedding was taken out, but its weight is the head's
-            draw_weights(causal, embedding, stack.embedding, **options)
-        causal.get_submodule(stack.head).weight = embedding.weight

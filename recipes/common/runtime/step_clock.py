@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -24,15 +24,16 @@ import torch.distributed as dist
 from recipes.common.config.placement import Coordinates, rank_coordinates
 
 DATA, FORWARD, BACKWARD, RECOMPUTE, WEIGHTS = "data", "forward", "backward", "recompute", "weight_gradients"
-OPTIMIZER, TENSOR, CONTEXT, DATA_PARALLEL, ALL_RANKS = "optimizer", "tensor", "context", "data_parallel", "all_ranks"
+OPTIMIZER, TENSOR, CONTEXT, EXPERT = "optimizer", "tensor", "context", "expert"
+DATA_PARALLEL, ALL_RANKS = "data_parallel", "all_ranks"
 WARM_UP, PIPELINE, COOL_DOWN = "pipeline_warm_up", "pipeline_steady", "pipeline_cool_down"
 HOST, EVALUATE, SAVE, OTHER = "host", "evaluate", "save", "other"
 # The parts of a step. The three of the pipeline are messages between stages and waiting for them: before the first forward pass,
-# after the last backward pass, and between. tensor, context, data_parallel: exposed communication in that group. host: the loop
-# after the step. other: inside the step, in no span.
+# after the last backward pass, and between. tensor, context, expert, data_parallel: exposed communication in that group.
+# host: the loop after the step. other: inside the step, in no span.
 PARTS = (
-    DATA, FORWARD, BACKWARD, RECOMPUTE, WEIGHTS, OPTIMIZER, TENSOR, CONTEXT, DATA_PARALLEL, ALL_RANKS, WARM_UP, PIPELINE,
-    COOL_DOWN, HOST, EVALUATE, SAVE, OTHER,
+    DATA, FORWARD, BACKWARD, RECOMPUTE, WEIGHTS, OPTIMIZER, TENSOR, CONTEXT, EXPERT, DATA_PARALLEL, ALL_RANKS, WARM_UP,
+    PIPELINE, COOL_DOWN, HOST, EVALUATE, SAVE, OTHER,
 )  # fmt: skip
 COMPUTE = (FORWARD, BACKWARD, RECOMPUTE, WEIGHTS, OPTIMIZER)  # a rank's own work, by which a slow rank is recognised
 
@@ -42,7 +43,7 @@ Stamp = Any  # ns, or a CUDA event
 class CommKey(NamedTuple):
     """One kind of communication."""
 
-    group: str  # the axes along which its ranks differ: "tensor", "data", "pipeline", "tensor x data", ...; or "context"
+    group: str  # the axes along which its ranks differ: "tensor", "data", "pipeline", "tensor x data", ...; "context"; "expert"
     op: str  # as torch.distributed names it
     bytes: int  # of the whole: an all-gather's output, a reduce-scatter's input, else the tensor
     ranks: int  # of the group
@@ -94,11 +95,11 @@ class Clock:
         self._pending: list[tuple[int, int, bool, list[Mark]]] = []
         self._taken: list[StepTimes] = []
 
-    def start(self, coordinates: Coordinates, device: torch.device, context_groups: Iterable[dist.ProcessGroup] = ()) -> None:
-        """Count from here on. context_groups: this rank's, whose ranks may be those of a data group as well."""
+    def start(self, coordinates: Coordinates, device: torch.device, named: Mapping[dist.ProcessGroup, str]) -> None:
+        """Count from here on. named: this rank's groups, with their part, whose ranks may be those of a data group as well."""
         self.__init__()
         self._coordinates = coordinates
-        self._groups = {group: (CONTEXT, CONTEXT, dist.get_world_size(group)) for group in context_groups}
+        self._groups = {group: (part, part, dist.get_world_size(group)) for group, part in named.items()}
         if device.type == "cuda":
             self._stream = torch.cuda.current_stream(device)
 

@@ -48,6 +48,8 @@ def time_cases(rows: Sequence[MeasuredRun], *, by_table: bool = False) -> Cases:
         pipeline=pipeline,
         context=np.ones_like(tensor),
         exchanged=np.zeros_like(tensor),
+        expert=np.ones_like(tensor),
+        routed=np.zeros_like(tensor),
         micro_batches=each("micro_batches"),
         layers=layers,
         layers_slowest=column([max(of[:-1], default=0) for of in stages]),

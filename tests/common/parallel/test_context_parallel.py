@@ -71,7 +71,7 @@ def messages_of_a_step(trial):
     """Return (op, bytes) -> how often, of the context ranks' communication in one step on this rank."""
     trainer = build_trial_trainer(trial)
     grid = trainer.grid
-    CLOCK.start(grid, grid.device, [group for group in (grid.head_group, grid.span_group) if group is not None])
+    CLOCK.start(grid, grid.device, grid.timed_groups())
     CLOCK.begin_step(1)
     CLOCK.phase("other")
     trainer.train_step(rank_batches(trial, trainer)[0], 1e-3, trial.global_seqs * trial.seq_len)

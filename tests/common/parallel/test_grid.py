@@ -33,7 +33,7 @@ def test_coordinates_are_deepspeeds(pipeline, tensor, data):
 def test_one_process_is_everything():
     grid = one_process()
     assert grid.is_first_stage and grid.is_last_stage
-    assert [value for name, value in vars(grid).items() if name.endswith("_group")] == [None] * 11
+    assert [value for name, value in vars(grid).items() if name.endswith("_group")] == [None] * 13
 
 
 @pytest.mark.parametrize(("pipeline", "tensor", "data"), [(2, 2, 2), (1, 4, 2), (3, 1, 2), (4, 2, 1), (1, 1, 2)])

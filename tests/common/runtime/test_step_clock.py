@@ -80,7 +80,7 @@ def test_on_a_gpu_a_step_is_read_once_the_device_has_done_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream[0])
     clock = Clock()
-    clock.start(coordinates(0, 1, Layout()), torch.device("cuda"))
+    clock.start(coordinates(0, 1, Layout()), torch.device("cuda"), {})
     clock.begin_step(7)
     clock.phase(OTHER)
     with clock.span(FORWARD):

@@ -104,7 +104,7 @@ def _tiny(name):
     [
         (["--family", "lama"], "--family lama: the installed transformers knows no causal model type of this name; did you mean"),
         (["--family", "llama", "--layout", "tensor=two"], "is not tensor=N"),
-        (["--family", "llama", "--layout", "tensor=2", "--table", "page"], "--table: the page has the three layouts"),
+        (["--family", "llama", "--layout", "tensor=2", "--table", "page"], "--table: the page has all layouts"),
         (["--family", "llama", "--device", "cuda"], "--device and --any-release go with a RECIPE"),
         (["recipes/quickstart.py", "--family", "llama"], "give a RECIPE or --family, one of them"),
         (["recipes/quickstart.py", "--log", "log"], "--log and --table go with --family"),

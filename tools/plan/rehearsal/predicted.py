@@ -66,7 +66,7 @@ def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_b
     whole_gradients = bytes_of.weights if zero_stage(facts.ds_config) == 2 else 0.0
     return Prediction(
         states=bytes_of.states - whole_gradients,
-        reducing=_bucket_bytes(facts.ds_config) + whole_gradients + _bank_bytes(facts, own, layout.tensor),
+        reducing=_bucket_bytes(facts.ds_config) + whole_gradients + _bank_bytes(facts, own, layout.tensor * layout.expert),
         stored=bytes_of.stored + bytes_of.in_flight * _mask_bytes(facts, candidate, own),
         working=bytes_of.working + _gradient_bytes(facts, candidate, own),
         loss_working=_loss_bytes(facts, candidate) if bytes_of.loss else 0.0,
@@ -76,11 +76,11 @@ def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_b
     )
 
 
-def _bank_bytes(facts: ModelFacts, own: Sequence[int], tensor: int) -> float:
+def _bank_bytes(facts: ModelFacts, own: Sequence[int], ranks: int) -> float:
     """Return the bytes of the largest bank of experts in fp32, in which its gradient is added up; other matrices are small."""
     names = tuple(f"{facts.stack.layers}.{index}." for index in own)
     banks = (p.numel() for name, p in facts.causal.named_parameters() if p.ndim == 3 and name.startswith(names))
-    return 4.0 * max(banks, default=0) / tensor
+    return 4.0 * max(banks, default=0) / ranks
 
 
 def _mask_bytes(facts: ModelFacts, candidate: Candidate, own: Sequence[int]) -> float:
@@ -113,7 +113,7 @@ def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
     `explain` adds the two, and a fitted factor makes up for it.
     """
     tokens = min(facts.recipe.logits_chunk_tokens, candidate.own_seqs * facts.recipe.batch.seq_len)
-    head, width = facts.rank_params(candidate.layout.tensor)["head"], facts.activation_width
+    head, width = facts.rank_params(candidate.layout)["head"], facts.activation_width
     logits = tokens * facts.work.vocab / candidate.layout.tensor
     chunk = (4.0 + width) * logits + 4.0 * head  # logits and exponentials; the head's gradient in fp32
     scaled = (4.0 + (width if width < 4.0 else 0.0)) * head  # in place in fp32

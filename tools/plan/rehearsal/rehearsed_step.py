@@ -99,8 +99,7 @@ class _Run:
     def __init__(self, recipe: Recipe, trainer: Trainer, recorder: Recorder, traffic: Traffic) -> None:
         self._recipe, self._trainer, self._recorder, self._traffic = recipe, trainer, recorder, traffic
         self._stats = ParameterStats(trainer, recipe.optimizer.clip)
-        groups = [group for group in (trainer.grid.head_group, trainer.grid.span_group) if group is not None]
-        CLOCK.start(trainer.grid, trainer.grid.device, groups)
+        CLOCK.start(trainer.grid, trainer.grid.device, trainer.grid.timed_groups())
 
     def step(self, index: int, count: int) -> dict[str, Any]:
         """Rehearse an optimizer step of `count` micro batches."""
