@@ -41,6 +41,7 @@ _SIGMOID = frozenset(
         "kolibri1",
         "laguna",
         "lfm2_moe",
+        "llama4_text",
         "mimo_v2_flash",
         "minimax_m2",
         "minimax_m3_vl_text",

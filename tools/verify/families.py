@@ -1,13 +1,14 @@
 """Judges model types: a tiny model of each trains in layouts and in one process of plain transformers.
 
 One configuration serves all layouts of a type, so that the oracle trains once. What rounding alone makes is measured only where a
-fixed bound is missed.
+fixed bound is missed. Time goes into starting ranks, not into computing: a type's code is imported once, before they are forked,
+and each rank trains all that its layout is judged by.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from typing import Any
@@ -29,7 +30,7 @@ from tools.common.parity import Outcome, Trial, gradient_trial, outcome, train_i
 from tools.verify.family_log import FamilyLog
 from tools.verify.family_verdict import FAILED_GATE, LEFT_OUT, PASSED, REFUSED, FamilyVerdict
 from tools.verify.gate import SAMPLES, WorstDifference, worst_step, worst_tensor
-from tools.verify.tiny_families import LeftOutError, family_names, tiny_family
+from tools.verify.tiny_families import EXPERTS, LeftOutError, family_names, load_family, tiny_family
 
 LAYOUTS: dict[str, tuple[Layout, int]] = {
     "pipeline=2": (Layout(pipeline=2), 1),
@@ -40,7 +41,6 @@ LAYOUTS: dict[str, tuple[Layout, int]] = {
 _ATTENTION = "eager"
 _OPTIMIZER = AdamW(lr=1e-3, eps=1e-5, clip=0.5)  # eps above rounding, so that near-zero gradients do not become whole steps
 STEP_BOUND, TENSOR_BOUND = 1e-6, 1e-5  # relative; absolute
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _LONGEST_REASON = 400
 
 
@@ -68,8 +68,11 @@ def judge_families(
 
 
 def _judge(name: str, layouts: Mapping[str, tuple[Layout, int]], *, steps: int, seq_len: int) -> Iterator[FamilyVerdict]:
+    """Yield the verdicts of a type. Its tiny model, and what plain transformers makes of it, come from one rank."""
+    load_family(name)  # once, here: every rank that is forked has its code
+    length = {"steps": steps, "seq_len": seq_len}
     try:
-        known = run_ranks(_describe, 1, name, dict(layouts))[0]
+        known = run_ranks(_describe, 1, name, dict(layouts), length)[0]
     except RankError as error:
         known = {"left_out": f"its tiny model cannot be described: {_last_line(error)}"}
     if "left_out" in known:
@@ -77,10 +80,8 @@ def _judge(name: str, layouts: Mapping[str, tuple[Layout, int]], *, steps: int, 
         return
 
     @cache
-    def oracle(stirred: bool, gradient: bool, data: int) -> list[Outcome]:
-        trial = _trial(known["config"], Layout(), data, steps=steps, seq_len=seq_len)
-        trial = gradient_trial(trial) if gradient else trial
-        return run_ranks(train_stirred, SAMPLES, trial) if stirred else run_ranks(train_plain, 1, trial)
+    def stirred(gradient: bool, data: int) -> list[Outcome]:
+        return run_ranks(train_stirred, SAMPLES, _trials(known["config"], Layout(), data, length)[gradient])
 
     for words, (layout, data) in layouts.items():
         facts = {"family": name, "layout": words, "experts": known["experts"], "tied": known["tied"]}
@@ -91,9 +92,10 @@ def _judge(name: str, layouts: Mapping[str, tuple[Layout, int]], *, steps: int, 
         if reason := known["refused"].get(words):
             yield FamilyVerdict(**facts, outcome=REFUSED, reason=reason)
             continue
-        trial = _trial(known["config"], layout, data, steps=steps, seq_len=seq_len)
+        trials = _trials(known["config"], layout, data, length)
         try:
-            rows = _compare(trial, lambda stirred, gradient, data=data: oracle(stirred, gradient, data))
+            assert "plain_failed" not in known, known["plain_failed"]
+            rows = _compare(trials, known["plain"][data], lambda gradient, data=data: stirred(gradient, data))
         except (RankError, AssertionError) as error:
             yield FamilyVerdict(**facts, outcome=FAILED_GATE, reason=f"it could not be trained: {_last_line(error)}")
             continue
@@ -102,8 +104,8 @@ def _judge(name: str, layouts: Mapping[str, tuple[Layout, int]], *, steps: int, 
         yield FamilyVerdict(**facts, outcome=FAILED_GATE if wrong else PASSED, reason=reason, rows=[asdict(row) for row in rows])
 
 
-def _describe(name: str, layouts: dict[str, tuple[Layout, int]]) -> dict[str, Any]:
-    """Return the tiny model, and why layouts are refused; or why the type is left out. In a rank of its own: tensor code."""
+def _describe(name: str, layouts: dict[str, tuple[Layout, int]], length: dict[str, int]) -> dict[str, Any]:
+    """Return the tiny model, why layouts are refused, and what plain transformers makes of it; or why the type is left out."""
     widest = Layout(
         tensor=max(layout.tensor for layout, _ in layouts.values()),
         pipeline=max(layout.pipeline for layout, _ in layouts.values()),
@@ -131,35 +133,45 @@ def _describe(name: str, layouts: dict[str, tuple[Layout, int]]) -> dict[str, An
             found = [f"its model is not built: {type(error).__name__}: {' '.join(str(error).split())}"]
         if found:
             refused[words] = "; ".join(found)[:_LONGEST_REASON]
-    experts = next((n for each in _EXPERTS if isinstance(n := field_of(config, each), int)), 0)
-    return {"config": config, "refused": refused, "whole": whole, "tied": tied, "experts": experts}
+    experts = next((n for each in EXPERTS if isinstance(n := field_of(config, each), int)), 0)
+    asked = {data for words, (_, data) in layouts.items() if words not in refused}
+    known = {"config": config, "refused": refused, "whole": whole, "tied": tied, "experts": experts}
+    try:
+        plain = {data: [train_plain(trial) for trial in _trials(config, Layout(), data, length)] for data in asked}
+    except Exception as error:  # a family's own code may raise anything
+        return {**known, "plain_failed": f"plain transformers does not train it: {type(error).__name__}: {error}"}
+    return {**known, "plain": plain}
 
 
-def _trial(config: PreTrainedConfig, layout: Layout, data: int, *, steps: int, seq_len: int) -> Trial:
-    return Trial(
+def _trials(config: PreTrainedConfig, layout: Layout, data: int, length: dict[str, int]) -> list[Trial]:
+    """Return the steps of AdamW, and the one of plain SGD that shows the gradients."""
+    steps = Trial(
         model=config,
         layout=layout,
         world_size=layout.tensor * layout.pipeline * data,
         optimizer=_OPTIMIZER,
         deepspeed=load_ds_config("zero1_fp32.json"),
-        steps=steps,
-        seq_len=seq_len,
         global_seqs=2 * data,
         attention=_ATTENTION,
+        **length,
     )
+    return [steps, gradient_trial(steps)]
 
 
-def _compare(trial: Trial, oracle: Any) -> list[WorstDifference]:
+def _train_in_turn(trials: list[Trial]) -> list[dict[str, Any]]:
+    """Train each in these ranks: starting ranks takes longer than what a tiny model computes."""
+    return [train_in_layout(trial) for trial in trials]
+
+
+def _compare(trials: list[Trial], plain: list[Outcome], stirred: Callable[[bool], list[Outcome]]) -> list[WorstDifference]:
     """Train in the layout, and return the differences; where a fixed bound is missed, against what rounding alone makes."""
-    rows = []
-    for gradient in (False, True):
-        plain = oracle(False, gradient)[0]
-        shapes = {name: tensor.shape for name, tensor in plain.parameters.items()}
-        own = gradient_trial(trial) if gradient else trial
-        trained = outcome(run_ranks(train_in_layout, own.world_size, own), shapes)
-        found = _rows(trained, plain, [], gradient)
+    ranks, rows = run_ranks(_train_in_turn, trials[0].world_size, trials), []
+    for gradient, oracle in enumerate(plain):
+        shapes = {name: tensor.shape for name, tensor in oracle.parameters.items()}
+        trained = outcome([each[gradient] for each in ranks], shapes)
+        found = _rows(trained, oracle, [], bool(gradient))
         if not all(row.passed for row in found):
-            measured = _rows(trained, plain, oracle(True, gradient), gradient)
+            measured = _rows(trained, oracle, stirred(bool(gradient)), bool(gradient))
             found = [row if row.passed else again for row, again in zip(found, measured, strict=True)]
         rows += found
     return rows

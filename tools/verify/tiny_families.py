@@ -6,11 +6,15 @@ what the family computes from the others; what cannot be a decoder of text alone
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from recipes.common.checks.tiny_model import field_of, shrink
@@ -20,7 +24,7 @@ from recipes.common.recipe import Layout
 # Fields that a family's default leaves unset or sets for a larger model, where no rule finds them
 _FIELDS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0}, "ffn_config": {"ffn_hidden_size": 96}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 96}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "qwen4_exp_text": {
@@ -32,6 +36,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
 }
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_LENGTH = 8  # tokens by which an encoder is told
 _ONE_SIZE = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 
@@ -52,10 +58,17 @@ def family_names() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def load_family(name: str) -> None:
+    """Import the code of a type's model, so that ranks that are forked from here have it."""
+    with contextlib.suppress(Exception):  # what it raises it raises again where the type is judged
+        module = model_type_to_module_name(name)
+        importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+
+
 def tiny_family(name: str, layout: Layout) -> TinyFamily:
     """Return a tiny model of a type that `layout` divides. Builds on the meta device: call it in a rank of its own."""
     try:
-        config = AutoConfig.for_model(name, **_FIELDS.get(name, {}))
+        config = _routed(AutoConfig.for_model(name, **_FIELDS.get(name, {})))
     except Exception as error:  # a family's own validation may raise anything
         raise LeftOutError(f"its default configuration is refused: {_line(error)}") from error
     if reason := _no_decoder(config):
@@ -64,8 +77,12 @@ def tiny_family(name: str, layout: Layout) -> TinyFamily:
     for prepare in (copy.deepcopy, _completed):
         try:
             tiny = _without_dropout(shrink(prepare(config), layout))
+            if getattr(tiny, "is_decoder", None) is False and _sees_ahead(tiny):
+                raise LeftOutError("an encoder: its default configuration says is_decoder=False, and it sees the future")
             build_empty(tiny, "eager")
             return TinyFamily(name, tiny)
+        except LeftOutError:
+            raise
         except Exception as error:  # shrunk so, the family's parts do not fit together
             failed = failed or error
     raise LeftOutError(f"its default configuration cannot be made tiny: {_line(failed)}") from failed
@@ -81,21 +98,41 @@ def _no_decoder(config: PreTrainedConfig) -> str:
         return "a multimodal type: its text model is inside it"
     if text is not config:
         return f"a multimodal type: its text model is of type {text.model_type}"
-    if getattr(config, "is_decoder", None) is False:
-        return "an encoder: its default configuration says is_decoder=False"
     if not isinstance(field_of(config, "num_hidden_layers"), int):
         return "its configuration has no num_hidden_layers: it is no single stack of layers"
     return ""
 
 
+def _sees_ahead(tiny: PreTrainedConfig) -> bool:
+    """Return whether a later token changes an earlier one's logits in plain transformers."""
+    ids = torch.arange(_LENGTH).unsqueeze(0) + tiny.vocab_size // 2
+    changed = torch.cat([ids[:, :-1], ids[:, -1:] + 1], dim=1)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_config(tiny, attn_implementation="eager", trust_remote_code=False).eval()
+        before, after = (model(input_ids=each).logits[:, :-1] for each in (ids, changed))
+    return not torch.allclose(before, after, atol=1e-6)
+
+
+def _routed(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config with experts for each token, where it has experts and leaves that open."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
+    open_ = [name for name in names if hasattr(config, name) and field_of(config, name) is None]
+    if open_ and any(field_of(config, name) for name in EXPERTS):
+        setattr(config, open_[0], 2)
+    return config
+
+
 def _completed(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config with the sizes of heads that it leaves open: one of key/value for each of query, of equal widths."""
+    """Return the config with what it leaves open: heads of key/value, one for each of query, equal widths, plain rotations."""
     completed = copy.deepcopy(config)
     heads = field_of(config, "num_attention_heads")
     sizes = dict(zip(_ONE_SIZE, (heads, heads, config.hidden_size // heads if heads else None), strict=True))
     for name, size in sizes.items():
         if hasattr(config, name) and field_of(config, name) is None:
             setattr(completed, name, size)
+    kinds = field_of(config, "layer_types")
+    if kinds and field_of(config, "rope_parameters") == {}:
+        completed.rope_parameters = {kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in kinds}
     return completed
 
 

@@ -96,8 +96,11 @@ def shrink(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
     put("num_attention_heads", heads)
     put("num_key_value_heads", kv_heads)
     width = _HEAD_DIM - (field_of(config, "head_dim") or 0) % 2
-    # multi-head latent attention has its own widths, and keeps in head_dim the rotary one
-    put("head_dim", fields["qk_rope_head_dim"] if fields.get("qk_rope_head_dim") else width)
+    if rotated := fields.get("qk_rope_head_dim"):  # latent attention has its own widths; head_dim is the rotary one, or all of it
+        own = field_of(config, "head_dim") == field_of(config, "qk_rope_head_dim")
+        width = rotated if own else rotated + (fields.get("qk_nope_head_dim") or 0)
+    put("head_dim", width)
+    put("d_head", _HEAD_DIM)
     put("hidden_size", heads * _HEAD_DIM)
     _shrink_state_space(fields, put, heads * _HEAD_DIM)
     _shrink_rotations(fields, _rotary_width(config), width)
@@ -153,8 +156,8 @@ def _rebuilt(config: PreTrainedConfig, fields: dict[str, Any], layers: int) -> P
             fields[name] = vocab + value - config.vocab_size if beyond else moved.setdefault(value, vocab - 1 - len(moved))
         elif isinstance(value, list) and len(value) == depth:
             fields[name] = _representative(value, layers)
-        elif name == "per_layer_config" and isinstance(value, dict):  # layers that differ, by index: one of them stays
-            fields[name] = {layers - 1: next(iter(value.values()))} if value else value
+        elif name == "per_layer_config" and isinstance(value, dict):
+            fields[name] = _apart({int(i): own for i, own in value.items()}, field_of(config, "layer_types"), layers)
     for name in ("model_type", "transformers_version", "architectures", "_name_or_path", "dtype"):
         fields.pop(name, None)
     return type(config)(**fields)
@@ -196,6 +199,19 @@ def _heads(config: PreTrainedConfig, ranks: int) -> tuple[int, int]:
     small_kv = kv_heads if kv_heads < ranks else max(ranks, min(kv_heads, 2))
     unit = math.lcm(small_kv, ranks)
     return unit * -(-2 * small_kv // unit), small_kv
+
+
+def _apart(values: dict[int, dict[str, Any]], kinds: list[str] | None, count: int) -> dict[int, dict[str, Any]]:
+    """Return the fields of layers that differ from the others, by index: of a whole kind of layer, or else of the last one."""
+    if not values:
+        return values
+    small = {
+        i: {name: min(n, _CAPS.get(name, n)) if type(n) is int else n for name, n in own.items()} for i, own in values.items()
+    }
+    by_kind = {kind: small.get(kinds.index(kind)) for kind in kinds or ()}
+    if all(small.get(i) == by_kind[kind] for i, kind in enumerate(kinds or ())):
+        return {i: by_kind[kind] for i, kind in enumerate(_representative(kinds, count)) if by_kind[kind]} if kinds else small
+    return {count - 1: next(iter(small.values()))}
 
 
 def _representative(values: list[Any], count: int) -> list[Any]:

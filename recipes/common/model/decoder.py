@@ -48,10 +48,12 @@ def find_stack(causal: PreTrainedModel) -> Stack:
         raise PlanError(f"{type(causal).__name__} has no base model apart from its head")
     base = causal.get_submodule(base_name)
     family, depth = causal.config.model_type, causal.config.num_hidden_layers
-    lists = [n for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    stacks = {name: len(module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = [name for name, length in stacks.items() if length == depth]
     lists = [name for name in lists if name.count(".") == min(n.count(".") for n in lists)]
     pp_plan = getattr(type(causal.config), "base_model_pp_plan", None) or {}
-    lists = [name for name in lists if name in pp_plan] or lists
+    # a plan names its list also where the config counts other layers (LongCat's have two attentions each)
+    lists = [name for name in lists if name in pp_plan] or lists or [name for name in stacks if name in pp_plan]
     if len(lists) != 1:
         raise PlanError(f"model_type={family}: expected one list of {depth} layers, found {lists or 'none'}")
     holder = base.get_submodule(lists[0].rpartition(".")[0])
@@ -62,7 +64,7 @@ def find_stack(causal: PreTrainedModel) -> Stack:
     elif family in BUILT_IN_STACK:
         before, after = BUILT_IN_STACK[family]
     else:
-        before, after = _read_off_stack(family, holder, leaf)
+        before, after = _read_off_stack(family, holder, leaf, causal.get_input_embeddings())
     prefix = ".".join(filter(None, (base_name, lists[0].rpartition(".")[0])))
     embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
     if head is None:
@@ -78,10 +80,13 @@ def find_stack(causal: PreTrainedModel) -> Stack:
     )
 
 
-def _read_off_stack(family: str, holder: nn.Module, leaf: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return (before, after): embeddings run before the layers; one other module with parameters can only be the final norm."""
+def _read_off_stack(family: str, holder: nn.Module, leaf: str, embedding: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return (before, after): embeddings run before the layers; one other module with parameters can only be the final norm.
+
+    embedding: the model's; what holds it is one too.
+    """
     children = {n: m for n, m in holder.named_children() if n != leaf and any(True for _ in m.parameters())}
-    before = tuple(n for n, m in children.items() if isinstance(m, nn.Embedding))
+    before = tuple(n for n, m in children.items() if isinstance(m, nn.Embedding) or embedding in m.modules())
     after = tuple(n for n in children if n not in before)
     if len(after) > 1:
         raise PlanError(f"model_type={family}: cannot tell which of {after} run before the layers; add it to decoder.py")

@@ -104,7 +104,8 @@ def plan_routers(causal: PreTrainedModel, stack: Stack, router: Router) -> Route
         routers=tuple(
             PlannedRouter(name=name, layer=layer, logits=place, bias=biases.get(name)) for name, (layer, place) in found.items()
         ),
-        experts=experts,
+        # a bias also counts experts that compute nothing, which the config counts apart (Zaya's, LongCat's)
+        experts=max([tensors[bias].numel() for bias in biases.values()], default=experts),
         chosen=chosen,
         loss=router.loss,
         coefficient=coefficient,
@@ -166,26 +167,46 @@ def weighs_by_sigmoid(router: nn.Module, logits: int, args: tuple, kwargs: dict[
     with torch.no_grad(), torch.random.fork_rng(devices), _parameters_as(router, drawn):
         outputs = _as_tuple(router.forward(hidden, *args[1:], **kwargs))
     scores = outputs[logits].float().sigmoid()
-    chosen = next(output for output in outputs if _are_ids(output))
+    weights, chosen = _choices(outputs, logits)
     of_chosen = scores.gather(1, chosen.long())
-    weights = next(output for output in outputs if _weigh(output, chosen)).float()
-    # shares of the chosen, to less than a softmax of such logits differs from sigmoids
-    errors = of_chosen / of_chosen.sum(-1, keepdim=True) - weights / weights.sum(-1, keepdim=True)
-    return errors.abs().mean().item() * chosen.shape[1] < _ROUNDED
+    number = chosen.shape[1]
+    if number > 1:  # shares of the chosen, to less than a softmax of such logits differs from sigmoids
+        of_chosen, weights = of_chosen / of_chosen.sum(-1, keepdim=True), weights / weights.sum(-1, keepdim=True)
+    else:  # of one expert they are 1: how the weight differs between tokens
+        of_chosen, weights = of_chosen / of_chosen.mean(), weights / weights.mean()
+    return (of_chosen - weights).abs().mean().item() * number < _ROUNDED
 
 
-def weighs_choices(outputs: tuple) -> bool:
-    """Return whether a router's outputs hold the ids of several experts for each token, and their weights."""
+def weighs_choices(outputs: tuple, logits: int) -> bool:
+    """Return whether a router's outputs hold what it chose for each token, and the weights of that."""
+    return _ids_of(outputs) is not None or _dense(outputs, logits) is not None
+
+
+def _choices(outputs: tuple, logits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weights [rows, chosen] of the experts that each token chose, and their ids."""
+    found = _ids_of(outputs)
+    if found is None:  # of every expert, 0 where it is not chosen: Llama 4's
+        dense = _dense(outputs, logits).float()
+        found = dense.topk(int((dense != 0).sum(-1).max()), dim=-1)
+    return found[0].float(), found[1]
+
+
+def _ids_of(outputs: tuple) -> tuple[torch.Tensor, torch.Tensor] | None:
     chosen = next((output for output in outputs if _are_ids(output)), None)
-    return chosen is not None and chosen.shape[1] > 1 and any(_weigh(output, chosen) for output in outputs)
+    weights = next((output for output in outputs if chosen is not None and _weigh(output, chosen)), None)
+    return None if weights is None else (weights, chosen)
+
+
+def _dense(outputs: tuple, logits: int) -> torch.Tensor | None:
+    return next((out for place, out in enumerate(outputs) if place != logits and _weigh(out, outputs[logits])), None)
 
 
 def _are_ids(output: Any) -> bool:
     return torch.is_tensor(output) and output.dtype in (torch.int64, torch.int32) and output.ndim == 2
 
 
-def _weigh(output: Any, chosen: torch.Tensor) -> bool:
-    return torch.is_tensor(output) and output.is_floating_point() and output.shape == chosen.shape
+def _weigh(output: Any, like: torch.Tensor) -> bool:
+    return torch.is_tensor(output) and output.is_floating_point() and output.shape == like.shape
 
 
 @contextmanager

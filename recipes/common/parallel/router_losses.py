@@ -209,7 +209,7 @@ class RouterLosses:
 
     def _keep_call(self, index: int, outputs: tuple, args: tuple, kwargs: dict[str, Any]) -> None:
         """Keep how a router is called, to learn its scores in the first backward pass: recomputation must not see the trial."""
-        if args and weighs_choices(outputs):
+        if args and weighs_choices(outputs, self.plan.routers[index].logits):
             self._calls[index] = (args[0].detach()[..., :1, :].clone(), *args[1:]), kwargs
         else:
             self._by_sigmoid[index] = False

@@ -44,8 +44,10 @@ def plan_tensor_parallel(
     if whole_experts:
         plan = with_whole_experts(plan, causal, stack)
     embedding = causal.get_submodule(stack.embedding)
-    if not isinstance(embedding, nn.Embedding) or len(list(embedding.parameters())) > 1:
-        raise PlanError(f"{stack.embedding} is a {type(embedding).__name__} that does more than look up, and cannot be sharded")
+    if not isinstance(embedding, nn.Embedding):
+        raise PlanError(
+            f"{stack.embedding} is a {type(embedding).__name__}, not an embedding: it cannot be sharded by vocabulary"
+        )
     modules, styles, ranks_per_head, split_heads = dict(causal.named_modules()), {}, set(), set()
     for name, style in plan.items():
         shards.update(_shards_of(causal, modules, name, style))

@@ -13,7 +13,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -95,6 +97,15 @@ def _shard_outputs(parameter: nn.Parameter, label: str) -> ShardSpec:
     return ShardSpec(0) if parameter.ndim == 1 else _shard_bank(parameter, label, dim=-2)
 
 
+def _shard_columns(module: nn.Module, label: str) -> dict[str, ShardSpec]:
+    return {"weight": ShardSpec(1)}
+
+
+def _gather_columns(module: nn.Module, setting: Setting) -> None:
+    forward, group = module.forward, setting.grid.tensor_group
+    module.forward = lambda ids: gather_from(forward(ids), group)
+
+
 def _gather_output(module: nn.Module, setting: Setting) -> None:
     forward, width, group = module.forward, module.out_features, setting.grid.tensor_group
     module.forward = lambda x: gather_from(forward(x), group)[..., :width]  # beyond the whole width lies padding
@@ -112,19 +123,33 @@ def _sum_output(module: nn.Module, setting: Setting, *, split_input: bool = Fals
     module.forward = run
 
 
+class _ShardedLookUp(TorchFunctionMode):
+    """Looks up this rank's rows of a table, zero elsewhere, and sums over the tensor ranks, where a look-up is called."""
+
+    def __init__(self, first: int, rows: int, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self._first, self._rows, self._group = first, rows, group
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not nn.functional.embedding:
+            return func(*args, **(kwargs or {}))
+        ids = args[0]
+        absent = (ids < self._first) | (ids >= self._first + self._rows)
+        found = func((ids - self._first).masked_fill(absent, 0), *args[1:], **(kwargs or {}))
+        return reduce_from(found.masked_fill(absent.unsqueeze(-1), 0.0), self._group)
+
+
 def shard_embedding(module: nn.Embedding, grid: Grid) -> None:
-    """Look up the rows of this rank, zero elsewhere, and sum over the tensor ranks. A subclass's own scaling is kept."""
-    rows = module.weight.shape[0]
+    """Let the look-up be of all tensor ranks' rows. What a subclass does with what is found (scales, norms) is kept."""
+    rows, look_up = module.weight.shape[0], module.forward
     first = grid.tensor_rank * rows
     if module.padding_idx is not None:
         local = module.padding_idx - first
         module.padding_idx = local if 0 <= local < rows else None
-    look_up = module.forward
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
-        absent = (ids < first) | (ids >= first + rows)
-        found = look_up((ids - first).masked_fill(absent, 0))
-        return reduce_from(found.masked_fill(absent.unsqueeze(-1), 0.0), grid.tensor_group)
+        with _ShardedLookUp(first, rows, grid.tensor_group):
+            return look_up(ids)
 
     module.forward = forward
 
@@ -167,6 +192,12 @@ def _shard_experts(parameter: nn.Parameter, label: str) -> ShardSpec:
 
 def _connect_whole_experts(module: nn.Module, setting: Setting) -> None:
     connect_whole_experts(module, setting.grid)
+
+
+def _connect_identity_expert(module: nn.Module, setting: Setting) -> None:
+    """Let each rank add its share of an expert that computes nothing, so that the sum over the ranks has it once."""
+    size = setting.grid.tensor
+    module.forward = lambda x: x / size
 
 
 def _connect_alibi(module: nn.Module, setting: Setting) -> None:
@@ -221,7 +252,10 @@ STYLES: dict[str, TensorStyle] = {
     "rowwise_split_input": _SPLITTING_ROW,
     "rowwise_rep": _SPLITTING_ROW,
     "embedding_rowwise": TensorStyle(shard_module=_shard_rows, may_pad=True, connect=_connect_embedding),
+    "embedding_colwise": TensorStyle(shard_module=_shard_columns, connect=_gather_columns),
     "moe_tp_experts": TensorStyle(connect=_connect_experts),
+    "moe_identity_expert": TensorStyle(connect=_connect_identity_expert),
+    "all_reduce": TensorStyle(connect=_connect_experts),  # shared experts, whose banks a plan names by themselves
     "biased_experts": TensorStyle(connect=partial(_connect_biased_experts, bias="down_proj_bias")),
     BANK: TensorStyle(shard_module=None, shard_parameter=_shard_experts),
     CALLED: TensorStyle(connect=_connect_whole_experts),

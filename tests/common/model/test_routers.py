@@ -41,6 +41,14 @@ def test_routers_and_their_biases(family, found, bias):
         assert plan.routers[0].bias == bias and plan.experts == 4
 
 
+@pytest.mark.parametrize(("family", "experts"), [("zaya", 5), ("longcat_flash", 4 + 256)])
+def test_experts_that_compute_nothing_may_be_chosen_too(family, experts):
+    causal = build_empty(shrink(AutoConfig.for_model(family), Layout()), "eager")
+    assert plan_routers(causal, find_stack(causal), Router(coefficient=0.1)).experts == experts
+    with pytest.raises(PlanError, match="has no bias of its 4 experts"):  # what they compute is not balanced by a bias
+        plan_routers(causal, find_stack(causal), Router(coefficient=0.1, bias_rate=0.1))
+
+
 def test_a_loss_of_another_definition_is_refused():
     config = AutoConfig.for_model("doge", is_moe=True, num_experts=16, num_experts_per_tok=4, hidden_size=64, num_hidden_layers=2)
     causal = build_empty(config, "eager")
@@ -86,16 +94,18 @@ def test_a_router_in_fp32(family):
 class _Scored(torch.nn.Module):
     """A router that starts at zero, in bf16, and weighs its choices by `score`."""
 
-    def __init__(self, score, *, normed=True):
+    def __init__(self, score, *, normed=True, chosen=4, dense=False):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(16, 32, dtype=torch.bfloat16))
-        self.score, self.normed = score, normed
+        self.score, self.normed, self.chosen, self.dense = score, normed, chosen, dense
 
     def forward(self, hidden, *, bias):
         logits = F.linear(hidden.view(-1, 32), self.weight)
         scores = self.score(logits.float())
-        chosen = (scores + bias).topk(4).indices
+        chosen = (scores + bias).topk(self.chosen).indices
         weights = scores.gather(1, chosen)
+        if self.dense:  # Llama 4's
+            return logits, torch.zeros_like(scores).scatter(1, chosen, weights).bfloat16()
         return logits, (weights / weights.sum(-1, keepdim=True) if self.normed else 2.5 * weights).bfloat16(), chosen
 
 
@@ -108,15 +118,18 @@ def _told():
 
     call = (torch.zeros(2, 1, 32, dtype=torch.bfloat16),), {"bias": torch.arange(16) / 16}
     routers = [_Scored(torch.sigmoid), _Scored(torch.sigmoid, normed=False), _Scored(softmax), _Scored(root)]
+    routers += [_Scored(torch.sigmoid, normed=False, chosen=1), _Scored(softmax, normed=False, chosen=1)]
+    routers += [_Scored(torch.sigmoid, normed=False, chosen=1, dense=True), _Scored(softmax, normed=False, dense=True)]
     before = torch.get_rng_state()
     found = [weighs_by_sigmoid(router, 0, *call) for router in routers]
     assert before.equal(torch.get_rng_state()) and not any(router.weight.count_nonzero() for router in routers)
-    assert weighs_choices(routers[0](*call[0], **call[1])) and not weighs_choices((torch.zeros(2, 16),))
+    assert all(weighs_choices(router(*call[0], **call[1]), 0) for router in routers)
+    assert not weighs_choices((torch.zeros(2, 16),), 0)
     return found
 
 
 def test_what_weighs_the_choices_of_a_router_that_starts_at_zero():
-    assert run_ranks(_told, 1)[0] == [True, True, False, False]
+    assert run_ranks(_told, 1)[0] == [True, True, False, False, True, False, True, False]
 
 
 def _recomputed(keep_products):

@@ -62,8 +62,10 @@ def test_families(family):
     assert_equal(gradient_trial(trial_of(config, 2, 1, 1, global_seqs=2, router=STRONG)))
 
 
-def test_a_router_of_sigmoids_that_starts_at_zero():
-    config = shrink(AutoConfig.for_model("afmoe"), Layout())
+@pytest.mark.parametrize("family", ["afmoe", "llama4_text", "zaya"])
+def test_routers_that_are_hard_to_read(family):
+    """Sigmoids that start at zero, or that are given for all experts and one is chosen; more choices than experts."""
+    config = shrink(AutoConfig.for_model(family), Layout())
     assert_equal(gradient_trial(trial_of(config, 1, 1, 1, global_seqs=2, router=SEQUENCE, recompute="selective")))
 
 

@@ -26,31 +26,42 @@ from tools.common.parity import gradient_trial
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("padding", [None, 0, 130])
 def test_a_sharded_embedding_looks_up_what_the_whole_does(size, padding):
-    assert run_ranks(_embedding, size, padding) == [[True, True]] * size
+    assert run_ranks(_embedding, size, padding) == [[True] * 4] * size
+
+
+class _Normed(nn.Embedding):
+    """Does more than look up, as Inkling's."""
+
+    def forward(self, ids):
+        return F.layer_norm(super().forward(ids), (8,))
 
 
 def _embedding(padding):
-    """[values equal, gradient equal]; a padding id has no gradient, wherever its row lies."""
+    """[values equal, gradient equal] of either kind; a padding id has no gradient, wherever its row lies."""
     start_distributed("cpu")
     rank, size = dist.get_rank(), dist.get_world_size()
     grid = build_grid(Layout(tensor=size), torch.device("cpu"))
     torch.manual_seed(0)
     weight, ids = torch.randn(131, 8), torch.randint(0, 131, (4, 9))
     ids[0, :2] = torch.tensor([0, 130])
-    scale, plain = torch.randn(4, 9, 8), weight.clone().requires_grad_()
-    module = nn.Embedding(131, 8, padding_idx=padding)
-    module.weight = nn.Parameter(ShardSpec(0).take(weight, rank, size))
-    shard_embedding(module, grid)
-    found, wanted = module(ids), F.embedding(ids, plain, padding_idx=padding)
-    (found * scale).sum().backward()
-    (wanted * scale).sum().backward()
-    return [found.equal(wanted), module.weight.grad.allclose(ShardSpec(0).take(plain.grad, rank, size))]
+    scale, equal = torch.randn(4, 9, 8), []
+    for kind in (nn.Embedding, _Normed):
+        module, plain = kind(131, 8, padding_idx=padding), kind(131, 8, padding_idx=padding)
+        module.weight = nn.Parameter(ShardSpec(0).take(weight, rank, size))
+        plain.weight = nn.Parameter(weight.clone())
+        shard_embedding(module, grid)
+        found, wanted = module(ids), plain(ids)
+        (found * scale).sum().backward()
+        (wanted * scale).sum().backward()
+        equal += [found.equal(wanted), module.weight.grad.allclose(ShardSpec(0).take(plain.weight.grad, rank, size))]
+    return equal
 
 
-@pytest.mark.parametrize("family", ["llama4_text", "granitemoe_swa", "exaone4"])
+@pytest.mark.parametrize("family", ["llama4_text", "granitemoe_swa", "exaone4", "inkling_text", "longcat_flash"])
 def test_gradients_of_styles_that_few_families_have(family):
-    """Banks sharded by packed inputs, parameters of a module that communicates, and gradients summed inside a block."""
-    styles = {"llama4_text": "packed_rowwise", "granitemoe_swa": "local_params", "exaone4": "replicated_with_grad_allreduce"}
+    """Banks sharded by packed inputs, parameters of modules that communicate, gradients summed inside a block, shared experts."""
+    styles = {"llama4_text": "packed_rowwise", "granitemoe_swa": "local_params", "exaone4": "replicated_with_grad_allreduce",
+              "inkling_text": "all_reduce", "longcat_flash": "moe_identity_expert"}  # fmt: skip
     config = shrink(AutoConfig.for_model(family, attention_dropout=0.0), Layout(tensor=2))
     assert styles[family] in type(config).base_model_tp_plan.values()
     assert_equal(gradient_trial(trial_of(config, 1, 2, 1, global_seqs=2)))

@@ -54,7 +54,7 @@ def test_a_family_passes_once_and_is_not_tried_again(tmp_path):
     found = json.loads(out)
     bert, bloom = found["verdicts"]
     assert found["passed"] and (bert["family"], bert["outcome"]) == ("bert", "left out")
-    assert bert["reason"] == "an encoder: its default configuration says is_decoder=False"
+    assert bert["reason"] == "an encoder: its default configuration says is_decoder=False, and it sees the future"
     assert (bloom["outcome"], bloom["reason"], bloom["tied"], bloom["whole"]) == ("passed", "", True, 0.0)
     assert [row["what"] for row in bloom["rows"]][-3:] == ["loss, SGD", "gradient norm, SGD", "gradient"]
     assert all(row["difference"] <= row["bound"] for row in bloom["rows"])
@@ -77,17 +77,23 @@ def test_a_family_that_is_refused_by_name_is_exit_0():
     ("name", "reason"),
     [
         ("bart", "an encoder with a decoder"),
-        ("roberta", "an encoder: its default configuration says is_decoder=False"),
+        ("roberta", "an encoder: its default configuration says is_decoder=False, and it sees the future"),
         ("llama4", "a multimodal type: its text model is of type llama4_text"),
         ("musicgen", "an encoder with a decoder"),
     ],
 )
 def test_what_is_no_decoder_of_text_is_left_out_with_the_reason(name, reason):
-    with pytest.raises(LeftOutError, match=f"^{reason}$"):
+    assert run_ranks(_reason, 1, name)[0] == reason
+
+
+def _reason(name):
+    with pytest.raises(LeftOutError) as error:
         tiny_family(name, BOTH)
+    return str(error.value)
 
 
-@pytest.mark.parametrize("name", ["llama", "nemotron", "hunyuan_v1_dense", "mpt", "falcon_mamba"])
+# gpt_neox says that it is no decoder, and is one
+@pytest.mark.parametrize("name", ["llama", "nemotron", "deepseek_v2", "gpt_neox", "cohere_compass_text", "dots3_note_text"])
 def test_tiny_configurations_are_tiny_and_have_what_their_default_leaves_open(name):
     assert name in family_names()
     hidden, layers, dropouts = run_ranks(_tiny, 1, name)[0]
