@@ -1,4 +1,4 @@
-"""Plants wrong entries in every tensor plan of our own, a column called row, a missing sum, and counts how many are found.
+"""Plants wrong entries in every tensor plan that is ours, a column called row, a missing sum, and counts how many are found.
 
     python -m tests.bench.planted_plans [FAMILY ...]
 
@@ -8,7 +8,7 @@ Exits 1 if one is not found, or if a plan as it is is not exact.
 import argparse
 import sys
 
-from recipes.common.parallel.family_plans import BUILT_IN_TENSOR
+from recipes.common.parallel.tensor_plans import ADDED_TENSOR, BUILT_IN_TENSOR
 from tests.support.planted_plans import SIZE, planted
 from tools.common.console import UsageError, exit_code, quiet_transformers
 from tools.common.forked_ranks import run_ranks
@@ -22,11 +22,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(families: list[str]) -> int:
-    if unknown := [family for family in families if family not in BUILT_IN_TENSOR]:
-        raise UsageError(f"{', '.join(unknown)}: no tensor plan of our own. There are: {', '.join(sorted(BUILT_IN_TENSOR))}")
+    known = sorted({*BUILT_IN_TENSOR, *ADDED_TENSOR})
+    if unknown := [family for family in families if family not in known]:
+        raise UsageError(f"{', '.join(unknown)}: no tensor plan of our own. There are: {', '.join(known)}")
     quiet_transformers()
     entries, missed, inexact = 0, [], []
-    for family in families or sorted(BUILT_IN_TENSOR):
+    for family in families or known:
         right, found = run_ranks(planted, SIZE, family)[0]
         entries += len(found)
         missed += [f"{family}: {entry}" for entry, caught in found.items() if not caught]

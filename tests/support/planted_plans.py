@@ -1,4 +1,4 @@
-"""Plants a wrong entry at each place of a family's tensor plan, and says which of them the gradients of a tiny model show."""
+"""Plants a wrong entry at each place of a tensor plan that is ours, and says which of them a tiny model's gradients show."""
 
 import math
 import re
@@ -22,12 +22,14 @@ ROUNDING = 1e-7
 WRONG = {
     "colwise": ("rowwise",),
     "rowwise": ("colwise", "no sum"),
+    "packed_colwise": ("colwise", "whole"),
     "packed3_colwise": ("colwise",),
     "colwise_gather_output": ("colwise", "whole"),
     "rowwise_split_input": ("rowwise", "no sum"),
     "replicated_with_grad_allreduce": ("whole",),
     "biased_experts": ("moe_tp_experts", "whole"),
     "alibi_by_head": ("whole",),
+    "replicate": ("whole",),  # then transformers' own plan, which shards it
 }
 HARMLESS = {("colwise_gather_output", "whole")}  # a projection that is not sharded, where its output is gathered
 
@@ -40,13 +42,14 @@ def planted(family: str) -> tuple[float, dict[str, bool]]:
     grid = build_grid(Layout(tensor=SIZE), torch.device("cpu"))
     whole = _gradients(build_stage(plan_model(config, attention="eager"), one_process(), seq_len=SEQ_LEN))
     right = _difference(config, grid, whole)
-    found, plan = {}, dict(tensor_plans.BUILT_IN_TENSOR[family])
+    table = tensor_plans.BUILT_IN_TENSOR if family in tensor_plans.BUILT_IN_TENSOR else tensor_plans.ADDED_TENSOR
+    found, plan = {}, dict(table[family])
     for pattern, style in plan.items():
         for wrong in WRONG[style]:
             if (style, wrong) in HARMLESS or (wrong == "no sum" and ".experts." in pattern):
                 continue  # banks are summed by the module that holds them
             entries = {k: v for k, v in plan.items() if k != pattern} | ({} if wrong == "whole" else {pattern: wrong})
-            tensor_plans.BUILT_IN_TENSOR[family] = entries
+            table[family] = entries
             try:
                 found[f"{pattern} {style} -> {wrong}"] = not _difference(config, grid, whole) < 1.0
             except (PlanError, RuntimeError, ValueError, IndexError, AssertionError):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipes.common.parallel.family_plans import BUILT_IN_TENSOR
+from recipes.common.parallel.tensor_plans import ADDED_TENSOR, BUILT_IN_TENSOR
 from tests.support.planted_plans import SIZE, WRONG, planted
 from tools.common.forked_ranks import run_ranks
 
@@ -11,7 +11,8 @@ SAMPLE = ("bloom", "falcon", "gpt_oss", "lfm2")
 
 
 def test_a_wrong_style_is_known_for_each_that_is_used():
-    assert {style for plan in BUILT_IN_TENSOR.values() for style in plan.values()} == WRONG.keys()
+    plans = (BUILT_IN_TENSOR | ADDED_TENSOR).values()
+    assert {style for plan in plans for style in plan.values()} == WRONG.keys()
 
 
 @pytest.mark.parametrize("family", SAMPLE)
