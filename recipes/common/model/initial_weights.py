@@ -133,7 +133,7 @@ def _units(causal: PreTrainedModel, root: nn.Module, prefix: str) -> Iterator[tu
             for leaf, child in root.named_children():
                 yield from _units(causal, child, f"{prefix}.{leaf}" if prefix else leaf)
             return
-    modules = [(f"{prefix}.{name}" if name else prefix, module) for name, module in root.named_modules()]
+    modules = [(".".join(filter(None, (prefix, name))), module) for name, module in root.named_modules()]
     if any(True for _ in root.parameters()):
         yield prefix, root, modules[::-1]
 
