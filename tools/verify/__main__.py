@@ -30,6 +30,7 @@ from tools.common.forked_ranks import RankError
 from tools.common.recipe_io import load_recipe, parse_layout
 from tools.verify.family_log import FamilyLog
 from tools.verify.family_table import as_text, write_page
+from tools.verify.family_verdict import failed
 
 with redirect_stdout(sys.stderr):  # DeepSpeed logs on what is stdout when it is imported
     from tools.verify.families import LAYOUTS, judge_families
@@ -69,14 +70,14 @@ def _run_families(flags: argparse.Namespace) -> int:
     log = FamilyLog(flags.log)
     names = None if flags.family == "all" else flags.family.split(",")
     verdicts = judge_families(names, layouts, log, steps=flags.steps, seq_len=flags.seq_len)
-    failed = sum(verdict.outcome == "failed" for verdict in verdicts)
+    wrong = any(failed(verdict) for verdict in verdicts)
     if flags.json:
-        print(json.dumps({"passed": not failed, "verdicts": [asdict(verdict) for verdict in verdicts]}))
+        print(json.dumps({"passed": not wrong, "verdicts": [asdict(verdict) for verdict in verdicts]}))
     else:
         print(as_text(verdicts))
     if flags.table:
         write_page(flags.table, verdicts)
-    return FAILED if failed else GOOD
+    return FAILED if wrong else GOOD
 
 
 def _parse_flags(argv: list[str] | None) -> argparse.Namespace:

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from recipes.common.checks.context_checks import context_head_problems, context_trial_problems
 from recipes.common.checks.expert_trial import expert_trial_problems
 from recipes.common.checks.family_trials import partition_problems
 from recipes.common.checks.tiny_model import field_of
@@ -27,6 +28,7 @@ from recipes.common.recipe import AdamW, Layout
 from tools.common.console import UsageError, progress_bar
 from tools.common.forked_ranks import RankError, run_ranks
 from tools.common.parity import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain, train_stirred
+from tools.verify.family_export import try_export
 from tools.verify.family_log import FamilyLog
 from tools.verify.family_verdict import FAILED_GATE, LEFT_OUT, PASSED, REFUSED, FamilyVerdict
 from tools.verify.gate import SAMPLES, WorstDifference, worst_step, worst_tensor
@@ -36,6 +38,8 @@ LAYOUTS: dict[str, tuple[Layout, int]] = {
     "pipeline=2": (Layout(pipeline=2), 1),
     "tensor=2": (Layout(tensor=2), 1),
     "tensor=2,pipeline=2": (Layout(tensor=2, pipeline=2), 1),
+    "tensor=2,pipeline=2,data=2": (Layout(tensor=2, pipeline=2), 2),
+    "context=2": (Layout(context=2), 2),
     "expert=2": (Layout(expert=2), 2),  # of mixtures alone
 }
 _ATTENTION = "eager"
@@ -80,10 +84,12 @@ def _judge(name: str, layouts: Mapping[str, tuple[Layout, int]], *, steps: int, 
         return
 
     @cache
-    def stirred(gradient: bool, data: int) -> list[Outcome]:
-        return run_ranks(train_stirred, SAMPLES, _trials(known["config"], Layout(), data, length)[gradient])
+    def stirred(gradient: bool, readers: int) -> list[Outcome]:
+        return run_ranks(train_stirred, SAMPLES, _trials(known["config"], Layout(), readers, length)[gradient])
 
+    exported = ""  # EXPORTED, or what is wrong with the export; empty: not tried
     for words, (layout, data) in layouts.items():
+        readers = data // layout.context
         facts = {"family": name, "layout": words, "experts": known["experts"], "tied": known["tied"]}
         facts["whole"] = known["whole"].get(words, 0.0)
         if layout.expert > 1 and not known["experts"]:
@@ -95,19 +101,21 @@ def _judge(name: str, layouts: Mapping[str, tuple[Layout, int]], *, steps: int, 
         trials = _trials(known["config"], layout, data, length)
         try:
             assert "plain_failed" not in known, known["plain_failed"]
-            rows = _compare(trials, known["plain"][data], lambda gradient, data=data: stirred(gradient, data))
+            rows, trained = _compare(trials, known["plain"][readers], lambda gradient, each=readers: stirred(gradient, each))
+            wrong = [f"{row.what} of {row.where} differs by {row.difference:.1e}" for row in rows if not row.passed]
+            if not (exported or wrong):  # whole tensors: one layout's are enough
+                exported = run_ranks(try_export, 1, known["config"], trained, known["tied"])[0]
         except (RankError, AssertionError) as error:
             yield FamilyVerdict(**facts, outcome=FAILED_GATE, reason=f"it could not be trained: {_last_line(error)}")
             continue
-        wrong = [row for row in rows if not row.passed]
-        reason = "; ".join(f"{row.what} of {row.where} differs by {row.difference:.1e}" for row in wrong)
-        yield FamilyVerdict(**facts, outcome=FAILED_GATE if wrong else PASSED, reason=reason, rows=[asdict(row) for row in rows])
+        facts |= {"rows": [asdict(row) for row in rows], "export": exported}
+        yield FamilyVerdict(**facts, outcome=FAILED_GATE if wrong else PASSED, reason="; ".join(wrong))
 
 
 def _describe(name: str, layouts: dict[str, tuple[Layout, int]], length: dict[str, int]) -> dict[str, Any]:
     """Return the tiny model, why layouts are refused, and what plain transformers makes of it; or why the type is left out."""
     widest = Layout(
-        tensor=max(layout.tensor for layout, _ in layouts.values()),
+        tensor=max(layout.tensor * layout.context for layout, _ in layouts.values()),  # context ranks divide heads too
         pipeline=max(layout.pipeline for layout, _ in layouts.values()),
         expert=max(layout.expert for layout, _ in layouts.values()),
     )
@@ -125,7 +133,7 @@ def _describe(name: str, layouts: dict[str, tuple[Layout, int]], length: dict[st
                 matrices = [p.numel() for p in planned.causal.get_submodule(planned.stack.layers).parameters() if p.ndim > 1]
                 kept = whole_matrices(planned.causal, planned.stack, planned.tensor_plan.shards)
                 whole[words] = sum(kept.values()) / max(sum(matrices), 1)
-            found = [*problems, *partition_problems(config, layout, _ATTENTION)]
+            found = [*problems, *partition_problems(config, layout, _ATTENTION), *_context_problems(config, layout)]
             found += expert_trial_problems(config, layout, _ATTENTION)
         except PlanError as error:
             found = [str(error)]
@@ -134,13 +142,18 @@ def _describe(name: str, layouts: dict[str, tuple[Layout, int]], length: dict[st
         if found:
             refused[words] = "; ".join(found)[:_LONGEST_REASON]
     experts = next((n for each in EXPERTS if isinstance(n := field_of(config, each), int)), 0)
-    asked = {data for words, (_, data) in layouts.items() if words not in refused}
+    asked = {data // layout.context for words, (layout, data) in layouts.items() if words not in refused}
     known = {"config": config, "refused": refused, "whole": whole, "tied": tied, "experts": experts}
     try:
-        plain = {data: [train_plain(trial) for trial in _trials(config, Layout(), data, length)] for data in asked}
+        plain = {readers: [train_plain(t) for t in _trials(config, Layout(), readers, length)] for readers in asked}
     except Exception as error:  # a family's own code may raise anything
         return {**known, "plain_failed": f"plain transformers does not train it: {type(error).__name__}: {error}"}
     return {**known, "plain": plain}
+
+
+def _context_problems(config: PreTrainedConfig, layout: Layout) -> list[str]:
+    found = context_head_problems(config, layout, _ATTENTION)
+    return found or context_trial_problems(config, layout, _ATTENTION, mask_documents=False)
 
 
 def _trials(config: PreTrainedConfig, layout: Layout, data: int, length: dict[str, int]) -> list[Trial]:
@@ -151,7 +164,7 @@ def _trials(config: PreTrainedConfig, layout: Layout, data: int, length: dict[st
         world_size=layout.tensor * layout.pipeline * data,
         optimizer=_OPTIMIZER,
         deepspeed=load_ds_config("zero1_fp32.json"),
-        global_seqs=2 * data,
+        global_seqs=2 * data // layout.context,
         attention=_ATTENTION,
         **length,
     )
@@ -163,18 +176,24 @@ def _train_in_turn(trials: list[Trial]) -> list[dict[str, Any]]:
     return [train_in_layout(trial) for trial in trials]
 
 
-def _compare(trials: list[Trial], plain: list[Outcome], stirred: Callable[[bool], list[Outcome]]) -> list[WorstDifference]:
-    """Train in the layout, and return the differences; where a fixed bound is missed, against what rounding alone makes."""
-    ranks, rows = run_ranks(_train_in_turn, trials[0].world_size, trials), []
+def _compare(
+    trials: list[Trial], plain: list[Outcome], stirred: Callable[[bool], list[Outcome]]
+) -> tuple[list[WorstDifference], Outcome]:
+    """Train in the layout; return the differences, and what the steps of AdamW made.
+
+    Where a fixed bound is missed, the bound follows from what rounding alone makes.
+    """
+    ranks, rows, outcomes = run_ranks(_train_in_turn, trials[0].world_size, trials), [], []
     for gradient, oracle in enumerate(plain):
         shapes = {name: tensor.shape for name, tensor in oracle.parameters.items()}
         trained = outcome([each[gradient] for each in ranks], shapes)
+        outcomes.append(trained)
         found = _rows(trained, oracle, [], bool(gradient))
         if not all(row.passed for row in found):
             measured = _rows(trained, oracle, stirred(bool(gradient)), bool(gradient))
             found = [row if row.passed else again for row, again in zip(found, measured, strict=True)]
         rows += found
-    return rows
+    return rows, outcomes[0]
 
 
 def _rows(trained: Outcome, plain: Outcome, stirred: list[Outcome], gradient: bool) -> list[WorstDifference]:

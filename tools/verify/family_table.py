@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from tools.common.console import table
-from tools.verify.family_verdict import LEFT_OUT, PASSED, FamilyVerdict
+from tools.verify.family_verdict import EXPORTED, LEFT_OUT, PASSED, FamilyVerdict
 
 _WORDS = {PASSED: "yes", "failed": "**no**", "refused": "refused", LEFT_OUT: "-"}
 
@@ -39,12 +39,12 @@ def write_page(path: Path, verdicts: list[FamilyVerdict]) -> None:
         "of `transformers`, from its default configuration, trained three steps in each layout and in one process of plain",
         "`transformers`. yes: loss and gradient norm within 1e-6 (relative), gradients and parameters within 1e-5, or within",
         "four times what rounding alone makes of the same model. whole: the part of the layers' matrices that every tensor",
-        "rank holds.",
+        "rank holds. export: plain `transformers` loads what it was trained to, with equal logits.",
         "",
         *(f"- {_sum(verdicts, layout)}" for layout in layouts),
         "",
-        f"| family | {' | '.join(layouts)} | whole | experts | tied | date | versions | why not |",
-        "|---|" + "---|" * (len(layouts) + 6),
+        f"| family | {' | '.join(layouts)} | whole | experts | tied | export | date | versions | why not |",
+        "|---|" + "---|" * (len(layouts) + 7),
     ]
     for name, own in families.items():
         first = own[0]
@@ -52,7 +52,8 @@ def write_page(path: Path, verdicts: list[FamilyVerdict]) -> None:
             continue
         cells = [_outcome(own, layout, _WORDS) for layout in layouts]
         versions = ", ".join(f"{package} {number}" for package, number in first.versions.items())
-        cells += [_whole(own), str(first.experts or ""), "yes" if first.tied else "", first.date, versions, _reasons(own)]
+        cells += [_whole(own), str(first.experts or ""), "yes" if first.tied else ""]
+        cells += [_export(own), first.date, versions, _reasons(own)]
         lines.append(f"| {name} | {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     lines += ["", "## Left out", "", "| type | why |", "|---|---|"]
     lines += [f"| {name} | {own[0].reason.replace('|', '/')} |" for name, own in families.items() if own[0].outcome == LEFT_OUT]
@@ -71,8 +72,14 @@ def _whole(own: list[FamilyVerdict]) -> str:
     return f"{100 * share:.0f} %" if share >= 0.005 else ""
 
 
+def _export(own: list[FamilyVerdict]) -> str:
+    found = next((verdict.export for verdict in own if verdict.export), "")
+    return found if found in ("", EXPORTED) else "**no**"
+
+
 def _reasons(own: list[FamilyVerdict]) -> str:
-    return "; ".join(dict.fromkeys(" ".join(verdict.reason.split()) for verdict in own if verdict.reason))
+    found = [reason for verdict in own for reason in (verdict.reason, verdict.export) if reason not in ("", EXPORTED)]
+    return "; ".join(dict.fromkeys(" ".join(reason.split()) for reason in found))
 
 
 def _sum(verdicts: list[FamilyVerdict], layout: str) -> str:

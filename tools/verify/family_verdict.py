@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 PASSED, FAILED_GATE, REFUSED, LEFT_OUT = "passed", "failed", "refused", "left out"
+EXPORTED = "yes"
 _PACKAGES = ("transformers", "torch", "deepspeed")
 
 
@@ -22,9 +23,15 @@ class FamilyVerdict:
     rows: list[dict[str, Any]] = field(default_factory=list)  # WorstDifferences
     experts: int = 0
     tied: bool = False
+    export: str = ""  # EXPORTED: plain transformers loads what it was trained to, with equal logits; else why not, or not tried
     whole: float = 0.0  # the share of the layers' matrices that every tensor rank holds whole
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+
+
+def failed(verdict: FamilyVerdict) -> bool:
+    """Return whether the type trains or exports something else than it should."""
+    return verdict.outcome == FAILED_GATE or verdict.export not in ("", EXPORTED)
 
 
 def installed_versions() -> dict[str, str]:

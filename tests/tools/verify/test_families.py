@@ -13,7 +13,7 @@ from tools.verify import families
 from tools.verify.__main__ import main
 from tools.verify.family_log import FamilyLog
 from tools.verify.family_table import as_text, write_page
-from tools.verify.family_verdict import FAILED_GATE, LEFT_OUT, PASSED, REFUSED, FamilyVerdict
+from tools.verify.family_verdict import FAILED_GATE, LEFT_OUT, PASSED, REFUSED, FamilyVerdict, failed
 from tools.verify.tiny_families import LeftOutError, family_names, tiny_family
 
 SHORT = ["--steps", "2", "--seq-len", "16"]
@@ -55,7 +55,9 @@ def test_a_family_passes_once_and_is_not_tried_again(tmp_path):
     bert, bloom = found["verdicts"]
     assert found["passed"] and (bert["family"], bert["outcome"]) == ("bert", "left out")
     assert bert["reason"] == "an encoder: its default configuration says is_decoder=False, and it sees the future"
-    assert (bloom["outcome"], bloom["reason"], bloom["tied"], bloom["whole"]) == ("passed", "", True, 0.0)
+    assert (bloom["outcome"], bloom["reason"], bloom["tied"], bloom["whole"]) == ("passed", "", True, 0.0) and bloom[
+        "export"
+    ] == "yes"
     assert [row["what"] for row in bloom["rows"]][-3:] == ["loss, SGD", "gradient norm, SGD", "gradient"]
     assert all(row["difference"] <= row["bound"] for row in bloom["rows"])
     assert call(*flags, fault=no_training)[:2] == (code, out)
@@ -142,16 +144,20 @@ def test_a_log_of_a_killed_sweep_is_continued(tmp_path):
 def test_the_page_has_a_row_for_each_type_and_the_reasons(tmp_path):
     verdicts = [
         FamilyVerdict(family="bert", layout="tensor=2", outcome=LEFT_OUT, reason="an encoder"),
-        FamilyVerdict(family="llama", layout="tensor=2", outcome=PASSED, tied=True, date="2026-01-02", versions={"torch": "9"}),
+        FamilyVerdict(
+            family="llama", layout="tensor=2", outcome=PASSED, tied=True, export="yes", date="2026-01-02", versions={"torch": "9"}
+        ),
         FamilyVerdict(family="mamba", layout="tensor=2", outcome=REFUSED, reason="a | b", whole=0.5, experts=4),
         FamilyVerdict(family="opt", layout="tensor=2", outcome=FAILED_GATE, reason="loss differs"),
+        FamilyVerdict(family="zaya", layout="tensor=2", outcome=PASSED, export="its export: no"),
     ]
     write_page(tmp_path / "page.md", verdicts)
     page = (tmp_path / "page.md").read_text()
-    assert "- tensor=2: 1 of 3 decoders train what plain transformers trains" in page
-    assert "| llama | yes |  |  | yes | 2026-01-02 | torch 9 |  |" in page
+    assert "- tensor=2: 2 of 4 decoders train what plain transformers trains" in page
+    assert "| llama | yes |  |  | yes | yes | 2026-01-02 | torch 9 |  |" in page
     assert "| mamba | refused | 50 % | 4 |" in page and "| a / b |" in page
+    assert "| **no** | " in page and "| its export: no |" in page and [failed(verdict) for verdict in verdicts] == [0, 0, 0, 1, 1]
     assert "| opt | **no** |" in page and "| loss differs |" in page
     assert page.index("## Left out") < page.index("| bert | an encoder |")
     assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
-    assert "tensor=2: 1 of 3 decoders" in as_text(verdicts)
+    assert "tensor=2: 2 of 4 decoders" in as_text(verdicts)
