@@ -162,10 +162,16 @@ def weighs_by_sigmoid(router: nn.Module, logits: int, args: tuple, kwargs: dict[
         width = shape[-1] if shape else 1
         return (torch.randn(shape, generator=dice) / width**0.5).to(parameter.device, parameter.dtype)
 
-    hidden = torch.randn(*(1,) * (args[0].ndim - 2), _ROWS, args[0].shape[-1], generator=dice).to(args[0].device, args[0].dtype)
-    devices = [hidden.device] if hidden.device.type == "cuda" else []
+    leading = args[0].shape[:-1]
+
+    def tokens(value: Any) -> Any:
+        if not _is_by_token(value, leading):
+            return value
+        return torch.randn(*(1,) * (value.ndim - 2), _ROWS, value.shape[-1], generator=dice).to(value.device, value.dtype)
+
+    devices = [args[0].device] if args[0].device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices), _parameters_as(router, drawn):
-        outputs = _as_tuple(router.forward(hidden, *args[1:], **kwargs))
+        outputs = _as_tuple(router.forward(*map(tokens, args), **{name: tokens(value) for name, value in kwargs.items()}))
     scores = outputs[logits].float().sigmoid()
     weights, chosen = _choices(outputs, logits)
     of_chosen = scores.gather(1, chosen.long())
@@ -175,6 +181,20 @@ def weighs_by_sigmoid(router: nn.Module, logits: int, args: tuple, kwargs: dict[
     else:  # of one expert they are 1: how the weight differs between tokens
         of_chosen, weights = of_chosen / of_chosen.mean(), weights / weights.mean()
     return (of_chosen - weights).abs().mean().item() * number < _ROUNDED
+
+
+def of_one_token(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Return a router's call, the hidden states first, with one token of all that it has for each."""
+    leading = args[0].shape[:-1]
+
+    def cut(value: Any) -> Any:
+        return value.detach()[..., :1, :].clone() if _is_by_token(value, leading) else value
+
+    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+
+
+def _is_by_token(value: Any, leading: torch.Size) -> bool:
+    return torch.is_tensor(value) and value.is_floating_point() and value.ndim > 1 and value.shape[:-1] == leading
 
 
 def weighs_choices(outputs: tuple, logits: int) -> bool:

@@ -31,6 +31,7 @@ from recipes.common.model.routers import (
     PlannedRouter,
     RouterPlan,
     compute_in_fp32,
+    of_one_token,
     weighs_by_sigmoid,
     weighs_choices,
 )
@@ -210,7 +211,7 @@ class RouterLosses:
     def _keep_call(self, index: int, outputs: tuple, args: tuple, kwargs: dict[str, Any]) -> None:
         """Keep how a router is called, to learn its scores in the first backward pass: recomputation must not see the trial."""
         if args and weighs_choices(outputs, self.plan.routers[index].logits):
-            self._calls[index] = (args[0].detach()[..., :1, :].clone(), *args[1:]), kwargs
+            self._calls[index] = of_one_token(args, kwargs)
         else:
             self._by_sigmoid[index] = False
 
