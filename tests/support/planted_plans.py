@@ -22,7 +22,7 @@ ROUNDING = 1e-7
 WRONG = {
     "colwise": ("rowwise",),
     "rowwise": ("colwise", "no sum"),
-    "packed_colwise": ("colwise", "whole"),
+    "packed_colwise": ("colwise",),
     "packed3_colwise": ("colwise",),
     "colwise_gather_output": ("colwise", "whole"),
     "rowwise_split_input": ("rowwise", "no sum"),

@@ -11,15 +11,14 @@ from recipes.common.model.decoder import PlanError, Stack
 from recipes.common.parallel.family_plans import BUILT_IN_DIVIDE, BUILT_IN_TENSOR, VARIANTS, block
 from recipes.common.parallel.tensor_styles import STYLES
 
-_GATE_AND_UP = {"?layers.*.mlp.experts.gate_up_proj": "packed_colwise"}  # one after the other, which the family's plan forgets
 # Entries that transformers' plans lack, or have wrong: found by comparing every family's gradients with one process.
 ADDED_TENSOR: dict[str, dict[str, str]] = {
     "apertus": {"layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},
     # values decide, by projections and parameters for each head, which keys are seen
     "doge": block("layers.*.self_attn", "q_proj k_proj v_proj", "o_proj", gathered=True)
     | {"layers.*.self_attn.dt_proj": "replicate"},
-    "inkling2_text": _GATE_AND_UP,
-    "inkling_text": _GATE_AND_UP,
+    # gate and up lie one after the other in a bank
+    "inkling_text": {"layers.*.mlp.experts.gate_up_proj": "packed_colwise"},
 }
 REFUSED_TENSOR: dict[str, str] = {
     "phimoe": "its experts are drawn at random in training, differently on each rank",
