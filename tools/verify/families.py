@@ -125,6 +125,11 @@ def _describe(name: str, layouts: dict[str, tuple[Layout, int]], length: dict[st
         return {"left_out": str(reason)}
     refused, whole, tied = {}, {}, False
     problems = trial_problems(config, _ATTENTION)
+
+    @cache
+    def partitioned(pipeline: int) -> list[str]:
+        return partition_problems(config, Layout(pipeline=pipeline), _ATTENTION)
+
     for words, (layout, _) in layouts.items():
         try:
             planned = plan_model(config, layout, attention=_ATTENTION)
@@ -133,7 +138,7 @@ def _describe(name: str, layouts: dict[str, tuple[Layout, int]], length: dict[st
                 matrices = [p.numel() for p in planned.causal.get_submodule(planned.stack.layers).parameters() if p.ndim > 1]
                 kept = whole_matrices(planned.causal, planned.stack, planned.tensor_plan.shards)
                 whole[words] = sum(kept.values()) / max(sum(matrices), 1)
-            found = [*problems, *partition_problems(config, layout, _ATTENTION), *_context_problems(config, layout)]
+            found = [*problems, *partitioned(layout.pipeline), *_context_problems(config, layout)]
             found += expert_trial_problems(config, layout, _ATTENTION)
         except PlanError as error:
             found = [str(error)]
