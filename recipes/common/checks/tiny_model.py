@@ -28,6 +28,7 @@ _CAPS = {
     "num_experts_per_tok": 2,
     "num_experts_per_token": 2,
     "moe_topk": 2,
+    "zero_expert_num": 2,
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
