@@ -38,9 +38,7 @@ class Variant:
     steps: tuple[int, ...] = (1, 1, 2)
     seq_len: int | None = None
     budget: Budget | None = None
-    planned: bool = (
-        True  # whether the planner knows its memory: not of ZeRO 1 in fp16, of MLPs by parts, of selective recomputation
-    )
+    planned: bool = True  # whether the planner knows its memory: not of MLPs by parts, of selective recomputation
 
     @property
     def name(self) -> str:
@@ -64,16 +62,15 @@ class Variant:
 
 
 SP = "sequence_parallel=1"
-# Each stage, schedule, ds_config and recomputation at least once, most of them with another of the others each time.
+# Each stage, schedule, ds_config and recomputation at least once, most of them with another of the others each time. A stage is
+# rehearsed with as many micro batches as it ever holds.
 STEPS = (
     Variant(recipe="llama_8b", layers=2, gpus=8, layout=f"tensor=2,{SP}", rank=1, extras=("evaluate", "drift", "layers", "save"),
             budget=Budget(92, 1190, 30)),
-    Variant(recipe="llama_70b", layers=4, gpus=64, layout=f"tensor=8,pipeline=4,{SP}", rank=0, steps=(1, 3, 4),
-            budget=Budget(91, 700)),
-    Variant(recipe="llama_70b", layers=4, gpus=64, layout=f"tensor=8,pipeline=4,{SP},recompute=full", rank=17, steps=(1, 3, 4),
+    Variant(recipe="llama_70b", layers=3, gpus=24, layout=f"tensor=8,pipeline=3,{SP},recompute=full", rank=9,
             extras=("evaluate",), budget=Budget(120, 840)),
-    Variant(recipe="llama_405b", layers=4, gpus=64, layout=f"tensor=8,pipeline=4,{SP},recompute=selective", rank=63,
-            steps=(1, 3, 4), budget=Budget(120, 1630, 52), planned=False),
+    Variant(recipe="llama_405b", layers=2, gpus=16, layout=f"tensor=8,pipeline=2,{SP},recompute=selective", rank=15,
+            budget=Budget(120, 1630, 52), planned=False),
     Variant(recipe="qwen3_8b", layers=4, gpus=4, layout="pipeline=2,pipeline_schedule=zero_bubble", rank=3, steps=(1, 3, 4),
             extras=("evaluate",), budget=Budget(140, 2840, 33)),
     Variant(recipe="qwen3_8b", layers=4, gpus=4, layout="pipeline=2,pipeline_schedule=zero_bubble_v", rank=0, steps=(1, 3, 4),
@@ -85,7 +82,7 @@ STEPS = (
     Variant(recipe="llama_8b_128k", layers=2, gpus=8, layout=f"tensor=2,context=2,{SP},recompute=full", rank=2, seq_len=16_384,
             budget=Budget(146, 1610, 30)),
     Variant(recipe="llama_1b", layers=2, gpus=4, layout="pipeline=2", rank=1, deepspeed="zero1_fp16.json", extras=("skip",),
-            budget=Budget(92, 1210), planned=False),
+            steps=(1, 2, 3), budget=Budget(92, 1210)),
     Variant(recipe="gemma_2b", layers=2, gpus=8, layout="mlp_chunk_tokens=2048", rank=0, budget=Budget(128, 1660, 28),
             planned=False),
     Variant(recipe="olmo2_7b", layers=2, gpus=8, layout=f"tensor=2,{SP},recompute=full,offload_activations=1", rank=0,

@@ -1,62 +1,34 @@
-"""Faults to plant in a trainer before it is rehearsed. Each is a change that somebody might make."""
+"""Faults to plant in a trainer before it is rehearsed, several at once. Each is a change that somebody might make."""
 
 import torch
 import torch.distributed as dist
 
 
-def _in_first_layer(trainer, change):
+def _in_layer(trainer, number, change):
     layers = trainer.stage.causal.get_submodule(trainer.stage.stack.layers)
-    layers[trainer.stage.own_layers[0]].mlp.register_forward_hook(lambda module, args, output: change(output))
+    layers[trainer.stage.own_layers[number]].mlp.register_forward_hook(lambda module, args, output: change(output))
 
 
-def cpu_tensor_in_a_collective(trainer, recorder):
+def messages_and_waits(trainer, recorder):
+    """Let the first layer break NCCL's rules, wait in every micro batch, and swap two collectives on rank 1."""
+
     def change(hidden):
-        dist.all_reduce(torch.zeros(4))
-        return hidden
-
-    _in_first_layer(trainer, change)
-
-
-def item_in_a_layer(trainer, recorder):
-    def change(hidden):
-        return hidden * 2 if hidden.sum().item() == float("inf") else hidden
-
-    _in_first_layer(trainer, change)
-
-
-def missing_contiguous(trainer, recorder):
-    def change(hidden):
-        dist.all_reduce(hidden.detach().transpose(1, 2), group=trainer.grid.tensor_group)
-        return hidden
-
-    _in_first_layer(trainer, change)
-
-
-def swapped_collectives_on_rank_1(trainer, recorder):
-    def change(hidden):
+        dist.all_reduce(torch.zeros(4))  # on the CPU
+        dist.all_reduce(hidden.detach().transpose(1, 2), group=trainer.grid.tensor_group)  # not contiguous
+        if hidden.sum().item() == float("inf"):
+            hidden = hidden * 2
+        hidden = hidden * torch.ones(hidden.shape[-1], dtype=hidden.dtype).to(hidden.device)  # a synchronous copy
         calls = [hidden.new_zeros(2), hidden.new_zeros(3)]
         for tensor in reversed(calls) if trainer.grid.rank == 1 else calls:
             dist.all_reduce(tensor)
         return hidden
 
-    _in_first_layer(trainer, change)
+    _in_layer(trainer, 0, change)
 
 
-def fp32_copy_of_the_logits(trainer, recorder):
+def more_work(trainer, recorder):
+    """Cast in the first layer, copy in the second one, and make an fp32 copy of the logits."""
+    _in_layer(trainer, 0, lambda hidden: hidden.float().to(hidden.dtype))
+    _in_layer(trainer, 1, lambda hidden: hidden.clone())
     logits = trainer.stage.logits
     trainer.stage.logits = lambda hidden: logits(hidden).float().to(hidden.dtype)
-
-
-def synchronous_copy(trainer, recorder):
-    def change(hidden):
-        return hidden * torch.ones(hidden.shape[-1], dtype=hidden.dtype).to(hidden.device)
-
-    _in_first_layer(trainer, change)
-
-
-def cast_in_a_layer(trainer, recorder):
-    _in_first_layer(trainer, lambda hidden: hidden.float().to(hidden.dtype))
-
-
-def copy_in_a_layer(trainer, recorder):
-    _in_first_layer(trainer, lambda hidden: hidden.clone())

@@ -19,60 +19,55 @@ def healthy(rehearsed):
     return summarize(rehearsed(SMALL), 8)
 
 
-def summary_with(rehearsed, fault):
-    return summarize(rehearsed(SMALL, plant=fault), 8)
+@pytest.fixture(scope="module")
+def both_ranks(rehearsed):
+    """What both ranks recorded of faulty messages and waits."""
+    return [rehearsed(SMALL, rank=rank, plant=planted.messages_and_waits) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def with_more_work(rehearsed):
+    return summarize(rehearsed(SMALL, plant=planted.more_work), 8)
 
 
 def test_a_healthy_step_breaks_no_rule(healthy):
     assert healthy.broken == {} and wait_problems(healthy) == []
 
 
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [(planted.cpu_tensor_in_a_collective, "on the cpu"), (planted.missing_contiguous, "not contiguous")],
-    ids=["a CPU tensor in a collective", "a missing contiguous"],
-)
-def test_nccl_would_refuse(fault, words, rehearsed):
-    (problem,) = summary_with(rehearsed, fault).broken
-    assert problem.startswith("all_reduce: ") and words in problem and HERE in problem
+def test_what_nccl_would_refuse(both_ranks):
+    """A CPU tensor in a collective, and a missing contiguous."""
+    of_cpu, of_strides = sorted(summarize(both_ranks[0], 8).broken, key=lambda problem: "not contiguous" in problem)
+    assert of_cpu.startswith("all_reduce: ") and "on the cpu" in of_cpu and HERE in of_cpu
+    assert of_strides.startswith("all_reduce: ") and "not contiguous" in of_strides and HERE in of_strides
 
 
-@pytest.mark.parametrize(
-    ("fault", "what"),
-    [(planted.item_in_a_layer, "item"), (planted.synchronous_copy, "copy from host to device")],
-    ids=["item in a layer", "a synchronous copy"],
-)
-def test_the_host_waits_in_every_micro_batch(fault, what, rehearsed):
-    (problem,) = wait_problems(summary_with(rehearsed, fault))
-    assert problem.startswith(f"{what}: 1 a micro batch, allowed 0") and HERE in problem
+def test_the_host_waits_in_every_micro_batch(both_ranks):
+    """For an item in a layer, and for a synchronous copy."""
+    of_copy, of_item = sorted(wait_problems(summarize(both_ranks[0], 8)))
+    assert of_copy.startswith("copy from host to device: 1 a micro batch, allowed 0") and HERE in of_copy
+    assert of_item.startswith("item: 1 a micro batch, allowed 0") and HERE in of_item
 
 
-def test_ranks_that_swap_two_collectives(rehearsed):
-    def calls(plant):
-        return [[Call(**call) for call in rehearsed(SMALL, rank=rank, plant=plant)["calls"]] for rank in range(2)]
-
-    assert compare(calls(None)) == []
-    (problem,) = compare(calls(planted.swapped_collectives_on_rank_1))
+def test_ranks_that_swap_two_collectives(both_ranks):
+    """All others they make in one order, `test_worlds` shows that healthy ranks make all of them."""
+    (problem,) = compare([[Call(**call) for call in result["calls"]] for result in both_ranks])
     assert "rank 0 all_reduce SUM of 2 bfloat16" in problem and "rank 1 all_reduce SUM of 3 bfloat16" in problem
     assert HERE in problem
 
 
-def test_an_fp32_copy_of_the_logits(healthy, rehearsed):
+def test_an_fp32_copy_of_the_logits(healthy, with_more_work):
     """There and back, forward and backward: four kernels in each chunk of the loss that read or write 2 and 4 bytes a logit."""
-    found = summary_with(rehearsed, planted.fp32_copy_of_the_logits)
+    kernels, moved, *_ = (new - old for new, old in zip(with_more_work.work[LOSS].each, healthy.work[LOSS].each, strict=True))
     logits = SMALL_MICRO_BATCH * 128_256 / 2
-    assert (found.work[LOSS].each[1] - healthy.work[LOSS].each[1]) / logits == pytest.approx(4 * 6, rel=0.01)
-    assert found.work[LOSS].each[0] - healthy.work[LOSS].each[0] == 4 * SMALL_MICRO_BATCH / 2048
+    assert moved / logits == pytest.approx(4 * 6, rel=0.01)
+    assert kernels == 4 * SMALL_MICRO_BATCH / 2048
 
 
-@pytest.mark.parametrize(
-    ("fault", "kernels", "bytes_per_element"),
-    [(planted.cast_in_a_layer, 4, 24), (planted.copy_in_a_layer, 1, 4)],
-    ids=["a cast", "a copy"],
-)
-def test_a_layer_that_does_more(fault, kernels, bytes_per_element, healthy, rehearsed):
-    """Planted in one of two layers: half of it a layer."""
-    found = summary_with(rehearsed, fault)
-    more_kernels, more_bytes = (new - old for new, old in zip(found.layer_share(), healthy.layer_share(), strict=True))
+def test_layers_that_do_more(healthy, with_more_work):
+    """A cast, there and back, forward and backward, and a copy: by their lines, and in what all layers do."""
     elements = SMALL_MICRO_BATCH * 2048
-    assert (2 * more_kernels, 2 * more_bytes) == (kernels, bytes_per_element * elements)
+    cast, copy = (4, 24 * elements), (1, 4 * elements)
+    planted_work = [growth.each for line, growth in with_more_work.layer_work.items() if line.startswith(HERE)]
+    assert sorted(planted_work, reverse=True) == [cast, copy]
+    more = [2 * (new - old) for new, old in zip(with_more_work.layer_share(), healthy.layer_share(), strict=True)]
+    assert more == [a + b for a, b in zip(cast, copy, strict=True)]

@@ -1,7 +1,8 @@
-"""Draws initial weights, equal in every layout, module by module from a generator keyed by the module's name.
+"""Draws initial weights, equal in every layout, module by module from generators keyed by names.
 
-The family's own `_init_weights` draws them, on the whole tensors of one module at a time, on the CPU; then the shard is taken.
-So the first step of a run does not depend on its layout, and no rank ever holds more than one whole module.
+The family's own `_init_weights` draws them, on the whole tensors of one module at a time, on the CPU; then the shard is taken. Of
+a module with large parameters it is asked what it would draw, and only the shard is drawn (shard_draws), unless it does more than
+that can repeat. So the first step of a run does not depend on its layout, and no rank ever holds more than one whole module.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from recipes.common.model.shard_draws import draw_shard, recorded_calls
 from recipes.common.model.sharding import Holdings
 
-INITIAL_WEIGHTS_VERSION = 1  # of what `draw_weights` draws: a run's record holds it; a test holds what it stands for
+INITIAL_WEIGHTS_VERSION = 2  # of what `draw_weights` draws: a run's record holds it; a test holds what it stands for
 SEED_VERSION = 1  # of `name_seed`, and of the names that dropout gives it (recipes.common.parallel.dropout), likewise
 # of router biases, exact, in transformers 5: what a router adds to its scores to choose by, and no gradient reaches
 ROUTER_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 _SMALL = 4096  # elements: constants that a constructor computes (an activation's slope) are this small
+_DRAWN_BY_SHARDS = 1 << 22  # elements: of a parameter, from which on its module is drawn by shards; smaller ones take no time
 _LARGE = 1 << 20  # elements: weights, which must not be allocated for even a moment (one layer's experts may fill a machine)
 
 
@@ -96,17 +99,21 @@ def draw_weights(causal: PreTrainedModel, root: nn.Module, prefix: str, *, seed:
     if seed is None:
         _leave_empty(root, prefix, held)
         return
-    units = list(_units(causal, root, prefix))
-    for name, module, submodules in units:
+    for name, module, submodules in list(_units(causal, root, prefix)):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(name_seed(seed, name))  # `torch.manual_seed` takes 5 ms: it asks every device
-            constants = _materialise(module, submodules)
-            for _, child in submodules:
-                causal._init_weights(child)
-            _finish(name, submodules, constants)
+            large = any(parameter.numel() >= _DRAWN_BY_SHARDS for parameter in module.parameters())
+            calls = recorded_calls(causal, submodules) if large else None
+            if calls is None:
+                _draw_whole(causal, name, submodules)
         for child_name, child in submodules:
             for leaf, parameter in list(child.named_parameters(recurse=False)):
-                data = held.of(f"{child_name}.{leaf}").take(parameter.data)
+                whole_name = f"{child_name}.{leaf}"
+                own = held.of(whole_name)
+                if calls is None:
+                    data = own.take(parameter.data)
+                else:
+                    data = own.take_part(draw_shard(seed, whole_name, calls[whole_name], tuple(parameter.shape), own.shard))
                 child._parameters[leaf] = nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
@@ -142,7 +149,14 @@ def _own(module: nn.Module) -> bool:
     return any(parameter is not None for parameter in module._parameters.values())
 
 
-def _materialise(module: nn.Module, submodules: list) -> dict[tuple[str, str], torch.Tensor | None]:
+def _draw_whole(causal: PreTrainedModel, unit: str, submodules: list) -> None:
+    constants = _materialise(submodules)
+    for _, child in submodules:
+        causal._init_weights(child)
+    _finish(unit, submodules, constants)
+
+
+def _materialise(submodules: list) -> dict[tuple[str, str], torch.Tensor | None]:
     constants = {}
     for name, child in submodules:
         for leaf, parameter in list(child.named_parameters(recurse=False)):

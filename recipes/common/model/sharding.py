@@ -104,8 +104,11 @@ class HeldTensor:
     def take(self, full: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of the whole tensor, zero where padded."""
         shard = self.shard
-        local = full if shard.spec is None else shard.spec.take(full, shard.rank, shard.size)
-        return local if self.parts == 1 else local.chunk(self.parts)[self.part].clone()
+        return self.take_part(full if shard.spec is None else shard.spec.take(full, shard.rank, shard.size))
+
+    def take_part(self, shard: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of its tensor rank's shard."""
+        return shard if self.parts == 1 else shard.chunk(self.parts)[self.part].clone()
 
     def fill(self, local: torch.Tensor, whole: tuple[int, ...], value: float) -> None:
         """Fill what is no padding of this rank's part."""

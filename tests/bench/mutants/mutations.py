@@ -20,6 +20,7 @@ SCOPE: dict[str, tuple[str, ...]] = {
     "recipes/common/model/linears.py": ("deferrable_fraction",),
     "recipes/common/model/recompute.py": (),
     "recipes/common/model/routers.py": (),
+    "recipes/common/model/shard_draws.py": ("drawn_elements",),
     "recipes/common/model/sharding.py": (),
     "recipes/common/model/token_chunks.py": (),
     "recipes/common/model/weight_grad_store.py": (),

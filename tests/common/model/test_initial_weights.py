@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GlmMoeDsaConfig
 
+from recipes.common.model import initial_weights, shard_draws
 from recipes.common.model.initial_weights import build_empty, name_seed
 from recipes.common.model.sharding import ShardSpec
 from tests.support.stages import FAMILIES, config_of, stages_of
@@ -57,6 +58,24 @@ def _layouts_that_differ(config):
                     if not shard.equal(wanted):
                         failed.append((pipeline, tensor, tensor_rank, name))
     return failed
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v3"])
+def test_large_parameters_are_drawn_by_shards_and_are_the_same_in_every_layout(family):
+    """Tiles of 16 x 16, of which shards have parts; what `_init_weights` says is kept: deviations, and GPT-2's narrower ones."""
+    different, modules, statistics = run_ranks(_drawn_by_shards, 1, config_of(family))[0]
+    assert different == [] and {name.rpartition(".")[2] for name in modules} >= {"weight"}
+    for name, (count, (_, std, least), (_, their_std, their_least)) in statistics.items():
+        assert std == pytest.approx(their_std, rel=6 / count**0.5), name
+        assert their_std or least == their_least, name
+
+
+def _drawn_by_shards(config):
+    modules = []
+    draw = initial_weights.draw_shard
+    initial_weights._DRAWN_BY_SHARDS, shard_draws._TILE = 1, 16
+    initial_weights.draw_shard = lambda seed, name, *rest: modules.append(name) or draw(seed, name, *rest)
+    return _layouts_that_differ(config), sorted(set(modules)), _statistics(config)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v3"])

@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 
+from recipes.common.model import initial_weights
 from tools.plan.rehearsal.attention_kernels import attend
 from tools.plan.rehearsal.known_values import small, values
 from tools.plan.rehearsal.mixed_products import mixed_products
@@ -114,6 +115,7 @@ def _replaced() -> list[tuple[Any, str, Any]]:
         (F, "scaled_dot_product_attention", attend),
         (nn.Module, "_apply", _apply),
         (torch.Tensor, "numpy", _numpy),
+        (initial_weights, "draw_shard", lambda seed, name, calls, whole, shard: torch.ones(shard.shape(whole))),
         (torch.Tensor, "record_stream", lambda tensor, stream: None),  # its memory is freed a little later than here
         (FakeTensor, "tolist", _tolist),
         (torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata),  # which tensors share memory is told by this

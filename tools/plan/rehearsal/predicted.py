@@ -120,9 +120,14 @@ def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
     return max(chunk, scaled)
 
 
+def keeps_gradients(ds_config: dict[str, Any]) -> bool:
+    """Return whether gradients stay from step to step: in DeepSpeed's optimizer for bf16, not in ZeRO's own ones."""
+    return precision(ds_config) == "bf16" and zero_stage(ds_config) <= 1
+
+
 def _bucket_bytes(ds_config: dict[str, Any]) -> float:
     """Return the bytes of two buckets; DeepSpeed's optimizer for bf16 with fp32 gradients has none."""
-    if precision(ds_config) == "bf16" and zero_stage(ds_config) <= 1:
+    if keeps_gradients(ds_config):
         return 0.0
     width = 4.0 if ds_config.get("communication_data_type", precision(ds_config)) == "fp32" else 2.0
     return 2.0 * width * ds_config.get("zero_optimization", {}).get("reduce_bucket_size", 5e8)
