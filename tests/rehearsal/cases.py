@@ -38,7 +38,7 @@ class Variant:
     steps: tuple[int, ...] = (1, 1, 2)
     seq_len: int | None = None
     budget: Budget | None = None
-    # Whether the planner knows its memory: not of MLPs by parts, of selective recomputation; nor, since the loss hides less of it,
+    # Whether the planner knows its memory: not of MLPs by parts, of selective recomputation; nor, since the loss hides less,
     # to 5 %: of qwen3_8b's zero bubble (5.6 % more), of gpt2_124m under ZeRO 2 (11 % less), of olmo2_7b recomputed (7.9 % more)
     planned: bool = True
 
