@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoConfig
 
-from recipes.common.checks.tiny_model import shrink
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.recipe import PIPELINE_SCHEDULES, SGD, AdamW, Layout
 from tests.support.parity import ADAMW, LOSS_BOUND, assert_equal, both, trial_of
 from tests.support.tiny import FAMILIES, ds_config, tiny_config

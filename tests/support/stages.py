@@ -5,9 +5,9 @@ from typing import Any
 
 from transformers import DeepseekV3Config, PreTrainedConfig
 
-from recipes.common.checks.tiny_model import shrink
 from recipes.common.config.placement import coordinates
 from recipes.common.parallel.grid import Grid, one_process
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.pipeline.stage import Stage, build_stage, plan_model
 from recipes.common.recipe import Layout
 from tests.support import tiny

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from recipes.common.model.decoder import TUPLE_LAYERS, find_stack
+from recipes.common.model.decoder import find_stack
 from recipes.common.model.document_bounds import no_questions
 from recipes.common.model.recompute import product_ops
 from recipes.common.pipeline.placeholders import Placeholder
@@ -59,12 +59,20 @@ def _measure(
         kinds = list(range(len(layers))) if every_layer else [_kind(layer) for layer in layers]
         for index, layer in enumerate(layers):
             if kinds.index(kinds[index]) < index:
-                layers[index] = Placeholder(layer, as_tuple=config.model_type in TUPLE_LAYERS)
+                layers[index] = Placeholder(layer)
+        layers[0].register_forward_hook(lambda layer, args, output: _return_alike(layers, output))
         saved, products = _saved_by_layer(causal, layers, {kinds.index(kind) for kind in kinds}, stack.base, seq_len)
         own = {parameter.untyped_storage()._cdata for parameter in causal.parameters()}
         width = config.get_text_config().hidden_size
         measured = {index: _layer_bytes(tensors, products[index], own, width) for index, tensors in saved.items()}
     return tuple(measured[kinds.index(kind)] for kind in kinds)
+
+
+def _return_alike(layers: nn.ModuleList, output: Any) -> None:
+    """Let placeholders return what a layer returns: hidden states, or a tuple that begins with them."""
+    for layer in layers:
+        if isinstance(layer, Placeholder):
+            layer.outputs = len(output) if isinstance(output, tuple) else 0
 
 
 def _kind(layer: nn.Module) -> tuple:

@@ -21,7 +21,7 @@ from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import StepResult, Trainer
 from recipes.common.model.sharding import ShardSpec
 from recipes.common.parallel.tensor_styles import STYLES
-from recipes.common.pipeline.placeholders import Placeholder, PlaceholderBase, PlaceholderEmbedding
+from recipes.common.pipeline.placeholders import Placeholder, PlaceholderBase, PlaceholderEmbedding, PlaceholderLinear
 from tools.replay.enter import ReplayPlan
 from tools.replay.fingerprint import Fingerprint, fingerprint
 from tools.replay.places import OF_READER, Places, RankPlace
@@ -32,6 +32,8 @@ IDS, INPUT, OUTPUT, LOSS, DIVIDED = "ids", "input", "output", "loss", "divisor o
 OUTPUT_GRADIENT, INPUT_GRADIENT, GRADIENT = "gradient of its output", "gradient of its input", "gradient"
 BEFORE, AFTER = "before the step", "after the step"
 PHASES = {IDS: 1, INPUT: 2, OUTPUT: 2, LOSS: 3, OUTPUT_GRADIENT: 4, INPUT_GRADIENT: 4, DIVIDED: 5, GRADIENT: 5}  # state: 0 and 6
+
+_PLACEHOLDERS = (Placeholder, PlaceholderBase, PlaceholderEmbedding, PlaceholderLinear)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class RankTrace:
         handles.append(self._stage.register_forward_pre_hook(self._next_micro_batch))
         for name, module in self._stage.causal.named_modules():
             holds_layers = not name or stack.layers == name or stack.layers.startswith(f"{name}.") or name == stack.base
-            if not holds_layers and not isinstance(module, Placeholder | PlaceholderEmbedding | PlaceholderBase):
+            if not holds_layers and not isinstance(module, _PLACEHOLDERS):
                 handles.append(module.register_forward_pre_hook(self._input_hook(name), with_kwargs=True))
                 handles.append(module.register_forward_hook(self._output_hook(name)))
         handles.append(self._trainer.optimizer.register_step_post_hook(self._after_update))

@@ -18,11 +18,11 @@ from transformers import PreTrainedConfig
 from recipes.common.checks.context_checks import context_head_problems, context_trial_problems
 from recipes.common.checks.expert_trial import expert_trial_problems
 from recipes.common.checks.family_trials import partition_problems
-from recipes.common.checks.tiny_model import field_of
 from recipes.common.checks.tiny_trial import trial_problems
 from recipes.common.config.ds_config import load_ds_config
 from recipes.common.model.decoder import PlanError
 from recipes.common.parallel.tensor_plans import whole_matrices
+from recipes.common.parallel.tiny_model import field_of
 from recipes.common.pipeline.stage import plan_model
 from recipes.common.recipe import AdamW, Layout
 from tools.common.console import UsageError, progress_bar

@@ -15,11 +15,11 @@ from recipes.common.checks.expert_trial import expert_trial_problems
 from recipes.common.checks.family_trials import chunk_problems, partition_problems, sequence_problems
 from recipes.common.checks.model_checks import config_problems, depth_problems, value_problems
 from recipes.common.checks.recipe_checks import optimizer_problems, option_problems
-from recipes.common.checks.tiny_model import shrink
 from recipes.common.checks.tiny_trial import trial_problems
 from recipes.common.config.ds_checks import ds_config_problems, version_problems
 from recipes.common.config.ds_config import ds_config_path, load_ds_config, precision, zero_stage
 from recipes.common.model.decoder import PlanError
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.recipe import AdamW, Layout, Recipe, RecipeError
 from tools.common.dropout import DROPOUTS
 from tools.common.forked_ranks import run_ranks

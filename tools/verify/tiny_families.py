@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from recipes.common.checks.tiny_model import field_of, shrink
 from recipes.common.model.initial_weights import build_empty
+from recipes.common.parallel.tiny_model import field_of, shrink
 from recipes.common.recipe import Layout
 
 # Fields that a family's default leaves unset or sets for a larger model, where no rule finds them

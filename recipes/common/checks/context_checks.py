@@ -14,7 +14,6 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from recipes.common.checks.tiny_model import shrink
 from recipes.common.model.decoder import PlanError
 from recipes.common.parallel.context_parallel import (
     SHAREABLE,
@@ -31,6 +30,7 @@ from recipes.common.parallel.context_parallel import (
     shared_heads,
 )
 from recipes.common.parallel.grid import one_process
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.pipeline.stage import Stage, build_stage, plan_model
 from recipes.common.recipe import Layout, Recipe
 

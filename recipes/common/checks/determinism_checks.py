@@ -11,10 +11,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedConfig
 
-from recipes.common.checks.tiny_model import shrink
 from recipes.common.config.determinism_levels import BITWISE, BITWISE_STAGES, ROUNDING, environment_problems, promises
 from recipes.common.config.ds_config import precision
 from recipes.common.parallel.grid import one_process
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.pipeline.stage import build_stage, plan_model
 from recipes.common.recipe import DETERMINISM, Layout, Recipe
 

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from recipes.common.checks.expert_checks import expert_problems
-from recipes.common.checks.tiny_model import shrink
 from recipes.common.model.decoder import PlanError, Stack
 from recipes.common.parallel.experts import CALLED, expert_plan, skip_absent_experts
 from recipes.common.parallel.grid import one_process
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.pipeline.stage import build_stage, plan_model
 from recipes.common.recipe import WHOLE, Layout
 

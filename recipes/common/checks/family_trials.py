@@ -1,7 +1,7 @@
 """Checks on a tiny model of a family, before a run, that partitioning it or masking its documents does not change its results.
 
-Some decoders pass more between their layers than hidden states (shared keys, indexers, parameters used twice); partitioned into
-stages, they would train something else without an error.
+Some decoders hand on, between their layers, what no stage can send (parameters used twice, state kept in modules); partitioned
+into stages, they would train something else without an error.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from recipes.common.checks.tiny_model import shrink
 from recipes.common.config.placement import chunk_count
 from recipes.common.model.decoder import PlanError
 from recipes.common.parallel.grid import Grid, one_process
+from recipes.common.parallel.tiny_model import is_tiny, shrink
 from recipes.common.pipeline.stage import Stage, build_stage, plan_model
 from recipes.common.recipe import Layout
 
@@ -32,13 +32,15 @@ def partition_problems(config: PreTrainedConfig, layout: Layout, attention: str)
     advice = "use pipeline=1 (ZeRO 1 to 3 and tensor parallelism remain)"
     try:
         count = chunk_count(layout.pipeline_schedule, layout.pipeline)
-        tiny = shrink(config, Layout(pipeline=count))
+        tiny = config if is_tiny(config) else shrink(config, Layout(pipeline=count))
         ids = torch.arange(_SEQS * _SEQ_LEN).view(_SEQS, _SEQ_LEN) % (tiny.vocab_size - 3) + 3
         whole = _run(tiny, attention, 1, ids)
     except Exception as error:  # a family's own code may raise anything on the tiny model; nothing is shown then
         return [f"model_type={family}: a tiny model of it does not run ({type(error).__name__}: {error}); {advice}"]
     try:
         difference = (_run(tiny, attention, count, ids) - whole).abs().max().item()
+    except PlanError as error:
+        return [f"{error}; {advice}"]
     except Exception as error:  # as above, but the whole did run: it is the partition that fails
         return [f"model_type={family} cannot be partitioned into stages ({type(error).__name__}: {error}); {advice}"]
     if difference == 0.0 and not _shares_layers(tiny, attention):

@@ -11,7 +11,6 @@ from recipes.common.checks.context_checks import context_head_problems, context_
 from recipes.common.checks.expert_trial import shared_expert_problems
 from recipes.common.checks.family_trials import chunk_problems, masking_problems, partition_problems, sequence_problems
 from recipes.common.checks.router_checks import router_problems, router_value_problems
-from recipes.common.checks.tiny_model import field_of, shallow
 from recipes.common.checks.tiny_trial import trial_problems
 from recipes.common.config.ds_config import did_you_mean
 from recipes.common.config.model_sizes import size_problem
@@ -22,6 +21,8 @@ from recipes.common.model.flops import layer_costs
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.routers import plan_routers
 from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
+from recipes.common.parallel.tiny_model import field_of, shallow
+from recipes.common.pipeline.crossings import find_crossings
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers
 from recipes.common.recipe import Layout, Recipe
 
@@ -97,7 +98,7 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
     if not problems:
         masked = {"mask_documents": recipe.mask_documents}
         problems += context_trial_problems(recipe.model, layout, recipe.attention, **masked)
-        problems += partition_problems(recipe.model, layout, recipe.attention)
+        problems += partition_problems(recipe.model, layout, recipe.attention) or crossing_problems(recipe, causal, stack, layout)
     return problems
 
 
@@ -138,10 +139,7 @@ def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) ->
     """Check that every stage holds both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
     layers = causal.get_submodule(stack.layers)
     kinds = {p.ndim < 2 for p in causal.parameters()}
-    chunks = partition_layers(
-        *layer_costs(causal, stack, recipe.batch.seq_len), layout.pipeline, layout.pipeline_schedule, layout.layers_per_stage
-    )
-    for runs in chunks_by_rank(chunks, layout.pipeline):
+    for runs in chunks_by_rank(_chunks(recipe, causal, stack, layout), layout.pipeline):
         own = [index for run in runs for index in run]
         if {p.ndim < 2 for index in own for p in layers[index].parameters()} != kinds:
             return [
@@ -149,6 +147,20 @@ def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) ->
                 "DeepSpeed needs both on every stage; use fewer stages"
             ]
     return []
+
+
+def crossing_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:
+    """Check, at the model's own depth, that what its layers are given reaches them in the layout's stages."""
+    try:
+        find_crossings(causal, stack, recipe.attention, _chunks(recipe, causal, stack, layout))
+    except PlanError as error:
+        return [f"{error}; use pipeline=1 (ZeRO 1 to 3 and tensor parallelism remain)"]
+    return []
+
+
+def _chunks(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[range]:
+    costs, head = layer_costs(causal, stack, recipe.batch.seq_len)
+    return partition_layers(costs, head, layout.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
 
 
 def config_problems(config: PreTrainedConfig) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedConfig
 
-from recipes.common.checks.tiny_model import shrink
 from recipes.common.model.decoder import PlanError
 from recipes.common.model.routers import GLOBAL_BATCH, MICRO_BATCH, ROUTER_LOSSES, RouterPlan
 from recipes.common.parallel.grid import one_process
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.pipeline.stage import build_stage, plan_model
 from recipes.common.recipe import Layout, Router
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from recipes.common.checks.tiny_model import field_of, shallow, shrink
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.parallel.grid import one_process
+from recipes.common.parallel.tiny_model import field_of, shallow, shrink
 from recipes.common.pipeline.stage import Stage, build_stage, plan_model
 from recipes.common.recipe import Layout
 

@@ -17,8 +17,9 @@ BUILT_IN_STACK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "bloom": (("word_embeddings", "word_embeddings_layernorm"), ("ln_f",)),
 }
 
-# Families whose layers still return tuples in transformers 5, so that their placeholders must too.
-TUPLE_LAYERS = frozenset({"codegen", "ctrl", "gpt_neo", "gptj"})
+# Fields that change how a model computes outside training alone, and for that reach into every layer, and the value that does
+# not: rwkv halves weights and hidden states against overflows of fp16.
+ONLY_INFERENCE = {"rescale_every": 0}
 
 
 class PlanError(ValueError):
@@ -41,7 +42,7 @@ class Stack:
 def find_stack(causal: PreTrainedModel) -> Stack:
     """Find the parts of `causal` (a ForCausalLM, on any device).
 
-    Raises PlanError if it has no single stack of `num_hidden_layers` layers, or if its other parts cannot be identified.
+    Raises PlanError if it has no single stack of layers.
     """
     base_name = next((name for name, child in causal.named_children() if isinstance(child, PreTrainedModel)), None)
     if base_name is None:
@@ -64,7 +65,7 @@ def find_stack(causal: PreTrainedModel) -> Stack:
     elif family in BUILT_IN_STACK:
         before, after = BUILT_IN_STACK[family]
     else:
-        before, after = _read_off_stack(family, holder, leaf, causal.get_input_embeddings())
+        before, after = _read_off_stack(holder, leaf, causal.get_input_embeddings())
     prefix = ".".join(filter(None, (base_name, lists[0].rpartition(".")[0])))
     embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
     if head is None:
@@ -80,17 +81,16 @@ def find_stack(causal: PreTrainedModel) -> Stack:
     )
 
 
-def _read_off_stack(family: str, holder: nn.Module, leaf: str, embedding: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _read_off_stack(holder: nn.Module, leaf: str, embedding: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return (before, after): embeddings run before the layers; one other module with parameters can only be the final norm.
 
-    embedding: the model's; what holds it is one too.
+    Of several others none is named: a pipeline's trial tells which stage computes with them. embedding: the model's; what holds
+    it is one too.
     """
     children = {n: m for n, m in holder.named_children() if n != leaf and any(True for _ in m.parameters())}
     before = tuple(n for n, m in children.items() if isinstance(m, nn.Embedding) or embedding in m.modules())
     after = tuple(n for n in children if n not in before)
-    if len(after) > 1:
-        raise PlanError(f"model_type={family}: cannot tell which of {after} run before the layers; add it to decoder.py")
-    return before, after
+    return before, after if len(after) == 1 else ()
 
 
 def _name_of(root: nn.Module, wanted: nn.Module) -> str:

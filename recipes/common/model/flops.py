@@ -126,10 +126,16 @@ def _layer_types(config: Any, count: int) -> list[str]:
     return ["sliding_attention" if windowed else "full_attention"] * count
 
 
+def _head_dim(layer: nn.Module, config: Any) -> int:
+    """Return the width of this layer's heads, which may differ between layers; 0 where nothing says it."""
+    found = next((width for module in layer.modules() if isinstance(width := getattr(module, "head_dim", None), int)), 0)
+    return found or getattr(config, "head_dim", None) or 0
+
+
 def _layer_work(layer: nn.Module, config: Any, kind: str, matrices: float) -> LayerWork:
     attends = kind not in _UNCOUNTED and any(name.rpartition(".")[2] in _QUERIES for name, _ in layer.named_modules())
     heads = (getattr(config, "num_attention_heads", None) or 0) if attends else 0
-    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    width = _head_dim(layer, config) or (config.hidden_size // heads if heads else 0)
     latent = getattr(config, "qk_nope_head_dim", None)  # multi-head latent attention: queries and values differ in width
     query, value = (latent + config.qk_rope_head_dim, config.v_head_dim) if latent else (width, width)
     return LayerWork(

@@ -93,19 +93,20 @@ def _make_buffers(causal: PreTrainedModel) -> None:
 def draw_weights(causal: PreTrainedModel, root: nn.Module, prefix: str, *, seed: int | None, held: Holdings) -> None:
     """Give every module at or under `root` (whose name in the whole model is `prefix`) its initial weights.
 
-    `causal` lends its `_init_weights`; held: what this rank keeps of them. seed: None to draw nothing and leave NaN, which takes
-    no time: a checkpoint is loaded.
+    `causal` and the models in it lend their `_init_weights`; held: what this rank keeps of them. seed: None to draw nothing and
+    leave NaN, which takes no time: a checkpoint is loaded.
     """
     if seed is None:
         _leave_empty(root, prefix, held)
         return
     for name, module, submodules in list(_units(causal, root, prefix)):
+        owner = _owner(causal, name)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(name_seed(seed, name))  # `torch.manual_seed` takes 5 ms: it asks every device
             large = any(parameter.numel() >= _DRAWN_BY_SHARDS for parameter in module.parameters())
-            calls = recorded_calls(causal, submodules) if large else None
+            calls = recorded_calls(owner, submodules) if large else None
             if calls is None:
-                _draw_whole(causal, name, submodules)
+                _draw_whole(owner, name, submodules)
         for child_name, child in submodules:
             for leaf, parameter in list(child.named_parameters(recurse=False)):
                 whole_name = f"{child_name}.{leaf}"
@@ -135,14 +136,32 @@ def _units(causal: PreTrainedModel, root: nn.Module, prefix: str) -> Iterator[tu
     """
     if any(True for _ in root.children()) and not _own(root):
         before = [p._version for p in root.parameters()]
-        causal._init_weights(root)
+        _owner(causal, prefix)._init_weights(root)
         if before == [p._version for p in root.parameters()]:
             for leaf, child in root.named_children():
                 yield from _units(causal, child, f"{prefix}.{leaf}" if prefix else leaf)
             return
+    if isinstance(root, PreTrainedModel) and _own(root):  # apart from the parameters of its layers, which other stages have
+        for leaf, child in root.named_children():
+            yield from _units(causal, child, f"{prefix}.{leaf}" if prefix else leaf)
+        yield prefix, root, [(prefix, root)]
+        return
     modules = [(".".join(filter(None, (prefix, name))), module) for name, module in root.named_modules()]
     if any(True for _ in root.parameters()):
         yield prefix, root, modules[::-1]
+
+
+def _owner(causal: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Return the innermost model that the module `name` is in or is: its `_init_weights` may read its own attributes."""
+    owner: PreTrainedModel = causal
+    module: nn.Module = causal
+    for leaf in filter(None, name.split(".")):
+        found = getattr(module, leaf, None)
+        if found is None:  # taken out of the model
+            break
+        module = found
+        owner = module if isinstance(module, PreTrainedModel) else owner
+    return owner
 
 
 def _own(module: nn.Module) -> bool:

@@ -82,11 +82,16 @@ def _forward(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, o
     return F.linear(x, matrix, bias)
 
 
+def _no_view(result: torch.Tensor) -> torch.Tensor:
+    """Return the same tensor to autograd as one of its own: a family may scale what a linear gives in place."""
+    return result.data if result._is_view() else result
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, matrix)
-        return _forward(x, matrix, bias, True)
+        return _no_view(_forward(x, matrix, bias, True))
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
@@ -111,7 +116,7 @@ class _DeferredLinear(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, bias: nn.Parameter | None, module: Linear, store: Store, onednn: bool) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.module, ctx.store, ctx.product = module, store, product if onednn else torch.mm
-        return _forward(x, _matrix(module), bias, onednn)
+        return _no_view(_forward(x, _matrix(module), bias, onednn))
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):

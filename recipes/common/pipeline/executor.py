@@ -30,6 +30,10 @@ from recipes.common.runtime.step_clock import FORWARD as FORWARD_TIME
 Batch = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]  # ids, labels (see Stage)
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SHAPE_NUMBERS = 8  # dtype, dimensions, their sizes; the rest is zeros
+
+
 class RunPasses(ds_schedule.PipeInstruction):
     """Runs all passes of a step and waits for all messages."""
 
@@ -47,22 +51,47 @@ class OneStep(ds_schedule.PipeSchedule):
 class Mailbox:
     """Sends and receives this rank's messages of one round of passes."""
 
-    def __init__(self, grid: Grid, incoming: dict[int, tuple[Message, ...]], template: torch.Tensor | None) -> None:
-        """incoming: by sending stage, its messages to this rank in order. template: of a message's shape; None until known."""
-        self.template, self._grid = template, grid
+    def __init__(self, grid: Grid, incoming: dict[int, tuple[Message, ...]], templates: dict[int, torch.Tensor]) -> None:
+        """incoming: by sending stage, its messages to this rank in order. templates: of the messages between a chunk and the one
+        before it, activations and gradients, by that chunk; they are added as they become known.
+        """
+        self._templates, self._grid = templates, grid
         self._incoming = {stage: deque(messages) for stage, messages in incoming.items()}  # those without a receive yet
         self._sender = {message: stage for stage, messages in incoming.items() for message in messages}
         self._receiving: dict[Message, tuple[torch.Tensor, dist.Work]] = {}
         self._sending: list[tuple[torch.Tensor, dist.Work]] = []  # the tensors are kept alive until they are sent
 
-    def post_receive(self, message: Message) -> None:
-        """Receive `message`, and what its sender sends before it, beside the computation. A second call does nothing."""
+    def post_receive(self, message: Message, *, wait: bool) -> None:
+        """Receive `message`, and what its sender sends before it, beside the computation. A second call does nothing.
+
+        wait: for shapes that are not known yet; else what has such a shape, and what comes after it, is left to a later call.
+        """
         stage = self._sender[message]
-        group = self._grid.down_group if stage < self._grid.pipeline_rank else self._grid.up_group
-        while self.template is not None and message not in self._receiving and message in self._incoming[stage]:
-            tensor = torch.empty_like(self.template)
-            work = dist.irecv(tensor, self._grid.rank_of_stage(stage), group=group)
+        source, group = self._grid.rank_of_stage(stage), self._group(downward=stage < self._grid.pipeline_rank)
+        while message not in self._receiving and message in self._incoming[stage]:
+            cut = _cut(self._incoming[stage][0])
+            if cut not in self._templates:
+                if not wait:
+                    return
+                self._templates[cut] = self._receive_shape(source, group)
+            tensor = torch.empty_like(self._templates[cut])
+            work = dist.irecv(tensor, source, group=group)
             self._receiving[self._incoming[stage].popleft()] = tensor, work
+
+    def _receive_shape(self, source: int, group: dist.ProcessGroup | None) -> torch.Tensor:
+        told = torch.empty(_SHAPE_NUMBERS, dtype=torch.long, device=self._grid.device)
+        dist.recv(told, source, group=group)
+        dtype, ndim, *sizes = told.tolist()
+        return torch.empty(sizes[:ndim], dtype=_DTYPES[dtype], device=self._grid.device)
+
+    def send_shape(self, stage: int, tensor: torch.Tensor) -> None:
+        """Tell the shape of an activation before the first of its kind is sent."""
+        numbers = [_DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape]
+        told = torch.tensor(numbers + [0] * (_SHAPE_NUMBERS - len(numbers)), device=tensor.device)
+        dist.send(told, self._grid.rank_of_stage(stage), group=self._group(downward=stage > self._grid.pipeline_rank))
+
+    def _group(self, *, downward: bool) -> dist.ProcessGroup | None:
+        return self._grid.down_group if downward else self._grid.up_group
 
     def wait_for(self, message: Message) -> torch.Tensor:
         tensor, work = self._receiving.pop(message)
@@ -72,9 +101,9 @@ class Mailbox:
 
     def send(self, stage: int, tensor: torch.Tensor) -> None:
         tensor = tensor.detach().contiguous()
-        target, downward = self._grid.rank_of_stage(stage), stage > self._grid.pipeline_rank
+        target = self._grid.rank_of_stage(stage)
         with CLOCK.message("isend", num_bytes(tensor), target):
-            work = dist.isend(tensor, target, group=self._grid.down_group if downward else self._grid.up_group)
+            work = dist.isend(tensor, target, group=self._group(downward=stage > self._grid.pipeline_rank))
         self._sending = [(kept, under_way) for kept, under_way in self._sending if not under_way.is_completed()]
         self._sending.append((tensor, work))
 
@@ -87,6 +116,11 @@ class Mailbox:
         assert not any(self._incoming.values()) and not self._receiving, "the schedule left a message behind"
 
 
+def _cut(message: Message) -> int:
+    """Return the chunk that begins where a message crosses from one chunk to another."""
+    return message.chunk if message.kind == FORWARD else message.chunk + 1
+
+
 class PipelineExecutor:
     """Runs one rank's passes, for DeepSpeed's engine in a training step and for an evaluation."""
 
@@ -96,8 +130,8 @@ class PipelineExecutor:
         self._order = cache(lambda count: self._own_part(order_passes(schedule, grid.pipeline, count, stage.pass_costs)))
         self._chunks = chunk_count(schedule, grid.pipeline)
         self._own = chunks_of_rank(schedule, grid.pipeline, grid.pipeline_rank)
-        self._template: torch.Tensor | None = None
-        self._must_send_shape = True
+        self._templates: dict[int, torch.Tensor] = {}
+        self._told: set[int] = set()  # chunks whose rank knows the shape of what enters them
         self._clear()
 
     def _clear(self) -> None:
@@ -130,13 +164,12 @@ class PipelineExecutor:
     def _run(self, order: list[Pass], incoming: dict[int, tuple[Message, ...]], batches: Iterator[Batch]) -> None:
         self._clear()
         self._batches = batches
-        mail = Mailbox(self._grid, incoming, self._template)
+        mail = Mailbox(self._grid, incoming, self._templates)
         run = {FORWARD: self._forward, INPUTS: self._input_gradients}
         for index, step in enumerate(order):
-            self._learn_shape(step, mail)
             for following in order[index : index + AHEAD + 1]:
                 if (message := self._message(following)) is not None:
-                    mail.post_receive(message)
+                    mail.post_receive(message, wait=following is step)
             if step.kind in run:
                 run[step.kind](step, mail)
             else:
@@ -149,11 +182,6 @@ class PipelineExecutor:
         if before is None or before.chunk in self._own:
             return None
         return Message(step.kind, step.micro_batch, step.chunk)
-
-    def _learn_shape(self, step: Pass, mail: Mailbox) -> None:
-        """Receive the shape of the first activation before it: all others, and gradients, have the same."""
-        if mail.template is None and self._message(step) is not None:
-            mail.template = self._template = self._engine._recv_tensor_meta(self._grid.pipeline_rank - 1)
 
     def _forward(self, step: Pass, mail: Mailbox) -> None:
         _, i, chunk = step
@@ -168,8 +196,8 @@ class PipelineExecutor:
         if last or not self._stage.is_last:
             self._loaded.pop(i, None)
         if not last:
-            if mail.template is None:
-                mail.template = self._template = torch.empty_like(out, memory_format=torch.contiguous_format)
+            if chunk + 1 not in self._templates:
+                self._templates[chunk + 1] = torch.empty_like(out, memory_format=torch.contiguous_format)
             self._deliver(Message(FORWARD, i, chunk + 1), out, mail)
 
     def _input_gradients(self, step: Pass, mail: Mailbox) -> None:
@@ -210,9 +238,9 @@ class PipelineExecutor:
         if target == self._grid.pipeline_rank:
             self._local[message] = tensor.detach()
             return
-        if message == Message(FORWARD, 0, self._own[0] + 1) and self._must_send_shape:
-            self._must_send_shape = False
-            self._engine._send_tensor_meta(tensor, target)
+        if message.kind == FORWARD and message.chunk not in self._told:
+            self._told.add(message.chunk)
+            mail.send_shape(target, tensor)
         mail.send(target, tensor)
 
 

@@ -8,21 +8,30 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from recipes.common.model.decoder import TUPLE_LAYERS, Stack
+from recipes.common.model.decoder import Stack
+from recipes.common.pipeline.places import Crossings
 
 
 class Placeholder(nn.Module):
-    """Returns its input in the place of a layer or norm. Plain attributes (layer_idx, attention_type) remain."""
+    """Returns its input in the place of a layer or norm.
 
-    def __init__(self, original: nn.Module, *, as_tuple: bool = False) -> None:
+    Plain attributes (layer_idx, attention_type) remain, its own and its class's, and the names of parameters, whose types some
+    families ask. outputs: of a tuple, whose others are None; 0 for no tuple.
+    """
+
+    def __init__(self, original: nn.Module, *, outputs: int = 0) -> None:
         super().__init__()
-        self.as_tuple = as_tuple
-        for name, value in vars(original).items():
-            if not name.startswith("_") and not isinstance(value, nn.Module | torch.Tensor) and not hasattr(self, name):
-                setattr(self, name, value)
+        self.outputs = outputs
+        for holder in (original, *(kind for kind in type(original).__mro__ if not issubclass(nn.Module, kind))):
+            for name, value in vars(holder).items():
+                plain = not isinstance(value, nn.Module | torch.Tensor | property) and (holder is original or not callable(value))
+                if plain and not name.startswith("_") and not hasattr(self, name):
+                    setattr(self, name, value)
+        for name, _ in original.named_parameters(recurse=False):
+            setattr(self, name, torch.zeros(1))
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, None]:
-        return (hidden_states, None) if self.as_tuple else hidden_states
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
+        return (hidden_states, *[None] * (self.outputs - 1)) if self.outputs else hidden_states
 
 
 class PlaceholderEmbedding(nn.Module):
@@ -31,22 +40,35 @@ class PlaceholderEmbedding(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width, self.dtype = width, torch.float32
+        self.weight = torch.zeros(1, width)  # some families ask for its type
 
     def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.zeros(*ids.shape, self.width, dtype=self.dtype, device=ids.device)
 
 
-class PlaceholderBase(nn.Module):
-    """Returns the hidden states it is given in the place of the base model, while the head runs. Its numbers remain."""
+class PlaceholderLinear(nn.Module):
+    """Returns zeros in the place of a linear outside the layers."""
 
-    def __init__(self, original: nn.Module) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
+        self._width = width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], self._width)
+
+
+class PlaceholderBase(nn.Module):
+    """Returns these hidden states in the place of the base model, while the head runs. Its numbers remain."""
+
+    def __init__(self, original: nn.Module, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self._hidden = hidden
         for name, value in vars(original).items():
             if isinstance(value, int | float) and not name.startswith("_") and not hasattr(self, name):
                 setattr(self, name, value)  # falcon_h1 keeps the logits' scale there
 
-    def forward(self, input_ids: None = None, inputs_embeds: torch.Tensor | None = None, **kwargs: Any) -> _Hidden:
-        return _Hidden(inputs_embeds)
+    def forward(self, *args: Any, **kwargs: Any) -> _Hidden:
+        return _Hidden(self._hidden)
 
 
 class _Hidden:
@@ -66,7 +88,7 @@ def run_head(causal: PreTrainedModel, stack: Stack, hidden: torch.Tensor) -> tor
     """Return the logits that the ForCausalLM's own forward makes of final hidden states."""
     modules, name = causal._modules, stack.base
     base = modules[name]
-    placeholder = PlaceholderBase(base)
+    placeholder = PlaceholderBase(base, hidden)
     for part in stack.layers.split(".")[1:-1]:  # some families call `self.model.decoder` rather than `self.model`
         object.__setattr__(placeholder, part, placeholder)
     modules[name] = placeholder
@@ -100,7 +122,7 @@ def chunk_of(name: str, stack: Stack, chunks: tuple[range, ...]) -> int:
 
 
 def take_out(
-    causal: PreTrainedModel, stack: Stack, chunks: tuple[range, ...], *, first: bool, last: bool
+    causal: PreTrainedModel, stack: Stack, crossings: Crossings, chunks: tuple[range, ...], *, first: bool, last: bool
 ) -> dict[str, nn.Module]:
     """Put placeholders where other ranks' layers and norms are. With several chunks, returns some for the rank's own, by name."""
     layers, own_placeholders = causal.get_submodule(stack.layers), {}
@@ -109,9 +131,11 @@ def take_out(
     own |= {*(stack.before if first else ()), *(stack.after if last else ())}
     for name in (*names, *stack.before, *stack.after):
         if name not in own:
-            causal.set_submodule(name, _placeholder(causal, stack, name))
+            causal.set_submodule(name, _placeholder(causal, stack, name, crossings.outputs))
         elif len(chunks) > 1:
-            own_placeholders[name] = _placeholder(causal, stack, name)
+            own_placeholders[name] = _placeholder(causal, stack, name, crossings.outputs)
+    for name in (*(() if first else crossings.before), *(() if last else crossings.after)):
+        _take_out_parameter(causal, name)
     if not last:
         for name, _ in list(causal.named_children()):
             if name != stack.base:  # the head, and whatever a family keeps beside it
@@ -119,9 +143,24 @@ def take_out(
     return own_placeholders
 
 
-def _placeholder(causal: PreTrainedModel, stack: Stack, name: str) -> nn.Module:
+def _take_out_parameter(causal: PreTrainedModel, name: str) -> None:
+    """Leave zeros in the place of another stage's parameter outside the layers: its module runs, and nobody reads the result."""
+    owner, _, leaf = name.rpartition(".")
+    try:
+        module = causal.get_submodule(owner)
+    except AttributeError:  # it went with another parameter of its module
+        return
+    if isinstance(module, nn.Embedding):
+        causal.set_submodule(owner, PlaceholderEmbedding(module.embedding_dim))
+    elif type(module) is nn.Linear:
+        causal.set_submodule(owner, PlaceholderLinear(module.out_features))
+    elif leaf in module._parameters:
+        shape = module._parameters.pop(leaf).shape
+        module.register_buffer(leaf, torch.zeros(shape), persistent=False)
+
+
+def _placeholder(causal: PreTrainedModel, stack: Stack, name: str, outputs: int) -> nn.Module:
     module = causal.get_submodule(name)
     if name in stack.before and isinstance(module, nn.Embedding):
         return PlaceholderEmbedding(getattr(module, "embedding_dim", causal.config.get_text_config().hidden_size))
-    is_layer = name.rpartition(".")[0] == stack.layers
-    return Placeholder(module, as_tuple=is_layer and causal.config.model_type in TUPLE_LAYERS)
+    return Placeholder(module, outputs=outputs if name.rpartition(".")[0] == stack.layers else 0)

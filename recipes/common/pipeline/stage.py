@@ -14,7 +14,6 @@ import copy
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from recipes.common.config.placement import ONE_PASS
-from recipes.common.model.decoder import Stack, find_stack
+from recipes.common.model.decoder import ONLY_INFERENCE, Stack, find_stack
 from recipes.common.model.flops import attention_costs, layer_costs
 from recipes.common.model.gradient_sums import GradientSums
 from recipes.common.model.initial_weights import build_empty
@@ -38,9 +37,11 @@ from recipes.common.parallel.grid import Grid
 from recipes.common.parallel.router_losses import RouterLosses
 from recipes.common.parallel.sequence_parallel import shard_sequence
 from recipes.common.parallel.tensor_parallel import apply_tensor_parallel, plan_tensor_parallel
+from recipes.common.pipeline.carrier import Carrier, carrier_of
+from recipes.common.pipeline.crossings import find_crossings
 from recipes.common.pipeline.layer_options import keep_less, route_linears
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers, pass_costs
-from recipes.common.pipeline.placeholders import PlaceholderEmbedding, Slot, chunk_of, run_head, take_out
+from recipes.common.pipeline.placeholders import Slot, chunk_of, run_head, take_out
 from recipes.common.pipeline.schedules import Costs
 from recipes.common.pipeline.stage_weights import draw_stage, holdings
 from recipes.common.recipe import WHOLE, Layout, Router
@@ -69,8 +70,10 @@ def plan_model(
 
     Raises PlanError when the family cannot be sharded so; `check` has asked before any process group exists.
     """
-    if layout.context > 1:
+    off = {name: value for name, value in ONLY_INFERENCE.items() if getattr(config, name, value) != value}
+    if layout.context > 1 or off:
         config = copy.deepcopy(config)  # the model's attention is replaced, which its config says
+        vars(config).update(off)
     causal = build_empty(config, attention)
     stack = find_stack(causal)
     options = {"sequence_parallel": layout.sequence_parallel, "whole_experts": layout.experts == WHOLE}
@@ -97,6 +100,7 @@ class Stage(nn.Module):
         pass_costs: tuple[Costs, ...],
         weight_grad_stores: tuple[WeightGradStore, ...],
         placeholders: dict[str, nn.Module],
+        carrier: Carrier,
         context: ContextAttention | None = None,
         router_losses: RouterLosses | None = None,
     ) -> None:
@@ -107,6 +111,7 @@ class Stage(nn.Module):
         pass_costs: of every chunk of the model, this rank's or not.
         weight_grad_stores: each chunk's, for a schedule that defers weight gradients.
         placeholders: for this rank's own layers and norms, by name, while another chunk than theirs runs.
+        carrier: of what the chunks receive and send.
         context: what shares the model's attention with other context ranks, if there are any.
         router_losses: of a model with routers.
         """
@@ -125,17 +130,10 @@ class Stage(nn.Module):
             defer_weight_gradients(causal.get_submodule(stack.head), self._head_sums)
         self._slots = [Slot(causal, name, module, chunk_of(name, stack, chunks)) for name, module in placeholders.items()]
         self.set_positions([])
-        self._received: torch.Tensor | None = None
-        self._sent: torch.Tensor | None = None
+        self._carrier = carrier
         # over the micro batches of a step, on the last stage: cross-entropy, log(Z)^2 and log(Z), summed and weighted
         self.register_buffer("loss_sums", torch.zeros(3, dtype=torch.float64), persistent=False)
         self.register_buffer("max_logit", torch.full((), float("-inf")), persistent=False)
-        layers = causal.get_submodule(stack.layers)
-        for index, chunk in enumerate(chunks):
-            if not (self.is_first and index == 0):
-                layers[chunk[0]].register_forward_pre_hook(self._inject, with_kwargs=True)
-            if not (self.is_last and chunk is chunks[-1]):
-                layers[chunk[-1]].register_forward_hook(self._capture)
 
     def set_positions(self, positions: Iterable[torch.Tensor]) -> None:
         """Set the position ids [micro_seqs, seq_len] of the micro batches to come, in order; none: positions count from 0.
@@ -161,44 +159,33 @@ class Stage(nn.Module):
         return ((name, buffer) for name, buffer in self.causal.named_buffers() if name in names)
 
     def forward(self, x: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor] | None = None, chunk: int = 0) -> torch.Tensor:
-        """Run one of this rank's chunks. Returns its hidden states; with `labels` (for the model's last chunk alone) the loss.
+        """Run one of this rank's chunks. Returns what the next needs; with `labels` (for the model's last chunk alone) the loss.
 
-        x: ids [micro_seqs, seq_len] for the model's first chunk, else the hidden states of the chunk before. For example rank 0
+        x: ids [micro_seqs, seq_len] for the model's first chunk, else what the chunk before returned: hidden states, or a message
+        of more (`Crossings`). For example rank 0
         of 2, folded, with layers 0 and 1 in chunk 0, layers 6 and 7 in chunk 1 (layers 2 to 5 are the other rank's):
 
                          embedding  0  1  2  3  4  5  6  7  norm  head
             chunk 0 runs     E      0  1> .  .  .  .  .  .   .     -     ids in; layer 1's hidden states are captured
             chunk 1 runs     .      .  .  .  .  .  . >6  7   N     H     x is injected before layer 6; the model's own output
-            . a placeholder: returns its input (the embedding's: zeros)     > _capture, _inject     - not called
+            . a placeholder: returns its input (the embedding's: zeros)     > the carrier's     - not called
         """
-        is_last = self.is_last and chunk == len(self.chunks) - 1
         base = self.causal.get_submodule(self.stack.base)
-        starts = self.is_first and chunk == 0
-        # hidden states need not look like an embedding, nor, with sequence parallelism, hold all that this rank's layers see
-        seq_len = x.shape[1] * (self.tensor_plan.size if self.tensor_plan.blocks and not starts else 1)
-        places = self._places(seq_len, self._positions[chunk].popleft() if self._positions[chunk] else None)
         for slot in self._slots:
             slot.fill(chunk)
-        if self.router_losses is not None:
-            self.router_losses.enter(chunk, x.shape[0], seq_len)
         try:
-            if starts:
-                out = base(input_ids=x, use_cache=False, **places)
-            else:
-                self._received = x
-                for module in base.modules():
-                    if isinstance(module, PlaceholderEmbedding):
-                        module.dtype = x.dtype
-                # only its shape and type count
-                embedded = x.new_zeros(x.shape[0], seq_len, self.causal.config.get_text_config().hidden_size)
-                out = base(inputs_embeds=embedded, use_cache=False, **places)
+            inputs, seqs, seq_len = self._carrier.begin(chunk, x)
+            places = self._places(seq_len, self._positions[chunk].popleft() if self._positions[chunk] else None)
+            if self.router_losses is not None:
+                self.router_losses.enter(chunk, seqs, seq_len)
+            out = base(**inputs, use_cache=False, **places)
+            hidden = self._carrier.end(chunk, out.last_hidden_state)
         finally:
-            self._received = None
+            self._carrier.clear()
             if self.router_losses is not None:
                 self.router_losses.leave(last_chunk=chunk == len(self.chunks) - 1)
             for slot in self._slots:
                 slot.restore()
-        hidden, self._sent = (out.last_hidden_state if is_last else self._sent), None
         return hidden if labels is None else self.loss(hidden, labels)
 
     def _places(self, seq_len: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -243,14 +230,6 @@ class Stage(nn.Module):
         """Run the ForCausalLM's own forward from the final hidden states on: soft-caps and logit scales are the family's."""
         return run_head(self.causal, self.stack, hidden)
 
-    def _inject(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (self._received, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._received}
-
-    def _capture(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._sent = output[0] if isinstance(output, tuple) else output
-
 
 def build_stage(
     model: PlannedModel,
@@ -271,19 +250,18 @@ def build_stage(
     checkpoint is loaded at once: weights are NaN until then, so that one that it lacks shows. router_group: see RouterLosses.
     """
     causal, stack, tensor_plan = model.causal, model.stack, model.tensor_plan
-    assert tensor_plan.size == grid.tensor, (tensor_plan.size, grid.tensor)
-    # The order matters.
-    # 1. Measure the model while it is whole.
-    layers = causal.get_submodule(stack.layers)
+    assert tensor_plan.size == grid.tensor
+    # The order matters. 1. Measure the model while it is whole.
+    layers, embedding = causal.get_submodule(stack.layers), causal.get_submodule(stack.embedding)
     shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
     recomputed = layout.recomputed_layers(len(layers))
     (costs, head_cost), attention = layer_costs(causal, stack, seq_len), attention_costs(causal, stack, seq_len)
     all_chunks = partition_layers(costs, head_cost, grid.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
     chunks = chunks_by_rank(all_chunks, grid.pipeline)[grid.pipeline_rank]
     own_layers = {index: layers[index] for chunk in chunks for index in chunk}
+    crossings = find_crossings(causal, stack, model.attention, all_chunks)
     # 2. Take out what is other ranks': only what is left gets memory.
-    embedding = causal.get_submodule(stack.embedding)
-    placeholders = take_out(causal, stack, chunks, first=grid.is_first_stage, last=grid.is_last_stage)
+    placeholders = take_out(causal, stack, crossings, chunks, first=grid.is_first_stage, last=grid.is_last_stage)
     # 3. Draw this rank's shards of the weights, and only then tie the head to them.
     held = draw_stage(causal, stack, embedding, holdings(tensor_plan, model.experts, grid), grid, seed if draw else None)
     # 4. Route plain linears' products, before their forwards are wrapped.
@@ -309,6 +287,7 @@ def build_stage(
         pass_costs=pass_costs(costs, attention, head_cost, all_chunks, recomputed),
         weight_grad_stores=stores,
         placeholders=placeholders,
+        carrier=carrier_of(causal, stack, tensor_plan, chunks, all_chunks, crossings, placeholders, grid),
         context=_share_attention(model, grid) if grid.context > 1 else None,
         router_losses=RouterLosses(model.routers, causal, grid, router_group) if model.routers.routers else None,
     )

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from recipes.common.checkpoint.files import CheckpointError
 from recipes.common.checkpoint.resume import load_state
-from recipes.common.checks.tiny_model import shrink
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.recipe import AdamW, Layout, Router
 from tests.support.small_runs import call, masters, small_recipe, train_run, write_data
 from tests.support.tiny import VOCAB

@@ -6,9 +6,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from recipes.common.checks.expert_checks import expert_option_problems, expert_problems, expert_size_problems
 from recipes.common.checks.expert_trial import expert_trial_problems
-from recipes.common.checks.tiny_model import shrink
 from recipes.common.model.decoder import find_stack
 from recipes.common.model.initial_weights import build_empty
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.recipe import Layout
 from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks

@@ -15,8 +15,8 @@ from transformers import (
     XLNetConfig,
 )
 
-from recipes.common.checks.tiny_model import shrink
 from recipes.common.checks.tiny_trial import trial_problems
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.recipe import Layout
 from tools.common.forked_ranks import run_ranks
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from recipes.common.checks.tiny_model import shrink
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.monitor.parameter_stats import STATS, ParameterStats
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.recipe import SGD, AdamW, Layout
 from tests.support.parity import ADAMW, assert_equal, trial_of
 from tests.support.tiny import ds_config, tiny_config

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from recipes.common.checks.tiny_model import shrink
 from recipes.common.model.decoder import PlanError, find_stack
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.linears import route_products
 from recipes.common.model.recompute import recompute
 from recipes.common.model.routers import compute_in_fp32, find_routers, plan_routers, weighs_by_sigmoid, weighs_choices
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.recipe import Layout, Router
 from tests.support.parity import trial_of
 from tests.support.tiny import ds_config, tiny_config

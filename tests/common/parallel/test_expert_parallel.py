@@ -6,11 +6,11 @@ import torch.distributed as dist
 from transformers import AutoConfig, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from recipes.common.checks.tiny_model import shrink
 from recipes.common.engine.startup import start_distributed
 from recipes.common.parallel.expert_parallel import spread_experts
 from recipes.common.parallel.experts import CALLED
 from recipes.common.parallel.grid import build_grid
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.recipe import Layout, Router
 from tests.support.parity import assert_equal, both, trial_of
 from tests.support.tiny import ds_config, tiny_config

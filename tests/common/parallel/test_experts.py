@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoConfig
 
-from recipes.common.checks.tiny_model import shrink
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.recipe import Layout
 from tests.support.parity import assert_equal, trial_of
 from tests.support.tiny import tiny_config

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from recipes.common.checks.tiny_model import shrink
 from recipes.common.model.decoder import PlanError, find_stack
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.routers import plan_routers
 from recipes.common.parallel.grid import one_process
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.pipeline.stage import build_stage, plan_model
 from recipes.common.recipe import Layout, Router
 from tests.support.parity import assert_equal, both, trial_of

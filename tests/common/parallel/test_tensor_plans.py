@@ -18,9 +18,7 @@ from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks
 
 OURS = sorted({*tensor_plans.BUILT_IN_TENSOR, *tensor_plans.ADDED_TENSOR})
-NAMED = sorted(
-    {*OURS, *tensor_plans.REFUSED_TENSOR, *tensor_plans.BUILT_IN_DIVIDE, *decoder.BUILT_IN_STACK, *decoder.TUPLE_LAYERS}
-)
+NAMED = sorted({*OURS, *tensor_plans.REFUSED_TENSOR, *tensor_plans.BUILT_IN_DIVIDE, *decoder.BUILT_IN_STACK})
 
 
 def config_of(family):

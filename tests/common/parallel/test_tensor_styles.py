@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig
 
-from recipes.common.checks.tiny_model import shrink
 from recipes.common.engine.startup import start_distributed
 from recipes.common.model.decoder import PlanError, find_stack
 from recipes.common.model.initial_weights import build_empty
@@ -16,6 +15,7 @@ from recipes.common.parallel.grid import build_grid
 from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from recipes.common.parallel.tensor_plans import BUILT_IN_TENSOR
 from recipes.common.parallel.tensor_styles import shard_embedding
+from recipes.common.parallel.tiny_model import shrink
 from recipes.common.recipe import Layout
 from tests.support.parity import assert_equal, trial_of
 from tests.support.tiny import tiny_config

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from recipes.common.parallel.context_parallel import head_ranks
 from recipes.common.recipe import WHOLE, Layout
 
+VOCAB_SIZE = 503  # a prime: no tensor size divides it, as with real vocabularies
 # transformers' common names; a family's own (n_embd, ...) are found through its attribute_map
 _CAPS = {
     "intermediate_size": 96,
@@ -56,10 +57,13 @@ _CAPS = {
     "index_head_dim": 16,
     "index_n_heads": 4,
     "index_topk": 16,
+    # embeddings for each layer
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "hidden_size_per_layer_input": 16,
 }
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _HEAD_DIM = 16
-VOCAB_SIZE = 503  # a prime: no tensor size divides it, as with real vocabularies
+_WIDEST = 128  # hidden states of a model that counts as tiny
 
 
 _DEPTH = 2  # layers of `shallow`
@@ -73,15 +77,22 @@ def field_of(config: PreTrainedConfig, name: str) -> Any:
         return None
 
 
-def shrink(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
+def is_tiny(config: PreTrainedConfig) -> bool:
+    """Return whether a config is small enough to be tried as it is: to shrink it again might not fit its parts together."""
+    return (field_of(config, "hidden_size") or _WIDEST + 1) <= _WIDEST and config.vocab_size <= 2 * VOCAB_SIZE
+
+
+def shrink(config: PreTrainedConfig, layout: Layout, *, layers: int = 0) -> PreTrainedConfig:
     """Return the config with small sizes that `layout` shards in the same way (heads stay grouped, or shared between ranks).
+
+    layers: the depth, where not the layout's stages decide it.
 
     Context ranks that divide heads count like tensor ranks. What does not fit together stays so: key/value heads that do not
     divide the heads, an odd head width, a padding id beyond the vocabulary.
     """
     names = dict(getattr(type(config), "attribute_map", {}))
     fields = config.to_dict()
-    layers = min(config.num_hidden_layers, max(4, 2 * layout.pipeline))
+    layers = layers or min(config.num_hidden_layers, max(4, 2 * layout.pipeline))
 
     def put(name: str, value: Any) -> None:
         own = names.get(name, name)
@@ -103,6 +114,12 @@ def shrink(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
     put("head_dim", width)
     put("d_head", _HEAD_DIM)
     put("hidden_size", heads * _HEAD_DIM)
+    # second names of the same numbers, which xlstm keeps beside transformers'
+    put("embedding_dim", heads * _HEAD_DIM)
+    put("num_blocks", layers)
+    if "attention_hidden_size" in fields:  # attention over hidden states beside the embedded input
+        put("attention_hidden_size", 2 * heads * _HEAD_DIM)
+        put("attention_head_dim", 2 * _HEAD_DIM)
     _shrink_state_space(fields, put, heads * _HEAD_DIM)
     _shrink_rotations(fields, _rotary_width(config), width)
     return _rebuilt(config, fields, layers)
@@ -126,9 +143,9 @@ def _shrink_state_space(fields: dict[str, Any], put: Callable[[str, Any], None],
     inner = 2 * hidden
     for name, value in (("mamba_expand", 2), ("mamba_d_ssm", inner)):
         put(name, value)
-    for name in ("mamba_n_heads", "mamba_num_heads"):
+    for name in ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"):
         put(name, inner // _HEAD_DIM)
-    for name in ("mamba_d_head", "mamba_head_dim"):
+    for name in ("mamba_d_head", "mamba_head_dim", "mamba_headdim"):
         put(name, _HEAD_DIM)
 
 

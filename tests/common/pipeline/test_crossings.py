@@ -1,0 +1,78 @@
+"""What layers are given beside hidden states crosses the cuts, with its gradients: pipelines train what transformers trains."""
+
+import pytest
+from transformers import DeepseekV4Config, Gemma3nTextConfig, GlmMoeDsaConfig
+
+from recipes.common.config.placement import coordinates
+from recipes.common.parallel.grid import Grid, one_process
+from recipes.common.parallel.tiny_model import shrink
+from recipes.common.pipeline.crossings import find_crossings
+from recipes.common.pipeline.stage import build_stage, plan_model
+from recipes.common.recipe import Layout
+from tests.support.parity import assert_equal, trial_of
+from tests.support.tiny import tiny_config
+from tools.common.forked_ranks import run_ranks
+
+# embeddings for each layer; the last four layers use keys and values of the third and fourth; hidden states are four streams
+# before the sequences; and projections outside the layers, before and after them
+GEMMA_3N = Gemma3nTextConfig(
+    **{"vocab_size": 131, "vocab_size_per_layer_input": 131, "hidden_size": 32, "hidden_size_per_layer_input": 8},
+    **{"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "laurel_rank": 8},
+    **{"num_hidden_layers": 8, "num_kv_shared_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 4},
+    **{"activation_sparsity_pattern": [0.0] * 8, "sliding_window": 8, "max_position_embeddings": 64},
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "pipeline", "tensor", "options"),
+    [
+        (shrink(GlmMoeDsaConfig(), Layout(pipeline=2)), 2, 1, {"recompute": "full"}),  # an indexer's choices: integers
+        (shrink(DeepseekV4Config(), Layout(pipeline=2)), 2, 1, {"pipeline_schedule": "zero_bubble"}),  # ids
+        (GEMMA_3N, 3, 1, {"recompute": "full"}),  # the stage in the middle hands on what it does not need
+        (GEMMA_3N, 2, 2, {"pipeline_schedule": "zero_bubble_v"}),
+    ],
+    ids=["choices", "ids", "three stages", "folded"],
+)
+def test_a_pipeline_trains_what_plain_transformers_trains(config, pipeline, tensor, options):
+    assert_equal(trial_of(config, pipeline, tensor, 1, global_seqs=2 * pipeline, **options))
+
+
+def test_what_crosses_is_found_and_named():
+    """Of four chunks of two layers each, and of a family whose layers are given hidden states alone."""
+    messages, alone = run_ranks(_messages, 1)[0]
+    layers_and_words = [{(place[0], *place[1][:2]) for member in message[2:] for place in member} for message in messages]
+    # each layer's embedding comes from the first chunk, through those between; keys and values come once they are computed
+    assert layers_and_words[1] == {(layer, 2) for layer in range(2, 8)}
+    shared = {(4, "shared_kv_states", kind) for kind in ("sliding_attention", "full_attention")}
+    assert layers_and_words[2] == {(layer, 2) for layer in range(4, 8)} | shared
+    assert {word for word in layers_and_words[3] if len(word) == 3} == {(6, *word[1:]) for word in shared}
+    assert [len(message) for message in messages] == [0, 8, 10, 8]  # hidden states and ids before them
+    assert alone == ()
+
+
+def _messages():
+    chunks = [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
+    planned = plan_model(GEMMA_3N, attention="eager")
+    found = find_crossings(planned.causal, planned.stack, "eager", chunks)
+    plain = plan_model(tiny_config("llama"), attention="eager")
+    alone = find_crossings(plain.causal, plain.stack, "eager", [range(0, 1), range(1, 2)]).messages
+    return [[[tuple(place) for place in member] for member in message] for message in found.messages], alone
+
+
+def test_every_parameter_is_on_one_stage_also_outside_the_layers():
+    """The tied embedding aside, which the first and the last stage share."""
+    names = run_ranks(_names, 1)[0]
+    doubled = {name for name in names[0] + names[1] + names[2] if sum(map([*names[0], *names[1], *names[2]].count, [name])) > 1}
+    assert doubled == {"model.embed_tokens.weight"}
+    assert "model.embed_tokens_per_layer.weight" in names[0]
+    assert "model.altup_unembed_projections.0.weight" in names[2]
+    assert all(name.startswith("model.layers.") for name in names[1])
+
+
+def _names():
+    names, layout = [], Layout(pipeline=3)
+    for index in range(3):
+        grid = Grid(**(vars(one_process()) | vars(coordinates(index, 3, layout))))
+        stage = build_stage(plan_model(GEMMA_3N, layout, attention="eager"), grid, layout, seq_len=16, draw=False)
+        names.append([name for name, _ in stage.hf_named_parameters()])
+    return names
