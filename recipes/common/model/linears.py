@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from recipes.common.model.expert_banks import find_banks
 from recipes.common.model.gradient_sums import GradientSums
 from recipes.common.model.weight_grad_store import WeightGradStore
 
@@ -44,7 +45,8 @@ def defer_weight_gradients(module: nn.Module, store: Store) -> None:
 
 def deferrable_fraction(module: nn.Module) -> float:
     """Return the fraction of `module`'s parameters whose gradients can be deferred; the others fill no bubble."""
-    return sum(inner.weight.numel() for inner in plain_linears(module)) / sum(p.numel() for p in module.parameters())
+    weights = [inner.weight for inner in plain_linears(module)] + [bank for _, bank in find_banks(module)]
+    return sum(weight.numel() for weight in weights) / sum(p.numel() for p in module.parameters())
 
 
 def linear(module: Linear, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from recipes.common.model.expert_banks import defer_bank_gradients
 from recipes.common.model.host_activations import HostActivations
 from recipes.common.model.linears import defer_weight_gradients, route_products
 from recipes.common.model.recompute import recompute
@@ -25,6 +26,7 @@ def route_linears(
     for chunk, store in zip(chunks, stores, strict=False):
         for index in chunk:
             defer_weight_gradients(own_layers[index], store)
+            defer_bank_gradients(own_layers[index], store)
 
 
 def keep_less(own_layers: dict[int, nn.Module], chunks: tuple[range, ...], layout: Layout, recomputed: range) -> None:
