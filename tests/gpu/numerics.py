@@ -66,7 +66,7 @@ def _train_deterministic(trial: Trial) -> dict[str, Any]:
 
 def _trained(ranks: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[Any, Any]]:
     """Return (losses and norms, every rank's weights by name and tensor rank)."""
-    shards = {(name, rank["place"][0]): shard for rank in ranks for name, shard in rank["shards"].items()}
+    shards = {(name, rank["held"].tensor_rank): shard for rank in ranks for name, shard in rank["shards"].items()}
     return {"losses": ranks[0]["losses"], "norms": ranks[0]["norms"]}, shards
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from recipes.common.model.sharding import Holdings
 from tests.gpu import driver, numerics, results, speed
 from tests.gpu.__main__ import parse_args
 from tests.gpu.device_waits import forbidden_in_micro_batches
@@ -117,7 +118,7 @@ def test_what_differs_is_named():
 
 def test_a_wrong_gradient_is_refuted(monkeypatch, tmp_path):
     """Each check of numbers can fail: one schedule's losses are moved, fp16's are, and the gate's bound is 0."""
-    found = {"losses": [1.0], "norms": [1.0], "place": (0, 1), "skipped": [False]}
+    found = {"losses": [1.0], "norms": [1.0], "held": Holdings(), "skipped": [False]}
     ranks = iter([[found | {"shards": {"w": torch.full((1,), float(schedule > 1))}}] for schedule in range(3)])
     monkeypatch.setattr(numerics, "run_ranks", lambda *_: next(ranks))
     with pytest.raises(RefutedError, match="weights of zero_bubble_v and 1f1b differ: "):

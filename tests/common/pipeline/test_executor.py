@@ -37,7 +37,7 @@ def train(trial):
 
 def weights_of(ranks):
     """(Hugging Face name, tensor rank) -> shard, of all stages."""
-    return {(name, rank["place"][0]): shard for rank in ranks for name, shard in rank["shards"].items()}
+    return {(name, rank["held"].tensor_rank): shard for rank in ranks for name, shard in rank["shards"].items()}
 
 
 def assert_same_bits(trial, schedules=FILLED):
