@@ -162,9 +162,10 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
     boundary, layers = _boundary_bytes(facts, candidate), _layer_memory(facts, candidate)
     micro_batches = facts.recipe.batch.global_seqs // (candidate.micro_seqs * candidate.readers)
     # of experts that expert ranks divide, fewer data ranks partition the states of fewer parameters
-    undivided = _stage_params(facts, replace(layout, expert=1))
+    held = _stage_params(facts, layout)
+    undivided = held if layout.expert == 1 else _stage_params(facts, replace(layout, expert=1))
     stages = []
-    for index, (own, params) in enumerate(zip(facts.own_layers(layout), _stage_params(facts, layout), strict=True)):
+    for index, (own, params) in enumerate(zip(facts.own_layers(layout), held, strict=True)):
         # 1F1B: stage i of p keeps p - i micro batches; a folded schedule fills every rank as 1F1B fills the first
         in_flight = min(layout.pipeline - (0 if layout.pipeline_schedule == FOLDED else index), micro_batches)
         received = boundary if layout.pipeline > 1 else 0.0
@@ -293,7 +294,8 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
     whole, sharded = facts.mean_activations
     saved = whole / _sequence_ranks(layout) + sharded / layout.tensor
     loads, head, cost = facts.stage_loads(layout), _head_stage(layout), facts.context_cost(layout)
-    params, undivided = (max(_stage_params(facts, each)) for each in (layout, replace(layout, expert=1)))
+    params = max(_stage_params(facts, layout))
+    undivided = params if layout.expert == 1 else max(_stage_params(facts, replace(layout, expert=1)))
     return {
         "tokens": candidate.own_seqs * batch.seq_len,
         "scores": cost.work * facts.mean_scores,
