@@ -120,6 +120,11 @@ def shrink(config: PreTrainedConfig, layout: Layout, *, layers: int = 0) -> PreT
     if "attention_hidden_size" in fields:  # attention over hidden states beside the embedded input
         put("attention_hidden_size", 2 * heads * _HEAD_DIM)
         put("attention_head_dim", 2 * _HEAD_DIM)
+    # layers with a window may have heads of their own (Inkling's)
+    put("swa_num_attention_heads", heads)
+    put("swa_num_key_value_heads", kv_heads)
+    put("swa_head_dim", _HEAD_DIM)
+    put("lru_width", heads * _HEAD_DIM)
     _shrink_state_space(fields, put, heads * _HEAD_DIM)
     _shrink_rotations(fields, _rotary_width(config), width)
     return _rebuilt(config, fields, layers)
