@@ -96,13 +96,22 @@ def test_a_stated_cut_changes_nothing(schedule, cut):
 
 
 @pytest.mark.parametrize(
-    ("recomputed", "schedule", "sequence_parallel"),
-    [(again, schedule, (i + j) % 2 == 1) for i, again in enumerate(RECOMPUTED) for j, schedule in enumerate(PIPELINE_SCHEDULES)],
+    ("recomputed", "schedule", "chunks", "sequence_parallel"),
+    [
+        (
+            again,
+            schedule,
+            1 + (i == j + 1),
+            (i + j) % 2 == 1,
+        )  # two chunks in two of them
+        for i, again in enumerate(RECOMPUTED)
+        for j, schedule in enumerate(PIPELINE_SCHEDULES)
+    ],
 )
-def test_options_of_a_layout_change_nothing(recomputed, schedule, sequence_parallel):
+def test_options_of_a_layout_change_nothing(recomputed, schedule, chunks, sequence_parallel):
     """Every option beside every other one: each schedule and each recomputation with the sequence shared and not."""
     config = tiny_config("llama", tie_word_embeddings=True)
-    options = RECOMPUTED[recomputed] | {"sequence_parallel": sequence_parallel, "pipeline_schedule": schedule}
+    options = RECOMPUTED[recomputed] | {"sequence_parallel": sequence_parallel, "pipeline_schedule": schedule, "chunks": chunks}
     assert_equal(trial_of(config, 2, 2, 1, **options))
 
 

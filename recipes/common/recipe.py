@@ -61,7 +61,10 @@ class Layout:
     # "1f1b": one forward, one backward. "zero_bubble": weight gradients are computed late, to fill the bubble.
     # "zero_bubble_v": also, each stage has two chunks of layers, one from either end of the model (ZB-V)
     pipeline_schedule: str = "1f1b"
-    # Layers of each stage (with "zero_bubble_v": of each chunk), in the model's order. (): balanced by cost
+    # Chunks of layers of each stage, which a micro batch passes in as many rounds of the pipeline ("interleaved", Megatron's
+    # virtual stages): the bubble is so many times shorter, and there are so many times more messages. "zero_bubble_v" has two
+    chunks: int = 1
+    # Layers of each chunk (of each stage, where it has one), in the model's order. (): balanced by cost
     layers_per_stage: tuple[int, ...] = ()
 
     def recomputed_layers(self, depth: int) -> range:

@@ -23,6 +23,7 @@ OPTIONS = (
     "experts",
     "expert",
     "pipeline_schedule",
+    "chunks",
     "layers_per_stage",
 )
 

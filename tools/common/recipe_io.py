@@ -50,7 +50,7 @@ def _read_failing(file: Path) -> tuple[Recipe, list[str]]:
 
 
 _SWITCHES = ("sequence_parallel", "offload_activations")
-_SIZES = ("tensor", "pipeline", "data", "context", "context_heads", "expert")
+_SIZES = ("tensor", "pipeline", "data", "context", "context_heads", "expert", "chunks")
 _NUMBERS = (*_SIZES, "recompute_every", "mlp_chunk_tokens", *_SWITCHES)
 _WORDS = ("recompute", "pipeline_schedule", "experts")
 
@@ -77,7 +77,7 @@ def parse_layout(text: str) -> tuple[Layout, int]:
         values[name] = value if name in _WORDS else int(value) if name in _NUMBERS else tuple(map(int, counts))
     data = values.pop("data", math.lcm(*(max(values.get(name, 1), 1) for name in ("context", "expert"))))
     layout = Layout(**values | {name: bool(values[name]) for name in _SWITCHES if name in values})
-    if min(data, layout.tensor, layout.pipeline, layout.context, layout.expert, layout.recompute_every) < 1:
+    if min(data, layout.tensor, layout.pipeline, layout.context, layout.expert, layout.recompute_every, layout.chunks) < 1:
         raise RecipeError("--layout", [f"--layout={text!r}: sizes start at 1"])
     for name in ("context", "expert"):
         if data % getattr(layout, name):

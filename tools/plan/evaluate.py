@@ -14,6 +14,7 @@ from recipes.common.checks.recipe_checks import layout_problems, option_problems
 from recipes.common.config.ds_checks import ds_config_problems
 from recipes.common.config.ds_config import ds_config_path, precision
 from recipes.common.config.lr_schedules import tokens_of_run
+from recipes.common.config.placement import ONE_PASS, ZERO_BUBBLE
 from recipes.common.recipe import PIPELINE_SCHEDULES, RECOMPUTE, Layout
 from tools.common.devices import GIB, Device
 from tools.plan.coefficients import Coefficients
@@ -22,6 +23,7 @@ from tools.plan.model_cases import Candidate, ModelFacts, memory_case, time_case
 from tools.plan.rank_params import expert_sizes
 from tools.plan.time_model import step_parts
 
+MOST_CHUNKS = 8  # a stage: messages grow with them
 SHORTEST_SLICE = 4096  # tokens: with fewer, more sequences' ranks do better than context ranks
 
 
@@ -73,16 +75,26 @@ def candidates(facts: ModelFacts, gpus: int, device: Device) -> list[Candidate]:
                         expert=expert,
                         sequence_parallel=shared,
                         pipeline_schedule=schedule,
+                        chunks=chunks,
                         recompute=recompute,
                     )
                     for recompute in RECOMPUTE
                     for expert in expert_sizes(facts.causal, facts.stack, data)
                     for shared in (False, True)[: 1 + (tensor > 1)]
-                    for schedule in PIPELINE_SCHEDULES[: None if pipeline > 1 else 1]
+                    for schedule, chunks in schedules_of(pipeline, len(facts.work.layers))
                 ]
                 for micro_seqs in sorted(size for size in sizes if size <= most) if context == 1 else [1]:
                     found += [Candidate(layout=layout, data=data, micro_seqs=micro_seqs) for layout in layouts]
     return found
+
+
+def schedules_of(pipeline: int, depth: int) -> list[tuple[str, int]]:
+    """Return (schedule, chunks a stage) worth a look: with more chunks only where the longest has fewer layers."""
+    if pipeline == 1:
+        return [(ONE_PASS, 1)]
+    lengths = {chunks: -(-depth // (pipeline * chunks)) for chunks in range(1, min(depth // pipeline, MOST_CHUNKS) + 1)}
+    shorter = [chunks for chunks in lengths if chunks > 1 and lengths[chunks] < lengths[chunks - 1]]
+    return [(schedule, 1) for schedule in PIPELINE_SCHEDULES] + [(s, v) for v in shorter for s in (ONE_PASS, ZERO_BUBBLE)]
 
 
 def context_sizes(data: int, seq_len: int) -> list[int]:
@@ -174,8 +186,8 @@ def _plan(
 
 def _pipeline_of(layout: Layout) -> Layout:
     """Return only the fields of a layout that decide the partition into stages, and whether the ds_config allows it."""
-    fields = {"pipeline_schedule": layout.pipeline_schedule, "layers_per_stage": layout.layers_per_stage}
-    return Layout(pipeline=layout.pipeline, expert=min(layout.expert, 2), **fields)
+    names = ("pipeline", "pipeline_schedule", "chunks", "layers_per_stage")
+    return Layout(expert=min(layout.expert, 2), **{name: getattr(layout, name) for name in names})
 
 
 def pipeline_problems(facts: ModelFacts, pipelines: set[Layout]) -> dict[Layout, str]:

@@ -7,6 +7,7 @@ import json
 
 from tools.common.console import FAILED, GOOD, UsageError
 from tools.common.recipe_io import parse_layout
+from tools.plan.bubbles import bubble_shares, bubble_text
 from tools.plan.evaluate import judge
 from tools.plan.model_cases import Candidate
 from tools.plan.search import RECIPE_HELP, add_model_flags, candidate_json, name_of, plan_json, plan_text, read, source_text
@@ -31,11 +32,13 @@ def run(flags: argparse.Namespace) -> int:
         found = {
             "ranked": [plan_json(plan) for plan in plans],
             "rejected": [candidate_json(candidate) | {"why": r.why} for r in rejected],
+            "bubble": bubble_shares(facts, plans[0]) if plans else None,  # by formula, simulated
         }
         print(json.dumps({"recipe": facts.recipe.name, "gpu_type": device.name} | found))
     elif rejected:
         print(f"{name_of(candidate)} on {candidate.gpus} {device.name}: cannot run\n  {rejected[0].why}")
     else:
         print(f"{facts.recipe.name}, {name_of(candidate)} on {candidate.gpus} {device.name}\n{plan_text(plans[0])}")
+        print(bubble_text(facts, plans[0]))
         print(source_text(coefficients))
     return GOOD if plans else FAILED

@@ -46,7 +46,8 @@ def longest_text(facts: ModelFacts, gpus: int, device: Device, found: list[Lengt
     rows = []
     for each in found:
         layout, plan = each.plan.candidate.layout, each.plan
-        sizes = (layout.tensor, layout.pipeline, plan.candidate.data, layout.context, layout.recompute, layout.pipeline_schedule)
+        schedule = layout.pipeline_schedule + (f", {layout.chunks} chunks" if layout.chunks > 1 else "")
+        sizes = (layout.tensor, layout.pipeline, plan.candidate.data, layout.context, layout.recompute, schedule)
         shared = "yes" if layout.sequence_parallel else "no"
         memory = f"{plan.peak[1] / GIB:.0f} ({plan.peak[0] / GIB:.0f}-{plan.peak[2] / GIB:.0f})"
         rows.append([f"{each.seq_len:,}", each.global_seqs, *sizes, shared, f"{plan.seconds:.2f}", f"{plan.mfu:.1%}", memory])

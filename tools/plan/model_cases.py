@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from recipes.common.config.ds_config import precision, zero_stage
-from recipes.common.config.placement import FOLDED, ONE_PASS, chunk_count, rank_of_chunk
+from recipes.common.config.placement import Placement, placement_of
 from recipes.common.model.decoder import Stack, find_stack
 from recipes.common.model.flops import ModelWork, layer_costs, model_work, training_flops
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.routers import plan_routers
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers
+from recipes.common.pipeline.schedules import most_in_flight
 from recipes.common.pipeline.stage import NO_ROUTER_LOSS
 from recipes.common.recipe import AdamW, Layout, Recipe
 from tools.common.console import UsageError
@@ -25,6 +26,7 @@ from tools.plan.activations import TRAFFIC_PER_SAVED, LayerBytes, layer_activati
 from tools.plan.context_cost import ContextCost, context_cost
 from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes, loss_bytes, state_bytes
 from tools.plan.rank_params import rank_params
+from tools.plan.schedule_formulas import bubble_share, exposed_messages
 from tools.plan.time_model import Cases
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -65,7 +67,7 @@ class ModelFacts:
     work: ModelWork
     activations: tuple[LayerBytes, ...]  # by layer
     params_by_ranks: dict[tuple[int, str, int], dict[str, float] | str] = field(default_factory=dict)  # results of `rank_params`
-    layers_by_pipeline: dict[tuple[int, str, tuple[int, ...]], list[list[int]]] = field(default_factory=dict)  # of `own_layers`
+    layers_by_pipeline: dict[tuple[Placement, tuple[int, ...]], list[list[int]]] = field(default_factory=dict)  # of `own_layers`
 
     @cached_property
     def flops(self) -> float:
@@ -113,12 +115,12 @@ class ModelFacts:
 
     def own_layers(self, layout: Layout) -> list[list[int]]:
         """Return each stage's layers, partitioned as in training."""
-        pipeline, schedule = layout.pipeline, layout.pipeline_schedule
-        if (key := (pipeline, schedule, layout.layers_per_stage)) not in self.layers_by_pipeline:
+        placement = placement_of(layout)
+        if (key := (placement, layout.layers_per_stage)) not in self.layers_by_pipeline:
             costs, head = self.costs
-            chunks = partition_layers(costs, head, pipeline, schedule, layout.layers_per_stage)
+            chunks = partition_layers(costs, head, placement, layout.layers_per_stage)
             self.layers_by_pipeline[key] = [
-                [index for chunk in own for index in chunk] for own in chunks_by_rank(chunks, pipeline)
+                [index for chunk in own for index in chunk] for own in chunks_by_rank(chunks, placement)
             ]
         return self.layers_by_pipeline[key]
 
@@ -166,8 +168,7 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
     undivided = held if layout.expert == 1 else _stage_params(facts, replace(layout, expert=1))
     stages = []
     for index, (own, params) in enumerate(zip(facts.own_layers(layout), held, strict=True)):
-        # 1F1B: stage i of p keeps p - i micro batches; a folded schedule fills every rank as 1F1B fills the first
-        in_flight = min(layout.pipeline - (0 if layout.pipeline_schedule == FOLDED else index), micro_batches)
+        in_flight = most_in_flight(placement_of(layout), index, micro_batches)
         received = boundary if layout.pipeline > 1 else 0.0
         stages.append(
             StageBytes(
@@ -296,6 +297,7 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
     loads, head, cost = facts.stage_loads(layout), _head_stage(layout), facts.context_cost(layout)
     params = max(_stage_params(facts, layout))
     undivided = params if layout.expert == 1 else max(_stage_params(facts, replace(layout, expert=1)))
+    micro_batches = batch.global_seqs // (candidate.micro_seqs * candidate.readers)
     return {
         "tokens": candidate.own_seqs * batch.seq_len,
         "scores": cost.work * facts.mean_scores,
@@ -308,25 +310,15 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
         "tensor": layout.tensor,
         "data": candidate.data,
         "pipeline": layout.pipeline,
-        "micro_batches": batch.global_seqs // (candidate.micro_seqs * candidate.readers),
+        "micro_batches": micro_batches,
         "layers_slowest": max(loads[:head] + loads[head + 1 :], default=0.0),
         "layers_last": loads[head],
         "params": params,
         "updated": undivided / candidate.data if zero_stage(facts.ds_config) else params,
-        "bubble_share": _bubble_share(layout, passes),
-        "pipe_share": _sequence_ranks(layout) / (2.0 if layout.pipeline_schedule == FOLDED else 1.0),  # a fold sends twice
+        "bubble_share": bubble_share(placement_of(layout), micro_batches, passes),
+        "messages": exposed_messages(placement_of(layout), micro_batches),
+        "pipe_share": _sequence_ranks(layout),
     }
-
-
-def _bubble_share(layout: Layout, passes: float) -> float:
-    """Return the share of 1F1B's bubble that the schedule leaves.
-
-    1F1B waits (p - 1)(F + B + W), ZB-H1 (p - 1)(F + B - W) (arXiv 2401.10241, table 1), where F, B and W take a forward pass
-    each and recomputation adds to B: `passes` = F + B + W. A folded stage has two passes half as long, which leave half of that.
-    """
-    if layout.pipeline_schedule == ONE_PASS:
-        return 1.0
-    return (passes - 2.0) / passes / (2.0 if layout.pipeline_schedule == FOLDED else 1.0)
 
 
 def _repeated_share(layout: Layout) -> float:
@@ -335,4 +327,5 @@ def _repeated_share(layout: Layout) -> float:
 
 
 def _head_stage(layout: Layout) -> int:
-    return rank_of_chunk(layout.pipeline_schedule, layout.pipeline, chunk_count(layout.pipeline_schedule, layout.pipeline) - 1)
+    placement = placement_of(layout)
+    return placement.rank_of(placement.count - 1)

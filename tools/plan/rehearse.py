@@ -78,7 +78,7 @@ def step_lengths(layout: Layout, accumulation: int, ds_config: dict[str, Any]) -
     The last fills the pipeline as a whole step does, so that its peak is a step's. A zero bubble keeps weight gradients for
     later, more of them the longer its steady part is; gradients that a step makes anew are all there after a first backward pass.
     """
-    full = layout.pipeline if layout.pipeline_schedule == ONE_PASS else 2 * layout.pipeline
+    full = layout.pipeline if layout.pipeline_schedule == ONE_PASS and layout.chunks == 1 else 2 * layout.pipeline
     full += not keeps_gradients(ds_config)
     last = max(2, min(full, accumulation))
     return 1, last - 1, last

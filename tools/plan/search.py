@@ -17,6 +17,7 @@ from recipes.common.recipe import PIPELINE_SCHEDULES, SLICES, Layout, RecipeErro
 from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table
 from tools.common.devices import DEVICES, GIB, Device, find_device
 from tools.common.recipe_io import load_recipe
+from tools.plan.bubbles import bubble_text
 from tools.plan.coefficients import Coefficients, first_principles, read_coefficients
 from tools.plan.evaluate import Plan, Rejected, candidates, judge
 from tools.plan.longest import find_longest, longest_json, longest_text
@@ -98,7 +99,8 @@ def options_of(layout: Layout) -> str:
     said += ["offload_activations"] if layout.offload_activations else []
     said += [f"mlp_chunk_tokens={layout.mlp_chunk_tokens}"] if layout.mlp_chunk_tokens else []
     said += ["sequence_parallel"] if layout.sequence_parallel else []
-    return " ".join(said + ([layout.pipeline_schedule] if layout.pipeline_schedule != PIPELINE_SCHEDULES[0] else []))
+    said += [layout.pipeline_schedule] if layout.pipeline_schedule != PIPELINE_SCHEDULES[0] else []
+    return " ".join(said + ([f"chunks={layout.chunks}"] if layout.chunks > 1 else []))
 
 
 def name_of(candidate: Candidate) -> str:
@@ -139,7 +141,7 @@ def _search_text(
             )
         elif any(not plan.safe for plan in plans[:top]):
             lines.append("! may run out of memory: the interval (nine of ten) reaches the GPU's")
-        lines += ["", f"the first: {name_of(plans[0].candidate)}", plan_text(plans[0]), ""]
+        lines += ["", f"the first: {name_of(plans[0].candidate)}", plan_text(plans[0]), bubble_text(facts, plans[0]), ""]
     else:
         lines.append(f"{facts.recipe.name}: no layout fits")
     lines += [_why_nots(rejected), source_text(coefficients)]

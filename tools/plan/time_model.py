@@ -69,6 +69,7 @@ class Cases:
     updated: np.ndarray  # parameters whose optimizer states this rank updates
     overlapped: np.ndarray  # whether what the data ranks exchange hides behind compute
     bubble_share: np.ndarray  # the share of 1F1B's bubble that the schedule leaves
+    messages: np.ndarray  # between stages, one after another, that a step waits for
     pipe_share: np.ndarray  # tensor ranks that share sending one activation (Megatron scatters it, we do not)
     peak: np.ndarray  # FLOP/s of the layers' matrices
     peak_half: np.ndarray  # FLOP/s of attention and head, in 16 bits even where the layers' matrices have 8
@@ -95,7 +96,7 @@ def step_parts(terms: np.ndarray, c: Cases, effects: np.ndarray | float = 1.0) -
     parts["tensor"] = c.micro_batches * steady_layers * micro["tensor"]
     parts["context"] = c.micro_batches * steady_layers * micro["context"]
     parts["expert"] = c.micro_batches * steady_layers * micro["expert"]
-    parts["pipeline"] = (c.micro_batches + c.pipeline - 1) * micro["pipe"]
+    parts["pipeline"] = c.messages * micro["pipe"]
     parts["bubble"] = np.maximum(c.layers * layer + rest - slowest, 0.0) * c.bubble_share
     # a ring over nodes uses the network adapter of each of its ranks in a node
     adapters = np.minimum(c.data, np.maximum(c.node / c.tensor, 1.0))
@@ -111,7 +112,7 @@ def step_parts(terms: np.ndarray, c: Cases, effects: np.ndarray | float = 1.0) -
 
 
 def _micro_batch(k: dict[str, float], c: Cases, effects: np.ndarray | float) -> dict[str, np.ndarray]:
-    """Return the seconds of one micro batch: in one layer by part, in the head, to send to the next stage and back."""
+    """Return the seconds of one micro batch: in one layer by part, in the head, to send to the next stage."""
     columns = c.hidden / c.tensor
     rate = k["gemm"] * c.peak * columns / (columns + k["narrow"]) * c.tokens / (c.tokens + k["short"])
     matrices = 2.0 * c.passes * c.tokens * c.matrices / c.tensor / rate
@@ -147,7 +148,7 @@ def _micro_batch(k: dict[str, float], c: Cases, effects: np.ndarray | float) -> 
         "context": context * effects,
         "expert": expert * effects,
         "head": 6.0 * c.tokens * c.head / c.tensor / (k["head"] * c.peak_half),
-        "pipe": np.where(c.pipeline > 1, 2.0 * pipe, 0.0),
+        "pipe": np.where(c.pipeline > 1, pipe, 0.0),
     }
 
 

@@ -205,7 +205,7 @@ def _check_speeds(rendezvous: Rendezvous, found: Findings, me: RankInfo, layout:
     plan = {
         "measure": ready,
         "device_type": device_type,
-        "layout": {axis: getattr(layout, axis) for axis in ("tensor", "pipeline", "context", "pipeline_schedule")},
+        "layout": {axis: getattr(layout, axis) for axis in ("tensor", "pipeline", "context", "pipeline_schedule", "chunks")},
         "leaders": found.leaders,
     }
     announce(rendezvous, "plan", plan)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.common.config.placement import FOLDED, chunk_count, rank_of_chunk
+from recipes.common.config.placement import Placement
 from recipes.common.model.decoder import find_stack
 from recipes.common.model.flops import layer_costs
 from recipes.common.model.initial_weights import build_empty
@@ -70,29 +70,26 @@ def stage_times(timings: Timings) -> list[StageTimes]:
     return found
 
 
-def formula_share(pipeline: int, micro_batches: int, times: StageTimes, schedule: str) -> float:
-    """Return the share of the passes' time in which a stage waits, for equal stages.
+def formula_share(placement: Placement, micro_batches: int, times: StageTimes) -> float:
+    """Return the share of the passes' time in which a stage waits, for equal stages of v equal chunks.
 
-    1F1B: (p - 1) / (m + p - 1) (arXiv 2104.04473, section 2.2.1). Zero bubble: b / (m(F + B + W) + b) with
-    b = (p - 1)(F + B - W) (arXiv 2401.10241, table 1). Folded: from its schedule, with a stage's two runs of layers equal.
+    1F1B: (p - 1) / (v m + p - 1) (arXiv 2104.04473, sections 2.2.1 and 2.2.2). Zero bubble: b / (m(F + B + W) + b) with
+    b = (p - 1)(F + B - W) / v (arXiv 2401.10241, table 1). Folded, or where p does not divide the micro batches of several
+    chunks: from the schedule.
     """
-    if schedule == FOLDED:
-        return simulate([times] * pipeline, micro_batches, schedule)
-    lost = (pipeline - 1) * (times.forward + times.backward - times.weights)
+    uneven = placement.per_rank > 1 and micro_batches % placement.pipeline
+    if placement.folded or uneven:
+        return simulate([times] * placement.pipeline, micro_batches, placement)
+    lost = (placement.pipeline - 1) * (times.forward + times.backward - times.weights) / placement.per_rank
     return max(lost, 0.0) / (micro_batches * times.all + max(lost, 0.0))
 
 
-def simulate(stages: list[StageTimes], micro_batches: int, schedule: str) -> float:
-    """Return the mean share in which stages wait, when passes take these times and messages none.
-
-    In a folded schedule each of a rank's two runs of layers takes half of its time.
-    """
-    count = len(stages)
-    chunks = chunk_count(schedule, count)
-    owners = [stages[rank_of_chunk(schedule, count, chunk)] for chunk in range(chunks)]
-    share = count / chunks
+def simulate(stages: list[StageTimes], micro_batches: int, placement: Placement) -> float:
+    """Return the mean share in which stages wait, when passes take these times and messages none; a rank's chunks are equal."""
+    count, share = len(stages), 1 / placement.per_rank
+    owners = [stages[placement.rank_of(chunk)] for chunk in range(placement.count)]
     costs = tuple(Costs(share * s.forward, share * s.backward, share * s.weights) for s in owners)
-    span = max(finish_times(order_passes(schedule, count, micro_batches, costs), costs))
+    span = max(finish_times(order_passes(placement, micro_batches, costs), costs))
     return 1 - sum(stage.all for stage in stages) * micro_batches / count / span if span else 0.0
 
 
@@ -110,8 +107,8 @@ def find_bubble(timings: Timings) -> Bubble | None:
         span = float(np.median(rank.parts[:, passes + messages].sum(axis=1)))
         measured.append(waited / span if span else 0.0)
         exposed.append(min(rank.transfer_ms, waited) / span if span else 0.0)
-    case = timings.micro_batches, timings.schedule
-    formula = formula_share(timings.pipeline, case[0], mean, case[1])
+    case = timings.micro_batches, timings.placement
+    formula = formula_share(timings.placement, timings.micro_batches, mean)
     imbalance = simulate(stages, *case) - simulate([mean] * len(stages), *case)
     share, p2p = float(np.mean(measured)), float(np.mean(exposed))
     rest = share - formula - imbalance - p2p
@@ -126,7 +123,7 @@ def find_balance(timings: Timings, recipe: Recipe) -> Balance | None:
     partition = [next(rank.layers for rank in timings.ranks if rank.stage == stage) for stage in range(timings.pipeline)]
     causal = build_empty(recipe.model, recipe.attention)
     costs, _ = layer_costs(causal, find_stack(causal), recipe.batch.seq_len)
-    with_head = rank_of_chunk(timings.schedule, timings.pipeline, chunk_count(timings.schedule, timings.pipeline) - 1)
+    with_head = timings.placement.rank_of(timings.placement.count - 1)
 
     def by_stage(layers: list[float], partition: list[list[tuple[int, int]]], head: float) -> list[float]:
         times = [sum(sum(layers[start:stop]) for start, stop in runs) for runs in partition]
@@ -138,8 +135,8 @@ def find_balance(timings: Timings, recipe: Recipe) -> Balance | None:
     if not head:
         rate = sum(stages) / sum(shares)
     layers = [rate * cost for cost in costs]
-    chunks = partition_layers(layers, head, timings.pipeline, timings.schedule)
-    better = [[(chunk.start, chunk.stop) for chunk in own] for own in chunks_by_rank(chunks, timings.pipeline)]
+    chunks = partition_layers(layers, head, timings.placement)
+    better = [[(chunk.start, chunk.stop) for chunk in own] for own in chunks_by_rank(chunks, timings.placement)]
     current, predicted = by_stage(layers, partition, head), by_stage(layers, better, head)
     saved = max(current) - max(predicted)
     return Balance(

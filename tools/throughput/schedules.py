@@ -19,10 +19,10 @@ import torch.distributed as dist
 from transformers import LlamaConfig
 
 from recipes.common.config.ds_config import load_ds_config
-from recipes.common.config.placement import chunk_count
+from recipes.common.config.placement import FOLDED, ONE_PASS, ZERO_BUBBLE, Placement, placement_of
 from recipes.common.engine.build_trainer import build_trainer
 from recipes.common.engine.trainer import Trainer
-from recipes.common.recipe import PIPELINE_SCHEDULES, AdamW, Layout
+from recipes.common.recipe import AdamW, Layout
 from tools.common.console import GOOD, UsageError, table
 from tools.common.forked_ranks import run_ranks
 
@@ -35,6 +35,7 @@ class ScheduleTiming:
     """A schedule's medians over the rounds. `ratio`: 1F1B's time over this schedule's in paired steps; above 1 is faster."""
 
     schedule: str
+    chunks: int
     step_seconds: float
     ratio: float
     bubble_share: float
@@ -53,6 +54,13 @@ class BenchCase:
     layers: int = 8
     vocab: int = 256
     rounds: int = 15
+    chunks: int = 2  # of the interleaved schedules
+
+    def layouts(self) -> tuple[Layout, ...]:
+        """Return what is compared, 1F1B first."""
+        whole = (Layout(pipeline=self.pipeline, pipeline_schedule=name) for name in (ONE_PASS, ZERO_BUBBLE, FOLDED))
+        rounds = (Layout(pipeline=self.pipeline, pipeline_schedule=name, chunks=self.chunks) for name in (ONE_PASS, ZERO_BUBBLE))
+        return *whole, *(rounds if self.chunks > 1 else ())
 
     def model(self) -> LlamaConfig:
         return LlamaConfig(
@@ -67,17 +75,19 @@ class BenchCase:
         )
 
 
-def measure_schedules(case: BenchCase, schedules: tuple[str, ...] = PIPELINE_SCHEDULES) -> list[ScheduleTiming]:
-    """Train by each of `schedules` in turns on `case.pipeline` ranks; compare them with the first."""
-    ranks = run_ranks(_rank, case.pipeline, case, schedules, timeout_seconds=1800.0)
-    steps = {name: [max(times) for times in zip(*(rank[name]["seconds"] for rank in ranks), strict=True)] for name in schedules}
-    base, found = steps[schedules[0]], []
-    for schedule, seconds in steps.items():
-        busy = [rank[schedule]["busy"] for rank in ranks]
+def measure_schedules(case: BenchCase) -> list[ScheduleTiming]:
+    """Train by each of the case's layouts in turns on `case.pipeline` ranks; compare them with the first."""
+    layouts = case.layouts()
+    ranks = run_ranks(_rank, case.pipeline, case, timeout_seconds=1800.0)
+    steps = [[max(times) for times in zip(*(rank[i]["seconds"] for rank in ranks), strict=True)] for i in range(len(layouts))]
+    base, found = steps[0], []
+    for index, (layout, seconds) in enumerate(zip(layouts, steps, strict=True)):
+        busy = [rank[index]["busy"] for rank in ranks]
         idle = [1 - statistics.mean(each) / step for step, *each in zip(seconds, *busy, strict=True)]
         found.append(
             ScheduleTiming(
-                schedule=schedule,
+                schedule=layout.pipeline_schedule,
+                chunks=placement_of(layout).per_rank,
                 step_seconds=statistics.median(seconds),
                 ratio=statistics.median(b / s for b, s in zip(base, seconds, strict=True)),
                 bubble_share=statistics.median(idle),
@@ -87,31 +97,30 @@ def measure_schedules(case: BenchCase, schedules: tuple[str, ...] = PIPELINE_SCH
     return found
 
 
-def _rank(case: BenchCase, schedules: tuple[str, ...]) -> dict[str, dict[str, list[float]]]:
+def _rank(case: BenchCase) -> list[dict[str, list[float]]]:
     libc = ctypes.CDLL(None)  # keep freed memory, as launch/env.sh does
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
     libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
-    trainers = {schedule: _trainer(case, schedule) for schedule in schedules}
+    trainers = [_trainer(case, layout) for layout in case.layouts()]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, case.vocab, (case.micro_batches, case.micro_seqs, case.seq_len + 1), generator=generator)
     scored = tokens[:, :, 1:].numel()
-    times: dict[str, dict[str, list[float]]] = {schedule: {"seconds": [], "busy": []} for schedule in schedules}
+    times: list[dict[str, list[float]]] = [{"seconds": [], "busy": []} for _ in trainers]
     for step in range(WARM_STEPS + case.rounds):
-        order = schedules if step % 2 else schedules[::-1]
-        for schedule in order:
+        order = list(zip(trainers, times, strict=True))
+        for trainer, taken in order if step % 2 else order[::-1]:
             dist.barrier()
             started, worked = time.perf_counter(), time.thread_time()
-            trainers[schedule].train_step(list(tokens), 1e-4, scored)
+            trainer.train_step(list(tokens), 1e-4, scored)
             if step >= WARM_STEPS:
-                times[schedule]["seconds"].append(time.perf_counter() - started)
-                times[schedule]["busy"].append(time.thread_time() - worked)
+                taken["seconds"].append(time.perf_counter() - started)
+                taken["busy"].append(time.thread_time() - worked)
         if dist.get_rank() == 0 and sys.stderr.isatty():
             print(f"\rround {step + 1} of {WARM_STEPS + case.rounds}", end="", file=sys.stderr)
     return times
 
 
-def _trainer(case: BenchCase, schedule: str) -> Trainer:
-    layout = Layout(pipeline=case.pipeline, pipeline_schedule=schedule)
+def _trainer(case: BenchCase, layout: Layout) -> Trainer:
     config = load_ds_config("zero1_fp32.json") | {
         "train_micro_batch_size_per_gpu": case.micro_seqs,
         "gradient_accumulation_steps": case.micro_batches,
@@ -121,6 +130,14 @@ def _trainer(case: BenchCase, schedule: str) -> Trainer:
     return build_trainer(case.model(), layout, AdamW(lr=1e-4), config, device_type="cpu", seq_len=case.seq_len)
 
 
+def _name(placement: Placement) -> str:
+    return (
+        placement.schedule
+        if placement.per_rank == 1 or placement.folded
+        else f"{placement.schedule}, {placement.per_rank} chunks"
+    )
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     for name, value in asdict(BenchCase()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="default: %(default)s")
@@ -128,16 +145,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     case = BenchCase(**{name: getattr(flags, name) for name in asdict(BenchCase())})
-    chunks = {schedule: chunk_count(schedule, case.pipeline) for schedule in PIPELINE_SCHEDULES}
-    most = max(chunks, key=chunks.get)
-    if case.layers < chunks[most]:
-        raise UsageError(f"--layers={case.layers}: {most} needs at least {chunks[most]}, one for each of its chunks")
+    most = max(map(placement_of, case.layouts()), key=lambda placement: placement.count)
+    if case.layers < most.count:
+        raise UsageError(f"--layers={case.layers}: {_name(most)} needs at least {most.count}, one for each of its chunks")
     found = measure_schedules(case)
     if flags.json:
         print(json.dumps({"case": asdict(case), "schedules": [asdict(each) for each in found]}))
         return GOOD
     rows = [
-        [each.schedule, f"{each.step_seconds:.3f}", f"{each.ratio:.3f}", f"{100 * each.bubble_share:.1f} %"]
+        [
+            _name(Placement(each.schedule, case.pipeline, each.chunks)),
+            f"{each.step_seconds:.3f}",
+            f"{each.ratio:.3f}",
+            f"{100 * each.bubble_share:.1f} %",
+        ]
         + [f"{seconds:.3f}" for seconds in each.busy_seconds]
         for each in found
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.common.config.placement import coordinates
+from recipes.common.config.placement import Placement, coordinates
 from recipes.common.recipe import Layout
 from recipes.common.run_dir.timing_files import FOLDER, RankTiming, read_timing
 from recipes.common.runtime.step_clock import COMPUTE, COOL_DOWN, PARTS, PIPELINE, TENSOR, WARM_UP, CommKey
@@ -29,8 +29,6 @@ BUS_FACTORS = {
     "all_to_all_single": lambda n: (n - 1) / n,
     "reduce": lambda n: 1.0,
     "broadcast": lambda n: 1.0,
-    "send": lambda n: 1.0,
-    "recv": lambda n: 1.0,
 }
 
 
@@ -84,6 +82,10 @@ class Timings:
     device: str
     micro_batches: int
     ranks: list[RankSteps]
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.schedule, self.pipeline, len(self.ranks[0].layers))
 
     def step_ms(self) -> float:
         return float(np.mean([sum(rank.mean().values()) for rank in self.ranks]))

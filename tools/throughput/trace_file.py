@@ -1,7 +1,7 @@
 """Writes traced steps in the format of ui.perfetto.dev and chrome://tracing: one track a rank, arrows for messages.
 
-The k-th message that a rank sends to another in a step is the k-th that the other receives from it. Each rank's times are by its
-host's clock.
+The k-th message that a rank sends to another in a step is the k-th that the other receives from it, and it counts as received
+when it is waited for. Each rank's times are by its host's clock.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from recipes.common.run_dir.timing_files import read_trace
 from recipes.common.runtime.step_clock import OTHER
 from tools.common.console import UsageError
 from tools.throughput.timings import Timings
-
-_SENDS = {"send": "blocking", "isend": "posted"}
-_RECEIVES = {"recv": "blocking", "irecv": "posted"}  # a posted message counts as received when it is waited for
 
 
 def trace_text(run_dir: Path, timings: Timings) -> str:
@@ -46,14 +43,14 @@ def trace_events(traces: dict[int, list[dict[str, Any]]], timings: Timings) -> l
                 title = f"step {step['step']}" if part == OTHER else part if comm is None else f"{comm.op} {comm.group}"
                 event = {"ph": "X", "pid": 0, "tid": rank, "name": title, "cat": part, "ts": start, "dur": micros}
                 events.append(event | ({"args": comm._asdict()} if comm else {}))
-                if comm is not None and comm.op in _SENDS:
-                    sent[step["step"], rank, comm.peer, _SENDS[comm.op]].append(start)
-                elif comm is not None and comm.op in _RECEIVES:
-                    received[step["step"], comm.peer, rank, _RECEIVES[comm.op]].append(start + micros)
+                if comm is not None and comm.op == "isend":
+                    sent[step["step"], rank, comm.peer].append(start)
+                elif comm is not None and comm.op == "irecv":
+                    received[step["step"], comm.peer, rank].append(start + micros)
     for key, starts in sent.items():
-        step, source, target, kind = key
+        step, source, target = key
         for number, (start, end) in enumerate(zip(starts, received.get(key, ()), strict=False)):
-            flow = {"pid": 0, "name": "message", "cat": "message", "id": f"{step}/{source}-{target}/{kind}/{number}"}
+            flow = {"pid": 0, "name": "message", "cat": "message", "id": f"{step}/{source}-{target}/{number}"}
             events.append(flow | {"ph": "s", "tid": source, "ts": start})
             events.append(flow | {"ph": "f", "bp": "e", "tid": target, "ts": end})
     return events

@@ -118,6 +118,7 @@ def _describe(name: str, layouts: dict[str, tuple[Layout, int]], length: dict[st
         tensor=max(layout.tensor * layout.context for layout, _ in layouts.values()),  # context ranks divide heads too
         pipeline=max(layout.pipeline for layout, _ in layouts.values()),
         expert=max(layout.expert for layout, _ in layouts.values()),
+        chunks=max(layout.chunks for layout, _ in layouts.values()),
     )
     try:
         config = tiny_family(name, widest).config

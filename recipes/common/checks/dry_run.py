@@ -9,7 +9,7 @@ from torch import nn
 from recipes.common.checks.attention_kernel import attention_lines
 from recipes.common.checks.run_notes import router_lines, run_notes, tensor_lines
 from recipes.common.config.lr_schedules import learning_rate_at, seqs_after, tokens_of_run
-from recipes.common.config.placement import ONE_PASS
+from recipes.common.config.placement import ONE_PASS, placement_of
 from recipes.common.model.decoder import find_stack
 from recipes.common.model.flops import layer_costs
 from recipes.common.model.initial_weights import build_empty
@@ -47,9 +47,9 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
         *(f"note        {note}" for note in run_notes(recipe, causal)),
         "stage  layers        part of the cost",
     ]
-    chunks = partition_layers(costs, head, layout.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
+    chunks = partition_layers(costs, head, placement_of(layout), layout.layers_per_stage)
     total = sum(costs) + head
-    for index, runs in enumerate(chunks_by_rank(chunks, layout.pipeline)):
+    for index, runs in enumerate(chunks_by_rank(chunks, placement_of(layout))):
         has_head = runs[-1] is chunks[-1]
         cost = sum(costs[i] for run in runs for i in run) + (head if has_head else 0.0)
         parts = ("embedding, " if index == 0 else "") + ", ".join(f"{run[0]}-{run[-1]}" for run in runs)
@@ -94,6 +94,7 @@ def _masks(recipe: Recipe, layout: Layout) -> list[str]:
 
 def _options(layout: Layout, layers: nn.Module) -> str:
     text = ", sequence parallel" if layout.sequence_parallel else ""
+    text += f", {layout.chunks} chunks a stage" if layout.chunks > 1 else ""
     if layout.pipeline_schedule != ONE_PASS:
         percent = 100 * deferrable_fraction(layers)
         text += f", {layout.pipeline_schedule} (weight gradients of {percent:.0f} % of the layers' parameters fill the bubble)"

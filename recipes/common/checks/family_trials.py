@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from recipes.common.config.placement import chunk_count
+from recipes.common.config.placement import placement_of
 from recipes.common.model.decoder import PlanError
 from recipes.common.parallel.grid import Grid, one_process
 from recipes.common.parallel.tiny_model import is_tiny, shrink
@@ -31,7 +31,7 @@ def partition_problems(config: PreTrainedConfig, layout: Layout, attention: str)
         return []
     advice = "use pipeline=1 (ZeRO 1 to 3 and tensor parallelism remain)"
     try:
-        count = chunk_count(layout.pipeline_schedule, layout.pipeline)
+        count = layout.pipeline * (2 if placement_of(layout).folded else 1)  # chunks that go around are cut as stages are
         tiny = config if is_tiny(config) else shrink(config, Layout(pipeline=count))
         ids = torch.arange(_SEQS * _SEQ_LEN).view(_SEQS, _SEQ_LEN) % (tiny.vocab_size - 3) + 3
         whole = _run(tiny, attention, 1, ids)

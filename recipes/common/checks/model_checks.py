@@ -14,7 +14,7 @@ from recipes.common.checks.router_checks import router_problems, router_value_pr
 from recipes.common.checks.tiny_trial import trial_problems
 from recipes.common.config.ds_config import did_you_mean
 from recipes.common.config.model_sizes import size_problem
-from recipes.common.config.placement import chunk_count
+from recipes.common.config.placement import placement_of
 from recipes.common.data.document_masking import masking_problem
 from recipes.common.model.decoder import PlanError, Stack, find_stack
 from recipes.common.model.flops import layer_costs
@@ -122,10 +122,13 @@ def depth_problems(layout: Layout, depth: int) -> list[str]:
     """Check that the model has a layer for every chunk, and as many layers as `layers_per_stage` says."""
     if layout.pipeline > depth:
         return [f"layout pipeline={layout.pipeline} exceeds the model's {depth} layers; use {depth} stages at most"]
-    if chunk_count(layout.pipeline_schedule, layout.pipeline) > depth:
+    placement = placement_of(layout)
+    if placement.count > depth:
+        most = depth // placement.per_rank
+        cure = "pipeline_schedule='zero_bubble'" if placement.folded else f"chunks={depth // layout.pipeline}"
         return [
-            f"layout pipeline={layout.pipeline} with pipeline_schedule={layout.pipeline_schedule!r} needs two chunks of layers "
-            f"a stage, and the model has {depth} layers; use {depth // 2} stages at most, or pipeline_schedule='zero_bubble'"
+            f"layout pipeline={layout.pipeline} with {placement.words} needs {placement.per_rank} chunks of layers a stage, and "
+            f"the model has {depth} layers; use {most} stages at most, or {cure}"
         ]
     if layout.layers_per_stage and sum(layout.layers_per_stage) != depth:
         return [
@@ -139,7 +142,7 @@ def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) ->
     """Check that every stage holds both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
     layers = causal.get_submodule(stack.layers)
     kinds = {p.ndim < 2 for p in causal.parameters()}
-    for runs in chunks_by_rank(_chunks(recipe, causal, stack, layout), layout.pipeline):
+    for runs in chunks_by_rank(_chunks(recipe, causal, stack, layout), placement_of(layout)):
         own = [index for run in runs for index in run]
         if {p.ndim < 2 for index in own for p in layers[index].parameters()} != kinds:
             return [
@@ -160,7 +163,7 @@ def crossing_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout)
 
 def _chunks(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[range]:
     costs, head = layer_costs(causal, stack, recipe.batch.seq_len)
-    return partition_layers(costs, head, layout.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
+    return partition_layers(costs, head, placement_of(layout), layout.layers_per_stage)
 
 
 def config_problems(config: PreTrainedConfig) -> list[str]:

@@ -19,7 +19,7 @@ from recipes.common.config.ds_checks import device_problems, ds_config_problems,
 from recipes.common.config.ds_config import ds_config_path, load_ds_config
 from recipes.common.config.field_types import mistyped_fields, shown
 from recipes.common.config.lr_schedules import ramp_problems, schedule_problems
-from recipes.common.config.placement import chunk_count
+from recipes.common.config.placement import FOLDED, placement_of
 from recipes.common.data.batches import recipe_data_problems
 from recipes.common.data.blend import blend_problems, folders
 from recipes.common.data.document_masking import masking_problem
@@ -101,7 +101,7 @@ def _batch_sizes(recipe: Recipe) -> tuple[int, ...]:
 
 def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str]:
     """Check a layout on `world_size` ranks, and the batch there, by arithmetic alone."""
-    names = ("tensor", "pipeline", "context", "expert", "recompute_every")
+    names = ("tensor", "pipeline", "context", "expert", "recompute_every", "chunks")
     problems = [
         f"layouts[{world_size}].{name}={getattr(layout, name)} must be a whole number from 1"
         for name in names
@@ -145,11 +145,18 @@ def option_problems(layout: Layout, seq_len: int, prefix: str = "") -> list[str]
             f"{prefix}pipeline_schedule={layout.pipeline_schedule!r} with pipeline=1: there is no pipeline to schedule; "
             "leave it out, or use pipeline=2 or more"
         )
-    chunks = chunk_count(layout.pipeline_schedule, layout.pipeline)
+    elif layout.chunks > 1 and layout.pipeline == 1:
+        problems.append(f"{prefix}chunks={layout.chunks} with pipeline=1: there are no rounds of a pipeline; leave it out")
+    elif layout.chunks > 1 and layout.pipeline_schedule == FOLDED:
+        problems.append(
+            f"{prefix}chunks={layout.chunks} with pipeline_schedule={FOLDED!r}: it has two chunks on every stage; leave chunks "
+            "out, or use pipeline_schedule='zero_bubble'"
+        )
+    chunks = placement_of(layout).count
     if layout.layers_per_stage and not (len(layout.layers_per_stage) == chunks and min(layout.layers_per_stage) >= 1):
         problems.append(
             f"{prefix}layers_per_stage={layout.layers_per_stage} must have {chunks} whole numbers from 1, the layers of "
-            f"each chunk in the model's order (pipeline={layout.pipeline}, pipeline_schedule={layout.pipeline_schedule!r}); "
+            f"each chunk in the model's order (pipeline={layout.pipeline}, {placement_of(layout).words}); "
             "leave it out to have them balanced"
         )
     if layout.recompute not in RECOMPUTE:

@@ -142,7 +142,7 @@ DEEPSPEED_EFFECTS = {key: effect for effect, keys in _DEEPSPEED.items() for key 
 _LAYOUT = {
     Effect.ROUNDING: """tensor pipeline context context_heads expert data world mlp_chunk_tokens sequence_parallel experts
         accumulation""",
-    Effect.SPEED: "recompute recompute_every offload_activations pipeline_schedule layers_per_stage",
+    Effect.SPEED: "recompute recompute_every offload_activations pipeline_schedule chunks layers_per_stage",
     Effect.COURSE: "tokens_per_step",
 }
 _LAYOUT_EFFECTS = {name: effect for effect, names in _LAYOUT.items() for name in names.split()}

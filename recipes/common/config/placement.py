@@ -9,6 +9,56 @@ from recipes.common.recipe import Layout
 ONE_PASS, ZERO_BUBBLE, FOLDED = "1f1b", "zero_bubble", "zero_bubble_v"  # ONE_PASS: a backward pass computes everything
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Which pipeline rank runs which chunks of layers.
+
+    Every rank has `per_rank` chunks, of p x per_rank in the model's order. They go around the ranks again and again, chunk c on
+    rank c % p; or, folded, there and back: the first rank has the first layers and the last ones.
+    """
+
+    schedule: str
+    pipeline: int
+    per_rank: int = 1
+
+    @property
+    def folded(self) -> bool:
+        return self.schedule == FOLDED
+
+    @property
+    def count(self) -> int:
+        """Return how many chunks the model has."""
+        return self.pipeline * self.per_rank
+
+    @property
+    def words(self) -> str:
+        """Return the fields of a Layout that say so, without the pipeline's size."""
+        chunks = f", chunks={self.per_rank}" if self.per_rank > 1 and not self.folded else ""
+        return f"pipeline_schedule={self.schedule!r}{chunks}"
+
+    def rank_of(self, chunk: int) -> int:
+        """Return the pipeline rank that runs a chunk."""
+        lap, place = divmod(chunk, self.pipeline)
+        return self.pipeline - 1 - place if self.folded and lap else place
+
+    def chunks_of(self, rank: int) -> tuple[int, ...]:
+        """Return the chunks that a pipeline rank runs, in the model's order."""
+        return tuple(chunk for chunk in range(self.count) if self.rank_of(chunk) == rank)
+
+    def neighbours_of(self, rank: int) -> tuple[int, ...]:
+        """Return the pipeline ranks that a rank exchanges messages with; first and last are neighbours where chunks go around."""
+        beside = (rank + 1, rank - 1)
+        if not self.folded and self.per_rank > 1:
+            return tuple(dict.fromkeys(other % self.pipeline for other in beside))
+        return tuple(other for other in beside if 0 <= other < self.pipeline)
+
+
+def placement_of(layout: Layout) -> Placement:
+    """Return where a layout's chunks are. A folded schedule has two on every rank."""
+    per_rank = 2 if layout.pipeline_schedule == FOLDED else layout.chunks
+    return Placement(layout.pipeline_schedule, layout.pipeline, per_rank)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Coordinates:
     """One rank's position in the grid of tensor, pipeline and data ranks; known before any process group exists."""
@@ -22,6 +72,7 @@ class Coordinates:
     data_rank: int
     context: int = 1  # data ranks that share their sequences: neighbours
     expert: int = 1  # data ranks that share experts: neighbours
+    chunks: int = 1  # of layers, that this rank runs one after another
     folded: bool = False  # the pipeline turns back at its last rank and ends on its first
 
     @property
@@ -70,25 +121,11 @@ def coordinates(rank: int, world_size: int, layout: Layout) -> Coordinates:
         data_rank=rank // tensor % data,
         context=layout.context,
         expert=layout.expert,
-        folded=layout.pipeline_schedule == FOLDED,
+        chunks=placement_of(layout).per_rank,
+        folded=placement_of(layout).folded,
     )
 
 
 def rank_coordinates(grid: Coordinates, rank: int) -> tuple[int, int, int]:
     """Return the (pipeline, data, tensor) rank of any rank of `grid`'s run."""
     return rank // (grid.tensor * grid.data), rank // grid.tensor % grid.data, rank % grid.tensor
-
-
-def chunk_count(schedule: str, pipeline: int) -> int:
-    """Return how many chunks a model has: one for each stage, or two."""
-    return 2 * pipeline if schedule == FOLDED else pipeline
-
-
-def rank_of_chunk(schedule: str, pipeline: int, chunk: int) -> int:
-    """Return the pipeline rank that runs a chunk."""
-    return chunk if chunk < pipeline else chunk_count(schedule, pipeline) - 1 - chunk
-
-
-def chunks_of_rank(schedule: str, pipeline: int, rank: int) -> tuple[int, ...]:
-    """Return the chunks that a pipeline rank runs, in the model's order."""
-    return (rank, 2 * pipeline - 1 - rank) if schedule == FOLDED else (rank,)

@@ -62,20 +62,20 @@ def build_trainer(
         router_group=make_router_group(grid, **shared) if planned.routers.balances else None,
     )
     if device_is_bound() and layout.pipeline > 1:
-        _refuse_deadlocks(stage, layout.pipeline, {ds_config["gradient_accumulation_steps"], *ramp})
+        _refuse_deadlocks(stage, {ds_config["gradient_accumulation_steps"], *ramp})
     trainer = Trainer(stage, grid, optimizer, ds_config, document_end)
     trainer.untouched = Untouched(trainer)
     return trainer
 
 
-def _refuse_deadlocks(stage: Stage, pipeline: int, micro_batches: set[int]) -> None:
+def _refuse_deadlocks(stage: Stage, micro_batches: set[int]) -> None:
     """Raise RecipeError for a schedule that cannot run in the process group that somebody else has started."""
-    if problem := schedule_problem(stage.schedule, pipeline, micro_batches, stage.pass_costs, GROUP):
+    if problem := schedule_problem(stage.placement, micro_batches, stage.pass_costs, GROUP):
         raise RecipeError(
             "this process group cannot run the schedule",
             [
                 f"{problem}. The process group was started with a device; start it without device_id, as Trifold does, or use "
-                "pipeline_schedule='zero_bubble', which runs on such streams too"
+                "pipeline_schedule='zero_bubble' with chunks=1, which runs on such streams too"
             ],
         )
 

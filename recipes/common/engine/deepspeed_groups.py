@@ -22,7 +22,7 @@ class PipelineGroups(PipelineParallelGrid):
         self.pipe_parallel_size, self.data_parallel_size = grid.pipeline, grid.data
         self.model_parallel_size = self.slice_parallel_size = grid.tensor
         self.stage_id, self.data_parallel_id = grid.pipeline_rank, grid.data_rank
-        # in DeepSpeed's order of layers: with a folded schedule its own passes are not run
+        # in DeepSpeed's order of layers: its own passes are not run
         self.is_first_stage, self.is_last_stage = self.stage_id == 0, self.stage_id == grid.pipeline - 1
         self.p2p_groups: list[list[int]] = []  # of torch before 1.8
         self.ds_model_proc_group = grid.model_group

@@ -11,8 +11,8 @@ its arguments, and without any does what DeepSpeed's own does.
     bf16_optimizer.get_norm_with_moe_layers      nothing: that norm has the experts in it
 On one engine:
     optimizer.scaled_global_norm, optimizer._get_norm_groups    gradient_norm: the same for ZeRO 1 and 2, and for ZeRO 3
-    engine._INSTRUCTION_MAP                      deepspeed_timers: instructions on the clock; executor: a zero-bubble step
-    engine._train_schedule                       executor: a zero-bubble step
+    engine._INSTRUCTION_MAP                      deepspeed_timers: instructions on the clock; executor: the passes of a step
+    engine._train_schedule                       executor: the passes of a step, then DeepSpeed's reductions and its step
     engine._aggregate_total_loss                 nothing: the trainer sums losses itself
     engine.timers                                nothing: a pipeline engine's keeps two CUDA events a step for ever
 """
@@ -101,13 +101,12 @@ def patch_engine(engine: DeepSpeedEngine, grid: Grid, executor: PipelineExecutor
     _patch_norm(engine.optimizer, grid, gate)
     if not isinstance(comm.cdb, TimedBackend):
         comm.cdb = TimedBackend(comm.cdb)
-    if grid.pipeline > 1:
+    if executor is not None:
         engine._aggregate_total_loss = lambda: torch.zeros(())
         engine.timers = NoopTimer()
         # on the instance, because `deepspeed.initialize` chooses the engine's class
-        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | timed_instructions(engine._INSTRUCTION_MAP)
-    if executor is not None:
-        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {RunPasses: lambda engine: executor.train()}
+        timed = timed_instructions(engine._INSTRUCTION_MAP)
+        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | timed | {RunPasses: lambda engine: executor.train()}
         engine._train_schedule = lambda: OneStep(engine.micro_batches, engine.num_stages, engine.stage_id)
     return gate
 

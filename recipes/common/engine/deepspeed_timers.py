@@ -13,17 +13,11 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule
 
-from recipes.common.runtime.step_clock import BACKWARD, CLOCK, DATA, FORWARD, OPTIMIZER, Span, num_bytes
+from recipes.common.runtime.step_clock import CLOCK, OPTIMIZER, Span, num_bytes
 
-_PARTS = {
-    schedule.LoadMicroBatch: DATA,
-    schedule.ForwardPass: FORWARD,
-    schedule.BackwardPass: BACKWARD,
-    # reducing gradients is the optimizer's work; the collectives inside are counted apart
-    schedule.ReduceGrads: OPTIMIZER,
-    schedule.ReduceTiedGrads: OPTIMIZER,
-    schedule.OptimizerStep: OPTIMIZER,
-}
+# those of a pipeline engine's instructions that run. Reducing gradients is the optimizer's work; the collectives inside are
+# counted apart
+_TIMED = (schedule.ReduceGrads, schedule.ReduceTiedGrads, schedule.OptimizerStep)
 # the argument that holds the whole of what is sent, by name and position
 _WHOLE = {
     "all_reduce": ("tensor", 0),
@@ -45,7 +39,7 @@ Instruction = Callable[..., None]  # called as DeepSpeed's engine calls it: with
 
 def timed_instructions(instructions: dict[type, Instruction]) -> dict[type, Instruction]:
     """Return those of a pipeline engine's `instructions` that a step's time goes to, with a span around each."""
-    return {kind: _timed(CLOCK.span(part), instructions[kind]) for kind, part in _PARTS.items()}
+    return {kind: _timed(CLOCK.span(OPTIMIZER), instructions[kind]) for kind in _TIMED}
 
 
 def _timed(span: Span, run: Instruction) -> Instruction:
@@ -68,14 +62,6 @@ class TimedBackend:
             found = _timed_collective(name, found)
             setattr(self, name, found)  # the next call finds it at once
         return found
-
-    def send(self, tensor: torch.Tensor, dst: int, **options: Any) -> Any:
-        with CLOCK.message("send", num_bytes(tensor), dst):
-            return self._backend.send(tensor=tensor, dst=dst, **options)
-
-    def recv(self, tensor: torch.Tensor, src: int | None = None, **options: Any) -> Any:
-        with CLOCK.message("recv", num_bytes(tensor), -1 if src is None else src):
-            return self._backend.recv(tensor=tensor, src=src, **options)
 
 
 class TimedWork:

@@ -81,7 +81,7 @@ class StepSums:
 
 
 class PipelineStages(PipelineModule):
-    """Gives DeepSpeed's pipeline engine one stage a rank: the layers, the loss, and which weights are tied over stages."""
+    """Gives DeepSpeed's pipeline engine one stage a rank, which our executor runs, and the weights that are tied over stages."""
 
     def __init__(self, stage: Stage, topology: PipeModelDataParallelTopology) -> None:
         self._tied: list[tuple[torch.nn.Parameter, dist.ProcessGroup]] = []
@@ -89,7 +89,7 @@ class PipelineStages(PipelineModule):
         # an entry for each stage; only this rank's is built
         layers = [stage] * topology.get_dim("pipe")
         with share_groups(stage.grid):
-            super().__init__(layers, topology=topology, loss_fn=stage.loss, partition_method="uniform")
+            super().__init__(layers, topology=topology, partition_method="uniform")
         if stage.stack.tied and stage.grid.tie_group is not None and (stage.is_first or stage.is_last):
             name = f"{stage.stack.embedding}.weight"
             weight = dict(stage.hf_named_parameters())[name]
@@ -130,7 +130,7 @@ class Trainer:
             self.engine = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config, mpu=mpu)[0]
         if grid.folded and stage.stack.tied and stage.is_first:
             module.tied_head = TiedHead(stage)
-        self._executor = PipelineExecutor(self.engine, stage, grid) if stage.weight_grad_stores else None
+        self._executor = PipelineExecutor(self.engine, stage, grid) if grid.pipeline > 1 else None
         self._gate = patch_engine(self.engine, grid, self._executor)
         self._copy_ahead = CopyAhead(grid.device)
         self.accumulation = ds_config["gradient_accumulation_steps"]
@@ -247,8 +247,6 @@ class Trainer:
         with self._no_questions():
             if self._executor is not None:
                 self._executor.evaluate(batches, count)
-            elif self.grid.pipeline > 1:
-                self.engine.eval_batch(batches, num_micro_batches=count, bcast_loss=False)
             else:
                 self.engine.eval()
                 with torch.no_grad():

@@ -40,7 +40,7 @@ class Phases:
                 "tensor": grid.tensor,
                 "context": grid.context,
                 "expert": grid.expert,
-                "schedule": stage.schedule,
+                "schedule": stage.placement.schedule,
                 "layers": [[chunk.start, chunk.stop] for chunk in stage.chunks],
                 "host": socket.gethostname(),
                 "device": grid.device.type,

@@ -23,8 +23,7 @@ def exchange_first_messages(grid: Grid) -> list[torch.Tensor]:
         return []
     for group in (None, *_groups(grid)):
         dist.all_reduce(torch.ones(1, device=grid.device), group=group)
-    # of all ranks: DeepSpeed's own messages, activations with "1f1b" and shapes with the others
-    carriers = [None, *(group for group in (grid.down_group, grid.up_group) if group is not None)]
+    carriers = [group for group in (grid.down_group, grid.up_group) if group is not None]
     heard = [_exchange(grid, stage, group) for stage in _neighbours(grid) for group in carriers]
     if grid.device.type == "cuda":
         torch.cuda.synchronize(grid.device)
@@ -38,10 +37,14 @@ def _groups(grid: Grid) -> list[dist.ProcessGroup]:
 
 
 def _neighbours(grid: Grid) -> list[int]:
-    """Return the stages beside this one, in an order in which no chain of ranks waits: the pairs (0, 1), (2, 3) are first."""
+    """Return the stages beside this one, in an order in which no chain of ranks waits: the pairs (0, 1), (2, 3) are first.
+
+    The last are the first stage and the last one, where chunks go around.
+    """
     stage = grid.pipeline_rank
     both = (stage + 1, stage - 1) if stage % 2 == 0 else (stage - 1, stage + 1)
-    return [neighbour for neighbour in both if 0 <= neighbour < grid.pipeline]
+    around = grid.chunks > 1 and not grid.folded and grid.pipeline > 2 and stage in (0, grid.pipeline - 1)
+    return [neighbour for neighbour in both if 0 <= neighbour < grid.pipeline] + [grid.pipeline - 1 - stage] * around
 
 
 def _exchange(grid: Grid, stage: int, group: dist.ProcessGroup | None) -> torch.Tensor:

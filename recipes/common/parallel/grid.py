@@ -9,7 +9,7 @@ Context ranks are neighbouring data ranks, data_rank = reader * context + contex
 Expert ranks are neighbouring data ranks too; the two splits need not match.
 
 A rank makes only groups that it is in, the same few at any world size, and DeepSpeed is given them instead of making its own
-(recipes.common.engine.deepspeed_groups): 7 calls a rank for 405B on 8,192, where a call for every row of ranks takes 3,969.
+(recipes.common.engine.deepspeed_groups): 9 calls a rank for 405B on 8,192, where a call for every row of ranks takes 3,969.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.distributed as dist
 
-from recipes.common.config.placement import ONE_PASS, Coordinates, coordinates
+from recipes.common.config.placement import Coordinates, coordinates
 from recipes.common.recipe import Layout
 from recipes.common.runtime.step_clock import CONTEXT, EXPERT
 
@@ -40,7 +40,7 @@ class Grid(Coordinates):
     head_group: dist.ProcessGroup | None = None  # the context ranks that divide heads, for the slices that they hold together
     span_group: dist.ProcessGroup | None = None  # one context rank of each head_group, with the same heads
     # pipeline_group's ranks again, one group for messages to later ranks and one for those to earlier ranks: within a group they
-    # arrive in the order sent, and neither direction waits for the other. None with "1f1b", whose messages DeepSpeed sends
+    # arrive in the order sent, and neither direction waits for the other
     down_group: dist.ProcessGroup | None = None
     up_group: dist.ProcessGroup | None = None
     expert_group: dist.ProcessGroup | None = None  # the data ranks that share experts: tokens travel between them
@@ -71,7 +71,7 @@ _UNUSED = "unused"
 _UNSHARED = ("head_group", "span_group", "expert_group", "down_group", "up_group", _UNUSED)
 
 
-def rank_groups(own: Coordinates, schedule: str, ranks_per_kv_head: int = 1, head_ranks: int = 1) -> dict[str, tuple[int, ...]]:
+def rank_groups(own: Coordinates, ranks_per_kv_head: int = 1, head_ranks: int = 1) -> dict[str, tuple[int, ...]]:
     """Return Grid's field -> ranks for every group that a rank is in, in the order in which they are made.
 
     ranks_per_kv_head: neighbouring tensor ranks that share one key/value head (1: none do). head_ranks: neighbouring context
@@ -88,7 +88,6 @@ def rank_groups(own: Coordinates, schedule: str, ranks_per_kv_head: int = 1, hea
     stage, data, tensor = own.pipeline_rank, own.data_rank, own.tensor_rank
     pipeline = ranks(range(own.pipeline), data, tensor)
     slices = block(data, own.context)
-    two_ways = pipeline if schedule != ONE_PASS else ()
     ends = sorted({0, own.pipeline - 1})
     groups = {
         "tensor_group": ranks(stage, data, range(own.tensor)),
@@ -100,8 +99,8 @@ def rank_groups(own: Coordinates, schedule: str, ranks_per_kv_head: int = 1, hea
         "span_group": ranks(stage, slices[own.context_rank % head_ranks :: head_ranks], tensor),
         "expert_group": ranks(stage, block(data, own.expert), tensor),
         "expert_data_group": ranks(stage, range(data % own.expert, own.data, own.expert), tensor) if own.expert > 1 else (),
-        "down_group": two_ways,
-        "up_group": two_ways,
+        "down_group": pipeline,
+        "up_group": pipeline,
         "tie_group": ranks(ends, data, tensor) if stage in ends and not own.folded else (),
     }
     alone = {"alone_group": (own.rank,)} if 1 in (own.tensor, own.data, own.data // own.expert) else {}
@@ -112,7 +111,7 @@ def rank_groups(own: Coordinates, schedule: str, ranks_per_kv_head: int = 1, hea
 def build_grid(layout: Layout, device: torch.device, ranks_per_kv_head: int = 1, head_ranks: int = 1) -> Grid:
     """Create this rank's groups, as `rank_groups` lists them. Every rank must call it."""
     own = coordinates(dist.get_rank(), dist.get_world_size(), layout)
-    groups = _make_groups(rank_groups(own, layout.pipeline_schedule, ranks_per_kv_head, head_ranks))
+    groups = _make_groups(rank_groups(own, ranks_per_kv_head, head_ranks))
     names = [field.name for field in fields(Grid) if field.name.endswith("_group")]
     return Grid(**vars(own), device=device, **{name: groups.get(name) for name in names})
 

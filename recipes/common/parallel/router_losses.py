@@ -15,7 +15,7 @@ A layer that is computed again in the backward pass counts nothing then: no micr
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,7 +77,9 @@ class RouterLosses:
         """causal: with this stage's modules alone. group: the ranks over which the counts of a micro batch are summed."""
         self.plan, self._grid, self._group = plan, grid, group
         self.gradient_scale = 1.0  # what the loss is multiplied by before its backward pass; the trainer sets it
-        self._waiting: deque[MicroBatchCounts] = deque()  # of folded chunks: the first has run, the last has not
+        # by micro batch of the step: this rank's first chunk has run, its last has not; and by chunk, how many have entered it
+        self._waiting: dict[int, MicroBatchCounts] = {}
+        self._entered: Counter[int] = Counter()
         self._current: MicroBatchCounts | None = None
         self._newest: MicroBatchCounts | None = None
         self._ahead: torch.Tensor | None = None  # counts of the whole step, where they were counted ahead
@@ -109,6 +111,7 @@ class RouterLosses:
         self.sums.zero_()
         self.counted.zero_()
         self._waiting.clear()
+        self._entered.clear()
         self._current = self._newest = self._ahead = None
 
     @property
@@ -129,20 +132,21 @@ class RouterLosses:
         """A forward pass of one of this rank's chunks begins, on `seqs` sequences."""
         if not torch.is_grad_enabled() or self._counts_ahead:
             return
+        micro_batch = self._entered[chunk]
+        self._entered[chunk] += 1
         if chunk == 0:
             shape = (len(self.own), seqs, self.plan.experts) if self._per_sequence else (self.plan.experts + 1,)
             counts = self.sums.new_zeros(shape)
             tokens = seqs * local_length * self._grid.context
             before = self._newest if self.plan.loss == GLOBAL_BATCH and self._ahead is None else None
             self._newest = MicroBatchCounts(tokens=tokens, local_length=local_length, counts=counts, before=before)
-            self._waiting.append(self._newest)
-        # the last chunk takes the oldest micro batch that the first has left behind
-        self._current = self._waiting[-1] if chunk == 0 else self._waiting[0]
+            self._waiting[micro_batch] = self._newest
+        self._current = self._waiting[micro_batch]
 
     def leave(self, *, last_chunk: bool) -> None:
         """The forward pass has ended. last_chunk: this rank has counted all it will of the micro batch."""
         if self._current is not None and last_chunk:
-            self._waiting.remove(self._current)
+            del self._waiting[min(self._waiting)]  # a chunk's micro batches come in order
             if self.plan.balances and self._ahead is None:
                 self._current.share(self._group)
         self._current = None

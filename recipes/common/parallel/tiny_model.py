@@ -92,7 +92,7 @@ def shrink(config: PreTrainedConfig, layout: Layout, *, layers: int = 0) -> PreT
     """
     names = dict(getattr(type(config), "attribute_map", {}))
     fields = config.to_dict()
-    layers = layers or min(config.num_hidden_layers, max(4, 2 * layout.pipeline))
+    layers = layers or min(config.num_hidden_layers, max(4, 2 * layout.pipeline, layout.chunks * layout.pipeline))
 
     def put(name: str, value: Any) -> None:
         own = names.get(name, name)

@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, permutations
 
-from recipes.common.config.placement import FOLDED
+from recipes.common.config.placement import Placement
 from recipes.common.pipeline.schedules import Costs
 
 _AROUND = 3  # layers more or fewer than an even part, tried for each chunk of a folded partition
 
 
 def partition_layers(
-    layers: list[float], head: float, pipeline: int, schedule: str, layers_per_stage: tuple[int, ...] = ()
+    layers: list[float], head: float, placement: Placement, layers_per_stage: tuple[int, ...] = ()
 ) -> list[range]:
-    """Return the layers of every chunk of a schedule (recipes.common.pipeline.schedules), in the model's order.
+    """Return the layers of every chunk, in the model's order.
 
     layers, head: costs of each layer, and of the head with the loss. layers_per_stage: lengths of the chunks, where a layout
     gives them.
     """
     if layers_per_stage:
         return [range(start, stop) for start, stop in pairwise(accumulate(layers_per_stage, initial=0))]
-    return list(_partition(tuple(layers), head, pipeline, schedule))
+    return list(_partition(tuple(layers), head, placement))
 
 
 @lru_cache  # the planner asks again and again, and a deep model takes a second
-def _partition(layers: tuple[float, ...], head: float, pipeline: int, schedule: str) -> tuple[range, ...]:
-    balance = balance_folded if schedule == FOLDED else balance_stages
-    return tuple(balance(list(layers), head, pipeline))
+def _partition(layers: tuple[float, ...], head: float, placement: Placement) -> tuple[range, ...]:
+    if placement.folded:
+        return tuple(balance_folded(list(layers), head, placement.pipeline))
+    if placement.per_rank > 1:
+        return tuple(balance_rounds(list(layers), head, placement))
+    return tuple(balance_stages(list(layers), head, placement.pipeline))
 
 
-def chunks_by_rank(chunks: list[range], pipeline: int) -> list[tuple[range, ...]]:
-    """Return each pipeline rank's chunks: one, or where there are twice as many as ranks, one from either end of the model."""
-    folded = len(chunks) == 2 * pipeline
-    return [(chunks[rank], chunks[-1 - rank]) if folded else (chunks[rank],) for rank in range(pipeline)]
+def chunks_by_rank(chunks: list[range], placement: Placement) -> list[tuple[range, ...]]:
+    """Return each pipeline rank's chunks, in the model's order."""
+    return [tuple(chunks[chunk] for chunk in placement.chunks_of(rank)) for rank in range(placement.pipeline)]
 
 
 def balance_stages(layers: list[float], head: float, pipeline: int) -> list[range]:
@@ -60,6 +62,47 @@ def balance_stages(layers: list[float], head: float, pipeline: int) -> list[rang
             for stop in range(stage + 1, count + 1)
         }
     return [range(start, stop) for start, stop in pairwise([0, *best[count][1]])]
+
+
+def balance_rounds(layers: list[float], head: float, placement: Placement) -> list[range]:
+    """Partition the layers into chunks that go around the ranks.
+
+    The most expensive rank costs as little as was found; among such partitions, the chunks are as equal as was found. Every rank
+    gets its number of layers as if all cost the same, in chunks as even as that allows; then layers are moved between chunks as
+    long as that improves. (What costs all the same is at its best from the start.)
+    """
+    count, prefix = len(layers), list(accumulate(layers, initial=0.0))
+    assert placement.count <= count, (placement, count)
+    mean = prefix[-1] / count
+    totals = [placement.per_rank + (head / mean if rank == placement.pipeline - 1 else 0.0) for rank in range(placement.pipeline)]
+    lengths = [1] * placement.count
+    for _ in range(count - placement.count):
+        rank = min(range(placement.pipeline), key=lambda rank: totals[rank])
+        totals[rank] += 1
+        # its shortest chunk, the earliest; the head is as much as layers in the last one
+        last = placement.count - 1
+        chunk = min(placement.chunks_of(rank), key=lambda chunk: lengths[chunk] + (head / mean if chunk == last else 0.0))
+        lengths[chunk] += 1
+
+    def measure(lengths: list[int]) -> tuple[float, float]:
+        bounds = [prefix[stop] for stop in accumulate(lengths, initial=0)]
+        costs = [stop - start for start, stop in pairwise(bounds)]
+        costs[-1] += head
+        ranks = [sum(costs[rank :: placement.pipeline]) for rank in range(placement.pipeline)]
+        return round(max(ranks) / mean, 9), round(sum(cost**2 for cost in costs) / mean**2, 6)
+
+    best, improved = measure(lengths), len(set(layers)) > 1
+    while improved:
+        moves = [
+            [length - (i == source) + (i == target) for i, length in enumerate(lengths)]
+            for source, target in permutations(range(len(lengths)), 2)
+            if lengths[source] > 1
+        ]
+        found, candidate = min((measure(move), move) for move in moves) if moves else (best, lengths)
+        improved = found < best
+        if improved:
+            best, lengths = found, candidate
+    return [range(start, stop) for start, stop in pairwise(accumulate(lengths, initial=0))]
 
 
 def balance_folded(layers: list[float], head: float, pipeline: int) -> list[range]:

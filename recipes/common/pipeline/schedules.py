@@ -1,26 +1,33 @@
 """Pipeline schedules as data: which pass of which micro batch each rank runs, in which order.
 
 A model is a row of chunks of layers. A pass is one micro batch through one chunk: F forward, B the gradient of its input, W those
-of its weights (in 1F1B, B computes both and there is no W). With "1f1b" (arXiv 2104.04473) and "zero_bubble" (ZB-H1, arXiv
-2401.10241) each rank has one chunk. With "zero_bubble_v" (ZB-V, arXiv 2405.15362) rank r of p has two, r and 2p - 1 - r: the row
-is folded, so that the first rank has the first layers and the last ones, and a micro batch turns at the last rank. Two ranks,
-three micro batches, chunks a to d, all passes equally long:
+of its weights (in 1F1B, B computes both and there is no W). With "1f1b" and "zero_bubble" (ZB-H1, arXiv 2401.10241) each rank has
+v chunks, and the row goes around the ranks v times (one: 1F1B itself; more: interleaved, arXiv 2104.04473). Two ranks, two micro
+batches, chunks a to d, 1F1B, a backward pass twice as long as a forward pass:
+
+    rank 0  F0a F1a F0c F1c  .   .  B0c B0c B1c B1c B0a B0a B1a B1a     chunks a and c
+    rank 1   .  F0b F1b F0d B0d B0d F1d B1d B1d B0b B0b B1b B1b         chunks b and d
+
+With "zero_bubble_v" (ZB-V, arXiv 2405.15362) rank r of p has two, r and 2p - 1 - r: the row is folded, so that the first rank has
+the first layers and the last ones, and a micro batch turns at the last rank. Two ranks, three micro batches, all passes equally
+long:
 
     rank 0  F0a F1a F2a F0d B0d W0d F1d B1d B0a W1d W0a  .  F2d B2d B1a W2d W1a B2a W2a      chunks a and d
     rank 1   .  F0b F0c F1b F1c B0c B0b W0c B1c W1c F2b F2c B1b W0b B2c W2c B2b W1b W2b      chunks b and c
 
-Bubbles, where every chunk's passes take F, B and W on a rank: 1F1B (p - 1)(F + B + W), ZB-H1 (p - 1)(F + B - W), and ZB-V,
-where F = B = W, (p - 1)F / 2: the time until the last rank has its first input. No schedule keeps more activations in flight on
-a rank than 1F1B does on its first stage.
+Bubbles, where the passes of all of a rank's layers take F, B and W, and p divides the micro batches: 1F1B (p - 1)(F + B + W) / v,
+ZB-H1 (p - 1)(F + B - W) / v, and ZB-V, where F = B = W, (p - 1)F / 2: the time until the last rank has its first input. No zero
+bubble keeps more activations in flight on a rank than 1F1B does on its first stage, p micro batches of all of its layers;
+interleaved 1F1B keeps (v + 1 - 1/p)p / v there, so that messages have time to travel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
 from math import inf
 from typing import NamedTuple
 
-from recipes.common.config.placement import FOLDED, ZERO_BUBBLE, chunk_count, chunks_of_rank, rank_of_chunk
+from recipes.common.config.placement import ONE_PASS, Placement
 
 FORWARD, INPUTS, WEIGHTS = "F", "B", "W"
 
@@ -60,10 +67,11 @@ def needs(step: Pass, chunks: int) -> Pass | None:
     return Pass(INPUTS, micro_batch, chunk)
 
 
-def order_passes(schedule: str, pipeline: int, micro_batches: int, costs: tuple[Costs, ...]) -> list[list[Pass]]:
+def order_passes(placement: Placement, micro_batches: int, costs: tuple[Costs, ...]) -> list[list[Pass]]:
     """Return the passes of every rank, in order. The chunks' `costs` shape "zero_bubble_v"."""
-    if schedule != FOLDED:
-        return [list(_one_chunk(pipeline, rank, micro_batches, schedule == ZERO_BUBBLE)) for rank in range(pipeline)]
+    pipeline = placement.pipeline
+    if not placement.folded:
+        return [_around(placement, rank, micro_batches) for rank in range(pipeline)]
     # several ways to be greedy, each best somewhere: the shortest is taken, the first of equals
     shortest, orders, as_before = inf, [], set()
     for max_deferred in (1, 2, pipeline, 2 * pipeline):
@@ -79,29 +87,51 @@ def order_passes(schedule: str, pipeline: int, micro_batches: int, costs: tuple[
     return orders
 
 
-def _one_chunk(pipeline: int, rank: int, micro_batches: int, zero_bubble: bool) -> Iterator[Pass]:
-    """Yield the passes of a rank with one chunk. With zero_bubble it defers up to `rank` weight gradients to the last forward."""
-    ahead, computed = min(pipeline - rank, micro_batches), 0
-    yield from (Pass(FORWARD, i, rank) for i in range(ahead))
-    for i in range(micro_batches):
-        yield Pass(INPUTS, i, rank)
-        if zero_bubble and (i + ahead >= micro_batches or i + 1 - computed > rank):
-            yield Pass(WEIGHTS, computed, rank)
-            computed += 1
-        if i + ahead < micro_batches:
-            yield Pass(FORWARD, i + ahead, rank)
-    yield from (Pass(WEIGHTS, i, rank) for i in range(computed, micro_batches) if zero_bubble)
+def _around(placement: Placement, rank: int, micro_batches: int) -> list[Pass]:
+    """Return the passes of a rank whose chunks go around the ranks: as many micro batches as ranks run a lap, then the next lap.
+
+    A zero bubble defers up to `rank` weight gradients until the last forward pass. Where the ranks do not divide the micro
+    batches, the order is that of the next multiple, without what is not there.
+    """
+    zero_bubble, own, ranks = placement.schedule != ONE_PASS, placement.chunks_of(rank), placement.pipeline
+    forward, backward = _laps(placement, own, micro_batches), _laps(placement, own[::-1], micro_batches)
+    # forward passes before the first backward pass: the laps, and the way to the last rank and back. With several laps and
+    # nothing to fill the time, a pass more for each rank on the way, under which messages travel (arXiv 2104.04473)
+    way = (ranks - 1 - rank) * (2 if len(own) > 1 and not zero_bubble else 1)
+    ahead = (len(own) - 1) * ranks + way + 1
+    passes, deferred = [Pass(FORWARD, *each) for each in forward[:ahead]], deque()
+    for index, each in enumerate(backward):
+        passes.append(Pass(INPUTS, *each))
+        deferred.append(Pass(WEIGHTS, *each))
+        if zero_bubble and (index + ahead >= len(forward) or len(deferred) > rank):
+            passes.append(deferred.popleft())
+        passes += [Pass(FORWARD, *each) for each in forward[index + ahead : index + ahead + 1]]
+    passes += deferred if zero_bubble else ()
+    return [step for step in passes if step.micro_batch < micro_batches]
 
 
-def forward_passes(schedule: str, pipeline: int, rank: int, micro_batches: int) -> list[Pass]:
+def _laps(placement: Placement, chunks: tuple[int, ...], micro_batches: int) -> list[tuple[int, int]]:
+    """Return (micro batch, chunk) in the order of the passes of one kind; with several laps, up to a multiple of the ranks."""
+    together = placement.pipeline if len(chunks) > 1 else 1
+    return [
+        (micro_batch, chunk)
+        for first in range(0, micro_batches, together)
+        for chunk in chunks
+        for micro_batch in range(first, first + together)
+    ]
+
+
+def forward_passes(placement: Placement, rank: int, micro_batches: int) -> list[Pass]:
     """Return a rank's forward passes of an evaluation, in order.
 
-    In the upward half rank r starts p - 1 - r micro batches late, so that it never blocks the downward half.
+    In a folded pipeline's upward half rank r starts p - 1 - r micro batches late, so that it never blocks the downward half.
     """
-    chunks = chunks_of_rank(schedule, pipeline, rank)
-    late = pipeline - 1 - rank
-    passes = [(k if chunk == rank else k + late, chunk, k) for chunk in chunks for k in range(micro_batches)]
-    return [Pass(FORWARD, micro_batch, chunk) for _, chunk, micro_batch in sorted(passes)]
+    own = placement.chunks_of(rank)
+    if placement.folded:
+        late = placement.pipeline - 1 - rank
+        passes = [(k if chunk == rank else k + late, chunk, k) for chunk in own for k in range(micro_batches)]
+        return [Pass(FORWARD, micro_batch, chunk) for _, chunk, micro_batch in sorted(passes)]
+    return [Pass(FORWARD, *each) for each in _laps(placement, own, micro_batches) if each[0] < micro_batches]
 
 
 class _Folded:
@@ -174,13 +204,27 @@ class _Folded:
         if kind == WEIGHTS or not 0 <= target < 2 * self.pipeline:
             return rank
         waits = len(self.ends[kind][target]) + 1 == len(self.ends[kind][chunk])
-        return rank_of_chunk(FOLDED, self.pipeline, target) if waits else rank
+        return min(target, 2 * self.pipeline - 1 - target) if waits else rank
 
     def _option(self, clock: float, kind: str, chunk: int) -> list[tuple[float, int, int, str, int]]:
         ready, micro_batch = self.ready[kind][chunk], len(self.ends[kind][chunk])
         if micro_batch >= min(len(ready), self.micro_batches):
             return []
         return [(max(clock, ready[micro_batch]), self.priorities[kind], -chunk, kind, chunk)]
+
+
+def most_in_flight(placement: Placement, rank: int, micro_batches: int) -> float:
+    """Return how many micro batches' activations, of all of its layers, a rank keeps at most, by formula.
+
+    1F1B: stage i of p keeps p - i. A zero bubble that runs as many keeps what weight gradients wait for as well, up to p on every
+    rank. Interleaved: see `_around`.
+    """
+    laps, way = placement.per_rank - 1, placement.pipeline - 1 - rank
+    if placement.schedule != ONE_PASS:
+        way = placement.pipeline - 1 if placement.per_rank > 1 else way
+    elif laps:
+        way *= 2
+    return min((laps * placement.pipeline + way + 1) / placement.per_rank, micro_batches)
 
 
 def finish_times(orders: list[list[Pass]], costs: tuple[Costs, ...]) -> list[float]:
@@ -204,14 +248,13 @@ def finish_times(orders: list[list[Pass]], costs: tuple[Costs, ...]) -> list[flo
     return clocks
 
 
-def sent_messages(order: list[Pass], schedule: str, pipeline: int) -> list[tuple[int, Message]]:
+def sent_messages(order: list[Pass], placement: Placement) -> list[tuple[int, Message]]:
     """Return (receiving rank, message) for every message that a rank with these passes sends, in order."""
-    chunks, found = chunk_count(schedule, pipeline), []
+    found = []
     for kind, micro_batch, chunk in order:
         target = chunk + 1 if kind == FORWARD else chunk - 1
-        if kind == WEIGHTS or not 0 <= target < chunks:
+        if kind == WEIGHTS or not 0 <= target < placement.count:
             continue
-        own_rank, target_rank = (rank_of_chunk(schedule, pipeline, each) for each in (chunk, target))
-        if own_rank != target_rank:
+        if (target_rank := placement.rank_of(target)) != placement.rank_of(chunk):
             found.append((target_rank, Message(kind, micro_batch, target)))
     return found

@@ -5,7 +5,7 @@ indices, layer types and masks keep their meaning. A later stage injects the rec
 what a family does before the layers (embedding scale, learned positions, dropout) happens once, on the first stage. Parameter
 names are Hugging Face names.
 
-A folded schedule gives a rank two chunks of layers. While one of them runs, placeholders stand where the other's layers are.
+Some schedules give a rank several chunks of layers. While one of them runs, placeholders stand where the others' layers are.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from recipes.common.config.placement import ONE_PASS
+from recipes.common.config.placement import ONE_PASS, Placement, placement_of
 from recipes.common.model.decoder import ONLY_INFERENCE, Stack, find_stack
 from recipes.common.model.flops import attention_costs, layer_costs
 from recipes.common.model.gradient_sums import GradientSums
@@ -96,7 +96,7 @@ class Stage(nn.Module):
         whole_shapes: dict[str, tuple[int, ...]],
         z_loss: float,
         chunk_tokens: int,
-        schedule: str,
+        placement: Placement,
         pass_costs: tuple[Costs, ...],
         weight_grad_stores: tuple[WeightGradStore, ...],
         placeholders: dict[str, nn.Module],
@@ -124,7 +124,7 @@ class Stage(nn.Module):
         self.grid, self.z_loss, self.chunk_tokens = grid, z_loss, chunk_tokens
         self.vocab_size = causal.config.get_text_config().vocab_size
         self.whole_shapes, self.weight_grad_stores, self.held = whole_shapes, weight_grad_stores, held
-        self.schedule, self.pass_costs = schedule, pass_costs
+        self.placement, self.pass_costs = placement, pass_costs
         self._head_sums = GradientSums()
         if self.is_last:  # of a plain linear; any other head's gradient is autograd's, and added up after it
             defer_weight_gradients(causal.get_submodule(stack.head), self._head_sums)
@@ -254,10 +254,10 @@ def build_stage(
     # The order matters. 1. Measure the model while it is whole.
     layers, embedding = causal.get_submodule(stack.layers), causal.get_submodule(stack.embedding)
     shapes = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
-    recomputed = layout.recomputed_layers(len(layers))
-    (costs, head_cost), attention = layer_costs(causal, stack, seq_len), attention_costs(causal, stack, seq_len)
-    all_chunks = partition_layers(costs, head_cost, grid.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
-    chunks = chunks_by_rank(all_chunks, grid.pipeline)[grid.pipeline_rank]
+    placement, recomputed = placement_of(replace(layout, pipeline=grid.pipeline)), layout.recomputed_layers(len(layers))
+    (costs, head), attention = layer_costs(causal, stack, seq_len), attention_costs(causal, stack, seq_len)
+    all_chunks = partition_layers(costs, head, placement, layout.layers_per_stage)
+    chunks = chunks_by_rank(all_chunks, placement)[grid.pipeline_rank]
     own_layers = {index: layers[index] for chunk in chunks for index in chunk}
     crossings = find_crossings(causal, stack, model.attention, all_chunks)
     # 2. Take out what is other ranks': only what is left gets memory.
@@ -265,7 +265,7 @@ def build_stage(
     # 3. Draw this rank's shards of the weights, and only then tie the head to them.
     held = draw_stage(causal, stack, embedding, holdings(tensor_plan, model.experts, grid), grid, seed if draw else None)
     # 4. Route plain linears' products, before their forwards are wrapped.
-    stores = tuple(WeightGradStore() for _ in chunks) if layout.pipeline_schedule != ONE_PASS else ()
+    stores = () if placement.schedule == ONE_PASS else tuple(WeightGradStore() for _ in chunks)
     route_linears(causal, own_layers, chunks, stores, by_torch=torch_linears)
     # 5. Wrap modules in the collectives of expert and of tensor parallelism.
     spread_experts(causal, model.experts, grid)
@@ -283,8 +283,8 @@ def build_stage(
         whole_shapes=shapes,
         z_loss=z_loss,
         chunk_tokens=chunk_tokens,
-        schedule=layout.pipeline_schedule,
-        pass_costs=pass_costs(costs, attention, head_cost, all_chunks, recomputed),
+        placement=placement,
+        pass_costs=pass_costs(costs, attention, head, all_chunks, recomputed),
         weight_grad_stores=stores,
         placeholders=placeholders,
         carrier=carrier_of(causal, stack, tensor_plan, chunks, all_chunks, crossings, placeholders, grid),

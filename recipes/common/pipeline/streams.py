@@ -7,8 +7,9 @@ on how the process group was started (torch's ProcessGroupNCCL::pointToPoint):
     PAIR   without a device: a stream for each pair of ranks in a group. Ours: recipes.common.engine.startup
     GROUP  bound to a device: one stream for all messages of a group
 
-"1f1b" and "zero_bubble" run on both. "zero_bubble_v" sends both ways over the same ranks, and there are orders in which, with one
-stream a group, a rank's message stands behind one that waits for it.
+All schedules run on PAIR. "1f1b" and "zero_bubble" with one chunk a rank run on GROUP too. Folded and interleaved, the first and
+the last rank send both ways what others send one way, and there are orders in which, with one stream a group, a rank's message
+stands behind one that waits for it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,8 @@ from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
-from deepspeed.runtime.pipe import schedule as ds_schedule
-
-from recipes.common.config.placement import ONE_PASS, chunk_count, rank_of_chunk
+from recipes.common.config.placement import Placement
 from recipes.common.pipeline.schedules import (
-    FORWARD,
-    INPUTS,
     Costs,
     Message,
     Pass,
@@ -52,39 +49,30 @@ Key = tuple[type, Pass | Message]
 
 
 def training_programs(
-    schedule: str, pipeline: int, micro_batches: int, costs: tuple[Costs, ...], streams: str, ahead: int = AHEAD
+    placement: Placement, micro_batches: int, costs: tuple[Costs, ...], streams: str, ahead: int = AHEAD
 ) -> list[Program]:
     """Return what every rank hands its device in a step of this schedule."""
-    if schedule == ONE_PASS:
-        return [_engine_program(ds_schedule.TrainSchedule(micro_batches, pipeline, rank), streams) for rank in range(pipeline)]
-    orders = order_passes(schedule, pipeline, micro_batches, costs)
-    return [executor_program(orders, schedule, rank, streams, ahead) for rank in range(pipeline)]
+    orders = order_passes(placement, micro_batches, costs)
+    return [executor_program(orders, placement, rank, streams, ahead) for rank in range(placement.pipeline)]
 
 
-def evaluation_programs(schedule: str, pipeline: int, micro_batches: int, streams: str) -> list[Program]:
+def evaluation_programs(placement: Placement, micro_batches: int, streams: str) -> list[Program]:
     """Return what every rank hands its device in an evaluation."""
-    if schedule == ONE_PASS:
-        return [
-            _engine_program(ds_schedule.InferenceSchedule(micro_batches, pipeline, rank), streams) for rank in range(pipeline)
-        ]
-    orders = [forward_passes(schedule, pipeline, rank, micro_batches) for rank in range(pipeline)]
-    return [executor_program(orders, schedule, rank, streams) for rank in range(pipeline)]
+    orders = [forward_passes(placement, rank, micro_batches) for rank in range(placement.pipeline)]
+    return [executor_program(orders, placement, rank, streams) for rank in range(placement.pipeline)]
 
 
-def executor_program(orders: list[list[Pass]], schedule: str, rank: int, streams: str, ahead: int = AHEAD) -> Program:
+def executor_program(orders: list[list[Pass]], placement: Placement, rank: int, streams: str, ahead: int = AHEAD) -> Program:
     """Return a rank's program as PipelineExecutor runs it: receives posted `ahead` passes early, and only inputs waited for."""
-    pipeline = len(orders)
-    chunks = chunk_count(schedule, pipeline)
     coming = {
-        stage: deque(message for to, message in sent_messages(orders[stage], schedule, pipeline) if to == rank)
-        for stage in (rank - 1, rank + 1)
-        if 0 <= stage < pipeline
+        stage: deque(message for to, message in sent_messages(orders[stage], placement) if to == rank)
+        for stage in placement.neighbours_of(rank)
     }
     sender = {message: stage for stage, messages in coming.items() for message in messages}
 
     def received(step: Pass) -> Message | None:
-        before = needs(step, chunks)
-        if before is None or rank_of_chunk(schedule, pipeline, before.chunk) == rank:
+        before = needs(step, placement.count)
+        if before is None or placement.rank_of(before.chunk) == rank:
             return None
         return Message(step.kind, step.micro_batch, step.chunk)
 
@@ -99,38 +87,10 @@ def executor_program(orders: list[list[Pass]], schedule: str, rank: int, streams
                 del sender[posted]
                 program.append(Operation(posted, (channel,), last))
         program.append(Operation(step, (_COMPUTE,), received(step)))
-        for to, message in sent_messages([step], schedule, pipeline):
+        for to, message in sent_messages([step], placement):
             program.append(Operation(message, (_channel("down" if to > rank else "up", rank, to, streams),), step))
         last = step
     return program
-
-
-def _engine_program(instructions: ds_schedule.PipeSchedule, streams: str) -> Program:
-    """Return a rank's program as DeepSpeed's engine runs its own schedule: a rank computes nothing beside a message."""
-    rank, program, counts = instructions.stage_id, [], dict.fromkeys(_ENGINE, 0)
-    for instruction in (each for step in instructions for each in step):
-        if type(instruction) not in _ENGINE:
-            continue
-        kind, peer, chunk = _ENGINE[type(instruction)]
-        micro_batch = counts[type(instruction)]
-        counts[type(instruction)] += 1
-        if peer is None:
-            program.append(Operation(Pass(kind, micro_batch, rank), (_COMPUTE,)))
-        else:
-            channel = _channel("all", rank, rank + peer, streams)
-            program.append(Operation(Message(kind, micro_batch, rank + chunk), (channel, _COMPUTE)))
-    return program
-
-
-# instruction -> the kind of pass or message, where the other side is, and which chunk the message enters (from this rank's stage)
-_ENGINE: dict[type, tuple[str, int | None, int]] = {
-    ds_schedule.ForwardPass: (FORWARD, None, 0),
-    ds_schedule.BackwardPass: (INPUTS, None, 0),
-    ds_schedule.SendActivation: (FORWARD, 1, 1),
-    ds_schedule.RecvActivation: (FORWARD, -1, 0),
-    ds_schedule.SendGrad: (INPUTS, -1, -1),
-    ds_schedule.RecvGrad: (INPUTS, 1, 0),
-}
 
 
 def _channel(group: str, rank: int, peer: int, streams: str) -> tuple:
@@ -183,14 +143,18 @@ def _words(event: Pass | Message) -> str:
     return f"the message for {event.kind}{event.micro_batch} to chunk {event.chunk}"
 
 
-def schedule_problem(
-    schedule: str, pipeline: int, micro_batches: Iterable[int], costs: tuple[Costs, ...], streams: str
-) -> str | None:
-    """Return why a schedule cannot run on such streams with each of these numbers of micro batches, or None."""
-    for count in sorted(set(micro_batches)):
-        if ring := deadlock(training_programs(schedule, pipeline, count, costs, streams)):
-            return (
-                f"pipeline_schedule={schedule!r} with pipeline={pipeline} and {count} micro batches would wait for ever on "
-                f"{STREAMS[streams]}: {ring}"
-            )
+def schedule_problem(placement: Placement, micro_batches: Iterable[int], costs: tuple[Costs, ...], streams: str) -> str | None:
+    """Return why a schedule cannot run on such streams with each of these numbers of micro batches, or None.
+
+    Evaluations may have any number: what differs is how many are left of a lap.
+    """
+    training = {count: training_programs(placement, count, costs, streams) for count in sorted(set(micro_batches))}
+    evaluations = {count: evaluation_programs(placement, count, streams) for count in range(1, 2 * placement.pipeline)}
+    for what, programs in ((" in a step", training), (" in an evaluation", evaluations)):
+        for count, of_ranks in programs.items():
+            if ring := deadlock(of_ranks):
+                return (
+                    f"{placement.words} with pipeline={placement.pipeline} and {count} micro batches{what} would wait for ever "
+                    f"on {STREAMS[streams]}: {ring}"
+                )
     return None

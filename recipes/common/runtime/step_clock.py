@@ -140,7 +140,7 @@ class Clock:
             times = self._read(marks)
             parts, comms = account(times, pipelined=self._coordinates.pipeline > 1)
             forwards = sum(type(what) is Span and what.part == FORWARD for what, _ in times)
-            micro_batches = forwards // (2 if self._coordinates.folded else 1)  # each passes a folded rank twice
+            micro_batches = forwards // self._coordinates.chunks  # each passes all of a rank's chunks
             start = times[0][1]
             kept = [(what, stamp - start) for what, stamp in times] if keep else []
             self._taken.append(StepTimes(step, began, micro_batches, parts, comms, kept))

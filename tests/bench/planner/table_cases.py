@@ -60,6 +60,7 @@ def time_cases(rows: Sequence[MeasuredRun], *, by_table: bool = False) -> Cases:
         updated=np.where((each("overlapped") > 0) | (each("zero_stage") > 0), params / data, params),
         overlapped=each("overlapped"),
         bubble_share=1.0 / each("chunks"),
+        messages=2.0 * (each("micro_batches") + pipeline - 1),
         pipe_share=tensor,
         peak=peak,
         peak_half=column([row.device.peak("fp16") for row in rows]),

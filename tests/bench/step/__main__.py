@@ -32,7 +32,7 @@ from transformers import LlamaConfig
 
 from recipes.common.checks.model_checks import depth_problems
 from recipes.common.config.ds_config import load_ds_config, precision
-from recipes.common.config.placement import chunk_count
+from recipes.common.config.placement import placement_of
 from recipes.common.model.flops import OURS
 from recipes.common.recipe import PIPELINE_SCHEDULES, AdamW, Layout, Recipe, RecipeError
 from tests.bench.step.sides import Step, ours, plain, transformers_deepspeed
@@ -243,7 +243,7 @@ def _comparison(text: str, trial: Trial) -> Comparison:
     depth = trial.model.num_hidden_layers
     if problems := depth_problems(layout, depth):
         raise UsageError(f"--layout={text}: {problems[0]}")
-    fitting = tuple(schedule for schedule in PIPELINE_SCHEDULES if chunk_count(schedule, layout.pipeline) <= depth)
+    fitting = tuple(s for s in PIPELINE_SCHEDULES if placement_of(replace(layout, pipeline_schedule=s)).count <= depth)
     alone = (PLAIN, HUGGING_FACE) if trial.device == "cpu" else (HUGGING_FACE,)  # memory of a GPU: two sides, not three
     return Comparison(
         layout=text if world_size > 1 else "1 rank",

@@ -73,6 +73,7 @@ LAYOUTS = {
     "1,1,1": (Layout(), 1, "zero1_fp32.json"),
     "2,1,1": (Layout(pipeline=2), 2, "zero1_fp32.json"),
     "2,1,1 folded": (Layout(pipeline=2, pipeline_schedule="zero_bubble_v"), 2, "zero1_fp32.json"),
+    "2,1,1 around": (Layout(pipeline=2, pipeline_schedule="zero_bubble", chunks=2), 2, "zero1_fp32.json"),
     "1,2,1": (Layout(tensor=2), 2, "zero1_fp32.json"),
     "1,1,2": (Layout(), 2, "zero1_fp32.json"),
     "2,2,1": (Layout(pipeline=2, tensor=2), 4, "zero1_fp32.json"),

@@ -84,7 +84,22 @@ ONE_MISTAKE = {
     "too few layers for two chunks a stage": (
         3,
         {"layouts": {3: Layout(pipeline=3, pipeline_schedule="zero_bubble_v")}},
-        [r"^layout pipeline=3 with pipeline_schedule='zero_bubble_v' needs two chunks .* has 4 layers; use 2 stages"],
+        [r"^layout pipeline=3 with pipeline_schedule='zero_bubble_v' needs 2 chunks .* has 4 layers; use 2 stages"],
+    ),
+    "too few layers for three chunks a stage": (
+        2,
+        {"layouts": {2: Layout(pipeline=2, chunks=3)}},
+        [r"^layout pipeline=2 with pipeline_schedule='1f1b', chunks=3 needs 3 chunks .* use 1 stages at most, or chunks=2$"],
+    ),
+    "chunks without a pipeline": (
+        2,
+        {"layouts": {2: Layout(tensor=2, chunks=2)}},
+        [r"^layouts\[2\]\.chunks=2 with pipeline=1: .*leave it out$"],
+    ),
+    "chunks of a fold": (
+        2,
+        {"layouts": {2: Layout(pipeline=2, chunks=2, pipeline_schedule="zero_bubble_v")}},
+        [r"^layouts\[2\]\.chunks=2 with pipeline_schedule='zero_bubble_v': .* use pipeline_schedule='zero_bubble'$"],
     ),
     "layout of zero": (1, {"layouts": {1: Layout(tensor=0)}}, [r"^layouts\[1\]\.tensor=0 must be a whole number from 1$"]),
     "no such schedule": (

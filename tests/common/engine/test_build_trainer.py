@@ -40,7 +40,7 @@ def test_a_trainer_builds_its_model_once(layout):
 def test_a_schedule_that_bound_groups_cannot_run_is_refused():
     """Somebody else started the process group with a device, on whose one stream a group this order deadlocks."""
     for found in run_ranks(_refusal_in_bound_groups, 4):
-        assert "pipeline_schedule='zero_bubble_v' with pipeline=4 and 20 micro batches would wait for ever" in found
+        assert "pipeline_schedule='zero_bubble_v' with pipeline=4 and 20 micro batches in a step would wait for ever" in found
         assert "start it without device_id" in found
 
 

@@ -74,7 +74,7 @@ def test_a_start_makes_few_groups_at_any_size(rank, world, layout):
     """A whole trainer, DeepSpeed's engine included, as one rank of a job whose others are not there."""
     [made] = run_ranks(_groups_of_a_start, 1, rank, world, layout)
     own = coordinates(rank, world, layout)
-    listed = rank_groups(own, layout.pipeline_schedule, layout.tensor // 8 or 1, layout.context)
+    listed = rank_groups(own, layout.tensor // 8 or 1, layout.context)
     assert len(made) <= MOST_CALLS
     assert all(rank in ranks for ranks in made), "a rank takes part only in what it is in"
     assert {ranks for ranks in made if len(ranks) < world} == {ranks for ranks in listed.values() if len(ranks) < world}

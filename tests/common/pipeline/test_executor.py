@@ -1,11 +1,11 @@
-"""The zero-bubble schedules train what 1F1B trains, to the last bit."""
+"""Every schedule trains what 1F1B trains, to the last bit."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from recipes.common.recipe import PIPELINE_SCHEDULES, AdamW, Batch, Evaluation, Layout
+from recipes.common.recipe import AdamW, Batch, Evaluation, Layout
 from recipes.common.run_dir.metrics import read_metrics
 from tests.support.fp16 import allow_fp16, fp16_config
 from tests.support.small_runs import train_run
@@ -14,13 +14,14 @@ from tools.common.forked_ranks import run_ranks
 from tools.common.parity import Trial, batches, build_trial_trainer, train_in_layout
 
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)
-FILLED = ("zero_bubble", "zero_bubble_v")
+FILLED, FOLDED = {"pipeline_schedule": "zero_bubble"}, {"pipeline_schedule": "zero_bubble_v"}
+TWICE, FILLED_TWICE = {"chunks": 2}, FILLED | {"chunks": 2}  # around the ranks
 
 
-def trial_of(pipeline, tensor=1, data=1, *, family="llama", precision="fp32", recompute="none", tied=False, **fields):
+def trial_of(pipeline, tensor=1, data=1, *, family="llama", precision="fp32", recompute="none", tied=False, layers=8, **fields):
     config = fp16_config(initial_scale_power=12) if precision == "fp16" else ds_config(f"zero1_{precision}.json")
     return Trial(
-        model=tiny_config(family, num_hidden_layers=8, tie_word_embeddings=tied),
+        model=tiny_config(family, num_hidden_layers=layers, tie_word_embeddings=tied),
         layout=Layout(pipeline=pipeline, tensor=tensor, recompute=recompute),
         world_size=pipeline * tensor * data,
         optimizer=ADAMW,
@@ -40,58 +41,75 @@ def weights_of(ranks):
     return {(name, rank["held"].tensor_rank): shard for rank in ranks for name, shard in rank["shards"].items()}
 
 
-def assert_same_bits(trial, schedules=FILLED):
+def assert_same_bits(trial, *schedules):
     """Losses, norms, skipped steps and every weight after training are 1F1B's, whichever rank holds them."""
     plain = run_ranks(train, trial.world_size, trial)
     wanted = weights_of(plain)
     for schedule in schedules:
-        filled = run_ranks(train, trial.world_size, replace(trial, layout=replace(trial.layout, pipeline_schedule=schedule)))
-        found = weights_of(filled)
+        other = run_ranks(train, trial.world_size, replace(trial, layout=replace(trial.layout, **schedule)))
+        found = weights_of(other)
         assert found.keys() == wanted.keys()
         assert [key for key, shard in wanted.items() if not shard.equal(found[key])] == []
         for what in ("losses", "norms", "skipped"):
-            assert [rank[what] for rank in filled] == [rank[what] for rank in plain], (schedule, what)
+            assert [rank[what] for rank in other] == [rank[what] for rank in plain], (schedule, what)
 
 
-@pytest.mark.parametrize(("pipeline", "precision"), [(2, "bf16"), (3, "fp32"), (4, "bf16")])
-def test_same_bits_at_every_depth(pipeline, precision):
-    assert_same_bits(trial_of(pipeline, precision=precision))
+@pytest.mark.parametrize(
+    ("pipeline", "precision", "schedules"),
+    [
+        (2, "bf16", (FILLED, FOLDED, TWICE, FILLED | {"chunks": 3})),
+        (3, "fp32", (FOLDED, FILLED_TWICE)),
+        (4, "bf16", (FILLED, FOLDED, {"chunks": 3}, FILLED_TWICE)),
+    ],
+)
+def test_same_bits_at_every_depth(pipeline, precision, schedules):
+    assert_same_bits(trial_of(pipeline, precision=precision, layers=12 if pipeline == 4 else 8), *schedules)
 
 
-def test_same_bits_with_tensor_and_data_ranks_ties_and_recomputation():
-    assert_same_bits(trial_of(2, 2, 2, precision="bf16", tied=True, recompute="full"))
+@pytest.mark.parametrize(
+    ("precision", "recompute", "schedules"), [("bf16", "full", (FILLED, FILLED_TWICE)), ("fp32", "selective", (FOLDED, TWICE))]
+)
+def test_same_bits_with_tensor_and_data_ranks_ties_and_recomputation(precision, recompute, schedules):
+    assert_same_bits(trial_of(2, 2, 2, precision=precision, tied=True, recompute=recompute), *schedules)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3", "mixtral", "phi3"])
-def test_same_bits_in_other_families(family):
+@pytest.mark.parametrize(
+    ("family", "schedules"),
+    [("gpt2", (FILLED, TWICE)), ("qwen3", (FOLDED,)), ("mixtral", (FOLDED, FILLED_TWICE)), ("phi3", (FILLED,))],
+)
+def test_same_bits_in_other_families(family, schedules):
     """Transposed weights with biases, per-head norms whose gradients are summed over tensor ranks, experts, packed linears."""
-    assert_same_bits(trial_of(2, 2, family=family, global_seqs=4, recompute="selective"))
+    assert_same_bits(trial_of(2, 2, family=family, global_seqs=4, recompute="selective"), *schedules)
 
 
 def test_same_bits_with_fewer_micro_batches_than_stages():
-    assert_same_bits(trial_of(4, global_seqs=2, tied=True))
+    assert_same_bits(trial_of(4, global_seqs=2, tied=True), FILLED, FOLDED, TWICE)
 
 
 def test_same_bits_in_fp16():
-    assert_same_bits(trial_of(3, precision="fp16"))
+    assert_same_bits(trial_of(3, precision="fp16"), FOLDED, FILLED_TWICE)
 
 
 def test_torchs_own_products_wait_too():
     """The bench's side with torch's linears is the same schedule."""
-    assert_same_bits(trial_of(2, global_seqs=4, torch_linears=True))
+    assert_same_bits(trial_of(2, global_seqs=4, torch_linears=True), FOLDED)
 
 
-@pytest.mark.parametrize("schedule", FILLED)
-def test_a_run_with_a_ramp_evaluation_and_a_resume_is_the_same(tmp_path, schedule):
+def test_same_bits_with_context_ranks():
+    trial = trial_of(2, 1, 2, global_seqs=4)
+    assert_same_bits(replace(trial, layout=replace(trial.layout, context=2)), FOLDED, FILLED_TWICE)
+
+
+@pytest.mark.parametrize(("first", "second"), [(FILLED, FOLDED), (TWICE, FILLED_TWICE)])
+def test_a_run_with_a_ramp_and_evaluation_goes_on_in_another_schedule(tmp_path, first, second):
     write_shards(tmp_path / "data", tokens=4_000)
     batch = Batch(seq_len=16, micro_seqs=1, global_seqs=6, ramp=((4, 2), (8, 4)))
     recipe = tiny_recipe(tmp_path / "data", steps=4, batch=batch, evaluation=Evaluation(every_steps=2, seqs=5))
     layout = Layout(pipeline=2)
-    filled = replace(layout, pipeline_schedule=schedule)
     train_run(recipe, tmp_path / "plain", layout, 2, steps=4)
-    train_run(recipe, tmp_path / "filled", filled, 2, steps=2)
-    train_run(recipe, tmp_path / "filled", filled, 2, resume=True, steps=4)
-    plain, late = (list(read_metrics(tmp_path / name)) for name in ("plain", "filled"))
+    train_run(recipe, tmp_path / "other", replace(layout, **first), 2, steps=2)
+    train_run(recipe, tmp_path / "other", replace(layout, **second), 2, resume=True, steps=4)
+    plain, late = (list(read_metrics(tmp_path / name)) for name in ("plain", "other"))
     for key in ("loss", "grad_norm", "val_loss", "consumed_seqs"):
         values = [[record.get(key) for record in records] for records in (plain, late)]
         assert values[0] == values[1], key
@@ -100,7 +118,7 @@ def test_a_run_with_a_ramp_evaluation_and_a_resume_is_the_same(tmp_path, schedul
 
 def test_a_run_whose_documents_are_kept_apart_is_the_same():
     """Each chunk of a rank asks for the positions of its own micro batch."""
-    assert_same_bits(trial_of(2, document_end=5, attention="sdpa", micro_seqs=2, global_seqs=8))
+    assert_same_bits(trial_of(2, document_end=5, attention="sdpa", micro_seqs=2, global_seqs=8), FOLDED, TWICE)
 
 
 def evaluate(trial):
@@ -112,18 +130,17 @@ def evaluate(trial):
     return before, trainer.evaluate([(batch[0], rows)], trial.micro_seqs * trial.seq_len)
 
 
-@pytest.mark.parametrize("pipeline", [2, 3])
-def test_evaluation_before_and_after_a_step_is_1f1bs(pipeline):
-    found = [
-        run_ranks(evaluate, pipeline, replace(trial_of(pipeline), layout=Layout(pipeline=pipeline, pipeline_schedule=schedule)))
-        for schedule in PIPELINE_SCHEDULES
-    ]
+@pytest.mark.parametrize(("pipeline", "schedules"), [(2, (FILLED, FILLED_TWICE)), (3, (FOLDED, TWICE))])
+def test_evaluation_before_and_after_a_step_is_1f1bs(pipeline, schedules):
+    trial = trial_of(pipeline)
+    layouts = [trial.layout, *(replace(trial.layout, **schedule) for schedule in schedules)]
+    found = [run_ranks(evaluate, pipeline, replace(trial, layout=layout)) for layout in layouts]
     assert found[0] == found[1] == found[2]
     assert len(set(found[0])) == 1 and found[0][0][0] != found[0][0][1]
 
 
-def test_sequences_shared_by_tensor_ranks_with_a_fold():
-    """Placeholders of the other chunk hand on the shape of whole sequences."""
+def test_sequences_shared_by_tensor_ranks():
+    """Placeholders of other chunks hand on the shape of whole sequences."""
     trial = trial_of(2, 2, global_seqs=4, recompute="selective")
     trial = replace(trial, layout=replace(trial.layout, sequence_parallel=True))
-    assert_same_bits(trial)
+    assert_same_bits(trial, FOLDED, FILLED_TWICE)

@@ -5,10 +5,11 @@ import random
 
 import pytest
 
+from recipes.common.config.placement import Placement
 from recipes.common.model.decoder import find_stack
 from recipes.common.model.flops import layer_costs
 from recipes.common.model.initial_weights import build_empty
-from recipes.common.pipeline.partition import balance_folded, balance_stages, partition_layers, pass_costs
+from recipes.common.pipeline.partition import balance_folded, balance_rounds, balance_stages, partition_layers, pass_costs
 from recipes.common.pipeline.schedules import Costs
 from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks
@@ -90,9 +91,31 @@ def test_a_rank_of_a_fold_has_two_chunks_as_equal_as_can_be(layers, head, pipeli
     assert [len(own) for own in balance_folded([1.0] * layers, head, pipeline)] == lengths
 
 
+@pytest.mark.parametrize(
+    ("layers", "head", "lengths"),
+    [
+        ([1.0] * 8, 0.0, [2, 2, 2, 2]),
+        ([1.0] * 10, 0.0, [3, 3, 2, 2]),
+        ([1.0] * 10, 1.0, [3, 3, 3, 1]),
+        ([1.0, 1.0, 4.0, 1.0, 1.0, 4.0, 1.0, 1.0], 0.0, [2, 2, 2, 2]),  # 2 and 5 against 5 and 2
+        ([5.0, 1.0, 1.0, 1.0, 1.0, 1.0], 0.0, [1, 2, 1, 2]),
+    ],
+)
+def test_chunks_that_go_around_are_even_for_the_ranks_and_among_themselves(layers, head, lengths):
+    assert [len(own) for own in balance_rounds(layers, head, Placement("1f1b", 2, 2))] == lengths
+
+
+def test_405bs_rounds():
+    """126 layers in 64 chunks: two each, and one beside the head, which takes as long as the other."""
+    chunks = balance_rounds([1.0] * 126, 0.65, Placement("zero_bubble", 16, 4))
+    assert sorted(map(len, chunks)) == [1] * 2 + [2] * 62 and len(chunks[-1]) == 1
+    costs = [sum(len(chunk) for chunk in chunks[rank::16]) + 0.65 * (rank == 15) for rank in range(16)]
+    assert max(costs) == 8.0
+
+
 def test_the_layouts_layers_per_stage_are_taken():
-    assert partition_layers([1.0] * 4, 9.0, 2, "1f1b", (1, 3)) == [range(0, 1), range(1, 4)]
-    assert partition_layers([1.0] * 4, 9.0, 2, "1f1b") == [range(0, 3), range(3, 4)]
+    assert partition_layers([1.0] * 4, 9.0, Placement("1f1b", 2), (1, 3)) == [range(0, 1), range(1, 4)]
+    assert partition_layers([1.0] * 4, 9.0, Placement("1f1b", 2)) == [range(0, 3), range(3, 4)]
 
 
 def test_a_pass_costs_what_it_computes():

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from recipes.common.config.placement import chunk_count, coordinates
+from recipes.common.config.placement import FOLDED, ONE_PASS, ZERO_BUBBLE, Placement, coordinates, placement_of
 from recipes.common.model.decoder import find_stack
 from recipes.common.model.flops import attention_costs, layer_costs
 from recipes.common.model.initial_weights import build_empty
-from recipes.common.pipeline import executor
+from recipes.common.pipeline import executor, stage_messages
 from recipes.common.pipeline.partition import partition_layers, pass_costs
 from recipes.common.pipeline.schedules import FORWARD, INPUTS, Costs, Message, Pass, finish_times, order_passes
 from recipes.common.pipeline.streams import (
@@ -26,47 +26,62 @@ from recipes.common.pipeline.streams import (
     training_programs,
 )
 from recipes.common.pipeline.streams import finish_times as played_times
-from recipes.common.recipe import PIPELINE_SCHEDULES, ROOT, Layout, derive_sizes
+from recipes.common.recipe import ROOT, Layout, derive_sizes
 from tests.support.shelf import read_shelf
 from tools.common.recipe_io import load_recipe
 
-ONE_PASS, ZERO_BUBBLE, FOLDED = PIPELINE_SCHEDULES
 DEPTHS = [(2, 1), (2, 5), (3, 2), (3, 8), (4, 3), (4, 12), (5, 20), (8, 6), (8, 20), (16, 20)]  # stages, micro batches
 COSTS = [(1.0, 1.0, 1.0), (1.0, 1.6, 1.0), (1.0, 2.0, 1.0), (1.0, 1.25, 0.75)]
 
 
-def evenly(schedule, pipeline, costs):
-    return (Costs(*costs),) * chunk_count(schedule, pipeline)
+def evenly(placement, costs):
+    return (Costs(*costs),) * placement.count
 
 
-@pytest.mark.parametrize("streams", STREAMS)
 @pytest.mark.parametrize("schedule", [ONE_PASS, ZERO_BUBBLE])
 @pytest.mark.parametrize(("pipeline", "micro_batches"), DEPTHS)
-def test_schedules_of_one_chunk_run_on_both_kinds_of_streams(pipeline, micro_batches, schedule, streams):
-    """Their orders do not depend on costs."""
-    costs = evenly(schedule, pipeline, COSTS[0])
-    for ahead in (0, AHEAD):
-        assert deadlock(training_programs(schedule, pipeline, micro_batches, costs, streams, ahead)) is None
-    assert deadlock(evaluation_programs(schedule, pipeline, micro_batches, streams)) is None
+def test_schedules_without_a_fold_run_where_each_pair_has_a_stream(pipeline, micro_batches, schedule):
+    """Whatever passes cost; with one chunk a rank, also where all of a group share a stream."""
+    for chunks, streams in [(1, GROUP), (1, PAIR), (2, PAIR), (3, PAIR)]:
+        placement = Placement(schedule, pipeline, chunks)
+        costs = evenly(placement, COSTS[0])
+        for ahead in (0, AHEAD):
+            assert deadlock(training_programs(placement, micro_batches, costs, streams, ahead)) is None
+        assert deadlock(evaluation_programs(placement, micro_batches, streams)) is None
 
 
 @pytest.mark.parametrize(("pipeline", "micro_batches"), DEPTHS)
 def test_a_folded_schedule_runs_where_each_pair_has_a_stream(pipeline, micro_batches):
+    placement = Placement(FOLDED, pipeline, 2)
     for costs in COSTS if pipeline < 8 else COSTS[1:2]:
-        assert schedule_problem(FOLDED, pipeline, [micro_batches], evenly(FOLDED, pipeline, costs), PAIR) is None
+        assert schedule_problem(placement, [micro_batches], evenly(placement, costs), PAIR) is None
     for streams in STREAMS:
-        assert deadlock(evaluation_programs(FOLDED, pipeline, micro_batches, streams)) is None
+        assert deadlock(evaluation_programs(placement, micro_batches, streams)) is None
 
 
 def test_a_folded_schedule_that_one_stream_a_group_cannot_run_is_named():
-    costs = evenly(FOLDED, 4, (1.0, 1.6, 1.0))
-    problem = schedule_problem(FOLDED, 4, [8, 20, 20], costs, GROUP)
+    placement = Placement(FOLDED, 4, 2)
+    costs = evenly(placement, (1.0, 1.6, 1.0))
+    problem = schedule_problem(placement, [8, 20, 20], costs, GROUP)
     assert problem.startswith(
-        "pipeline_schedule='zero_bubble_v' with pipeline=4 and 20 micro batches would wait for ever on one stream for each "
-        "group: the message for F8 to chunk 1 before F8 in chunk 1 before the message for B3 to chunk 1 before "
+        "pipeline_schedule='zero_bubble_v' with pipeline=4 and 20 micro batches in a step would wait for ever on one stream for "
+        "each group: the message for F8 to chunk 1 before F8 in chunk 1 before the message for B3 to chunk 1 before "
     )
-    assert schedule_problem(FOLDED, 4, [8], costs, GROUP) is None
-    assert schedule_problem(FOLDED, 4, [8, 20], costs, PAIR) is None
+    assert schedule_problem(placement, [8], costs, GROUP) is None
+    assert schedule_problem(placement, [8, 20], costs, PAIR) is None
+
+
+@pytest.mark.parametrize(
+    ("placement", "counts", "told"),
+    [
+        (Placement(ZERO_BUBBLE, 4, 2), [12], "chunks=2 with pipeline=4 and 12 micro batches in a step would wait for ever"),
+        (Placement(ONE_PASS, 8, 2), [16], "micro batches in an evaluation would wait for ever on one stream for each group: "),
+    ],
+)
+def test_an_interleaved_schedule_that_one_stream_a_group_cannot_run_is_named(placement, counts, told):
+    costs = evenly(placement, COSTS[0])
+    assert told in schedule_problem(placement, counts, costs, GROUP)
+    assert schedule_problem(placement, counts, costs, PAIR) is None
 
 
 def test_messages_in_the_wrong_order_are_a_deadlock():
@@ -79,26 +94,33 @@ def test_messages_in_the_wrong_order_are_a_deadlock():
 @pytest.mark.parametrize("schedule", [ONE_PASS, ZERO_BUBBLE])
 def test_free_messages_take_the_time_of_the_plan(schedule, streams):
     """What is played ends when the schedule's own arithmetic says, where no message waits for another."""
-    costs = evenly(schedule, 4, (1.0, 1.5, 0.5 if schedule == ZERO_BUBBLE else 0.0))
-    played = played_times(training_programs(schedule, 4, 8, costs, PAIR), costs)
-    assert played == pytest.approx(finish_times(order_passes(schedule, 4, 8, costs), costs))
+    for chunks in (1, 2):
+        placement = Placement(schedule, 4, chunks)
+        costs = evenly(placement, (1.0, 1.5, 0.5 if schedule == ZERO_BUBBLE else 0.0))
+        played = played_times(training_programs(placement, 8, costs, PAIR), costs)
+        assert played == pytest.approx(finish_times(order_passes(placement, 8, costs), costs))
 
 
-@pytest.mark.parametrize("schedule", [ZERO_BUBBLE, FOLDED])
+@pytest.mark.parametrize(("schedule", "chunks"), [(ONE_PASS, 1), (ZERO_BUBBLE, 1), (FOLDED, 1), (ONE_PASS, 2), (ZERO_BUBBLE, 3)])
 @pytest.mark.parametrize(("pipeline", "micro_batches"), [(2, 1), (2, 4), (3, 5), (4, 6)])
-def test_what_is_played_is_what_the_executor_does(monkeypatch, pipeline, micro_batches, schedule):
+def test_what_is_played_is_what_the_executor_does(monkeypatch, pipeline, micro_batches, schedule, chunks):
     """Its passes, sends and receives, in its order and groups, on every rank; a pass takes the message that it is said to."""
-    costs = evenly(schedule, pipeline, COSTS[1])
-    orders = order_passes(schedule, pipeline, micro_batches, costs)
-    layout = Layout(pipeline=pipeline, pipeline_schedule=schedule)
+    layout = Layout(pipeline=pipeline, pipeline_schedule=schedule, chunks=chunks)
+    placement = placement_of(layout)
+    costs = evenly(placement, COSTS[1])
+    orders = order_passes(placement, micro_batches, costs)
     for rank in range(pipeline):
         done = []
-        monkeypatch.setattr(executor.dist, "irecv", lambda tensor, peer, group, done=done: done.append(("message", peer, group)))
-        monkeypatch.setattr(executor.dist, "isend", lambda tensor, peer, group, done=done: done.append(("message", peer, group)))
+        monkeypatch.setattr(
+            stage_messages.dist, "irecv", lambda tensor, peer, group, done=done: done.append(("message", peer, group))
+        )
+        monkeypatch.setattr(
+            stage_messages.dist, "isend", lambda tensor, peer, group, done=done: done.append(("message", peer, group))
+        )
         own = vars(coordinates(rank, pipeline, layout))
         grid = SimpleNamespace(**own, down_group="down", up_group="up", rank_of_stage=lambda stage: stage)
-        _Recorder(grid, schedule, costs, micro_batches, done).train()
-        assert done == [_seen(operation, rank) for operation in executor_program(orders, schedule, rank, PAIR)]
+        _Recorder(grid, placement, costs, micro_batches, done).train()
+        assert done == [_seen(operation, rank) for operation in executor_program(orders, placement, rank, PAIR)]
 
 
 def _seen(operation, rank):
@@ -111,25 +133,26 @@ def _seen(operation, rank):
 class _Recorder(executor.PipelineExecutor):
     """Runs no layers, and waits for nothing that a message would bring."""
 
-    def __init__(self, grid, schedule, costs, micro_batches, done):
-        stage = SimpleNamespace(schedule=schedule, pass_costs=costs, weight_grad_stores=())
+    def __init__(self, grid, placement, costs, micro_batches, done):
+        stage = SimpleNamespace(placement=placement, pass_costs=costs, weight_grad_stores=())
         super().__init__(SimpleNamespace(micro_batches=micro_batches, data_iterator=None), stage, grid)
-        self._template, self._must_send_shape, self._done = torch.empty(1, device="meta"), False, done
+        self._tensor, self._done = torch.empty(1, device="meta"), done
+        self._templates, self._told = dict.fromkeys(range(placement.count), self._tensor), set(range(placement.count))
 
     def _pass(self, step, mail, following):
         message = self._message(step)
         if message is not None:
             mail._receiving.pop(message)  # an error if it was not posted before
         self._done.append((step, message))
-        if following is not None and 0 <= following.chunk < self._chunks:
+        if following is not None and 0 <= following.chunk < self._placement.count:
             mail._sending.clear()
-            self._deliver(following, self._template, mail)
+            self._deliver(following, self._tensor, mail)
             mail._sending.clear()
 
     def _forward(self, step, mail):
         self._pass(step, mail, Message(FORWARD, step.micro_batch, step.chunk + 1))
 
-    def _input_gradients(self, step, mail):
+    def _backward(self, step, mail):
         self._pass(step, mail, Message(INPUTS, step.micro_batch, step.chunk - 1))
 
     def _weight_gradients(self, step):
@@ -137,12 +160,14 @@ class _Recorder(executor.PipelineExecutor):
 
 
 @pytest.mark.parametrize("name", read_shelf())
-def test_every_recipe_of_the_shelf_runs_on_both_kinds_of_streams(name):
+def test_every_recipe_of_the_shelf_runs_where_each_pair_has_a_stream(name):
+    """With one chunk a rank, also where all messages of a group share one."""
     recipe = load_recipe(str(ROOT / "recipes" / f"{name}.py"))
     for world, layout in recipe.layouts.items():
         if layout.pipeline > 1:
             counts = micro_batch_counts(recipe, layout, world)
-            assert problems_by_streams(recipe, layout, counts) == dict.fromkeys(STREAMS), (world, layout)
+            found = problems_by_streams(recipe, layout, counts)
+            assert found[PAIR] is None and (layout.chunks > 1 or found[GROUP] is None), (world, layout)
 
 
 def test_the_largest_recipe_may_be_folded():
@@ -150,10 +175,10 @@ def test_the_largest_recipe_may_be_folded():
     recipe = load_recipe(str(ROOT / "recipes" / "llama_405b.py"))
     world, layout = max(recipe.layouts.items())
     assert layout.pipeline == 16
-    layout = replace(layout, pipeline_schedule=FOLDED, layers_per_stage=())
+    layout = replace(layout, pipeline_schedule=FOLDED, chunks=1, layers_per_stage=())
     found = problems_by_streams(recipe, layout, micro_batch_counts(recipe, layout, world))
     assert found[PAIR] is None
-    assert "pipeline_schedule='zero_bubble_v' with pipeline=16 and 32 micro batches would wait for ever" in found[GROUP]
+    assert "pipeline_schedule='zero_bubble_v' with pipeline=16 and 32 micro batches in a step would wait for ever" in found[GROUP]
 
 
 def micro_batch_counts(recipe, layout, world):
@@ -169,7 +194,7 @@ def problems_by_streams(recipe, layout, counts):
     causal = build_empty(recipe.model)
     stack = find_stack(causal)
     costs, head_cost = layer_costs(causal, stack, recipe.batch.seq_len)
-    chunks = partition_layers(costs, head_cost, layout.pipeline, layout.pipeline_schedule, layout.layers_per_stage)
+    chunks = partition_layers(costs, head_cost, placement_of(layout), layout.layers_per_stage)
     attention, recomputed = attention_costs(causal, stack, recipe.batch.seq_len), layout.recomputed_layers(len(costs))
     of_chunks = pass_costs(costs, attention, head_cost, chunks, recomputed)
-    return {each: schedule_problem(layout.pipeline_schedule, layout.pipeline, counts, of_chunks, each) for each in STREAMS}
+    return {each: schedule_problem(placement_of(layout), counts, of_chunks, each) for each in STREAMS}

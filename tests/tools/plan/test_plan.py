@@ -7,6 +7,8 @@ import math
 import pytest
 
 from recipes.common.config.ds_config import load_ds_config
+from recipes.common.config.placement import FOLDED, ONE_PASS, ZERO_BUBBLE, Placement
+from recipes.common.pipeline.schedules import Costs, finish_times, order_passes
 from recipes.common.recipe import ROOT, Layout
 from tests.support.shelf import read_shelf
 from tests.support.small_runs import call
@@ -17,12 +19,14 @@ from tools.plan import memory_model, time_model
 from tools.plan.coefficients import SHIPPED, read_coefficients
 from tools.plan.evaluate import candidates, judge
 from tools.plan.model_cases import Candidate, read_model
+from tools.plan.schedule_formulas import bubble_share
 
 LLAMA = "recipes/llama_1b.py"
 SHELF = [ROOT / "recipes" / f"{name}.py" for name in read_shelf() if name != "quickstart"]  # quickstart is for CPUs
 
 
-OPTIONS = ("tensor", "pipeline", "data", "micro_seqs", "recompute", "recompute_every", "sequence_parallel", "pipeline_schedule")
+OPTIONS = ("tensor", "pipeline", "data", "micro_seqs", "recompute", "recompute_every", "sequence_parallel")
+OPTIONS += ("pipeline_schedule", "chunks")
 
 
 def search(*flags):
@@ -68,19 +72,24 @@ def test_options_do_what_they_are_for(found):
     folded half of that."""
     plans = {tuple(plan[key] for key in OPTIONS): plan for plan in found["ranked"]}
     layout = (2, 2, 16, 2, "none", 1)
-    plain, shared = plans[*layout, False, "1f1b"], plans[*layout, True, "1f1b"]
+    plain, shared = plans[*layout, False, "1f1b", 1], plans[*layout, True, "1f1b", 1]
     stored = [plan["memory"]["stages"][0]["stored"] for plan in (plain, shared)]
     assert 0.5 < stored[1] / stored[0] < 0.9
-    filled = plans[*layout, False, "zero_bubble"]
+    filled = plans[*layout, False, "zero_bubble", 1]
     assert filled["parts"]["bubble"] == pytest.approx(plain["parts"]["bubble"] / 3)
     assert filled["memory"] == plain["memory"]
-    kept, again = (plans[2, 2, 16, 2, how, 1, False, "1f1b"] for how in ("selective", "full"))
+    kept, again = (plans[2, 2, 16, 2, how, 1, False, "1f1b", 1] for how in ("selective", "full"))
     by_memory = [plan["memory"]["stages"][0]["stored"] for plan in (again, kept, plain)]
     assert by_memory[0] < 0.6 * by_memory[1] < by_memory[1] < 0.9 * by_memory[2]
     assert plain["seconds"] < kept["seconds"] < again["seconds"]
-    folded = plans[*layout, False, "zero_bubble_v"]
+    folded = plans[*layout, False, "zero_bubble_v", 1]
     assert folded["parts"]["bubble"] == pytest.approx(plain["parts"]["bubble"] / 6, rel=0.1)  # its partition may differ
     assert folded["parts"]["pipeline"] > 1.5 * plain["parts"]["pipeline"]
+    around = [plans[*layout, False, "1f1b", chunks] for chunks in (2, 4, 8)]
+    shares = [plan["parts"]["bubble"] / plain["parts"]["bubble"] for plan in around]
+    assert shares == pytest.approx([1 / 2, 1 / 4, 1 / 8], rel=0.1)  # the partition may differ
+    assert around[0]["parts"]["pipeline"] < plain["parts"]["pipeline"]  # messages travel under a pass in hand
+    assert around[0]["memory"]["stages"][0]["in_flight"] == 2.5  # 2 stages x 2 chunks, and one chunk more
     assert {plan["pipeline_schedule"] for plan in found["ranked"] if plan["pipeline"] == 1} == {"1f1b"}
 
 
@@ -212,3 +221,26 @@ def test_calibration_moves_the_terms_to_this_machine(tmp_path):
     used = call("plan", "explain", "tensor=1", "recipes/quickstart.py", "--gpu-type", "CPU", "--calibration", out, "--json")
     assert used.code == 0 and used.json["ranked"][0]["seconds"] > 0
     assert read_coefficients(out).provenance["calibrated on"] == "CPU"
+
+
+def test_the_bubble_is_told_by_formula_and_as_played():
+    """16 micro batches on 4 stages; with rounds, passes played show what the formula cannot: the head makes one chunk longer."""
+    shares = []
+    for options in ("", ",chunks=2"):
+        layout = f"pipeline=4,data=16{options}"
+        said = call("plan", "explain", layout, LLAMA, "--gpu-type", "H100", "--micro-seqs", 2, "--json")
+        shares.append(said.json["bubble"])
+    assert shares[0][0] == pytest.approx(3 / 19, rel=0.15) and shares[0][1] == pytest.approx(shares[0][0], rel=0.25)
+    assert shares[1][0] == pytest.approx(3 / 35, rel=0.15) and shares[1][1] > shares[1][0]
+
+
+@pytest.mark.parametrize("passes", [3.0, 4.0])  # the last: recomputation makes the input's gradient twice as long
+def test_formulas_are_what_equal_passes_lose(passes):
+    """And a folded schedule has no formula for unequal passes: it loses more than a half of a zero bubble's."""
+    for name, chunks in ((ONE_PASS, 1), (ONE_PASS, 3), (ZERO_BUBBLE, 1), (ZERO_BUBBLE, 4), (FOLDED, 2)):
+        placement = Placement(name, 4, chunks)
+        later = 0.0 if name == ONE_PASS else 1.0
+        costs = (Costs(*(each / chunks for each in (1.0, passes - 1.0 - later, later))),) * placement.count
+        lost = max(finish_times(order_passes(placement, 12, costs), costs)) - 12 * passes
+        assert lost == pytest.approx(bubble_share(placement, 12, passes) * 3 * passes)
+    assert bubble_share(Placement(FOLDED, 8, 2), 24, 4.0) > 0.3

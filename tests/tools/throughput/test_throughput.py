@@ -1,9 +1,11 @@
 """`run`, `report`, `diff`: numbers follow from the timing files, the bubble from its formula, the trace opens, the page shows."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from recipes.common.config.placement import FOLDED, ONE_PASS, ZERO_BUBBLE, Placement
 from recipes.common.run_dir.timing_files import TimingWriter
 from recipes.common.runtime.step_clock import BACKWARD, FORWARD, OPTIMIZER, PARTS, CommKey, StepTimes
 from tests.support.browser import CHROMIUM, browser
@@ -50,9 +52,10 @@ def test_the_parts_of_every_rank_add_up_to_the_step(ran):
 
 
 def test_memory_is_that_of_the_tensors(ran):
-    """Stage 0 of 2 has 2 micro batches in flight: of each the ids, and the inputs of 2 recomputed layers. Adam keeps 2 states."""
+    """Stage 0 of 2 has 2 micro batches in flight: of each the ids, in the storage of the 17 that were read, and the inputs of 2
+    recomputed layers. Adam keeps 2 states."""
     first, last = (rank["memory"] for rank in ran[1]["ranks"])
-    assert first["activations"] == 2 * (16 * 8 + 2 * 16 * 64 * 4)
+    assert first["activations"] == 2 * (17 * 8 + 2 * 16 * 64 * 4)
     assert (first["logits"], last["logits"]) == (0, 16 * 131 * 4)
     for memory in (first, last):
         assert memory["gradients"] == memory["master_weights"]
@@ -62,9 +65,9 @@ def test_memory_is_that_of_the_tensors(ran):
 
 def test_communication_has_its_group_in_the_bandwidth(ran):
     rows = {(row["op"], row["bytes"]): row for row in ran[1]["communication"]}
-    sent = rows["send", 16 * 64 * 4]
-    assert sent["calls_per_step"] == 5  # stage 0 sends activations, stage 1 gradients
-    assert sent["bus_gb_s"] == pytest.approx(sent["bytes"] / sent["mean_us"] / 1e3)
+    sent, received = (rows[op, 16 * 64 * 4] for op in ("isend", "irecv"))
+    assert sent["calls_per_step"] == received["calls_per_step"] == 5  # stage 0 sends activations, stage 1 gradients
+    assert sent["bus_gb_s"] is received["bus_gb_s"] is None  # the clock sees the wait for a message, not the message
 
 
 def test_the_difference_to_the_formula_is_told_apart(ran):
@@ -160,23 +163,32 @@ def test_a_slow_rank_is_named_with_what_it_costs(tmp_path):
 
 @pytest.mark.parametrize(("pipeline", "micro_batches"), [(2, 4), (4, 8), (4, 4), (3, 7)])
 def test_equal_stages_wait_as_the_formulas_say(pipeline, micro_batches):
-    """(p - 1) / (m + p - 1) of 1F1B; a zero bubble with F = B = W leaves a third of it, a folded one a sixth."""
+    """(p - 1) / (m + p - 1) of 1F1B; a zero bubble with F = B = W leaves a third of it, a folded one a sixth. Interleaved with
+    v chunks, each loses a v-th."""
+    once, filled, folded = (Placement(name, pipeline) for name in (ONE_PASS, ZERO_BUBBLE, FOLDED))
+    folded = replace(folded, per_rank=2)
     plain = StageTimes(1.0, 2.0, 0.0)
     share = (pipeline - 1) / (micro_batches + pipeline - 1)
-    assert formula_share(pipeline, micro_batches, plain, "1f1b") == pytest.approx(share)
-    assert simulate([plain] * pipeline, micro_batches, "1f1b") == pytest.approx(share)
+    assert formula_share(once, micro_batches, plain) == pytest.approx(share)
+    assert simulate([plain] * pipeline, micro_batches, once) == pytest.approx(share)
     split = StageTimes(1.0, 1.0, 1.0)
     third = (pipeline - 1) / (3 * micro_batches + pipeline - 1)
-    assert formula_share(pipeline, micro_batches, split, "zero_bubble") == pytest.approx(third)
-    assert simulate([split] * pipeline, micro_batches, "zero_bubble") == pytest.approx(third, abs=0.02)
+    assert formula_share(filled, micro_batches, split) == pytest.approx(third)
+    assert simulate([split] * pipeline, micro_batches, filled) == pytest.approx(third, abs=0.02)
     sixth = (pipeline - 1) / (6 * micro_batches + pipeline - 1)
-    assert formula_share(pipeline, micro_batches, split, "zero_bubble_v") == pytest.approx(sixth)
+    assert formula_share(folded, micro_batches, split) == pytest.approx(sixth)
+    if micro_batches % pipeline == 0:
+        for kind, times, of_work in ((once, plain, 1), (filled, split, 3)):
+            thrice = replace(kind, per_rank=3)
+            share = (pipeline - 1) / (3 * of_work * micro_batches + pipeline - 1)
+            assert formula_share(thrice, micro_batches, times) == pytest.approx(share)
+            assert simulate([times] * pipeline, micro_batches, thrice) == pytest.approx(share, abs=0.02)
 
 
 def test_a_dearer_stage_shows_as_imbalance():
     stages = [StageTimes(1.0, 2.0, 0.0), StageTimes(1.2, 2.4, 0.0)]
     # the dearer stage never waits but to fill: 1 + 8 x 3.6 + 2 in all, of which the other works 8 x 3
-    assert simulate(stages, 8, "1f1b") == pytest.approx(1 - 8 * (3.0 + 3.6) / 2 / (1.0 + 8 * 3.6 + 2.0))
+    assert simulate(stages, 8, Placement(ONE_PASS, 2)) == pytest.approx(1 - 8 * (3.0 + 3.6) / 2 / (1.0 + 8 * 3.6 + 2.0))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from deepspeed.runtime.pipe.engine import TENSOR_META_SIZE, PipelineEngine
 
 from recipes.common.checkpoint.resume import load_state
 from recipes.common.checkpoint.saver import Saver
@@ -27,6 +26,7 @@ from recipes.common.engine.build_trainer import build_trainer
 from recipes.common.engine.trainer import Trainer
 from recipes.common.monitor.parameter_stats import ParameterStats
 from recipes.common.monitor.replica_drift import find_drift
+from recipes.common.pipeline.stage_messages import shape_message
 from recipes.common.recipe import Layout, Recipe, derive_sizes
 from recipes.common.runtime.step_clock import CLOCK, HOST, OTHER
 from tools.common.devices import Device
@@ -201,12 +201,10 @@ def _with_batch(case: Rehearsal, micro_batches: int) -> Recipe:
 
 
 def _neighbours_shape(recipe: Recipe, layout: Layout, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor | None]:
-    """Return what answers DeepSpeed's first message between stages: the dtype and shape of the activations that follow."""
+    """Return what answers the first message between stages: the dtype and shape of the activations that follow."""
     tokens = recipe.batch.seq_len // layout.context // (layout.tensor if layout.sequence_parallel else 1)
     shape = [recipe.batch.micro_seqs, tokens, recipe.model.get_text_config().hidden_size]
-    told = torch.zeros(TENSOR_META_SIZE, dtype=torch.int32)
-    words = [0, PipelineEngine.DTYPE_TO_ID[dtype], len(shape), *shape]
-    told[: len(words)] = torch.tensor(words, dtype=torch.int32)
+    told = shape_message(dtype, shape)
 
     def answer(tensor: torch.Tensor) -> torch.Tensor | None:
         return told if (tensor.dtype, tensor.shape) == (told.dtype, told.shape) else None
