@@ -115,6 +115,13 @@ def test_options_of_a_layout_change_nothing(recomputed, schedule, chunks, sequen
     assert_equal(trial_of(config, 2, 2, 1, **options))
 
 
+def test_fused_operators_in_a_layout(monkeypatch):
+    """Uncompiled, which is torch's part: as operators of their own, in what else wraps layers and defers gradients."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    options = {"recompute": "selective", "pipeline_schedule": "zero_bubble", "sequence_parallel": True}
+    assert_equal(gradient_trial(trial_of(tiny_config("qwen3"), 2, 2, 1, global_seqs=4, kernels="compile", **options)))
+
+
 @pytest.mark.parametrize(("pipeline", "tensor"), [(1, 1), (2, 2)])
 def test_z_loss(pipeline, tensor):
     assert_equal(gradient_trial(trial_of(tiny_config("llama"), pipeline, tensor, 1, z_loss=1e-2)))

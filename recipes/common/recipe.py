@@ -26,6 +26,7 @@ class RecipeError(ValueError):
 
 
 RECOMPUTE = ("none", "selective", "full")  # recipes.common.model.recompute
+KERNELS = ("none", "compile")
 DETERMINISM = ("order", "rounding", "bitwise", "bitwise_stages")  # recipes.common.checks.determinism_checks
 EXPERTS = SLICES, WHOLE = "slices", "tensor"  # recipes.common.parallel.experts
 PIPELINE_SCHEDULES = ("1f1b", "zero_bubble", "zero_bubble_v")  # recipes.common.pipeline.schedules
@@ -253,6 +254,10 @@ class Recipe:
     logits_chunk_tokens: int = 2048  # compute logits and loss for so many tokens at a time: less memory, not other numbers
     router: Router = field(default_factory=Router)  # of a mixture of experts; other models ignore it
     attention: str = "sdpa"  # transformers' attn_implementation
+    # What computes norms, activations, rotation and the loss. "none": PyTorch's own operators, one after another. "compile": each
+    # of these as one operator by torch.compile (recipes.common.model.fusion). Equal but for rounding: in 16 bits what lies
+    # between them is no longer rounded
+    kernels: str = "none"
     mask_documents: bool = False  # keep attention inside each document of a packed sequence, and restart positions there
     # What a rerun must repeat. "order": what each step reads and draws. "rounding": also, in the same layout, every number but
     # for rounding. "bitwise": every bit, in the same layout on the same machines. "bitwise_stages": every bit, also with

@@ -35,6 +35,7 @@ class Variant:
     extras: tuple[str, ...] = ()
     deepspeed: str = "zero1_bf16.json"
     documents: bool = False
+    kernels: str = "none"
     steps: tuple[int, ...] = (1, 1, 2)
     seq_len: int | None = None
     budget: Budget | None = None
@@ -45,13 +46,14 @@ class Variant:
     @property
     def name(self) -> str:
         words = [self.recipe, self.layout or "data", f"rank {self.rank}", self.deepspeed.removesuffix(".json")]
+        words += ["compiled"] if self.kernels == "compile" else []
         return ", ".join([*words, *(["documents"] if self.documents else []), *self.extras])
 
     def rehearsal(self, rank: int | None = None) -> Rehearsal:
         recipe = shorten(load_recipe(str(ROOT / "recipes" / f"{self.recipe}.py")), self.layers)
         if self.seq_len is not None:
             recipe = replace(recipe, batch=replace(recipe.batch, seq_len=self.seq_len))
-        recipe = replace(recipe, deepspeed=self.deepspeed, mask_documents=self.documents)
+        recipe = replace(recipe, deepspeed=self.deepspeed, mask_documents=self.documents, kernels=self.kernels)
         layout = parse_layout(self.layout)[0] if self.layout else Layout()
         return Rehearsal(
             recipe=recipe,
@@ -68,7 +70,7 @@ SP = "sequence_parallel=1"
 # rehearsed with as many micro batches as it ever holds.
 STEPS = (
     Variant(recipe="llama_8b", layers=2, gpus=8, layout=f"tensor=2,{SP}", rank=1, extras=("evaluate", "drift", "layers", "save"),
-            budget=Budget(92, 1190, 30)),
+            kernels="compile", budget=Budget(17, 320, 10)),
     Variant(recipe="llama_70b", layers=3, gpus=24, layout=f"tensor=8,pipeline=3,{SP},recompute=full", rank=9,
             extras=("evaluate",), budget=Budget(120, 840)),
     Variant(recipe="llama_405b", layers=2, gpus=16, layout=f"tensor=8,pipeline=2,{SP},recompute=selective", rank=15,

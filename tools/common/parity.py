@@ -41,6 +41,7 @@ class Trial:
     seed: int = 7
     z_loss: float = 0.0
     chunk_tokens: int = 7  # small and odd: every loss is summed over several chunks
+    kernels: str = "none"
     attention: str = "eager"
     document_end: int | None = None  # attention stays inside the documents that this id ends
     device: str = "cpu"
@@ -81,6 +82,7 @@ def build_trial_trainer(trial: Trial) -> Trainer:
         seed=trial.seed,
         z_loss=trial.z_loss,
         chunk_tokens=trial.chunk_tokens,
+        kernels=trial.kernels,
         document_end=trial.document_end,
         torch_linears=trial.torch_linears,
         router=trial.router,

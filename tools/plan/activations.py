@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from recipes.common.model.decoder import find_stack
 from recipes.common.model.document_bounds import no_questions
+from recipes.common.model.fusion import fuse_layer
 from recipes.common.model.recompute import product_ops
 from recipes.common.pipeline.placeholders import Placeholder
 
@@ -35,20 +36,20 @@ class LayerBytes:
 
 
 def layer_activations(
-    config: PreTrainedConfig, *, seq_len: int, dtype: torch.dtype, attention: str, fake: bool = True
+    config: PreTrainedConfig, *, seq_len: int, dtype: torch.dtype, attention: str, kernels: str = "none", fake: bool = True
 ) -> tuple[LayerBytes, ...]:
     """Return the saved bytes of every decoder layer for one sequence. `fake=False` computes with real tensors, for comparison.
 
     One layer of each kind runs; all do in families whose layers cannot be replaced by placeholders.
     """
     try:
-        return _measure(config, seq_len, dtype, attention, fake, every_layer=False)
+        return _measure(config, seq_len, dtype, attention, kernels, fake, every_layer=False)
     except Exception:  # a family's code may raise anything over a placeholder; over its own layers it reaches the user
-        return _measure(config, seq_len, dtype, attention, fake, every_layer=True)
+        return _measure(config, seq_len, dtype, attention, kernels, fake, every_layer=True)
 
 
 def _measure(
-    config: PreTrainedConfig, seq_len: int, dtype: torch.dtype, attention: str, fake: bool, *, every_layer: bool
+    config: PreTrainedConfig, seq_len: int, dtype: torch.dtype, attention: str, kernels: str, fake: bool, *, every_layer: bool
 ) -> tuple[LayerBytes, ...]:
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), no_questions(documents=False):
         causal = AutoModelForCausalLM.from_config(
@@ -60,6 +61,8 @@ def _measure(
         for index, layer in enumerate(layers):
             if kinds.index(kinds[index]) < index:
                 layers[index] = Placeholder(layer)
+            elif kernels == "compile":
+                fuse_layer(layer)
         layers[0].register_forward_hook(lambda layer, args, output: _return_alike(layers, output))
         saved, products = _saved_by_layer(causal, layers, {kinds.index(kind) for kind in kinds}, stack.base, seq_len)
         own = {parameter.untyped_storage()._cdata for parameter in causal.parameters()}

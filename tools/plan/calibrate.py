@@ -120,6 +120,7 @@ def measure(recipe: Recipe, candidate: Candidate, kind: str, steps: int) -> dict
         seq_len=batch.seq_len,
         attention=recipe.attention,
         chunk_tokens=recipe.logits_chunk_tokens,
+        kernels=recipe.kernels,
     )
     vocab, device = trainer.stage.vocab_size, trainer.grid.device
     ids = torch.randint(vocab, (micro_batches, candidate.micro_seqs, batch.seq_len + 1))

@@ -65,13 +65,13 @@ def library_bytes(groups: int, bucket_elements: float, gradient_bytes: float) ->
     return CONTEXT_BYTES + GROUP_BYTES * groups + bucket_elements * (3.0 * gradient_bytes + 2.0 * 2.0)
 
 
-def loss_bytes(logits: float, head: float, width: float) -> float:
+def loss_bytes(logits: float, head: float, width: float, *, compiled: bool) -> float:
     """Return the bytes of a chunk's loss and of the head's gradient, from their elements.
 
-    width: bytes of an activation. The logits' gradient takes their place, beside exponentials in fp32; the head's is added up in
-    fp32, and rescaled in the weights' precision.
+    width: bytes of an activation. The logits' gradient takes their place, beside exponentials in fp32 unless a kernel is compiled
+    for it; the head's is added up in fp32, and rescaled in the weights' precision.
     """
-    return (width + 4.0) * logits + (width + 4.0) * head
+    return (width + (0.0 if compiled else 4.0)) * logits + (width + 4.0) * head
 
 
 def stage_totals(terms: np.ndarray, case: MemoryCase) -> np.ndarray:

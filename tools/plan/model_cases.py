@@ -142,9 +142,8 @@ def read_model(recipe: Recipe, ds_config: dict[str, Any]) -> ModelFacts:
     try:
         causal = build_empty(recipe.model, recipe.attention)
         stack = find_stack(causal)
-        activations = layer_activations(
-            recipe.model, seq_len=recipe.batch.seq_len, dtype=_DTYPES[precision(ds_config)], attention=recipe.attention
-        )
+        kind = {"dtype": _DTYPES[precision(ds_config)], "attention": recipe.attention, "kernels": recipe.kernels}
+        activations = layer_activations(recipe.model, seq_len=recipe.batch.seq_len, **kind)
     except Exception as error:  # a family's own code may raise anything
         raise UsageError(f"recipe {recipe.name!r}: model={type(recipe.model).__name__}: {error}") from error
     return ModelFacts(recipe, ds_config, causal, stack, model_work(causal, stack), activations)
@@ -236,7 +235,8 @@ def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
     """Return the bytes of one chunk's logits (parallel.cross_entropy) and of the gradient of the head."""
     tokens = min(facts.recipe.logits_chunk_tokens, candidate.own_seqs * facts.recipe.batch.seq_len)
     tensor, head = candidate.layout.tensor, facts.rank_params(candidate.layout)["head"]
-    return loss_bytes(tokens * facts.work.vocab / tensor, head, facts.activation_width)
+    compiled = facts.recipe.kernels == "compile"
+    return loss_bytes(tokens * facts.work.vocab / tensor, head, facts.activation_width, compiled=compiled)
 
 
 def _library_bytes(facts: ModelFacts, candidate: Candidate) -> float:

@@ -98,6 +98,7 @@ def make_trial(
         z_loss=recipe.z_loss,
         router=recipe.router,
         attention=recipe.attention,
+        kernels=recipe.kernels,
         device=device,
     )
 

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from operator import attrgetter
 from typing import Any
 
+from recipes.common.checks.compiler_checks import compiler_problems, fusion_problems
 from recipes.common.checks.context_checks import context_option_problems, context_size_problems
 from recipes.common.checks.determinism_checks import level_problems, machine_problems
 from recipes.common.checks.expert_checks import expert_option_problems, expert_size_problems
@@ -86,8 +87,10 @@ def check_recipe(
         problems += model_problems(recipe, layout)
     if sound("determinism", "layouts", "model"):
         problems += level_problems(recipe, layout, world_size, ds_config)
+    if sound("kernels", "determinism"):
+        problems += fusion_problems(recipe)
     if check_machine:
-        problems += _machine_problems(recipe, ds_config, mistyped)
+        problems += _machine_problems(recipe, ds_config, mistyped) + compiler_problems(recipe)
         if sound("determinism", "attention", "model"):
             problems += machine_problems(recipe, world_size, ds_config)
     if problems:

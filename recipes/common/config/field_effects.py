@@ -49,7 +49,7 @@ _BY_EFFECT = {
         schedule.class schedule.warmup_steps schedule.warmup_tokens schedule.decay_steps schedule.decay_tokens
         schedule.cooldown_steps schedule.cooldown_tokens schedule.shape schedule.min_lr
         reaction.action reaction.max_rewinds reaction.lr_factor reaction.lr_steps monitor.max_nonfinite_steps monitor.on_drift""",
-    Effect.ROUNDING: """batch.micro_seqs deepspeed attention determinism logits_chunk_tokens reorder_and_upcast_attn dtype
+    Effect.ROUNDING: """batch.micro_seqs deepspeed attention kernels determinism logits_chunk_tokens reorder_and_upcast_attn dtype
         pretraining_tp""",
     Effect.SPEED: "layouts chunk_size_feed_forward",
     Effect.NOTHING: """name num_params evaluation.every_steps evaluation.seqs

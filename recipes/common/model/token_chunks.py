@@ -12,14 +12,14 @@ from torch import nn
 from recipes.common.model.decoder import PlanError
 from recipes.common.model.recompute import computed_again
 
-_MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")  # in transformers 5, exact
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")  # in transformers 5, exact
 
 
 def find_mlp(layer: nn.Module) -> nn.Module:
     """Return a decoder layer's MLP. Raises PlanError when it has none by a known name."""
-    name = next((name for name in _MLP_NAMES if hasattr(layer, name)), None)
+    name = next((name for name in MLP_NAMES if hasattr(layer, name)), None)
     if name is None:
-        raise PlanError(f"{type(layer).__name__} has no MLP by one of the names {', '.join(_MLP_NAMES)}")
+        raise PlanError(f"{type(layer).__name__} has no MLP by one of the names {', '.join(MLP_NAMES)}")
     return getattr(layer, name)
 
 

@@ -9,12 +9,14 @@ are kept.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from recipes.common.model.fused_ops import compiled_operator, compiled_update
 from recipes.common.model.gradient_sums import GradientSums
 from recipes.common.parallel.collectives import all_reduce
 
@@ -35,6 +37,7 @@ def vocabulary_loss(
     chunk_tokens: int,
     z_loss: float,
     head_sums: GradientSums | None = None,
+    compiled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (loss [], sums [3] of cross-entropy, log(Z)^2 and log(Z), largest logit []) over the scored tokens; fp32.
 
@@ -42,11 +45,13 @@ def vocabulary_loss(
     hidden: [micro_seqs, seq_len, width]; targets: [micro_seqs, seq_len], IGNORED where not scored.
     vocab_size: rows of the whole vocabulary; `first_row` is this rank's first one, rows past the end are padding.
     head_sums: where `logits_of` puts gradients of `head` that it does not give to autograd.
+    compiled: read and write the logits in two compiled kernels.
     The first result is cross-entropy + z_loss * log(Z)^2; only it carries a gradient. The largest of no logits is -inf.
     """
     flat = hidden.reshape(1, -1, hidden.shape[-1])
+    score = _score_compiled if compiled else _score
     sums = GradientSums() if head_sums is None else head_sums
-    args = (logits_of, targets.reshape(-1), vocab_size, first_row, group, chunk_tokens, z_loss, sums)
+    args = (logits_of, targets.reshape(-1), vocab_size, first_row, group, chunk_tokens, z_loss, sums, score)
     return _VocabularyLoss.apply(flat, args, *head)
 
 
@@ -66,7 +71,7 @@ class _Rows:
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, args: tuple, *head: torch.nn.Parameter):
-        logits_of, targets, vocab_size, first_row, group, chunk_tokens, z_loss, head_sums = args
+        logits_of, targets, vocab_size, first_row, group, chunk_tokens, z_loss, head_sums, score = args
         learn = any(ctx.needs_input_grad)
         tokens = targets.numel()
         found = torch.empty(3, tokens, dtype=torch.float32, device=hidden.device)  # largest logit, Z / e^that, target's - that
@@ -82,7 +87,7 @@ class _VocabularyLoss(torch.autograd.Function):
                 if rows is None:
                     rows, shared = _locate(targets, vocab_size, first_row, values.shape[1]), _storage(values) in saved
                 scores = values.clone() if shared else values
-                found[:, part] = _score(scores, rows.of(part), group, z_loss if learn else None)
+                found[:, part] = score(scores, rows.of(part), group, z_loss if learn else None)
             if learn:
                 grads = torch.autograd.grad(logits, [chunk, *head], scores.unsqueeze(0), allow_unused=True)
                 grad_hidden[:, part] = grads[0]
@@ -147,6 +152,24 @@ def _score(logits: torch.Tensor, rows: _Rows, group: dist.ProcessGroup | None, z
     return torch.stack([top, total, chosen])
 
 
+def _score_compiled(logits: torch.Tensor, rows: _Rows, group: dist.ProcessGroup | None, z_loss: float | None) -> torch.Tensor:
+    """Do the same as `_score` with one compiled kernel that reads the logits and one that overwrites them."""
+    statistics, become_gradients = _compiled_kernels()
+    _fill_padding(logits, rows)
+    own_top, own_total = statistics([logits])
+    top = all_reduce(own_top, group, dist.ReduceOp.MAX)
+    local = rows.local.unsqueeze(1)
+    at_target = logits.gather(1, local).squeeze(1) - top
+    parts = torch.stack([own_total * (own_top - top).exp(), torch.where(rows.here, at_target, 0.0)])
+    total, chosen = all_reduce(parts, group)
+    if z_loss is not None:
+        weight = _weights(top, total, rows, z_loss)
+        become_gradients(logits, [top, weight])
+        target_gradient = at_target.exp() * weight - rows.here.float()
+        logits.scatter_(1, local, target_gradient.to(logits.dtype).unsqueeze(1))
+    return torch.stack([top, total, chosen])
+
+
 def _weights(top: torch.Tensor, total: torch.Tensor, rows: _Rows, z_loss: float) -> torch.Tensor:
     """Return by what the exponentials of each token are multiplied in the gradient: it is 0 where none is scored."""
     return torch.where(rows.scored, (1.0 + 2.0 * z_loss * (total.log() + top)) / total, 0.0)
@@ -156,6 +179,22 @@ def _fill_padding(logits: torch.Tensor, rows: _Rows) -> None:
     """Give the rows past the vocabulary's end the probability 0, on a rank that has no others too."""
     if rows.padding.start < rows.padding.stop:
         logits[:, rows.padding] = torch.finfo(logits.dtype).min
+
+
+@functools.cache
+def _compiled_kernels() -> tuple[Callable, Callable]:
+    def statistics(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values = logits.float()
+        top = values.amax(dim=1)
+        return top, (values - top.unsqueeze(1)).exp().sum(dim=1)
+
+    def shapes(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
+
+    def gradients(logits: torch.Tensor, top: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (logits.float() - top.unsqueeze(1)).exp() * weight.unsqueeze(1)
+
+    return compiled_operator("logits_read", "", statistics, shapes), compiled_update("logits_to_gradients", gradients)
 
 
 def _sums(

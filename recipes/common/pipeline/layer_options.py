@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from recipes.common.config.placement import ONE_PASS
 from recipes.common.model.expert_banks import defer_bank_gradients
+from recipes.common.model.fusion import fuse_layer
 from recipes.common.model.host_activations import HostActivations
 from recipes.common.model.linears import defer_weight_gradients, route_products
 from recipes.common.model.recompute import recompute
@@ -13,20 +15,25 @@ from recipes.common.model.weight_grad_store import WeightGradStore
 from recipes.common.recipe import Layout
 
 
-def route_linears(
+def route_work(
     causal: nn.Module,
     own_layers: dict[int, nn.Module],
     chunks: tuple[range, ...],
-    stores: tuple[WeightGradStore, ...],
+    schedule: str,
     *,
     by_torch: bool,
-) -> None:
-    """Route products, and the gradients of the weights in each chunk's layers to its store."""
+    kernels: str,
+) -> tuple[WeightGradStore, ...]:
+    """Route products and fuse the work between them. Returns each chunk's store of weight gradients that are deferred."""
+    stores = tuple(WeightGradStore() for _ in chunks) if schedule != ONE_PASS else ()
     route_products(causal, by_torch=by_torch)
     for chunk, store in zip(chunks, stores, strict=False):
         for index in chunk:
             defer_weight_gradients(own_layers[index], store)
             defer_bank_gradients(own_layers[index], store)
+    for layer in own_layers.values() if kernels == "compile" else ():
+        fuse_layer(layer)
+    return stores
 
 
 def keep_less(own_layers: dict[int, nn.Module], chunks: tuple[range, ...], layout: Layout, recomputed: range) -> None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from recipes.common.config.placement import ONE_PASS, Placement, placement_of
+from recipes.common.config.placement import Placement, placement_of
 from recipes.common.model.decoder import ONLY_INFERENCE, Stack, find_stack
 from recipes.common.model.flops import attention_costs, layer_costs
 from recipes.common.model.gradient_sums import GradientSums
@@ -39,7 +39,7 @@ from recipes.common.parallel.sequence_parallel import shard_sequence
 from recipes.common.parallel.tensor_parallel import apply_tensor_parallel, plan_tensor_parallel
 from recipes.common.pipeline.carrier import Carrier, carrier_of
 from recipes.common.pipeline.crossings import find_crossings
-from recipes.common.pipeline.layer_options import keep_less, route_linears
+from recipes.common.pipeline.layer_options import keep_less, route_work
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers, pass_costs
 from recipes.common.pipeline.placeholders import Slot, chunk_of, run_head, take_out
 from recipes.common.pipeline.schedules import Costs
@@ -96,6 +96,7 @@ class Stage(nn.Module):
         whole_shapes: dict[str, tuple[int, ...]],
         z_loss: float,
         chunk_tokens: int,
+        compiled: bool,
         placement: Placement,
         pass_costs: tuple[Costs, ...],
         weight_grad_stores: tuple[WeightGradStore, ...],
@@ -108,6 +109,7 @@ class Stage(nn.Module):
 
         held: what this rank has of each parameter.
         whole_shapes: of every parameter of the whole model, by Hugging Face name.
+        compiled: compute the loss by compiled kernels.
         pass_costs: of every chunk of the model, this rank's or not.
         weight_grad_stores: each chunk's, for a schedule that defers weight gradients.
         placeholders: for this rank's own layers and norms, by name, while another chunk than theirs runs.
@@ -121,7 +123,7 @@ class Stage(nn.Module):
         self.context, self.attention, self.router_losses = context, model.attention, router_losses
         self.own_layers = tuple(index for chunk in chunks for index in chunk)
         self.is_first, self.is_last = grid.is_first_stage, grid.is_last_stage
-        self.grid, self.z_loss, self.chunk_tokens = grid, z_loss, chunk_tokens
+        self.grid, self.z_loss, self.chunk_tokens, self.compiled = grid, z_loss, chunk_tokens, compiled
         self.vocab_size = causal.config.get_text_config().vocab_size
         self.whole_shapes, self.weight_grad_stores, self.held = whole_shapes, weight_grad_stores, held
         self.placement, self.pass_costs = placement, pass_costs
@@ -213,6 +215,7 @@ class Stage(nn.Module):
             chunk_tokens=self.chunk_tokens,
             z_loss=self.z_loss,
             head_sums=self._head_sums,
+            compiled=self.compiled,
         )
         self.loss_sums += sums.detach() * weight.double()
         torch.maximum(self.max_logit, largest.detach(), out=self.max_logit)
@@ -240,6 +243,7 @@ def build_stage(
     seed: int = 0,
     z_loss: float = 0.0,
     chunk_tokens: int = 2048,
+    kernels: str = "none",
     torch_linears: bool = False,
     draw: bool = True,
     router_group: dist.ProcessGroup | None = None,
@@ -264,17 +268,15 @@ def build_stage(
     placeholders = take_out(causal, stack, crossings, chunks, first=grid.is_first_stage, last=grid.is_last_stage)
     # 3. Draw this rank's shards of the weights, and only then tie the head to them.
     held = draw_stage(causal, stack, embedding, holdings(tensor_plan, model.experts, grid), grid, seed if draw else None)
-    # 4. Route plain linears' products, before their forwards are wrapped.
-    stores = () if placement.schedule == ONE_PASS else tuple(WeightGradStore() for _ in chunks)
-    route_linears(causal, own_layers, chunks, stores, by_torch=torch_linears)
+    # 4. Route plain linears' products and fuse the work between them, before forwards are wrapped.
+    stores = route_work(causal, own_layers, chunks, placement.schedule, by_torch=torch_linears, kernels=kernels)
     # 5. Wrap modules in the collectives of expert and of tensor parallelism.
     spread_experts(causal, model.experts, grid)
     apply_tensor_parallel(causal, tensor_plan, stack, grid)
     # 6. Shard the sequence around these modules.
     if tensor_plan.blocks:
         shard_sequence(causal, stack, tensor_plan, chunks, placeholders, grid, recomputed)
-    # 7. Keep less between the passes: recompute MLPs by parts and whole layers, their collectives included.
-    keep_less(own_layers, chunks, layout, recomputed)
+    keep_less(own_layers, chunks, layout, recomputed)  # 7. Recompute MLPs by parts and whole layers, their collectives included.
     return Stage(
         model,
         grid,
@@ -283,6 +285,7 @@ def build_stage(
         whole_shapes=shapes,
         z_loss=z_loss,
         chunk_tokens=chunk_tokens,
+        compiled=kernels == "compile",
         placement=placement,
         pass_costs=pass_costs(costs, attention, head, all_chunks, recomputed),
         weight_grad_stores=stores,

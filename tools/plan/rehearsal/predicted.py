@@ -115,7 +115,8 @@ def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
     tokens = min(facts.recipe.logits_chunk_tokens, candidate.own_seqs * facts.recipe.batch.seq_len)
     head, width = facts.rank_params(candidate.layout)["head"], facts.activation_width
     logits = tokens * facts.work.vocab / candidate.layout.tensor
-    chunk = (4.0 + width) * logits + 4.0 * head  # logits and exponentials; the head's gradient in fp32
+    exponential = 0.0 if facts.recipe.kernels == "compile" else 4.0
+    chunk = (exponential + width) * logits + 4.0 * head  # logits and exponentials; the head's gradient in fp32
     scaled = (4.0 + (width if width < 4.0 else 0.0)) * head  # in place in fp32
     return max(chunk, scaled)
 

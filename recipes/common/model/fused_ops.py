@@ -1,0 +1,136 @@
+"""Makes operators of functions of tensors, each compiled by torch.compile: one kernel, or few, for a whole function.
+
+Such an operator is a single one to autograd, to recomputation and to whatever counts operators. Nothing inside is kept for the
+backward pass, which is an operator of its own that reads the inputs again. It is compiled when it first runs, once for each
+shape; equal functions share an operator.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+Tensors = tuple[torch.Tensor, ...]
+Function = Callable[..., torch.Tensor | Tensors]
+
+_LIBRARY = torch.library.Library("trifold", "FRAGMENT")  # torch's own table of operators
+
+
+@dataclass(frozen=True)
+class Fusable:
+    """A function of tensors without side effects or randomness."""
+
+    name: str  # a word for people
+    key: str  # equal only for equal functions
+    inputs: int  # how many tensors it takes
+    # of these, the first so many are not kept for the backward pass: the function is linear in them, and the result at the same
+    # place has the shape of each
+    linear: int = field(default=0, kw_only=True)
+    function: Function = field(compare=False, repr=False)
+
+
+@functools.cache
+def fused(fusable: Fusable) -> Function:
+    """Return a function that computes the same by compiled operators, its gradients too."""
+    forward = compiled_operator(fusable.name, fusable.key, fusable.function, fusable.function)
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor | Tensors:
+        learn = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
+        found = _Fused.apply(fusable, forward, *inputs) if learn else tuple(forward(list(inputs)))
+        return found[0] if len(found) == 1 else found
+
+    return run
+
+
+def compiled_operator(name: str, key: str, function: Function, shapes: Function) -> Callable[[list[torch.Tensor]], list]:
+    """Define an operator from a list of tensors to a list of tensors, none of them an input. Call it once for a key.
+
+    shapes: computes, of tensors without memory, results of the same shapes.
+    """
+    full_name = f"{name}_{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    _LIBRARY.define(f"{full_name}(Tensor[] inputs) -> Tensor[]")
+    _implement(full_name, lambda inputs: _listed(compiled(*_detached(inputs))))
+    torch.library.register_fake(f"trifold::{full_name}", lambda inputs: _listed(shapes(*inputs)), lib=_LIBRARY)
+    return getattr(torch.ops.trifold, full_name)
+
+
+def compiled_update(name: str, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Define an operator that overwrites its first tensor with what `function` computes of all. Call it once for a name.
+
+    Results are rounded once, to the first tensor's precision.
+    """
+
+    def update(changed: torch.Tensor, *others: torch.Tensor) -> None:
+        changed.copy_(function(changed, *others))
+
+    compiled = torch.compile(update, fullgraph=True, dynamic=False)
+
+    def run(changed: torch.Tensor, others: list[torch.Tensor]) -> torch.Tensor:
+        compiled(changed.detach(), *_detached(others))
+        return changed
+
+    _LIBRARY.define(f"{name}(Tensor(a!) changed, Tensor[] others) -> Tensor(a!)")
+    _implement(name, run)
+    torch.library.register_fake(f"trifold::{name}", lambda changed, others: changed, lib=_LIBRARY)
+    return getattr(torch.ops.trifold, name)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, fusable: Fusable, forward: Callable, *inputs: torch.Tensor) -> Tensors:
+        ctx.fusable = fusable
+        ctx.save_for_backward(*inputs[fusable.linear :])
+        return tuple(forward(list(inputs)))
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor):
+        inputs, wanted = (*grads[: ctx.fusable.linear], *ctx.saved_tensors), ctx.needs_input_grad[2:]
+        found: list[torch.Tensor | None] = [None] * len(inputs)
+        for of_vectors in (False, True):  # a vector's gradient is a sum over the tokens: another loop over the same inputs
+            chosen = tuple(i for i, each in enumerate(inputs) if wanted[i] and (each.ndim == 1) == of_vectors)
+            if chosen:
+                for index, grad in zip(chosen, _pullback(ctx.fusable, chosen)([*grads, *inputs]), strict=True):
+                    found[index] = grad
+        return None, None, *found
+
+
+@functools.cache
+def _pullback(fusable: Fusable, chosen: tuple[int, ...]) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
+    """Return the operator from [gradients of the results, inputs] to the gradients of the `chosen` inputs."""
+
+    def gradients(*tensors: torch.Tensor) -> Tensors:
+        grads, inputs = tensors[: -fusable.inputs], tensors[-fusable.inputs :]
+
+        def of(*values: torch.Tensor) -> torch.Tensor | Tensors:
+            given = list(inputs)
+            for index, value in zip(chosen, values, strict=True):
+                given[index] = value
+            return fusable.function(*given)
+
+        _, pull = torch.func.vjp(of, *(inputs[index] for index in chosen))
+        return pull(grads if len(grads) > 1 else grads[0])
+
+    def shapes(*tensors: torch.Tensor) -> Tensors:
+        inputs = tensors[-fusable.inputs :]
+        return tuple(torch.empty_like(inputs[index]) for index in chosen)
+
+    return compiled_operator(f"{fusable.name}_backward", f"{fusable.key} {chosen}", gradients, shapes)
+
+
+def _implement(name: str, run: Callable[..., object]) -> None:
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, device)
+
+
+def _detached(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the tensors as compiled code should see them: alike in training and evaluation, or it would be compiled twice."""
+    return [each.detach() for each in tensors]
+
+
+def _listed(found: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [found] if isinstance(found, torch.Tensor) else list(found)

@@ -1,0 +1,40 @@
+"""What of a layer is fused, and that nothing else changes. The operators run as they are written: their compiler is torch's."""
+
+import pytest
+import torch
+
+from recipes.common.model.fusion import ACTIVATIONS, NORMS, ROTATION, fuse_layer
+from recipes.common.parallel.grid import one_process
+from recipes.common.pipeline.stage import build_stage, plan_model
+from recipes.common.recipe import Layout
+from tests.support.stages import config_of
+from tools.common.forked_ranks import run_ranks
+
+ALL = {NORMS, ACTIVATIONS, ROTATION}
+FUSED = {"llama": ALL, "gpt2": {NORMS, ACTIVATIONS}, "gemma2": ALL, "qwen3": ALL}
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_a_fused_layer_computes_the_same(family, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    kinds, worst = run_ranks(_compared, 1, config_of(family))[0]
+    assert kinds == FUSED[family] and worst <= 1e-6
+
+
+def _compared(config):
+    plain, fused = (_numbers(config, kernels) for kernels in ("none", "compile"))
+    assert plain.keys() == fused.keys()
+    worst = max(((fused[name] - wanted).abs().max() / wanted.abs().max()).item() for name, wanted in plain.items())
+    causal = plan_model(config, Layout(), attention="eager").causal
+    layer = next(module for module in causal.modules() if type(module).__name__.endswith(("DecoderLayer", "Block")))
+    return fuse_layer(layer), worst
+
+
+def _numbers(config, kernels):
+    """Return the loss and all gradients of one micro batch."""
+    planned = plan_model(config, Layout(), attention="eager")
+    stage = build_stage(planned, one_process(), seq_len=12, seed=3, z_loss=1e-3, chunk_tokens=5, kernels=kernels)
+    ids = torch.arange(3, 27).view(2, 12)
+    loss = stage(ids, (ids.flip(1), torch.tensor(0.1)))
+    loss.backward()
+    return {"loss": loss.detach()} | {name: parameter.grad for name, parameter in stage.hf_named_parameters()}
