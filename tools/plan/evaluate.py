@@ -20,7 +20,7 @@ from tools.common.devices import GIB, Device
 from tools.plan.coefficients import Coefficients
 from tools.plan.memory_model import MemoryCase, interval, stage_totals
 from tools.plan.model_cases import Candidate, ModelFacts, memory_case, time_cases
-from tools.plan.rank_params import expert_sizes
+from tools.plan.rank_params import expert_counts, expert_sizes
 from tools.plan.time_model import step_parts
 
 MOST_CHUNKS = 8  # a stage: messages grow with them
@@ -60,7 +60,7 @@ def candidates(facts: ModelFacts, gpus: int, device: Device) -> list[Candidate]:
     Context ranks share sequences one at a time, where each still has a long slice. Of a mixture, any power of two of data ranks
     may share the experts.
     """
-    found = []
+    found, counts = [], expert_counts(facts.causal, facts.stack)
     for tensor in (size for size in range(1, min(gpus, device.node) + 1) if gpus % size == 0):
         for pipeline in (size for size in range(1, gpus // tensor + 1) if gpus // tensor % size == 0):
             data = gpus // (tensor * pipeline)
@@ -79,7 +79,7 @@ def candidates(facts: ModelFacts, gpus: int, device: Device) -> list[Candidate]:
                         recompute=recompute,
                     )
                     for recompute in RECOMPUTE
-                    for expert in expert_sizes(facts.causal, facts.stack, data)
+                    for expert in expert_sizes(counts, data)
                     for shared in (False, True)[: 1 + (tensor > 1)]
                     for schedule, chunks in schedules_of(pipeline, len(facts.work.layers))
                 ]

@@ -23,11 +23,17 @@ def rank_params(causal: Any, stack: Stack, layout: Layout) -> dict[str, float] |
     return _count(causal, stack, parts, layout.tensor)
 
 
-def expert_sizes(causal: Any, stack: Stack, data: int) -> list[int]:
-    """Return the numbers of expert ranks worth a look: powers of two that divide the data ranks and the experts."""
+def expert_counts(causal: Any, stack: Stack) -> frozenset[int] | None:
+    """Return how many experts the banks of a model have; None where experts cannot be spread over ranks."""
     try:
-        counts = {causal.get_parameter(name).shape[0] for name in bank_names(causal, stack)}
+        return frozenset(causal.get_parameter(name).shape[0] for name in bank_names(causal, stack))
     except PlanError:
+        return None
+
+
+def expert_sizes(counts: frozenset[int] | None, data: int) -> list[int]:
+    """Return the numbers of expert ranks worth a look: powers of two that divide the data ranks and the experts."""
+    if counts is None:
         return [1]
     powers = (2**power for power in range(data.bit_length()))
     return [size for size in powers if not any(number % size for number in (data, *counts))]
