@@ -201,7 +201,7 @@ def pipeline_problems(facts: ModelFacts, pipelines: set[Layout]) -> dict[Layout,
         problems = option_problems(each, recipe.batch.seq_len) or depth_problems(each, depth)
         if not problems:
             problems = (of_family if each.pipeline > 1 else []) + ds_config_problems(facts.ds_config, file, each)
-            problems += group_problems(recipe, facts.causal, facts.stack, each)
+            problems += group_problems(facts.causal, facts.stack, each, facts.own_layers(each))
         found[each] = problems[0] if problems else ""
     return found
 

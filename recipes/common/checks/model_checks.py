@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -92,7 +93,7 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
                 problems += chunk_problems(recipe.model, layout, recipe.attention)
                 problems += shared_expert_problems(recipe.model, causal, stack, layout, recipe.attention)
             problems += context_head_problems(recipe.model, layout, recipe.attention)
-        problems += group_problems(recipe, causal, stack, layout)
+        problems += group_problems(causal, stack, layout, _own_layers(recipe, causal, stack, layout))
     if not problems and recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
         problems += masking_problems(recipe.model, recipe.attention)
     if not problems:
@@ -138,12 +139,11 @@ def depth_problems(layout: Layout, depth: int) -> list[str]:
     return []
 
 
-def group_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:
+def group_problems(causal: Any, stack: Stack, layout: Layout, own_layers: Sequence[Sequence[int]]) -> list[str]:
     """Check that every stage holds both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
     layers = causal.get_submodule(stack.layers)
     kinds = {p.ndim < 2 for p in causal.parameters()}
-    for runs in chunks_by_rank(_chunks(recipe, causal, stack, layout), placement_of(layout)):
-        own = [index for run in runs for index in run]
+    for own in own_layers:
         if {p.ndim < 2 for index in own for p in layers[index].parameters()} != kinds:
             return [
                 f"layout pipeline={layout.pipeline}: layers {own[0]} to {own[-1]} hold only matrices or only vectors, and "
@@ -159,6 +159,11 @@ def crossing_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout)
     except PlanError as error:
         return [f"{error}; use pipeline=1 (ZeRO 1 to 3 and tensor parallelism remain)"]
     return []
+
+
+def _own_layers(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[list[int]]:
+    chunks = _chunks(recipe, causal, stack, layout)
+    return [[index for run in runs for index in run] for runs in chunks_by_rank(chunks, placement_of(layout))]
 
 
 def _chunks(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[range]:
