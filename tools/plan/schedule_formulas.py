@@ -11,7 +11,8 @@ from recipes.common.config.placement import FOLDED, ONE_PASS, Placement
 from recipes.common.pipeline.schedules import Costs, finish_times, order_passes
 
 _FULL = 3  # micro batches a stage, from which on a folded schedule's bubble stays as it is
-_MOST_STAGES = 32  # of a folded schedule that is played; a deeper one is taken to lose as little as with F = B = W
+_EVEN = 3.0  # F = B = W: the formula holds (arXiv 2401.10241, V-shaped)
+_MOST_STAGES = 16  # that are played; a deeper pipeline loses the same share, to a hundredth
 
 
 def bubble_share(placement: Placement, micro_batches: int, passes: float) -> float:
@@ -20,14 +21,17 @@ def bubble_share(placement: Placement, micro_batches: int, passes: float) -> flo
     1F1B waits (p - 1)(F + B + W), ZB-H1 (p - 1)(F + B - W) (arXiv 2401.10241, table 1), where F, B and W take a forward pass
     each and recomputation adds to B: `passes` = F + B + W. With v chunks a stage, a v-th of that.
     """
-    if placement.folded and placement.pipeline <= _MOST_STAGES:
-        return _folded_share(placement.pipeline, min(micro_batches, _FULL * placement.pipeline), passes)
+    if placement.folded:
+        pipeline = min(placement.pipeline, _MOST_STAGES)
+        return _folded_share(pipeline, min(micro_batches, _FULL * pipeline), passes)
     left = 1.0 if placement.schedule == ONE_PASS else (passes - 2.0) / passes
     return left / placement.per_rank
 
 
 @lru_cache
 def _folded_share(pipeline: int, micro_batches: int, passes: float) -> float:
+    if passes == _EVEN and micro_batches >= 2 * pipeline:
+        return 1.0 / 6.0
     placement = Placement(FOLDED, pipeline, 2)
     costs = (Costs(0.5, (passes - 2.0) / 2, 0.5),) * placement.count
     lost = max(finish_times(order_passes(placement, micro_batches, costs), costs)) - micro_batches * passes

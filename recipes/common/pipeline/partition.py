@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import accumulate, pairwise, permutations
+from math import inf
 
 from recipes.common.config.placement import Placement
 from recipes.common.pipeline.schedules import Costs
@@ -47,21 +48,18 @@ def balance_stages(layers: list[float], head: float, pipeline: int) -> list[rang
     count = len(layers)
     assert pipeline <= count, (pipeline, count)
     prefix = list(accumulate(layers, initial=0.0))
-    # best[stop]: (most expensive chunk, boundaries) of layers [0, stop) in the chunks so far
-    best = {stop: (prefix[stop], [stop]) for stop in range(1, count + 1)}
+    # of layers [0, stop) in the chunks so far: the most expensive chunk, and the boundaries
+    dearest = {stop: prefix[stop] for stop in range(1, count + 1)}
+    bounds = {stop: (stop,) for stop in range(1, count + 1)}
     for stage in range(1, pipeline):
         own = head if stage == pipeline - 1 else 0.0
-        best = {
-            stop: min(
-                (
-                    (max(best[start][0], prefix[stop] - prefix[start] + own), [*best[start][1], stop])
-                    for start in range(stage, stop)
-                ),
-                key=lambda option: (option[0], [-boundary for boundary in option[1]]),
-            )
-            for stop in range(stage + 1, count + 1)
-        }
-    return [range(start, stop) for start, stop in pairwise([0, *best[count][1]])]
+        costs, parts = {}, {}
+        for stop in range(stage + 1, count + 1):
+            options = [max(dearest[start], prefix[stop] - prefix[start] + own) for start in range(stage, stop)]
+            costs[stop] = least = min(options)
+            parts[stop] = (*max(bounds[stage + i] for i, option in enumerate(options) if option == least), stop)
+        dearest, bounds = costs, parts
+    return [range(start, stop) for start, stop in pairwise([0, *bounds[count]])]
 
 
 def balance_rounds(layers: list[float], head: float, placement: Placement) -> list[range]:
@@ -115,10 +113,22 @@ def balance_folded(layers: list[float], head: float, pipeline: int) -> list[rang
     The most expensive rank costs as little as it can; among such partitions, a rank's two chunks are as equal as they can be.
     From the outside in: what some ranks leave over is a range of layers in the middle.
     """
-    count, prefix = len(layers), list(accumulate(layers, initial=0.0))
-    assert 2 * pipeline <= count, (pipeline, count)
-    # best[front, back]: (most expensive rank, squared differences of two chunks, boundaries from the front, from the back), where
-    # the ranks so far leave over layers [front, back)
+    prefix = list(accumulate(layers, initial=0.0))
+    assert 2 * pipeline <= len(layers), (pipeline, len(layers))
+    near = _fold(prefix, head, pipeline, _AROUND // 2, inf)  # what is dearer than this is not looked at again
+    starts, stops = _fold(prefix, head, pipeline, _AROUND, near[0] if near else inf)[2:]
+    return [range(start, stop) for start, stop in pairwise([*starts, *stops[-2::-1]])]
+
+
+def _fold(
+    prefix: list[float], head: float, pipeline: int, around: int, most: float
+) -> tuple[float, float, tuple[int, ...], tuple[int, ...]] | None:
+    """Return (most expensive rank, squared differences of two chunks, boundaries from the front, from the back), or None.
+
+    around: layers more or fewer than an even part, tried for each chunk. most: what no rank costs more than.
+    """
+    count = len(prefix) - 1
+    # the same of the ranks so far, where they leave over layers [front, back)
     best = {(0, count): (0.0, 0.0, (0,), (count,))}
     for rank in range(pipeline):
         ranks_left = pipeline - 1 - rank
@@ -128,26 +138,29 @@ def balance_folded(layers: list[float], head: float, pipeline: int) -> list[rang
             budget = (prefix[back] - prefix[front] + own) / (ranks_left + 1)
             up_budget = max(budget / 2 - own, 0.0)  # for layers in the chunk from the back, which has the head
             down_budget = max(budget - own - up_budget, 0.0)
-            for down in _lengths(prefix, front, down_budget, back - front - 2 * ranks_left - 1, forward=True):
+            for down in _lengths(prefix, front, down_budget, back - front - 2 * ranks_left - 1, around, forward=True):
                 down_stop = front + down
-                ups = _lengths(prefix, back, up_budget, back - down_stop - 2 * ranks_left, forward=False) if ranks_left else ()
+                most_up = back - down_stop - 2 * ranks_left
+                ups = _lengths(prefix, back, up_budget, most_up, around, forward=False) if ranks_left else ()
                 for up_start in [back - up for up in ups] or [down_stop]:
                     costs = prefix[down_stop] - prefix[front], prefix[back] - prefix[up_start] + own
-                    measure = (max(dearest, sum(costs)), unequal + (costs[0] - costs[1]) ** 2)
+                    cost = max(dearest, sum(costs))
+                    if cost > most:
+                        continue
+                    measure = (cost, unequal + (costs[0] - costs[1]) ** 2)
                     left_over = (down_stop, up_start)
                     if left_over not in found or measure < found[left_over][:2]:
                         found[left_over] = (*measure, (*starts, down_stop), (*stops, up_start))
         best = found
-    _, _, starts, stops = min(best.values())
-    return [range(start, stop) for start, stop in pairwise([*starts, *stops[-2::-1]])]
+    return min(best.values(), default=None)
 
 
-def _lengths(prefix: list[float], start: int, budget: float, most: int, *, forward: bool) -> range:
+def _lengths(prefix: list[float], start: int, budget: float, most: int, around: int, *, forward: bool) -> range:
     """Return numbers of layers, 1 to `most`, that cost about `budget` from `start` on (or back)."""
     even = 0
     while even < most and abs(prefix[start + even if forward else start - even] - prefix[start]) < budget:
         even += 1
-    return range(max(1, even - _AROUND), min(most, even + _AROUND) + 1)
+    return range(max(1, even - around), min(most, even + around) + 1)
 
 
 def pass_costs(
