@@ -3,8 +3,8 @@
     bash launch/hostfile.sh --hostfile hosts recipes/olmo2_7b.py --out-dir /ckpt/olmo2_7b
     python recipes/olmo2_7b.py --dry-run --world-size 256                        # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 16 GPUs 69 GiB, MFU 39%, 337 days; 256 GPUs 65 GiB, MFU 35%, 23 days;
-1024 GPUs 64 GiB, MFU 27%, 7.5 days.
+Planned (H100, not measured; memory a GPU over the stages): 16 GPUs 68 GiB, MFU 39%, 337 days; 256 GPUs 63 GiB, MFU 35%, 23 days;
+1024 GPUs 63 GiB, MFU 27%, 7.5 days.
 
 Where the numbers come from: arXiv 2501.00656, tables 2 to 4, and the published config: normal initialisation of 0.02
 everywhere, norms after the sub-layers, QK norm, z-loss 1e-5, no decay on embeddings, eps 1e-8, 2000 warm-up steps to 3e-4, a

@@ -12,7 +12,7 @@ from recipes.common.pipeline.schedules import Costs, finish_times, order_passes
 
 _FULL = 3  # micro batches a stage, from which on a folded schedule's bubble stays as it is
 _EVEN = 3.0  # F = B = W: the formula holds (arXiv 2401.10241, V-shaped)
-_MOST_STAGES = 16  # that are played; a deeper pipeline loses the same share, to a hundredth
+_MOST_STAGES = 12  # that are played; a deeper pipeline loses the same share, to a few hundredths
 
 
 def bubble_share(placement: Placement, micro_batches: int, passes: float) -> float:

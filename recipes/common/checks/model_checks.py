@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -93,7 +93,7 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
                 problems += chunk_problems(recipe.model, layout, recipe.attention)
                 problems += shared_expert_problems(recipe.model, causal, stack, layout, recipe.attention)
             problems += context_head_problems(recipe.model, layout, recipe.attention)
-        problems += group_problems(causal, stack, layout, _own_layers(recipe, causal, stack, layout))
+        problems += group_problems(causal, stack, {layout: _own_layers(recipe, causal, stack, layout)})[layout]
     if not problems and recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
         problems += masking_problems(recipe.model, recipe.attention)
     if not problems:
@@ -139,17 +139,23 @@ def depth_problems(layout: Layout, depth: int) -> list[str]:
     return []
 
 
-def group_problems(causal: Any, stack: Stack, layout: Layout, own_layers: Sequence[Sequence[int]]) -> list[str]:
-    """Check that every stage holds both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522)."""
-    layers = causal.get_submodule(stack.layers)
+def group_problems(causal: Any, stack: Stack, stages: Mapping[Layout, Sequence[Sequence[int]]]) -> dict[Layout, list[str]]:
+    """Check that every stage holds both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522).
+
+    stages: each layout's stages, as the layers that they hold.
+    """
     kinds = {p.ndim < 2 for p in causal.parameters()}
-    for own in own_layers:
-        if {p.ndim < 2 for index in own for p in layers[index].parameters()} != kinds:
-            return [
-                f"layout pipeline={layout.pipeline}: layers {own[0]} to {own[-1]} hold only matrices or only vectors, and "
-                "DeepSpeed needs both on every stage; use fewer stages"
-            ]
-    return []
+    of_layer = [{p.ndim < 2 for p in layer.parameters()} for layer in causal.get_submodule(stack.layers)]
+    problems: dict[Layout, list[str]] = {layout: [] for layout in stages}
+    for layout, own_layers in stages.items():
+        for own in own_layers:
+            if set().union(*(of_layer[index] for index in own)) != kinds:
+                problems[layout] = [
+                    f"layout pipeline={layout.pipeline}: layers {own[0]} to {own[-1]} hold only matrices or only vectors, and "
+                    "DeepSpeed needs both on every stage; use fewer stages"
+                ]
+                break
+    return problems
 
 
 def crossing_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:

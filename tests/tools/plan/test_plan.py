@@ -133,7 +133,7 @@ def _thousand():
     device = find_device("H100")
     found = [candidate for gpus in (256, 512, 1024, 2048) for candidate in candidates(facts, gpus, device)]
     started = time.process_time()
-    plans, rejected = judge(facts, found[:1000], device, read_coefficients(None), 1.0)
+    plans, rejected = judge(facts, found[:: len(found) // 1000][:1000], device, read_coefficients(None), 1.0)
     return time.process_time() - started, len(plans), len(rejected)
 
 
