@@ -12,7 +12,10 @@ from recipes.common.run_dir.heartbeat import PHASES, Beat
 from recipes.common.runtime.supervisor_link import WAITING_FUNCTION
 
 # A stack with one of these among its innermost Python frames waits for other ranks: it reached the collective.
-_WAITING = re.compile(rf"/(torch/distributed|deepspeed/comm|deepspeed/runtime/pipe/p2p)[/.]|in {WAITING_FUNCTION}\b")
+_WAITING = re.compile(
+    rf"/(torch/distributed|deepspeed/comm|common/pipeline/stage_messages)[/.]|in {WAITING_FUNCTION}\b"
+    r'|/common/parallel/router_losses\.py", line \d+ in total\b'
+)
 _LONG_PHASES = ("start", "evaluate", "save", "end")  # their length does not follow from a step's
 _INNERMOST = 3  # frames that decide
 _MEDIAN_STEPS = 10.0  # without progress

@@ -46,7 +46,7 @@ def _evaluate_plain(trial):
 )
 def test_an_evaluation_drops_nothing_and_counts_its_rows(pipeline, tensor, data, schedule):
     config = tiny_config("llama", attention_dropout=0.5)
-    trial = trial_of(config, pipeline, tensor, data, pipeline_schedule=schedule, micro_seqs=2, z_loss=1e-2)
+    trial = trial_of(config, pipeline, tensor, data, pipeline_schedule=schedule, micro_seqs=2, global_seqs=8, z_loss=1e-2)
     wanted = run_ranks(_evaluate_plain, 1, trial)[0]
     ranks = run_ranks(_evaluate, trial.world_size, trial)
     assert [before for before, _, _ in ranks] == pytest.approx([wanted] * len(ranks), rel=1e-6)

@@ -35,6 +35,10 @@ Current thread 0x02 (most recent call first):
 """
 WAITS = STACK.format(innermost='/v/torch/distributed/distributed_c10d.py", line 3034 in all_reduce')
 SUMS = STACK.format(innermost='/r/recipes/common/engine/trainer.py", line 255 in ' + WAITING_FUNCTION)
+WAITS_HERE = (
+    '/r/recipes/common/pipeline/stage_messages.py", line 78 in wait_for',
+    '/r/recipes/common/parallel/router_losses.py", line 65 in total',
+)
 BUSY = STACK.format(innermost='/r/recipes/common/data/shards.py", line 88 in read')
 
 
@@ -42,6 +46,7 @@ def test_stacks_show_which_rank_waits_for_others():
     assert main_thread_frames(BUSY)[0].endswith('shards.py", line 88 in read')
     assert is_waiting(WAITS)
     assert is_waiting(SUMS)
+    assert all(is_waiting(STACK.format(innermost=place)) for place in WAITS_HERE)
     assert not is_waiting(BUSY)
     assert callable(getattr(Trainer, WAITING_FUNCTION))  # its name in a stack stands for a wait inside the all-reduce
 
