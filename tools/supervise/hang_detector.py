@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from recipes.common.run_dir.heartbeat import PHASES, Beat
-from recipes.common.runtime.supervisor_link import WAITING_FUNCTION
+from recipes.common.runtime.supervisor_link import WAITING_FRAMES, WAITING_FUNCTION
 
 # A stack with one of these among its innermost Python frames waits for other ranks: it reached the collective.
 _WAITING = re.compile(
-    rf"/(torch/distributed|deepspeed/comm|common/pipeline/stage_messages)[/.]|in {WAITING_FUNCTION}\b"
-    r'|/common/parallel/router_losses\.py", line \d+ in total\b'
+    rf"/(torch/distributed|deepspeed/comm)[/.]|in {WAITING_FUNCTION}\b|"
+    + "|".join(rf'/{re.escape(file)}", line \d+ in {function}\b' for file, function in WAITING_FRAMES)
 )
 _LONG_PHASES = ("start", "evaluate", "save", "end")  # their length does not follow from a step's
 _INNERMOST = 3  # frames that decide

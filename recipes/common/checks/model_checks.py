@@ -161,18 +161,19 @@ def group_problems(causal: Any, stack: Stack, stages: Mapping[Layout, Sequence[S
 def crossing_problems(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[str]:
     """Check, at the model's own depth, that what its layers are given reaches them in the layout's stages."""
     try:
-        find_crossings(causal, stack, recipe.attention, _chunks(recipe, causal, stack, layout))
+        find_crossings(causal, stack, recipe.attention, layer_chunks(recipe, causal, stack, layout))
     except PlanError as error:
         return [f"{error}; use pipeline=1 (ZeRO 1 to 3 and tensor parallelism remain)"]
     return []
 
 
 def _own_layers(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[list[int]]:
-    chunks = _chunks(recipe, causal, stack, layout)
+    chunks = layer_chunks(recipe, causal, stack, layout)
     return [[index for run in runs for index in run] for runs in chunks_by_rank(chunks, placement_of(layout))]
 
 
-def _chunks(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[range]:
+def layer_chunks(recipe: Recipe, causal: Any, stack: Stack, layout: Layout) -> list[range]:
+    """Return the layers of every chunk of a layout, in the model's order, as they are partitioned in training."""
     costs, head = layer_costs(causal, stack, recipe.batch.seq_len)
     return partition_layers(costs, head, placement_of(layout), layout.layers_per_stage)
 

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from recipes.common.runtime.supervisor_link import WAITING_FRAMES
+
 _SETTLE_SECONDS = 1.0  # the first failure's file may be a moment late on a shared file system
 
 FAILED, MISTAKE, NUMBERS, UNSAVED = 1, 2, 3, 4  # exit codes
@@ -129,8 +131,11 @@ def _is_lost_peer(error: BaseException) -> bool:
 
     if isinstance(error, dist.DistError):
         return True
+    if not isinstance(error, RuntimeError):
+        return False
     frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, RuntimeError) and any(Path(f.filename).parts[-2:-1] == ("distributed",) for f in frames)
+    waited = (Path(frames[-1].filename).name, frames[-1].name) in WAITING_FRAMES
+    return waited or any(Path(f.filename).parts[-2:-1] == ("distributed",) for f in frames)
 
 
 def _earlier_failure(logs: Path, mine: Path, before: Mapping[Path, tuple[int, int]]) -> Path | None:

@@ -21,6 +21,8 @@ from recipes.common.runtime.authenticated_link import SECRET, SECRET_FILE
 SUPERVISOR = "TRIFOLD_SUPERVISOR"  # HOST:PORT; the secret comes by authenticated_link.SECRET or SECRET_FILE
 # the trainer's function in which a rank waits for all others: where a GPU computes, no frame of torch.distributed shows that
 WAITING_FUNCTION = "_sum_over_ranks"
+# and where messages are waited for inside torch's own threads: (file, function)
+WAITING_FRAMES = (("stage_messages.py", "wait_for"), ("stage_messages.py", "finish"), ("router_losses.py", "total"))
 _PR_SET_PDEATHSIG = 1
 
 

@@ -3,8 +3,10 @@
 import pytest
 
 from recipes.common.engine.trainer import Trainer
+from recipes.common.parallel.router_losses import MicroBatchCounts
+from recipes.common.pipeline.stage_messages import Mailbox
 from recipes.common.run_dir.heartbeat import Beat
-from recipes.common.runtime.supervisor_link import WAITING_FUNCTION
+from recipes.common.runtime.supervisor_link import WAITING_FRAMES, WAITING_FUNCTION
 from tools.supervise.hang_detector import HangLimits, RecentSteps, find_culprits, hang_seconds, is_waiting, main_thread_frames
 
 
@@ -35,10 +37,7 @@ Current thread 0x02 (most recent call first):
 """
 WAITS = STACK.format(innermost='/v/torch/distributed/distributed_c10d.py", line 3034 in all_reduce')
 SUMS = STACK.format(innermost='/r/recipes/common/engine/trainer.py", line 255 in ' + WAITING_FUNCTION)
-WAITS_HERE = (
-    '/r/recipes/common/pipeline/stage_messages.py", line 78 in wait_for',
-    '/r/recipes/common/parallel/router_losses.py", line 65 in total',
-)
+WAITS_HERE = [f'/r/recipes/common/wing/{file}", line 78 in {function}' for file, function in WAITING_FRAMES]
 BUSY = STACK.format(innermost='/r/recipes/common/data/shards.py", line 88 in read')
 
 
@@ -48,6 +47,7 @@ def test_stacks_show_which_rank_waits_for_others():
     assert is_waiting(SUMS)
     assert all(is_waiting(STACK.format(innermost=place)) for place in WAITS_HERE)
     assert not is_waiting(BUSY)
+    assert {function for _, function in WAITING_FRAMES} <= {*vars(Mailbox), *vars(MicroBatchCounts)}
     assert callable(getattr(Trainer, WAITING_FUNCTION))  # its name in a stack stands for a wait inside the all-reduce
 
 

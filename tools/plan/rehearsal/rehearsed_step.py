@@ -14,18 +14,25 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
 from recipes.common.checkpoint.resume import load_state
 from recipes.common.checkpoint.saver import Saver
+from recipes.common.checks.model_checks import layer_chunks
 from recipes.common.config.ds_config import load_ds_config, merge_ds_config, precision
 from recipes.common.engine import zero_state
 from recipes.common.engine.build_trainer import build_trainer
 from recipes.common.engine.trainer import Trainer
+from recipes.common.model.decoder import find_stack
+from recipes.common.model.initial_weights import build_empty
 from recipes.common.monitor.parameter_stats import ParameterStats
 from recipes.common.monitor.replica_drift import find_drift
+from recipes.common.pipeline import stage
+from recipes.common.pipeline.crossings import find_crossings
+from recipes.common.pipeline.places import Crossings
 from recipes.common.pipeline.stage_messages import shape_message
 from recipes.common.recipe import Layout, Recipe, derive_sizes
 from recipes.common.runtime.step_clock import CLOCK, HOST, OTHER
@@ -51,7 +58,11 @@ def rehearse(case: Rehearsal, device: Device, prepare: Callable[[Trainer, Record
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", GLOO_SOCKET_IFNAME="lo")  # nobody connects
     start_world(case.rank, case.world_size, traffic)
     traffic.incoming = _neighbours_shape(recipe, case.layout, _DTYPES[precision(ds_config)])
-    with fake_cuda(recorder, int(device.memory), device.name):
+    crossings = _crossings(recipe, case.layout)
+    with (
+        fake_cuda(recorder, int(device.memory), device.name),
+        mock.patch.object(stage, "find_crossings", lambda *_: crossings),
+    ):
         trainer = _build(recipe, case.layout, ds_config)
         layers = trainer.stage.causal.get_submodule(trainer.stage.stack.layers)
         recorder.lines.watch_layers([layers[index] for index in trainer.stage.own_layers])
@@ -92,6 +103,13 @@ def _build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> Trainer
         kernels=recipe.kernels,
         document_end=_DOCUMENT_END if recipe.mask_documents else None,
     )
+
+
+def _crossings(recipe: Recipe, layout: Layout) -> Crossings:
+    """Return what crosses a cut of the model. The trial that tells compares values: it needs tensors that have some."""
+    causal = build_empty(recipe.model, recipe.attention)
+    stack = find_stack(causal)
+    return find_crossings(causal, stack, recipe.attention, layer_chunks(recipe, causal, stack, layout))
 
 
 class _Run:
