@@ -37,8 +37,11 @@ def route_products(module: nn.Module, *, by_torch: bool = False) -> None:
         inner.forward, inner.by_torch = partial(linear, inner), by_torch
 
 
-def defer_weight_gradients(module: nn.Module, store: Store) -> None:
-    """Put the weight gradients of the plain linears in `module`, itself too, which `route_products` has routed, into `store`."""
+def defer_weight_gradients(module: nn.Module, store: Store | None) -> None:
+    """Put the weight gradients of the plain linears in `module`, itself too, which `route_products` has routed, into `store`.
+
+    None: they are autograd's from now on.
+    """
     for inner in plain_linears(module):
         inner.weight_grad_store = store
 

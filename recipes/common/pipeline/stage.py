@@ -128,8 +128,6 @@ class Stage(nn.Module):
         self.whole_shapes, self.weight_grad_stores, self.held = whole_shapes, weight_grad_stores, held
         self.placement, self.pass_costs = placement, pass_costs
         self._head_sums = GradientSums()
-        if self.is_last:  # of a plain linear; any other head's gradient is autograd's, and added up after it
-            defer_weight_gradients(causal.get_submodule(stack.head), self._head_sums)
         self._slots = [Slot(causal, name, module, chunk_of(name, stack, chunks)) for name, module in placeholders.items()]
         self.set_positions([])
         self._carrier = carrier
@@ -205,7 +203,7 @@ class Stage(nn.Module):
         targets, weight = labels
         head = [p for p in self.head_parameters() if p.requires_grad]
         total, sums, largest = vocabulary_loss(
-            self.logits,
+            self._logits_to_score,
             hidden,
             targets,
             head,
@@ -222,6 +220,18 @@ class Stage(nn.Module):
         # A loss that is not finite may have finite gradients (a target of probability 0). It must reach the gradient norm,
         # by which every rank judges the step; a finite one adds an exact zero.
         return total * (weight + 0.0 * total.detach())
+
+    def _logits_to_score(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Run `logits` for the loss: a plain linear's weight gradient is added to the head's sums.
+
+        Any other head's is autograd's, and added up after it.
+        """
+        head = self.causal.get_submodule(self.stack.head)
+        defer_weight_gradients(head, self._head_sums)
+        try:
+            return self.logits(hidden)
+        finally:
+            defer_weight_gradients(head, None)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Return the ForCausalLM's parameters outside its base model; of tied weights, the one the head computes with."""

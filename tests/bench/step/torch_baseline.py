@@ -36,8 +36,6 @@ class _Part(nn.Module):
     def __init__(self, stage: Stage) -> None:
         super().__init__()
         self.stage = stage
-        if stage.is_last:  # autograd gives the head its gradient; our loss adds it up
-            stage.causal.get_output_embeddings().weight_grad_store = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.stage(x)
