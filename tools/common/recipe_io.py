@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import sys
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -28,10 +29,13 @@ def load_recipe(path: str) -> Recipe:
     module = importlib.util.module_from_spec(spec)
     module.__package__ = "recipes"  # its imports start at the repository root, as when it runs
     try:
+        sys.modules[spec.name] = module  # where a dataclass of the file looks for it
         spec.loader.exec_module(module)
     except Exception:  # whatever the file's own code or a config's validation raises
         recipe, problems = _read_failing(file)
         raise RecipeError(f"recipe file {path}", problems + type_problems(recipe)) from None
+    finally:
+        del sys.modules[spec.name]
     recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
         raise RecipeError("recipe", [f"{path} defines no `recipe = Recipe(...)`"])

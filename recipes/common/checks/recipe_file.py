@@ -77,11 +77,15 @@ def read_failing_recipe(path: Path) -> tuple[Recipe, list[str]]:
     notes = _Notes(path)
     module = types.ModuleType(path.stem)
     module.__dict__.update(__file__=str(path), __package__="recipes")
+    module.__name__ = f"failing_{path.stem}"
     with _patient_constructors(notes):
         try:
+            sys.modules[module.__name__] = module  # where a dataclass of the file looks for it
             exec(compile(notes.source, str(path), "exec"), module.__dict__)
         except Exception as error:  # whatever the file's own code raises
             notes.add(f"{type(error).__name__}: {' '.join(str(error).split())}", line=_line_in(path, error))
+        finally:
+            del sys.modules[module.__name__]
     recipe = notes.given or vars(module).get("recipe")
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe file {path}", notes.lines or [f"{path} defines no `recipe = Recipe(...)`"])
