@@ -198,7 +198,10 @@ def pipeline_problems(facts: ModelFacts, pipelines: set[Layout]) -> dict[Layout,
     if any(1 < each.pipeline <= depth for each in pipelines):  # try a tiny model of the family, once
         of_family = partition_problems(recipe.model, Layout(pipeline=2), recipe.attention)
     wrong = {each: option_problems(each, recipe.batch.seq_len) or depth_problems(each, depth) for each in pipelines}
-    groups = group_problems(facts.causal, facts.stack, {each: facts.own_layers(each) for each in pipelines if not wrong[each]})
+    able = [each for each in pipelines if not wrong[each]]
+    groups = dict(
+        zip(able, group_problems(facts.causal, facts.stack, [(each, facts.own_layers(each)) for each in able]), strict=True)
+    )
     for each, problems in wrong.items():
         if not problems:
             problems = (of_family if each.pipeline > 1 else []) + ds_config_problems(facts.ds_config, file, each) + groups[each]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -93,7 +93,7 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
                 problems += chunk_problems(recipe.model, layout, recipe.attention)
                 problems += shared_expert_problems(recipe.model, causal, stack, layout, recipe.attention)
             problems += context_head_problems(recipe.model, layout, recipe.attention)
-        problems += group_problems(causal, stack, {layout: _own_layers(recipe, causal, stack, layout)})[layout]
+        problems += group_problems(causal, stack, [(layout, _own_layers(recipe, causal, stack, layout))])[0]
     if not problems and recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
         problems += masking_problems(recipe.model, recipe.attention)
     if not problems:
@@ -139,22 +139,21 @@ def depth_problems(layout: Layout, depth: int) -> list[str]:
     return []
 
 
-def group_problems(causal: Any, stack: Stack, stages: Mapping[Layout, Sequence[Sequence[int]]]) -> dict[Layout, list[str]]:
+def group_problems(causal: Any, stack: Stack, layouts: Sequence[tuple[Layout, Sequence[Sequence[int]]]]) -> list[list[str]]:
     """Check that every stage holds both kinds of parameters (decayed or not), or DeepSpeed's step deadlocks (#1522).
 
-    stages: each layout's stages, as the layers that they hold.
+    layouts: each with its stages, as the layers that they hold. Returns the problems of each.
     """
     kinds = {p.ndim < 2 for p in causal.parameters()}
     of_layer = [{p.ndim < 2 for p in layer.parameters()} for layer in causal.get_submodule(stack.layers)]
-    problems: dict[Layout, list[str]] = {layout: [] for layout in stages}
-    for layout, own_layers in stages.items():
-        for own in own_layers:
-            if set().union(*(of_layer[index] for index in own)) != kinds:
-                problems[layout] = [
-                    f"layout pipeline={layout.pipeline}: layers {own[0]} to {own[-1]} hold only matrices or only vectors, and "
-                    "DeepSpeed needs both on every stage; use fewer stages"
-                ]
-                break
+    problems: list[list[str]] = []
+    for layout, own_layers in layouts:
+        lacking = [own for own in own_layers if set().union(*(of_layer[index] for index in own)) != kinds]
+        problems.append([
+            f"layout pipeline={layout.pipeline}: layers {own[0]} to {own[-1]} hold only matrices or only vectors, and "
+            "DeepSpeed needs both on every stage; use fewer stages"
+            for own in lacking[:1]
+        ])  # fmt: skip
     return problems
 
 
