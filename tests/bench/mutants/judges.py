@@ -130,7 +130,6 @@ def run_tests(names: list[str], say: Say, calls: Path | None = None) -> None:
     reporter = _Reporter(say, Calls(calls) if calls else None)
     first = () if calls else ("-x",)
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:timeout", "--tb=line", "-m", "not gpu")
-    os.environ["SLOT_HELD"] = "1"
     code = pytest.main([*options, *first, *names], plugins=[reporter])
     if code not in (0, 1):  # a module of tests that cannot even be imported
         say((PYTEST, False, NO_SUCH_TEST if code == pytest.ExitCode.USAGE_ERROR else f"exit {int(code)}", 0.0))
