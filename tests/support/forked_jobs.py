@@ -7,6 +7,7 @@ file; only the imports are shared. A start costs a second of processor time inst
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import runpy
@@ -83,6 +84,7 @@ def start_job(words: Sequence[str], output: int, prepare: Prepare = Prepare()) -
     pid = os.fork()
     if pid:
         return ForkedProcess(pid)
+    gc.freeze()  # as in tools/common/forked_ranks.py
     os.setsid()
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

@@ -8,6 +8,7 @@ references too, goes through `run_ranks`.
 from __future__ import annotations
 
 import datetime
+import gc
 import io
 import multiprocessing
 import os
@@ -83,6 +84,7 @@ def _rank_main(
     timeout_seconds: float,
     parent: int,
 ) -> None:
+    gc.freeze()  # a collection, of which DeepSpeed asks for six in bf16, looks at nothing that the parent had imported
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
