@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from recipes.common.parallel.tiny_model import shrink
 from recipes.common.recipe import PIPELINE_SCHEDULES, SGD, AdamW, Layout
-from tests.support.parity import ADAMW, LOSS_BOUND, assert_equal, both, trial_of
+from tests.support.parity import ADAMW, assert_equal, both, trial_of
 from tests.support.tiny import FAMILIES, ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
 from tools.common.parity import gradient_trial, outcome, train_in_layout, train_plain
@@ -20,8 +20,7 @@ def test_adamw_with_clipping_in_every_layout(pipeline, tensor, data):
     assert_equal(trial_of(tiny_config("llama"), pipeline, tensor, data))
 
 
-@pytest.mark.parametrize(("pipeline", "tensor", "data"), [(2, 2, 1), (3, 1, 1), (1, 4, 1), (2, 1, 2)])
-@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize(("pipeline", "tensor", "data", "accumulation"), [(2, 2, 1, 1), (3, 1, 1, 4), (2, 1, 2, 2)])
 def test_gradients_of_plain_sgd(pipeline, tensor, data, accumulation):
     trial = trial_of(tiny_config("llama"), pipeline, tensor, data, global_seqs=accumulation * data)
     assert_equal(gradient_trial(trial))
@@ -32,8 +31,9 @@ def test_gradients_of_every_family(family):
     assert_equal(gradient_trial(trial_of(tiny_config(family), 2, 2, 1, global_seqs=2)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_adamw_of_every_family(family):
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_adamw_of_biases_and_of_experts(family):
+    """What a step may do to a family's parameters beyond its gradients: biases go without weight decay, experts are one bank."""
     assert_equal(trial_of(tiny_config(family), 2, 2, 1, global_seqs=2))
 
 
@@ -46,40 +46,33 @@ def test_gradients_of_latent_attention(family, fields):
     assert_equal(gradient_trial(trial_of(config, 1, 2, 1, global_seqs=2)))
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble_v"])
-@pytest.mark.parametrize("family", ["gptj", "gpt_neo"])
+@pytest.mark.parametrize(("family", "schedule"), [("gptj", "1f1b"), ("gpt_neo", "zero_bubble_v")])
 def test_gradients_of_layers_that_return_tuples(family, schedule):
     config = shrink(AutoConfig.for_model(family, attention_dropout=0.0), Layout(pipeline=2))
     assert_equal(gradient_trial(trial_of(config, 2, 1, 1, global_seqs=2, pipeline_schedule=schedule)))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_tied_embeddings_across_stages(family):
-    config = tiny_config(family, tie_word_embeddings=True)
-    assert_equal(trial_of(config, 2, 2, 2))
-    assert_equal(gradient_trial(trial_of(config, 3, 1, 1)))
+@pytest.mark.parametrize(("family", "pipeline", "tensor"), [("gpt2", 3, 1), ("gemma2", 2, 2)])
+def test_gradients_of_tied_embeddings_across_stages(family, pipeline, tensor):
+    assert_equal(gradient_trial(trial_of(tiny_config(family, tie_word_embeddings=True), pipeline, tensor, 1)))
 
 
-def test_tied_embeddings_on_one_stage():
-    assert_equal(trial_of(tiny_config("llama", tie_word_embeddings=True), 1, 2, 1))
+@pytest.mark.parametrize(("pipeline", "tensor", "data"), [(2, 1, 2), (1, 2, 1)])
+def test_adamw_of_tied_embeddings(pipeline, tensor, data):
+    assert_equal(trial_of(tiny_config("llama", tie_word_embeddings=True), pipeline, tensor, data))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_fewer_key_value_heads_than_tensor_ranks(kv_heads):
     config = tiny_config("qwen3", num_key_value_heads=kv_heads)
-    assert_equal(gradient_trial(trial_of(config, 1, 4, 1)))
-    assert_equal(trial_of(config, 1, 4, 1))
+    assert_equal(gradient_trial(trial_of(config, 1, 4, 1, global_seqs=2)))
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_zero_stages_without_a_pipeline(zero, tensor):
-    assert_equal(trial_of(tiny_config("llama"), 1, tensor, 2, deepspeed=ds_config(f"zero{zero}_fp32.json")))
-
-
-def test_zero_3_with_tied_embeddings():
-    config = tiny_config("llama", tie_word_embeddings=True)
-    assert_equal(gradient_trial(trial_of(config, 1, 2, 2, deepspeed=ds_config("zero3_fp32.json"))))
+@pytest.mark.parametrize(("zero", "tensor", "tied"), [(2, 2, False), (3, 2, True), (3, 1, False)])
+def test_zero_stages_without_a_pipeline(zero, tensor, tied):
+    """Beyond the first, which the cube has."""
+    config = tiny_config("llama", tie_word_embeddings=tied)
+    assert_equal(trial_of(config, 1, tensor, 2, deepspeed=ds_config(f"zero{zero}_fp32.json"), steps=2))
 
 
 RECOMPUTED = {
@@ -112,7 +105,7 @@ def test_options_of_a_layout_change_nothing(recomputed, schedule, chunks, sequen
     """Every option beside every other one: each schedule and each recomputation with the sequence shared and not."""
     config = tiny_config("llama", tie_word_embeddings=True)
     options = RECOMPUTED[recomputed] | {"sequence_parallel": sequence_parallel, "pipeline_schedule": schedule, "chunks": chunks}
-    assert_equal(trial_of(config, 2, 2, 1, **options))
+    assert_equal(trial_of(config, 2, 2, 1, steps=2, **options))
 
 
 def test_fused_operators_in_a_layout(monkeypatch):
@@ -140,21 +133,19 @@ def test_sdpa_attention():
     assert_equal(trial_of(tiny_config("llama"), 2, 2, 1, attention="sdpa"))
 
 
-@pytest.mark.parametrize(("pipeline", "tensor"), [(1, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("pipeline", "tensor"), [(1, 1), (2, 2)])
 def test_documents_masked_from_each_other(pipeline, tensor):
     trial = trial_of(tiny_config("llama"), pipeline, tensor, 1, attention="sdpa", document_end=5, seq_len=48)
-    trained, plain = both(gradient_trial(trial))
-    assert_equal(gradient_trial(trial))
+    plain = assert_equal(gradient_trial(trial))
     unmasked = run_ranks(train_plain, 1, gradient_trial(replace(trial, document_end=None)))[0]
     assert abs(unmasked.losses[0] - plain.losses[0]) > 1e-5  # the mask is not for nothing
-    assert trained.losses == pytest.approx(plain.losses, rel=LOSS_BOUND)
 
 
-@pytest.mark.parametrize("config", ["zero1_bf16.json", "zero2_bf16.json", "zero3_bf16.json", "zero3_offload_bf16.json"])
+@pytest.mark.parametrize("config", ["zero1_bf16.json", "zero2_bf16.json", "zero3_offload_bf16.json"])
 def test_bf16_tracks_fp32(config):
-    """Three steps of lr 1e-3: the loss within 5e-4, relative; a weight within the two steps that rounding may turn around."""
+    """Two steps of lr 1e-3: the loss within 5e-4, relative; a weight within the two steps that rounding may turn around."""
     pipeline = 2 if config == "zero1_bf16.json" else 1
-    trial = trial_of(tiny_config("llama"), pipeline, 2, 1, deepspeed=ds_config(config))
+    trial = trial_of(tiny_config("llama"), pipeline, 2, 1, deepspeed=ds_config(config), steps=2)
     trained, plain = both(trial)
     assert trained.losses == pytest.approx(plain.losses, rel=5e-4)
     assert trained.grad_norms == pytest.approx(plain.grad_norms, rel=2e-2)
@@ -166,7 +157,7 @@ def test_bf16_pipeline_and_data_equal_one_process_bit_for_bit():
     deepspeed = ds_config("zero1_bf16.json")
     one = trial_of(tiny_config("llama"), 1, 1, 1, deepspeed=deepspeed)
     many = trial_of(tiny_config("llama"), 2, 1, 2, deepspeed=deepspeed)
-    shapes = {name: tensor.shape for name, tensor in run_ranks(train_plain, 1, one)[0].parameters.items()}
+    shapes = {name: tensor.shape for name, tensor in run_ranks(train_plain, 1, replace(one, steps=1))[0].parameters.items()}
     alone, cut = (outcome(run_ranks(train_in_layout, t.world_size, t), shapes) for t in (one, many))
     assert cut.losses == alone.losses
     assert all(cut.parameters[name].equal(alone.parameters[name]) for name in shapes)

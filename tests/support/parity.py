@@ -45,7 +45,8 @@ def both(trial: Trial) -> tuple[Outcome, Outcome]:
     return outcome(run_ranks(train_in_layout, trial.world_size, trial), shapes), plain
 
 
-def assert_equal(trial: Trial, *, loss: float = LOSS_BOUND, tensor: float = TENSOR_BOUND) -> None:
+def assert_equal(trial: Trial, *, loss: float = LOSS_BOUND, tensor: float = TENSOR_BOUND) -> Outcome:
+    """Hold a layout to the oracle, whose outcome is returned."""
     trained, plain = both(trial)
     assert trained.losses == pytest.approx(plain.losses, rel=loss)
     assert trained.grad_norms[0] == pytest.approx(plain.grad_norms[0], rel=LOSS_BOUND)
@@ -56,3 +57,4 @@ def assert_equal(trial: Trial, *, loss: float = LOSS_BOUND, tensor: float = TENS
     for name, wanted in plain.parameters.items():
         difference = (trained.parameters[name] - wanted).abs().max().item()
         assert difference <= tensor, f"{name} differs by {difference:.1e}"
+    return plain
