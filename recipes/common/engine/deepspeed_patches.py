@@ -15,6 +15,7 @@ On one engine:
     engine._train_schedule                       executor: the passes of a step, then DeepSpeed's reductions and its step
     engine._aggregate_total_loss                 nothing: the trainer sums losses itself
     engine.timers                                nothing: a pipeline engine's keeps two CUDA events a step for ever
+    engine.allreduce_and_copy                    bf16's flat gradients are reduced where they are, not in a copy of several
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ def patch_engine(engine: DeepSpeedEngine, grid: Grid, executor: PipelineExecutor
     _patch_norm(engine.optimizer, grid, gate)
     if not isinstance(comm.cdb, TimedBackend):
         comm.cdb = TimedBackend(comm.cdb)
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        engine.allreduce_and_copy = lambda flats, *args: _reduce_in_place(engine, flats, *args)
     if executor is not None:
         engine._aggregate_total_loss = lambda: torch.zeros(())
         engine.timers = NoopTimer()
@@ -109,6 +112,16 @@ def patch_engine(engine: DeepSpeedEngine, grid: Grid, executor: PipelineExecutor
         engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | timed | {RunPasses: lambda engine: executor.train()}
         engine._train_schedule = lambda: OneStep(engine.micro_batches, engine.num_stages, engine.stage_id)
     return gate
+
+
+def _reduce_in_place(engine: DeepSpeedEngine, flats: list[torch.Tensor], *args: Any) -> None:
+    """Average each flat gradient over its data ranks where it lies.
+
+    DeepSpeed joins those of less than 500M elements to one, and copies the result back: 2 GiB at the fullest moment of a step.
+    """
+    for flat in flats:
+        reduced = engine.allreduce_bucket([flat], *args)
+        assert reduced.data_ptr() == flat.data_ptr(), "DeepSpeed flattens a flat tensor to a copy"
 
 
 def _patch_norm(optimizer: Any, grid: Grid, gate: NormGate) -> None:
