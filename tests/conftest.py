@@ -52,10 +52,10 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory):
-    """(recipe file, run directory): under the supervisor on 2 ranks, interrupted by nobody. Broken runs are held to it."""
+    """(recipe file, run directory): under the supervisor on 2 ranks, interrupted by nobody. Broken runs are compared to it."""
     from tests.support import supervised  # imports what a rank does
 
     folder = tmp_path_factory.mktemp("straight")
-    recipe, run_dir = supervised.recipe_copy(folder), folder / "straight"
+    recipe, run_dir = supervised.recipe_copy(folder, extra=supervised.HELD), folder / "straight"
     assert supervised.supervise(recipe, run_dir).wait(120) == 0, supervised.output(run_dir)
     return recipe, run_dir

@@ -34,7 +34,7 @@ class Cluster:
     def call(self, *words: object, **options: object) -> str:
         """Return a Slurm command's output; assert that it succeeds."""
         variables = {**os.environ, **options.pop("env", {}), "SLURM_CONF": str(self.folder / "slurm.conf")}
-        done = subprocess.run([str(w) for w in words], env=variables, capture_output=True, text=True, timeout=60, **options)
+        done = subprocess.run([str(w) for w in words], env=variables, capture_output=True, text=True, timeout=300, **options)
         assert done.returncode == 0, (words, done.stdout, done.stderr)
         return done.stdout.strip()
 
@@ -106,7 +106,7 @@ def _ready(cluster: Cluster) -> bool:
     return False
 
 
-def _wait(condition, folder: Path, seconds: float = 30.0) -> None:
+def _wait(condition, folder: Path, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         logs = "\n".join(path.read_text()[-1500:] for path in sorted(folder.glob("daemon_*.log")))

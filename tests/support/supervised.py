@@ -12,22 +12,46 @@ from pathlib import Path
 import psutil
 
 from recipes.common.recipe import ROOT
-from recipes.common.run_dir.attempts import read_attempts
+from recipes.common.run_dir.attempts import read_attempts, sealed_step
 from recipes.common.run_dir.heartbeat import Beat, read_beats
 from recipes.common.run_dir.metrics import read_metrics
 from tests.support.forked_jobs import LAUNCHER, ForkedProcess, start_job
 from tests.support.launched import copy_repository
 
 END_SECONDS = 15.0  # what is promised: from a rank's death to the last process's end, on every host
-STEPS = 40
+STEPS, EVERY = 16, 4
 SETTINGS = """
 from dataclasses import replace  # noqa
 recipe = replace(recipe, steps={steps}, checkpoints=Checkpoints(every_steps={every}), evaluation=Evaluation())
+recipe = replace(recipe, schedule=replace(recipe.schedule, warmup_steps=min({steps} - 1, 4)))
 {extra}
 """
 
 
-def recipe_copy(folder: Path, *, steps: int = STEPS, every: int = 10, extra: str = "") -> Path:
+# a rank begins no step past the number in RUN_DIR.hold, where there is one, until it is asked to stop
+HELD = """
+import os, signal, sys, time  # noqa
+from pathlib import Path  # noqa
+from recipes.common.run_dir.heartbeat import Heartbeat  # noqa
+_enter, _hold = Heartbeat.enter, Path(sys.argv[sys.argv.index("--out-dir") + 1]).with_suffix(".hold")
+def _held(self, step, phase):
+    _enter(self, step, phase)
+    while phase == "data" and _hold.exists() and step > int(_hold.read_text()):
+        if signal.getsignal(signal.SIGTERM).__self__.name is not None:
+            break
+        time.sleep(0.01)
+Heartbeat.enter = _held
+"""
+
+
+def hold(run_dir: Path, step: int = STEPS) -> None:
+    """Let the ranks of a HELD recipe train to the end of `step` and wait there."""
+    written = run_dir.with_suffix(".hold.new")
+    written.write_text(str(step))
+    written.rename(run_dir.with_suffix(".hold"))
+
+
+def recipe_copy(folder: Path, *, steps: int = STEPS, every: int = EVERY, extra: str = "") -> Path:
     """Write a small recipe of `steps` steps that saves every `every` steps."""
     return copy_repository(folder, extra=SETTINGS.format(steps=steps, every=every, extra=extra))
 
@@ -57,7 +81,7 @@ def output(run_dir: Path) -> str:
     return run_dir.with_suffix(".out").read_text()
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 90.0, what: object = "") -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 300.0, what: object = "") -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds:.0f} s: {what() if callable(what) else what}"
@@ -74,6 +98,13 @@ def wait_for_step(job: subprocess.Popen | ForkedProcess | None, run_dir: Path, s
 
     wait_until(there, what=lambda: output(run_dir)[-3000:])
     return [beat for beat in read_beats(run_dir) if beat.time >= since]
+
+
+def wait_at(job: subprocess.Popen | ForkedProcess | None, run_dir: Path, step: int, since: float = 0.0) -> list[Beat]:
+    """Until every rank of the newest attempt is held after `step`, and what it saved until then is sealed. Gives heartbeats."""
+    beats = wait_for_step(job, run_dir, step + 1, since)
+    wait_until(lambda: sealed_step(run_dir) == step // EVERY * EVERY, what=lambda: output(run_dir)[-3000:])
+    return beats
 
 
 def processes_under(supervisor: ForkedProcess) -> list[psutil.Process]:

@@ -12,22 +12,22 @@ import psutil
 import pytest
 
 from recipes.common.recipe import ROOT
-from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
+from recipes.common.run_dir.attempts import sealed_step
 from recipes.common.run_dir.heartbeat import read_beats
 from recipes.common.run_dir.lease import FOLDER, held
 from recipes.common.runtime.supervisor_link import WAITING_FUNCTION
 from tests.support.forked_jobs import LAUNCHER
 from tests.support.small_runs import assert_same_state
 from tests.support.supervised import (
-    STEPS,
     assert_all_end,
     ends,
+    hold,
     losses,
     output,
     processes_under,
     recipe_copy,
     supervise,
-    wait_for_step,
+    wait_at,
     wait_until,
 )
 
@@ -42,31 +42,35 @@ def assert_same_run(straight: Path, run_dir: Path) -> None:
 def test_a_killed_rank_a_killed_launcher_and_a_stopped_rank(straight, tmp_path):
     recipe, uninterrupted = straight
     run_dir = tmp_path / "run"
-    supervisor = supervise(recipe, run_dir, "--hang-seconds", 4)
+    hold(run_dir, 6)
+    supervisor = supervise(recipe, run_dir, "--hang-seconds", 3)
 
-    beats = wait_for_step(supervisor, run_dir, 12)
+    beats = wait_at(supervisor, run_dir, 6)
     everyone = processes_under(supervisor)
     assert len(everyone) == 2 * 2 + 1  # ranks, guards, the launcher
     os.kill(beats[1].pid, signal.SIGKILL)
+    hold(run_dir, 10)
     assert_all_end(everyone)
 
-    beats = wait_for_step(supervisor, run_dir, 22, since=time.time())
+    wait_at(supervisor, run_dir, 10, since=time.time())
     everyone = processes_under(supervisor)
     (launcher,) = psutil.Process(supervisor.pid).children()
     launcher.kill()
+    hold(run_dir, 13)
     assert_all_end(everyone)
 
-    beats = wait_for_step(supervisor, run_dir, 32, since=time.time())
+    beats = wait_at(supervisor, run_dir, 13, since=time.time())
     everyone = processes_under(supervisor)
     os.kill(beats[1].pid, signal.SIGSTOP)
+    hold(run_dir)
     assert supervisor.wait(120) == 0, output(run_dir)
     assert_all_end(everyone)
 
     killed, orphaned, hung, finished = ends(run_dir)
-    assert (killed["cause"], killed["sealed_step"]) == ("rank_lost", 10)
+    assert (killed["cause"], killed["sealed_step"]) == ("rank_lost", 4)
     assert killed["detail"].startswith("rank 1 on ")
-    assert killed["lost_steps"] == killed["last_step"] - 10 >= 1
-    assert (orphaned["cause"], orphaned["sealed_step"]) == ("rank_lost", 20)
+    assert killed["lost_steps"] == killed["last_step"] - 4 >= 1
+    assert (orphaned["cause"], orphaned["sealed_step"]) == ("rank_lost", 8)
     assert hung["cause"] == "hang"
     assert "did not reach the collective: rank 1 on " in hung["detail"]
     assert "its process is stopped (state T)" in hung["detail"]
@@ -80,8 +84,9 @@ def test_a_killed_rank_a_killed_launcher_and_a_stopped_rank(straight, tmp_path):
 def test_a_killed_supervisor_takes_all_down_and_one_asked_to_end_saves(straight, tmp_path):
     recipe, uninterrupted = straight
     run_dir = tmp_path / "run"
+    hold(run_dir, 6)
     supervisor = supervise(recipe, run_dir)
-    wait_for_step(supervisor, run_dir, 12)
+    wait_at(supervisor, run_dir, 6)
     everyone = processes_under(supervisor)
     supervisor.kill()
     assert_all_end(everyone)
@@ -89,15 +94,15 @@ def test_a_killed_supervisor_takes_all_down_and_one_asked_to_end_saves(straight,
 
     since = time.time()
     supervisor = supervise(recipe, run_dir, flags=("--resume",))
-    wait_for_step(supervisor, run_dir, 15, since)
+    wait_at(supervisor, run_dir, 6, since)
     everyone = processes_under(supervisor)
     supervisor.send_signal(signal.SIGTERM)
     assert supervisor.wait(30) == 75, output(run_dir)
     assert_all_end(everyone, 1)
-    step = int(sealed_checkpoints(run_dir)[-1].name.removeprefix("step_"))
-    assert step == max(losses(run_dir)) and 15 <= step < STEPS
+    assert sealed_step(run_dir) == max(losses(run_dir)) == 7
     assert "stopped by SIGTERM" in output(run_dir)
 
+    hold(run_dir)
     assert supervise(recipe, run_dir, flags=("--resume",)).wait(120) == 0, output(run_dir)
     assert [end["cause"] for end in ends(run_dir)] == ["supervisor_lost", "stopped", "finished"]
     assert_same_run(uninterrupted, run_dir)
@@ -109,20 +114,22 @@ def test_ranks_may_change_between_restarts(straight, tmp_path):
     run_dir, hostfile = tmp_path / "run", tmp_path / "hostfile"
     hostfile.write_text("localhost slots=4\n")
     launcher = LAUNCHER + " {hostfile}"
-    supervisor = supervise(recipe, run_dir, "--hostfile", hostfile, launcher=launcher, flags=("--max-steps", 26))
+    hold(run_dir, 5)
+    supervisor = supervise(recipe, run_dir, "--hostfile", hostfile, launcher=launcher, flags=("--max-steps", 11))
     since = 0.0
-    for step, slots in ((12, 8), (22, 2)):
-        beats = wait_for_step(supervisor, run_dir, step, since)
+    for step, slots in ((5, 8), (9, 2)):
+        beats = wait_at(supervisor, run_dir, step, since)
         hostfile.write_text(f"localhost slots={slots}\n")
         since = time.time()
         os.kill(beats[0].pid, signal.SIGKILL)
+        hold(run_dir, step + 4)
     assert supervisor.wait(120) == 0, output(run_dir)
     starts = json.loads((run_dir / "run.json").read_text())["starts"]
     layouts = [(s["world_size"], s["layout"]["tensor"], s["layout"]["pipeline"], s["sizes"]["data"]) for s in starts]
     assert layouts == [(4, 2, 2, 1), (8, 2, 2, 2), (2, 1, 2, 1)]
     assert [s["sizes"]["tokens_per_step"] for s in starts] == [starts[0]["sizes"]["tokens_per_step"]] * 3
     expected, found = losses(one_layout), losses(run_dir)
-    assert set(found) == set(range(1, 27))
+    assert set(found) == set(range(1, 12))
     assert max(abs(found[step][0] - expected[step][0]) / expected[step][0] for step in found) < 1e-6
 
 
@@ -135,10 +142,12 @@ def test_a_full_disk_costs_a_save_and_nothing_else(straight, tmp_path):
     try:
         (disk / "ballast").write_bytes(bytes(110 << 20))  # a checkpoint takes 20 MB
         run_dir = disk / "run"
+        hold(run_dir, 6)
         supervisor = supervise(recipe, run_dir)
-        wait_until(lambda: f"saving {run_dir}/checkpoints/step_00000010 failed" in output(run_dir), what=lambda: output(run_dir))
+        wait_until(lambda: f"saving {run_dir}/checkpoints/step_00000004 failed" in output(run_dir), what=lambda: output(run_dir))
         os.kill(read_beats(run_dir)[1].pid, signal.SIGKILL)  # and a rank is lost before there is any checkpoint
         (disk / "ballast").unlink()
+        hold(run_dir)
         assert supervisor.wait(120) == 0, output(run_dir)
         assert [end["cause"] for end in ends(run_dir)] == ["rank_lost", "finished"]
         assert_same_run(uninterrupted, run_dir)
@@ -204,7 +213,7 @@ _saves.write_rank_file = _full
 )
 def test_what_a_restart_cannot_cure_is_not_restarted(tmp_path, extra, code, causes, message):
     recipe, run_dir = recipe_copy(tmp_path, extra=extra), tmp_path / "run"
-    supervisor = supervise(recipe, run_dir, launcher=sys.executable)
+    supervisor = supervise(recipe, run_dir, launcher=f"{LAUNCHER} 1")
     assert supervisor.wait(120) == code, output(run_dir)
     assert message in output(run_dir)
     assert [end["cause"] for end in ends(run_dir)] == causes
