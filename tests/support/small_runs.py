@@ -15,8 +15,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from recipes.common.checkpoint.reader import Reader
-from recipes.common.checks.recipe_checks import check_recipe
-from recipes.common.config.ds_config import merge_ds_config
+from recipes.common.config.ds_config import load_ds_config, merge_ds_config
 from recipes.common.data.shards import tokenizer_hash
 from recipes.common.recipe import Layout, Recipe, derive_sizes
 from recipes.common.run_dir.metrics import read_metrics
@@ -76,7 +75,7 @@ def run(
     skips: tuple[tuple[int, int], ...] = (),
     accept: tuple[str, ...] = (),
 ) -> dict[int, dict[str, Any]]:
-    """Train a whole run on forked ranks, as a launcher would start it. Returns the records of metrics.jsonl by step."""
+    """Train a whole run on forked ranks, unchecked, as a launcher would start it. Returns metrics.jsonl's records by step."""
     run_ranks(_run, world_size, recipe, world_size, str(out_dir), resume, resume_step, max_steps, skips, accept)
     return {r["step"]: r for r in read_metrics(Path(out_dir) / "metrics.jsonl") if "loss" in r}
 
@@ -91,9 +90,9 @@ def _run(
     skips: tuple[tuple[int, int], ...],
     accept: tuple[str, ...],
 ) -> None:
-    layout, config = check_recipe(recipe, world_size, check_machine=True)
+    layout = recipe.layouts[world_size]
     sizes = derive_sizes(recipe, layout, world_size)
-    config = merge_ds_config(config, recipe, sizes, sizes.accumulation)
+    config = merge_ds_config(load_ds_config(recipe.deepspeed), recipe, sizes, sizes.accumulation)
     starts = {"resume_run": resume, "resume_step": resume_step, "max_steps": max_steps, "skips": skips, "accept": accept}
     train(start_run(recipe, layout, sizes, config, Path(out_dir), **starts))
 
