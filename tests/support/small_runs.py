@@ -7,6 +7,10 @@ import importlib
 import importlib.util
 import io
 import json
+import os
+import runpy
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,12 +143,31 @@ def _called(module: str, arguments: tuple[object, ...]) -> Called:
     return Called(*run_ranks(_call, 1, module, [str(argument) for argument in arguments])[0])
 
 
+def call_recipe(path: Path, *flags: object, **variables: str | None) -> Called:
+    """Run `python PATH FLAGS` in a forked process, with these environment variables; without those that are None."""
+    return Called(*run_ranks(_call_recipe, 1, str(path), [str(flag) for flag in flags], variables)[0])
+
+
+def _call_recipe(path: str, flags: list[str], variables: dict[str, str | None]) -> tuple[int, str, str]:
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    sys.argv = [path, *flags]
+    return _captured(lambda: runpy.run_path(path, run_name="__main__") and 0)
+
+
 def _call(module: str, arguments: list[str]) -> tuple[int, str, str]:
+    is_package = importlib.util.find_spec(module).submodule_search_locations is not None
+    return _captured(lambda: importlib.import_module(module + ".__main__" * is_package).main(arguments))
+
+
+def _captured(main: Callable[[], int]) -> tuple[int, str, str]:
+    """Return the exit code of `main` and what it printed."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            is_package = importlib.util.find_spec(module).submodule_search_locations is not None
-            code = importlib.import_module(module + ".__main__" * is_package).main(arguments)
+            code = main()
         except SystemExit as leaving:  # argparse
             code = leaving.code
     return code, out.getvalue(), err.getvalue()

@@ -13,16 +13,17 @@ from recipes.common.anomalies.rewinds import read_history
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.checks.recipe_checks import reaction_problems
 from recipes.common.data.order import sequence_position
-from recipes.common.recipe import AdamW, Checkpoints, Constant, Evaluation, Layout, Monitor, Reaction
+from recipes.common.recipe import AdamW, Batch, Checkpoints, Constant, Evaluation, Layout, Monitor, Reaction
 from recipes.common.run_dir.black_box import read_boxes
 from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
 from recipes.common.run_dir.metrics import read_metrics
 from recipes.common.run_dir.segments import changed_facts, read_chain, read_segments
-from tests.support.small_runs import assert_same_state, run
-from tests.support.tiny import tiny_recipe, write_shards
+from tests.support.small_runs import assert_same_state, run, small_recipe
+from tests.support.tiny import tiny_config, write_shards
 from tools.common.forked_ranks import RankError
 
-STEPS, BAD_STEP = 10, 6
+STEPS, BAD_STEP = 8, 6
+SMALL = tiny_config("llama", num_hidden_layers=2)
 KNOWN, UNKNOWN = (3, 60), (100, 131)  # ids of the good text, and of the bad document that no step before has seen
 
 
@@ -85,22 +86,24 @@ def write_easy_text(folder, bad_sequences):
 def recipe_on(data, **fields):
     values = {
         "steps": STEPS,
+        "batch": Batch(seq_len=16, micro_seqs=2, global_seqs=4),
+        "layouts": {1: Layout(), 2: Layout(pipeline=2)},
         "optimizer": AdamW(lr=1e-2, clip=1.0),
         "schedule": Constant(warmup_steps=4),
         "evaluation": Evaluation(),
         "checkpoints": Checkpoints(every_steps=2, keep_last=9),
         "reaction": Reaction(action="rewind"),
     }
-    return tiny_recipe(data, **(values | fields))
+    return small_recipe(data, fields.pop("model", SMALL), **(values | fields))
 
 
 def numbers(records):
     return {step: (r["loss"], r["grad_norm"], r["lr"], r["consumed_seqs"]) for step, r in records.items()}
 
 
-@pytest.mark.parametrize(("ranks", "config"), [(1, "zero1_fp32.json"), (4, "zero1_bf16.json")])
-def test_a_rewound_run_equals_bitwise_one_resumed_by_hand(data, tmp_path, ranks, config):
-    recipe = recipe_on(data, deepspeed=config)
+@pytest.mark.parametrize(("layout", "config"), [(Layout(), "zero1_fp32.json"), (Layout(tensor=2), "zero1_bf16.json")])
+def test_a_rewound_run_equals_bitwise_one_resumed_by_hand(data, tmp_path, layout, config):
+    ranks, recipe = 2, recipe_on(data, deepspeed=config, layouts={2: layout})
     rewound = run(recipe, ranks, tmp_path / "rewound")
     logged = replace(recipe, reaction=Reaction())
     assert max(r["loss"] for r in rewound.values()) == rewound[1]["loss"]
@@ -202,6 +205,7 @@ def test_a_step_over_the_ceiling_changes_no_weight(data, tmp_path, monkeypatch, 
     monkeypatch.setattr(recovery, "AnomalyDetector", HighestNormSoFar)
     recipe = recipe_on(
         data,
+        model=tiny_config("llama"),  # whose norm rises at step 3
         steps=4,
         layouts={2: layout},
         deepspeed=config,

@@ -1,6 +1,6 @@
 """kill -9 at random moments, over saves and training, then --resume: nothing sealed is lost, and the end is bitwise the same.
 
-TRIFOLD_KILLS sets how many kills (default 8); the acceptance run uses 100.
+TRIFOLD_KILLS sets how many kills (default 4); the acceptance run uses 100.
 """
 
 import os
@@ -18,7 +18,7 @@ from recipes.common.run_dir.metrics import read_metrics
 from tests.support.small_runs import assert_same_state, run
 from tests.support.tiny import tiny_recipe, write_shards
 
-KILLS = int(os.environ.get("TRIFOLD_KILLS", "8"))
+KILLS = int(os.environ.get("TRIFOLD_KILLS", "4"))
 WORLD = 2
 
 

@@ -13,14 +13,12 @@ import recipes.common.checkpoint.saver as saver_module
 from recipes.common.checkpoint.files import damage
 from recipes.common.checkpoint.position import RunPosition
 from recipes.common.checkpoint.saver import Saver
-from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.config.ds_config import merge_ds_config
 from recipes.common.engine.build_trainer import build_recipe_trainer
 from recipes.common.recipe import Checkpoints, Evaluation, derive_sizes
 from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
-from recipes.common.train import start_run, train
-from tests.support.small_runs import assert_same_state, run
-from tests.support.tiny import tiny_recipe, write_shards
+from tests.support.small_runs import assert_same_state, run, train_on_rank
+from tests.support.tiny import ds_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import RankError, run_ranks
 
 # what is planted: (module, name, on rank, error)
@@ -73,9 +71,9 @@ def _fail_each_way(recipe, out_dir):
 
 
 def _saver(recipe, out_dir):
-    layout, config = check_recipe(recipe, 2, check_machine=True)
-    sizes = derive_sizes(recipe, layout, 2)
-    trainer = build_recipe_trainer(recipe, layout, merge_ds_config(config, recipe, sizes, sizes.accumulation))
+    sizes = derive_sizes(recipe, recipe.layouts[2], 2)
+    config = merge_ds_config(ds_config(recipe.deepspeed), recipe, sizes, sizes.accumulation)
+    trainer = build_recipe_trainer(recipe, recipe.layouts[2], config)
     return Saver(Path(out_dir), trainer, recipe, None)
 
 
@@ -84,14 +82,14 @@ def _raise(error):
 
 
 def test_a_failed_save_is_told_at_the_next_step_and_the_last_one_is_tried_again(data, tmp_path, capfd):
-    """Rank 1 cannot write at steps 2 and 8, the last, where the second try works."""
-    recipe = tiny_recipe(data, evaluation=Evaluation(), checkpoints=Checkpoints(every_steps=2))
+    """Rank 1 cannot write at steps 2 and 4, the last, where the second try works."""
+    recipe = tiny_recipe(data, evaluation=Evaluation(), checkpoints=Checkpoints(every_steps=2), steps=4)
     run_ranks(_fail_at, 2, recipe, str(tmp_path / "run"))
     lines = capfd.readouterr().err.splitlines()
     told = [line for line in lines if "step_00000002 failed: rank 1: OSError: [Errno 30]" in line]
     assert len(told) == 1
-    assert any("the last state, of step 8, is not on disk: trying again for 600 s" in line for line in lines)
-    assert any("saved " in line and "step_00000008" in line for line in lines)
+    assert any("the last state, of step 4, is not on disk: trying again for 600 s" in line for line in lines)
+    assert any("saved " in line and "step_00000004" in line for line in lines)
     run(recipe, 2, tmp_path / "straight")
     assert_same_state(tmp_path / "straight", tmp_path / "run", 0.0)
 
@@ -100,7 +98,7 @@ def _fail_at(recipe, out_dir):
     write, failed = save_in_flight.write_rank_file, []
 
     def refused(folder, rank, *rest):
-        if rank == 1 and any(f"step_0000000{step}." in folder.name for step in (2, 8)) and folder.name[:14] not in failed:
+        if rank == 1 and any(f"step_0000000{step}." in folder.name for step in (2, 4)) and folder.name[:14] not in failed:
             failed.append(folder.name[:14])
             raise OSError(30, "Read-only file system")
         return write(folder, rank, *rest)
@@ -111,10 +109,7 @@ def _fail_at(recipe, out_dir):
 
 
 def _train(recipe, out_dir, ranks=2):
-    layout, config = check_recipe(recipe, ranks, check_machine=True)
-    sizes = derive_sizes(recipe, layout, ranks)
-    config = merge_ds_config(config, recipe, sizes, sizes.accumulation)
-    train(start_run(recipe, layout, sizes, config, Path(out_dir), resume_run=False))
+    train_on_rank(recipe, out_dir, recipe.layouts[ranks], ranks, False, recipe.steps)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
@@ -125,18 +120,18 @@ def test_a_full_disk_ends_the_run_only_when_the_last_save_has_failed_for_long(da
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("this machine does not let root mount a tmpfs")
     try:
-        checkpoints = Checkpoints(every_steps=2, keep_last=9, last_save_minutes=0.01)
-        recipe = tiny_recipe(data, evaluation=Evaluation(), checkpoints=checkpoints)
-        unsaved = r"UnsavedError: the last state, of step 8, is not on disk: \d saves failed .* No space left.*step_00000004"
+        checkpoints = Checkpoints(every_steps=1, keep_last=9, last_save_minutes=0.01)
+        recipe = tiny_recipe(data, evaluation=Evaluation(), checkpoints=checkpoints, steps=4)
+        unsaved = r"UnsavedError: the last state, of step 4, is not on disk: \d saves failed .* No space left.*step_00000002"
         with pytest.raises(RankError, match=unsaved):
             run(recipe, 2, disk / "run")
-        assert [int(folder.name[5:]) for folder in sealed_checkpoints(disk / "run")] == [2, 4]
+        assert [int(folder.name[5:]) for folder in sealed_checkpoints(disk / "run")] == [1, 2]
         assert damage(disk / "run" / "checkpoints" / "latest") == []
         assert not list((disk / "run" / "checkpoints").glob(".*saving"))
         shutil.rmtree(sealed_checkpoints(disk / "run")[0])  # room for one more
-        records = run(replace(recipe, checkpoints=replace(checkpoints, every_steps=8)), 2, disk / "run", resume=True)
-        assert sorted(records) == list(range(1, 9))
-        assert [int(folder.name[5:]) for folder in sealed_checkpoints(disk / "run")] == [4, 8]
+        records = run(replace(recipe, checkpoints=replace(checkpoints, every_steps=4)), 2, disk / "run", resume=True)
+        assert sorted(records) == [1, 2, 3, 4]
+        assert [int(folder.name[5:]) for folder in sealed_checkpoints(disk / "run")] == [2, 4]
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 

@@ -31,6 +31,7 @@ from recipes.common.recipe import (
     Reaction,
     RecipeError,
 )
+from tests.support.small_runs import Called, call, call_recipe
 from tests.support.tiny import ROOT, ds_config, tiny_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import run_ranks
 
@@ -529,14 +530,12 @@ REST_OF_PLACE = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "
 
 def test_a_recipe_with_seven_mistakes_is_one_message_without_a_process_group(tmp_path):
     """No launcher and no peer: a process group of two could not be made."""
-    path, variables = _copy_of_quickstart(tmp_path, SEVEN), os.environ | {"WORLD_SIZE": "2", "RANK": "0"} | REST_OF_PLACE
-    command = [sys.executable, str(path), "--out-dir", str(tmp_path / "run")]
-    result = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120, cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
+    path, place = _copy_of_quickstart(tmp_path, SEVEN), {"WORLD_SIZE": "2", "RANK": "0"} | REST_OF_PLACE
+    called = call_recipe(path, "--out-dir", tmp_path / "run", **place)
+    assert (called.code, called.out) == (2, "")
+    lines = called.err.splitlines()
     assert lines[0] == "error: recipe 'quickstart' on 2 GPUs:"
-    assert all(line.startswith("  - ") for line in lines[1:]), result.stderr
+    assert all(line.startswith("  - ") for line in lines[1:]), called.err
     for part in (
         "model.num_kv_heads=2: LlamaConfig has no such field",
         "num_params=2_361_024 but",
@@ -564,12 +563,14 @@ REFUSED = {
 def test_a_file_that_python_and_transformers_refuse_is_one_message_with_its_lines(tmp_path, tool):
     """The constructors' own errors hide nothing: not each other, nor what the checks find in the rest."""
     path = _copy_of_quickstart(tmp_path, REFUSED)
-    command = [sys.executable, str(path), "--out-dir", str(tmp_path / "run")]
     if tool == "a tool":
-        command = [sys.executable, "-m", "tools.verify", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert (result.returncode, result.stdout) == (2, "")
-    lines = result.stderr.splitlines()
+        called = call("verify", path)
+    else:  # in a process of its own: what reports them is the hook of an interpreter that ends
+        command = [sys.executable, str(path), "--out-dir", str(tmp_path / "run")]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+        called = Called(result.returncode, result.stdout, result.stderr)
+    assert (called.code, called.out) == (2, "")
+    lines = called.err.splitlines()
     source = path.read_text().splitlines()
     for part, where in {
         "model.vocab_size='4096': LlamaConfig refuses it: Field 'vocab_size' expected int": 'vocab_size="4096"',

@@ -32,7 +32,7 @@ def trial_of(pipeline, tensor, data, config="zero1_fp32.json", **fields):
         optimizer=ADAMW,
         deepspeed=ds_config(config),
     )
-    return replace(trial, steps=3, **fields)
+    return replace(trial, steps=3, global_seqs=2 * data, **fields)
 
 
 class Plant:
@@ -109,8 +109,8 @@ def whole_weights(trainer):
 
 
 LAYOUTS = [
-    (2, 2, 2, "zero1_bf16.json"),
-    (1, 1, 2, "zero2_fp32.json"),
+    (2, 1, 2, "zero1_bf16.json"),
+    (1, 2, 2, "zero2_fp32.json"),
     (1, 1, 2, "zero3_bf16.json"),
 ]
 
