@@ -24,8 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, packed_sequence_compatibility_function
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from recipes.common.model.document_bounds import sequence_indices
@@ -123,7 +123,7 @@ class ContextAttention:
         if packed is not None:
             if self.attention in _BY_POSITIONS:
                 return _Positions(self._documents)
-            mask_function = packed_sequence_compatibility_function(mask_function, self._documents, packed)
+            mask_function = _inside_documents(mask_function, self._documents, packed)
         options |= {"q_length": queries, "kv_length": whole, "q_offset": self.span * queries, "kv_offset": 0}
         return ALL_MASK_ATTENTION_FUNCTIONS[self.attention](
             mask_function=mask_function,
@@ -178,6 +178,13 @@ class ContextAttention:
         cut = out.unflatten(1, (self.heads, -1)).transpose(0, 1)
         whole = exchange(cut.flatten(1), self._head_group).view(self.heads, seqs, -1, heads, width)
         return whole.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def _inside_documents(mask_function: Callable, positions: torch.Tensor, packed: torch.Tensor) -> Callable:
+    """Keep attention inside documents as the installed transformers does; 5.17 does not count windows from a document's start."""
+    if hasattr(masking_utils, "packed_sequence_compatibility_function"):
+        return masking_utils.packed_sequence_compatibility_function(mask_function, positions, packed)
+    return masking_utils.and_masks(mask_function, masking_utils.packed_sequence_mask_function(packed))
 
 
 class _Positions:
