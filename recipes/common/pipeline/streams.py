@@ -146,12 +146,15 @@ def _words(event: Pass | Message) -> str:
 def schedule_problem(placement: Placement, micro_batches: Iterable[int], costs: tuple[Costs, ...], streams: str) -> str | None:
     """Return why a schedule cannot run on such streams with each of these numbers of micro batches, or None.
 
-    Evaluations may have any number: what differs is how many are left of a lap.
+    Evaluations may have any number: what differs is how many are left of a lap. With one chunk a rank, what fewer do is the
+    beginning of what more do, so that the most stand for all.
     """
-    training = {count: training_programs(placement, count, costs, streams) for count in sorted(set(micro_batches))}
-    evaluations = {count: evaluation_programs(placement, count, streams) for count in range(1, 2 * placement.pipeline)}
+    most = 2 * placement.pipeline
+    training = ((count, training_programs(placement, count, costs, streams)) for count in sorted(set(micro_batches)))
+    evaluated = range(1 if placement.per_rank > 1 else most - 1, most)
+    evaluations = ((count, evaluation_programs(placement, count, streams)) for count in evaluated)
     for what, programs in ((" in a step", training), (" in an evaluation", evaluations)):
-        for count, of_ranks in programs.items():
+        for count, of_ranks in programs:
             if ring := deadlock(of_ranks):
                 return (
                     f"{placement.words} with pipeline={placement.pipeline} and {count} micro batches{what} would wait for ever "
