@@ -18,7 +18,10 @@ FILLED, FOLDED = {"pipeline_schedule": "zero_bubble"}, {"pipeline_schedule": "ze
 TWICE, FILLED_TWICE = {"chunks": 2}, FILLED | {"chunks": 2}  # around the ranks
 
 
-def trial_of(pipeline, tensor=1, data=1, *, family="llama", precision="fp32", recompute="none", tied=False, layers=8, **fields):
+def trial_of(
+    pipeline, tensor=1, data=1, *, family="llama", precision="fp32", recompute="none", tied=False, layers=None, **fields
+):
+    layers = layers or 2 * pipeline  # two chunks a rank
     config = fp16_config(initial_scale_power=12) if precision == "fp16" else ds_config(f"zero1_{precision}.json")
     return Trial(
         model=tiny_config(family, num_hidden_layers=layers, tie_word_embeddings=tied),
@@ -27,7 +30,7 @@ def trial_of(pipeline, tensor=1, data=1, *, family="llama", precision="fp32", re
         optimizer=ADAMW,
         deepspeed=config,
         steps=2,
-        **{"global_seqs": 6 * data} | fields,
+        **{"global_seqs": 4 * data} | fields,
     )
 
 
@@ -57,20 +60,22 @@ def assert_same_bits(trial, *schedules):
 @pytest.mark.parametrize(
     ("pipeline", "precision", "schedules"),
     [
-        (2, "bf16", (FILLED, FOLDED, TWICE, FILLED | {"chunks": 3})),
+        (2, "bf16", (FILLED, FOLDED, {"chunks": 3}, FILLED | {"chunks": 3})),
         (3, "fp32", (FOLDED, FILLED_TWICE)),
-        (4, "bf16", (FILLED, FOLDED, {"chunks": 3}, FILLED_TWICE)),
+        (4, "bf16", (FILLED, FOLDED, TWICE, FILLED_TWICE)),
     ],
 )
 def test_same_bits_at_every_depth(pipeline, precision, schedules):
-    assert_same_bits(trial_of(pipeline, precision=precision, layers=12 if pipeline == 4 else 8), *schedules)
+    assert_same_bits(trial_of(pipeline, precision=precision, layers=max(7, 2 * pipeline), global_seqs=6), *schedules)
 
 
 @pytest.mark.parametrize(
-    ("precision", "recompute", "schedules"), [("bf16", "full", (FILLED, FILLED_TWICE)), ("fp32", "selective", (FOLDED, TWICE))]
+    ("tensor", "precision", "recompute", "schedules"),
+    [(2, "bf16", "full", (FILLED, FILLED_TWICE)), (1, "fp32", "selective", (FOLDED, TWICE))],
 )
-def test_same_bits_with_tensor_and_data_ranks_ties_and_recomputation(precision, recompute, schedules):
-    assert_same_bits(trial_of(2, 2, 2, precision=precision, tied=True, recompute=recompute), *schedules)
+def test_same_bits_with_tensor_and_data_ranks_ties_and_recomputation(tensor, precision, recompute, schedules):
+    """Folded and interleaved with tensor ranks: the families below."""
+    assert_same_bits(trial_of(2, tensor, 2, precision=precision, tied=True, recompute=recompute), *schedules)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +84,7 @@ def test_same_bits_with_tensor_and_data_ranks_ties_and_recomputation(precision, 
 )
 def test_same_bits_in_other_families(family, schedules):
     """Transposed weights with biases, per-head norms whose gradients are summed over tensor ranks, experts, packed linears."""
-    assert_same_bits(trial_of(2, 2, family=family, global_seqs=4, recompute="selective"), *schedules)
+    assert_same_bits(trial_of(2, 2, family=family, recompute="selective"), *schedules)
 
 
 def test_same_bits_with_fewer_micro_batches_than_stages():
@@ -92,7 +97,7 @@ def test_same_bits_in_fp16():
 
 def test_torchs_own_products_wait_too():
     """The bench's side with torch's linears is the same schedule."""
-    assert_same_bits(trial_of(2, global_seqs=4, torch_linears=True), FOLDED)
+    assert_same_bits(trial_of(2, torch_linears=True), FOLDED)
 
 
 def test_same_bits_with_context_ranks():
@@ -100,19 +105,19 @@ def test_same_bits_with_context_ranks():
     assert_same_bits(replace(trial, layout=replace(trial.layout, context=2)), FOLDED, FILLED_TWICE)
 
 
-@pytest.mark.parametrize(("first", "second"), [(FILLED, FOLDED), (TWICE, FILLED_TWICE)])
-def test_a_run_with_a_ramp_and_evaluation_goes_on_in_another_schedule(tmp_path, first, second):
+def test_a_run_with_a_ramp_and_evaluation_goes_on_in_another_schedule(tmp_path):
     write_shards(tmp_path / "data", tokens=4_000)
     batch = Batch(seq_len=16, micro_seqs=1, global_seqs=6, ramp=((4, 2), (8, 4)))
     recipe = tiny_recipe(tmp_path / "data", steps=4, batch=batch, evaluation=Evaluation(every_steps=2, seqs=5))
     layout = Layout(pipeline=2)
     train_run(recipe, tmp_path / "plain", layout, 2, steps=4)
-    train_run(recipe, tmp_path / "other", replace(layout, **first), 2, steps=2)
-    train_run(recipe, tmp_path / "other", replace(layout, **second), 2, resume=True, steps=4)
-    plain, late = (list(read_metrics(tmp_path / name)) for name in ("plain", "other"))
+    for name, first, second in (("folded", FILLED, FOLDED), ("interleaved", TWICE, FILLED_TWICE)):
+        train_run(recipe, tmp_path / name, replace(layout, **first), 2, steps=2)
+        train_run(recipe, tmp_path / name, replace(layout, **second), 2, resume=True, steps=4)
+    plain, *others = (list(read_metrics(tmp_path / name)) for name in ("plain", "folded", "interleaved"))
     for key in ("loss", "grad_norm", "val_loss", "consumed_seqs"):
-        values = [[record.get(key) for record in records] for records in (plain, late)]
-        assert values[0] == values[1], key
+        values = [[record.get(key) for record in records] for records in (plain, *others)]
+        assert values[0] == values[1] == values[2], key
         assert any(values[0])
 
 
@@ -140,7 +145,7 @@ def test_evaluation_before_and_after_a_step_is_1f1bs(pipeline, schedules):
 
 
 def test_sequences_shared_by_tensor_ranks():
-    """Placeholders of other chunks hand on the shape of whole sequences."""
-    trial = trial_of(2, 2, global_seqs=4, recompute="selective")
+    """Placeholders of other chunks hand on the shape of whole sequences. Folded: test_context_parallel.py."""
+    trial = trial_of(2, 2, recompute="selective")
     trial = replace(trial, layout=replace(trial.layout, sequence_parallel=True))
-    assert_same_bits(trial, FOLDED, FILLED_TWICE)
+    assert_same_bits(trial, FILLED_TWICE)
