@@ -17,6 +17,8 @@ ADDED_TENSOR: dict[str, dict[str, str]] = {
     # values decide, by projections and parameters for each head, which keys are seen
     "doge": block("layers.*.self_attn", "q_proj k_proj v_proj", "o_proj", gathered=True)
     | {"layers.*.self_attn.dt_proj": "replicate"},
+    # sparse activations: a neuron is on by the mean and spread of all
+    "gemma3n_text": block("layers.*.mlp", "gate_proj up_proj", "down_proj", gathered=True),
     # gate and up lie one after the other in a bank
     "inkling_text": {"layers.*.mlp.experts.gate_up_proj": "packed_colwise"},
 }

@@ -103,6 +103,8 @@ def shrink(config: PreTrainedConfig, layout: Layout, *, layers: int = 0) -> PreT
         own = names.get(name, name)
         if isinstance(fields.get(own), int) and not isinstance(fields[own], bool):
             fields[own] = min(fields[own], cap)
+        elif isinstance(fields.get(own), list) and all(isinstance(size, int) for size in fields[own]):
+            fields[own] = [min(size, cap) for size in fields[own]]  # a width for each layer
     _shrink_experts(fields, names, config, layout)
     heads, kv_heads = _heads(config, layout.tensor * head_ranks(config, layout))
     put("num_attention_heads", heads)
