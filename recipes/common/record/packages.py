@@ -40,13 +40,13 @@ def package_facts(path: Sequence[str] | None = None) -> dict[str, Any]:
     The last, of a package whose loaded files are not those that were installed, is {file: hash}. path: folders to look in, in
     the order of imports.
     """
-    facts: dict[str, Any] = {}
+    facts, loaded = {}, _loaded_files()
     for name, info in sorted(_installed(sys.path if path is None else path).items()):
         version = _INFO.fullmatch(info.name)[2]
         entries = wheel_entries(_record(info))
         facts[f"package.{name}.version"] = version
         facts[f"package.{name}.files"] = files_hash(entries) if entries else _editable_hash(info)
-        if name in COMPUTE and (edited := edited_files(entries, info.parent)):
+        if name in COMPUTE and (edited := edited_files(entries, info.parent, loaded)):
             facts[f"package.{name}.edited"] = edited
     return facts
 
@@ -56,12 +56,13 @@ def files_hash(entries: Sequence[tuple[bytes, bytes]]) -> str:
     return "sha256:" + hashlib.sha256(b"\n".join(sorted(b"%s,%s" % entry for entry in entries))).hexdigest()
 
 
-def edited_files(entries: Sequence[tuple[bytes, bytes]], site: Path) -> dict[str, str]:
-    """Return {file: its hash} of the loaded modules of a package, installed under `site`, that are not as its RECORD says."""
+def edited_files(entries: Sequence[tuple[bytes, bytes]], site: Path, loaded: Sequence[str]) -> dict[str, str]:
+    """Return {file: its hash} of those `loaded` files of a package, installed under `site`, that are not as its RECORD says."""
     listed = {path.decode(errors="replace"): digest.decode() for path, digest in entries if path.endswith(b".py")}
-    edited = {}
-    for file in _loaded_files(f"{site}/"):
-        if (expected := listed.get(file)) is not None:
+    edited, inside = {}, f"{site}/"
+    for path in loaded:
+        file = path.removeprefix(inside)
+        if file != path and (expected := listed.get(file)) is not None:
             try:
                 digest = hashlib.sha256((site / file).read_bytes()).digest()
             except OSError:
@@ -104,9 +105,9 @@ def wheel_entries(record: bytes) -> list[tuple[bytes, bytes]]:
     return entries
 
 
-def _loaded_files(site: str) -> list[str]:
+def _loaded_files() -> list[str]:
     files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-    return sorted({file.removeprefix(site) for file in files if isinstance(file, str) and file.startswith(site)})
+    return sorted({file for file in files if isinstance(file, str)})
 
 
 def _editable_hash(info: Path) -> str | None:
