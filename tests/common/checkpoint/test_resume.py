@@ -5,13 +5,15 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from recipes.common.checkpoint.files import damage, out_dir_problems
 from recipes.common.checkpoint.reader import Reader
-from recipes.common.parallel.dropout import dropout_seed
+from recipes.common.parallel.dropout import seed_dropout
 from recipes.common.recipe import Checkpoints, Evaluation, Layout
 from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints
 from tests.support.small_runs import assert_same_state, run
@@ -102,13 +104,16 @@ def test_a_step_without_a_checkpoint_is_refused_with_those_that_have_one(tmp_pat
     ]
 
 
-def test_dropout_is_on_and_differs_between_steps_data_ranks_and_stages(data, tmp_path):
+def test_dropout_is_on_and_differs_between_steps_data_ranks_and_stages(data, tmp_path, monkeypatch):
     """The bitwise test above would pass without it, or with its zeros at the same places every step."""
     with_dropout = tiny_recipe(data, model=tiny_config("llama", attention_dropout=0.5), steps=1)
     without = tiny_recipe(data, steps=1)
     assert run(with_dropout, 1, tmp_path / "a")[1]["loss"] != run(without, 1, tmp_path / "b")[1]["loss"]
-    places = itertools.product((1, 2), (0, 1), (0, 1))
-    assert len({dropout_seed(0, step, data_rank=data_rank, stage=stage) for step, data_rank, stage in places}) == 8
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    for run_seed, step, data_rank, stage in itertools.product((0, 1), repeat=4):
+        seed_dropout(run_seed, step, SimpleNamespace(data_rank=data_rank, pipeline_rank=stage))
+    assert len(set(seeds)) == 16
 
 
 # (pipeline, tensor, data), ds_config
