@@ -1,12 +1,14 @@
-"""The rules of the house, read off the source: who may import whom, names that shadow nothing, sizes, annotations."""
+"""The rules of the house, read off the source: who may import whom, names that shadow nothing, sizes, annotations.
+
+One test a rule: it lists every file, and line, that breaks it.
+"""
 
 import ast
 import importlib.util
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = sorted(ROOT.glob("recipes/common/**/*.py"))
@@ -39,11 +41,13 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), filename=str(path))
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def imports(path: Path) -> frozenset[str]:
     """Dotted names of everything a file imports, at any depth: modules, and what is taken from them."""
     found = set()
     for node in ast.walk(parse(path)):
@@ -52,17 +56,25 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(path)}:{node.lineno}: a relative import breaks a file that runs as a script"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def is_under(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-@pytest.mark.parametrize("path", COMMON, ids=name_of)
-def test_common_imports_no_recipe_and_no_tool(path):
-    ours = [name for name in imports(path) if is_under(name, OURS[0]) or is_under(name, OURS[1]) or is_under(name, OURS[2])]
-    assert all(is_under(name, "recipes.common") for name in ours)
+def imports_beyond(paths: list[Path], *packages: str) -> list[str]:
+    """Return what these files import of ours from elsewhere than `packages`."""
+    return [
+        f"{name_of(path)}: {name}"
+        for path in paths
+        for name in sorted(imports(path))
+        if any(is_under(name, own) for own in OURS) and not any(is_under(name, package) for package in packages)
+    ]
+
+
+def test_common_imports_no_recipe_and_no_tool():
+    assert imports_beyond(COMMON, "recipes.common") == []
 
 
 def wing_of(name: str) -> str:
@@ -74,13 +86,14 @@ def dotted(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in COMMON if path.parent.name != "common" or path.stem != "__init__"], ids=name_of
-)
-def test_a_wing_imports_only_from_wings_below_it(path):
-    own = wing_of(dotted(path))
-    others = {wing_of(name) for name in imports(path) if is_under(name, "recipes.common")} - {own}
-    assert {wing: FLOOR_OF[wing] for wing in others if FLOOR_OF[wing] >= FLOOR_OF[own]} == {}
+def test_a_wing_imports_only_from_wings_below_it():
+    higher = []
+    for path in COMMON:
+        if path.parent.name != "common" or path.stem != "__init__":
+            own = wing_of(dotted(path))
+            others = {wing_of(name) for name in imports(path) if is_under(name, "recipes.common")} - {own}
+            higher += [f"{name_of(path)}: {wing}" for wing in sorted(others) if FLOOR_OF[wing] >= FLOOR_OF[own]]
+    assert higher == []
 
 
 def test_no_imports_go_in_a_circle():
@@ -93,50 +106,51 @@ def test_no_imports_go_in_a_circle():
     assert list(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_a_recipe_imports_common_and_third_parties(path):
-    ours = [name for name in imports(path) if any(is_under(name, package) for package in OURS)]
-    assert all(is_under(name, "recipes.common") for name in ours)
+def test_a_recipe_imports_common_and_third_parties():
+    assert imports_beyond(RECIPES, "recipes.common") == []
 
 
-@pytest.mark.parametrize("path", TOOLS, ids=name_of)
-def test_a_tool_imports_tools_and_common(path):
-    ours = [name for name in imports(path) if any(is_under(name, package) for package in OURS)]
-    assert all(is_under(name, "recipes.common") or is_under(name, "tools") for name in ours)
+def test_a_tool_imports_tools_and_common():
+    assert imports_beyond(TOOLS, "recipes.common", "tools") == []
 
 
-@pytest.mark.parametrize("path", [*SOURCE, *TESTS], ids=name_of)
-def test_no_file_takes_the_name_of_another_module(path):
+def test_no_file_takes_the_name_of_another_module():
     """Run as a script, a file's folder may come first on the path: its name must not be one that anybody imports."""
-    if path.stem in ("__init__", "__main__"):
-        return
-    assert path.stem not in sys.stdlib_module_names
-    spec = importlib.util.find_spec(path.stem)
-    # found only where it is ours: pytest may put the folder of the tests on the path
-    assert spec is None or Path(spec.origin or "/").is_relative_to(ROOT / "tests")
+    names = {path.stem: name_of(path) for path in (*SOURCE, *TESTS) if path.stem not in ("__init__", "__main__")}
+    taken = [path for name, path in names.items() if name in sys.stdlib_module_names]
+    for name, path in names.items():
+        spec = importlib.util.find_spec(name)
+        # found only where it is ours: pytest may put the folder of the tests on the path
+        if spec is not None and not Path(spec.origin or "/").is_relative_to(ROOT / "tests"):
+            taken.append(path)
+    assert taken == []
 
 
-@pytest.mark.parametrize("path", SOURCE, ids=name_of)
-def test_modules_and_functions_stay_short(path):
-    assert len(path.read_text().splitlines()) <= LONGEST_MODULE
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            bound = LONGEST_LOOP if (name_of(path), node.name) == LOOP else LONGEST_FUNCTION
-            assert node.end_lineno - node.lineno + 1 <= bound, node.name
+def test_modules_and_functions_stay_short():
+    long = [name_of(path) for path in SOURCE if len(path.read_text().splitlines()) > LONGEST_MODULE]
+    for path in SOURCE:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                bound = LONGEST_LOOP if (name_of(path), node.name) == LOOP else LONGEST_FUNCTION
+                if node.end_lineno - node.lineno + 1 > bound:
+                    long.append(f"{name_of(path)}:{node.lineno} {node.name}")
+    assert long == []
 
 
-@pytest.mark.parametrize("path", SOURCE, ids=name_of)
-def test_every_signature_is_annotated(path):
-    for function, kind in functions(parse(path)):
-        where = f"{name_of(path)}:{function.lineno} {function.name}"
-        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-        arguments += filter(None, [function.args.vararg, function.args.kwarg])
-        first = arguments[:1] if kind == "method" else []
-        bare = [argument.arg for argument in arguments if argument.annotation is None and argument not in first]
-        # torch.autograd.Function hands its static methods a context that has no public type
-        assert [name for name in bare if name != "ctx"] == [], where
-        if "ctx" not in bare:
-            assert function.returns is not None, f"{where} does not say what it returns"
+def test_every_signature_is_annotated():
+    problems = []
+    for path in SOURCE:
+        for function, kind in functions(parse(path)):
+            arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+            arguments += filter(None, [function.args.vararg, function.args.kwarg])
+            first = arguments[:1] if kind == "method" else []
+            bare = [argument.arg for argument in arguments if argument.annotation is None and argument not in first]
+            # torch.autograd.Function hands its static methods a context that has no public type
+            missing = [name for name in bare if name != "ctx"]
+            missing += ["what it returns"] if function.returns is None and "ctx" not in bare else []
+            if missing:
+                problems.append(f"{name_of(path)}:{function.lineno} {function.name}: {', '.join(missing)}")
+    assert problems == []
 
 
 def functions(tree: ast.AST, inside_class: bool = False):
@@ -150,9 +164,9 @@ def functions(tree: ast.AST, inside_class: bool = False):
             yield from functions(node, isinstance(node, ast.ClassDef))
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCE if path.name != "__init__.py"], ids=name_of)
-def test_a_module_says_what_it_is(path):
-    assert ast.get_docstring(parse(path))
+def test_a_module_says_what_it_is():
+    silent = [name_of(path) for path in SOURCE if path.name != "__init__.py" and not ast.get_docstring(parse(path))]
+    assert silent == []
 
 
 def test_the_top_level_is_the_users():
