@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from tools.common.forked_ranks import run_ranks
 # layout, world size, ds_config, family, fields
 CASES = {
     "pipeline 2, tensor 2, data 2": (Layout(tensor=2, pipeline=2), 8, "zero1_fp32.json", "llama", {}),
-    "the same in bf16, tied": (Layout(tensor=2, pipeline=2), 8, "zero1_bf16.json", "llama", {"tie_word_embeddings": True}),
+    "two stages in bf16, tied": (Layout(pipeline=2), 4, "zero1_bf16.json", "llama", {"tie_word_embeddings": True}),
     "pipeline 3": (Layout(pipeline=3), 3, "zero1_fp32.json", "llama", {}),
     "tensor 4 over 2 key heads": (Layout(tensor=4), 4, "zero1_fp32.json", "llama", {}),
     "packed q, k, v; ZeRO 2": (Layout(tensor=2), 4, "zero2_fp32.json", "gpt2", {"n_embd": 64, "n_layer": 4, "n_head": 4}),
@@ -65,7 +66,21 @@ def _both(recipe: Recipe, out: Path, layout: Layout, world: int) -> None:
     saver.finish()
 
 
-def saved(data: Path, out: Path, name: str) -> Recipe:
+@pytest.fixture(scope="module")
+def saved(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Recipe, Path]]:
+    """Return (recipe, folder of both checkpoints) of a case, trained when first asked for. No test writes there."""
+    made: dict[str, tuple[Recipe, Path]] = {}
+
+    def find(name: str) -> tuple[Recipe, Path]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("saved")
+            made[name] = _train_case(data, folder, name), folder
+        return made[name]
+
+    return find
+
+
+def _train_case(data: Path, out: Path, name: str) -> Recipe:
     layout, world, config, family, fields = CASES[name]
     recipe = small_recipe(data, tiny_config(family, **fields), deepspeed=config, evaluation=Evaluation())
     if world == 3:
@@ -87,10 +102,10 @@ def assert_equal(ours: Path, converted: Path) -> None:
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_equals_our_own_checkpoint_bit_for_bit(data, tmp_path, name):
-    saved(data, tmp_path, name)
-    ours = tmp_path / "ours" / "checkpoints" / "latest"
-    done = call("checkpoint", "from-deepspeed", tmp_path / "theirs", tmp_path / "run", "--model", ours / "model", "--json")
+def test_equals_our_own_checkpoint_bit_for_bit(saved, tmp_path, name):
+    _, folder = saved(name)
+    ours = folder / "ours" / "checkpoints" / "latest"
+    done = call("checkpoint", "from-deepspeed", folder / "theirs", tmp_path / "run", "--model", ours / "model", "--json")
     assert done.code == 0, done.err
     assert_equal(ours, tmp_path / "run" / "checkpoints" / "latest")
     layout, world, *_ = CASES[name]
@@ -99,18 +114,14 @@ def test_equals_our_own_checkpoint_bit_for_bit(data, tmp_path, name):
     assert (tmp_path / "run" / "checkpoints" / "latest" / "model" / "tokenizer.json").is_file()
 
 
-def test_training_goes_on_from_it_as_from_ours(data, tmp_path):
-    recipe = saved(data, tmp_path, "pipeline 2, tensor 2, data 2")
-    ours = tmp_path / "ours" / "checkpoints" / "latest"
-    assert (
-        call(
-            "checkpoint", "from-deepspeed", tmp_path / "theirs" / "global_step2", tmp_path / "run", "--model", ours / "model"
-        ).code
-        == 0
-    )
+def test_training_goes_on_from_it_as_from_ours(saved, tmp_path):
+    recipe, folder = saved("pipeline 2, tensor 2, data 2")
+    shutil.copytree(folder / "ours", tmp_path / "ours", symlinks=True)
+    theirs, model = folder / "theirs" / "global_step2", folder / "ours" / "checkpoints" / "latest" / "model"
+    assert call("checkpoint", "from-deepspeed", theirs, tmp_path / "run", "--model", model).code == 0
     losses = []
     for out in (tmp_path / "ours", tmp_path / "run"):
-        train_run(recipe, out, Layout(tensor=2), 4, resume=True, steps=4)
+        train_run(recipe, out, Layout(tensor=2), 2, resume=True, steps=4)
         losses.append([(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(out / "metrics.jsonl") if "loss" in r])
     assert losses[0] == losses[1] and [step for step, *_ in losses[0]] == [3, 4]
 
@@ -150,12 +161,17 @@ def _to_universal(module, source: Path, target: Path) -> None:
     module.main(Namespace(input_folder=str(source), output_folder=str(target), **options, **workers))
 
 
-def test_a_plain_hugging_face_model_and_its_universal_checkpoint(tmp_path):
-    expected = run_ranks(_plain_hf, 2, tmp_path)[0]
+@pytest.fixture(scope="module")
+def plain_hf(tmp_path_factory):
+    """(the model's tensors, the folder of what was saved)"""
+    folder = tmp_path_factory.mktemp("plain_hf")
+    return run_ranks(_plain_hf, 2, folder)[0], folder
+
+
+def test_a_plain_hugging_face_model_and_its_universal_checkpoint(plain_hf, tmp_path):
+    expected, folder = plain_hf
     for kind in ("plain", "universal"):
-        done = call(
-            "checkpoint", "from-deepspeed", tmp_path / kind, tmp_path / f"run_{kind}", "--model", tmp_path / "hf", "--json"
-        )
+        done = call("checkpoint", "from-deepspeed", folder / kind, tmp_path / f"run_{kind}", "--model", folder / "hf", "--json")
         assert done.code == 0, done.err
         reader = Reader(tmp_path / f"run_{kind}" / "checkpoints" / "latest")
         assert set(reader.names("master")) == set(expected) and reader.state["optimizer_steps"] == 2
@@ -167,8 +183,8 @@ def test_a_plain_hugging_face_model_and_its_universal_checkpoint(tmp_path):
     assert_equal(*both)
 
 
-def test_padded_vocabularies_of_universal_checkpoints_lose_their_padding(tmp_path):
-    run_ranks(_plain_hf, 2, tmp_path)
+def test_padded_vocabularies_of_universal_checkpoints_lose_their_padding(plain_hf, tmp_path):
+    shutil.copytree(plain_hf[1], tmp_path, dirs_exist_ok=True)
     folder = tmp_path / "universal" / "global_step2_universal" / "zero" / "lm_head.weight"
     run_ranks(_pad, 1, folder)
     assert call("checkpoint", "from-deepspeed", tmp_path / "universal", tmp_path / "run", "--model", tmp_path / "hf").code == 0
@@ -204,10 +220,10 @@ def _scaler(path: Path) -> dict:
     return dict(vars(deepspeed_files.load(path)["s"]))
 
 
-def test_nothing_of_a_pickle_runs(data, tmp_path):
-    saved(data, tmp_path, "pipeline 3")
-    source = tmp_path / "theirs" / "global_step2"
-    ours = tmp_path / "ours" / "checkpoints" / "latest"
+def test_nothing_of_a_pickle_runs(saved, tmp_path):
+    _, folder = saved("pipeline 3")
+    source = folder / "theirs" / "global_step2"
+    ours = folder / "ours" / "checkpoints" / "latest"
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_02_optim_states.pt"):
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
         shutil.copytree(source, tmp_path / "bad")
@@ -222,9 +238,9 @@ def test_nothing_of_a_pickle_runs(data, tmp_path):
     assert values["cur_scale"] == 2.0**16 and values["dynamic"] is True
 
 
-def test_what_is_not_known_is_refused_with_what_was_found(data, tmp_path):
-    saved(data, tmp_path, "pipeline 3")
-    source, model = tmp_path / "theirs" / "global_step2", tmp_path / "ours" / "checkpoints" / "latest" / "model"
+def test_what_is_not_known_is_refused_with_what_was_found(saved, tmp_path):
+    _, folder = saved("pipeline 3")
+    source, model = folder / "theirs" / "global_step2", folder / "ours" / "checkpoints" / "latest" / "model"
 
     def refused(*arguments: object) -> str:
         done = call("checkpoint", "from-deepspeed", *arguments)

@@ -229,7 +229,7 @@ def test_mistakes_are_one_message(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "world"), [("tied", Layout(tensor=2, pipeline=2), 8), ("experts", Layout(tensor=2), 4)]
+    ("name", "layout", "world"), [("tied", Layout(tensor=2, pipeline=2), 4), ("experts", Layout(tensor=2), 4)]
 )
 def test_training_goes_on_from_it(data, tmp_path, name, layout, world):
     """Check that the run's first loss is the folder's own in plain transformers, in a layout that nothing was saved in."""

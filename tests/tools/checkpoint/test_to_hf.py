@@ -26,11 +26,11 @@ from tools.common.console import UsageError
 from tools.common.forked_ranks import run_ranks
 
 FAMILIES = {
-    "llama": ("llama", {}),
-    "tied": ("llama", {"tie_word_embeddings": True}),
-    "renamed head": ("gpt_neox", {}),
-    "experts": ("mixtral", {}),
-    "Conv1D": ("gpt2", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": None}),
+    "llama": (Layout(tensor=2, pipeline=2), "llama", {}),
+    "tied": (Layout(pipeline=2), "llama", {"tie_word_embeddings": True}),
+    "renamed head": (Layout(tensor=2), "gpt_neox", {}),
+    "experts": (Layout(tensor=2), "mixtral", {}),
+    "Conv1D": (Layout(tensor=2), "gpt2", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": None}),
 }
 
 
@@ -41,14 +41,14 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    """Return one checkpoint a family, saved at tensor 2 x pipeline 2 when first asked for."""
+    """Return one checkpoint a family, saved in its layout when first asked for."""
     made = {}
 
     def checkpoint(name: str) -> Path:
         if name not in made:
-            family, fields = FAMILIES[name]
+            layout, family, fields = FAMILIES[name]
             recipe = small_recipe(data, tiny_config(family, **fields), evaluation=Evaluation())
-            made[name] = train_run(recipe, tmp_path_factory.mktemp("run"), Layout(tensor=2, pipeline=2), 4)
+            made[name] = train_run(recipe, tmp_path_factory.mktemp("run"), layout, layout.tensor * layout.pipeline)
         return made[name]
 
     return checkpoint
