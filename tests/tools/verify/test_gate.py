@@ -40,7 +40,6 @@ def _call(flags, fault):
     [
         "tensor=2,pipeline=2",
         "data=2",
-        "tensor=2,recompute=full",
         "tensor=2,pipeline=2,pipeline_schedule=zero_bubble_v,sequence_parallel=1,recompute=selective",
     ],
 )
