@@ -46,7 +46,7 @@ def schedules(place: Place) -> Figures:
     """Train with each pipeline schedule and compare losses, norms and weights with 1F1B's, bit for bit."""
     compared = {}
     for config in [f"zero1_{precision}.json" for precision in place.precisions]:
-        options = {"deepspeed": ds_config(config), "device": place.device, "global_seqs": 16}
+        options = {"deepspeed": ds_config(config), "device": place.device, "global_seqs": 16 if place.on_gpu else 4}
         found = {}
         for schedule, fields in SCHEDULES.items():
             trial = trial_of(tiny_config("llama"), *MOST_PIPELINE[place.ranks], **fields, **options)

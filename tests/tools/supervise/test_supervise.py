@@ -156,12 +156,14 @@ def test_a_full_disk_costs_a_save_and_nothing_else(straight, tmp_path):
 
 
 REFUSED_ONCE = """
-import os, pathlib, sys
+import fcntl, os, pathlib, sys, termios, time
 sys.path.insert(0, {root!r})
 from recipes.common.runtime.exits import refusals
 from recipes.common.runtime.supervisor_link import SupervisorLink
 link, starts = SupervisorLink(0), pathlib.Path({starts!r})
-import torch  # as a rank does: meanwhile the guard has reached the supervisor
+os.write(link._stacks, b"here")
+while any(fcntl.ioctl(link._stacks, termios.FIONREAD, bytes(4))):  # what the guard reads when it has reached the supervisor
+    time.sleep(0.01)
 starts.write_text(starts.read_text() + "." if starts.exists() else ".")
 with refusals(0, link.report_exit):
     if len(starts.read_text()) == {refused}:
