@@ -48,8 +48,9 @@ def test_every_layout_starts_from_the_same_weights(family, tied):
 
 
 def _layouts_that_differ(config):
+    """Each number of stages and of tensor ranks; both at once in one: a shard knows nothing of stages, nor a stage of shards."""
     whole, failed = weights_of(config), []
-    for pipeline, tensor in itertools.product((1, 2, 4), (1, 2, 4)):
+    for pipeline, tensor in ((1, 4), (2, 2), (4, 1)):
         for tensor_rank in range(tensor):
             for stage in stages_of(config, pipeline, tensor, tensor_rank):
                 for name, shard in stage.hf_named_parameters():

@@ -23,8 +23,7 @@ from tools.common.forked_ranks import run_ranks
 from tools.common.parity import gradient_trial
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("padding", [None, 0, 130])
+@pytest.mark.parametrize(("size", "padding"), [(2, None), (3, 0), (3, 130)])
 def test_a_sharded_embedding_looks_up_what_the_whole_does(size, padding):
     assert run_ranks(_embedding, size, padding) == [[True] * 4] * size
 
