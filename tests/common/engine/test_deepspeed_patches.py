@@ -39,12 +39,13 @@ def _taking_turns(trials):
 def test_two_trainers_in_one_process_keep_their_own_norm_and_gate(own, other):
     """A pipeline, whose norm is summed over stages, and then data parallelism: each as when it is alone, to the last bit."""
     first = Trial(
-        model=tiny_config("llama"),
+        model=tiny_config("llama", num_hidden_layers=2),
         layout=Layout(pipeline=2),
         world_size=2,
         optimizer=AdamW(lr=1e-3),
         deepspeed=ds_config(own),
         steps=STEPS,
+        global_seqs=4,
         seed=1,
     )
     second = replace(first, layout=Layout(), deepspeed=ds_config(other), seed=2)
@@ -76,8 +77,10 @@ def _state(trainer):
 )
 def test_a_step_over_the_ceiling_changes_no_weight_and_says_its_norm(config):
     """The same batch passes afterwards, with the norm that was refused."""
-    model = tiny_config("llama")
-    trial = Trial(model=model, layout=Layout(), world_size=2, optimizer=AdamW(lr=1e-3), deepspeed=ds_config(config), steps=1)
+    model = tiny_config("llama", num_hidden_layers=2)
+    trial = Trial(
+        model=model, layout=Layout(), world_size=2, optimizer=AdamW(lr=1e-3), deepspeed=ds_config(config), steps=1, global_seqs=4
+    )
     for same, moved, reasons, refused, passed in run_ranks(_refused_step, 2, trial):
         assert (same, moved, reasons) == (True, False, (TOO_HIGH, None))
         assert refused == passed > 1e-9

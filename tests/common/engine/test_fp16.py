@@ -22,7 +22,7 @@ from tests.support.tiny import tiny_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import RankError, run_ranks
 from tools.common.parity import Trial, initial_model, outcome, train_in_layout, train_plain
 
-POWER, STEPS = 30, 30  # the exponent of a loss scale that is some 12 halvings too large
+POWER, STEPS = 24, 20  # the exponent of a loss scale that is some 6 halvings too large
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)
 
 
@@ -78,9 +78,9 @@ def recipe_of(folder, pipeline, tensor, config):
     return tiny_recipe(folder / "data", layouts=layouts, **fields)
 
 
-@pytest.mark.parametrize(("pipeline", "tensor"), LAYOUTS)
-def test_overflows_are_skipped_counted_and_shown(tmp_path, capfd, pipeline, tensor):
+def test_overflows_are_skipped_counted_and_shown(tmp_path, capfd):
     """Each overflow halves the scale until gradients fit; from then on it is a run like any other, a resume included."""
+    pipeline, tensor = 2, 1
     out_dir, config = tmp_path / "run", fp16_config(initial_scale_power=POWER, hysteresis=1)
     recipe = recipe_of(tmp_path, pipeline, tensor, config)
     for resume, max_steps in ((False, STEPS - 4), (True, STEPS)):

@@ -31,10 +31,10 @@ TRIALS = {
     "llama, queries divided as well": ("llama", {}, (1, 1, 4), {"context": 4, "context_heads": 2}, {"attention": "sdpa"}),
     "gemma2, queries divided alone": ("gemma2", {}, (1, 1, 2), {"context": 2, "context_heads": 1}, {}),
     "llama, four context ranks of two tensor ranks": (
-        "llama", {"num_attention_heads": 8, "num_key_value_heads": 2}, (1, 2, 4), {"context": 4}, {},
+        "llama", {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2}, (1, 2, 4), {"context": 4}, {},
     ),
     "llama, four context ranks of two stages": (
-        "llama", {"num_attention_heads": 8, "num_key_value_heads": 2}, (2, 1, 4),
+        "llama", {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2}, (2, 1, 4),
         {"context": 4, "pipeline_schedule": "zero_bubble"}, {},
     ),
     "llama, documents": ("llama", {}, (2, 1, 2), {"context": 2}, {"document_end": 5, "attention": "sdpa", "seq_len": 48}),
@@ -54,7 +54,7 @@ def test_gradients(name):
     assert_equal(gradient_trial(context_trial(name)))
 
 
-@pytest.mark.parametrize("name", ["qwen3, fewer kv heads than ranks", "olmo2, everything, tied", "llama, documents"])
+@pytest.mark.parametrize("name", ["qwen3, fewer kv heads than ranks", "llama, documents"])
 def test_three_steps_of_adamw(name):
     assert_equal(context_trial(name))
 

@@ -34,7 +34,12 @@ def test_layouts(name):
     readers = data // fields.get("context", 1)
     trial = trial_of(tiny_config("mixtral"), pipeline, tensor, data, global_seqs=2 * readers, **fields)
     assert_equal(gradient_trial(trial))
-    assert_equal(trial)
+
+
+@pytest.mark.parametrize("name", ["sliced by tensor ranks", "zero bubbles"])
+def test_two_steps_of_adamw(name):
+    pipeline, tensor, data, fields = LAYOUTS[name]
+    assert_equal(trial_of(tiny_config("mixtral"), pipeline, tensor, data, global_seqs=4, steps=2, **fields))
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "deepseek_v3"])
@@ -48,7 +53,8 @@ def test_families(family):
         fields = {"router": Router(loss=None, bias_rate=0.01)} if family == "deepseek_v3" else {}
         trial = trial_of(config, 1, 1, 2, expert=2, global_seqs=4, **fields)
     assert_equal(gradient_trial(trial))
-    assert_equal(trial)
+    if trial.router.bias_rate:  # which show from the second step on
+        assert_equal(trial)
 
 
 def test_bf16_tracks_fp32():

@@ -16,7 +16,7 @@ from recipes.common.recipe import Layout, Router
 from tests.support.parity import assert_equal, both, trial_of
 from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import build_trial_trainer, gradient_trial, rank_batches
+from tools.common.parity import build_trial_trainer, gradient_trial, rank_batches, train_plain
 
 STRONG = Router(coefficient=0.5)  # so that a wrong gradient cannot hide behind the model's own
 SEQUENCE = Router(loss="sequence", coefficient=0.5, z_loss=0.05)
@@ -26,13 +26,13 @@ SO_FAR = Router(loss="global_batch", coefficient=0.5, count_ahead=False)
 PAIRS = [
     ((1, 1, 1), 1, STRONG, {"recompute": "full"}),
     ((1, 1, 2), 2, STRONG, {"mlp_chunk_tokens": 5}),
-    ((1, 2, 2), 4, SEQUENCE, {"recompute": "selective"}),
+    ((1, 2, 2), 2, SEQUENCE, {"recompute": "selective"}),
     ((2, 1, 1), 4, STRONG, {"pipeline_schedule": "1f1b"}),
     ((2, 1, 2), 1, GLOBAL, {"pipeline_schedule": "zero_bubble"}),
     ((2, 2, 1), 2, GLOBAL, {"pipeline_schedule": "1f1b", "recompute": "full"}),
     ((2, 2, 1), 2, STRONG, {"pipeline_schedule": "zero_bubble_v", "recompute": "selective"}),
     ((2, 1, 2), 2, SEQUENCE, {"pipeline_schedule": "zero_bubble_v", "mlp_chunk_tokens": 5}),
-    ((2, 2, 2), 1, STRONG, {"pipeline_schedule": "zero_bubble", "recompute": "full"}),
+    ((2, 2, 1), 1, STRONG, {"pipeline_schedule": "zero_bubble", "recompute": "full"}),
     ((2, 1, 1), 4, GLOBAL, {"pipeline_schedule": "zero_bubble_v"}),
     ((1, 2, 1), 1, GLOBAL, {"recompute": "full", "mlp_chunk_tokens": 5}),
     ((2, 1, 2), 4, SO_FAR, {"pipeline_schedule": "1f1b"}),
@@ -72,8 +72,9 @@ def test_routers_that_are_hard_to_read(family, recompute):
 def test_the_loss_is_not_for_nothing_and_adamw_keeps_pace():
     trial = trial_of(tiny_config("mixtral"), 2, 1, 1, global_seqs=4, router=STRONG)
     assert_equal(trial)
-    trained, _ = both(gradient_trial(trial))
-    without, _ = both(gradient_trial(replace(trial, router=Router(loss=None))))
+    trained, without = (
+        run_ranks(train_plain, 1, gradient_trial(each))[0] for each in (trial, replace(trial, router=Router(loss=None)))
+    )
     name = "model.layers.0.mlp.gate.weight"
     assert (trained.parameters[name] - without.parameters[name]).abs().max() > 1e-4
     assert trained.losses[0] - without.losses[0] > 0.5  # the loss of balanced experts is their number a token, 2
@@ -101,11 +102,9 @@ BIASED = Router(loss="sequence", coefficient=0.01, bias_rate=0.01)
 def test_biases_move_bit_for_bit_alike(layout):
     config = shrink(AutoConfig.for_model("deepseek_v3", n_routed_experts=6), Layout(pipeline=2, tensor=2))
     trial = trial_of(config, *layout, global_seqs=4, router=BIASED, steps=4)
-    assert_equal(trial)
-    trained, plain = both(trial)
-    assert len(plain.buffers) == 3 and trained.buffers.keys() == plain.buffers.keys()
-    for name, bias in plain.buffers.items():
-        assert trained.buffers[name].equal(bias)
+    plain = assert_equal(trial)  # and the buffers, bit for bit
+    assert len(plain.buffers) == 3
+    for bias in plain.buffers.values():
         moves = bias / BIASED.bias_rate
         assert moves.abs().max() >= 2 and torch.allclose(moves, moves.round(), atol=1e-5)
 
