@@ -15,6 +15,7 @@ from recipes.common.recipe import ROOT
 from recipes.common.run_dir import run_log
 from recipes.common.run_dir.metrics import read_metrics
 from recipes.common.run_dir.run_log import RunLog
+from tools.common.forked_ranks import run_ranks
 
 START_WANDB, START_TENSORBOARD = run_log.start_wandb, run_log.start_tensorboard
 
@@ -86,13 +87,20 @@ def test_wandb_is_offline_unless_logged_in(tmp_path: Path) -> None:
     assert steps_in(tmp_path / "run") == [1, 2]
 
 
-def test_wandb_can_be_switched_off_by_its_own_variable(tmp_path: Path) -> None:
+def test_wandb_can_be_switched_off_by_its_own_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
-    command = [sys.executable, "-c", WANDB_RUN, str(tmp_path / "run")]
-    environment = wandb_environment(tmp_path) | {"WANDB_MODE": "disabled"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(run_log, "start_wandb", START_WANDB)
+    run_ranks(_log_without_wandb, 1, tmp_path)
+    assert steps_in(tmp_path / "run") == [1, 2]
     assert not list((tmp_path / "run").glob("wandb/*run*"))
+
+
+def _log_without_wandb(folder: Path) -> None:
+    environment = wandb_environment(folder) | {"WANDB_MODE": "disabled"}
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["log", str(folder / "run")]
+    exec(WANDB_RUN, {})
 
 
 @pytest.mark.parametrize(("package", "said"), [("wandb", "W&B"), ("torch.utils.tensorboard", "TensorBoard")])
