@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 from packaging.version import Version
 
 from tools.common.console import UsageError
-from tools.replay import compare
+from tools.replay import compare, release_judges, release_trial
 from tools.replay import releases as module
 from tools.replay.__main__ import main
 from tools.replay.bisection import choose_judge
@@ -188,13 +189,23 @@ def plant_repeated_scaling(folder: Path) -> None:
     engine.write_text(f"{text}\n\nPipelineEngine._backward_prologue_per_tensor = DeepSpeedEngine._backward_prologue_per_tensor\n")
 
 
-def test_a_planted_release_is_found_and_the_installed_one_is_right(tmp_path: Path) -> None:
-    (tmp_path / "deepspeed-1.0").mkdir()  # nothing in it: the installed release comes next on the path
+def answer_here(questions: tuple[str, ...]) -> Answers:
+    """Ask the installed release, which this process has imported."""
+    answers = {question: asdict(release_trial.ask(question)) for question in questions}
+    return trials(questions).read(json.dumps({"deepspeed": "installed", "answers": answers}))
+
+
+def test_a_planted_release_is_found_and_the_installed_one_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant_repeated_scaling(tmp_path / "deepspeed-1.1")
-    history = bisect("deepspeed", ["1.0", "1.1"], trials(list(QUESTIONS)), within=tmp_path)
+
+    def ask_either(package: str, release: str, judge: Judge, within: Path | None) -> Answers:
+        return answer_here(judge.questions) if release == "1.0" else ask(package, release, judge, within)
+
+    monkeypatch.setattr(release_judges, "ask", ask_either)
+    history = bisect("deepspeed", ["1.0", "1.1"], trials(["pipeline"]), within=tmp_path)
     assert history.turns() == [Turn("pipeline", "1.0", "1.1")], history.text()
-    verdicts = {name: answer.verdict for name, answer in history.answers["1.0"].items()}
-    assert verdicts == dict.fromkeys(QUESTIONS, RIGHT), history.answers["1.0"]
+    others = answer_here(tuple(name for name in QUESTIONS if name != "pipeline"))
+    assert {answer.verdict for answer in others.values()} == {RIGHT} and len(others) == 3, others
     wrong = history.answers["1.1"]["pipeline"]
     # each stage but the last divides by the accumulation of 2 again
     assert re.match(r"SGD, accumulation 2: .* is off by 75\.0% of its way, which is 0\.25 times the right one$", wrong.words), (
