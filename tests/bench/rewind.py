@@ -22,7 +22,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 from typing import Any
 
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -36,7 +35,8 @@ from recipes.common.recipe import ROOT, Recipe, derive_sizes
 from recipes.common.run_dir.black_box import read_boxes
 from recipes.common.run_dir.metrics import read_metrics
 from recipes.common.train import start_run, train
-from tools.common.console import FAILED, GOOD, UsageError, exit_code, table
+from tests.support.small_runs import call
+from tools.common.console import FAILED, GOOD, CheckError, UsageError, exit_code, table
 from tools.common.forked_ranks import run_ranks
 from tools.common.recipe_io import load_recipe
 
@@ -81,8 +81,7 @@ def run(flags: argparse.Namespace) -> int:
     cost = found["planted, rewound"]["val_loss"] - found["clean"]["val_loss"]
     rewound = flags.out / "planted_rewound"
     rewinds = [describe_rewind(rewind) for rewind in read_history(rewound)]
-    report = [sys.executable, "-m", "tools.spikes", "report", str(rewound)]
-    subprocess.run(report, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    call_tool("spikes", "report", rewound)
     if flags.json:
         print(json.dumps({"runs": found, "seed_noise": noise, "cost": cost, "rewinds": rewinds}))
     else:
@@ -107,10 +106,15 @@ def prepare_bad_document(folder: Path, tokenizer_folder: Path) -> Path:
     for name in ("a", "b"):  # one for each split
         words = (tokenizer.decode([rng.randrange(min(300, vocab // 2), vocab)]) for _ in range(BAD_WORDS))
         (folder / f"{name}.txt").write_text("".join(words), encoding="utf-8")
-    command = [sys.executable, "-m", "tools.data", "prepare", str(folder / "a.txt"), str(folder / "b.txt")]
-    command += ["--tokenizer", str(tokenizer_folder), "--validation-fraction", "0.5", "--out", str(folder / "tokens")]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    flags = ("--tokenizer", tokenizer_folder, "--validation-fraction", 0.5, "--out", folder / "tokens")
+    call_tool("data", "prepare", folder / "a.txt", folder / "b.txt", *flags)
     return folder / "tokens"
+
+
+def call_tool(tool: str, *words: object) -> None:
+    called = call(tool, *words)
+    if called.code:
+        raise CheckError(f"tools.{tool} ended with {called.code}: {called.err.strip()}")
 
 
 def recipe_text(flags: argparse.Namespace, *, seed: int, bad: Path | None = None, bad_step: int = 0, action: str = "log") -> str:

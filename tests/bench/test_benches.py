@@ -2,14 +2,16 @@
 
 import math
 import re
+from dataclasses import replace
+from functools import partial
 
 import pytest
 from transformers import LlamaConfig
 
 from recipes.common.recipe import ROOT
-from tests.bench import checkpoint
+from tests.bench import checkpoint, data
 from tests.bench.data import make_corpus, make_tokenizer
-from tests.bench.spikes import monitor_overhead
+from tests.bench.spikes import monitor_overhead, planted_causes
 from tests.support.browser import CHROMIUM
 from tests.support.small_runs import call, call_bench
 from tests.support.synthetic_logs import healthy_loss, write_log
@@ -54,7 +56,8 @@ def test_checkpoint(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data():
+def test_data(monkeypatch):
+    monkeypatch.setattr(data, "make_tokenizer", partial(make_tokenizer, vocab=1000))
     found = figures(call_bench("data", "--megabytes", 1, "--read-megabytes", 16, "--json"))  # exit 0: our ids are the loop's
     assert found["open_tokens"] == 10**12 and found["open_and_seek_mib"] < 100
     assert {"loop_seconds", "datasets_seconds", "ours_tokenizers_seconds", "ours_fastokens_seconds"} <= set(found)
@@ -73,7 +76,7 @@ def test_rewind(tmp_path):
     make_tokenizer(tmp_path / "tokenizer", texts[:100], vocab=400)
     flags = ("--tokenizer", tmp_path / "tokenizer", "--validation-fraction", 0.1, "--workers", 1, "--out", tmp_path / "good")
     assert call("data", "prepare", tmp_path / "corpus.jsonl", *flags).code == 0
-    tiny = ("--steps", 30, "--seq-len", 16, "--eval-seqs", 16)
+    tiny = ("--steps", 29, "--seq-len", 16, "--eval-seqs", 16)
     called = call_bench("rewind", *tiny, "--data", tmp_path / "good", "--out", tmp_path / "out", "--json")
     assert called.code in (0, 1), called.err
     runs = called.json["runs"]
@@ -106,6 +109,8 @@ def test_speed(tmp_path):
 
 def test_a_planted_cause(monkeypatch):
     """The command makes a run, explains and counts it; `tests/tools/spikes/test_explain.py` tries each cause."""
+    planted = planted_causes.HELD_OUT[0]
+    monkeypatch.setattr(planted_causes, "HELD_OUT", [replace(planted, steps=planted.event_step + 6)])
     found = figures(call_bench("spikes", "--only", "causes", "--runs", 1, "--json"))
     assert "1 of 1" in found["scores"]["causes"][0]["value"]
 
