@@ -67,15 +67,15 @@ class Variant:
 
 SP = "sequence_parallel=1"
 # Each stage, schedule, ds_config and recomputation at least once, most of them with another of the others each time. A stage is
-# rehearsed with as many micro batches as it ever holds.
+# rehearsed with as many micro batches as it ever holds, where its memory is judged. With many data ranks one updates little.
 STEPS = (
     Variant(recipe="llama_8b", layers=2, gpus=8, layout=f"tensor=2,{SP}", rank=1, extras=("evaluate", "drift", "layers", "save"),
             kernels="compile", budget=Budget(17, 320, 10)),
     Variant(recipe="llama_70b", layers=3, gpus=24, layout=f"tensor=8,pipeline=3,{SP},recompute=full", rank=9,
             extras=("evaluate",), budget=Budget(120, 840)),
-    Variant(recipe="llama_405b", layers=2, gpus=16, layout=f"tensor=8,pipeline=2,{SP},recompute=selective", rank=15,
+    Variant(recipe="llama_405b", layers=2, gpus=256, layout=f"tensor=8,pipeline=2,{SP},recompute=selective", rank=255,
             budget=Budget(120, 1630, 52), planned=False),
-    Variant(recipe="qwen3_8b", layers=4, gpus=4, layout="pipeline=2,pipeline_schedule=zero_bubble", rank=3, steps=(1, 3, 4),
+    Variant(recipe="qwen3_8b", layers=4, gpus=32, layout="pipeline=2,pipeline_schedule=zero_bubble", rank=31,
             extras=("evaluate",), budget=Budget(140, 2840, 33), planned=False),
     Variant(recipe="qwen3_8b", layers=4, gpus=4, layout="pipeline=2,pipeline_schedule=zero_bubble_v", rank=0, steps=(1, 3, 4),
             budget=Budget(140, 2840, 33)),

@@ -28,6 +28,8 @@ def main() -> None:
     except ShimError as error:
         _send(results, error)
         return
+    import deepspeed.compile.backend  # noqa: F401  what each rehearsal would import late
+
     from tools.common.forked_ranks import RankError, run_ranks
     from tools.plan.rehearsal.rehearsed_step import rehearse
 
