@@ -207,8 +207,14 @@ HELD_OUT = tuple(
 def trimmed() -> tuple[Planted, ...]:
     """Return a run of each cause, as in TUNING but shorter, for the tests."""
     once = {planted.cause: planted for planted in reversed(TUNING)}
-    earlier = {name: replace(p, at=37) if p.at == 45 else p for name, p in once.items()}
-    return tuple(replace(p, steps=p.at + p.pointed_at + 13) for p in earlier.values())
+    return tuple(replace(p, steps=p.at + p.pointed_at + 8) for p in map(_earlier, once.values()))
+
+
+def _earlier(planted: Planted) -> Planted:
+    """Return the run with its event, its resume and its ramp's edge sooner; one lost micro batch shows once the loss is level."""
+    at = 37 if planted.cause == LOST_MICRO_BATCH else 27
+    resumed_at = at - 1 if planted.resumed_at else None
+    return replace(planted, at=at, resumed_at=resumed_at, ramp=((8 * (at - 1), 8),) if planted.ramp else ())
 
 
 def score_causes(runs: int | None = None) -> list[Score]:
