@@ -82,15 +82,17 @@ def find_stack(causal: PreTrainedModel) -> Stack:
 
 
 def _read_off_stack(holder: nn.Module, leaf: str, embedding: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return (before, after): embeddings run before the layers; one other module with parameters can only be the final norm.
+    """Return (before, after): embeddings run before the layers; one other module that follows them can only be the final norm.
 
-    Of several others none is named: a pipeline's trial tells which stage computes with them. embedding: the model's; what holds
-    it is one too.
+    Others are not named: a pipeline's trial tells which stage computes with them. embedding: the model's; what holds it is one
+    too.
     """
-    children = {n: m for n, m in holder.named_children() if n != leaf and any(True for _ in m.parameters())}
-    before = tuple(n for n, m in children.items() if isinstance(m, nn.Embedding) or embedding in m.modules())
-    after = tuple(n for n in children if n not in before)
-    return before, after if len(after) == 1 else ()
+    children = [n for n, m in holder.named_children() if n == leaf or any(True for _ in m.parameters())]
+    modules = {n: holder.get_submodule(n) for n in children if n != leaf}
+    before = tuple(n for n, m in modules.items() if isinstance(m, nn.Embedding) or embedding in m.modules())
+    others = [n for n in modules if n not in before]
+    after = tuple(n for n in others if children.index(n) > children.index(leaf))
+    return before, after if len(others) == 1 else ()
 
 
 def _name_of(root: nn.Module, wanted: nn.Module) -> str:

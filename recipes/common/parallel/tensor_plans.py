@@ -21,6 +21,7 @@ ADDED_TENSOR: dict[str, dict[str, str]] = {
     "gemma3n_text": block("layers.*.mlp", "gate_proj up_proj", "down_proj", gathered=True),
     # gate and up lie one after the other in a bank
     "inkling_text": {"layers.*.mlp.experts.gate_up_proj": "packed_colwise"},
+    "inkling2_text": {"layers.*.mlp.experts.gate_up_proj": "packed_colwise"},
 }
 REFUSED_TENSOR: dict[str, str] = {
     "phimoe": "its experts are drawn at random in training, differently on each rank",

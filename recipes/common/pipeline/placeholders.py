@@ -42,7 +42,8 @@ class PlaceholderEmbedding(nn.Module):
         self.width, self.dtype = width, torch.float32
         self.weight = torch.zeros(1, width)  # some families ask for its type
 
-    def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        ids = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         return torch.zeros(*ids.shape, self.width, dtype=self.dtype, device=ids.device)
 
 
@@ -161,6 +162,6 @@ def _take_out_parameter(causal: PreTrainedModel, name: str) -> None:
 
 def _placeholder(causal: PreTrainedModel, stack: Stack, name: str, outputs: int) -> nn.Module:
     module = causal.get_submodule(name)
-    if name in stack.before and isinstance(module, nn.Embedding):
+    if name in stack.before and any(isinstance(part, nn.Embedding) for part in module.modules()):  # or what holds one, and a norm
         return PlaceholderEmbedding(getattr(module, "embedding_dim", causal.config.get_text_config().hidden_size))
     return Placeholder(module, outputs=outputs if name.rpartition(".")[0] == stack.layers else 0)
