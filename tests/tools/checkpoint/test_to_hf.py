@@ -19,7 +19,7 @@ from recipes.common.recipe import ROOT, Evaluation, Layout
 from recipes.common.run_dir.lease import held
 from tests.support.small_runs import call, small_recipe, train_run, write_data
 from tests.support.tiny import VOCAB, tiny_config
-from tools.checkpoint import to_hf
+from tools.checkpoint import hf_check, to_hf
 from tools.checkpoint.hf_folder import open_folder
 from tools.checkpoint.safetensors_writer import ShardsWriter, Tensor
 from tools.common.console import UsageError
@@ -207,6 +207,21 @@ def _export_wrongly(checkpoint: Path, out: Path, mistake: str) -> str:
 def test_verification_finds_a_wrong_export(runs, tmp_path, mistake, message):
     found = run_ranks(_export_wrongly, 1, runs("llama"), tmp_path / "hf", mistake)[0]
     assert message in found and not (tmp_path / "hf").exists()
+
+
+def _export_rounded(checkpoint: Path, out: Path, ulps: float) -> list[str]:
+    theirs = hf_check._exported_logits
+    hf_check._exported_logits = lambda *args: theirs(*args) * (1.0 + ulps * 2.0**-23)
+    try:
+        return to_hf.export(checkpoint, out, dtype="float32", shard_bytes=10**9)["checks"]
+    except to_hf.CheckError as error:
+        return [str(error)]
+
+
+def test_logits_that_a_kernel_rounds_otherwise_are_equal(runs, tmp_path):
+    near, far = (run_ranks(_export_rounded, 1, runs("llama"), tmp_path / str(ulps), ulps)[0] for ulps in (2.0, 40.0))
+    assert any("equal those of the checkpoint's weights within" in line for line in near)
+    assert "logits of the exported model differ" in far[0]
 
 
 def _casts() -> None:
