@@ -21,8 +21,8 @@ from torch.utils._mode_utils import no_dispatch
 
 from recipes.common.model import initial_weights
 from tools.plan.rehearsal.attention_kernels import attend
+from tools.plan.rehearsal.cuda_operators import cuda_operators
 from tools.plan.rehearsal.known_values import small, values
-from tools.plan.rehearsal.mixed_products import mixed_products
 from tools.plan.rehearsal.recorder import Recorder
 
 CAPABILITY = (9, 0)  # an H100's
@@ -102,7 +102,7 @@ def fake_cuda(recorder: Recorder, memory_bytes: int, name: str) -> Iterator[Fake
             stack.enter_context(mock.patch.object(owner, attribute, stand_in))
         stack.callback(torch.autograd.set_multithreading_enabled, torch.autograd.is_multithreading_enabled())
         torch.autograd.set_multithreading_enabled(False)  # a device's own thread would not see the modes
-        stack.enter_context(mixed_products())
+        stack.enter_context(cuda_operators())
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(recorder)
         yield mode
