@@ -39,9 +39,6 @@ class Variant:
     steps: tuple[int, ...] = (1, 1, 2)
     seq_len: int | None = None
     budget: Budget | None = None
-    # Whether the planner knows its memory: not of MLPs by parts, of selective recomputation; nor, since the loss hides less,
-    # to 5 %: of qwen3_8b's zero bubble (5.6 % more), of gpt2_124m under ZeRO 2 (11 % less), of olmo2_7b recomputed (7.9 % more)
-    planned: bool = True
 
     @property
     def name(self) -> str:
@@ -72,23 +69,22 @@ STEPS = (
     Variant(recipe="llama_8b", layers=2, gpus=8, layout=f"tensor=2,{SP}", rank=1, extras=("evaluate", "drift", "layers", "save"),
             kernels="compile", budget=Budget(17, 320, 10)),
     Variant(recipe="llama_70b", layers=3, gpus=24, layout=f"tensor=8,pipeline=3,{SP},recompute=full", rank=9,
-            extras=("evaluate",), budget=Budget(120, 840)),
+            extras=("evaluate",), budget=Budget(114, 740)),
     Variant(recipe="llama_405b", layers=2, gpus=256, layout=f"tensor=8,pipeline=2,{SP},recompute=selective", rank=255,
-            budget=Budget(120, 1630, 52), planned=False),
+            budget=Budget(114, 1450, 51)),
     Variant(recipe="qwen3_8b", layers=4, gpus=32, layout="pipeline=2,pipeline_schedule=zero_bubble", rank=31,
-            extras=("evaluate",), budget=Budget(140, 2840, 33), planned=False),
+            extras=("evaluate",), budget=Budget(134, 2500, 33)),
     Variant(recipe="qwen3_8b", layers=4, gpus=4, layout="pipeline=2,pipeline_schedule=zero_bubble_v", rank=0, steps=(1, 3, 4),
-            budget=Budget(140, 2840, 33)),
+            budget=Budget(134, 2500, 33)),
     Variant(recipe="gpt2_124m", layers=2, gpus=8, layout="", rank=7, deepspeed="zero2_bf16.json", extras=("skip", "load"),
-            budget=Budget(32, 340, 27), planned=False),
-    Variant(recipe="qwen3_0_6b", layers=2, gpus=4, layout="", rank=0, documents=True, budget=Budget(141, 1040, 27)),
-    Variant(recipe="mixtral_8x7b", layers=2, gpus=8, layout="tensor=2,pipeline=2", rank=0, budget=Budget(160, 4380)),
+            budget=Budget(32, 340, 27)),
+    Variant(recipe="qwen3_0_6b", layers=2, gpus=4, layout="", rank=0, documents=True, budget=Budget(135, 960, 27)),
+    Variant(recipe="mixtral_8x7b", layers=2, gpus=8, layout="tensor=2,pipeline=2", rank=0, budget=Budget(149, 3980)),
     Variant(recipe="llama_8b_128k", layers=2, gpus=8, layout=f"tensor=2,context=2,{SP},recompute=full", rank=2, seq_len=16_384,
-            budget=Budget(146, 1610, 30)),
+            budget=Budget(140, 1410, 30)),
     Variant(recipe="llama_1b", layers=2, gpus=4, layout="pipeline=2", rank=1, deepspeed="zero1_fp16.json", extras=("skip",),
-            steps=(1, 2, 3), budget=Budget(92, 1210)),
-    Variant(recipe="gemma_2b", layers=2, gpus=8, layout="mlp_chunk_tokens=2048", rank=0, budget=Budget(128, 1660, 28),
-            planned=False),
+            steps=(1, 2, 3), budget=Budget(86, 980)),
+    Variant(recipe="gemma_2b", layers=2, gpus=8, layout="mlp_chunk_tokens=2048", rank=0, budget=Budget(128, 1660, 28)),
     Variant(recipe="olmo2_7b", layers=2, gpus=8, layout=f"tensor=2,{SP},recompute=full,offload_activations=1", rank=0,
-            budget=Budget(222, 4160, 31), planned=False),
+            budget=Budget(216, 4010, 31)),
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,14 @@ from recipes.common.model.flops import ModelWork, layer_costs, model_work, train
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.routers import plan_routers
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers
-from recipes.common.pipeline.schedules import most_in_flight
+from recipes.common.pipeline.schedules import most_in_flight, pending_gradients
 from recipes.common.pipeline.stage import NO_ROUTER_LOSS
 from recipes.common.recipe import AdamW, Layout, Recipe
 from tools.common.console import UsageError
 from tools.common.devices import Device
-from tools.plan.activations import TRAFFIC_PER_SAVED, LayerBytes, layer_activations
+from tools.plan.activations import TRAFFIC_PER_SAVED, layer_activations
 from tools.plan.context_cost import ContextCost, context_cost
+from tools.plan.layer_log import LayerBytes
 from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes, loss_bytes, state_bytes
 from tools.plan.rank_params import rank_params
 from tools.plan.schedule_formulas import bubble_share, exposed_messages
@@ -66,6 +68,7 @@ class ModelFacts:
     stack: Stack
     work: ModelWork
     activations: tuple[LayerBytes, ...]  # by layer
+    by_mlp_tokens: dict[int, tuple[LayerBytes, ...]] = field(default_factory=dict)  # of `layer_bytes`
     params_by_ranks: dict[tuple[int, str, int], dict[str, float] | str] = field(default_factory=dict)  # results of `rank_params`
     layers_by_pipeline: dict[tuple[Placement, tuple[int, ...]], list[list[int]]] = field(default_factory=dict)  # of `own_layers`
 
@@ -88,8 +91,8 @@ class ModelFacts:
     @cached_property
     def mean_activations(self) -> tuple[float, float]:
         """The mean layer's saved bytes of one sequence: whole on every tensor rank, sharded over them."""
-        whole, sharded = (sum(getattr(saved, name) for saved in self.activations) for name in ("whole", "sharded"))
-        return whole / len(self.activations), sharded / len(self.activations)
+        layers = self.activations
+        return sum(each.saved.whole for each in layers) / len(layers), sum(each.saved.sharded for each in layers) / len(layers)
 
     @cached_property
     def heads(self) -> int:
@@ -112,6 +115,16 @@ class ModelFacts:
     def activation_width(self) -> int:
         """Bytes of an activation's element."""
         return _DTYPES[precision(self.ds_config)].itemsize
+
+    def layer_bytes(self, candidate: Candidate) -> tuple[LayerBytes, ...]:
+        """Return what each layer holds of a sequence: less where MLPs run for a part of a micro batch's tokens at a time."""
+        tokens = candidate.own_seqs * self.recipe.batch.seq_len
+        if not 0 < candidate.layout.mlp_chunk_tokens < tokens:
+            return self.activations
+        part = ceil(candidate.layout.mlp_chunk_tokens / candidate.own_seqs)  # of each sequence
+        if part not in self.by_mlp_tokens:
+            self.by_mlp_tokens[part] = _activations(self.recipe, self.ds_config, part)
+        return self.by_mlp_tokens[part]
 
     def own_layers(self, layout: Layout) -> list[list[int]]:
         """Return each stage's layers, partitioned as in training."""
@@ -142,11 +155,15 @@ def read_model(recipe: Recipe, ds_config: dict[str, Any]) -> ModelFacts:
     try:
         causal = build_empty(recipe.model, recipe.attention)
         stack = find_stack(causal)
-        kind = {"dtype": _DTYPES[precision(ds_config)], "attention": recipe.attention, "kernels": recipe.kernels}
-        activations = layer_activations(recipe.model, seq_len=recipe.batch.seq_len, **kind)
+        activations = _activations(recipe, ds_config)
     except Exception as error:  # a family's own code may raise anything
         raise UsageError(f"recipe {recipe.name!r}: model={type(recipe.model).__name__}: {error}") from error
     return ModelFacts(recipe, ds_config, causal, stack, model_work(causal, stack), activations)
+
+
+def _activations(recipe: Recipe, ds_config: dict[str, Any], mlp_tokens: int = 0) -> tuple[LayerBytes, ...]:
+    kind = {"dtype": _DTYPES[precision(ds_config)], "attention": recipe.attention, "kernels": recipe.kernels}
+    return layer_activations(recipe.model, seq_len=recipe.batch.seq_len, mlp_tokens=mlp_tokens, **kind)
 
 
 def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> MemoryCase:
@@ -161,6 +178,7 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
         offload="offload_optimizer" in zero_options,
     )
     boundary, layers = _boundary_bytes(facts, candidate), _layer_memory(facts, candidate)
+    received = boundary if layout.pipeline > 1 else 0.0
     micro_batches = facts.recipe.batch.global_seqs // (candidate.micro_seqs * candidate.readers)
     # of experts that expert ranks divide, fewer data ranks partition the states of fewer parameters
     held = _stage_params(facts, layout)
@@ -168,11 +186,11 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
     stages = []
     for index, (own, params) in enumerate(zip(facts.own_layers(layout), held, strict=True)):
         in_flight = most_in_flight(placement_of(layout), index, micro_batches)
-        received = boundary if layout.pipeline > 1 else 0.0
+        deferred = pending_gradients(placement_of(layout), index, micro_batches) * sum(layers[i].factors for i in own)
         stages.append(
             StageBytes(
                 weights=weights * params, gradients=gradients * params, optimizer=states * undivided[index],
-                stored=in_flight * (sum(layers[i].stored for i in own) + received),
+                stored=in_flight * (sum(layers[i].stored for i in own) + received) + deferred,
                 working=max((layers[i].recomputed for i in own), default=0.0) + 2 * boundary,
                 loss=_loss_bytes(facts, candidate) if index == _head_stage(layout) else 0.0, in_flight=in_flight,
             )
@@ -196,6 +214,7 @@ class _LayerMemory:
 
     stored: float  # from its forward to its backward pass
     recomputed: float = 0.0  # all that its backward pass needs, computed again then
+    factors: float = 0.0  # from its backward pass until its weights' gradients are computed
 
 
 def _layer_memory(facts: ModelFacts, candidate: Candidate) -> list[_LayerMemory]:
@@ -204,17 +223,17 @@ def _layer_memory(facts: ModelFacts, candidate: Candidate) -> list[_LayerMemory]
     recomputed = layout.recomputed_layers(len(facts.activations))
     kept = candidate.micro_seqs * facts.activation_width * facts.context_cost(layout).kept
     layers = []
-    for index, saved in enumerate(facts.activations):
-        size = candidate.own_seqs * (saved.whole / _sequence_ranks(layout) + saved.sharded / layout.tensor) + kept
-        if index in recomputed:
-            products = _product_bytes(facts, candidate, saved) if layout.recompute == "selective" else 0.0
-            layers.append(_LayerMemory(products + (0.0 if layout.offload_activations else boundary), size))
-        else:
-            layers.append(_LayerMemory(size))
+    for index, saved in enumerate(facts.layer_bytes(candidate)):
+        ranks = layout.tensor, sequence_ranks(layout)
+        size = candidate.own_seqs * saved.saved.on_rank(*ranks) + kept
+        factors = candidate.own_seqs * saved.factors.on_rank(*ranks)
+        products = _product_bytes(facts, candidate, saved) if layout.recompute == "selective" else 0.0
+        again = _LayerMemory(products + (0.0 if layout.offload_activations else boundary), size, factors)
+        layers.append(again if index in recomputed else _LayerMemory(size, factors=factors))
     return layers
 
 
-def _sequence_ranks(layout: Layout) -> int:
+def sequence_ranks(layout: Layout) -> int:
     """Return over how many ranks sequence parallelism shards what lies between blocks."""
     return layout.tensor if layout.sequence_parallel else 1
 
@@ -222,7 +241,7 @@ def _sequence_ranks(layout: Layout) -> int:
 def _boundary_bytes(facts: ModelFacts, candidate: Candidate) -> float:
     """Return the bytes of one micro batch's hidden states on one tensor rank."""
     width, tokens = facts.activation_width, candidate.own_seqs * facts.recipe.batch.seq_len
-    return float(width) * tokens * facts.work.hidden / _sequence_ranks(candidate.layout)
+    return float(width) * tokens * facts.work.hidden / sequence_ranks(candidate.layout)
 
 
 def _product_bytes(facts: ModelFacts, candidate: Candidate, saved: LayerBytes) -> float:
@@ -293,7 +312,7 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
     passes = 3.0 + (0.0 if layout.recompute == "selective" else repeated)  # selective recomputation repeats no products
     elementwise = (3.0 + repeated) / passes  # but all elementwise work, which the time model counts by `passes`
     whole, sharded = facts.mean_activations
-    saved = whole / _sequence_ranks(layout) + sharded / layout.tensor
+    saved = whole / sequence_ranks(layout) + sharded / layout.tensor
     loads, head, cost = facts.stage_loads(layout), _head_stage(layout), facts.context_cost(layout)
     params = max(_stage_params(facts, layout))
     undivided = params if layout.expert == 1 else max(_stage_params(facts, replace(layout, expert=1)))
@@ -317,7 +336,7 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
         "updated": undivided / candidate.data if zero_stage(facts.ds_config) else params,
         "bubble_share": bubble_share(placement_of(layout), micro_batches, passes),
         "messages": exposed_messages(placement_of(layout), micro_batches),
-        "pipe_share": _sequence_ranks(layout),
+        "pipe_share": sequence_ranks(layout),
     }
 
 

@@ -66,8 +66,26 @@ def _activations(family, attention):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_activations_without_memory_are_those_of_a_real_run(family, attention):
     without, real = run_ranks(_activations, 1, family, attention)[0]
-    assert len(real) == 4 and min(layer.whole + layer.sharded for layer in real) > 0
+    assert len(real) == 4 and min(layer.saved.whole + layer.saved.sharded for layer in real) > 0
     assert without == real
+
+
+def _by_parts():
+    config, kind = tiny_config("llama"), {"seq_len": 48, "dtype": torch.bfloat16, "attention": "sdpa"}
+    return [layer_activations(config, mlp_tokens=tokens, **kind)[0] for tokens in (0, 12)]
+
+
+def test_what_a_layer_keeps_besides():
+    """Counted by hand, of a llama's layer: hidden states of 64, 4 heads and 2 of keys, an MLP of 96."""
+    whole, by_parts = run_ranks(_by_parts, 1)[0]
+    tokens = 48 * 2  # of two bytes
+    inputs, outputs = 64 + 64 + 64 + 96, (64 + 32 + 32) + 64 + (96 + 96) + 64
+    assert whole.factors.whole + whole.factors.sharded == tokens * (inputs + outputs)
+    kept = [each.saved.whole + each.saved.sharded for each in (whole, by_parts)]
+    assert kept[0] - kept[1] == tokens * 4 * 96  # gate, up, SiLU and their product, computed again
+    fullest = [max(moment.whole + moment.sharded for moment in each.working) for each in (whole, by_parts)]
+    assert fullest[0] == tokens * (64 + 96) + 2 * 64 * 96  # gradients of the output, the product and the last matrix
+    assert fullest[1] > fullest[0]
 
 
 def _counts(layout, tied):

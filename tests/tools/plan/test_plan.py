@@ -77,7 +77,9 @@ def test_options_do_what_they_are_for(found):
     assert 0.5 < stored[1] / stored[0] < 0.9
     filled = plans[*layout, False, "zero_bubble", 1]
     assert filled["parts"]["bubble"] == pytest.approx(plain["parts"]["bubble"] / 3)
-    assert filled["memory"] == plain["memory"]
+    first, last = zip(*(plan["memory"]["stages"] for plan in (plain, filled)), strict=True)
+    assert first[0] == first[1]
+    assert last[0]["stored"] < last[1]["stored"] < first[0]["stored"]  # the factors of weight gradients, less than activations
     kept, again = (plans[2, 2, 16, 2, how, 1, False, "1f1b", 1] for how in ("selective", "full"))
     by_memory = [plan["memory"]["stages"][0]["stored"] for plan in (again, kept, plain)]
     assert by_memory[0] < 0.6 * by_memory[1] < by_memory[1] < 0.9 * by_memory[2]

@@ -10,7 +10,7 @@ from recipes.common.config.ds_config import load_ds_config, precision, zero_stag
 from recipes.common.recipe import Layout, Recipe
 from tools.common.devices import Device
 from tools.plan.memory_model import StageBytes
-from tools.plan.model_cases import Candidate, ModelFacts, memory_case, read_model, time_cases
+from tools.plan.model_cases import Candidate, ModelFacts, memory_case, read_model, sequence_ranks, time_cases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +64,12 @@ def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_b
     head = 6.0 * work.head / layout.tensor if bytes_of.loss else 0.0
     params = bytes_of.weights / facts.activation_width
     whole_gradients = bytes_of.weights if zero_stage(facts.ds_config) == 2 else 0.0
+    banks = _bank_bytes(facts, own, layout.tensor * layout.expert)
     return Prediction(
         states=bytes_of.states - whole_gradients,
-        reducing=_bucket_bytes(facts.ds_config) + whole_gradients + _bank_bytes(facts, own, layout.tensor * layout.expert),
+        reducing=_bucket_bytes(facts.ds_config, params) + whole_gradients + banks,
         stored=bytes_of.stored + bytes_of.in_flight * _mask_bytes(facts, candidate, own),
-        working=bytes_of.working + _gradient_bytes(facts, candidate, own),
+        working=_working_bytes(facts, candidate, own),
         loss_working=_loss_bytes(facts, candidate) if bytes_of.loss else 0.0,
         products=(matrices + head) * tokens * micro_batches,
         elementwise=float(row.traffic[0]) * passes / 3.0 * tokens * micro_batches * len(own),
@@ -93,18 +94,22 @@ def _mask_bytes(facts: ModelFacts, candidate: Candidate, own: Sequence[int]) -> 
     return candidate.own_seqs * facts.recipe.batch.seq_len**2 * (1.0 + facts.activation_width * kept)
 
 
-def _gradient_bytes(facts: ModelFacts, candidate: Candidate, own: Sequence[int]) -> float:
-    """Return the bytes of gradients in a layer's backward pass, beside the planner's two of hidden states.
+def _working_bytes(facts: ModelFacts, candidate: Candidate, own: Sequence[int]) -> float:
+    """Return what the fullest layer's backward pass adds to what is stored: all that it computes again, and its gradients.
 
-    Those of what the tensor ranks share are as large as that; sequence parallelism gathers the input of a block and its
-    gradient, and of both blocks where the layer runs again.
+    Sequence parallelism gathers the input of a block and its gradient, and of both blocks where the layer runs again.
     """
-    layout = candidate.layout
-    sharded = max(candidate.own_seqs * facts.activations[index].sharded / layout.tensor for index in own)
-    if not layout.sequence_parallel:
-        return sharded
-    hidden = candidate.own_seqs * facts.recipe.batch.seq_len * facts.work.hidden * facts.activation_width
-    return sharded + hidden * (3.0 if layout.recompute == "full" else 2.0)
+    layout, layers = candidate.layout, facts.layer_bytes(candidate)
+    again = layout.recomputed_layers(len(layers))
+    gathered = 0.0
+    if layout.sequence_parallel:
+        hidden = candidate.own_seqs * facts.recipe.batch.seq_len * facts.work.hidden * facts.activation_width
+        gathered = hidden * (2.0 if layout.recompute == "none" else 3.0)
+    ranks, most = (layout.tensor, sequence_ranks(layout)), 0.0
+    for index in own:
+        saved = layers[index].saved.on_rank(*ranks) if index in again else 0.0
+        most = max(most, saved + max(moment.on_rank(*ranks) for moment in layers[index].working))
+    return candidate.own_seqs * most + gathered
 
 
 def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
@@ -112,13 +117,14 @@ def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
 
     `explain` adds the two, and a fitted factor makes up for it.
     """
-    tokens = min(facts.recipe.logits_chunk_tokens, candidate.own_seqs * facts.recipe.batch.seq_len)
+    whole = candidate.own_seqs * facts.recipe.batch.seq_len
+    tokens = min(facts.recipe.logits_chunk_tokens, whole)
     head, width = facts.rank_params(candidate.layout)["head"], facts.activation_width
     logits = tokens * facts.work.vocab / candidate.layout.tensor
     exponential = 0.0 if facts.recipe.kernels == "compile" else 4.0
     chunk = (exponential + width) * logits + 4.0 * head  # logits and exponentials; the head's gradient in fp32
     scaled = (4.0 + (width if width < 4.0 else 0.0)) * head  # in place in fp32
-    return max(chunk, scaled)
+    return max(chunk, scaled) + 2.0 * width * whole * facts.work.hidden  # what enters the head, and its gradient: on every rank
 
 
 def keeps_gradients(ds_config: dict[str, Any]) -> bool:
@@ -126,9 +132,12 @@ def keeps_gradients(ds_config: dict[str, Any]) -> bool:
     return precision(ds_config) == "bf16" and zero_stage(ds_config) <= 1
 
 
-def _bucket_bytes(ds_config: dict[str, Any]) -> float:
-    """Return the bytes of two buckets; DeepSpeed's optimizer for bf16 with fp32 gradients has none."""
+def _bucket_bytes(ds_config: dict[str, Any], params: float) -> float:
+    """Return the bytes of two buckets, neither of more than the rank's parameters.
+
+    DeepSpeed's optimizer for bf16 with fp32 gradients has none.
+    """
     if keeps_gradients(ds_config):
         return 0.0
     width = 4.0 if ds_config.get("communication_data_type", precision(ds_config)) == "fp32" else 2.0
-    return 2.0 * width * ds_config.get("zero_optimization", {}).get("reduce_bucket_size", 5e8)
+    return 2.0 * width * min(ds_config.get("zero_optimization", {}).get("reduce_bucket_size", 5e8), params)
