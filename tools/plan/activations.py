@@ -7,6 +7,7 @@ precision needs a formula. A 70B model takes about a second on one core.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from recipes.common.model.decoder import find_stack
+from recipes.common.model.decoder import PlanError, Stack, find_stack
 from recipes.common.model.document_bounds import no_questions
 from recipes.common.model.fusion import fuse_layer
 from recipes.common.model.token_chunks import chunk_tokens, find_mlp
+from recipes.common.parallel.tensor_plans import tensor_plan
 from recipes.common.pipeline.placeholders import Placeholder
 from tools.plan.layer_log import LayerBytes, LayerLog
 
@@ -75,7 +77,7 @@ def _measure(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         ).train()
         stack = find_stack(causal)
-        layers = causal.get_submodule(stack.layers)
+        layers, styles = causal.get_submodule(stack.layers), _styles(causal, stack)
         kinds = list(range(len(layers))) if every_layer else [_kind(layer) for layer in layers]
         logs: dict[int, LayerLog] = {}
         for index, layer in enumerate(layers):
@@ -84,10 +86,25 @@ def _measure(
             else:
                 logs[index] = LayerLog(layer, width)
                 change.make(layer, logs[index])
+                logs[index].gather(*_gathered_blocks(causal, f"{stack.layers}.{index}.", styles))
         layers[0].register_forward_hook(lambda layer, args, output: _return_alike(layers, output))
         causal.get_submodule(stack.base)(input_ids=torch.zeros(1, seq_len, dtype=torch.long), use_cache=False)
     measured = {index: log.measured() for index, log in logs.items()}
     return tuple(measured[kinds.index(kind)] for kind in kinds)
+
+
+def _styles(causal: PreTrainedModel, stack: Stack) -> dict[str, str]:
+    try:
+        return tensor_plan(causal, stack)
+    except PlanError:  # no tensor ranks, then
+        return {}
+
+
+def _gathered_blocks(causal: PreTrainedModel, prefix: str, styles: dict[str, str]) -> Iterator[list[nn.Module]]:
+    """Yield a layer's modules that gather their outputs from the tensor ranks, and those that split their inputs again."""
+    for kinds in (("colwise_gather_output", "colwise_rep"), ("rowwise_split_input", "rowwise_rep")):
+        names = [name for name, style in styles.items() if style in kinds and name.startswith(prefix)]
+        yield [causal.get_submodule(name) for name in names]
 
 
 def _return_alike(layers: nn.ModuleList, output: Any) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -17,14 +17,19 @@ from recipes.common.model.recompute import product_ops
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes that every tensor rank has whole, and bytes that the tensor ranks divide."""
+    """Bytes that every tensor rank has whole, bytes that the tensor ranks divide, and bytes that each gathers from all."""
 
-    whole: float = 0.0
+    whole: float = 0.0  # between blocks, where sequence parallelism divides them
     sharded: float = 0.0
+    gathered: float = 0.0  # inside a block that computes with the whole width, of the whole sequence
+
+    @property
+    def total(self) -> float:
+        return self.whole + self.sharded + self.gathered
 
     def on_rank(self, tensor: int, sequence_ranks: int) -> float:
         """Return one rank's bytes. sequence_ranks: over how many sequence parallelism divides the whole ones."""
-        return self.whole / sequence_ranks + self.sharded / tensor
+        return self.whole / sequence_ranks + self.sharded / tensor + self.gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +37,7 @@ class LayerBytes:
     """Bytes that one layer holds of one sequence."""
 
     saved: Bytes  # from its forward to its backward pass
-    products: float  # outputs of matrix products and attention, which selective recomputation keeps
+    products: Bytes  # outputs of matrix products and attention, which selective recomputation keeps
     factors: Bytes  # of its weights' gradients: the products' inputs, and as much as their outputs
     working: tuple[Bytes, ...]  # above what is saved, when the backward pass holds most: one of them, whatever the sharding
 
@@ -51,8 +56,28 @@ class LayerLog(TorchDispatchMode):
         self._events: list[tuple[int, Bytes]] = []  # (-1, what came) or (its event, what went)
         self._gradients: dict[int, Bytes] = {}  # events that were weight gradients
         self._begun = 0  # events before the backward pass; 0: it has not begun
+        self._gathered = 0  # modules that gather their outputs, whose gradients are still to come
         for parameter in layer.parameters():
             parameter.register_post_accumulate_grad_hook(self._take_gradient)
+
+    def gather(self, gathering: Sequence[nn.Module], splitting: Sequence[nn.Module]) -> None:
+        """Count what lies between modules that gather their outputs and those that split their inputs as gathered, both ways."""
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self._gathered += 1
+
+        def leave(gradient: torch.Tensor) -> None:
+            self._gathered -= 1
+
+        def split(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            entered, self._gathered = self._gathered, 0
+            args[0].register_hook(lambda gradient: setattr(self, "_gathered", entered))
+
+        for module in gathering:
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(lambda module, args, output: output.register_hook(leave) and None)
+        for module in splitting:
+            module.register_forward_pre_hook(split)
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the layer both ways. Returns its outputs, which lead no further back."""
@@ -68,7 +93,8 @@ class LayerLog(TorchDispatchMode):
     def keep(self, tensor: torch.Tensor) -> None:
         """Count a tensor that the layer keeps for its backward pass."""
         if (key := _key(tensor)) not in self._weights:
-            self._saved.setdefault((self._live.get(key), key), self._bytes(tensor))
+            came = self._live.get(key)
+            self._saved.setdefault((came, key), self._bytes(tensor) if came is None else self._events[came][1])
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         self.keep(tensor)
@@ -91,11 +117,13 @@ class LayerLog(TorchDispatchMode):
 
     def measured(self) -> LayerBytes:
         saved, kept, factors = (_sum(sizes.values()) for sizes in (self._saved, self._kept, self._factors))
-        return LayerBytes(saved=saved, products=kept.whole + kept.sharded, factors=factors, working=self._working())
+        return LayerBytes(saved=saved, products=kept, factors=factors, working=self._working())
 
     def _bytes(self, tensor: torch.Tensor) -> Bytes:
         """Count the storage. Tensors as wide as the hidden states lie between blocks: every tensor rank has them whole."""
         size = float(tensor.untyped_storage().nbytes())
+        if self._gathered:
+            return Bytes(gathered=size)
         return Bytes(whole=size) if tensor.ndim < 4 and tensor.shape[-1:] in ((self._width,), (1,)) else Bytes(sharded=size)
 
     def _come(self, tensor: torch.Tensor) -> None:
@@ -117,18 +145,18 @@ class LayerLog(TorchDispatchMode):
         parameter.grad = None
 
     def _working(self) -> tuple[Bytes, ...]:
-        """Return the moments of the backward pass that hold most, in whole bytes or in sharded ones or between."""
-        whole = sharded = 0.0
-        moments: set[tuple[float, float]] = {(0.0, 0.0)}
+        """Return the moments of the backward pass that hold most, of one kind of bytes or of several."""
+        held = Bytes()
+        moments = {held}
         for index, (came, size) in enumerate(self._events[self._begun :], self._begun):
             size = self._gradients.get(index if came < 0 else came, size)
             sign = 1.0 if came < 0 else -1.0
-            whole, sharded = whole + sign * size.whole, sharded + sign * size.sharded
-            moments.add((whole, sharded))
+            held = Bytes(*(have + sign * more for have, more in zip(astuple(held), astuple(size), strict=True)))
+            moments.add(held)
         fullest: list[Bytes] = []
-        for most in sorted(moments, reverse=True):
-            if not fullest or most[1] > fullest[-1].sharded:
-                fullest.append(Bytes(*most))
+        for moment in sorted(moments, key=astuple, reverse=True):
+            if not any(other.sharded >= moment.sharded and other.gathered >= moment.gathered for other in fullest):
+                fullest.append(moment)
         return tuple(fullest)
 
 
@@ -146,5 +174,4 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _sum(sizes: Iterable[Bytes]) -> Bytes:
-    sizes = tuple(sizes)
-    return Bytes(sum(size.whole for size in sizes), sum(size.sharded for size in sizes))
+    return Bytes(*map(sum, zip(*map(astuple, (Bytes(), *sizes)), strict=True)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from math import ceil
 from typing import Any
@@ -25,7 +25,7 @@ from tools.common.console import UsageError
 from tools.common.devices import Device
 from tools.plan.activations import TRAFFIC_PER_SAVED, layer_activations
 from tools.plan.context_cost import ContextCost, context_cost
-from tools.plan.layer_log import LayerBytes
+from tools.plan.layer_log import Bytes, LayerBytes
 from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes, loss_bytes, state_bytes
 from tools.plan.rank_params import rank_params
 from tools.plan.schedule_formulas import bubble_share, exposed_messages
@@ -89,10 +89,10 @@ class ModelFacts:
         return layer_costs(self.causal, self.stack, self.recipe.batch.seq_len)
 
     @cached_property
-    def mean_activations(self) -> tuple[float, float]:
-        """The mean layer's saved bytes of one sequence: whole on every tensor rank, sharded over them."""
-        layers = self.activations
-        return sum(each.saved.whole for each in layers) / len(layers), sum(each.saved.sharded for each in layers) / len(layers)
+    def mean_activations(self) -> Bytes:
+        """The mean layer's saved bytes of one sequence."""
+        kinds = zip(*(astuple(each.saved) for each in self.activations), strict=True)
+        return Bytes(*(sum(sizes) / len(self.activations) for sizes in kinds))
 
     @cached_property
     def heads(self) -> int:
@@ -247,7 +247,8 @@ def _boundary_bytes(facts: ModelFacts, candidate: Candidate) -> float:
 def _product_bytes(facts: ModelFacts, candidate: Candidate, saved: LayerBytes) -> float:
     """Return the bytes of a layer's products on one tensor rank. Row-parallel ones, attention's and the MLP's last, are whole."""
     whole = 2.0 * facts.activation_width * facts.recipe.batch.seq_len * facts.work.hidden
-    return candidate.own_seqs * (whole + max(saved.products - whole, 0.0) / candidate.layout.tensor)
+    divided = max(saved.products.whole + saved.products.sharded - whole, 0.0) / candidate.layout.tensor
+    return candidate.own_seqs * (whole + divided + saved.products.gathered)
 
 
 def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
@@ -311,8 +312,7 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
     repeated = _repeated_share(layout)
     passes = 3.0 + (0.0 if layout.recompute == "selective" else repeated)  # selective recomputation repeats no products
     elementwise = (3.0 + repeated) / passes  # but all elementwise work, which the time model counts by `passes`
-    whole, sharded = facts.mean_activations
-    saved = whole / sequence_ranks(layout) + sharded / layout.tensor
+    saved = facts.mean_activations.on_rank(layout.tensor, sequence_ranks(layout))
     loads, head, cost = facts.stage_loads(layout), _head_stage(layout), facts.context_cost(layout)
     params = max(_stage_params(facts, layout))
     undivided = params if layout.expert == 1 else max(_stage_params(facts, replace(layout, expert=1)))

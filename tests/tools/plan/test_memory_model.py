@@ -66,7 +66,7 @@ def _activations(family, attention):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_activations_without_memory_are_those_of_a_real_run(family, attention):
     without, real = run_ranks(_activations, 1, family, attention)[0]
-    assert len(real) == 4 and min(layer.saved.whole + layer.saved.sharded for layer in real) > 0
+    assert len(real) == 4 and min(layer.saved.total for layer in real) > 0
     assert without == real
 
 
@@ -80,12 +80,28 @@ def test_what_a_layer_keeps_besides():
     whole, by_parts = run_ranks(_by_parts, 1)[0]
     tokens = 48 * 2  # of two bytes
     inputs, outputs = 64 + 64 + 64 + 96, (64 + 32 + 32) + 64 + (96 + 96) + 64
-    assert whole.factors.whole + whole.factors.sharded == tokens * (inputs + outputs)
-    kept = [each.saved.whole + each.saved.sharded for each in (whole, by_parts)]
+    assert whole.factors.total == tokens * (inputs + outputs)
+    kept = [each.saved.total for each in (whole, by_parts)]
     assert kept[0] - kept[1] == tokens * 4 * 96  # gate, up, SiLU and their product, computed again
-    fullest = [max(moment.whole + moment.sharded for moment in each.working) for each in (whole, by_parts)]
+    fullest = [max(moment.total for moment in each.working) for each in (whole, by_parts)]
     assert fullest[0] == tokens * (64 + 96) + 2 * 64 * 96  # gradients of the output, the product and the last matrix
     assert fullest[1] > fullest[0]
+
+
+def _normed_over_heads():
+    kind = {"seq_len": 48, "dtype": torch.bfloat16, "attention": "sdpa"}
+    return layer_activations(tiny_config("olmo2"), **kind)[0]
+
+
+def test_attention_that_norms_over_all_heads_is_whole_on_every_tensor_rank():
+    """OLMo 2's queries and keys are gathered; its MLP, of gate, up and down, is divided."""
+    layer, tokens = run_ranks(_normed_over_heads, 1)[0], 48 * 2  # of two bytes
+    width = tiny_config("olmo2").num_key_value_heads * 16
+    sums = 48 * 4 * 4  # each head's, in fp32
+    assert layer.products.gathered == tokens * (64 + 2 * width + 64) + sums
+    assert layer.products.sharded == tokens * 2 * 96
+    assert layer.products.whole == tokens * 2 * 64
+    assert layer.saved.gathered > layer.products.gathered - tokens * 64
 
 
 def _counts(layout, tied):
