@@ -19,11 +19,13 @@ from tools.common.forked_ranks import run_ranks
 
 OURS = sorted({*tensor_plans.BUILT_IN_TENSOR, *tensor_plans.ADDED_TENSOR})
 NAMED = sorted({*OURS, *tensor_plans.REFUSED_TENSOR, *tensor_plans.BUILT_IN_DIVIDE, *decoder.BUILT_IN_STACK})
+# by default one has no attention, and the other shares keys and values of layers that a small model lacks
+FIELDS = {"bamba": {"attn_layer_indices": [1]}, "gemma3n_text": {"num_kv_shared_layers": 0}}
 
 
 def config_of(family):
     """Small, where the family's own widths allow it."""
-    fields = {"attn_layer_indices": [1]} if family == "bamba" else {}  # by default it has no attention
+    fields = FIELDS.get(family, {})
     try:
         return tiny_config(family, **fields)
     except Exception:  # a family whose widths depend on each other
