@@ -9,7 +9,7 @@ from tools.plan.rehearsal.kernels import LOSS
 from tools.plan.rehearsal.nccl_stand_in import Call, compare
 from tools.plan.rehearsal.step_summary import summarize
 
-SMALL = Variant(recipe="llama_1b", layers=2, gpus=2, layout="tensor=2", rank=0, seq_len=1024)
+SMALL = Variant(recipe="llama_1b", layers=2, gpus=64, layout="tensor=2", rank=0, seq_len=1024)
 SMALL_MICRO_BATCH = 4 * 1024  # tokens
 HERE = "tests/rehearsal/planted.py:"
 
@@ -49,10 +49,10 @@ def test_the_host_waits_in_every_micro_batch(both_ranks):
 
 
 def test_ranks_that_swap_two_collectives(both_ranks):
-    """All others they make in one order, `test_worlds` shows that healthy ranks make all of them."""
-    (problem,) = compare([[Call(**call) for call in result["calls"]] for result in both_ranks])
+    """All others they make in one order, as far as two of 64 ranks tell; `test_worlds` shows that healthy ranks make all."""
+    problems = compare([[Call(**call) for call in result["calls"]] for result in both_ranks])
+    (problem,) = (each for each in problems if HERE in each)
     assert "rank 0 all_reduce SUM of 2 bfloat16" in problem and "rank 1 all_reduce SUM of 3 bfloat16" in problem
-    assert HERE in problem
 
 
 def test_an_fp32_copy_of_the_logits(healthy, with_more_work):

@@ -8,7 +8,7 @@ from tools.plan.rehearsal.nccl_stand_in import Call, compare
 COMMON = {"rank": 0, "steps": (3,), "seq_len": 256}
 WORLDS = (
     Variant(
-        recipe="llama_8b",
+        recipe="qwen3_0_6b",
         layers=2,
         gpus=4,
         layout="tensor=2,pipeline=2,sequence_parallel=1",
@@ -23,7 +23,7 @@ WORLDS = (
         extras=("skip", "drift"),
         **COMMON,
     ),
-    Variant(recipe="llama_8b", layers=2, gpus=4, layout="tensor=2,context=2,sequence_parallel=1", extras=("layers",), **COMMON),
+    Variant(recipe="qwen3_0_6b", layers=2, gpus=4, layout="tensor=2,context=2,sequence_parallel=1", extras=("layers",), **COMMON),
 )
 
 
