@@ -211,10 +211,16 @@ def trimmed() -> tuple[Planted, ...]:
 
 
 def _earlier(planted: Planted) -> Planted:
-    """Return the run with its event, its resume and its ramp's edge sooner; one lost micro batch shows once the loss is level."""
+    """Return the run with its event, its resume and its ramp's edge sooner, in as few micro batches as show the cause.
+
+    One lost micro batch shows once the loss is level, among others; a ramp starts with few sequences; steps too short hide a
+    slow rank.
+    """
     at = 37 if planted.cause == LOST_MICRO_BATCH else 27
     resumed_at = at - 1 if planted.resumed_at else None
-    return replace(planted, at=at, resumed_at=resumed_at, ramp=((8 * (at - 1), 8),) if planted.ramp else ())
+    micro_seqs = 4 if planted.ramp else 8 if planted.cause in (LOST_MICRO_BATCH, SLOW_RANK) else 16
+    ramp = ((8 * (at - 1), 8),) if planted.ramp else ()
+    return replace(planted, at=at, resumed_at=resumed_at, ramp=ramp, micro_seqs=micro_seqs)
 
 
 def score_causes(runs: int | None = None) -> list[Score]:
