@@ -6,6 +6,8 @@ into stages, they would train something else without an error.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,8 +17,10 @@ from transformers import PreTrainedConfig
 
 from recipes.common.config.placement import placement_of
 from recipes.common.model.decoder import PlanError
+from recipes.common.model.flops import layer_costs
 from recipes.common.parallel.grid import Grid, one_process
 from recipes.common.parallel.tiny_model import is_tiny, shrink
+from recipes.common.pipeline.partition import partition_layers
 from recipes.common.pipeline.stage import Stage, build_stage, plan_model
 from recipes.common.recipe import Layout
 
@@ -34,16 +38,22 @@ def partition_problems(config: PreTrainedConfig, layout: Layout, attention: str)
         count = layout.pipeline * (2 if placement_of(layout).folded else 1)  # chunks that go around are cut as stages are
         tiny = config if is_tiny(config) else shrink(config, Layout(pipeline=count))
         ids = torch.arange(_SEQS * _SEQ_LEN).view(_SEQS, _SEQ_LEN) % (tiny.vocab_size - 3) + 3
-        whole = _run(tiny, attention, 1, ids)
+        whole = build_stage(plan_model(tiny, attention=attention), one_process(), seq_len=_SEQ_LEN).eval()
+        with torch.no_grad():
+            wanted = whole(ids)
     except Exception as error:  # a family's own code may raise anything on the tiny model; nothing is shown then
         return [f"model_type={family}: a tiny model of it does not run ({type(error).__name__}: {error}); {advice}"]
     try:
-        difference = (_run(tiny, attention, count, ids) - whole).abs().max().item()
+        hidden = ids
+        for stage in _stages(tiny, attention, count):
+            with torch.no_grad():
+                hidden = stage(hidden)
     except PlanError as error:
         return [f"{error}; {advice}"]
     except Exception as error:  # as above, but the whole did run: it is the partition that fails
         return [f"model_type={family} cannot be partitioned into stages ({type(error).__name__}: {error}); {advice}"]
-    if difference == 0.0 and not _shares_layers(tiny, attention):
+    difference = (hidden - wanted).abs().max().item()
+    if difference == 0.0 and not _shares_layers(whole):
         return []
     return [
         f"model_type={family} cannot be partitioned into stages: its layers share more than hidden states (in {count} parts, a "
@@ -168,21 +178,21 @@ def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _run(config: PreTrainedConfig, attention: str, pipeline: int, ids: torch.Tensor) -> torch.Tensor:
-    """Return the hidden states after the last layer, from the stages one after another."""
-    hidden = ids
-    with torch.no_grad():
-        for index in range(pipeline):
-            grid = Grid(**(vars(one_process()) | {"pipeline": pipeline, "pipeline_rank": index}))
-            hidden = build_stage(plan_model(config, attention=attention), grid, seq_len=_SEQ_LEN).eval()(hidden)
-    return hidden
+def _stages(config: PreTrainedConfig, attention: str, count: int) -> Iterator[Stage]:
+    """Yield the stages in order. The model is built once: a stage is made from a copy of it without the others' layers."""
+    model = plan_model(config, attention=attention)
+    costs, head = layer_costs(model.causal, model.stack, _SEQ_LEN)
+    layers = list(model.causal.get_submodule(model.stack.layers))
+    for index, own in enumerate(partition_layers(costs, head, placement_of(Layout(pipeline=count)))):
+        kept = {id(layer): layer for i, layer in enumerate(layers) if i not in own}  # not copied: the stage takes them out
+        grid = Grid(**(vars(one_process()) | {"pipeline": count, "pipeline_rank": index}))
+        yield build_stage(copy.deepcopy(model, kept), grid, seq_len=_SEQ_LEN).eval()
 
 
-def _shares_layers(config: PreTrainedConfig, attention: str) -> bool:
+def _shares_layers(whole: Stage) -> bool:
     """Return whether one parameter belongs to two layers: its gradient would be lost between stages."""
-    stage = build_stage(plan_model(config, attention=attention), one_process(), seq_len=_SEQ_LEN)
     owners: dict[int, set[int]] = {}
-    for index, layer in enumerate(stage.causal.get_submodule(stage.stack.layers)):
+    for index, layer in enumerate(whole.causal.get_submodule(whole.stack.layers)):
         for parameter in layer.parameters():
             owners.setdefault(id(parameter), set()).add(index)
     return any(len(layers) > 1 for layers in owners.values())

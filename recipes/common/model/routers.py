@@ -271,11 +271,11 @@ def _check_loss(causal: PreTrainedModel) -> None:
 
 def _bias_of(causal: nn.Module, router: str) -> str | None:
     """Return the name of the bias that a router's choices read: in the router, below it, or in the module that holds it."""
-    modules = dict(causal.named_modules())
     parent = router.rpartition(".")[0]
-    inside = [router, *(f"{router}.{name}" for name, _ in modules[router].named_modules() if name)]
+    inside = [router, *(f"{router}.{name}" for name, _ in causal.get_submodule(router).named_modules() if name)]
     for owner in (*inside, parent):
+        module = causal.get_submodule(owner)
         for leaf in ROUTER_BIASES:
-            if leaf in modules[owner]._parameters or leaf in modules[owner]._buffers:
+            if leaf in module._parameters or leaf in module._buffers:
                 return f"{owner}.{leaf}"
     return None

@@ -52,22 +52,28 @@ def training_programs(
     placement: Placement, micro_batches: int, costs: tuple[Costs, ...], streams: str, ahead: int = AHEAD
 ) -> list[Program]:
     """Return what every rank hands its device in a step of this schedule."""
-    orders = order_passes(placement, micro_batches, costs)
-    return [executor_program(orders, placement, rank, streams, ahead) for rank in range(placement.pipeline)]
+    return _programs(order_passes(placement, micro_batches, costs), placement, streams, ahead)
 
 
 def evaluation_programs(placement: Placement, micro_batches: int, streams: str) -> list[Program]:
     """Return what every rank hands its device in an evaluation."""
     orders = [forward_passes(placement, rank, micro_batches) for rank in range(placement.pipeline)]
-    return [executor_program(orders, placement, rank, streams) for rank in range(placement.pipeline)]
+    return _programs(orders, placement, streams)
 
 
-def executor_program(orders: list[list[Pass]], placement: Placement, rank: int, streams: str, ahead: int = AHEAD) -> Program:
-    """Return a rank's program as PipelineExecutor runs it: receives posted `ahead` passes early, and only inputs waited for."""
-    coming = {
-        stage: deque(message for to, message in sent_messages(orders[stage], placement) if to == rank)
-        for stage in placement.neighbours_of(rank)
-    }
+def _programs(orders: list[list[Pass]], placement: Placement, streams: str, ahead: int = AHEAD) -> list[Program]:
+    sent = [sent_messages(order, placement) for order in orders]
+    return [executor_program(orders[rank], sent, placement, rank, streams, ahead) for rank in range(placement.pipeline)]
+
+
+def executor_program(
+    order: list[Pass], sent: list[list[tuple[int, Message]]], placement: Placement, rank: int, streams: str, ahead: int = AHEAD
+) -> Program:
+    """Return a rank's program as PipelineExecutor runs it: receives posted `ahead` passes early, and only inputs waited for.
+
+    order: its own passes. sent: the `sent_messages` of every rank.
+    """
+    coming = {stage: deque(message for to, message in sent[stage] if to == rank) for stage in placement.neighbours_of(rank)}
     sender = {message: stage for stage, messages in coming.items() for message in messages}
 
     def received(step: Pass) -> Message | None:
@@ -78,15 +84,16 @@ def executor_program(orders: list[list[Pass]], placement: Placement, rank: int, 
 
     program: Program = []
     last: Pass | None = None
-    for index, step in enumerate(orders[rank]):
-        for message in map(received, orders[rank][index : index + ahead + 1]):
+    awaited = [received(step) for step in order]
+    for index, step in enumerate(order):
+        for message in awaited[index : index + ahead + 1]:
             while message in sender:
                 stage = sender[message]
                 channel = _channel("down" if stage < rank else "up", rank, stage, streams)
                 posted = coming[stage].popleft()
                 del sender[posted]
                 program.append(Operation(posted, (channel,), last))
-        program.append(Operation(step, (_COMPUTE,), received(step)))
+        program.append(Operation(step, (_COMPUTE,), awaited[index]))
         for to, message in sent_messages([step], placement):
             program.append(Operation(message, (_channel("down" if to > rank else "up", rank, to, streams),), step))
         last = step
