@@ -1,6 +1,7 @@
 """However a recipe is started, by which launcher and from which folder, the same run comes of it.
 
-By Python alone, for a dry run: tests/test_recipes.py.
+By Python alone, for a dry run: tests/test_recipes.py. By the deepspeed launcher and the recipe's file: the pods of
+tests/launch/test_kubernetes.py, which train as one machine does.
 """
 
 import json
@@ -16,7 +17,7 @@ from tools.common.recipe_io import load_recipe
 
 STEPS = 2
 FLAGS = ("--max-steps", STEPS)
-WAYS = ("deepspeed FILE, 2 ranks", "deepspeed --module", "torchrun FILE, from another folder")
+WAYS = ("deepspeed --module, 2 ranks", "torchrun FILE, from another folder")
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,8 @@ def ways(recipe_file: Path) -> dict[str, tuple[int, list[object], Path]]:
     """name -> (ranks, command, the folder it is given in)"""
     repository, elsewhere = recipe_file.parents[1], recipe_file.parents[2]
     return {
-        WAYS[0]: (2, deepspeed(2, "recipes/quickstart.py"), repository),
-        WAYS[1]: (1, deepspeed(1, "--module", "recipes.quickstart"), repository),
-        WAYS[2]: (1, torchrun(1, recipe_file.relative_to(elsewhere)), elsewhere),
+        WAYS[0]: (2, deepspeed(2, "--module", "recipes.quickstart"), repository),
+        WAYS[1]: (1, torchrun(1, recipe_file.relative_to(elsewhere)), elsewhere),
     }
 
 
