@@ -17,7 +17,7 @@ from recipes.common.run_dir.tensor_stats import read_stats
 from tools.common.console import UsageError
 from tools.replay.change import ReplayChange, changed_plan
 from tools.replay.compare import Quantity, differences, quantities
-from tools.replay.compute import RankResult, StepNumbers, compute
+from tools.replay.compute import RankResult, StepNumbers, compute, with_shapes
 from tools.replay.enter import ReplayPlan, enter
 from tools.replay.first_tensor import (
     TRIALS,
@@ -129,7 +129,9 @@ class Search:
 
     def __init__(self, before: ReplayPlan, after: ReplayPlan, folders: Sequence[Path]) -> None:
         """folders: releases with which `after` is computed."""
-        self._before, self._after, self._folders = before, after, folders
+        # another release works out its own shapes
+        self._before, self._after = (*with_shapes(before), after) if folders else with_shapes(before, after)
+        self._folders = folders
         cut = (before.layout, before.world_size, precision(before.ds_config), before.recipe.batch.micro_seqs)
         self.bitwise = cut == (after.layout, after.world_size, precision(after.ds_config), after.recipe.batch.micro_seqs)
         self.first_step = max(before.first_step, after.first_step)

@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,6 +79,27 @@ def compute(plan: ReplayPlan, folders: Sequence[Path] = ()) -> list[RankResult]:
         raise CheckError(f"{where}: {_reason(str(error))}") from error
 
 
+def with_shapes(*plans: ReplayPlan) -> list[ReplayPlan]:
+    """Give plans that are traced many times, on many ranks, the shapes that this needs: worked out once for equal models."""
+    try:
+        found = run_ranks(_shapes_of, 1, plans)[0]
+    except RankError as error:
+        raise CheckError(f"{plans[0].run}: the shapes of its tensors cannot be worked out: {_reason(str(error))}") from error
+    return [replace(plan, shapes=shapes) for plan, shapes in zip(plans, found, strict=True)]
+
+
+def _shapes_of(plans: Sequence[ReplayPlan]) -> list[dict[tuple[str, str], Dims]]:
+    found: list[tuple[tuple, dict[tuple[str, str], Dims]]] = []
+    for plan in plans:
+        read = (plan.recipe.model.to_dict(), plan.recipe.attention, plan.recipe.mask_documents)
+        found.append((read, next((shapes for other, shapes in found if other == read), None) or _shapes(plan)))
+    return [shapes for _, shapes in found]
+
+
+def _shapes(plan: ReplayPlan) -> dict[tuple[str, str], Dims]:
+    return whole_shapes(plan.recipe.model, plan.recipe.attention, documents=plan.recipe.mask_documents)
+
+
 def _reason(text: str) -> str:
     """Return which rank failed, where that is told, and the last line of its traceback."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -114,7 +135,7 @@ class ReplayRank:
 
     trainer: Trainer
     stats: ParameterStats
-    shapes: dict[tuple[str, str], Dims]  # of activations, for a trace
+    shapes: Mapping[tuple[str, str], Dims]  # of activations, for a trace
 
 
 def replay_rank(plan: ReplayPlan) -> RankResult:
@@ -126,9 +147,9 @@ def replay_rank(plan: ReplayPlan) -> RankResult:
 
 
 def build(plan: ReplayPlan) -> ReplayRank:
-    recipe, shapes = plan.recipe, {}
-    if plan.trace_step is not None:
-        shapes = whole_shapes(recipe.model, recipe.attention, documents=recipe.mask_documents)
+    recipe, shapes = plan.recipe, plan.shapes
+    if shapes is None:
+        shapes = _shapes(plan) if plan.trace_step is not None else {}
     trainer = build_recipe_trainer(recipe, plan.layout, plan.ds_config, plan.device, draw=plan.checkpoint is None)
     return ReplayRank(trainer, ParameterStats(trainer, recipe.optimizer.clip), shapes)
 

@@ -32,6 +32,7 @@ from tools.common.console import UsageError
 from tools.common.recipe_io import read_recipe_file
 from tools.common.run_record import open_record
 from tools.data.lookup import file_at, read_run
+from tools.replay.whole_shapes import Dims
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class ReplayPlan:
     stir: int | None = None  # move every weight to a neighbouring number, up or down as this seed draws, before the first step
     trace_step: int | None = None  # fingerprint every tensor of this step
     watch: tuple[str, ...] = ()  # of the traced step, give these tensors whole
+    shapes: Mapping[tuple[str, str], Dims] | None = None  # see `whole_shapes`; None: a rank that traces works them out
 
     @property
     def first_step(self) -> int:

@@ -151,33 +151,35 @@ PLANTED = {"one": [*FAULTS][1::3], "tensor": [*FAULTS][::3], "pipeline": [*FAULT
 PLANTED["tensor"] += ["transposed weight", "one rank's copy", "embedding row", "backward"]
 
 
-def trace(plan, faults):
-    """Trace the step without a fault, then with each, in one start."""
+def trace(plan, faults, stirs):
+    """Trace the step without a fault, then with each, then with weights that are stirred, in one start."""
     rank, found = build(plan), {}
-    for name in ("none", *faults):
-        load(plan, rank.trainer)
-        undo = FAULTS[name][2](rank.trainer) if name != "none" else []
+    for name in ("none", *faults, *stirs):
+        load(replace(plan, stir=name) if name in stirs else plan, rank.trainer)
+        undo = FAULTS[name][2](rank.trainer) if name in FAULTS else []
         found[name] = take_steps(plan, rank)
         for each in undo:
             each()
     return found
 
 
-def traced(plan, faults=()):
-    ranks = run_ranks(trace, plan.world_size, plan, tuple(faults), timeout_seconds=900.0)
+def traced(plan, faults=(), stirs=()):
+    ranks = run_ranks(trace, plan.world_size, plan, tuple(faults), tuple(stirs), timeout_seconds=900.0)
     return {name: put_together([rank[name] for rank in ranks]) for name in ranks[0]}
 
 
 def own_plan(folder, layout=None):
+    """The step in two micro batches."""
     plan, _ = enter(folder, STEP)
-    return replace(changed_plan(plan, ReplayChange(layout=layout)), trace_step=STEP)
+    change = ReplayChange(fields=(("batch.micro_seqs", 2),), layout=layout)
+    return replace(changed_plan(plan, change), trace_step=STEP)
 
 
 @pytest.fixture(scope="module")
 def reference(plain):
     """The step in one process, and twice with other roundings."""
-    plan = own_plan(plain)
-    return traced(plan)["none"], [traced(replace(plan, stir=seed))["none"] for seed in range(2)]
+    seen = traced(own_plan(plain), stirs=range(2))
+    return seen["none"], [seen[seed] for seed in range(2)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
