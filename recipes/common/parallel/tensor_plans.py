@@ -60,7 +60,7 @@ def tensor_plan(causal: PreTrainedModel, stack: Stack) -> dict[str, str]:
 def _built_in(causal: PreTrainedModel) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """Return our own plan for this config, and the attributes to divide; both empty for a family that has none of ours."""
     family = causal.config.model_type
-    if family in VARIANTS and getattr(causal.config, VARIANTS[family][0], False):
+    if family in VARIANTS and getattr(causal.config, VARIANTS[family][0]):
         return VARIANTS[family][1:]
     return BUILT_IN_TENSOR.get(family, {}), BUILT_IN_DIVIDE.get(family, {})
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from recipes.common.model import routers
 from recipes.common.model.decoder import PlanError, find_stack
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.linears import route_products
@@ -47,6 +48,15 @@ def test_experts_that_compute_nothing_may_be_chosen_too(family, experts):
     assert plan_routers(causal, find_stack(causal), Router(coefficient=0.1)).experts == experts
     with pytest.raises(PlanError, match="has no bias of its 4 experts"):  # what they compute is not balanced by a bias
         plan_routers(causal, find_stack(causal), Router(coefficient=0.1, bias_rate=0.1))
+
+
+@pytest.mark.parametrize("lacking", ["_EXPERTS", "_CHOSEN"])
+def test_a_family_that_does_not_say_how_many_experts_there_are_or_are_chosen_is_refused(monkeypatch, lacking):
+    causal = build_empty(tiny_config("mixtral"), "eager")
+    monkeypatch.setattr(routers, lacking, ("of_no_family",))
+    with pytest.raises(PlanError, match="says how many experts there are and are chosen"):
+        plan_routers(causal, find_stack(causal), Router(coefficient=0.1))
+    assert plan_routers(causal, find_stack(causal), Router(loss=None)).routers == ()
 
 
 def test_a_loss_of_another_definition_is_refused():

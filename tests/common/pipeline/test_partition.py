@@ -27,6 +27,7 @@ def test_no_partition_is_better():
         layers, head = [rng.choice((1.0, 2.0, 5.0, rng.random())) for _ in range(count)], rng.choice((0.0, 1.0, 4.0, 30.0))
         for pipeline in range(1, count + 1):
             stages = balance_stages(layers, head, pipeline)
+            assert partition_layers(layers, head, Placement("1f1b", pipeline, 1)) == stages
             assert len(stages) == pipeline
             assert all(len(own) > 0 for own in stages)  # a stage without a layer would have nothing to hand on
             assert [i for own in stages for i in own] == list(range(count))
