@@ -56,13 +56,29 @@ def _embedding(padding):
     return equal
 
 
-@pytest.mark.parametrize("family", ["llama4_text", "granitemoe_swa", "exaone4", "inkling_text", "longcat_flash"])
-def test_gradients_of_styles_that_few_families_have(family):
+# embeddings of token sequences, in one layer
+NGRAMS = {
+    **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 8, "indexer_compress_ratio": 2},
+    **{"ple_layer_ids": [1], "ple_embed_dim": 64, "heads_per_ngram": 2, "ngram_vocab_size_base": 100, "split_ngram_parts": 2},
+    "eos_token_id": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "style", "fields"),
+    [
+        ("llama4_text", "packed_rowwise", {}),
+        ("granitemoe_swa", "local_params", {}),
+        ("exaone4", "replicated_with_grad_allreduce", {}),
+        ("inkling_text", "all_reduce", {}),
+        ("longcat_flash", "moe_identity_expert", {}),
+        ("qwen4_exp_text", "embedding_colwise", NGRAMS),
+    ],
+)
+def test_gradients_of_styles_that_few_families_have(family, style, fields):
     """Banks sharded by packed inputs, parameters of modules that communicate, gradients summed inside a block, shared experts."""
-    styles = {"llama4_text": "packed_rowwise", "granitemoe_swa": "local_params", "exaone4": "replicated_with_grad_allreduce",
-              "inkling_text": "all_reduce", "longcat_flash": "moe_identity_expert"}  # fmt: skip
-    config = shrink(AutoConfig.for_model(family, attention_dropout=0.0), Layout(tensor=2))
-    assert styles[family] in type(config).base_model_tp_plan.values()
+    config = shrink(AutoConfig.for_model(family, attention_dropout=0.0, **fields), Layout(tensor=2))
+    assert style in type(config).base_model_tp_plan.values()
     assert_equal(gradient_trial(trial_of(config, 1, 2, 1, global_seqs=2)))
 
 

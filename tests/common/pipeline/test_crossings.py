@@ -4,8 +4,10 @@ import pytest
 from transformers import DeepseekV4Config, Gemma3nTextConfig, GlmMoeDsaConfig
 
 from recipes.common.config.placement import coordinates
+from recipes.common.model.decoder import PlanError
 from recipes.common.parallel.grid import Grid, one_process
 from recipes.common.parallel.tiny_model import shrink
+from recipes.common.pipeline import crossings
 from recipes.common.pipeline.crossings import find_crossings
 from recipes.common.pipeline.stage import build_stage, plan_model
 from recipes.common.recipe import Layout
@@ -78,3 +80,22 @@ def _names():
         stage = build_stage(plan_model(GEMMA_3N, layout, attention="eager"), grid, layout, seq_len=16, draw=False)
         names.append([name for name, _ in stage.hf_named_parameters()])
     return names
+
+
+def _refusals():
+    """What is said where a part of the model raises, an error of its family's and one of ours."""
+    planned, said = plan_model(GEMMA_3N, attention="eager"), []
+    for error in (ValueError("planted"), PlanError("its layers cannot be parted")):
+
+        def fail(self, chunks, *, more, error=error):
+            raise error
+
+        crossings._Whole.try_chunks = fail
+        with pytest.raises(PlanError) as refused:
+            find_crossings(planned.causal, planned.stack, "eager", [range(0, 4), range(4, 8)])
+        said.append(str(refused.value).removeprefix("model_type=gemma3n_text cannot be partitioned into stages: "))
+    return said
+
+
+def test_what_cannot_be_handed_on_is_refused_with_the_reason():
+    assert run_ranks(_refusals, 1)[0] == ["ValueError: planted", "its layers cannot be parted"]
