@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from recipes.common.model import fusion
 from recipes.common.model.fusion import ACTIVATIONS, NORMS, ROTATION, fuse_layer
 from recipes.common.parallel.grid import one_process
 from recipes.common.pipeline.stage import build_stage, plan_model
@@ -19,6 +22,26 @@ def test_a_fused_layer_computes_the_same(family, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     kinds, worst = run_ranks(_compared, 1, config_of(family))[0]
     assert kinds == FUSED[family] and worst <= 1e-6
+
+
+class _Drops(nn.Module):
+    """An MLP that reads whether it trains, which a trace would fix."""
+
+    def __init__(self, drops):
+        super().__init__()
+        self.up, self.down, self.drops = nn.Linear(8, 16), nn.Linear(16, 8), drops
+
+    def forward(self, x):
+        x = F.silu(self.up(x)) * 2.0
+        return self.down(F.dropout(x, 0.5, self.training) if self.drops else x)
+
+
+def _fused_mlps():
+    return [fusion._fuse_mlp(_Drops(drops)) for drops in (False, True)]
+
+
+def test_an_mlp_is_fused_only_where_all_between_its_linears_is_known():
+    assert run_ranks(_fused_mlps, 1)[0] == [True, False]
 
 
 def _compared(config):
