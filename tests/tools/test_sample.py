@@ -20,9 +20,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    """Train a run of 4 steps at tensor 2 x pipeline 2 x data 2, and its export."""
+    """Train a run of 4 steps at tensor 2 x data 2, and its export."""
     folder = tmp_path_factory.mktemp("run")
-    checkpoint = train_run(small_recipe(data, tiny_config("llama")), folder, Layout(tensor=2, pipeline=2), 8, steps=4)
+    checkpoint = train_run(small_recipe(data, tiny_config("llama")), folder, Layout(tensor=2), 4, steps=4)
     assert call("checkpoint", "to-hf", checkpoint, folder / "hf").code == 0
     return folder
 

@@ -20,11 +20,11 @@ from tools.new_recipe.recipe_text import stated_fields
 # --like, parameters, tokens, GPUs, more flags
 WISHES = {
     "llama_8b": ("3e9", "60e9", 64, ()),
-    "qwen3_8b": ("14e9", "300e9", 128, ()),
+    "qwen3_8b": ("14e9", "300e9", 128, ("--layout", "tensor=8")),
     "gemma_2b": ("5e9", "100e9", 32, ("--gpu-type", "A100-80")),
     "mixtral_8x7b": ("20e9", "200e9", 64, ("--layout", "tensor=2,pipeline=4")),
     "gpt2_124m": ("350e6", "7e9", 8, ()),
-    "olmo2_7b": ("13e9", "1e12", 256, ("--seq-len", "2048")),
+    "olmo2_7b": ("13e9", "1e12", 256, ("--seq-len", "2048", "--layout", "tensor=8")),
     "gpt_neox_20b": ("7e9", "140e9", 96, ("--tokenizer", 'a "b" \\ c')),
 }
 
@@ -113,8 +113,9 @@ def test_only_the_shape_differs_from_the_recipe_it_is_like(made):
 
 
 def test_a_family_takes_its_nearest_recipe(tmp_path):
-    for wanted, params, like in (("llama", "30e9", "llama_70b"), ("qwen3", "1e9", "qwen3_0_6b")):
-        called = call("new_recipe", *words(wanted, tmp_path / f"{like}_like.py", params), "--json")
+    wishes = (("llama", "30e9", "tensor=8", "llama_70b"), ("qwen3", "1e9", "tensor=2", "qwen3_0_6b"))
+    for wanted, params, layout, like in wishes:
+        called = call("new_recipe", *words(wanted, tmp_path / f"{like}_like.py", params), "--layout", layout, "--json")
         assert called.json["like"] == like, called.err
         assert f"as {like}" in (tmp_path / f"{like}_like.py").read_text()
 
