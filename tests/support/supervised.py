@@ -15,8 +15,9 @@ from recipes.common.recipe import ROOT
 from recipes.common.run_dir.attempts import read_attempts, sealed_step
 from recipes.common.run_dir.heartbeat import Beat, read_beats
 from recipes.common.run_dir.metrics import read_metrics
-from tests.support.forked_jobs import LAUNCHER, ForkedProcess, start_job
+from tests.support.forked_jobs import LAUNCHER, ForkedProcess, Prepare, start_job
 from tests.support.launched import copy_repository
+from tools.supervise import attempt
 
 END_SECONDS = 15.0  # what is promised: from a rank's death to the last process's end, on every host
 STEPS, EVERY = 16, 4
@@ -72,9 +73,14 @@ def supervise(
     words = [str(word) for word in words]
     with run_dir.with_suffix(".out").open("ab") as output:
         if launcher.split()[0] == LAUNCHER:
-            return start_job(words, output.fileno())
+            return start_job(words, output.fileno(), Prepare(supervisor=_shorten_grace))
         command = [sys.executable, str(ROOT / "tools" / "supervise" / "__main__.py"), *words]
         return subprocess.Popen(command, env=environment(), stdout=output, stderr=output)
+
+
+def _shorten_grace() -> None:
+    """Let the supervisor wait less for the tracebacks of ranks that hold at a step, and print none."""
+    attempt.GRACE_SECONDS = 1.0
 
 
 def output(run_dir: Path) -> str:
