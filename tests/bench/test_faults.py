@@ -20,7 +20,7 @@ PICKED = {  # one rank, or two in a pipeline: their undisturbed runs are shared
 
 
 def test_a_trial_of_each_of_nine_kinds_holds():
-    called = call_bench("faults", "--seed", SEED, "--pick", *PICKED.values(), "--jobs", 2, "--json")
+    called = call_bench("faults", "--seed", SEED, "--pick", *PICKED.values(), "--jobs", 3, "--json")
     assert called.code == 0 and called.json["violations"] == [], called.err
     assert called.json["trials"] == len(PICKED)
     assert called.json["kinds"] == dict.fromkeys(PICKED, 1)
