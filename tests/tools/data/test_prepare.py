@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from recipes.common.data.shards import ORIGIN, data_problems, read_manifest, split_shards
-from recipes.common.run_dir.lease import held
+from recipes.common.run_dir import lease
 from tools.common.console import UsageError
 from tools.data import __main__ as data
 from tools.data import encoders, shard_writer
@@ -194,10 +194,11 @@ def test_a_folder_with_other_things_is_left_alone(prepared, tmp_path, capsys):
     assert (tmp_path / "train_00000.bin").read_text() == "mine"
 
 
-def test_a_second_preparation_of_a_folder_is_refused(prepared, tmp_path, capsys):
+def test_a_second_preparation_of_a_folder_is_refused(prepared, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
     (tmp_path / "a.txt").write_text("some text")
     out = tmp_path / "data"
-    with held(out, tmp_path, ".data.lease", "a preparation"):
+    with lease.held(out, tmp_path, ".data.lease", "a preparation"):
         assert main([str(tmp_path / "a.txt"), "--tokenizer", str(prepared[0] / "tokenizer"), "--out", str(out)]) == 2
     assert f"error: {out} is in use by a preparation (process " in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

@@ -73,7 +73,6 @@ def test_another_layout_agrees_within_rounding(plain, layout):
         (("--set", "optimizer.clip=0.1"), "adam_rms of model.embed_tokens.weight"),
         (("--set", "optimizer.lr=0.002"), "lr"),
         (("--set", "optimizer.weight_decay=0.2"), "update_norm of model.embed_tokens.weight"),
-        (("--set", "model.rms_norm_eps=0.01"), "loss"),
         (("--set", "mask_documents=False"), "loss"),
         (("--set", "batch.global_seqs=8"), "tokens"),
         (("--set", "seed=1"), "loss"),
