@@ -2,7 +2,6 @@
 
 import math
 import re
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,6 +15,7 @@ from tests.support.browser import CHROMIUM
 from tests.support.small_runs import call, call_bench
 from tests.support.synthetic_logs import healthy_loss, write_log
 from tools.plan.rehearsal import shim
+from tools.spikes.evidence.causes import STALE_MOMENT
 
 TINY_RECIPE = """
 from transformers import LlamaConfig
@@ -109,8 +109,7 @@ def test_speed(tmp_path):
 
 def test_a_planted_cause(monkeypatch):
     """The command makes a run, explains and counts it; `tests/tools/spikes/test_explain.py` tries each cause."""
-    planted = planted_causes.HELD_OUT[0]
-    monkeypatch.setattr(planted_causes, "HELD_OUT", [replace(planted, steps=planted.event_step + 6)])
+    monkeypatch.setattr(planted_causes, "HELD_OUT", [p for p in planted_causes.trimmed() if p.cause == STALE_MOMENT])
     found = figures(call_bench("spikes", "--only", "causes", "--runs", 1, "--json"))
     assert "1 of 1" in found["scores"]["causes"][0]["value"]
 
