@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from recipes.common.model import fusion
 from recipes.common.model.fusion import ACTIVATIONS, NORMS, ROTATION, fuse_layer
@@ -22,6 +23,21 @@ def test_a_fused_layer_computes_the_same(family, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     kinds, worst = run_ranks(_compared, 1, config_of(family))[0]
     assert kinds == FUSED[family] and worst <= 1e-6
+
+
+def _norms():
+    equal = []
+    for eps in (1e-6, 0.5):
+        norm, hidden = LlamaRMSNorm(8, eps), torch.randn(3, 8)
+        wanted = norm(hidden)
+        fusion._fuse_norm(norm)
+        equal.append(norm(hidden).allclose(wanted))
+    return equal
+
+
+def test_norms_of_other_numbers_are_other_operators(monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert run_ranks(_norms, 1)[0] == [True, True]
 
 
 class _Drops(nn.Module):
