@@ -3,8 +3,9 @@
     bash launch/hostfile.sh --hostfile hosts recipes/olmo2_7b.py --out-dir /ckpt/olmo2_7b
     python recipes/olmo2_7b.py --dry-run --world-size 256                        # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 16 GPUs 68 GiB, MFU 39%, 337 days; 256 GPUs 63 GiB, MFU 35%, 23 days;
-1024 GPUs 63 GiB, MFU 27%, 7.5 days.
+Planned (H100, not measured; memory a GPU over the stages): 16 GPUs 66 to 69 GiB, MFU 39%, 331 days; 256 GPUs 62 to 64 GiB, MFU
+36%, 23 days; 1024 GPUs 54 to 64 GiB, MFU 27%, 7.6 days. In stages: its norms of queries and keys span all heads, so tensor ranks
+would gather them whole.
 
 Where the numbers come from: arXiv 2501.00656, tables 2 to 4, and the published config: normal initialisation of 0.02
 everywhere, norms after the sub-layers, QK norm, z-loss 1e-5, no decay on embeddings, eps 1e-8, 2000 warm-up steps to 3e-4, a
@@ -42,11 +43,11 @@ recipe = Recipe(
     tokenizer="/data/olmo2_7b/tokenizer",
     data="/data/olmo2_7b/tokens",
     layouts={
-        16: Layout(tensor=2, sequence_parallel=True),
-        256: Layout(tensor=2, sequence_parallel=True),
-        1024: Layout(tensor=2, sequence_parallel=True),
+        16: Layout(pipeline=2, pipeline_schedule="zero_bubble", chunks=2),
+        256: Layout(pipeline=2, pipeline_schedule="zero_bubble", chunks=2),
+        1024: Layout(pipeline=2, pipeline_schedule="zero_bubble"),
     },
-    batch=Batch(seq_len=4096, micro_seqs=2, global_seqs=1024),  # 4.2M tokens a step
+    batch=Batch(seq_len=4096, micro_seqs=1, global_seqs=1024),  # 4.2M tokens a step
     optimizer=AdamW(lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, decay_embeddings=False, clip=1.0),
     schedule=Cosine(warmup_steps=2000, decay_steps=1_192_000, min_lr=3e-5),  # the cosine of 5T tokens
     steps=953_000,  # 4.0T tokens
