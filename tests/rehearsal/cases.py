@@ -86,5 +86,5 @@ STEPS = (
             steps=(1, 2, 3), budget=Budget(86, 980)),
     Variant(recipe="gemma_2b", layers=2, gpus=64, layout="mlp_chunk_tokens=2048", rank=0, budget=Budget(128, 1660, 28)),
     Variant(recipe="olmo2_7b", layers=2, gpus=64, layout=f"tensor=2,{SP},recompute=full,offload_activations=1", rank=0,
-            budget=Budget(216, 4010, 31)),
+            budget=Budget(204, 3820, 34)),
 )  # fmt: skip
