@@ -23,7 +23,6 @@ from tools.common.hf_config import load_config
 LOGITS_LIMIT_BYTES = 4_000_000_000  # fp32 weights; comparing logits takes that much memory, and a while
 MAPPED_BYTES = 1 << 25
 SEQS, TOKENS = 2, 24
-LOGIT_ROUNDING = 2.0**-20  # of the largest: kernels may round otherwise over weights that lie elsewhere in memory
 
 
 def check_checksums(folder: Path, checksums: dict[str, str]) -> None:
@@ -60,9 +59,8 @@ def _tensors_of(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def check_logits(reader: Reader, folder: Path, dtype: torch.dtype, *, always: bool) -> list[str]:
     """Compare the logits of `folder`, loaded by plain transformers, with those of a plain model set from the checkpoint by name.
 
-    The latter's weights are rounded to `dtype`; both compute in fp32 and must be equal but for rounding in their kernels. How far
-    the rounding itself changes the logits is reported, not judged. One model is in memory at a time. Raises CheckError; returns
-    lines for the user.
+    The latter's weights are rounded to `dtype`; both compute in fp32 and must be equal bit for bit. How far the rounding itself
+    changes the logits is reported, not judged. One model is in memory at a time. Raises CheckError; returns lines for the user.
     """
     elements = sum(math.prod(reader.shape(name)) for name in reader.names("master"))
     if 4 * elements > LOGITS_LIMIT_BYTES and not always:
@@ -74,13 +72,12 @@ def check_logits(reader: Reader, folder: Path, dtype: torch.dtype, *, always: bo
     model = plain_model(config)
     set_weights(model, reader, dtype)
     reference = _logits(model, ids)
-    difference = (exported.nan_to_num(7.0) - reference.nan_to_num(7.0)).abs().max().item()
-    if difference > LOGIT_ROUNDING * reference.nan_to_num(7.0).abs().max().item():
+    if not torch.equal(exported.nan_to_num(7.0), reference.nan_to_num(7.0)):
+        difference = (exported - reference).abs().max().item()
         raise CheckError(f"logits of the exported model differ from the checkpoint's by up to {difference:.3g}")
     if not reference.isfinite().all():
         return ["logits equal the checkpoint's own, but are not finite: the run had diverged"]
-    equal = "bit for bit" if difference == 0.0 else f"within {difference:.1e}"
-    lines = [f"logits in plain transformers equal those of the checkpoint's weights {equal} (computed in fp32)"]
+    lines = ["logits in plain transformers equal those of the checkpoint's weights bit for bit (computed in fp32)"]
     if dtype != torch.float32:
         set_weights(model, reader, torch.float32)
         full = _logits(model, ids)
@@ -135,6 +132,8 @@ def _exported_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     wrong = {key: sorted(map(str, names)) for key, names in found.items() if names}
     if wrong:
         raise CheckError(f"plain transformers does not load the export cleanly: {wrong}")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # mapped from the file it lies at any byte, where a kernel may round otherwise
     return _logits(model.eval(), ids)
 
 
