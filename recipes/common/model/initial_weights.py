@@ -114,7 +114,7 @@ def draw_weights(causal: PreTrainedModel, root: nn.Module, prefix: str, *, seed:
                 if calls is None:
                     data = own.take(parameter.data)
                 else:
-                    data = own.take_part(draw_shard(seed, whole_name, calls[whole_name], tuple(parameter.shape), own.shard))
+                    data = draw_shard(seed, whole_name, calls[whole_name], tuple(parameter.shape), own)
                 child._parameters[leaf] = nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 

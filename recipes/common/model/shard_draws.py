@@ -2,7 +2,7 @@
 
 The calls that `_init_weights` makes on the meta device are recorded, and made again on the shards. Random numbers come in tiles
 of the whole parameter, each from a generator of its own, seeded by the recipe's seed, the parameter's name and the tile's number:
-a tile is the same in every layout, and a rank draws those alone that its shard touches.
+a tile is the same in every layout, and a rank draws those alone that what it holds touches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recipes.common.model.sharding import RankShard
+from recipes.common.model.sharding import HeldTensor
 
 _TILE = 256  # rows and columns
 # torch's generator for CPUs, MT19937, takes 32 bits of a seed, and some tiles of a large model would be equal. Of its state
@@ -28,6 +28,7 @@ _TILE = 256  # rows and columns
 _WORDS, _FIRST_WORD = 624, 24
 _RANDOM = ("normal_", "uniform_")
 _CONSTANT = ("zero_", "fill_")
+Spans = tuple[tuple[int, int], ...]  # first and end along each dimension of a whole parameter
 
 
 @dataclass(frozen=True)
@@ -78,24 +79,23 @@ def recorded_calls(causal: Any, modules: Iterable[tuple[str, nn.Module]]) -> dic
     return recorder.calls if recorder.replayable and complete else None
 
 
-def draw_shard(seed: int, name: str, calls: Iterable[Call], whole: tuple[int, ...], shard: RankShard) -> torch.Tensor:
-    """Return a rank's shard in fp32 of the parameter `name` of shape `whole`, zero where padded."""
-    local = torch.zeros(shard.shape(whole))
+def draw_shard(seed: int, name: str, calls: Iterable[Call], whole: tuple[int, ...], held: HeldTensor) -> torch.Tensor:
+    """Return what a rank holds, in fp32, of the parameter `name` of shape `whole`, zero where padded."""
+    local = torch.zeros(held.shape(whole))
     for number, call in enumerate(calls):
-        for local_start, start, count in shard.ranges(whole):
-            part = local.narrow(shard.dim, local_start, count)
+        for here, spans in held.boxes(whole):
             if call.name in _RANDOM:
-                _fill(part, f"{seed}:{name}:{number}", whole, (shard.dim, start), call)
+                _fill(local[here], f"{seed}:{name}:{number}", whole, spans, call)
             else:
-                getattr(part, call.name)(*call.numbers)
+                getattr(local[here], call.name)(*call.numbers)
     return local
 
 
-def _fill(part: torch.Tensor, key: str, whole: tuple[int, ...], place: tuple[int, int], call: Call) -> None:
-    """Fill a part of the whole tensor, from place = (dim, start) on, with its random numbers."""
+def _fill(part: torch.Tensor, key: str, whole: tuple[int, ...], spans: Spans, call: Call) -> None:
+    """Fill a part of the whole tensor with its random numbers."""
     generator = torch.Generator()
     state, scratch = generator.manual_seed(0).get_state(), torch.empty(_TILE * _TILE)
-    for number, box, inside, outside in tiles(whole, place[0], place[1], part.shape[place[0]]):
+    for number, box, inside, outside in tiles(whole, spans):
         words = np.frombuffer(hashlib.shake_128(f"{key}:{number}".encode()).digest(4 * _WORDS), dtype="<u4")
         state[_FIRST_WORD : _FIRST_WORD + 8 * _WORDS] = torch.from_numpy(words.astype("<u8").view(np.uint8))
         generator.set_state(state)
@@ -104,15 +104,12 @@ def _fill(part: torch.Tensor, key: str, whole: tuple[int, ...], place: tuple[int
         part[outside] = drawn.view(box)[inside]
 
 
-def tiles(
-    whole: tuple[int, ...], dim: int, start: int, count: int
-) -> Iterator[tuple[int, tuple[int, ...], tuple[slice, ...], tuple[slice, ...]]]:
-    """Yield of every tile that touches `count` rows along `dim`, from `start` on: (number, shape, slices of the tile that are
-    wanted, where they are in the part)."""
+def tiles(whole: tuple[int, ...], spans: Spans) -> Iterator[tuple[int, tuple[int, ...], tuple[slice, ...], tuple[slice, ...]]]:
+    """Yield of every tile that touches a part of the whole: (number, shape, slices of the tile that are wanted, where they are
+    in the part)."""
     last = len(whole) - 1
     lengths = [_TILE * _TILE] if not last else [_TILE if axis >= last - 1 else 1 for axis in range(last + 1)]
     counts = [-(-size // length) for size, length in zip(whole, lengths, strict=True)]
-    spans = [(start, start + count) if axis == dim else (0, size) for axis, size in enumerate(whole)]
     touched = [range(a // length, -(-b // length)) for (a, b), length in zip(spans, lengths, strict=True)]
     for places in itertools.product(*touched):
         number, box, inside, outside = 0, [], [], []
@@ -125,7 +122,6 @@ def tiles(
         yield number, tuple(box), tuple(inside), tuple(outside)
 
 
-def drawn_elements(whole: tuple[int, ...], shard: RankShard) -> int:
-    """Return how many random numbers `draw_shard` draws for a shard: its own, and the rest of the tiles at its edges."""
-    parts = shard.ranges(whole)
-    return sum(math.prod(box) for _, start, count in parts for _, box, _, _ in tiles(whole, shard.dim, start, count))
+def drawn_elements(whole: tuple[int, ...], held: HeldTensor) -> int:
+    """Return how many random numbers `draw_shard` draws for a rank: its own, and the rest of the tiles at its edges."""
+    return sum(math.prod(box) for _, spans in held.boxes(whole) for _, box, _, _ in tiles(whole, spans))

@@ -104,11 +104,21 @@ class HeldTensor:
     def take(self, full: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of the whole tensor, zero where padded."""
         shard = self.shard
-        return self.take_part(full if shard.spec is None else shard.spec.take(full, shard.rank, shard.size))
+        own = full if shard.spec is None else shard.spec.take(full, shard.rank, shard.size)
+        return own if self.parts == 1 else own.chunk(self.parts)[self.part].clone()
 
-    def take_part(self, shard: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of its tensor rank's shard."""
-        return shard if self.parts == 1 else shard.chunk(self.parts)[self.part].clone()
+    def boxes(self, whole: tuple[int, ...]) -> list[tuple[tuple[slice, ...], tuple[tuple[int, int], ...]]]:
+        """Return (where in the local tensor, first and end along each dimension of the whole) of what is held, no padding."""
+        found = []
+        for local, start, count in self.shard.ranges(whole):
+            here, there = [slice(None)] * len(whole), [(0, size) for size in whole]
+            here[self.shard.dim], there[self.shard.dim] = slice(local, local + count), (start, start + count)
+            if self.parts > 1:
+                first, end = there[0]
+                own = (end - first) // self.parts
+                here[0], there[0] = slice(None), (first + self.part * own, first + (self.part + 1) * own)
+            found.append((tuple(here), tuple(there)))
+        return found
 
     def fill(self, local: torch.Tensor, whole: tuple[int, ...], value: float) -> None:
         """Fill what is no padding of this rank's part."""

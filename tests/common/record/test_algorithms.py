@@ -18,7 +18,7 @@ from recipes.common.data.blend import BLEND_VERSION
 from recipes.common.data.order import ORDER_VERSION, sequence_position
 from recipes.common.model.initial_weights import INITIAL_WEIGHTS_VERSION, SEED_VERSION, name_seed
 from recipes.common.model.shard_draws import Call, draw_shard
-from recipes.common.model.sharding import RankShard
+from recipes.common.model.sharding import HeldTensor, RankShard
 from recipes.common.parallel.dropout import dropout_seed
 from recipes.common.parallel.grid import one_process
 from recipes.common.pipeline.stage import build_stage, plan_model
@@ -58,7 +58,8 @@ def test_the_initial_weights() -> None:
     names = ("model.embed_tokens.weight", "model.layers.3.mlp.down_proj.weight", "lm_head.weight")
     drawn = [round(value, 6) for name in names for value in weights[name].flatten()[[0, 17, -1]].tolist()]
     assert INITIAL_WEIGHTS_VERSION == 2
-    by_shards = draw_shard(1234, "model.layers.3.mlp.down_proj.weight", [Call("normal_", (0.0, 0.02))], (300, 520), RankShard())
+    name, whole = "model.layers.3.mlp.down_proj.weight", HeldTensor(RankShard())
+    by_shards = draw_shard(1234, name, [Call("normal_", (0.0, 0.02))], (300, 520), whole)
     assert by_shards[[0, 17, 299], [0, 300, 519]].tolist() == pytest.approx([-0.007296, -0.002857, -0.017296], abs=2e-6)
     assert drawn == pytest.approx([0.0, 0.0, -0.012033, -0.021826, 0.024116, 0.004844, -0.03065, 0.019136, 0.032013], abs=2e-6)
     assert torch.equal(weights["model.norm.weight"], torch.ones(64))

@@ -115,7 +115,7 @@ def _replaced() -> list[tuple[Any, str, Any]]:
         (F, "scaled_dot_product_attention", attend),
         (nn.Module, "_apply", _apply),
         (torch.Tensor, "numpy", _numpy),
-        (initial_weights, "draw_shard", lambda seed, name, calls, whole, shard: torch.ones(shard.shape(whole))),
+        (initial_weights, "draw_shard", lambda seed, name, calls, whole, held: torch.ones(held.shape(whole))),
         (torch.Tensor, "record_stream", lambda tensor, stream: None),  # its memory is freed a little later than here
         (FakeTensor, "tolist", _tolist),
         (torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata),  # which tensors share memory is told by this
