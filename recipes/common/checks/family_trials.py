@@ -20,6 +20,8 @@ from recipes.common.model.decoder import PlanError
 from recipes.common.model.flops import layer_costs
 from recipes.common.parallel.grid import Grid, one_process
 from recipes.common.parallel.tiny_model import is_tiny, shrink
+from recipes.common.pipeline.carrier import MORE_THAN_PARTS
+from recipes.common.pipeline.crossings import find_crossings
 from recipes.common.pipeline.partition import partition_layers
 from recipes.common.pipeline.stage import Stage, build_stage, plan_model
 from recipes.common.recipe import Layout
@@ -97,7 +99,11 @@ def sequence_problems(config: PreTrainedConfig, layout: Layout, attention: str) 
         return []
     try:
         tiny = shrink(config, Layout(tensor=layout.tensor))
-        stage = build_stage(plan_model(tiny, attention=attention), one_process(), seq_len=_SEQ_LEN).eval()
+        model = plan_model(tiny, attention=attention)
+        each = [range(index, index + 1) for index in range(tiny.num_hidden_layers)]
+        if layout.pipeline > 1 and find_crossings(model.causal, model.stack, attention, each).messages:
+            return [f"sequence_parallel=True with pipeline={layout.pipeline}: model_type={family}: {MORE_THAN_PARTS}; {advice}"]
+        stage = build_stage(model, one_process(), seq_len=_SEQ_LEN).eval()
         blocks = plan_model(tiny, Layout(tensor=layout.tensor, sequence_parallel=True), attention=attention).tensor_plan.blocks
         difference = _halves_differ(stage, blocks)
     except PlanError as error:

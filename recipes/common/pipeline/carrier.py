@@ -13,12 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from recipes.common.model.decoder import Stack
+from recipes.common.model.decoder import PlanError, Stack
 from recipes.common.model.sharding import TensorPlan
 from recipes.common.parallel.grid import Grid
 from recipes.common.pipeline.packing import Packing, pack, packing_of, read_packing, unpack
 from recipes.common.pipeline.placeholders import PlaceholderEmbedding
 from recipes.common.pipeline.places import Crossings, Place, leaf, put
+
+MORE_THAN_PARTS = "its layers hand on more than hidden states, which sequence_parallel does not share between tensor ranks"
 
 
 class Carrier:
@@ -117,8 +119,7 @@ class MessageCarrier(Carrier):
                 module = layers[layer]
                 if layer not in chunk:
                     module = placeholders.get(f"{stack.layers}.{layer}", module)
-                # before what gives a chunk's last hidden states the shape of whole sequences
-                module.register_forward_pre_hook(partial(self._arrive, index, layer), with_kwargs=True, prepend=True)
+                module.register_forward_pre_hook(partial(self._arrive, index, layer), with_kwargs=True)
         self._dtype_of = next(layers[chunks[0][0]].parameters())
 
     def begin(self, chunk: int, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], int, int]:
@@ -186,4 +187,6 @@ def carrier_of(
     if not crossings.messages:
         shards = tensor_plan.size if tensor_plan.blocks else 1
         return Carrier(causal, stack, chunks, shards=shards, **ends)
+    if tensor_plan.blocks:  # the checks have said so
+        raise PlanError(f"model_type={causal.config.model_type}: {MORE_THAN_PARTS}")
     return MessageCarrier(causal, stack, chunks, crossings, all_chunks, placeholders, **ends)

@@ -3,8 +3,10 @@
 import pytest
 from transformers import DeepseekV4Config, Gemma3nTextConfig, GlmMoeDsaConfig
 
+from recipes.common.checks.family_trials import sequence_problems
 from recipes.common.config.placement import coordinates
 from recipes.common.model.decoder import PlanError
+from recipes.common.model.initial_weights import build_empty
 from recipes.common.parallel.grid import Grid, one_process
 from recipes.common.parallel.tiny_model import shrink
 from recipes.common.pipeline import crossings
@@ -12,9 +14,9 @@ from recipes.common.pipeline.crossings import find_crossings
 from recipes.common.pipeline.stage import build_stage, plan_model
 from recipes.common.recipe import Layout
 from tests.support.parity import assert_equal, trial_of
-from tests.support.tiny import tiny_config
+from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import gradient_trial
+from tools.common.parity import gradient_trial, outcome, train_in_layout
 
 # embeddings for each layer; the last four layers use keys and values of the third and fourth; hidden states are four streams
 # before the sequences; and projections outside the layers, before and after them
@@ -39,6 +41,20 @@ GEMMA_3N = Gemma3nTextConfig(
 def test_a_pipeline_trains_what_plain_transformers_trains(config, pipeline, tensor, options):
     trial = trial_of(config, pipeline, tensor, 1, global_seqs=2 * pipeline, steps=2, **options)
     assert_equal(gradient_trial(trial) if config is GEMMA_3N else trial)
+
+
+def test_bf16_pipeline_equals_one_process_bit_for_bit():
+    """Untied: of a tied weight, one process rounds the sum of both gradients to bf16."""
+    config = Gemma3nTextConfig(**GEMMA_3N.to_diff_dict() | {"tie_word_embeddings": False})
+    one, two = (trial_of(config, p, 1, 1, global_seqs=2, steps=2, deepspeed=ds_config("zero1_bf16.json")) for p in (1, 2))
+    shapes = run_ranks(_shapes, 1, config)[0]
+    alone, cut = (outcome(run_ranks(train_in_layout, each.world_size, each), shapes) for each in (one, two))
+    assert cut.losses == alone.losses
+    assert [name for name in shapes if not cut.parameters[name].equal(alone.parameters[name])] == []
+
+
+def _shapes(config):
+    return {name: parameter.shape for name, parameter in build_empty(config, "eager").named_parameters()}
 
 
 def test_what_crosses_is_found_and_named():
@@ -80,6 +96,22 @@ def _names():
         stage = build_stage(plan_model(GEMMA_3N, layout, attention="eager"), grid, layout, seq_len=16, draw=False)
         names.append([name for name, _ in stage.hf_named_parameters()])
     return names
+
+
+def test_with_sequence_parallelism_nothing_but_hidden_states_is_handed_on():
+    """By the checks, and by a start that no check came before."""
+    problems, raised = run_ranks(_shared_sequences, 1)[0]
+    more = "its layers hand on more than hidden states, which sequence_parallel does not share between tensor ranks"
+    assert problems == [f"sequence_parallel=True with pipeline=2: model_type=gemma3n_text: {more}; use sequence_parallel=False"]
+    assert raised == f"model_type=gemma3n_text: {more}"
+
+
+def _shared_sequences():
+    layout = Layout(tensor=2, pipeline=2, sequence_parallel=True)
+    grid = Grid(**(vars(one_process()) | vars(coordinates(0, 4, layout))))
+    with pytest.raises(PlanError) as refused:
+        build_stage(plan_model(GEMMA_3N, layout, attention="eager"), grid, layout, seq_len=16, draw=False)
+    return sequence_problems(Gemma3nTextConfig(num_kv_shared_layers=0), layout, "eager"), str(refused.value)
 
 
 def _refusals():
