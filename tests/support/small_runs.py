@@ -143,12 +143,12 @@ def _called(module: str, arguments: tuple[object, ...]) -> Called:
     return Called(*run_ranks(_call, 1, module, [str(argument) for argument in arguments])[0])
 
 
-def call_recipe(path: Path, *flags: object, **variables: str | None) -> Called:
+def call_file(path: Path, *flags: object, **variables: str | None) -> Called:
     """Run `python PATH FLAGS` in a forked process, with these environment variables; without those that are None."""
-    return Called(*run_ranks(_call_recipe, 1, str(path), [str(flag) for flag in flags], variables)[0])
+    return Called(*run_ranks(_call_file, 1, str(path), [str(flag) for flag in flags], variables)[0])
 
 
-def _call_recipe(path: str, flags: list[str], variables: dict[str, str | None]) -> tuple[int, str, str]:
+def _call_file(path: str, flags: list[str], variables: dict[str, str | None]) -> tuple[int, str, str]:
     for name, value in variables.items():
         os.environ.pop(name, None)
         if value is not None:

@@ -31,7 +31,7 @@ from recipes.common.recipe import (
     Reaction,
     RecipeError,
 )
-from tests.support.small_runs import Called, call, call_recipe
+from tests.support.small_runs import Called, call, call_file
 from tests.support.tiny import ROOT, ds_config, tiny_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import run_ranks
 
@@ -531,7 +531,7 @@ REST_OF_PLACE = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "
 def test_a_recipe_with_seven_mistakes_is_one_message_without_a_process_group(tmp_path):
     """No launcher and no peer: a process group of two could not be made."""
     path, place = _copy_of_quickstart(tmp_path, SEVEN), {"WORLD_SIZE": "2", "RANK": "0"} | REST_OF_PLACE
-    called = call_recipe(path, "--out-dir", tmp_path / "run", **place)
+    called = call_file(path, "--out-dir", tmp_path / "run", **place)
     assert (called.code, called.out) == (2, "")
     lines = called.err.splitlines()
     assert lines[0] == "error: recipe 'quickstart' on 2 GPUs:"

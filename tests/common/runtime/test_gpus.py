@@ -6,7 +6,7 @@ import torch
 from recipes.common.recipe import ROOT
 from recipes.common.runtime.gpus import list_gpus, unusable_gpus_text, unused_gpus
 from tests.support.nvidia import plant_nvidia_smi
-from tests.support.small_runs import call_recipe
+from tests.support.small_runs import call_file
 
 
 def test_gpus_that_torch_cannot_use_are_named_with_the_cure(tmp_path, monkeypatch):
@@ -50,7 +50,7 @@ def test_a_run_does_not_fall_back_to_the_cpu(tmp_path):
     """As a user starts it; the first rank of each host says so."""
     place = {"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}
     found = {"PATH": plant_nvidia_smi(tmp_path, count=2), "DS_ACCELERATOR": None, "CUDA_VISIBLE_DEVICES": None}
-    done = call_recipe(ROOT / "recipes" / "quickstart.py", "--out-dir", tmp_path / "run", **place, **found)
+    done = call_file(ROOT / "recipes" / "quickstart.py", "--out-dir", tmp_path / "run", **place, **found)
     assert done.code == 2, done.err
     assert "nvidia-smi lists 2 GPUs (NVIDIA H100 80GB HBM3, driver 535.54.03), but torch" in done.err
     assert not (tmp_path / "run").exists()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.recipe import ROOT, Evaluation, Layout
 from recipes.common.run_dir.lease import held
-from tests.support.small_runs import call, small_recipe, train_run, write_data
+from tests.support.small_runs import call, call_file, small_recipe, train_run, write_data
 from tests.support.tiny import VOCAB, tiny_config
 from tools.checkpoint import hf_check, to_hf
 from tools.checkpoint.hf_folder import open_folder
@@ -124,11 +122,11 @@ def test_optimizer_states_are_not_needed(runs, tmp_path):
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
-def test_runs_as_a_script_from_anywhere(runs, tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "checkpoint"), "to-hf", str(runs("tied")), "out", "--no-verify"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("out: step 2, 38 tensors") and (tmp_path / "out" / "model.safetensors").is_file()
+def test_runs_as_a_script_from_anywhere(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = call_file(ROOT / "tools" / "checkpoint", "to-hf", runs("tied"), "out", "--no-verify")
+    assert done.code == 0, done.err
+    assert done.out.startswith("out: step 2, 38 tensors") and (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_damage_is_refused_by_name(runs, tmp_path):

@@ -4,7 +4,6 @@ import ast
 import os
 import shlex
 import subprocess
-import sys
 
 import pytest
 import transformers.models.llama.modeling_llama  # noqa: F401  imported once, before processes are forked
@@ -12,7 +11,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401  imported once, be
 import recipes.common.train  # noqa: F401
 import tools.new_recipe.__main__  # noqa: F401
 from recipes.common.recipe import ROOT
-from tests.support.small_runs import call
+from tests.support.small_runs import call, call_file
 from tools.common.forked_ranks import run_ranks
 from tools.common.recipe_io import load_recipe
 from tools.new_recipe.recipe_text import stated_fields
@@ -121,20 +120,20 @@ def test_a_family_takes_its_nearest_recipe(tmp_path):
 
 
 def test_the_next_command_is_true(tmp_path):
-    """Run the printed command, which moves a recipe written elsewhere to recipes/."""
-    for name in ("recipes", "ds_configs"):
+    """Run the printed command, which moves a recipe written elsewhere to recipes/, with a `python` that says what it is to do."""
+    for name in ("recipes", "bin"):
         (tmp_path / name).mkdir()
-    for name in ("recipes/common", "recipes/__init__.py", "recipes/gpt2_124m.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    for path in ROOT.glob("ds_configs/*.json"):
-        (tmp_path / "ds_configs" / path.name).symlink_to(path)
-    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     called = call("new_recipe", *words("gpt2", tmp_path / "elsewhere.py", "350e6", "7e9", 8))
     command = called.out.splitlines()[-1].removeprefix("now: ").replace(str(ROOT / "recipes"), str(tmp_path / "recipes"))
     assert shlex.split(command)[0] == "mv"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "elsewhere: " in done.stdout and "8 GPUs = tensor" in done.stdout
+    dry_run = call_file(*done.stdout.splitlines())
+    assert dry_run.code == 0, dry_run.err
+    assert "elsewhere: " in dry_run.out and "8 GPUs = tensor" in dry_run.out
 
 
 @pytest.mark.parametrize(
