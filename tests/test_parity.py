@@ -12,11 +12,11 @@ from tests.support.tiny import FAMILIES, ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
 from tools.common.parity import gradient_trial, outcome, train_in_layout, train_plain
 
-CUBE = [(pp, tp, dp) for pp in (1, 2) for tp in (1, 2) for dp in (1, 2)]
+CUBE = [(2, 2, 2), (2, 1, 1), (1, 2, 1), (1, 1, 2)]  # of {1, 2}^3: each size beside each other one
 
 
 @pytest.mark.parametrize(("pipeline", "tensor", "data"), CUBE)
-def test_adamw_with_clipping_in_every_layout(pipeline, tensor, data):
+def test_adamw_with_clipping_in_every_pair_of_sizes(pipeline, tensor, data):
     assert_equal(trial_of(tiny_config("llama"), pipeline, tensor, data))
 
 

@@ -91,6 +91,7 @@ def test_monitor(monkeypatch):
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=131
     )
     monkeypatch.setattr(monitor_overhead, "QUICKSTART", tiny)
+    monkeypatch.setattr(monitor_overhead, "EIGHT", {"tensor": 2})  # called eight
     monkeypatch.setattr(monitor_overhead, "TRIAL", {"seq_len": 8, "micro_seqs": 1, "global_seqs": 4, "chunk_tokens": 8})
     called = call_bench("spikes", "--only", "monitor", "--pairs", 2, "--json")
     assert called.code in (0, 1), called.err

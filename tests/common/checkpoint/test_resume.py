@@ -124,7 +124,6 @@ LAYOUTS = {
     "2,1,1 around": (Layout(pipeline=2, pipeline_schedule="zero_bubble", chunks=2), 2, "zero1_fp32.json"),
     "1,2,1": (Layout(tensor=2), 2, "zero1_fp32.json"),
     "1,1,2": (Layout(), 2, "zero1_fp32.json"),
-    "2,2,1": (Layout(pipeline=2, tensor=2), 4, "zero1_fp32.json"),
     "2,2,2": (Layout(pipeline=2, tensor=2), 8, "zero1_fp32.json"),
     "3,1,1": (Layout(pipeline=3), 3, "zero1_fp32.json"),
     "1,4,1": (Layout(tensor=4), 4, "zero1_fp32.json"),
@@ -140,7 +139,7 @@ def in_layout(recipe, name):
     return replace(recipe, layouts={world_size: layout}, deepspeed=config), world_size
 
 
-TIED = ("2,2,2", "1,1,1", "2,1,1 folded", "1,2,2 zero3")  # where the copies of a tied embedding stand differently
+TIED = ("2,1,1 folded", "2,2,2", "1,1,1", "1,2,2 zero3")  # where the copies of a tied embedding stand differently
 
 
 @pytest.mark.parametrize(("tied", "names"), [(False, tuple(LAYOUTS)), (True, TIED)])
@@ -166,7 +165,7 @@ def test_bf16_goes_on_in_fp32_and_back(data, tmp_path):
     bf16 = replace(recipe, deepspeed="zero1_bf16.json")
     run(bf16, 4, tmp_path / "run", max_steps=1)
     run(recipe, 2, tmp_path / "run", resume=True, max_steps=2)
-    losses = run(bf16, 8, tmp_path / "run", resume=True)
+    losses = run(bf16, 1, tmp_path / "run", resume=True)
     straight = run(recipe, 1, tmp_path / "straight")
     for step in straight:
         assert losses[step]["loss"] == pytest.approx(straight[step]["loss"], rel=2e-3), step

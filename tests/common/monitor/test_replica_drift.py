@@ -45,7 +45,7 @@ def nothing(trainer):
     pass
 
 
-LAYOUTS = [(2, 2, 2, "zero1_bf16.json"), (1, 1, 2, "zero2_bf16.json"), (1, 2, 2, "zero3_fp32.json")]
+LAYOUTS = [(2, 2, 1, "zero1_bf16.json"), (1, 1, 2, "zero2_bf16.json"), (1, 2, 2, "zero3_fp32.json")]
 
 
 @pytest.mark.parametrize(("pipeline", "tensor", "data", "config"), LAYOUTS)

@@ -33,10 +33,6 @@ TRIALS = {
     "llama, four context ranks of two tensor ranks": (
         "llama", {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2}, (1, 2, 4), {"context": 4}, {},
     ),
-    "llama, four context ranks of two stages": (
-        "llama", {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2}, (2, 1, 4),
-        {"context": 4, "pipeline_schedule": "zero_bubble"}, {},
-    ),
     "llama, documents": ("llama", {}, (2, 1, 2), {"context": 2}, {"document_end": 5, "attention": "sdpa", "seq_len": 48}),
     "llama, documents, queries divided": (
         "llama", {}, (1, 1, 4), {"context": 4, "context_heads": 2}, {"document_end": 5, "seq_len": 48},

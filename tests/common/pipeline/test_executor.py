@@ -62,7 +62,7 @@ def assert_same_bits(trial, *schedules):
     [
         (2, "bf16", (FILLED, FOLDED, {"chunks": 3}, FILLED | {"chunks": 3})),
         (3, "fp32", (FOLDED, FILLED_TWICE)),
-        (4, "bf16", (FILLED, FOLDED, TWICE, FILLED_TWICE)),
+        (4, "bf16", (FOLDED, FILLED_TWICE)),  # the others: fewer micro batches than stages, below
     ],
 )
 def test_same_bits_at_every_depth(pipeline, precision, schedules):
