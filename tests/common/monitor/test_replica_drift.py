@@ -12,6 +12,7 @@ from tools.common.forked_ranks import run_ranks
 from tools.common.parity import Trial, build_trial_trainer, rank_batches
 
 NORM = "model.layers.1.input_layernorm.weight"
+BANK = "model.layers.2.mlp.experts.down_proj"
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -98,6 +99,21 @@ def test_a_flipped_bit_on_one_of_three_data_ranks_is_pinned_to_it():
         (drift,) = found[1]
         assert (drift.name, drift.across, drift.ranks, drift.group) == (NORM, "data", (1,), (0, 1, 2))
         assert drift.largest == 2.0**-7  # the last bit of 1 in bf16
+
+
+def change_an_expert(trainer):
+    """A weight of one expert on one of the two ranks that have it; the ranks beside them have others."""
+    if trainer.grid.rank == 3:
+        trainer.hf_shards()[BANK][1, 5, 7] += 1e-6
+
+
+def test_copies_of_experts_that_ranks_share_stay_equal_and_are_caught_where_they_part():
+    trial = trial_of(1, 1, 4, family="mixtral", layout=Layout(expert=2), steps=2)
+    for before, planted in run_ranks(drift_after_training, 4, trial, change_an_expert):
+        assert before == []
+        (drift,) = planted
+        assert (drift.name, drift.across, drift.ranks, drift.group) == (BANK, "data", (1, 3), (1, 3))
+        assert drift.largest == pytest.approx(1e-6, rel=0.1)
 
 
 def change_the_head(trainer):

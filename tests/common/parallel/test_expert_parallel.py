@@ -12,19 +12,20 @@ from recipes.common.parallel.experts import CALLED
 from recipes.common.parallel.grid import build_grid
 from recipes.common.parallel.tiny_model import shrink
 from recipes.common.recipe import Layout, Router
-from tests.support.parity import assert_equal, both, trial_of
+from tests.support.fp16 import allow_fp16, fp16_config
+from tests.support.parity import assert_equal, trial_of
 from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import gradient_trial
+from tools.common.parity import gradient_trial, outcome, train_in_layout, train_plain
 
 GLOBAL, SEQUENCE = Router(loss="global_batch", coefficient=0.1), Router(loss="sequence", coefficient=0.1, z_loss=1e-2)
 # pipeline, tensor, data, and what else: each option once or twice, beside another one of the others each time
 LAYOUTS = {
-    "sliced by tensor ranks": (1, 2, 2, {"expert": 2, "recompute": "full"}),
+    "sliced by tensor ranks": (1, 2, 4, {"expert": 4, "recompute": "full"}),
     "whole on tensor ranks": (1, 2, 4, {"expert": 2, "experts": "tensor", "router": GLOBAL}),
     "with context ranks": (1, 1, 4, {"expert": 4, "context": 2, "mlp_chunk_tokens": 5}),
-    "zero bubbles": (2, 1, 2, {"expert": 2, "pipeline_schedule": "zero_bubble", "router": SEQUENCE}),
-    "folded": (2, 1, 2, {"expert": 2, "pipeline_schedule": "zero_bubble_v", "recompute": "selective"}),
+    "zero bubbles": (2, 1, 4, {"expert": 4, "pipeline_schedule": "zero_bubble", "router": SEQUENCE}),
+    "folded": (2, 2, 2, {"expert": 2, "pipeline_schedule": "zero_bubble_v", "recompute": "selective"}),
 }
 
 
@@ -36,7 +37,7 @@ def test_layouts(name):
     assert_equal(gradient_trial(trial))
 
 
-@pytest.mark.parametrize("name", ["sliced by tensor ranks", "zero bubbles"])
+@pytest.mark.parametrize("name", ["sliced by tensor ranks", "folded"])
 def test_two_steps_of_adamw(name):
     pipeline, tensor, data, fields = LAYOUTS[name]
     assert_equal(trial_of(tiny_config("mixtral"), pipeline, tensor, data, global_seqs=4, steps=2, **fields))
@@ -57,14 +58,24 @@ def test_families(family):
         assert_equal(trial)
 
 
-def test_bf16_tracks_fp32():
-    """As in tests/test_parity.py; a norm that counted experts once a rank would be off by more."""
-    trial = trial_of(tiny_config("mixtral"), 2, 1, 4, expert=2, global_seqs=4, deepspeed=ds_config("zero1_bf16.json"))
-    trained, plain = both(trial)
+@pytest.mark.parametrize(("precision", "pipeline", "tensor", "data"), [("bf16", 2, 1, 4), ("fp16", 1, 2, 2)])
+def test_half_precision_tracks_fp32(precision, pipeline, tensor, data):
+    """As in tests/test_parity.py and test_fp16.py; a norm that counted experts once a rank would be off by more."""
+    config = ds_config("zero1_bf16.json") if precision == "bf16" else fp16_config(initial_scale_power=12)
+    trial = trial_of(tiny_config("mixtral"), pipeline, tensor, data, expert=2, global_seqs=4, deepspeed=config)
+    plain = run_ranks(train_plain, 1, trial)[0]
+    shapes = {name: tensor.shape for name, tensor in plain.parameters.items()}
+    trained = outcome(run_ranks(_in_half_precision, trial.world_size, trial), shapes)
+    assert trained.skipped == [False] * trial.steps
     assert trained.losses == pytest.approx(plain.losses, rel=5e-4)
     assert trained.grad_norms == pytest.approx(plain.grad_norms, rel=2e-2)
     worst = max((trained.parameters[n] - p).abs().max().item() for n, p in plain.parameters.items())
     assert worst <= 2 * trial.steps * trial.optimizer.lr
+
+
+def _in_half_precision(trial):
+    allow_fp16()
+    return train_in_layout(trial)
 
 
 EXPERTS, TOKENS, CHOSEN = 8, 12, 2
