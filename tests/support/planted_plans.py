@@ -10,6 +10,7 @@ import torch.distributed as dist
 from recipes.common.engine.startup import start_distributed
 from recipes.common.model.decoder import PlanError
 from recipes.common.parallel import tensor_plans
+from recipes.common.parallel.collectives import gather_from, split_to
 from recipes.common.parallel.grid import build_grid, one_process
 from recipes.common.parallel.tensor_styles import STYLES
 from recipes.common.pipeline.stage import build_stage, plan_model
@@ -26,6 +27,10 @@ WRONG = {
     "packed3_colwise": ("colwise",),
     "colwise_gather_output": ("colwise", "whole"),
     "rowwise_split_input": ("rowwise", "no sum"),
+    "bank_gather_output": ("no sum of gradients",),  # the other one of the two is right in either's place
+    "bank_split_input": ("no sum of banks",),
+    "stacked_experts": ("whole",),
+    "moe_tp_experts": ("whole",),
     "replicated_with_grad_allreduce": ("whole",),
     "biased_experts": ("moe_tp_experts", "whole"),
     "alibi_by_head": ("whole",),
@@ -38,6 +43,8 @@ def planted(family: str) -> tuple[float, dict[str, bool]]:
     """Return (the largest difference of the plan as it is, {planted entry: found}). In `SIZE` ranks."""
     start_distributed("cpu")
     STYLES["no sum"] = replace(STYLES["rowwise"], connect=None)
+    STYLES["no sum of banks"] = replace(STYLES["bank_split_input"], connect=_split_alone)
+    STYLES["no sum of gradients"] = replace(STYLES["bank_gather_output"], connect=_gather_alone)
     config = tiny_family(family, Layout(tensor=SIZE)).config
     grid = build_grid(Layout(tensor=SIZE), torch.device("cpu"))
     whole = _gradients(build_stage(plan_model(config, attention="eager"), one_process(), seq_len=SEQ_LEN))
@@ -55,6 +62,16 @@ def planted(family: str) -> tuple[float, dict[str, bool]]:
             except (PlanError, RuntimeError, ValueError, IndexError, AssertionError):
                 found[f"{pattern} {style} -> {wrong}"] = True
     return right, found
+
+
+def _split_alone(module, setting):
+    forward = module.forward
+    module.forward = lambda x, *args: forward(split_to(x, setting.grid.tensor_group), *args)
+
+
+def _gather_alone(module, setting):
+    forward = module.forward
+    module.forward = lambda x, *args: gather_from(forward(x, *args), setting.grid.tensor_group)
 
 
 def _difference(config, grid, whole) -> float:

@@ -17,9 +17,14 @@ def block(path: str, columns: str, rows: str, *, gathered: bool = False) -> dict
     return {f"{path}.{name}": column for name in columns.split()} | {f"{path}.{name}": row for name in rows.split()}
 
 
-def _head_norms(path: str, names: str) -> dict[str, str]:
+def head_norms(path: str, names: str) -> dict[str, str]:
     """Return the plan of norms that are shared by all heads."""
     return {f"{path}.{name}": "replicated_with_grad_allreduce" for name in names.split()}
+
+
+def _banks(path: str) -> dict[str, str]:
+    """Return the plan of two modules that call a bank of experts each: what the first gives, the second reads."""
+    return {f"{path}.input_linear": "bank_gather_output", f"{path}.output_linear": "bank_split_input"}
 
 
 _QKV = "q_proj k_proj v_proj"
@@ -35,6 +40,8 @@ BUILT_IN_TENSOR: dict[str, dict[str, str]] = {
     | block("h.*.mlp", "dense_h_to_4h", "dense_4h_to_h"),
     "codegen": block("h.*.attn", "qkv_proj", "out_proj", gathered=True) | block("h.*.mlp", "fc_in", "fc_out"),
     "ctrl": block("h.*.multi_head_attention", "Wq Wk Wv", "dense") | block("h.*.ffn", "0", "2"),
+    "dbrx": block("blocks.*.norm_attn_norm.attn", "Wqkv", "out_proj", gathered=True)
+    | {"blocks.*.ffn.experts": "moe_tp_experts", "blocks.*.ffn.experts.mlp": "stacked_experts"},
     "diffllama": block("layers.*.self_attn", _QKV, "o_proj", gathered=True)
     | block("layers.*.mlp", "gate_proj up_proj", "down_proj"),
     "falcon": block("h.*.self_attention", "query_key_value", "dense", gathered=True)
@@ -55,18 +62,22 @@ BUILT_IN_TENSOR: dict[str, dict[str, str]] = {
     },
     "gptj": block("h.*.attn", _QKV, "out_proj") | block("h.*.mlp", "fc_in", "fc_out"),
     "hunyuan_v1_dense": block("layers.*.self_attn", _QKV, "o_proj")
-    | _head_norms("layers.*.self_attn", "query_layernorm key_layernorm")
+    | head_norms("layers.*.self_attn", "query_layernorm key_layernorm")
     | block("layers.*.mlp", "gate_proj up_proj", "down_proj"),
+    # experts of its attention have projections of queries and outputs
+    "jetmoe": {"layers.*.self_attention.kv_proj": "colwise_gather_output"}
+    | _banks("layers.*.self_attention.experts")
+    | _banks("layers.*.mlp"),
     "lfm2": block("?layers.*.self_attn", _QKV, "out_proj")
-    | _head_norms("?layers.*.self_attn", "q_layernorm k_layernorm")
+    | head_norms("?layers.*.self_attn", "q_layernorm k_layernorm")
     | block("layers.*.feed_forward", "w1 w3", "w2"),
     "lfm3": block("?layers.*.self_attn", f"{_QKV} g_proj", "o_proj")
-    | _head_norms("?layers.*.self_attn", "q_norm k_norm")
+    | head_norms("?layers.*.self_attn", "q_norm k_norm")
     | block("layers.*.feed_forward", "w1 w3", "w2"),
     "mpt": block("blocks.*.attn", "Wqkv", "out_proj", gathered=True) | block("blocks.*.ffn", "up_proj", "down_proj"),
     "opt": block(f"decoder.{_BART}", _QKV, "out_proj") | block("decoder.layers.*", "fc1", "fc2"),
     "persimmon": block("layers.*.self_attn", "query_key_value", "dense")
-    | _head_norms("?layers.*.self_attn", "q_layernorm k_layernorm")
+    | head_norms("?layers.*.self_attn", "q_layernorm k_layernorm")
     | block("layers.*.mlp", "dense_h_to_4h", "dense_4h_to_h"),
     "recurrent_gemma": block("?layers.*.temporal_block", _QKV, "o_proj", gathered=True)
     | block("layers.*.mlp_block", "gate_proj up_proj", "down_proj"),
@@ -77,6 +88,7 @@ BUILT_IN_TENSOR: dict[str, dict[str, str]] = {
 # Attributes that count heads or widths of the local shard.
 BUILT_IN_DIVIDE: dict[str, dict[str, tuple[str, ...]]] = {
     "bloom": {"h.*.self_attention": ("num_heads",)},
+    "dbrx": {"blocks.*.ffn.experts": ("ffn_hidden_size",)},
     "gpt2": {"h.*.attn": ("split_size", "num_heads")},
     "gpt_neo": {"h.*.attn.attention": ("num_heads",)},
     "gpt_neox_japanese": {"layers.*.attention": ("num_attention_heads",)},

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from transformers import PreTrainedModel
 
 from recipes.common.model.decoder import PlanError, Stack
-from recipes.common.parallel.family_plans import BUILT_IN_DIVIDE, BUILT_IN_TENSOR, VARIANTS, block
+from recipes.common.parallel.family_plans import BUILT_IN_DIVIDE, BUILT_IN_TENSOR, VARIANTS, block, head_norms
 from recipes.common.parallel.tensor_styles import STYLES
 
 # Entries that transformers' plans lack, or have wrong: found by comparing every family's gradients with one process.
@@ -19,6 +19,9 @@ ADDED_TENSOR: dict[str, dict[str, str]] = {
     | {"layers.*.self_attn.dt_proj": "replicate"},
     # sparse activations: a neuron is on by the mean and spread of all
     "gemma3n_text": block("layers.*.mlp", "gate_proj up_proj", "down_proj", gathered=True),
+    "hunyuan_v1_moe": block("layers.*.self_attn", "q_proj k_proj v_proj", "o_proj")
+    | head_norms("layers.*.self_attn", "query_layernorm key_layernorm")
+    | block("layers.*.mlp.shared_mlp", "gate_proj up_proj", "down_proj"),
     # gate and up lie one after the other in a bank
     "inkling_text": {"layers.*.mlp.experts.gate_up_proj": "packed_colwise"},
     "inkling2_text": {"layers.*.mlp.experts.gate_up_proj": "packed_colwise"},

@@ -81,8 +81,8 @@ def _shard_linear(module: nn.Module, label: str, *, inputs: bool = False, packs:
     return {"weight": ShardSpec(out_dim, packs)} | bias
 
 
-def _shard_rows(module: nn.Module, label: str) -> dict[str, ShardSpec]:
-    return {"weight": ShardSpec(0)}
+def _shard_weight(module: nn.Module, label: str, *, dim: int) -> dict[str, ShardSpec]:
+    return {"weight": ShardSpec(dim)}
 
 
 def _shard_bank(parameter: nn.Parameter, label: str, *, dim: int, packs: int = 1) -> ShardSpec:
@@ -97,8 +97,12 @@ def _shard_outputs(parameter: nn.Parameter, label: str) -> ShardSpec:
     return ShardSpec(0) if parameter.ndim == 1 else _shard_bank(parameter, label, dim=-2)
 
 
-def _shard_columns(module: nn.Module, label: str) -> dict[str, ShardSpec]:
-    return {"weight": ShardSpec(1)}
+def _shard_stack(module: nn.Module, label: str) -> dict[str, ShardSpec]:
+    """Shard matrices of all experts that lie one below the other, [experts * width, hidden], by the width of each expert."""
+    count = getattr(module, "moe_num_experts", 0)
+    if not count:
+        raise PlanError(f"{label} is a {type(module).__name__}, which does not say how many experts (moe_num_experts) it stacks")
+    return {name: ShardSpec(0, count) for name, _ in module.named_parameters(recurse=False)}
 
 
 def _gather_columns(module: nn.Module, setting: Setting) -> None:
@@ -119,6 +123,18 @@ def _sum_output(module: nn.Module, setting: Setting, *, split_input: bool = Fals
     def run(x: torch.Tensor) -> torch.Tensor:
         y = sum_over_ranks(linear(module, split_to(x, group) if split_input else x, with_bias=False), group)
         return y if module.bias is None else y + module.bias  # once, not once a rank
+
+    module.forward = run
+
+
+def _connect_bank(module: nn.Module, setting: Setting, *, split_input: bool) -> None:
+    """Let a module that calls a bank as forward(rows, rows of each expert) gather its outputs, or split its inputs and sum."""
+    forward, group = module.forward, setting.grid.tensor_group
+
+    def run(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        if split_input:
+            return reduce_from(forward(split_to(x, group), *args), group)
+        return gather_from(forward(copy_to(x, group), *args), group)
 
     module.forward = run
 
@@ -233,7 +249,8 @@ _SPLITTING_ROW = TensorStyle(
     shard_module=partial(_shard_linear, inputs=True), connect=partial(_sum_output, split_input=True), in_block=ROW
 )
 
-# transformers' names (its `distributed/tensor_parallel.py`), and ours: packed3_colwise, biased_experts, alibi_by_head
+# transformers' names (its `distributed/tensor_parallel.py`), and ours: packed3_colwise, bank_gather_output, bank_split_input,
+# stacked_experts, biased_experts, alibi_by_head
 STYLES: dict[str, TensorStyle] = {
     "colwise": TensorStyle(shard_module=_shard_linear, shard_parameter=_shard_outputs, in_block=COLUMN),
     "packed_colwise": TensorStyle(
@@ -251,8 +268,13 @@ STYLES: dict[str, TensorStyle] = {
     "packed_rowwise": TensorStyle(shard_module=None, shard_parameter=partial(_shard_bank, dim=-1, packs=2)),
     "rowwise_split_input": _SPLITTING_ROW,
     "rowwise_rep": _SPLITTING_ROW,
-    "embedding_rowwise": TensorStyle(shard_module=_shard_rows, may_pad=True, connect=_connect_embedding),
-    "embedding_colwise": TensorStyle(shard_module=_shard_columns, connect=_gather_columns),
+    "bank_gather_output": TensorStyle(
+        shard_module=partial(_shard_weight, dim=1), connect=partial(_connect_bank, split_input=False)
+    ),
+    "bank_split_input": TensorStyle(shard_module=partial(_shard_weight, dim=2), connect=partial(_connect_bank, split_input=True)),
+    "stacked_experts": TensorStyle(shard_module=_shard_stack),
+    "embedding_rowwise": TensorStyle(shard_module=partial(_shard_weight, dim=0), may_pad=True, connect=_connect_embedding),
+    "embedding_colwise": TensorStyle(shard_module=partial(_shard_weight, dim=1), connect=_gather_columns),
     "moe_tp_experts": TensorStyle(connect=_connect_experts),
     "moe_identity_expert": TensorStyle(connect=_connect_identity_expert),
     "all_reduce": TensorStyle(connect=_connect_experts),  # shared experts, whose banks a plan names by themselves

@@ -7,7 +7,7 @@ from tests.support.planted_plans import SIZE, WRONG, planted
 from tools.common.forked_ranks import run_ranks
 
 # one for each shape of attention and of experts; `python -m tests.bench.planted_plans` plants in all of them
-SAMPLE = ("bloom", "falcon", "gpt_oss", "lfm2")
+SAMPLE = ("bloom", "dbrx", "falcon", "gpt_oss", "jetmoe", "lfm2")
 
 
 def test_a_wrong_style_is_known_for_each_that_is_used():

@@ -19,8 +19,13 @@ from tools.common.forked_ranks import run_ranks
 
 OURS = sorted({*tensor_plans.BUILT_IN_TENSOR, *tensor_plans.ADDED_TENSOR})
 NAMED = sorted({*OURS, *tensor_plans.REFUSED_TENSOR, *tensor_plans.BUILT_IN_DIVIDE, *decoder.BUILT_IN_STACK})
-# by default one has no attention, and the other shares keys and values of layers that a small model lacks
-FIELDS = {"bamba": {"attn_layer_indices": [1]}, "gemma3n_text": {"num_kv_shared_layers": 0}}
+# by default one has no attention, one leaves open how far positions rotate, and one shares keys and values of layers that a small
+# model lacks
+FIELDS = {
+    "bamba": {"attn_layer_indices": [1]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0}},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+}
 
 
 def config_of(family):
