@@ -3,6 +3,7 @@
 Tests that compute fork their ranks from here (tools.common.forked_ranks): a fork that inherits autograd or OpenMP threads hangs.
 """
 
+import fcntl
 import gc
 import os
 import signal
@@ -44,7 +45,11 @@ def pytest_collection_finish(session):
     if session.config.pluginmanager.hasplugin("dsession"):  # it hands tests to other processes, and runs none
         return
     if "tools.common.forked_ranks" in sys.modules:  # some test forks ranks
+        from recipes.common.record import recording
         from tests.support import forked_jobs  # noqa: F401
+
+        facts = recording.package_facts()  # of this environment, which every run would read again
+        recording.package_facts = lambda: facts
 
     gc.collect()
     gc.freeze()
@@ -55,7 +60,13 @@ def straight(tmp_path_factory):
     """(recipe file, run directory): under the supervisor on 2 ranks, interrupted by nobody. Broken runs are compared to it."""
     from tests.support import supervised  # imports what a rank does
 
-    folder = tmp_path_factory.mktemp("straight")
-    recipe, run_dir = supervised.recipe_copy(folder, extra=supervised.HELD), folder / "straight"
-    assert supervised.supervise(recipe, run_dir).wait(120) == 0, supervised.output(run_dir)
-    return recipe, run_dir
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "straight"  # one for all workers
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run_dir = folder / "straight"
+        if not folder.exists():
+            folder.mkdir()
+            recipe = supervised.recipe_copy(folder, extra=supervised.HELD)
+            assert supervised.supervise(recipe, run_dir).wait(120) == 0, supervised.output(run_dir)
+    return folder / "repository/recipes/quickstart.py", run_dir
