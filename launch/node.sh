@@ -35,15 +35,20 @@ for host in "${hosts[@]}" "$master"; do
 done
 shift 4
 
-node_rank="${NODE_RANK:-}"
+node_rank="${NODE_RANK:-}" world=""
 for index in "${!hosts[@]}"; do
     [[ -n "$node_rank" || "${hosts[index]}" != "${SLURMD_NODENAME:-}" ]] || node_rank="$index"
 done
 [[ "$node_rank" =~ ^[0-9]+$ && "$node_rank" -lt "${#hosts[@]}" ]] || fail "this machine is none of ${hosts[*]}: set NODE_RANK to its index"
 
-command=(deepspeed --log_level "${TRIFOLD_LAUNCHER_LOG_LEVEL:-error}" --no_ssh --node_rank "$node_rank" --master_addr "$master" --master_port "$port")
+ranks="$(seq -s , 0 $((slots - 1)))"
+for host in "${hosts[@]}"; do world+="${world:+,}\"$host\":[$ranks]"; done
+world="$(printf '{%s}' "$world" | base64 | tr -d '\n' | tr +/ -_)"
+# what `deepspeed --no_ssh` would start, without the seconds of another import of DeepSpeed
+command=(-u -m deepspeed.launcher.launch "--world_info=$world" "--master_addr=$master" "--master_port=$port"
+    "--node_rank=$node_rank" "--log_level=${TRIFOLD_LAUNCHER_LOG_LEVEL:-error}")
 if [[ -n "$print" ]]; then
-    printf '%q ' "${command[@]}" --hostfile "<(lines of HOST slots=$slots)" "$@"
+    printf '%q ' python "${command[@]}" "$@"
     echo
     exit 0
 fi
@@ -53,9 +58,6 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/venv.sh"
 # shellcheck source=launch/env.sh
 source "$here/env.sh"
-hostfile="$(mktemp)" # one on each machine: /tmp is not shared
-for host in "${hosts[@]}"; do echo "$host slots=$slots"; done > "$hostfile"
-trap 'rm -f "$hostfile"' EXIT
 # shellcheck source=launch/lib_group.sh
 source "$here/lib_group.sh"
-run_in_group "${command[@]}" --hostfile "$hostfile" "$@"
+run_in_group "$(command -v python || command -v python3)" "${command[@]}" "$@"

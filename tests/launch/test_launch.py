@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import shlex
@@ -157,10 +159,13 @@ def test_a_node_prints_its_command() -> None:
     words = ["launch/node.sh", "--print", "a,b,c", 8, "10.0.0.1", 29500, "recipes/quickstart.py", "--max-steps", 3]
     for place in ({"NODE_RANK": "1"}, {"SLURMD_NODENAME": "b"}):
         result = run("bash", *words, env=os.environ | place)
-        assert result.stdout.startswith(
-            "deepspeed --log_level error --no_ssh --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 --hostfile"
-        )
-        assert result.stdout.endswith(" recipes/quickstart.py --max-steps 3 \n")
+        *launcher, world, master, port, node, level, recipe, flag, steps = shlex.split(result.stdout)
+        assert launcher == ["python", "-u", "-m", "deepspeed.launcher.launch"]
+        ranks = json.loads(base64.urlsafe_b64decode(world.removeprefix("--world_info=")))
+        assert list(ranks.items()) == [(host, [*range(8)]) for host in "abc"]
+        assert (master, port) == ("--master_addr=10.0.0.1", "--master_port=29500")
+        assert (node, level) == ("--node_rank=1", "--log_level=error")
+        assert [recipe, flag, steps] == ["recipes/quickstart.py", "--max-steps", "3"]
     nowhere = run("bash", *words, env=os.environ | {"SLURMD_NODENAME": "d"})
     assert nowhere.returncode == 2
     assert "this machine is none of a b c: set NODE_RANK to its index" in nowhere.stderr

@@ -20,19 +20,21 @@ def cluster():
         yield there
 
 
-# starts one rank a node as `deepspeed --no_ssh` does, which test_kubernetes.py starts, without the seconds of its imports
-DEEPSPEED = """#!/bin/bash
+# starts one rank a node as DeepSpeed's launcher does, which test_kubernetes.py starts, without the seconds of its imports
+PYTHON = f"""#!/bin/bash
+[[ "$3" == deepspeed.launcher.launch ]] || exec {sys.executable} "$@"
+shift 3
 while [[ "$1" == --* ]]; do
+    value="${{1#*=}}"
     case "$1" in
-        --no_ssh) shift; continue ;;
-        --node_rank) export RANK="$2" LOCAL_RANK=0 LOCAL_SIZE=1 ;;
-        --master_addr) export MASTER_ADDR="$2" ;;
-        --master_port) export MASTER_PORT="$2" ;;
-        --hostfile) export WORLD_SIZE="$(wc -l < "$2")" ;;
+        --world_info=*) export WORLD_SIZE="$(tr -- -_ +/ <<< "$value" | base64 -d | tr -cd '[' | wc -c)" ;;
+        --node_rank=*) export RANK="$value" LOCAL_RANK=0 LOCAL_SIZE=1 ;;
+        --master_addr=*) export MASTER_ADDR="$value" ;;
+        --master_port=*) export MASTER_PORT="$value" ;;
     esac
-    shift 2
+    shift
 done
-exec python -u "$@"
+exec {sys.executable} -u "$@"
 """
 
 
@@ -40,11 +42,11 @@ def test_a_job_goes_on_when_it_is_queued_again(cluster, straight, tmp_path):
     recipe, uninterrupted = straight
     run_dir = tmp_path / "run"
     (tmp_path / "bin").mkdir()
-    launcher = tmp_path / "bin" / "deepspeed"
-    launcher.write_text(DEEPSPEED)
-    launcher.chmod(0o755)
+    python = tmp_path / "bin" / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
     variables = environment() | {"VIRTUAL_ENV": sys.prefix}
-    variables["PATH"] = f"{launcher.parent}:{variables['PATH']}"
+    variables["PATH"] = f"{python.parent}:{variables['PATH']}"
     words = [ROOT / "launch/slurm.sbatch", "--processes", 1, "--no-preflight", recipe, "--out-dir", run_dir]
     hold(run_dir, 6)
     job = cluster.call("sbatch", "--parsable", "--nodes=2", f"--output={run_dir.with_suffix('.out')}", *words, env=variables)
