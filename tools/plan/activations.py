@@ -24,12 +24,20 @@ from recipes.common.model.fusion import fuse_layer
 from recipes.common.model.token_chunks import chunk_tokens, find_mlp
 from recipes.common.parallel.tensor_plans import tensor_plan
 from recipes.common.pipeline.placeholders import Placeholder
-from tools.plan.layer_log import LayerBytes, LayerLog
+from tools.plan.layer_log import Bytes, LayerBytes, LayerLog, sum_bytes
 
 TRAFFIC_PER_SAVED = 6.0  # bytes moved a saved byte: each is written and read about three times
 
 
-def layer_activations(
+@dataclass(frozen=True)
+class ModelBytes:
+    """Bytes that the parts of a model hold of one sequence."""
+
+    layers: tuple[LayerBytes, ...]
+    after: Bytes  # from the forward to the backward pass of what lies between the last layer and the head
+
+
+def model_activations(
     config: PreTrainedConfig,
     *,
     seq_len: int,
@@ -38,7 +46,7 @@ def layer_activations(
     kernels: str = "none",
     mlp_tokens: int = 0,
     fake: bool = True,
-) -> tuple[LayerBytes, ...]:
+) -> ModelBytes:
     """Return the bytes that every decoder layer holds of one sequence. `fake=False` computes with real tensors, for comparison.
 
     One layer of each kind runs; all do in families whose layers cannot be replaced by placeholders. mlp_tokens: of the sequence,
@@ -70,7 +78,7 @@ class _Changes:
 
 def _measure(
     config: PreTrainedConfig, seq_len: int, dtype: torch.dtype, attention: str, change: _Changes, fake: bool, *, every_layer: bool
-) -> tuple[LayerBytes, ...]:
+) -> ModelBytes:
     width = config.get_text_config().hidden_size
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), no_questions(documents=False):
         causal = AutoModelForCausalLM.from_config(
@@ -87,10 +95,13 @@ def _measure(
                 logs[index] = LayerLog(layer, width)
                 change.make(layer, logs[index])
                 logs[index].gather(*_gathered_blocks(causal, f"{stack.layers}.{index}.", styles))
+        after = [(causal.get_submodule(name), LayerLog(causal.get_submodule(name), width)) for name in stack.after]
+        for module, log in after:
+            module.forward = partial(log.run, module.forward)
         layers[0].register_forward_hook(lambda layer, args, output: _return_alike(layers, output))
         causal.get_submodule(stack.base)(input_ids=torch.zeros(1, seq_len, dtype=torch.long), use_cache=False)
     measured = {index: log.measured() for index, log in logs.items()}
-    return tuple(measured[kinds.index(kind)] for kind in kinds)
+    return ModelBytes(tuple(measured[kinds.index(kind)] for kind in kinds), sum_bytes(log.measured().saved for _, log in after))
 
 
 def _styles(causal: PreTrainedModel, stack: Stack) -> dict[str, str]:

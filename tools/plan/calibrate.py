@@ -29,7 +29,8 @@ from tools.common.recipe_io import load_recipe, parse_layout
 from tools.plan import memory_model, time_model
 from tools.plan.coefficients import Coefficients, read_coefficients, write_coefficients
 from tools.plan.fitting import fit_map
-from tools.plan.model_cases import Candidate, ModelFacts, memory_case, read_model, time_cases
+from tools.plan.model_cases import Candidate, ModelFacts, read_model, time_cases
+from tools.plan.stage_memory import memory_case
 
 WARM_UP_STEPS = 2
 MACHINE_WIDTH = 0.5  # standard deviation of the logarithm of a machine's terms around the shipped ones

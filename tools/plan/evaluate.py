@@ -19,8 +19,9 @@ from recipes.common.recipe import PIPELINE_SCHEDULES, RECOMPUTE, Layout
 from tools.common.devices import GIB, Device
 from tools.plan.coefficients import Coefficients
 from tools.plan.memory_model import MemoryCase, interval, stage_totals
-from tools.plan.model_cases import Candidate, ModelFacts, memory_case, time_cases
+from tools.plan.model_cases import Candidate, ModelFacts, time_cases
 from tools.plan.rank_params import expert_counts, expert_sizes
+from tools.plan.stage_memory import memory_case
 from tools.plan.time_model import step_parts
 
 MOST_CHUNKS = 8  # a stage: messages grow with them

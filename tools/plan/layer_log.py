@@ -116,7 +116,7 @@ class LayerLog(TorchDispatchMode):
         return out
 
     def measured(self) -> LayerBytes:
-        saved, kept, factors = (_sum(sizes.values()) for sizes in (self._saved, self._kept, self._factors))
+        saved, kept, factors = (sum_bytes(sizes.values()) for sizes in (self._saved, self._kept, self._factors))
         return LayerBytes(saved=saved, products=kept, factors=factors, working=self._working())
 
     def _bytes(self, tensor: torch.Tensor) -> Bytes:
@@ -173,5 +173,5 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [each for each in tree_leaves(tree) if isinstance(each, torch.Tensor)]
 
 
-def _sum(sizes: Iterable[Bytes]) -> Bytes:
+def sum_bytes(sizes: Iterable[Bytes]) -> Bytes:
     return Bytes(*map(sum, zip(*map(astuple, (Bytes(), *sizes)), strict=True)))

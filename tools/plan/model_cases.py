@@ -1,4 +1,4 @@
-"""Describes a recipe's model to the memory and the time model: its parameter counts, partition and measured activations."""
+"""Describes a recipe's model to the planner: parameter counts, partition, measured activations, and what its time depends on."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ from recipes.common.model.flops import ModelWork, layer_costs, model_work, train
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.routers import plan_routers
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers
-from recipes.common.pipeline.schedules import most_in_flight, pending_gradients
 from recipes.common.pipeline.stage import NO_ROUTER_LOSS
-from recipes.common.recipe import AdamW, Layout, Recipe
+from recipes.common.recipe import Layout, Recipe
 from tools.common.console import UsageError
 from tools.common.devices import Device
-from tools.plan.activations import TRAFFIC_PER_SAVED, layer_activations
+from tools.plan.activations import TRAFFIC_PER_SAVED, ModelBytes, model_activations
 from tools.plan.context_cost import ContextCost, context_cost
 from tools.plan.layer_log import Bytes, LayerBytes
-from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes, loss_bytes, state_bytes
 from tools.plan.rank_params import rank_params
 from tools.plan.schedule_formulas import bubble_share, exposed_messages
 from tools.plan.time_model import Cases
@@ -68,9 +66,10 @@ class ModelFacts:
     stack: Stack
     work: ModelWork
     activations: tuple[LayerBytes, ...]  # by layer
+    after_layers: Bytes  # of the final norm, until the loss's backward pass
     by_mlp_tokens: dict[int, tuple[LayerBytes, ...]] = field(default_factory=dict)  # of `layer_bytes`
     params_by_ranks: dict[tuple[int, str, int], dict[str, float] | str] = field(default_factory=dict)  # results of `rank_params`
-    layers_by_pipeline: dict[tuple[Placement, tuple[int, ...]], list[list[int]]] = field(default_factory=dict)  # of `own_layers`
+    chunks_by_pipeline: dict[tuple[Placement, tuple[int, ...]], list[tuple[range, ...]]] = field(default_factory=dict)
 
     @cached_property
     def flops(self) -> float:
@@ -123,19 +122,21 @@ class ModelFacts:
             return self.activations
         part = ceil(candidate.layout.mlp_chunk_tokens / candidate.own_seqs)  # of each sequence
         if part not in self.by_mlp_tokens:
-            self.by_mlp_tokens[part] = _activations(self.recipe, self.ds_config, part)
+            self.by_mlp_tokens[part] = _activations(self.recipe, self.ds_config, part).layers
         return self.by_mlp_tokens[part]
 
-    def own_layers(self, layout: Layout) -> list[list[int]]:
-        """Return each stage's layers, partitioned as in training."""
+    def own_chunks(self, layout: Layout) -> list[tuple[range, ...]]:
+        """Return the layers of each stage's chunks, partitioned as in training."""
         placement = placement_of(layout)
-        if (key := (placement, layout.layers_per_stage)) not in self.layers_by_pipeline:
+        if (key := (placement, layout.layers_per_stage)) not in self.chunks_by_pipeline:
             costs, head = self.costs
             chunks = partition_layers(costs, head, placement, layout.layers_per_stage)
-            self.layers_by_pipeline[key] = [
-                [index for chunk in own for index in chunk] for own in chunks_by_rank(chunks, placement)
-            ]
-        return self.layers_by_pipeline[key]
+            self.chunks_by_pipeline[key] = chunks_by_rank(chunks, placement)
+        return self.chunks_by_pipeline[key]
+
+    def own_layers(self, layout: Layout) -> list[list[int]]:
+        """Return each stage's layers."""
+        return [[index for chunk in own for index in chunk] for own in self.own_chunks(layout)]
 
     def stage_loads(self, layout: Layout) -> list[float]:
         """Return each stage's cost without the head, in mean layers."""
@@ -158,120 +159,26 @@ def read_model(recipe: Recipe, ds_config: dict[str, Any]) -> ModelFacts:
         activations = _activations(recipe, ds_config)
     except Exception as error:  # a family's own code may raise anything
         raise UsageError(f"recipe {recipe.name!r}: model={type(recipe.model).__name__}: {error}") from error
-    return ModelFacts(recipe, ds_config, causal, stack, model_work(causal, stack), activations)
+    return ModelFacts(recipe, ds_config, causal, stack, model_work(causal, stack), activations.layers, activations.after)
 
 
-def _activations(recipe: Recipe, ds_config: dict[str, Any], mlp_tokens: int = 0) -> tuple[LayerBytes, ...]:
+def _activations(recipe: Recipe, ds_config: dict[str, Any], mlp_tokens: int = 0) -> ModelBytes:
     kind = {"dtype": _DTYPES[precision(ds_config)], "attention": recipe.attention, "kernels": recipe.kernels}
-    return layer_activations(recipe.model, seq_len=recipe.batch.seq_len, mlp_tokens=mlp_tokens, **kind)
+    return model_activations(recipe.model, seq_len=recipe.batch.seq_len, mlp_tokens=mlp_tokens, **kind)
 
 
-def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> MemoryCase:
-    """Return the bytes of every stage of a layout on one tensor rank, and of what all have in common."""
-    layout, optimizer = candidate.layout, facts.recipe.optimizer
-    zero_options = facts.ds_config.get("zero_optimization", {})
-    weights, gradients, states = state_bytes(
-        precision(facts.ds_config),
-        zero_stage(facts.ds_config),
-        candidate.data,
-        moments=2 if isinstance(optimizer, AdamW) else int(optimizer.momentum > 0),
-        offload="offload_optimizer" in zero_options,
-    )
-    boundary, layers = _boundary_bytes(facts, candidate), _layer_memory(facts, candidate)
-    received = boundary if layout.pipeline > 1 else 0.0
-    micro_batches = facts.recipe.batch.global_seqs // (candidate.micro_seqs * candidate.readers)
-    # of experts that expert ranks divide, fewer data ranks partition the states of fewer parameters
-    held = _stage_params(facts, layout)
-    undivided = held if layout.expert == 1 else _stage_params(facts, replace(layout, expert=1))
-    stages = []
-    for index, (own, params) in enumerate(zip(facts.own_layers(layout), held, strict=True)):
-        in_flight = most_in_flight(placement_of(layout), index, micro_batches)
-        deferred = pending_gradients(placement_of(layout), index, micro_batches) * sum(layers[i].factors for i in own)
-        stages.append(
-            StageBytes(
-                weights=weights * params, gradients=gradients * params, optimizer=states * undivided[index],
-                stored=in_flight * (sum(layers[i].stored for i in own) + received) + deferred,
-                working=max((layers[i].recomputed for i in own), default=0.0) + 2 * boundary,
-                loss=_loss_bytes(facts, candidate) if index == _head_stage(layout) else 0.0, in_flight=in_flight,
-            )
-        )  # fmt: skip
-    libraries = _library_bytes(facts, candidate) if device.name != "CPU" else 0.0
-    return MemoryCase(stages=tuple(stages), libraries=libraries + _gathered_bytes(facts), capacity=device.memory)
-
-
-def _stage_params(facts: ModelFacts, layout: Layout) -> list[float]:
+def stage_params(facts: ModelFacts, layout: Layout) -> list[float]:
     """Return the parameters of each stage on one tensor rank. A tied head counts once where the embedding is on its stage."""
-    counts, head = facts.rank_params(layout), _head_stage(layout)
+    counts, head = facts.rank_params(layout), head_stage(layout)
     params = [sum(counts[str(i)] for i in own) for own in facts.own_layers(layout)]
     params[0] += counts["embedding"]
     params[head] += counts["norm"] + (0.0 if facts.stack.tied and head == 0 else counts["head"])
     return params
 
 
-@dataclass(frozen=True)
-class _LayerMemory:
-    """A layer's activation bytes of one micro batch on one tensor rank."""
-
-    stored: float  # from its forward to its backward pass
-    recomputed: float = 0.0  # all that its backward pass needs, computed again then
-    factors: float = 0.0  # from its backward pass until its weights' gradients are computed
-
-
-def _layer_memory(facts: ModelFacts, candidate: Candidate) -> list[_LayerMemory]:
-    """A recomputed layer stores its input; selective recomputation also its products (arXiv 2205.05198, section 5)."""
-    layout, boundary = candidate.layout, _boundary_bytes(facts, candidate)
-    recomputed = layout.recomputed_layers(len(facts.activations))
-    kept = candidate.micro_seqs * facts.activation_width * facts.context_cost(layout).kept
-    layers = []
-    for index, saved in enumerate(facts.layer_bytes(candidate)):
-        ranks = layout.tensor, sequence_ranks(layout)
-        size = candidate.own_seqs * saved.saved.on_rank(*ranks) + kept
-        factors = candidate.own_seqs * saved.factors.on_rank(*ranks)
-        products = _product_bytes(facts, candidate, saved) if layout.recompute == "selective" else 0.0
-        again = _LayerMemory(products + (0.0 if layout.offload_activations else boundary), size, factors)
-        layers.append(again if index in recomputed else _LayerMemory(size, factors=factors))
-    return layers
-
-
 def sequence_ranks(layout: Layout) -> int:
     """Return over how many ranks sequence parallelism shards what lies between blocks."""
     return layout.tensor if layout.sequence_parallel else 1
-
-
-def _boundary_bytes(facts: ModelFacts, candidate: Candidate) -> float:
-    """Return the bytes of one micro batch's hidden states on one tensor rank."""
-    width, tokens = facts.activation_width, candidate.own_seqs * facts.recipe.batch.seq_len
-    return float(width) * tokens * facts.work.hidden / sequence_ranks(candidate.layout)
-
-
-def _product_bytes(facts: ModelFacts, candidate: Candidate, saved: LayerBytes) -> float:
-    """Return the bytes of a layer's products on one tensor rank. Row-parallel ones, attention's and the MLP's last, are whole."""
-    whole = 2.0 * facts.activation_width * facts.recipe.batch.seq_len * facts.work.hidden
-    divided = max(saved.products.whole + saved.products.sharded - whole, 0.0) / candidate.layout.tensor
-    return candidate.own_seqs * (whole + divided + saved.products.gathered)
-
-
-def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
-    """Return the bytes of one chunk's logits (parallel.cross_entropy) and of the gradient of the head."""
-    tokens = min(facts.recipe.logits_chunk_tokens, candidate.own_seqs * facts.recipe.batch.seq_len)
-    tensor, head = candidate.layout.tensor, facts.rank_params(candidate.layout)["head"]
-    compiled = facts.recipe.kernels == "compile"
-    return loss_bytes(tokens * facts.work.vocab / tensor, head, facts.activation_width, compiled=compiled)
-
-
-def _library_bytes(facts: ModelFacts, candidate: Candidate) -> float:
-    options, layout = facts.ds_config.get("zero_optimization", {}), candidate.layout
-    groups = 1 + sum(size > 1 for size in (layout.tensor, layout.pipeline, candidate.data, layout.context, layout.expert))
-    bucket = max(options.get("reduce_bucket_size", 5e8), options.get("allgather_bucket_size", 5e8))
-    return library_bytes(groups, bucket, 4.0)
-
-
-def _gathered_bytes(facts: ModelFacts) -> float:
-    """Return the bytes of 16-bit parameters that ZeRO 3 holds gathered."""
-    if zero_stage(facts.ds_config) != 3:
-        return 0.0
-    most = facts.ds_config.get("zero_optimization", {}).get("stage3_max_live_parameters", 1e9)
-    return 2.0 * min(most, facts.work.params)
 
 
 def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Device) -> Cases:
@@ -313,9 +220,9 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
     passes = 3.0 + (0.0 if layout.recompute == "selective" else repeated)  # selective recomputation repeats no products
     elementwise = (3.0 + repeated) / passes  # but all elementwise work, which the time model counts by `passes`
     saved = facts.mean_activations.on_rank(layout.tensor, sequence_ranks(layout))
-    loads, head, cost = facts.stage_loads(layout), _head_stage(layout), facts.context_cost(layout)
-    params = max(_stage_params(facts, layout))
-    undivided = params if layout.expert == 1 else max(_stage_params(facts, replace(layout, expert=1)))
+    loads, head, cost = facts.stage_loads(layout), head_stage(layout), facts.context_cost(layout)
+    params = max(stage_params(facts, layout))
+    undivided = params if layout.expert == 1 else max(stage_params(facts, replace(layout, expert=1)))
     micro_batches = batch.global_seqs // (candidate.micro_seqs * candidate.readers)
     return {
         "tokens": candidate.own_seqs * batch.seq_len,
@@ -345,6 +252,6 @@ def _repeated_share(layout: Layout) -> float:
     return 1.0 / layout.recompute_every if layout.recompute != "none" else 0.0
 
 
-def _head_stage(layout: Layout) -> int:
+def head_stage(layout: Layout) -> int:
     placement = placement_of(layout)
     return placement.rank_of(placement.count - 1)

@@ -213,30 +213,6 @@ class _Folded:
         return [(max(clock, ready[micro_batch]), self.priorities[kind], -chunk, kind, chunk)]
 
 
-def most_in_flight(placement: Placement, rank: int, micro_batches: int) -> float:
-    """Return how many micro batches' activations, of all of its layers, a rank keeps at most, by formula.
-
-    1F1B: stage i of p keeps p - i. A zero bubble that runs as many keeps what weight gradients wait for as well, up to p on every
-    rank. Interleaved: see `_around`.
-    """
-    laps, way = placement.per_rank - 1, placement.pipeline - 1 - rank
-    if placement.schedule != ONE_PASS:
-        way = placement.pipeline - 1 if placement.per_rank > 1 else way
-    elif laps:
-        way *= 2
-    return min((laps * placement.pipeline + way + 1) / placement.per_rank, micro_batches)
-
-
-def pending_gradients(placement: Placement, rank: int, micro_batches: int) -> int:
-    """Return for how many micro batches a zero bubble keeps the factors of weight gradients, beside `most_in_flight`.
-
-    On stage i, which starts i passes later, i. Of several chunks a rank `most_in_flight` counts them as activations.
-    """
-    if placement.schedule == ONE_PASS or placement.per_rank > 1:
-        return 0
-    return min(rank, micro_batches - 1)
-
-
 def finish_times(orders: list[list[Pass]], costs: tuple[Costs, ...]) -> list[float]:
     """Return when each rank is done, if passes take `costs` of their chunk and messages no time. AssertionError: a deadlock."""
     done: dict[Pass, float] = {}

@@ -47,7 +47,7 @@ SCOPE: dict[str, tuple[str, ...]] = {
     "recipes/common/pipeline/partition.py": ("pass_costs", "balance_folded", "balance_rounds", "balance_stages", "_lengths"),
     "recipes/common/pipeline/placeholders.py": (),
     "recipes/common/pipeline/places.py": (),
-    "recipes/common/pipeline/schedules.py": ("finish_times", "most_in_flight", "of"),
+    "recipes/common/pipeline/schedules.py": ("finish_times", "of"),
     "recipes/common/pipeline/stage.py": (),
     "recipes/common/pipeline/stage_messages.py": (),
     "recipes/common/pipeline/stage_weights.py": (),

@@ -16,7 +16,6 @@ from recipes.common.pipeline.schedules import (
     Pass,
     finish_times,
     forward_passes,
-    most_in_flight,
     needs,
     order_passes,
     sent_messages,
@@ -140,16 +139,17 @@ def test_a_folded_pipeline_is_no_worse_than_one_run_of_layers(pipeline, micro_ba
 
 
 @pytest.mark.parametrize(("placement", "micro_batches"), EACH)
-def test_a_rank_keeps_what_the_formula_says(placement, micro_batches):
-    """In chunks' activations. With a zero bubble of several chunks, what weight gradients wait for counts as well."""
-    later = placement.schedule != ONE_PASS and placement.per_rank > 1
+def test_a_rank_keeps_no_more_than_the_papers_say(placement, micro_batches):
+    """In chunks' activations: with a zero bubble of several chunks a rank, until their weights' gradients are computed."""
+    (_, pipeline, chunks), one_pass = vars(placement).values(), placement.schedule == ONE_PASS
     for rank, order in enumerate(order_passes(placement, micro_batches, evenly(placement, UNEVEN))):
-        freed = {FORWARD: 1, INPUTS: 0, WEIGHTS: -1} if later else {FORWARD: 1, INPUTS: -1, WEIGHTS: 0}
-        kept = list(accumulate(freed[kind] for kind, _, _ in order))
-        limit = most_in_flight(placement, rank, micro_batches) * placement.per_rank
-        assert max(kept) <= limit
-        if micro_batches % placement.pipeline == 0 and not placement.folded:
-            assert max(kept) == limit
+        way = pipeline - 1 - rank if chunks == 1 or one_pass else pipeline - 1
+        limit = (chunks - 1) * pipeline + way * (2 if one_pass and chunks > 1 else 1) + 1
+        last = INPUTS if one_pass or chunks == 1 else WEIGHTS
+        kept = max(accumulate((kind == FORWARD) - (kind == last) for kind, _, _ in order))
+        assert kept <= min(limit, micro_batches * chunks)
+        if micro_batches % pipeline == 0 and not placement.folded:
+            assert kept == min(limit, micro_batches * chunks)
         owed = accumulate({FORWARD: 0, INPUTS: 1, WEIGHTS: -1}[kind] for kind, _, _ in order)
         if placement.schedule == ZERO_BUBBLE:
             assert max(value for value, step in zip(owed, order, strict=True) if step.kind == FORWARD) <= rank

@@ -16,9 +16,10 @@ from tests.support.tiny import ds_config, tiny_config, tiny_recipe
 from tools.common.devices import find_device
 from tools.common.forked_ranks import run_ranks
 from tools.common.parity import Trial, build_trial_trainer, rank_batches
-from tools.plan.activations import layer_activations
+from tools.plan.activations import model_activations
 from tools.plan.memory_model import PRIOR, MemoryCase, StageBytes, stage_totals, state_bytes
-from tools.plan.model_cases import Candidate, memory_case, read_model
+from tools.plan.model_cases import Candidate, read_model
+from tools.plan.stage_memory import memory_case
 
 
 def _held_bytes(trial):
@@ -59,20 +60,20 @@ def test_states_are_what_an_engine_holds(name, layout, world):
 
 def _activations(family, attention):
     config, kind = tiny_config(family), {"seq_len": 48, "dtype": torch.bfloat16, "attention": attention}
-    return layer_activations(config, **kind), layer_activations(config, **kind, fake=False)
+    return model_activations(config, **kind), model_activations(config, **kind, fake=False)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "qwen3_moe"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_activations_without_memory_are_those_of_a_real_run(family, attention):
     without, real = run_ranks(_activations, 1, family, attention)[0]
-    assert len(real) == 4 and min(layer.saved.total for layer in real) > 0
+    assert len(real.layers) == 4 and min(layer.saved.total for layer in real.layers) > 0 and real.after.total > 0
     assert without == real
 
 
 def _by_parts():
     config, kind = tiny_config("llama"), {"seq_len": 48, "dtype": torch.bfloat16, "attention": "sdpa"}
-    return [layer_activations(config, mlp_tokens=tokens, **kind)[0] for tokens in (0, 12)]
+    return [model_activations(config, mlp_tokens=tokens, **kind).layers[0] for tokens in (0, 12)]
 
 
 def test_what_a_layer_keeps_besides():
@@ -90,7 +91,7 @@ def test_what_a_layer_keeps_besides():
 
 def _normed_over_heads():
     kind = {"seq_len": 48, "dtype": torch.bfloat16, "attention": "sdpa"}
-    return layer_activations(tiny_config("olmo2"), **kind)[0]
+    return model_activations(tiny_config("olmo2"), **kind).layers[0]
 
 
 def test_attention_that_norms_over_all_heads_is_whole_on_every_tensor_rank():

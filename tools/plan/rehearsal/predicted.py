@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,22 @@ from recipes.common.config.ds_config import load_ds_config, precision, zero_stag
 from recipes.common.recipe import Layout, Recipe
 from tools.common.devices import Device
 from tools.plan.memory_model import StageBytes
-from tools.plan.model_cases import Candidate, ModelFacts, memory_case, read_model, sequence_ranks, time_cases
+from tools.plan.model_cases import Candidate, ModelFacts, head_stage, read_model, sequence_ranks, time_cases
+from tools.plan.stage_memory import memory_case, norm_bytes, stage_holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Bytes that a stage holds beside its states, in the loss or in a layer's backward pass."""
+
+    stored: float  # activations of the micro batches in flight, and factors of deferred weight gradients
+    working: float = 0.0  # what the layer's backward pass adds
+    loss: float = 0.0  # what the loss adds at its fullest
+    reducing: float = 0.0  # buckets of ZeRO's own optimizers, and under ZeRO 2 whole gradients
+
+    @property
+    def total(self) -> float:
+        return self.stored + self.working + self.loss + self.reducing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,33 +33,25 @@ class Prediction:
     """Of one stage, with the planner's counts and none of its fitted factors, which stand for libraries and the allocator."""
 
     states: float  # bytes of weights, gradients that stay between micro batches, and optimizer states
-    reducing: float  # bytes that ZeRO's own optimizers add in a backward pass: buckets, and under ZeRO 2 whole gradients
-    stored: float  # bytes of activations, of the micro batches in flight
-    working: float  # bytes of a layer's backward pass
-    loss_working: float  # bytes of the loss at its fullest
+    moment: Moment  # when it holds most
     products: float  # FLOPs of a step
     elementwise: float  # bytes that the layers' elementwise work moves in a step
     reduced: float  # bytes that the data ranks exchange in a step, a parameter's once for each way
 
     @property
-    def in_loss(self) -> bool:
-        """Return whether the peak is in the loss, else in a layer's backward pass."""
-        return self.loss_working >= self.working + self.reducing
-
-    @property
     def all_states(self) -> float:
         """Return the bytes of states at the peak."""
-        return self.states + (0.0 if self.in_loss else self.reducing)
+        return self.states + self.moment.reducing
 
     @property
     def activations(self) -> float:
         """Return the bytes of activations at the peak."""
-        return self.stored + (0.0 if self.in_loss else self.working)
+        return self.moment.stored + self.moment.working
 
     @property
     def loss(self) -> float:
         """Return the loss's bytes at the peak."""
-        return self.loss_working if self.in_loss else 0.0
+        return self.moment.loss
 
     @property
     def peak(self) -> float:
@@ -64,17 +71,26 @@ def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_b
     head = 6.0 * work.head / layout.tensor if bytes_of.loss else 0.0
     params = bytes_of.weights / facts.activation_width
     whole_gradients = bytes_of.weights if zero_stage(facts.ds_config) == 2 else 0.0
-    banks = _bank_bytes(facts, own, layout.tensor * layout.expert)
+    reducing = _bucket_bytes(facts.ds_config, params) + whole_gradients + _bank_bytes(facts, own, layout.tensor * layout.expert)
     return Prediction(
         states=bytes_of.states - whole_gradients,
-        reducing=_bucket_bytes(facts.ds_config, params) + whole_gradients + banks,
-        stored=bytes_of.stored + bytes_of.in_flight * _mask_bytes(facts, candidate, own),
-        working=_working_bytes(facts, candidate, own),
-        loss_working=_loss_bytes(facts, candidate) if bytes_of.loss else 0.0,
+        moment=max(_moments(facts, candidate, stage, reducing), key=lambda moment: moment.total),
         products=(matrices + head) * tokens * micro_batches,
         elementwise=float(row.traffic[0]) * passes / 3.0 * tokens * micro_batches * len(own),
         reduced=params * float(row.reduce_bytes[0]) if data > 1 else 0.0,
     )
+
+
+def _moments(facts: ModelFacts, candidate: Candidate, stage: int, reducing: float) -> Iterator[Moment]:
+    """Yield what a stage holds in the backward passes of each of its chunks, and in the loss."""
+    chunks = facts.own_chunks(candidate.layout)[stage]
+    has_loss = stage == head_stage(candidate.layout)
+    for held, stored in stage_holds(facts, candidate)[stage]:
+        for counts, own in zip(held.activations, chunks, strict=True):
+            stored += counts * _mask_bytes(facts, candidate, own)
+        yield Moment(stored=stored, working=_working_bytes(facts, candidate, chunks[held.chunk]), reducing=reducing)
+        if has_loss and held.chunk == len(chunks) - 1:
+            yield Moment(stored=stored, loss=_loss_bytes(facts, candidate))
 
 
 def _bank_bytes(facts: ModelFacts, own: Sequence[int], ranks: int) -> float:
@@ -124,7 +140,8 @@ def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
     exponential = 0.0 if facts.recipe.kernels == "compile" else 4.0
     chunk = (exponential + width) * logits + 4.0 * head  # logits and exponentials; the head's gradient in fp32
     scaled = (4.0 + (width if width < 4.0 else 0.0)) * head  # in place in fp32
-    return max(chunk, scaled) + 2.0 * width * whole * facts.work.hidden  # what enters the head, and its gradient: on every rank
+    entering = 2.0 * width * whole * facts.work.hidden  # what enters the head, and its gradient: on every rank
+    return max(chunk, scaled) + entering + norm_bytes(facts, candidate)
 
 
 def keeps_gradients(ds_config: dict[str, Any]) -> bool:

@@ -1,0 +1,39 @@
+"""Tests what a rank holds when its backward passes begin, against orders written down in the papers."""
+
+import pytest
+
+from recipes.common.config.placement import FOLDED, ONE_PASS, ZERO_BUBBLE, Placement
+from tools.plan.held_passes import Held, held_in_backward
+
+
+def most(placement, micro_batches):
+    return [max(held.in_flight for held in of_rank) for of_rank in held_in_backward(placement, micro_batches)]
+
+
+@pytest.mark.parametrize("schedule", [ONE_PASS, ZERO_BUBBLE])
+def test_stage_i_of_p_has_p_minus_i_micro_batches_in_flight(schedule):
+    assert most(Placement(schedule, 4), 32) == [4, 3, 2, 1]
+    assert most(Placement(schedule, 4), 2) == [2, 2, 2, 1]
+
+
+def test_a_zero_bubble_keeps_the_factors_of_as_many_as_a_rank_begins_late():
+    for rank, helds in enumerate(held_in_backward(Placement(ZERO_BUBBLE, 4), 32)):
+        assert max(held.factors[0] for held in helds) == rank
+    assert not any(held.factors[0] for helds in held_in_backward(Placement(ONE_PASS, 4), 32) for held in helds)
+
+
+def test_interleaved_holds_more_of_the_first_chunks():
+    """(v + 1 - 1/p)p / v of all layers on the first stage (arXiv 2104.04473); two ranks of two chunks, by hand."""
+    assert most(Placement(ONE_PASS, 4, 2), 32)[0] == (3 - 1 / 4) * 4 / 2
+    first, last = held_in_backward(Placement(ONE_PASS, 2, 2), 8)
+    assert first[0] == Held(1, (3, 2), (0, 0)) and last[0] == Held(1, (2, 1), (0, 0))
+
+
+def test_a_folded_rank_holds_as_much_as_the_first_stage_does():
+    assert most(Placement(FOLDED, 4, 2), 32) == [4, 4, 4, 4]
+    assert most(Placement(FOLDED, 4, 2), 3) == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("placement", [Placement(ONE_PASS, 4, 3), Placement(ZERO_BUBBLE, 4, 2), Placement(ZERO_BUBBLE, 3)])
+def test_longer_steps_hold_no_more(placement):
+    assert set(held_in_backward(placement, 20)[0]) == set(held_in_backward(placement, 200)[0])
