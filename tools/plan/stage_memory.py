@@ -72,19 +72,26 @@ class _LayerMemory:
 
 
 def _layer_memory(facts: ModelFacts, candidate: Candidate) -> list[_LayerMemory]:
-    """A recomputed layer stores its input; selective recomputation also its products (arXiv 2205.05198, section 5)."""
-    layout, boundary = candidate.layout, _boundary_bytes(facts, candidate)
-    recomputed = layout.recomputed_layers(len(facts.activations))
-    kept = candidate.micro_seqs * facts.activation_width * facts.context_cost(layout).kept
+    recomputed = candidate.layout.recomputed_layers(len(facts.activations))
+    known: dict[tuple[int, bool], _LayerMemory] = {}  # layers of a kind have one object
     layers = []
     for index, saved in enumerate(facts.layer_bytes(candidate)):
-        ranks = layout.tensor, sequence_ranks(layout)
-        size = candidate.own_seqs * saved.saved.on_rank(*ranks) + kept
-        factors = candidate.own_seqs * saved.factors.on_rank(*ranks)
-        products = _product_bytes(facts, candidate, saved) if layout.recompute == "selective" else 0.0
-        again = _LayerMemory(products + (0.0 if layout.offload_activations else boundary), size, factors)
-        layers.append(again if index in recomputed else _LayerMemory(size, factors=factors))
+        if (key := (id(saved), index in recomputed)) not in known:
+            known[key] = _one_layer(facts, candidate, saved, again=index in recomputed)
+        layers.append(known[key])
     return layers
+
+
+def _one_layer(facts: ModelFacts, candidate: Candidate, saved: LayerBytes, *, again: bool) -> _LayerMemory:
+    """A recomputed layer stores its input; selective recomputation also its products (arXiv 2205.05198, section 5)."""
+    layout, ranks = candidate.layout, (candidate.layout.tensor, sequence_ranks(candidate.layout))
+    kept = candidate.micro_seqs * facts.activation_width * facts.context_cost(layout).kept
+    size = candidate.own_seqs * saved.saved.on_rank(*ranks) + kept
+    factors = candidate.own_seqs * saved.factors.on_rank(*ranks)
+    if not again:
+        return _LayerMemory(size, factors=factors)
+    products = _product_bytes(facts, candidate, saved) if layout.recompute == "selective" else 0.0
+    return _LayerMemory(products + (0.0 if layout.offload_activations else _boundary_bytes(facts, candidate)), size, factors)
 
 
 def _boundary_bytes(facts: ModelFacts, candidate: Candidate) -> float:

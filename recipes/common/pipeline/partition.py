@@ -143,11 +143,11 @@ def _fold(
                 most_up = back - down_stop - 2 * ranks_left
                 ups = _lengths(prefix, back, up_budget, most_up, around, forward=False) if ranks_left else ()
                 for up_start in [back - up for up in ups] or [down_stop]:
-                    costs = prefix[down_stop] - prefix[front], prefix[back] - prefix[up_start] + own
-                    cost = max(dearest, sum(costs))
+                    down_cost, up_cost = prefix[down_stop] - prefix[front], prefix[back] - prefix[up_start] + own
+                    cost = down_cost + up_cost
                     if cost > most:
                         continue
-                    measure = (cost, unequal + (costs[0] - costs[1]) ** 2)
+                    measure = (dearest if cost < dearest else cost, unequal + (down_cost - up_cost) ** 2)
                     left_over = (down_stop, up_start)
                     if left_over not in found or measure < found[left_over][:2]:
                         found[left_over] = (*measure, (*starts, down_stop), (*stops, up_start))

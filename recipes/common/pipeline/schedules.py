@@ -102,11 +102,13 @@ def _around(placement: Placement, rank: int, micro_batches: int) -> list[Pass]:
     passes, deferred = [Pass(FORWARD, *each) for each in forward[:ahead]], deque()
     for index, each in enumerate(backward):
         passes.append(Pass(INPUTS, *each))
-        deferred.append(Pass(WEIGHTS, *each))
-        if zero_bubble and (index + ahead >= len(forward) or len(deferred) > rank):
-            passes.append(deferred.popleft())
-        passes += [Pass(FORWARD, *each) for each in forward[index + ahead : index + ahead + 1]]
-    passes += deferred if zero_bubble else ()
+        if zero_bubble:
+            deferred.append(Pass(WEIGHTS, *each))
+            if index + ahead >= len(forward) or len(deferred) > rank:
+                passes.append(deferred.popleft())
+        if index + ahead < len(forward):
+            passes.append(Pass(FORWARD, *forward[index + ahead]))
+    passes += deferred
     return [step for step in passes if step.micro_batch < micro_batches]
 
 
