@@ -8,6 +8,7 @@ that it is equal to the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recipes.common.model.expert_banks import find_banks
 from recipes.common.model.gradient_sums import GradientSums
-from recipes.common.model.weight_grad_store import WeightGradStore
+from recipes.common.model.weight_grad_store import Factor, WeightGradStore
 
 Linear = nn.Linear | Conv1D
 Store = WeightGradStore | GradientSums
@@ -44,6 +45,16 @@ def defer_weight_gradients(module: nn.Module, store: Store | None) -> None:
     """
     for inner in plain_linears(module):
         inner.weight_grad_store = store
+
+
+def keep_factors(
+    module: Linear,
+    *,
+    inputs: Callable[[torch.Tensor], Factor] | None = None,
+    gradients: Callable[[torch.Tensor], Factor] | None = None,
+) -> None:
+    """Let what these return of a linear's inputs [n, in], or of its outputs' gradients [n, out], wait for its weight gradient."""
+    module.keep_inputs, module.keep_gradients = inputs, gradients
 
 
 def deferrable_fraction(module: nn.Module) -> float:
@@ -127,7 +138,17 @@ class _DeferredLinear(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         x, module = ctx.saved_tensors[0], ctx.module
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        factors = (rows.t(), grads) if isinstance(module, Conv1D) else (grads.t(), rows)
+        inputs, outputs = _kept(module, "keep_inputs", rows), _kept(module, "keep_gradients", grads)
+        factors = (_transposed(inputs), outputs) if isinstance(module, Conv1D) else (_transposed(outputs), inputs)
         ctx.store.put(module.weight, *factors, ctx.product)
         grad_bias = grads.sum(0) if ctx.needs_input_grad[1] else None
         return ctx.product(grads, _matrix(module)).view(x.shape), grad_bias, None, None, None
+
+
+def _kept(module: Linear, way: str, rows: torch.Tensor) -> Factor:
+    keep = getattr(module, way, None)
+    return rows if keep is None else keep(rows)
+
+
+def _transposed(factor: Factor) -> Factor:
+    return factor.t() if isinstance(factor, torch.Tensor) else lambda: factor().t()

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Factor = torch.Tensor | Callable[[], torch.Tensor]  # itself, or what gives it when it is needed
 
 
 class WeightGradStore:
     """Weight gradients not computed yet, each as its two factors, by micro batch in the order of the backward passes."""
 
     def __init__(self) -> None:
-        self._micro_batches: deque[dict[nn.Parameter, list[tuple[torch.Tensor, torch.Tensor, Product]]]] = deque()
+        self._micro_batches: deque[dict[nn.Parameter, list[tuple[Factor, Factor, Product]]]] = deque()
 
     def __len__(self) -> int:
         """Count the micro batches whose gradients are not computed yet."""
@@ -29,7 +30,7 @@ class WeightGradStore:
         """Let the backward pass of the next micro batch put its gradients."""
         self._micro_batches.append({})
 
-    def put(self, weight: nn.Parameter, left: torch.Tensor, right: torch.Tensor, product: Product) -> None:
+    def put(self, weight: nn.Parameter, left: Factor, right: Factor, product: Product) -> None:
         """Defer the gradient of `weight`, which is product(left, right)."""
         assert self._micro_batches, "a backward pass that no schedule began: its weight gradients would be lost"
         self._micro_batches[-1].setdefault(weight, []).append((left, right, product))
@@ -46,6 +47,11 @@ class WeightGradStore:
             gradient = None
             while factors:  # several where the model uses a weight twice; autograd, too, sums them before it accumulates
                 left, right, product = factors.pop(0)
-                part = product(left, right)
+                part = product(_given(left), _given(right))
+                del left, right
                 gradient = part if gradient is None else gradient + part
             torch.autograd.backward([weight], [gradient])
+
+
+def _given(factor: Factor) -> torch.Tensor:
+    return factor if isinstance(factor, torch.Tensor) else factor()

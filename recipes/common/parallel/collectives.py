@@ -153,11 +153,16 @@ def scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup | None, *, partia
 
 def all_gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Concatenate [micro_seqs, part, width] of all ranks along the sequence; no gradient."""
-    size = dist.get_world_size(group)
-    parts = x.new_empty(size * x.shape[0], *x.shape[1:])
-    with CLOCK.collective("all_gather_into_tensor", num_bytes(parts), group):
-        dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
-    return parts.view(size, *x.shape).transpose(0, 1).reshape(x.shape[0], -1, x.shape[2])
+    parts = all_gather_rows(x.contiguous(), group)
+    return parts.view(-1, *x.shape).transpose(0, 1).reshape(x.shape[0], -1, x.shape[2])
+
+
+def all_gather_rows(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Concatenate [part, width] of all ranks; no gradient."""
+    rows = part.new_empty(dist.get_world_size(group) * len(part), *part.shape[1:])
+    with CLOCK.collective("all_gather_into_tensor", num_bytes(rows), group):
+        dist.all_gather_into_tensor(rows, part, group=group)
+    return rows
 
 
 def _reduce_scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

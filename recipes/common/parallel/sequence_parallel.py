@@ -6,7 +6,8 @@ reduce-scattered, which together move as much as the all-reduce they replace. In
 rotary embeddings and masks for whole sequences. Parameters used outside the blocks see part of the tokens, so their gradients
 are summed over the tensor ranks.
 
-Of a block's input, its linears keep this rank's part for the backward pass, where it is gathered a second time.
+Of a block's input, its linears keep this rank's part for the backward pass, where it is gathered a second time; so they do of
+the factors of deferred weight gradients.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import torch.distributed as dist
 from torch import nn
 
 from recipes.common.model.decoder import PlanError, Stack
+from recipes.common.model.linears import Linear, keep_factors
 from recipes.common.model.sharding import TensorPlan
 from recipes.common.parallel.collectives import all_gather_sequence, gather_sequence, scatter_sequence, sum_gradient
 from recipes.common.parallel.grid import Grid
+from recipes.common.parallel.kept_rows import RowKeeper
 from recipes.common.parallel.tensor_styles import COLUMN, ROW, STYLES
 
 
@@ -61,10 +64,17 @@ def shard_sequence(
     """
     layers = causal.get_submodule(stack.layers)
     own = [index for chunk in chunks for index in chunk]
+    keep_inputs, keep_gradients = RowKeeper(grid.tensor_group), RowKeeper(grid.tensor_group)
     for index in own:
         for name, module in layers[index].named_modules(prefix=f"{stack.layers}.{index}"):
             if name in plan.blocks:
                 _gather_input(module, grid.tensor_group, keep_part=index not in recomputed)
+        for name, module in layers[index].named_modules(prefix=f"{stack.layers}.{index}"):
+            place = STYLES[plan.styles[name]].in_block if name in plan.styles and isinstance(module, Linear) else None
+            if place == COLUMN:
+                keep_factors(module, inputs=keep_inputs)
+            elif place == ROW:
+                keep_factors(module, gradients=keep_gradients)
     if grid.is_first_stage:
         layers[own[0]].register_forward_pre_hook(partial(_scatter_input, grid.tensor_group), with_kwargs=True)
     for chunk in chunks:

@@ -11,8 +11,20 @@ from recipes.common.model.decoder import PlanError, Stack
 from recipes.common.parallel.family_plans import BUILT_IN_DIVIDE, BUILT_IN_TENSOR, VARIANTS, block, head_norms
 from recipes.common.parallel.tensor_styles import STYLES
 
+# DeepSeek's latent attention, where transformers' plan leaves it whole: its heads are divided where they leave the latent
+_LATENT = {
+    "?layers.*.self_attn.q_proj": "colwise",
+    "?layers.*.self_attn.q_b_proj": "colwise",
+    "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+    "layers.*.self_attn.kv_b_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+}
+
 # Entries that transformers' plans lack, or have wrong: found by comparing every family's gradients with one process.
 ADDED_TENSOR: dict[str, dict[str, str]] = {
+    "axk1": _LATENT,
+    "deepseek_v3": _LATENT,
+    "youtu": _LATENT,
     "apertus": {"layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},
     # values decide, by projections and parameters for each head, which keys are seen
     "doge": block("layers.*.self_attn", "q_proj k_proj v_proj", "o_proj", gathered=True)

@@ -34,6 +34,7 @@ SCOPE: dict[str, tuple[str, ...]] = {
     "recipes/common/parallel/expert_parallel.py": (),
     "recipes/common/parallel/experts.py": (),
     "recipes/common/parallel/grid.py": (),
+    "recipes/common/parallel/kept_rows.py": (),
     "recipes/common/parallel/router_losses.py": (),
     "recipes/common/parallel/sequence_parallel.py": (),
     "recipes/common/parallel/tensor_parallel.py": ("_check_lengths",),

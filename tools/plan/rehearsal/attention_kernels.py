@@ -21,11 +21,13 @@ def attend(
 ) -> torch.Tensor:
     """Compute scaled_dot_product_attention [seqs, heads, length, width] by the kernel that CUDA prefers for these tensors.
 
-    Without a mask, in 16 bits: flash (cuDNN's keeps the same tensors). With one, or in fp32: the memory-efficient one, which
-    wants a mask of the scores' dtype. fp32 with fewer key heads than query heads has neither: products and a softmax.
+    Without a mask, in 16 bits: flash (cuDNN's keeps the same tensors). With one, in fp32, or where values are narrower than keys
+    (latent attention): the memory-efficient one, which wants a mask of the scores' dtype. fp32 with fewer key heads than query
+    heads has neither: products and a softmax.
     """
     aten = torch.ops.aten
-    if attn_mask is None and query.dtype in _FUSED_DTYPES and query.shape[-1] <= _WIDEST_HEAD:
+    flash = attn_mask is None and query.dtype in _FUSED_DTYPES and query.shape[-1] <= _WIDEST_HEAD
+    if flash and value.shape[-1] == query.shape[-1]:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     if enable_gqa and key.shape[1] != query.shape[1]:
         if query.dtype not in _FUSED_DTYPES:
