@@ -3,7 +3,7 @@
     bash launch/hostfile.sh --hostfile hosts recipes/deepseek_v3.py --out-dir /ckpt/deepseek_v3
     python recipes/deepseek_v3.py --dry-run --world-size 1024                    # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 1024 GPUs 26 to 65 GiB, MFU 9%, 442 days; 2048 GPUs 24 to 60 GiB,
+Planned (H100, not measured; memory a GPU over the stages): 1024 GPUs 24 to 60 GiB, MFU 9%, 442 days; 2048 GPUs 23 to 56 GiB,
 MFU 9%, 224 days.
 
 Where the numbers come from: shape, learning rate, batch ramp and router settings from arXiv 2412.19437, section 4.2, and the
