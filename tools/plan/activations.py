@@ -8,12 +8,13 @@ precision needs a formula. A 70B model takes about a second on one core.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -25,6 +26,7 @@ from recipes.common.model.token_chunks import chunk_tokens, find_mlp
 from recipes.common.parallel.tensor_plans import tensor_plan
 from recipes.common.pipeline.placeholders import Placeholder
 from tools.plan.layer_log import Bytes, LayerBytes, LayerLog, sum_bytes
+from tools.plan.rehearsal.attention_kernels import attend
 
 TRAFFIC_PER_SAVED = 6.0  # bytes moved a saved byte: each is written and read about three times
 
@@ -80,7 +82,8 @@ def _measure(
     config: PreTrainedConfig, seq_len: int, dtype: torch.dtype, attention: str, change: _Changes, fake: bool, *, every_layer: bool
 ) -> ModelBytes:
     width = config.get_text_config().hidden_size
-    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), no_questions(documents=False):
+    memoryless = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    with memoryless, _latent_attention() if fake else nullcontext(), no_questions(documents=False):
         causal = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         ).train()
@@ -102,6 +105,22 @@ def _measure(
         causal.get_submodule(stack.base)(input_ids=torch.zeros(1, seq_len, dtype=torch.long), use_cache=False)
     measured = {index: log.measured() for index, log in logs.items()}
     return ModelBytes(tuple(measured[kinds.index(kind)] for kind in kinds), sum_bytes(log.measured().saved for _, log in after))
+
+
+@contextmanager
+def _latent_attention() -> Iterator[None]:
+    """Let values narrower than keys be attended to as on a GPU: a CPU's kernel would compute the whole score matrix."""
+    plain = F.scaled_dot_product_attention
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        by = plain if value.shape[-1] == query.shape[-1] else attend
+        return by(query, key, value, *args, **options)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
 
 
 def _styles(causal: PreTrainedModel, stack: Stack) -> dict[str, str]:
