@@ -13,18 +13,23 @@ from recipes.common.parallel.tensor_styles import STYLES
 
 # DeepSeek's latent attention, where transformers' plan leaves it whole: its heads are divided where they leave the latent
 _LATENT = {
-    "?layers.*.self_attn.q_proj": "colwise",
-    "?layers.*.self_attn.q_b_proj": "colwise",
+    "layers.*.self_attn.q_b_proj": "colwise",
     "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
     "layers.*.self_attn.kv_b_proj": "colwise",
     "layers.*.self_attn.o_proj": "rowwise",
+}
+# without a q_lora_rank queries come from one projection
+_LATENT_OR_PLAIN = {
+    "?layers.*.self_attn.q_proj": "colwise",
+    "?layers.*.self_attn.q_b_proj": "colwise",
+    **{name: style for name, style in _LATENT.items() if name != "layers.*.self_attn.q_b_proj"},
 }
 
 # Entries that transformers' plans lack, or have wrong: found by comparing every family's gradients with one process.
 ADDED_TENSOR: dict[str, dict[str, str]] = {
     "axk1": _LATENT,
-    "deepseek_v3": _LATENT,
-    "youtu": _LATENT,
+    "deepseek_v3": _LATENT_OR_PLAIN,
+    "youtu": _LATENT_OR_PLAIN,
     "apertus": {"layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},
     # values decide, by projections and parameters for each head, which keys are seen
     "doge": block("layers.*.self_attn", "q_proj k_proj v_proj", "o_proj", gathered=True)
