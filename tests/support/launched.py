@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 from recipes.common.recipe import ROOT
+from recipes.common.run_dir.metrics import read_metrics
 from recipes.common.runtime.network import free_port
 from tests.support.tiny import write_shards
+from tools.common.recipe_io import load_recipe
 
 PROGRAMS = Path(sys.executable).parent
 _SMALLER = {
@@ -56,3 +58,16 @@ def deepspeed(ranks: int, *words: object) -> list[object]:
 
 def torchrun(ranks: int, *words: object) -> list[object]:
     return ["torchrun", "--nproc-per-node", ranks, "--master-port", free_port(), *words]
+
+
+def train_as_started(recipe_file: Path, flags: list[object]) -> None:
+    """Train on this forked rank as a launcher would have it."""
+    from recipes.common import train
+
+    train.end_rank = lambda *_: None  # a forked rank has an answer to give
+    sys.argv = [str(recipe_file), *map(str, flags)]
+    train.main(load_recipe(str(recipe_file)))
+
+
+def losses(out_dir: Path) -> list[tuple[float, float]]:
+    return [(record["loss"], record["grad_norm"]) for record in read_metrics(out_dir) if "loss" in record]

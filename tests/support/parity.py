@@ -30,7 +30,8 @@ OPTIONS = (
 
 def trial_of(config: PreTrainedConfig, pipeline: int, tensor: int, data: int, **fields: Any) -> Trial:
     options = {name: fields.pop(name) for name in OPTIONS if name in fields}
-    defaults = {"optimizer": ADAMW, "deepspeed": ds_config("zero1_fp32.json"), "global_seqs": 4}
+    # two steps: the second one's numbers depend on all that the first one left
+    defaults = {"optimizer": ADAMW, "deepspeed": ds_config("zero1_fp32.json"), "global_seqs": 4, "steps": 2}
     return Trial(
         model=config,
         layout=Layout(pipeline=pipeline, tensor=tensor, **options),

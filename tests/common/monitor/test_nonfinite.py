@@ -155,13 +155,13 @@ def skip_second(trial):
         (2, "gradient", GRADIENT, "model.layers.2.mlp.up_proj.weight", "Infinity"),
         (1, "loss", LOSS, "cross-entropy", "Infinity"),
         (2, "loss", LOSS, "cross-entropy", "Infinity"),
-        (2, "once", UNREPEATED, "", ""),
+        (1, "once", UNREPEATED, "", ""),
     ],
 )
 def test_what_was_first(pipeline, where, kind, name, value):
-    trial = trial_of(pipeline, 1, 2)
+    trial = replace(trial_of(pipeline, 1, 2), steps=BAD_STEP + 1)
     for steps in run_ranks(run_planted, trial.world_size, trial, where, 1):
-        reason, found, *_ = steps[1]
+        reason, found, *_ = steps[BAD_STEP]
         assert reason == NONFINITE
         assert (found.kind, found.name, found.value) == (kind, name, value)
         if kind in (WEIGHT, GRADIENT, LOSS):
@@ -173,7 +173,7 @@ def test_what_was_first(pipeline, where, kind, name, value):
 
 
 def test_weight_gradients_that_a_schedule_puts_off_are_seen_too():
-    trial = trial_of(2, 1, 2, pipeline_schedule="zero_bubble")
+    trial = replace(trial_of(2, 1, 2, pipeline_schedule="zero_bubble"), steps=BAD_STEP + 1)
     for steps in run_ranks(run_planted, trial.world_size, trial, "gradient", 1):
         found = steps[1][1]
         assert (found.kind, found.name) == (GRADIENT, "model.layers.2.mlp.up_proj.weight")

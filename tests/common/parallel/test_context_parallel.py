@@ -51,7 +51,7 @@ def test_gradients(name):
 
 
 @pytest.mark.parametrize("name", ["qwen3, fewer kv heads than ranks", "llama, documents"])
-def test_three_steps_of_adamw(name):
+def test_two_steps_of_adamw(name):
     assert_equal(context_trial(name))
 
 

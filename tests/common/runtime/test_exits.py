@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 
 from recipes.common.runtime.exits import FAILED, NUMBERS, UNSAVED, TrainingError, UnsavedError, guard_rank
-from tests.support.launched import copy_repository, deepspeed, start
+from tests.support.launched import copy_repository, deepspeed, losses, start, train_as_started
 from tests.support.tiny import ROOT
 from tools.common.forked_ranks import run_ranks
 
 SECONDS = 30  # from the failure to the launcher's end; measured: 3 s on an idle machine with 2 cores
 
-# rank 1 fails in its third step; rank 0 sees nothing but a peer that is gone
+# rank 1 fails in its fourth step; rank 0 sees nothing but a peer that is gone
 FAULT = """
 import os  # noqa
 from recipes.common.data.prefetcher import Prefetcher  # noqa
 
 def _fail(self, consumed, global_seqs, read=Prefetcher.next):
-    if os.environ["RANK"] == "1" and consumed >= 8:
+    if os.environ["RANK"] == "1" and consumed >= 12:
         raise LookupError("planted: this shard is unreadable")
     return read(self, consumed, global_seqs)
 
@@ -30,8 +30,11 @@ Prefetcher.next = _fail
 
 
 def test_a_rank_that_raises_takes_the_job_down(tmp_path):
-    copy_repository(tmp_path, extra=FAULT)
-    process = start(deepspeed(2, "recipes/quickstart.py", "--out-dir", tmp_path / "run"), tmp_path / "repository")
+    """Started as a module. Until the fault it trains what forked ranks do without a launcher."""
+    recipe_file = copy_repository(tmp_path, extra=FAULT)
+    run_ranks(train_as_started, 2, recipe_file, ["--out-dir", tmp_path / "forked", "--max-steps", 2])
+    words = ["--module", "recipes.quickstart", "--out-dir", tmp_path / "run"]
+    process = start(deepspeed(2, *words), tmp_path / "repository")
     output, _ = process.communicate(timeout=120)
     ended = time.time()
     assert process.returncode != 0
@@ -43,6 +46,8 @@ def test_a_rank_that_raises_takes_the_job_down(tmp_path):
     assert "rank 1 failed; its traceback:" in output
     assert "rank 0 stopped: rank_1 failed first" in output
     assert [path.name for path in saved.parent.glob("*.traceback")] == [saved.name]
+    forked = losses(tmp_path / "forked")
+    assert losses(tmp_path / "run")[:2] == forked and len(forked) == 2
 
 
 def test_a_guarded_rank_leaves_its_traceback_and_nothing_from_an_earlier_start(tmp_path):
