@@ -154,11 +154,13 @@ def test_dry_run_of_llama_1b_on_64_gpus_takes_seconds(tmp_path):
 
 
 # at this width: as llama_1b_long but for its tied head or, llama_1b, the rotary scaling that llama_8b_128k has; the quickstart as
-# the gate's own tests have it (tests/tools/verify); qwen3_8b as qwen3_0_6b but for its tied head
+# the gate's own tests have it (tests/tools/verify); qwen3_8b as qwen3_0_6b but for its tied head; gpt2_124m and olmo2_7b as
+# tests/test_parity.py has them, on stages and tensor ranks at once
 SAME_AT_THIS_WIDTH = {"llama_1b", "llama_405b", "llama_70b", "llama_8b", "llama_8b_continued", "quickstart", "qwen3_8b"}
+SAME_AT_THIS_WIDTH |= {"gpt2_124m", "olmo2_7b"}
 # on both at once tests/test_parity.py holds these families: here each is on one of them
-ON_STAGES = {"gpt2_124m", "qwen3_0_6b"}
-ON_TENSOR_RANKS = {"mixtral_8x7b", "olmo2_7b"}
+ON_STAGES = {"qwen3_0_6b"}
+ON_TENSOR_RANKS = {"mixtral_8x7b"}
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - SAME_AT_THIS_WIDTH))
