@@ -66,7 +66,10 @@ def _compared(config):
     worst = max(((fused[name] - wanted).abs().max() / wanted.abs().max()).item() for name, wanted in plain.items())
     causal = plan_model(config, Layout(), attention="eager").causal
     layer = next(module for module in causal.modules() if type(module).__name__.endswith(("DecoderLayer", "Block")))
-    return fuse_layer(layer), worst
+    kinds = fuse_layer(layer)
+    norms = [module for name, module in layer.named_modules() if "norm" in name or name.startswith("ln_")]
+    assert norms and all("forward" in vars(norm) for norm in norms)
+    return kinds, worst
 
 
 def _numbers(config, kernels):

@@ -53,18 +53,20 @@ def test_an_expert_rank_draws_its_own_experts(spec):
 
 
 def test_what_shards_cannot_repeat_is_seen():
-    """A parameter left alone, read, drawn in parts or transposed."""
-    assert run_ranks(_recorded, 1) == [[True, False, False, False, False]]
+    """A parameter left alone, alone or beside another, read, drawn in parts or transposed."""
+    assert run_ranks(_recorded, 1) == [[True, True, False, False, False, False, False]]
 
 
 def _recorded():
-    def repeatable(change):
-        linear = torch.nn.Linear(4, 4, bias=False, device="meta")
+    def repeatable(change, bias=False):
+        linear = torch.nn.Linear(4, 4, bias=bias, device="meta")
         return recorded_calls(SimpleNamespace(_init_weights=torch.no_grad()(change)), [("m", linear)]) is not None
 
     return [
         repeatable(lambda m: m.weight.normal_(0.0, 0.02)),
+        repeatable(lambda m: (m.weight.normal_(), m.bias.zero_()), bias=True),
         repeatable(lambda m: None),
+        repeatable(lambda m: m.weight.normal_(), bias=True),
         repeatable(lambda m: m.weight.normal_().copy_(m.weight.mul(2))),
         repeatable(lambda m: (m.weight.normal_(), m.weight[0].zero_())),
         repeatable(lambda m: m.weight.T.normal_()),

@@ -15,6 +15,7 @@ def _there_and_back():
     packing = packing_of(tensors, (2, 3))
     message = pack(packing, torch.tensor(packing.header()), tensors)
     assert message.dtype == torch.bfloat16 and message.shape[:2] == (2, 3)
+    assert 0 <= message.numel() * 2 - packing.num_bytes < 2 * 3 * 2  # no more than the members need, in whole columns
     received = message.detach().clone().requires_grad_()
     found = read_packing(received, len(tensors))
     assert found == packing

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from recipes.common.parallel.grid import one_process
@@ -9,6 +10,7 @@ from recipes.common.pipeline import layer_options
 from recipes.common.pipeline import stage as stage_module
 from recipes.common.recipe import Layout
 from tests.support.stages import FAMILIES, config_of, stages_of
+from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks
 
 
@@ -26,6 +28,24 @@ def test_stages_hold_hugging_face_names_once(family, tied):
     assert all(stage for stage in found)
     # constants that a state dict holds (a router's correction, ...) are saved from the stages that have them
     assert {name for stage in kept for name in stage} == set(buffers)
+
+
+def _evaluated():
+    """Losses without gradients, of RWKV with more layers than it rescales at a time at inference, and as it trains."""
+    config = tiny_config("rwkv", num_hidden_layers=4, rescale_every=1)
+    ids = torch.arange(3, 19).view(1, 16)
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(config).train()
+    stage = stage_module.build_stage(stage_module.plan_model(config, attention="eager"), one_process(), seq_len=16, seed=3)
+    plain.load_state_dict(dict(stage.hf_named_parameters()))
+    with torch.no_grad():
+        wanted = F.cross_entropy(plain(ids).logits[0], ids[0].flip(0), reduction="sum")
+        return stage.eval()(ids, (ids.flip(1), torch.tensor(1.0))).item(), wanted.item()
+
+
+def test_what_is_for_inference_alone_is_off_in_evaluations():
+    found, wanted = run_ranks(_evaluated, 1)[0]
+    assert found == pytest.approx(wanted, rel=1e-6)
 
 
 def _names(config, pipeline):
