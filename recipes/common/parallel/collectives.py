@@ -188,4 +188,5 @@ def _all_to_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def _own_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    return x.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)].contiguous()
+    # a copy: of one sequence the part would be a view, which keeps the whole until its backward pass
+    return x.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)].clone(memory_format=torch.contiguous_format)

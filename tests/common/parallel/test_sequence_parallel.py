@@ -59,6 +59,8 @@ def moves():
     wanted = torch.sin(plain * a) + torch.sin(plain * b)
     y.backward(wanted_grad.chunk(size, dim=1)[rank])
     wanted.backward(wanted_grad)
+    one = scatter_sequence(x[:1], group)
+    assert one.untyped_storage().nbytes() == x[:1].nbytes // size  # it keeps no more than itself
     pairs = [(y, wanted), (mine.grad, plain.grad)]
     return [torch.allclose(part, whole.chunk(size, dim=1)[rank], atol=1e-6) for part, whole in pairs]
 
