@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig
 
 from recipes.common.recipe import ROOT
-from tests.bench import checkpoint, data
+from tests.bench import checkpoint, data, rewind
 from tests.bench.data import make_corpus, make_tokenizer
 from tests.bench.spikes import monitor_overhead, planted_causes
 from tests.support.browser import CHROMIUM
@@ -70,8 +70,10 @@ def test_timers(tmp_path):
     assert [rank["steps_timed"] for rank in found["ranks"]] == [4, 4]  # of 4 warm ones every second, and the rounds
 
 
-def test_rewind(tmp_path):
-    """The four runs are made and compared; whether so short a run is worth a roll-back is not judged."""
+def test_rewind(tmp_path, monkeypatch):
+    """The four runs are made and compared, of one layer; whether so short a run is worth a roll-back is not judged."""
+    text = rewind.recipe_text
+    monkeypatch.setattr(rewind, "recipe_text", lambda *args, **options: _of_one_layer(text(*args, **options)))
     texts = make_corpus(tmp_path / "corpus.jsonl", 1)
     make_tokenizer(tmp_path / "tokenizer", texts[:100], vocab=400)
     flags = ("--tokenizer", tmp_path / "tokenizer", "--validation-fraction", 0.1, "--workers", 1, "--out", tmp_path / "good")
@@ -84,6 +86,13 @@ def test_rewind(tmp_path):
     assert runs["clean"]["val_loss"] != runs["clean, another seed"]["val_loss"]
     assert runs["planted, logged"]["worst_loss"] > runs["clean"]["worst_loss"] + 1.0
     assert (tmp_path / "out" / "planted_rewound" / "spikes.html").is_file()
+
+
+def _of_one_layer(text):
+    for old, new in {"num_hidden_layers=4": "num_hidden_layers=1", "num_params=2_361_024": "num_params=1_180_224"}.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
 
 
 def test_monitor(monkeypatch):
