@@ -23,7 +23,7 @@ from recipes.common.parallel.tiny_model import is_tiny, shrink
 from recipes.common.pipeline.carrier import MORE_THAN_PARTS
 from recipes.common.pipeline.crossings import find_crossings
 from recipes.common.pipeline.partition import partition_layers
-from recipes.common.pipeline.stage import Stage, build_stage, plan_model
+from recipes.common.pipeline.stage import PlannedModel, Stage, build_stage, plan_model
 from recipes.common.recipe import Layout
 
 _SEQS, _SEQ_LEN = 2, 16
@@ -192,7 +192,16 @@ def _stages(config: PreTrainedConfig, attention: str, count: int) -> Iterator[St
     for index, own in enumerate(partition_layers(costs, head, placement_of(Layout(pipeline=count)))):
         kept = {id(layer): layer for i, layer in enumerate(layers) if i not in own}  # not copied: the stage takes them out
         grid = Grid(**(vars(one_process()) | {"pipeline": count, "pipeline_rank": index}))
-        yield build_stage(copy.deepcopy(model, kept), grid, seq_len=_SEQ_LEN).eval()
+        yield build_stage(_copied(model, kept), grid, seq_len=_SEQ_LEN).eval()
+
+
+def _copied(model: PlannedModel, kept: dict[int, nn.Module]) -> PlannedModel:
+    """Copy a model apart from the modules in `kept`. A parameter's copy would lose what its constructor gave it."""
+    copied = copy.deepcopy(model, kept)
+    for parameter, original in zip(copied.causal.parameters(), model.causal.parameters(), strict=True):
+        if hasattr(original, "constructed"):
+            parameter.constructed = original.constructed
+    return copied
 
 
 def _shares_layers(whole: Stage) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from recipes.common.pipeline.places import Crossings
 class Placeholder(nn.Module):
     """Returns its input in the place of a layer or norm.
 
-    Plain attributes (layer_idx, attention_type) remain, its own and its class's, and the names of parameters, whose types some
-    families ask. outputs: of a tuple, whose others are None; 0 for no tuple.
+    Plain attributes (layer_idx, attention_type) remain, its own and its class's, the names of parameters, whose types some
+    families ask, and its submodules' buffers, which falcon_h1's model fills for its layers. outputs: of a tuple, whose others are
+    None; 0 for no tuple.
     """
 
     def __init__(self, original: nn.Module, *, outputs: int = 0) -> None:
@@ -29,6 +31,9 @@ class Placeholder(nn.Module):
                     setattr(self, name, value)
         for name, _ in original.named_parameters(recurse=False):
             setattr(self, name, torch.zeros(1))
+        for name, child in original.named_children():
+            if (buffers := dict(child.named_buffers(recurse=False))) and not hasattr(self, name):
+                setattr(self, name, SimpleNamespace(**buffers))
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
         return (hidden_states, *[None] * (self.outputs - 1)) if self.outputs else hidden_states

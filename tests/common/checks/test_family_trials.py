@@ -10,7 +10,7 @@ from tools.common.forked_ranks import run_ranks
 
 
 @pytest.mark.parametrize("pipeline", [2, 4])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "apertus"])
 def test_families_that_can_be_partitioned(family, pipeline):
     assert run_ranks(partition_problems, 1, tiny_config(family), Layout(pipeline=pipeline, tensor=2), "eager") == [[]]
 
