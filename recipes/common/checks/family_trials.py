@@ -198,9 +198,10 @@ def _stages(config: PreTrainedConfig, attention: str, count: int) -> Iterator[St
 def _copied(model: PlannedModel, kept: dict[int, nn.Module]) -> PlannedModel:
     """Copy a model apart from the modules in `kept`. A parameter's copy would lose what its constructor gave it."""
     copied = copy.deepcopy(model, kept)
-    for parameter, original in zip(copied.causal.parameters(), model.causal.parameters(), strict=True):
-        if hasattr(original, "constructed"):
-            parameter.constructed = original.constructed
+    originals = dict(model.causal.named_parameters(remove_duplicate=False))
+    for name, parameter in copied.causal.named_parameters(remove_duplicate=False):
+        if hasattr(originals[name], "constructed"):
+            parameter.constructed = originals[name].constructed
     return copied
 
 
