@@ -176,6 +176,12 @@ class _Trial:
     def _record(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
     ) -> Attention:
+        scores = query.shape[1], query.shape[2], key.shape[2]
+        if biases := [name for name, each in options.items() if torch.is_tensor(each) and each.shape[-3:] == scores]:
+            raise PlanError(
+                f"model_type={self._family}: its attention is given {', '.join(biases)} for each head, query and key, which "
+                "context ranks do not share"
+            )
         out = attention_function(module, self._attention)(module, query, key, value, attention_mask, **options)[0]
         heads = query.shape[1]
         parts = [t.chunk(self._heads, dim=1) for t in (query, *shared_heads(key, value, heads=heads, ranks=self._heads))]

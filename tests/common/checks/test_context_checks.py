@@ -70,6 +70,7 @@ def test_families_that_can_share(family):
         ("qwen3_next", "model_type=qwen3_next mixes tokens outside attention"),  # linear attention
         ("jamba", "model_type=jamba does not call attention through transformers' table"),  # a state space
         ("glm_moe_dsa", "a tiny glm_moe_dsa does not run with it"),  # an indexer
+        ("inkling2_text", "model_type=inkling2_text: its attention is given position_bias for each head, query and key"),
         ("bloom", "model_type=bloom does not call attention through transformers' table"),  # biases by distance
     ],
 )
