@@ -38,6 +38,7 @@ class Variant:
     kernels: str = "none"
     steps: tuple[int, ...] = (1, 1, 2)
     seq_len: int | None = None
+    exchanges: int = 0  # layers whose tokens travel to experts on other ranks
     budget: Budget | None = None
 
     @property
@@ -80,6 +81,7 @@ STEPS = (
             budget=Budget(32, 340, 27)),
     Variant(recipe="qwen3_0_6b", layers=2, gpus=4, layout="", rank=0, documents=True, budget=Budget(135, 960, 27)),
     Variant(recipe="mixtral_8x7b", layers=2, gpus=64, layout="tensor=2,pipeline=2", rank=0, budget=Budget(149, 3980)),
+    Variant(recipe="mixtral_8x7b", layers=2, gpus=64, layout="expert=2", rank=0, exchanges=2, budget=Budget(174, 5560, 34)),
     Variant(recipe="llama_8b_128k", layers=2, gpus=64, layout=f"tensor=2,context=2,{SP},recompute=full", rank=2, seq_len=16_384,
             budget=Budget(140, 1410, 30)),
     Variant(recipe="llama_1b", layers=2, gpus=64, layout="pipeline=2", rank=1, deepspeed="zero1_fp16.json", extras=("skip",),

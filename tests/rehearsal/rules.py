@@ -17,10 +17,10 @@ MOST_WAITS = 6  # a step, whatever is listed
 MEMORY = 0.05  # the peak's distance from the planner's
 
 
-def wait_problems(summary: StepSummary) -> list[str]:
-    """Return the waits that no rule allows."""
-    problems = []
-    for index, allowed in enumerate((WAITS_ONCE, WAITS_EACH)):
+def wait_problems(summary: StepSummary, exchanges: int = 0) -> list[str]:
+    """Return the waits that no rule allows. exchanges: layers that spread experts, each of which asks how many tokens travel."""
+    problems, each = [], WAITS_EACH | {("copy from device to host", "recipes/common/parallel/expert_parallel.py"): exchanges}
+    for index, allowed in enumerate((WAITS_ONCE, each)):
         by_file, lines = {}, {}
         for (what, line), growth in summary.waits.items():
             times = (growth.once, growth.each)[index][0]

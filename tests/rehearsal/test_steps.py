@@ -18,7 +18,7 @@ def test_a_step(variant, rehearsed):
     prediction = predict(recipe, layout, variant.gpus, summary.stage, count, GPU)
     problems = [f"{problem}: {times}" for problem, times in summary.broken.items()]
     problems += [f"a number of elements depends on data: {line}" for line in summary.unanswered]
-    problems += wait_problems(summary) + memory_problems(summary, prediction)
+    problems += wait_problems(summary, variant.exchanges) + memory_problems(summary, prediction)
     problems += budget_problems(summary, variant.budget, tokens=tokens, logits=tokens * recipe.model.vocab_size / layout.tensor)
     assert problems == []
     skipped = {phase["name"]: phase["said"]["skipped"] for phase in result["phases"] if isinstance(phase["said"], dict)}

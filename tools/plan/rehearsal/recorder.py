@@ -64,7 +64,7 @@ class Recorder(TorchDispatchMode):
         if name in _ANSWERS:
             return _ANSWERS[name](self, func, args, kwargs)
         on_device = any(each.device.type == "cuda" for each in inputs)
-        if _depends_on_data(func, args):
+        if _depends_on_data(func, args, kwargs):
             return self._data_dependent(func, name, args, kwargs, on_device)
         for each in inputs:
             if isinstance(each, FakeTensor):
@@ -165,8 +165,11 @@ def _unpinned(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name != "pin_memory"} if kwargs.get("pin_memory") else kwargs
 
 
-def _depends_on_data(func: Any, args: tuple) -> bool:
-    """Return whether values decide an operator's result on the host, or its size; of `x[index]` only where that is a mask."""
+def _depends_on_data(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Return whether values decide an operator's result on the host, or its size; of `x[index]` only where that is a mask, of
+    `repeat_interleave` where it is not told."""
+    if func._overloadpacket is torch.ops.aten.repeat_interleave and kwargs.get("output_size") is not None:
+        return False
     if func._overloadpacket is torch.ops.aten.index:
         return any(isinstance(each, torch.Tensor) and each.dtype in (torch.bool, torch.uint8) for each in args[1])
     return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
