@@ -105,9 +105,10 @@ def shrink(config: PreTrainedConfig, layout: Layout, *, layers: int = 0) -> PreT
             fields[own] = min(fields[own], cap)
         elif isinstance(fields.get(own), list) and all(isinstance(size, int) for size in fields[own]):
             fields[own] = [min(size, cap) for size in fields[own]]  # a width for each layer
-    for inner in (block for value in fields.values() for block in _dicts(value)):  # an encoder of images
-        if isinstance(inner.get("num_hidden_layers"), int):
-            inner["num_hidden_layers"] = min(inner["num_hidden_layers"], _DEPTH)
+    for inner in (block for value in fields.values() for block in _dicts(value)):  # an encoder of images or sound
+        for depth in ("num_hidden_layers", "num_blocks"):
+            if isinstance(inner.get(depth), int):
+                inner[depth] = min(inner[depth], _DEPTH)
     _shrink_experts(fields, names, config, layout)
     heads, kv_heads = _heads(config, layout.tensor * head_ranks(config, layout))
     put("num_attention_heads", heads)
