@@ -15,7 +15,7 @@ On one engine:
     engine._train_schedule                       executor: the passes of a step, then DeepSpeed's reductions and its step
     engine._aggregate_total_loss                 nothing: the trainer sums losses itself
     engine.timers                                nothing: a pipeline engine's keeps two CUDA events a step for ever
-    engine.allreduce_and_copy                    bf16's flat gradients are reduced where they are, not in a copy of several
+    engine.buffered_allreduce_fallback and three of BF16_Optimizer's    gradient_path: how bf16 gradients are added and reduced
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -42,7 +42,9 @@ from deepspeed.utils.timer import NoopTimer
 
 from recipes.common.engine.deepspeed_groups import PipelineGroups
 from recipes.common.engine.deepspeed_timers import TimedBackend, timed_instructions
-from recipes.common.engine.gradient_norm import NormGate, expert_gradients, norm_of_partitions, norm_of_replicated
+from recipes.common.engine.gradient_norm import NormGate, norm_of_partitions, norm_of_parts
+from recipes.common.engine.gradient_path import own_gradients
+from recipes.common.parallel.gradient_buckets import GradientBuckets
 from recipes.common.parallel.grid import Grid
 from recipes.common.pipeline.executor import OneStep, PipelineExecutor, RunPasses
 
@@ -96,32 +98,27 @@ def with_experts(has_banks: bool) -> Iterator[None]:
         DeepSpeedEngine._configure_distributed_model = theirs
 
 
-def patch_engine(engine: DeepSpeedEngine, grid: Grid, executor: PipelineExecutor | None) -> NormGate:
-    """Replace the functions of the table above for this engine. Returns the gate of its steps."""
+def patch_engine(
+    engine: DeepSpeedEngine, grid: Grid, executor: PipelineExecutor | None, late: Collection[torch.nn.Parameter]
+) -> tuple[NormGate, GradientBuckets | None]:
+    """Replace the functions of the table above for this engine. Returns the gate of its steps, and its buckets, if it has any.
+
+    late: see GradientBuckets.
+    """
     gate = NormGate(grid.device)
     _patch_norm(engine.optimizer, grid, gate)
     if not isinstance(comm.cdb, TimedBackend):
         comm.cdb = TimedBackend(comm.cdb)
-    if isinstance(engine.optimizer, BF16_Optimizer):
-        engine.allreduce_and_copy = lambda flats, *args: _reduce_in_place(engine, flats, *args)
+    buckets = own_gradients(engine, grid, late) if isinstance(engine.optimizer, BF16_Optimizer) else None
     if executor is not None:
+        executor.buckets = buckets
         engine._aggregate_total_loss = lambda: torch.zeros(())
         engine.timers = NoopTimer()
         # on the instance, because `deepspeed.initialize` chooses the engine's class
         timed = timed_instructions(engine._INSTRUCTION_MAP)
         engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | timed | {RunPasses: lambda engine: executor.train()}
         engine._train_schedule = lambda: OneStep(engine.micro_batches, engine.num_stages, engine.stage_id)
-    return gate
-
-
-def _reduce_in_place(engine: DeepSpeedEngine, flats: list[torch.Tensor], *args: Any) -> None:
-    """Average each flat gradient over its data ranks where it lies.
-
-    DeepSpeed joins those of less than 500M elements to one, and copies the result back: 2 GiB at the fullest moment of a step.
-    """
-    for flat in flats:
-        reduced = engine.allreduce_bucket([flat], *args)
-        assert reduced.data_ptr() == flat.data_ptr(), "DeepSpeed flattens a flat tensor to a copy"
+    return gate, buckets
 
 
 def _patch_norm(optimizer: Any, grid: Grid, gate: NormGate) -> None:
@@ -132,7 +129,7 @@ def _patch_norm(optimizer: Any, grid: Grid, gate: NormGate) -> None:
     if isinstance(optimizer, BF16_Optimizer):
         # the engine's own mpu is all that identifies it in this function's arguments
         def exact_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-            return gate.checked(norm_of_replicated(gradients, expert_gradients(optimizer, grid), grid), INVALID)
+            return gate.checked(norm_of_parts(list(gradients), grid), INVALID)
 
         optimizer.mpu.trifold_norm = exact_norm
         bf16_optimizer.get_global_norm_of_tensors = _bf16_norm

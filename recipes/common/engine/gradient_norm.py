@@ -15,8 +15,6 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from deepspeed.moe.utils import is_moe_param
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -24,32 +22,9 @@ from recipes.common.parallel.grid import Grid
 from recipes.common.runtime.step_clock import CLOCK, num_bytes
 
 
-def norm_of_replicated(gradients: Iterable[torch.Tensor], experts: Iterable[torch.Tensor], grid: Grid) -> torch.Tensor:
-    """Return the norm where data ranks have equal gradients: those that this tensor rank of this stage has to count.
-
-    experts: gradients of this expert rank's own experts, which are equal on data ranks of the same experts.
-    """
-    if grid.expert == 1:
-        return _norm(list(gradients), grid.model_group, grid)
-    first = grid.data_rank < grid.expert  # each expert once
-    counted = [*(gradients if grid.data_rank == 0 else ()), *(experts if first else ())]
-    return _norm(counted, dist.group.WORLD, grid)
-
-
-def expert_gradients(optimizer: BF16_Optimizer, grid: Grid) -> list[torch.Tensor]:
-    """Return the gradients of experts that this tensor rank of this stage has to count."""
-    found = []
-    for index, group in enumerate(optimizer.bf16_groups):
-        for place, parameter in enumerate(group):
-            counts = is_model_parallel_parameter(parameter) or grid.tensor_rank == 0
-            if is_moe_param(parameter) and counts and optimizer.fp32_groups_has_gradients[index][place]:
-                found.append(optimizer.fp32_groups_gradients[index][place])
-    return found
-
-
 def norm_of_partitions(optimizer: DeepSpeedZeroOptimizer, grid: Grid) -> torch.Tensor:
     """Return the norm where data ranks have different partitions of the gradients (ZeRO)."""
-    return _norm(list(_counted_once(optimizer, grid)), dist.group.WORLD, grid)
+    return norm_of_parts(list(_counted_once(optimizer, grid)), grid)
 
 
 def _counted_once(optimizer: DeepSpeedZeroOptimizer, grid: Grid) -> Iterable[torch.Tensor]:
@@ -61,14 +36,15 @@ def _counted_once(optimizer: DeepSpeedZeroOptimizer, grid: Grid) -> Iterable[tor
                 yield gradient
 
 
-def _norm(gradients: list[torch.Tensor], group: dist.ProcessGroup | None, grid: Grid) -> torch.Tensor:
+def norm_of_parts(gradients: list[torch.Tensor], grid: Grid) -> torch.Tensor:
+    """Return the norm of the whole model's gradient, of which each rank counts these parts."""
     square = torch.zeros((), dtype=torch.float64, device=grid.device)
     if gradients:
         norms = torch._foreach_norm([gradient.detach() for gradient in gradients], 2, torch.float64)
         square += torch.stack(norms).square().sum()
-    if group is not None and dist.get_world_size(group) > 1:
-        with CLOCK.collective("all_reduce", num_bytes(square), group):
-            dist.all_reduce(square, group=group)
+    if dist.get_world_size() > 1:
+        with CLOCK.collective("all_reduce", num_bytes(square), None):
+            dist.all_reduce(square)
     return square.sqrt().float()
 
 

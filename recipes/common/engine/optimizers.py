@@ -14,11 +14,13 @@ from recipes.common.recipe import AdamW, Optimizer
 _UNIT = 16  # elements: the 64 bytes that torch's kernel for CPUs works on at a time
 
 
-def parameter_groups(stage: Stage, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return [decayed, not decayed], in this order on every rank (DeepSpeed's norms deadlock when ranks differ, #1522).
+def parameter_groups(stage: Stage, optimizer: Optimizer, bucket: int | None = None) -> list[dict[str, Any]]:
+    """Return decayed groups, then those that are not decayed; each in the model's order.
 
     Not decayed: parameters of fewer than two dimensions (norms, biases) and, by choice, the embeddings. Where expert ranks divide
     experts, those that this stage has follow: DeepSpeed partitions them over other ranks.
+    bucket: end a group, from the last layer on, when it has as many elements: it is reduced when its gradients are there. None:
+    one group a kind, so that all ranks have as many: DeepSpeed's norms deadlock when ranks differ (#1522), ours do not.
     """
     embeddings = {f"{stage.stack.embedding}.weight", f"{stage.stack.head}.weight"}
     groups: list[list[torch.nn.Parameter]] = [[], []]
@@ -28,11 +30,27 @@ def parameter_groups(stage: Stage, optimizer: Optimizer) -> list[dict[str, Any]]
             not_decayed = parameter.ndim < 2 or (name in embeddings and not optimizer.decay_embeddings)
             groups[not_decayed].append(parameter)
     decays = (optimizer.weight_decay, 0.0)
-    found: list[dict[str, Any]] = [{"params": p, "weight_decay": d} for p, d in zip(groups, decays, strict=True) if p]
+    found: list[dict[str, Any]] = []
+    for parameters, decay in zip(groups, decays, strict=True):
+        found += [{"params": part, "weight_decay": decay} for part in _cut(parameters, bucket)]
     if banks:
         options = {"moe": True, "name": name_expert_groups(stage.grid, banks.values())}
-        found.append({"params": list(banks.values()), "weight_decay": optimizer.weight_decay} | options)
+        parts = _cut(list(banks.values()), bucket)
+        found += [{"params": part, "weight_decay": optimizer.weight_decay} | options for part in parts]
     return found
+
+
+def _cut(parameters: list[torch.nn.Parameter], bucket: int | None) -> list[list[torch.nn.Parameter]]:
+    """Cut a list, from its end, where a part has `bucket` elements or more."""
+    parts: list[list[torch.nn.Parameter]] = []
+    size = 0
+    for parameter in reversed(parameters):
+        if not parts or (bucket is not None and size >= bucket):
+            parts.append([])
+            size = 0
+        parts[-1].append(parameter)
+        size += parameter.numel()
+    return [part[::-1] for part in reversed(parts)]
 
 
 def build_optimizer(

@@ -25,6 +25,7 @@ from recipes.common.data.batches import context_slice
 from recipes.common.data.document_masking import document_positions
 from recipes.common.engine.deepspeed_groups import Mpu
 from recipes.common.engine.deepspeed_patches import patch_engine, share_groups, with_experts
+from recipes.common.engine.gradient_path import bucket_elements
 from recipes.common.engine.optimizers import build_optimizer, parameter_groups
 from recipes.common.engine.startup import quiet_deepspeed
 from recipes.common.model.document_bounds import no_questions, positions_on
@@ -105,6 +106,10 @@ class PipelineStages(PipelineModule):
             self.tied_head.add_gradient()
         return [(SimpleNamespace(grad=gradient_of(w), _hp_grad=gradient_of(w)), group) for w, group in self._tied]
 
+    def late_weights(self) -> list[torch.nn.Parameter]:
+        """Return the weights whose gradients change after the passes of a step, by the sums above."""
+        return [weight for weight, _ in self._tied] + ([] if self.tied_head is None else [self.tied_head.weight])
+
 
 class Trainer:
     """Holds a stage, its optimizer and DeepSpeed's engine, and trains. The loop and the state of a run are elsewhere."""
@@ -117,7 +122,8 @@ class Trainer:
         offload = "offload_optimizer" in ds_config.get("zero_optimization", {})
         # DeepSpeed knows optimizers by their class; tests hold ours to torch's
         ds_config = ds_config | {"zero_allow_untested_optimizer": True}
-        self.optimizer = build_optimizer(parameter_groups(stage, optimizer), optimizer, grid.device, offload=offload)
+        groups = parameter_groups(stage, optimizer, bucket_elements(ds_config, grid))
+        self.optimizer = build_optimizer(groups, optimizer, grid.device, offload=offload)
         with quiet_deepspeed(), with_experts(any(True for _ in stage.banks())):
             if grid.pipeline > 1:
                 topology = PipeModelDataParallelTopology(num_pp=grid.pipeline, num_mp=grid.tensor, num_dp=grid.data)
@@ -131,7 +137,8 @@ class Trainer:
         if grid.folded and stage.stack.tied and stage.is_first:
             module.tied_head = TiedHead(stage)
         self._executor = PipelineExecutor(self.engine, stage, grid) if grid.pipeline > 1 else None
-        self._gate = patch_engine(self.engine, grid, self._executor)
+        late = module.late_weights() if grid.pipeline > 1 else []
+        self._gate, self._buckets = patch_engine(self.engine, grid, self._executor, late)
         self._copy_ahead = CopyAhead(grid.device)
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]
@@ -226,9 +233,11 @@ class Trainer:
                 self.engine.train_batch(batches)
                 return
             self.engine.train()
-            for ids, labels in batches:
+            for index, (ids, labels) in enumerate(batches):
                 with CLOCK.span(FORWARD):
                     loss = self.engine(ids, labels)
+                if self._buckets is not None and index == len(micro_batches) - 1:
+                    self._buckets.expect_all()
                 with CLOCK.span(BACKWARD):
                     self.engine.backward(loss)
                 with CLOCK.span(OPTIMIZER):

@@ -21,6 +21,7 @@ class WeightGradStore:
 
     def __init__(self) -> None:
         self._micro_batches: deque[dict[nn.Parameter, list[tuple[Factor, Factor, Product]]]] = deque()
+        self.weights: set[nn.Parameter] = set()  # all that have ever been put here
 
     def __len__(self) -> int:
         """Count the micro batches whose gradients are not computed yet."""
@@ -34,16 +35,18 @@ class WeightGradStore:
         """Defer the gradient of `weight`, which is product(left, right)."""
         assert self._micro_batches, "a backward pass that no schedule began: its weight gradients would be lost"
         self._micro_batches[-1].setdefault(weight, []).append((left, right, product))
+        self.weights.add(weight)
 
     def compute_oldest(self) -> None:
-        """Compute and accumulate the weight gradients of the oldest micro batch.
+        """Compute and accumulate the weight gradients of the oldest micro batch, the last layer's first, as autograd does.
 
         Each goes to its weight through autograd, so that hooks run (tensor ranks sum, DeepSpeed adds up in fp32), and is freed
         before the next one is computed.
         """
         deferred = self._micro_batches.popleft()
         while deferred:
-            weight, factors = deferred.popitem()
+            weight = next(iter(deferred))
+            factors = deferred.pop(weight)
             gradient = None
             while factors:  # several where the model uses a weight twice; autograd, too, sums them before it accumulates
                 left, right, product = factors.pop(0)

@@ -16,7 +16,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule as ds_schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from recipes.common.parallel.gradient_buckets import GradientBuckets
 from recipes.common.parallel.grid import Grid
+from recipes.common.pipeline.last_passes import Parameters, last_passes
 from recipes.common.pipeline.schedules import FORWARD, INPUTS, Message, Pass, forward_passes, needs, order_passes, sent_messages
 from recipes.common.pipeline.stage import Stage
 from recipes.common.pipeline.stage_messages import Mailbox
@@ -49,6 +51,8 @@ class PipelineExecutor:
         self._engine, self._stage, self._grid, self._placement = engine, stage, grid, placement
         self._order = cache(lambda count: self._own_part(order_passes(placement, count, stage.pass_costs)))
         self._own = placement.chunks_of(grid.pipeline_rank)
+        self.buckets: GradientBuckets | None = None  # told which gradients are a step's last, where they reduce as they come
+        self._last = cache(lambda count: last_passes(self._order(count)[0], self._own, stage))
         self._templates: dict[int, torch.Tensor] = {}
         self._told: set[int] = set()  # chunks whose rank knows the shape of what enters them
         self._clear()
@@ -60,7 +64,8 @@ class PipelineExecutor:
         self._next_load = 0
 
     def train(self) -> None:
-        self._run(*self._order(self._engine.micro_batches), self._engine.data_iterator)
+        count = self._engine.micro_batches
+        self._run(*self._order(count), self._engine.data_iterator, {} if self.buckets is None else self._last(count))
         assert not self._kept and not any(map(len, self._stage.weight_grad_stores)), "the schedule left a gradient behind"
 
     def evaluate(self, batches: Iterator[Batch], count: int) -> None:
@@ -68,7 +73,7 @@ class PipelineExecutor:
         orders = [forward_passes(self._placement, rank, count) for rank in range(self._grid.pipeline)]
         self._stage.eval()
         with torch.no_grad():
-            self._run(*self._own_part(orders), batches)
+            self._run(*self._own_part(orders), batches, {})
 
     def _own_part(self, orders: list[list[Pass]]) -> tuple[list[Pass], dict[int, tuple[Message, ...]]]:
         """Return this rank's passes, and the messages that each neighbour sends it, from the passes of all ranks."""
@@ -79,7 +84,13 @@ class PipelineExecutor:
         }
         return orders[here], incoming
 
-    def _run(self, order: list[Pass], incoming: dict[int, tuple[Message, ...]], batches: Iterator[Batch]) -> None:
+    def _run(
+        self,
+        order: list[Pass],
+        incoming: dict[int, tuple[Message, ...]],
+        batches: Iterator[Batch],
+        last: dict[Pass, Parameters],
+    ) -> None:
         self._clear()
         self._batches = batches
         mail = Mailbox(self._grid, incoming, self._templates)
@@ -88,11 +99,21 @@ class PipelineExecutor:
             for following in order[index : index + AHEAD + 1]:
                 if (message := self._message(following)) is not None:
                     mail.post_receive(message, wait=following is step)
+            if step in last:
+                self.buckets.expect(self._without_deferred(last[step], step))
             if step.kind in run:
                 run[step.kind](step, mail)
             else:
                 self._weight_gradients(step)
+            if step in last:
+                self.buckets.complete(self._without_deferred(last[step], step))
         mail.finish()
+
+    def _without_deferred(self, parameters: Parameters, step: Pass) -> Parameters:
+        """Leave out those whose gradients are in a store after `step`, or come from it later."""
+        if step.kind != INPUTS or not self._stage.weight_grad_stores:
+            return parameters
+        return parameters.difference(*(store.weights for store in self._stage.weight_grad_stores))
 
     def _message(self, step: Pass) -> Message | None:
         """Return what `step` needs from another rank, if anything."""

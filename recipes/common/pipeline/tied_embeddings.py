@@ -24,9 +24,9 @@ class TiedHead:
 
     def __init__(self, stage: Stage) -> None:
         head = stage.causal.get_submodule(stage.stack.head)
-        self._weight = stage.causal.get_submodule(stage.stack.embedding).weight
+        self.weight = stage.causal.get_submodule(stage.stack.embedding).weight
         # the same memory with a gradient of its own; no parameter of the module, or the weight would be there twice
-        self._alias = self._weight.detach().requires_grad_()
+        self._alias = self.weight.detach().requires_grad_()
         self._sum = torch.zeros_like(self._alias, dtype=torch.float32, requires_grad=False)
         self._alias.register_post_accumulate_grad_hook(self._add)
         del head._parameters["weight"]
@@ -38,6 +38,6 @@ class TiedHead:
 
     def add_gradient(self) -> None:
         """Add the head's gradient to the embedding's, at the end of a step's passes."""
-        assert self._alias.data_ptr() == self._weight.data_ptr(), "the engine has moved the embedding"
-        gradient_of(self._weight).view(-1).add_(self._sum.view(-1))  # DeepSpeed keeps some of them flat
+        assert self._alias.data_ptr() == self.weight.data_ptr(), "the engine has moved the embedding"
+        gradient_of(self.weight).view(-1).add_(self._sum.view(-1))  # DeepSpeed keeps some of them flat
         self._sum.zero_()

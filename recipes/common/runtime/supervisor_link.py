@@ -22,7 +22,10 @@ SUPERVISOR = "TRIFOLD_SUPERVISOR"  # HOST:PORT; the secret comes by authenticate
 # the trainer's function in which a rank waits for all others: where a GPU computes, no frame of torch.distributed shows that
 WAITING_FUNCTION = "_sum_over_ranks"
 # and where messages are waited for inside torch's own threads: (file, function)
-WAITING_FRAMES = (("stage_messages.py", "wait_for"), ("stage_messages.py", "finish"), ("router_losses.py", "total"))
+WAITING_FRAMES = (
+    ("stage_messages.py", "wait_for"), ("stage_messages.py", "finish"), ("gradient_buckets.py", "finish"),
+    ("router_losses.py", "total"),
+)  # fmt: skip
 _PR_SET_PDEATHSIG = 1
 
 

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import TOO_HIGH
@@ -84,43 +82,3 @@ def test_a_step_over_the_ceiling_changes_no_weight_and_says_its_norm(config):
     for same, moved, reasons, refused, passed in run_ranks(_refused_step, 2, trial):
         assert (same, moved, reasons) == (True, False, (TOO_HIGH, None))
         assert refused == passed > 1e-9
-
-
-class _Allocations(TorchDispatchMode):
-    """Collects the sizes of what operators return in new storages."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.sizes, self._known = [], {tensor.untyped_storage().data_ptr() for tensor in known}
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self._known:
-                self.sizes.append(tensor.numel())
-        return out
-
-
-def _reduced(trial):
-    trainer = build_trial_trainer(trial)
-    flats = trainer.engine.optimizer.fp32_groups_gradients_flat
-    for index, flat in enumerate(flats):
-        flat.copy_(torch.arange(flat.numel()) % 7 + index + 4 * trainer.grid.data_rank)
-    with _Allocations(flats) as allocations:
-        trainer.engine.buffered_allreduce_fallback()
-    expected = [torch.arange(flat.numel()) % 7 + index + 2.0 for index, flat in enumerate(flats)]
-    smallest = min(flat.numel() for flat in flats)
-    return len(flats), [a.equal(b) for a, b in zip(flats, expected, strict=True)], max(allocations.sizes, default=0) < smallest
-
-
-def test_gradients_are_averaged_over_data_ranks_where_they_are():
-    """Matrices and vectors are two groups, of 2 data ranks: the mean of a number and of 4 more is 2 more; nothing is copied."""
-    trial = Trial(
-        model=tiny_config("llama"),
-        layout=Layout(pipeline=2),
-        world_size=4,
-        optimizer=AdamW(lr=1e-3, weight_decay=0.1),
-        deepspeed=ds_config("zero1_bf16.json"),
-    )
-    for groups, right, nothing_copied in run_ranks(_reduced, 4, trial):
-        assert (groups, right, nothing_copied) == (2, [True] * 2, True)

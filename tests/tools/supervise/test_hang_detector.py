@@ -3,6 +3,7 @@
 import pytest
 
 from recipes.common.engine.trainer import Trainer
+from recipes.common.parallel.gradient_buckets import GradientBuckets
 from recipes.common.parallel.router_losses import MicroBatchCounts
 from recipes.common.pipeline.stage_messages import Mailbox
 from recipes.common.run_dir.heartbeat import Beat
@@ -47,7 +48,7 @@ def test_stacks_show_which_rank_waits_for_others():
     assert is_waiting(SUMS)
     assert all(is_waiting(STACK.format(innermost=place)) for place in WAITS_HERE)
     assert not is_waiting(BUSY)
-    assert {function for _, function in WAITING_FRAMES} <= {*vars(Mailbox), *vars(MicroBatchCounts)}
+    assert {function for _, function in WAITING_FRAMES} <= {*vars(Mailbox), *vars(GradientBuckets), *vars(MicroBatchCounts)}
     assert callable(getattr(Trainer, WAITING_FUNCTION))  # its name in a stack stands for a wait inside the all-reduce
 
 

@@ -71,7 +71,8 @@ def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_b
     head = 6.0 * work.head / layout.tensor if bytes_of.loss else 0.0
     params = bytes_of.weights / facts.activation_width
     whole_gradients = bytes_of.weights if zero_stage(facts.ds_config) == 2 else 0.0
-    reducing = _bucket_bytes(facts.ds_config, params) + whole_gradients + _bank_bytes(facts, own, layout.tensor * layout.expert)
+    banks = 0.0 if keeps_gradients(facts.ds_config) else _bank_bytes(facts, own, layout.tensor * layout.expert)
+    reducing = _bucket_bytes(facts.ds_config, params) + whole_gradients + banks
     return Prediction(
         states=bytes_of.states - whole_gradients,
         moment=max(_moments(facts, candidate, stage, reducing), key=lambda moment: moment.total),
@@ -94,7 +95,8 @@ def _moments(facts: ModelFacts, candidate: Candidate, stage: int, reducing: floa
 
 
 def _bank_bytes(facts: ModelFacts, own: Sequence[int], ranks: int) -> float:
-    """Return the bytes of the largest bank of experts in fp32, in which its gradient is added up; other matrices are small."""
+    """Return the bytes of the largest bank of experts in fp32, to which ZeRO's own optimizers copy its gradient; other matrices
+    are small."""
     names = tuple(f"{facts.stack.layers}.{index}." for index in own)
     banks = (p.numel() for name, p in facts.causal.named_parameters() if p.ndim == 3 and name.startswith(names))
     return 4.0 * max(banks, default=0) / ranks

@@ -1,0 +1,107 @@
+"""Reduces gradients to the data ranks that own them, each bucket as soon as its last gradient of a step is there.
+
+A bucket is a flat tensor in which the gradients of some parameters lie one after another; each rank of its group owns an equal
+part (ZeRO's partition). A reduce-scatter sends half of what an all-reduce does, and is under way beside the rest of the backward
+passes. The other ranks' parts of the tensor mean nothing afterwards.
+
+All ranks of a group have to start the same reductions in the same order, and their gradients need not come in one. Buckets
+therefore start in a fixed order: each when its own gradients and those of all buckets before it are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from recipes.common.runtime.step_clock import CLOCK, num_bytes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bucket:
+    """Gradients that are reduced together."""
+
+    flat: torch.Tensor
+    own: torch.Tensor  # this rank's part of it
+    group: dist.ProcessGroup
+    parameters: tuple[nn.Parameter, ...]
+    before: float = 1.0  # factor of the gradients before they are summed
+    after: float = 1.0  # and of the sums
+
+
+class GradientBuckets:
+    """Holds the buckets of a rank and which have started. A step adds gradients, says which are the last, and finishes."""
+
+    def __init__(self, buckets: Sequence[Bucket], late: Collection[nn.Parameter] = ()) -> None:
+        """buckets: in the order in which they start, equal on the ranks of a group. late: parameters whose gradients are changed
+        after the passes (tied weights): their buckets start in `finish`, after all others."""
+        tied = set(late)
+        self._buckets = sorted(buckets, key=lambda bucket: not tied.isdisjoint(bucket.parameters))
+        self._bucket_of = {parameter: index for index, bucket in enumerate(self._buckets) for parameter in bucket.parameters}
+        self._late = tied
+        self._expected: Collection[nn.Parameter] = ()
+        self._clean = True
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._missing = [set(bucket.parameters) for bucket in self._buckets]
+        self._works: list[dist.Work | None] = []
+
+    def expect(self, parameters: Collection[nn.Parameter]) -> None:
+        """Say that the next gradient of each of these is its last in this step."""
+        self._expected = parameters
+
+    def expect_all(self) -> None:
+        self.expect(self._bucket_of)
+
+    def added(self, parameter: nn.Parameter) -> None:
+        """Say that a gradient of `parameter` has been added to its bucket."""
+        index = self._bucket_of[parameter]
+        assert index >= len(self._works), "a gradient after the last one: its bucket has been reduced"
+        self._clean = False
+        if parameter in self._expected:
+            self._complete(parameter)
+
+    def complete(self, parameters: Collection[nn.Parameter]) -> None:
+        """Say that no gradient of these is to come in this step, whether there has been one or not."""
+        for parameter in parameters:
+            self._complete(parameter)
+        self._expected = ()
+
+    def finish(self) -> None:
+        """Start what has not been started, and wait for all: afterwards each rank's own parts are the means over all ranks."""
+        while len(self._works) < len(self._buckets):
+            self._start()
+        for bucket, work in zip(self._buckets, self._works, strict=True):
+            if work is not None:
+                with CLOCK.collective("reduce_scatter_tensor, awaited", num_bytes(bucket.flat), bucket.group):
+                    work.wait()
+            if bucket.after != 1.0:
+                bucket.own.mul_(bucket.after)
+        self._expected = ()
+        self._begin_step()
+
+    def clear(self) -> None:
+        """Zero the gradients for the next step, once however often it is asked."""
+        if not self._clean:
+            torch._foreach_zero_([bucket.flat for bucket in self._buckets])
+        self._clean = True
+
+    def _complete(self, parameter: nn.Parameter) -> None:
+        if parameter in self._late or parameter not in self._bucket_of:  # it has no elements
+            return
+        self._missing[self._bucket_of[parameter]].discard(parameter)
+        while len(self._works) < len(self._buckets) and not self._missing[len(self._works)]:
+            self._start()
+
+    def _start(self) -> None:
+        bucket = self._buckets[len(self._works)]
+        if bucket.before != 1.0:
+            bucket.flat.mul_(bucket.before)
+        work = None
+        if dist.get_world_size(bucket.group) > 1:
+            work = dist.reduce_scatter_tensor(bucket.own, bucket.flat, group=bucket.group, async_op=True)
+        self._works.append(work)

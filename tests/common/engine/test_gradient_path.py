@@ -1,0 +1,130 @@
+"""bf16 gradients go to the rank that owns them, half of an all-reduce, beside the backward passes, and change no result."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from recipes.common.recipe import AdamW, Layout
+from tests.support.tiny import ds_config, tiny_config
+from tools.common.forked_ranks import run_ranks
+from tools.common.parity import Trial, build_trial_trainer, rank_batches
+
+ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5, weight_decay=0.1)
+
+
+def trial_of(bucket, *, tied=False, family="llama", **layout):
+    config = ds_config("zero1_bf16.json")
+    config["zero_optimization"] |= {"reduce_bucket_size": bucket}
+    return Trial(
+        model=tiny_config(family, num_hidden_layers=4, tie_word_embeddings=tied),
+        layout=Layout(**layout),
+        world_size=4,
+        optimizer=ADAMW,
+        deepspeed=config,
+        steps=2,
+        global_seqs=4,
+    )
+
+
+def _train(trials):
+    """For each trial: losses, norms, weights, and in which order the second step added gradients and sent them."""
+    results = []
+    for trial in trials:
+        trainer, events = build_trial_trainer(trial), []
+        for parameter in trainer.stage.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, events=events: events.append(("gradient", 0)))
+        real = dist.reduce_scatter_tensor, dist.all_reduce
+        dist.reduce_scatter_tensor = _recording(events, "reduce_scatter", 1, real[0])
+        dist.all_reduce = _recording(events, "all_reduce", 0, real[1])
+        steps = []
+        for batch in rank_batches(trial, trainer):
+            events.clear()
+            steps.append(trainer.train_step(batch, 1e-3, trial.global_seqs * trial.seq_len))
+        dist.reduce_scatter_tensor, dist.all_reduce = real
+        place = trainer.grid.pipeline_rank, trainer.grid.tensor_rank
+        zero = trainer.engine.optimizer
+        flats = zip(zero.fp32_groups_gradients_flat, zero.real_dp_process_group, strict=True)
+        groups = [flat.numel() for flat, group in flats if dist.get_world_size(group) > 1]  # an expert may be on one rank
+        numbers = [(step.loss, step.grad_norm) for step in steps]
+        results.append((place, numbers, {n: p.float().clone() for n, p in trainer.hf_shards().items()}, events, groups))
+    return results
+
+
+def _recording(events, name, position, real):
+    def recorded(*tensors, **options):
+        events.append((name, [*tensors, options.get("tensor")][position].numel()))
+        return real(*tensors, **options)
+
+    return recorded
+
+
+SMALL, WHOLE = 6000, 50_000_000
+LAYOUTS = {
+    "interleaved": {"pipeline": 2, "chunks": 2},
+    "folded, tied": {"tied": True, "pipeline": 2, "pipeline_schedule": "zero_bubble_v"},
+    "experts": {"family": "mixtral", "pipeline": 2, "expert": 2, "pipeline_schedule": "zero_bubble"},
+    "no pipeline": {"tensor": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Layout -> all ranks' results in small buckets, and in one bucket a kind of parameter."""
+    trials = [trial_of(bucket, **layout) for layout in LAYOUTS.values() for bucket in (SMALL, WHOLE)]
+    ranks = run_ranks(_train, 4, trials)
+    return {name: [[rank[2 * index + i] for rank in ranks] for i in range(2)] for index, name in enumerate(LAYOUTS)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_is_sent_and_it_starts_before_the_last_gradient_is_there(trained, layout):
+    for place, _, _, events, groups in trained[layout][0]:
+        sent = [count for name, count in events if name == "reduce_scatter"]
+        assert len(groups) > 3
+        assert sorted(sent) == sorted(groups), "each gradient once a step, to its owner"
+        assert max(count for name, count in events if name == "all_reduce") < SMALL / 4 or "tied" in layout
+        kinds = [name for name, _ in events]
+        last = len(kinds) - kinds[::-1].index("gradient")
+        assert "reduce_scatter" in kinds[:last], f"stage {place}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_of_a_stage_reduce_in_one_order(trained, layout):
+    orders = {}
+    for place, _, _, events, _ in trained[layout][0]:
+        order = [count for name, count in events if name == "reduce_scatter"]
+        assert orders.setdefault(place, order) == order
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_buckets_change_no_bit(trained, layout):
+    """The sum of two ranks' gradients does not depend on where in a message they lie."""
+    small, whole = trained[layout]
+    for (_, numbers, weights, *_), (_, wanted, others, _, groups) in zip(small, whole, strict=True):
+        assert numbers == wanted
+        assert weights.keys() == others.keys()
+        assert all(weights[name].equal(other) for name, other in others.items())
+        assert len(groups) <= 3
+
+
+def _reduced(trials):
+    right = []
+    for trial in trials:
+        trainer = build_trial_trainer(trial)
+        flats = trainer.engine.optimizer.fp32_groups_gradients_flat
+        for index, flat in enumerate(flats):
+            flat.copy_(torch.arange(flat.numel()) % 7 + index + 4 * trainer.grid.data_rank)
+        trainer.engine.buffered_allreduce_fallback()
+        expected = [torch.arange(flat.numel()) % 7 + index + 2.0 for index, flat in enumerate(flats)]
+        own = trainer.grid.data_rank
+        right += [flat.chunk(2)[own].equal(mean.chunk(2)[own]) for flat, mean in zip(flats, expected, strict=True)]
+    return right
+
+
+def test_a_rank_has_the_mean_of_its_part():
+    """Matrices and vectors are two groups, of 2 data ranks: the mean of a number and of 4 more is 2 more."""
+    trial = trial_of(WHOLE, pipeline=2)
+    divided = [trial.deepspeed | {"gradient_predivide_factor": 2.0}, trial.deepspeed | {"prescale_gradients": True}]
+    trials = [trial, *(replace(trial, deepspeed=config) for config in divided)]
+    assert run_ranks(_reduced, 4, trials) == [[True] * 6] * 4

@@ -1,0 +1,74 @@
+"""Buckets of gradients: one order of reductions on all ranks, whatever order gradients come in; each rank has its own means."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from recipes.common.engine.startup import start_distributed
+from recipes.common.parallel.gradient_buckets import Bucket, GradientBuckets
+from tools.common.forked_ranks import RankError, run_ranks
+
+
+def made(late=()):
+    """Three buckets of one parameter each over both ranks, and what is reduced from here on, in order."""
+    start_distributed("cpu")
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    flats = [torch.zeros(4) for _ in parameters]
+    rank = dist.get_rank()
+    buckets = GradientBuckets(
+        [
+            Bucket(flat=flat, own=flat[2 * rank : 2 * rank + 2], group=dist.group.WORLD, parameters=(parameter,), after=0.5)
+            for flat, parameter in zip(flats, parameters, strict=True)
+        ],
+        [parameters[index] for index in late],
+    )
+    started, real = [], dist.reduce_scatter_tensor
+
+    def reduce_scatter(own, whole, **options):
+        started.append(next(index for index, flat in enumerate(flats) if flat is whole))
+        return real(own, whole, **options)
+
+    dist.reduce_scatter_tensor = reduce_scatter
+    return buckets, parameters, flats, started
+
+
+def two_steps(late):
+    """Rank 1's gradients come in the reverse order; in the second step the middle parameter has none."""
+    buckets, parameters, flats, started = made(late)
+    seen = []
+    for step, indices in enumerate(((0, 1, 2), (0, 2))):
+        buckets.expect(set(parameters))
+        for index in indices if dist.get_rank() == 0 else indices[::-1]:
+            flats[index] += torch.arange(4.0) + 10 * index + 100 * step + 2 * dist.get_rank()
+            buckets.added(parameters[index])
+        buckets.complete(set(parameters))
+        early = len(started)
+        buckets.finish()
+        rank = dist.get_rank()
+        seen.append((early, list(started), [flat[2 * rank : 2 * rank + 2].tolist() for flat in flats]))
+        started.clear()
+        buckets.clear()
+    return rank, seen
+
+
+@pytest.mark.parametrize(("late", "order", "early"), [((), [0, 1, 2], 3), ((0,), [1, 2, 0], 2)])
+def test_every_rank_starts_reductions_in_one_order_and_has_the_means_of_its_parts(late, order, early):
+    for rank, (first, second) in run_ranks(two_steps, 2, late):
+        means = [[2.0 * rank + 1 + 10 * index, 2.0 * rank + 2 + 10 * index] for index in range(3)]
+        assert first == (early, order, means)
+        means = [[value + 100 for value in part] for part in means]
+        means[1] = [0.0, 0.0]
+        assert second == (early, order, means)
+
+
+def a_gradient_too_many():
+    buckets, parameters, _, _ = made()
+    buckets.expect(set(parameters))
+    buckets.added(parameters[0])
+    buckets.added(parameters[0])
+
+
+def test_a_gradient_after_the_last_one_is_not_lost_in_silence():
+    with pytest.raises(RankError, match="a gradient after the last one"):
+        run_ranks(a_gradient_too_many, 2)
