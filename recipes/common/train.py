@@ -129,6 +129,7 @@ def train(run: Run) -> bool:
     position, skips_in_a_row, stopping = run.position, 0, False
     batches = open_reader(recipe, trainer.grid, position)
     collect_by_steps()
+    trainer.leave_weights_to_next_step()
     if position.step == 0 and recipe.evaluation.every_steps:
         write_record(run, {"step": 0} | evaluate(recipe, trainer))
     while position.step < run.last_step and not stopping:
@@ -234,6 +235,7 @@ def end_run(run: Run, position: RunPosition) -> bool:
     enter_end()
     collect_as_usual()
     run.stop.end()
+    run.trainer.wait_for_weights()
     run.saver.finish_last(position, lambda: run.stop.name is not None, enter_end)
     run.monitor.close()
     if run.log is not None:

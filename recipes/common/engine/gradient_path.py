@@ -1,7 +1,8 @@
 """Gives a BF16_Optimizer our way of gradients: into fp32 without a cast of their own, and from there to the rank that owns them.
 
 DeepSpeed's own all-reduces whole gradients after the last backward pass. The optimizer reads its partition alone, so here each of
-its groups is a bucket that is reduced to its owners (`parallel.gradient_buckets`); the norm and clipping touch the partition.
+its groups is a bucket that is reduced to its owners (`parallel.gradient_buckets`); the norm and clipping touch the partition. The
+updated weights go back in the order of their use (`parallel.weight_gathers`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import is_model_parallel_parameter
@@ -18,8 +20,10 @@ from torch import nn
 from recipes.common.config.ds_config import precision, zero_stage
 from recipes.common.parallel.gradient_buckets import Bucket, GradientBuckets
 from recipes.common.parallel.grid import Grid
+from recipes.common.parallel.weight_gathers import Flat, WeightGathers, wait_in_stage
+from recipes.common.pipeline.stage import Stage
 
-for _name in ("accumulate_hp_grads_and_remove_lp", "get_grads_for_norm", "clear_hp_grads"):
+for _name in ("accumulate_hp_grads_and_remove_lp", "get_grads_for_norm", "clear_hp_grads", "update_lp_params"):
     assert hasattr(BF16_Optimizer, _name), f"DeepSpeed's bf16 optimizer has no {_name}: it treats gradients in another way"
 assert hasattr(DeepSpeedEngine, "buffered_allreduce_fallback"), "DeepSpeed reduces gradients in another way"
 
@@ -92,3 +96,37 @@ def _counted_parts(optimizer: BF16_Optimizer, grid: Grid) -> list[torch.Tensor]:
                 part = own[max(start, 0) : max(min(offset, own.numel()), 0)]
                 found += [part] if part.numel() else []
     return found
+
+
+def own_gathers(engine: DeepSpeedEngine, stage: Stage) -> WeightGathers:
+    """Replace how this engine, whose optimizer is a BF16_Optimizer, hands out updated weights. Returns what is under way."""
+    optimizer, causal, stack = engine.optimizer, stage.causal, stage.stack
+    place = {parameter: index for index, parameter in enumerate(engine.module.parameters())}
+    groups = zip(
+        optimizer.bf16_groups_flat,
+        optimizer.bf16_partitioned_groups,
+        optimizer.real_dp_process_group,
+        optimizer.bf16_groups,
+        optimizer.fp32_groups_flat_partition,
+        strict=True,
+    )
+    flats = []
+    for whole, parts, group, parameters, master in groups:
+        own = parts[dist.get_rank(group)]
+        flats.append((Flat(whole=whole, own=own, group=group, parameters=tuple(parameters)), master))
+    gathers = WeightGathers([flat for flat, _ in sorted(flats, key=lambda pair: min(place[p] for p in pair[0].parameters))])
+
+    @torch.no_grad()
+    def update() -> None:
+        gathers.wait()
+        for flat, master in flats:
+            flat.own.copy_(master)
+        gathers.start()
+
+    optimizer.update_lp_params = update
+    layers = [causal.get_submodule(f"{stack.layers}.{index}") for index in stage.own_layers]
+    before, after = (list(map(causal.get_submodule, names)) for names in (stack.before, stack.after))
+    if stage.is_last:
+        after.append(causal.get_submodule(stack.head))
+    wait_in_stage(gathers, stage, before, layers, after)
+    return gathers

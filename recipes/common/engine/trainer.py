@@ -11,29 +11,28 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from recipes.common.data.batches import context_slice
 from recipes.common.data.document_masking import document_positions
 from recipes.common.engine.deepspeed_groups import Mpu
-from recipes.common.engine.deepspeed_patches import patch_engine, share_groups, with_experts
-from recipes.common.engine.gradient_path import bucket_elements
+from recipes.common.engine.deepspeed_patches import patch_engine, with_experts
+from recipes.common.engine.gradient_path import bucket_elements, own_gathers
 from recipes.common.engine.optimizers import build_optimizer, parameter_groups
+from recipes.common.engine.pipeline_stages import PipelineStages
 from recipes.common.engine.startup import quiet_deepspeed
 from recipes.common.model.document_bounds import no_questions, positions_on
 from recipes.common.parallel.cross_entropy import IGNORED
 from recipes.common.parallel.grid import Grid
 from recipes.common.pipeline.executor import PipelineExecutor
 from recipes.common.pipeline.stage import Stage
-from recipes.common.pipeline.tied_embeddings import TiedHead, gradient_of
+from recipes.common.pipeline.tied_embeddings import TiedHead
 from recipes.common.recipe import Optimizer
 from recipes.common.runtime.device_copies import CopyAhead, to_device
 from recipes.common.runtime.step_clock import BACKWARD, CLOCK, FORWARD, OPTIMIZER, num_bytes
@@ -81,36 +80,6 @@ class StepSums:
     statistics: np.ndarray  # [n]: see Trainer.statistics
 
 
-class PipelineStages(PipelineModule):
-    """Gives DeepSpeed's pipeline engine one stage a rank, which our executor runs, and the weights that are tied over stages."""
-
-    def __init__(self, stage: Stage, topology: PipeModelDataParallelTopology) -> None:
-        self._tied: list[tuple[torch.nn.Parameter, dist.ProcessGroup]] = []
-        self.tied_head: TiedHead | None = None  # embedding and head on this rank
-        # an entry for each stage; only this rank's is built
-        layers = [stage] * topology.get_dim("pipe")
-        with share_groups(stage.grid):
-            super().__init__(layers, topology=topology, partition_method="uniform")
-        if stage.stack.tied and stage.grid.tie_group is not None and (stage.is_first or stage.is_last):
-            name = f"{stage.stack.embedding}.weight"
-            weight = dict(stage.hf_named_parameters())[name]
-            weight.ds_pipe_replicated = not stage.is_first  # norms and clipping count it once
-            self._tied = [(weight, stage.grid.tie_group)]
-
-    def get_tied_weights_and_groups(self) -> list[tuple[SimpleNamespace, dist.ProcessGroup]]:
-        """Return the gradients that the engine sums over a group, once a step: `grad`, or `_hp_grad` under bf16.
-
-        fp16 gradients add up in `grad_accum`, which the engine does not read: the copies of the weight would drift apart.
-        """
-        if self.tied_head is not None:
-            self.tied_head.add_gradient()
-        return [(SimpleNamespace(grad=gradient_of(w), _hp_grad=gradient_of(w)), group) for w, group in self._tied]
-
-    def late_weights(self) -> list[torch.nn.Parameter]:
-        """Return the weights whose gradients change after the passes of a step, by the sums above."""
-        return [weight for weight, _ in self._tied] + ([] if self.tied_head is None else [self.tied_head.weight])
-
-
 class Trainer:
     """Holds a stage, its optimizer and DeepSpeed's engine, and trains. The loop and the state of a run are elsewhere."""
 
@@ -139,6 +108,7 @@ class Trainer:
         self._executor = PipelineExecutor(self.engine, stage, grid) if grid.pipeline > 1 else None
         late = module.late_weights() if grid.pipeline > 1 else []
         self._gate, self._buckets = patch_engine(self.engine, grid, self._executor, late)
+        self._gathers = own_gathers(self.engine, stage) if self._buckets is not None else None
         self._copy_ahead = CopyAhead(grid.device)
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]
@@ -333,8 +303,22 @@ class Trainer:
         fields = sums.cpu().split([part.numel() for part in parts.values()])
         return StepSums(**{name: values.numpy() for name, values in zip(parts, fields, strict=True)})
 
+    def leave_weights_to_next_step(self) -> None:
+        """Let steps gather updated weights beside the next forward pass, where they can (bf16, ZeRO 1).
+
+        Whoever reads weights between steps, but by `evaluate` or `hf_shards`, calls `wait_for_weights` first.
+        """
+        if self._gathers is not None:
+            self._gathers.beside_next_step = True
+
+    def wait_for_weights(self) -> None:
+        """Wait until this rank has all weights, where the last step has left that to the next one."""
+        if self._gathers is not None:
+            self._gathers.wait()
+
     def hf_shards(self) -> dict[str, torch.Tensor]:
         """Return Hugging Face name -> this rank's shard of the weights that the model computes with."""
+        self.wait_for_weights()
         return {name: parameter.detach() for name, parameter in self.stage.hf_named_parameters()}
 
 

@@ -41,6 +41,7 @@ SCOPE: dict[str, tuple[str, ...]] = {
     "recipes/common/parallel/tensor_parallel.py": ("_check_lengths",),
     "recipes/common/parallel/tensor_plans.py": (),
     "recipes/common/parallel/tensor_styles.py": (),
+    "recipes/common/parallel/weight_gathers.py": (),
     "recipes/common/pipeline/carrier.py": (),
     "recipes/common/pipeline/crossings.py": (),
     "recipes/common/pipeline/executor.py": (),
