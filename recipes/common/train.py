@@ -129,7 +129,6 @@ def train(run: Run) -> bool:
     position, skips_in_a_row, stopping = run.position, 0, False
     batches = open_reader(recipe, trainer.grid, position)
     collect_by_steps()
-    trainer.leave_weights_to_next_step()
     if position.step == 0 and recipe.evaluation.every_steps:
         write_record(run, {"step": 0} | evaluate(recipe, trainer))
     while position.step < run.last_step and not stopping:
@@ -222,6 +221,7 @@ def start_run(
     recovery = Recovery(recipe, out_dir, trainer, saver, monitor, log)
     recovery.start(position, history, resumed=resume_run)
     phases.start(trainer)
+    trainer.leave_weights_to_next_step()
     last_step = min(recipe.steps, max_steps or recipe.steps)
     return Run(recipe, trainer, position, last_step, phases, saver, monitor, recovery, StopRequest(), log)
 
