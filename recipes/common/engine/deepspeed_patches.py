@@ -15,7 +15,8 @@ On one engine:
     engine._train_schedule                       executor: the passes of a step, then DeepSpeed's reductions and its step
     engine._aggregate_total_loss                 nothing: the trainer sums losses itself
     engine.timers                                nothing: a pipeline engine's keeps two CUDA events a step for ever
-    engine.buffered_allreduce_fallback and three of BF16_Optimizer's    gradient_path: how bf16 gradients are added and reduced
+    engine.buffered_allreduce_fallback, and four functions of each optimizer of ZeRO 1 in bf16 and fp16
+                                                 gradient_path: how gradients are added and reduced, bf16 weights gathered
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def patch_engine(
     _patch_norm(engine.optimizer, grid, gate)
     if not isinstance(comm.cdb, TimedBackend):
         comm.cdb = TimedBackend(comm.cdb)
-    buckets = own_gradients(engine, grid, late) if isinstance(engine.optimizer, BF16_Optimizer) else None
+    buckets = own_gradients(engine, grid, late)
     if executor is not None:
         executor.buckets = buckets
         engine._aggregate_total_loss = lambda: torch.zeros(())

@@ -1,8 +1,8 @@
-"""Gives a BF16_Optimizer our way of gradients: into fp32 without a cast of their own, and from there to the rank that owns them.
+"""Gives DeepSpeed's bf16 and fp16 optimizers (ZeRO 1) our way of gradients: into fp32 without a cast, and to their owners.
 
 DeepSpeed's own all-reduces whole gradients after the last backward pass. The optimizer reads its partition alone, so here each of
-its groups is a bucket that is reduced to its owners (`parallel.gradient_buckets`); the norm and clipping touch the partition. The
-updated weights go back in the order of their use (`parallel.weight_gathers`).
+its groups is a bucket that is reduced to its owners (`parallel.gradient_buckets`); the norm and clipping touch the partition. In
+bf16 the updated weights go back in the order of their use (`parallel.weight_gathers`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from recipes.common.config.ds_config import precision, zero_stage
@@ -24,82 +25,132 @@ from recipes.common.parallel.weight_gathers import Flat, WeightGathers, wait_in_
 from recipes.common.pipeline.stage import Stage
 
 for _name in ("accumulate_hp_grads_and_remove_lp", "get_grads_for_norm", "clear_hp_grads", "update_lp_params"):
-    assert hasattr(BF16_Optimizer, _name), f"DeepSpeed's bf16 optimizer has no {_name}: it treats gradients in another way"
+    assert hasattr(BF16_Optimizer, _name), f"DeepSpeed's bf16 optimizer has no {_name}"
+for _name in ("process_gradients", "fill_grad_accum_attribute", "reduce_gradients", "zero_grad"):
+    assert hasattr(DeepSpeedZeroOptimizer, _name), f"DeepSpeed's ZeRO optimizer has no {_name}"
 assert hasattr(DeepSpeedEngine, "buffered_allreduce_fallback"), "DeepSpeed reduces gradients in another way"
 
 
 def bucket_elements(ds_config: dict[str, Any], grid: Grid) -> int | None:
-    """Return how many elements a bucket should have; None where this configuration has no BF16_Optimizer, or one data rank."""
+    """Return how many elements a bucket should have; None where gradients do not go our way, or there is one data rank."""
     zero = ds_config["zero_optimization"]
-    ours = precision(ds_config) == "bf16" and zero_stage(ds_config) == 1 and "offload_optimizer" not in zero
+    ours = precision(ds_config) in ("bf16", "fp16") and zero_stage(ds_config) == 1 and "offload_optimizer" not in zero
     return int(zero.get("reduce_bucket_size", 5e8)) if ours and grid.data > 1 else None
 
 
-def own_gradients(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Parameter]) -> GradientBuckets:
-    """Replace how this engine, whose optimizer is a BF16_Optimizer, adds up, reduces and clears gradients.
+def own_gradients(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Parameter]) -> GradientBuckets | None:
+    """Replace how this engine adds up, reduces and clears gradients, in bf16 and fp16 with ZeRO 1.
 
     late: see GradientBuckets. Returns the buckets, to be told which gradients are a step's last.
     """
     optimizer = engine.optimizer
-    place = {parameter: index for index, parameter in enumerate(engine.module.parameters())}
-    buckets = sorted(_buckets(engine, grid), key=lambda bucket: -min(place[parameter] for parameter in bucket.parameters))
-    reduced = GradientBuckets(buckets, late)
-    counted, partitions = _counted_parts(optimizer, grid), list(optimizer.fp32_groups_gradient_flat_partition)
-    for parameters, gradients in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter._hp_grad = gradient  # by this name DeepSpeed sums those of tied weights
+    if isinstance(optimizer, BF16_Optimizer):
+        return _own_bf16(engine, grid, late)
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.use_grad_accum_attribute and not optimizer.cpu_offload:
+        moved = optimizer.round_robin_gradients or getattr(optimizer, "parameter_alignment", None)
+        return None if moved else _own_fp16(engine, grid, late)
+    return None
 
-    @torch.no_grad()
-    def add(parameter: nn.Parameter, group: int, index: int) -> None:
-        if parameter.grad is not None:
-            parameter._hp_grad.view(parameter.shape).add_(parameter.grad)
-            parameter.grad = None
-            reduced.added(parameter)
 
-    def gradients_for(for_clipping: bool = False) -> Any:
-        return partitions if for_clipping else (counted, {})
-
-    optimizer.accumulate_hp_grads_and_remove_lp, optimizer.get_grads_for_norm = add, gradients_for
+def _own_bf16(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Parameter]) -> GradientBuckets:
+    optimizer, divisor = engine.optimizer, engine.gradient_predivide_factor()
+    factors = {"before": 1.0 / divisor, "after": divisor / grid.data}
+    if not engine.postscale_gradients():
+        factors = {"before": 1.0 / grid.data, "after": 1.0}
+    flats, groups = optimizer.fp32_groups_gradients_flat, optimizer.real_dp_process_group
+    buckets = [
+        Bucket(flat=flat, own=_own_part(flat, group), group=group, parameters=tuple(parameters), **factors)
+        for flat, group, parameters in zip(flats, groups, optimizer.bf16_groups, strict=True)
+    ]
+    reduced = _in_backward_order(engine, buckets, late)
+    counted, own = [part for b in buckets for part in _counted_parts(b, grid)], [bucket.own for bucket in buckets]
+    optimizer.accumulate_hp_grads_and_remove_lp = lambda parameter, *place: _add(reduced, parameter)
+    optimizer.get_grads_for_norm = lambda for_clipping=False: own if for_clipping else (counted, {})
     optimizer.clear_hp_grads = reduced.clear
     engine.buffered_allreduce_fallback = lambda *arguments, **options: reduced.finish()
     return reduced
 
 
-def _buckets(engine: DeepSpeedEngine, grid: Grid) -> list[Bucket]:
-    """Return a bucket for each group of the optimizer, averaged as DeepSpeed does: experts, too, over all data ranks."""
-    optimizer, divisor = engine.optimizer, engine.gradient_predivide_factor()
-    factors = {"before": 1.0 / divisor, "after": divisor / grid.data}
-    if not engine.postscale_gradients():
-        factors = {"before": 1.0 / grid.data, "after": 1.0}
-    tensors = zip(
-        optimizer.fp32_groups_gradients_flat,
-        optimizer.fp32_groups_gradient_flat_partition,
-        optimizer.real_dp_process_group,
-        optimizer.bf16_groups,
-        strict=True,
-    )
-    return [Bucket(flat=f, own=own, group=g, parameters=tuple(parameters), **factors) for f, own, g, parameters in tensors]
-
-
-def _counted_parts(optimizer: BF16_Optimizer, grid: Grid) -> list[torch.Tensor]:
-    """Return the parts of gradients that this rank counts in the norm: of what it owns, what no other rank owns too."""
-    found = []
-    for flat, own, parameters in zip(
-        optimizer.fp32_groups_gradients_flat, optimizer.fp32_groups_gradient_flat_partition, optimizer.bf16_groups, strict=True
+def _own_fp16(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Parameter]) -> GradientBuckets:
+    """ZeRO's own optimizer keeps no flat gradients: it gets some, and after the reduction this rank's part of each in pieces."""
+    optimizer = engine.optimizer
+    buckets = []
+    for whole, group, parameters in zip(
+        optimizer.bit16_groups_flat, optimizer.real_dp_process_group, optimizer.bit16_groups, strict=True
     ):
-        first = own.storage_offset() - flat.storage_offset()
-        offset = -first
-        for parameter in parameters:
-            start, offset = offset, offset + parameter.numel()
-            copied = getattr(parameter, "ds_pipe_replicated", False)
-            if not copied and (grid.tensor_rank == 0 or is_model_parallel_parameter(parameter)):
-                part = own[max(start, 0) : max(min(offset, own.numel()), 0)]
-                found += [part] if part.numel() else []
+        flat = torch.zeros_like(whole, dtype=torch.float32)
+        own = _own_part(flat, group)
+        buckets.append(Bucket(flat=flat, own=own, group=group, parameters=tuple(parameters), after=1.0 / grid.data))
+    reduced = _in_backward_order(engine, buckets, late)
+    pieces = [[part for _, part in _own_pieces(bucket)] for bucket in buckets]
+    for bucket, parts in zip(buckets, pieces, strict=True):
+        padding = bucket.own[sum(part.numel() for part in parts) :]
+        padding._zero_padding = True  # DeepSpeed's mark of what belongs to no parameter
+        parts += [padding] if padding.numel() else []
+
+    def reduce(pipeline_parallel: bool = False) -> None:
+        reduced.finish()
+        optimizer.averaged_gradients.update({index: list(parts) for index, parts in enumerate(pieces)})
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in engine.module.parameters():
+            parameter.grad = None
+        reduced.clear()
+
+    optimizer.process_gradients = lambda parameter, group: _add(reduced, parameter)
+    optimizer.fill_grad_accum_attribute = lambda: None  # the hooks have had all
+    optimizer.reduce_gradients, optimizer.zero_grad = reduce, zero_grad
+    return reduced
+
+
+@torch.no_grad()
+def _add(reduced: GradientBuckets, parameter: nn.Parameter) -> None:
+    if parameter.grad is not None:
+        parameter._hp_grad.add_(parameter.grad)
+        parameter.grad = None
+        reduced.added(parameter)
+
+
+def _in_backward_order(engine: DeepSpeedEngine, buckets: list[Bucket], late: Collection[nn.Parameter]) -> GradientBuckets:
+    """Return the buckets, from the model's last parameters on, and let each parameter know its gradient in them."""
+    place = {parameter: index for index, parameter in enumerate(engine.module.parameters())}
+    for bucket in buckets:
+        sizes = [parameter.numel() for parameter in bucket.parameters]
+        parts = bucket.flat[: sum(sizes)].split(sizes)
+        for parameter, part in zip(bucket.parameters, parts, strict=True):
+            parameter._hp_grad = part.view(parameter.shape)  # by this name DeepSpeed sums those of tied weights
+    return GradientBuckets(sorted(buckets, key=lambda bucket: -min(place[p] for p in bucket.parameters)), late)
+
+
+def _own_part(flat: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    size = flat.numel() // dist.get_world_size(group)
+    return flat.narrow(0, dist.get_rank(group) * size, size)
+
+
+def _own_pieces(bucket: Bucket) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Return the parameters of which this rank owns gradients, and which part of its own those are."""
+    found, offset = [], bucket.flat.storage_offset() - bucket.own.storage_offset()
+    for parameter in bucket.parameters:
+        start, offset = offset, offset + parameter.numel()
+        part = bucket.own[max(start, 0) : max(min(offset, bucket.own.numel()), 0)]
+        found += [(parameter, part)] if part.numel() else []
     return found
 
 
-def own_gathers(engine: DeepSpeedEngine, stage: Stage) -> WeightGathers:
-    """Replace how this engine, whose optimizer is a BF16_Optimizer, hands out updated weights. Returns what is under way."""
+def _counted_parts(bucket: Bucket, grid: Grid) -> list[torch.Tensor]:
+    """Return the gradients that this rank counts in the norm: of what it owns, what no other rank owns too."""
+    found = []
+    for parameter, part in _own_pieces(bucket):
+        replicated = grid.tensor_rank > 0 and not is_model_parallel_parameter(parameter)
+        if not replicated and not getattr(parameter, "ds_pipe_replicated", False):
+            found.append(part)
+    return found
+
+
+def own_gathers(engine: DeepSpeedEngine, stage: Stage) -> WeightGathers | None:
+    """Replace how a BF16_Optimizer hands out updated weights. Returns what is under way."""
+    if not isinstance(engine.optimizer, BF16_Optimizer):
+        return None
     optimizer, causal, stack = engine.optimizer, stage.causal, stage.stack
     place = {parameter: index for index, parameter in enumerate(engine.module.parameters())}
     groups = zip(

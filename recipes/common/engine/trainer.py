@@ -108,7 +108,7 @@ class Trainer:
         self._executor = PipelineExecutor(self.engine, stage, grid) if grid.pipeline > 1 else None
         late = module.late_weights() if grid.pipeline > 1 else []
         self._gate, self._buckets = patch_engine(self.engine, grid, self._executor, late)
-        self._gathers = own_gathers(self.engine, stage) if self._buckets is not None else None
+        self._gathers = own_gathers(self.engine, stage)
         self._copy_ahead = CopyAhead(grid.device)
         self.accumulation = ds_config["gradient_accumulation_steps"]
         self.micro_seqs = ds_config["train_micro_batch_size_per_gpu"]

@@ -1,5 +1,5 @@
-"""bf16 gradients go to the rank that owns them, half of an all-reduce, beside the backward passes; weights come back beside the
-forward passes; and no result changes."""
+"""bf16 and fp16 gradients go to the rank that owns them, half of an all-reduce, beside the backward passes; bf16 weights come
+back beside the forward passes; and no result changes."""
 
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from recipes.common.recipe import AdamW, Layout
+from tests.support.fp16 import allow_fp16, fp16_config
 from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
 from tools.common.parity import Trial, build_trial_trainer, rank_batches
@@ -15,8 +16,8 @@ from tools.common.parity import Trial, build_trial_trainer, rank_batches
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5, weight_decay=0.1)
 
 
-def trial_of(bucket, *, tied=False, family="llama", **layout):
-    config = ds_config("zero1_bf16.json")
+def trial_of(bucket, *, precision="bf16", tied=False, family="llama", **layout):
+    config = ds_config("zero1_bf16.json") if precision == "bf16" else fp16_config(initial_scale_power=12)
     config["zero_optimization"] |= {"reduce_bucket_size": bucket}
     return Trial(
         model=tiny_config(family, num_hidden_layers=4, tie_word_embeddings=tied),
@@ -31,6 +32,7 @@ def trial_of(bucket, *, tied=False, family="llama", **layout):
 
 def _train(trials):
     """For each trial: losses, norms, weights, and in which order the second step added gradients and sent them."""
+    allow_fp16()
     results = []
     for trial in trials:
         trainer, events = build_trial_trainer(trial), []
@@ -48,7 +50,7 @@ def _train(trials):
         dist.reduce_scatter_tensor, dist.all_reduce = real
         place = trainer.grid.pipeline_rank, trainer.grid.tensor_rank
         zero = trainer.engine.optimizer
-        flats = zip(zero.fp32_groups_gradients_flat, zero.real_dp_process_group, strict=True)
+        flats = zip(getattr(zero, "bf16_groups_flat", None) or zero.bit16_groups_flat, zero.real_dp_process_group, strict=True)
         groups = [flat.numel() for flat, group in flats if dist.get_world_size(group) > 1]  # an expert may be on one rank
         numbers = [(step.loss, step.grad_norm) for step in steps]
         results.append((place, numbers, {n: p.float().clone() for n, p in trainer.hf_shards().items()}, events, groups))
@@ -69,6 +71,8 @@ LAYOUTS = {
     "folded, tied": {"tied": True, "pipeline": 2, "pipeline_schedule": "zero_bubble_v"},
     "experts": {"family": "mixtral", "pipeline": 2, "expert": 2, "pipeline_schedule": "zero_bubble"},
     "no pipeline": {"tensor": 2},
+    "fp16, tied": {"precision": "fp16", "tied": True, "pipeline": 2},
+    "fp16, no pipeline": {"precision": "fp16", "tensor": 2},
 }
 
 

@@ -147,14 +147,14 @@ def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
 
 
 def keeps_gradients(ds_config: dict[str, Any]) -> bool:
-    """Return whether gradients stay from step to step: in DeepSpeed's optimizer for bf16, not in ZeRO's own ones."""
-    return precision(ds_config) == "bf16" and zero_stage(ds_config) <= 1
+    """Return whether gradients stay from step to step: those that go our way, not those of ZeRO's own optimizers."""
+    return precision(ds_config) != "fp32" and zero_stage(ds_config) <= 1
 
 
 def _bucket_bytes(ds_config: dict[str, Any], params: float) -> float:
     """Return the bytes of two buckets, neither of more than the rank's parameters.
 
-    DeepSpeed's optimizer for bf16 with fp32 gradients has none.
+    Gradients that go our way need none.
     """
     if keeps_gradients(ds_config):
         return 0.0
