@@ -68,9 +68,11 @@ def build_empty(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrained
     """Build the family's ForCausalLM in fp32 with its parameters on the meta device (no memory, no weights).
 
     The bias of a router's choices is a buffer, also where the family makes it a frozen parameter: no optimizer gets it,
-    checkpoints and exports hold it under its name. Other frozen parameters stay what they are.
+    checkpoints and exports hold it under its name. Other frozen parameters stay what they are. What a constructor draws by
+    itself (phi4_multimodal's probe) is the same on every rank.
     """
-    with _parameters_on_meta(), _LargeOnMeta(), no_init_weights():
+    with torch.random.fork_rng(devices=[]), _parameters_on_meta(), _LargeOnMeta(), no_init_weights():
+        torch.default_generator.manual_seed(0)
         causal = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
         )

@@ -13,6 +13,7 @@ from recipes.common.model.initial_weights import build_empty, name_seed
 from recipes.common.model.sharding import ShardSpec
 from tests.support.stages import FAMILIES, config_of, stages_of
 from tools.common.forked_ranks import run_ranks
+from tools.verify.tiny_families import tiny_family
 
 
 def weights_of(config, seed=3):
@@ -167,6 +168,17 @@ def _generator():
     before = torch.random.get_rng_state()
     weights_of(config_of("llama"))
     return torch.random.get_rng_state().equal(before)
+
+
+def _constructed():
+    config = tiny_family("phi4_multimodal", Layout()).config
+    probe = "model.embed_tokens_extend.image_embed.img_processor.head.probe"
+    first, again = (build_empty(config, "eager").get_parameter(probe).constructed for _ in range(2))
+    return first.std().item() > 0, first.equal(again)
+
+
+def test_what_a_constructor_draws_is_the_same_every_time():
+    assert run_ranks(_constructed, 1) == [(True, True)]
 
 
 def test_name_seed_is_the_same_everywhere():
