@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GlmMoeDsaConfig
 from recipes.common.model import initial_weights, shard_draws
 from recipes.common.model.initial_weights import build_empty, name_seed
 from recipes.common.model.sharding import ShardSpec
+from recipes.common.recipe import Layout
 from tests.support.stages import FAMILIES, config_of, stages_of
 from tools.common.forked_ranks import run_ranks
 from tools.verify.tiny_families import tiny_family
