@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from tools.common.console import table
-from tools.verify.family_verdict import EXPORTED, LEFT_OUT, PASSED, FamilyVerdict
+from tools.verify.family_verdict import EXPORTED, LEFT_OUT, PASSED, UNDECIDED, FamilyVerdict
 
-_WORDS = {PASSED: "yes", "failed": "**no**", "refused": "refused", LEFT_OUT: "-"}
+_WORDS = {PASSED: "yes", "failed": "**no**", "refused": "refused", UNDECIDED: UNDECIDED, LEFT_OUT: "-"}
 
 
 def by_family(verdicts: list[FamilyVerdict]) -> dict[str, list[FamilyVerdict]]:
@@ -38,8 +38,9 @@ def write_page(path: Path, verdicts: list[FamilyVerdict]) -> None:
         "What `python -m tools.verify --family all --table recipes/FAMILIES.md` found: a tiny model of each causal type",
         "of `transformers`, from its default configuration, trained three steps in each layout and in one process of plain",
         "`transformers`. yes: loss and gradient norm within 1e-6 (relative), gradients and parameters within 1e-5, or within",
-        "four times what rounding alone makes of the same model. whole: the part of the layers' matrices that every tensor",
-        "rank holds. export: plain `transformers` loads what it was trained to, with equal logits.",
+        "four times what rounding alone makes of the same model. undecided: its gradients pass, but rounding alone moves its",
+        "steps of AdamW as far, beyond any bound. whole: the part of the layers' matrices that every tensor rank holds.",
+        "export: plain `transformers` loads what it was trained to, with equal logits.",
         "",
         *(f"- {_sum(verdicts, layout)}" for layout in layouts),
         "",

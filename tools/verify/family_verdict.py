@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 PASSED, FAILED_GATE, REFUSED, LEFT_OUT = "passed", "failed", "refused", "left out"
+UNDECIDED = "undecided"  # its gradients pass, but rounding alone moves steps of AdamW as far as it differs, and beyond any bound
 EXPORTED = "yes"
 _PACKAGES = ("transformers", "torch", "deepspeed")
 
@@ -18,7 +19,7 @@ class FamilyVerdict:
 
     family: str
     layout: str
-    outcome: str  # PASSED, FAILED_GATE, REFUSED or LEFT_OUT
+    outcome: str  # one of the five
     reason: str = ""  # of all but PASSED
     rows: list[dict[str, Any]] = field(default_factory=list)  # WorstDifferences
     experts: int = 0

@@ -88,8 +88,14 @@ def tiny_family(name: str, layout: Layout) -> TinyFamily:
     raise LeftOutError(f"its default configuration cannot be made tiny: {_line(failed)}") from failed
 
 
+# types that no two layouts can train alike
+_AT_RANDOM = {"phimoe": "it draws its experts at random in training, so that no two layouts train the same"}
+
+
 def _no_decoder(config: PreTrainedConfig) -> str:
-    """Say why a type is no decoder of text alone; empty if it is one."""
+    """Say why a type is no decoder of text alone, or cannot be compared; empty if it can."""
+    if config.model_type in _AT_RANDOM:
+        return _AT_RANDOM[config.model_type]
     if getattr(config, "is_encoder_decoder", False):
         return "an encoder with a decoder"
     try:

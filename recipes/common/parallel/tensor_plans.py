@@ -44,6 +44,7 @@ ADDED_TENSOR: dict[str, dict[str, str]] = {
     "inkling2_text": {"layers.*.mlp.experts.gate_up_proj": "packed_colwise"},
 }
 REFUSED_TENSOR: dict[str, str] = {
+    "modernbert-decoder": "its _init_weights draws the vocabulary, of which each rank has a part, and then what all have",
     "phimoe": "its experts are drawn at random in training, differently on each rank",
 }
 

@@ -13,7 +13,8 @@ from tools.verify import families
 from tools.verify.__main__ import main
 from tools.verify.family_log import FamilyLog
 from tools.verify.family_table import as_text, write_page
-from tools.verify.family_verdict import FAILED_GATE, LEFT_OUT, PASSED, REFUSED, FamilyVerdict, failed
+from tools.verify.family_verdict import FAILED_GATE, LEFT_OUT, PASSED, REFUSED, UNDECIDED, FamilyVerdict, failed
+from tools.verify.gate import WorstDifference
 from tools.verify.tiny_families import LeftOutError, family_names, tiny_family
 
 SHORT = ["--steps", "2", "--seq-len", "16"]
@@ -70,9 +71,9 @@ def test_a_family_that_trains_wrongly_is_exit_1():
 
 
 def test_a_family_that_is_refused_by_name_is_exit_0():
-    code, out, _ = call("--family", "phimoe", "--layout", "tensor=2")
+    code, out, _ = call("--family", "modernbert-decoder", "--layout", "tensor=2")
     assert code == 0
-    assert "refused" in out and "its experts are drawn at random in training" in out
+    assert "refused" in out and "its _init_weights draws the vocabulary" in out
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,24 @@ def _tiny(name):
 def test_a_mistake_of_the_user_is_exit_2(flags, part):
     code, out, err = call(*flags)
     assert (code, out) == (2, "") and part in err and "Traceback" not in err
+
+
+def row(what, difference, bound, floor=None):
+    return WorstDifference(what, "step 1", difference, bound, floor)
+
+
+@pytest.mark.parametrize(
+    ("steps", "gradients", "outcome"),
+    [
+        ((1e-7, 1e-6, None), (1e-7, 1e-6, None), PASSED),
+        ((1e-3, 1e-5, 2e-3), (1e-7, 1e-6, None), UNDECIDED),
+        ((1e-3, 1e-5, 2e-4), (1e-7, 1e-6, None), FAILED_GATE),  # more than rounding makes
+        ((1e-3, 1e-5, 2e-3), (1e-3, 1e-5, 2e-3), FAILED_GATE),  # its gradients do not pass
+        ((1e-3, 1e-5, None), (1e-7, 1e-6, None), FAILED_GATE),
+    ],
+)
+def test_rounding_that_adamw_makes_steps_of_is_no_verdict(steps, gradients, outcome):
+    assert families._outcome([row("parameter", *steps), row("gradient", *gradients)]) == outcome
 
 
 def test_a_log_of_a_killed_sweep_is_continued(tmp_path):
