@@ -193,8 +193,9 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
 def _model_row(facts: ModelFacts, device: Device) -> dict[str, float]:
     """Return the fields that do not depend on the layout: the mean layer, the data ranks' exchange, the GPU."""
     work, count = facts.work, len(facts.work.layers)
-    zero_3 = zero_stage(facts.ds_config) == 3
-    peak = device.peak(precision(facts.ds_config))
+    stage, kind = zero_stage(facts.ds_config), precision(facts.ds_config)
+    zero_3 = stage == 3
+    peak = device.peak(kind)
     return {
         "hidden": work.hidden,
         "matrices": sum(layer.matrices for layer in work.layers) / count,
@@ -203,6 +204,8 @@ def _model_row(facts: ModelFacts, device: Device) -> dict[str, float]:
         "layers": count,
         "reduce_bytes": _FP32_REDUCE + (0.0 if zero_3 else facts.activation_width),
         "gather_bytes": 2.0 * facts.activation_width if zero_3 else 0.0,
+        "beside_backward": _FP32_REDUCE if stage == 1 and kind != "fp32" else 0.0,
+        "beside_forward": facts.activation_width if stage == 1 and kind == "bf16" else 0.0,
         "overlapped": zero_3,
         "peak": peak,
         "peak_half": peak,

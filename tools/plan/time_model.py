@@ -66,6 +66,8 @@ class Cases:
     params: np.ndarray  # of a rank of the largest stage
     reduce_bytes: np.ndarray  # a parameter of the rank, that the data ranks exchange a step
     gather_bytes: np.ndarray  # a parameter of the rank, gathered every micro batch (ZeRO 3)
+    beside_backward: np.ndarray  # of reduce_bytes, those that are exchanged beside a step's last backward pass
+    beside_forward: np.ndarray  # and those beside its first forward pass
     updated: np.ndarray  # parameters whose optimizer states this rank updates
     overlapped: np.ndarray  # whether what the data ranks exchange hides behind compute
     bubble_share: np.ndarray  # the share of 1F1B's bubble that the schedule leaves
@@ -105,7 +107,11 @@ def step_parts(terms: np.ndarray, c: Cases, effects: np.ndarray | float = 1.0) -
     rate = np.where(c.tensor * c.data <= c.node, link, np.minimum(network, link))
     exchange = (c.data - 1) / c.data * c.params * (c.reduce_bytes + c.gather_bytes * c.micro_batches) / rate
     busy = sum(parts.values())
-    parts["data"] = np.where(c.overlapped > 0, _smooth_maximum(busy, exchange, OVERLAP) - busy, exchange)
+    micro_seconds, alone = steady_layers * layer + steady_head * rest, exchange
+    for share, width in (((c.passes - 1.0) / c.passes, c.beside_backward), (1.0 / c.passes, c.beside_forward)):
+        beside = (c.data - 1) / c.data * c.params * width / rate
+        alone = alone - beside + _standing_out(share * micro_seconds, beside)
+    parts["data"] = np.where(c.overlapped > 0, _standing_out(busy, exchange), alone)
     parts["optimizer"] = k["optimizer"] * 20.0 * c.updated / c.bandwidth
     parts["other"] = np.full_like(layer, k["constant_seconds"])
     return parts
@@ -150,6 +156,11 @@ def _micro_batch(k: dict[str, float], c: Cases, effects: np.ndarray | float) -> 
         "head": 6.0 * c.tokens * c.head / c.tensor / (k["head"] * c.peak_half),
         "pipe": np.where(c.pipeline > 1, pipe, 0.0),
     }
+
+
+def _standing_out(compute: np.ndarray, exchange: np.ndarray) -> np.ndarray:
+    """Return the seconds by which an exchange is not hidden by the compute that it goes beside."""
+    return _smooth_maximum(compute, exchange, OVERLAP) - compute
 
 
 def _smooth_maximum(a: np.ndarray, b: np.ndarray, exponent: float) -> np.ndarray:
