@@ -3,7 +3,7 @@
     bash launch/local.sh recipes/qwen3_0_6b.py --out-dir /ckpt/qwen3_0_6b        # one machine
     python recipes/qwen3_0_6b.py --dry-run --world-size 8                        # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 1 GPU 51 GiB, MFU 26%, 14 days; 8 GPUs 45 GiB, MFU 25%, 1.7 days;
+Planned (H100, not measured; memory a GPU over the stages): 1 GPU 51 GiB, MFU 26%, 14 days; 8 GPUs 45 GiB, MFU 26%, 1.7 days;
 32 GPUs 45 GiB, MFU 24%, 11 hours.
 
 Where the numbers come from: shape from Qwen3's published config (arXiv 2505.09388). Its learning rate and batch are not
