@@ -44,7 +44,7 @@ READMES = (
     "tools/replay/README.md",
     "tests/README.md",
 )
-PAGES = (*READMES, "launch/README.md")
+PAGES = (*READMES, "launch/README.md", "recipes/FAMILIES.md")
 README_WORDS = 1_200
 FOLDERS = ("recipes", "launch", "tools", "tests", "ds_configs")
 # verbs that take seconds and need no prepared data: run as written, and they must succeed
