@@ -13,6 +13,7 @@ from tests.support.tiny import tiny_config, write_shards
 STARTS = [  # layout, ranks: one step each
     (Layout(expert=4), 4),
     (Layout(tensor=2, expert=2, experts="tensor"), 4),
+    (Layout(expert=4), 4),
     (Layout(), 1),
 ]
 
@@ -34,7 +35,7 @@ def test_each_start_goes_on_with_other_ranks(tmp_path):
     assert_same_state(tmp_path / "straight", tmp_path / "parts", 1e-5)
     lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("straight", "parts")]
     straight, parts = ([record for record in map(json.loads, each) if record["step"]] for each in lines)
-    assert [record["step"] for record in parts] == [1, 2, 3]
+    assert [record["step"] for record in parts] == [1, 2, 3, 4]
     for left, right in zip(straight, parts, strict=True):
         for field in ("loss", "grad_norm", "update_norm", "router_loss", "load_evenness", "router_load_max/max"):
             assert right[field] == pytest.approx(left[field], rel=2e-5), (left["step"], field)
