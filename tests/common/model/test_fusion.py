@@ -40,24 +40,24 @@ def test_norms_of_other_numbers_are_other_operators(monkeypatch):
     assert run_ranks(_norms, 1)[0] == [True, True]
 
 
-class _Drops(nn.Module):
-    """An MLP that reads whether it trains, which a trace would fix."""
+class _Mlp(nn.Module):
+    """An MLP that may read whether it trains, which a trace would fix, or write over what its first linear gave."""
 
-    def __init__(self, drops):
+    def __init__(self, *, drops=False, inplace=False):
         super().__init__()
-        self.up, self.down, self.drops = nn.Linear(8, 16), nn.Linear(16, 8), drops
+        self.up, self.down, self.drops, self.inplace = nn.Linear(8, 16), nn.Linear(16, 8), drops, inplace
 
     def forward(self, x):
-        x = F.silu(self.up(x)) * 2.0
+        x = F.silu(self.up(x), inplace=self.inplace) * 2.0
         return self.down(F.dropout(x, 0.5, self.training) if self.drops else x)
 
 
 def _fused_mlps():
-    return [fusion._fuse_mlp(_Drops(drops)) for drops in (False, True)]
+    return [fusion._fuse_mlp(_Mlp(**fields)) for fields in ({}, {"drops": True}, {"inplace": True})]
 
 
 def test_an_mlp_is_fused_only_where_all_between_its_linears_is_known():
-    assert run_ranks(_fused_mlps, 1)[0] == [True, False]
+    assert run_ranks(_fused_mlps, 1)[0] == [True, False, False]
 
 
 def _compared(config):

@@ -20,3 +20,16 @@ def _logits():
 
 def test_a_head_that_scales_by_a_number_of_the_base_model_runs_without_it():
     assert run_ranks(_logits, 1)[0] == (True, True)
+
+
+def _of_an_inner_model():
+    config = shrink(AutoConfig.for_model("opt"), Layout())
+    causal = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    ids = torch.arange(3, 11).view(1, 8)
+    with torch.no_grad():
+        hidden = causal.model.decoder(input_ids=ids).last_hidden_state
+        return run_head(causal, find_stack(causal), hidden).equal(causal(ids).logits)
+
+
+def test_a_head_that_calls_a_model_in_its_base_model_runs_without_it():
+    assert run_ranks(_of_an_inner_model, 1)[0]
