@@ -22,7 +22,7 @@ else
     echo "shellcheck is not installed: the scripts were only parsed"
 fi
 
-python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@" || failed+=("pytest")
+python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder "$@" || failed+=("pytest")
 
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2
