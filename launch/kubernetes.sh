@@ -23,7 +23,7 @@ each other (launch/README.md, Trust).
   --name NAME         name of the JobSet (default: the recipe's file name)
 HELP
     common_usage
-    echo "Here --restarts counts all restarts of the JobSet, not those in a row."
+    cat <<< "Here --restarts counts all restarts of the JobSet, not those in a row."
 }
 
 nodes="" gpus="" image="" claim="" repository=/shared/trifold name="" processes="" apply=""

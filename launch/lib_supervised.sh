@@ -52,7 +52,10 @@ take_words() {
                 ;;
             --no-preflight) supervisor+=("$1") && shift ;;
             --print) print=yes && shift ;;
-            -h | --help) usage && exit 0 ;;
+            -h | --help)
+                usage || true # its reader may be gone (`| head`)
+                exit 0
+                ;;
             -*) fail "unknown flag $1 before the recipe" ;;
             *) break ;;
         esac

@@ -22,7 +22,10 @@ fail() {
 
 print=""
 case "${1:-}" in
-    -h | --help) usage && exit 0 ;;
+    -h | --help)
+        usage || true # its reader may be gone (`| head`)
+        exit 0
+        ;;
     --print) print=yes && shift ;;
     -*) fail "unknown flag $1" ;;
 esac

@@ -43,7 +43,10 @@ while (($#)); do
             shift 2
             ;;
         --print) print=yes && shift ;;
-        -h | --help) usage && exit 0 ;;
+        -h | --help)
+            usage || true # its reader may be gone (`| head`)
+            exit 0
+            ;;
         *) fail "unknown flag $1" ;;
     esac
 done

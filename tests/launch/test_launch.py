@@ -64,6 +64,15 @@ def test_help(name: str) -> None:
             assert words in result.stdout
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_ends_though_its_reader_is_gone(name: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.run(["bash", ROOT / "launch" / name, "--help"], stdout=writing, stderr=subprocess.PIPE, timeout=30)
+    os.close(writing)
+    assert process.returncode == 0, process.stderr
+
+
 def test_quickstart_prints_its_commands_from_any_folder(tmp_path: Path) -> None:
     result = run("bash", ROOT / "launch/quickstart.sh", "--print", "--steps", 7, "--processes", 4, "--out", "a b", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
