@@ -62,9 +62,11 @@ def test_families(family):
     assert_equal(gradient_trial(trial_of(config, 2, 1, 1, global_seqs=2, router=STRONG)))
 
 
-@pytest.mark.parametrize(("family", "recompute"), [("afmoe", "selective"), ("llama4_text", "full"), ("zaya", "none")])
+@pytest.mark.parametrize(
+    ("family", "recompute"), [("afmoe", "selective"), ("llama4_text", "full"), ("zaya", "none"), ("jetmoe", "none")]
+)
 def test_routers_that_are_hard_to_read(family, recompute):
-    """Sigmoids that start at zero, or that are given for all experts and one is chosen; more choices than experts."""
+    """Sigmoids that start at zero, or are given for all experts, one chosen; more choices than experts; weights by expert."""
     config = shrink(AutoConfig.for_model(family), Layout())
     assert_equal(gradient_trial(trial_of(config, 1, 1, 1, global_seqs=2, router=SEQUENCE, recompute=recompute)))
 
