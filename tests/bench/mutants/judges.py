@@ -73,6 +73,7 @@ TESTS = (
     "tests/common/data",
     "tests/common/checkpoint/test_resume.py",
     "tests/common/checkpoint/test_files.py",
+    "tests/common/checkpoint/test_reorder.py",
 )
 
 

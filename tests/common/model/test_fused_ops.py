@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from recipes.common.model.fused_ops import Fusable, fused
+from recipes.common.model.fused_ops import Fusable, compiled_operator, compiled_update, fused
 from tools.common.forked_ranks import run_ranks
 
 
@@ -30,3 +31,15 @@ def _differences():
 def test_a_compiled_function_and_its_gradients():
     differences, node = run_ranks(_differences, 1, timeout_seconds=1200)[0]
     assert max(differences) <= 2e-6 and node == "_FusedBackward"
+
+
+def _shapes_without_memory():
+    double = compiled_operator("a_test_doubles", "", lambda x: (2 * x, x.sum(0)), lambda x: (torch.empty_like(x), x[0]))
+    update = compiled_update("a_test_overwrites", lambda x, y: x * y)
+    with FakeTensorMode():
+        x = torch.empty(3, 4)
+        return [tuple(each.shape) for each in double([x])], update(x, [torch.empty(3, 1)]) is x
+
+
+def test_operators_run_without_memory_as_planning_and_rehearsing_need():
+    assert run_ranks(_shapes_without_memory, 1)[0] == ([(3, 4), (4,)], True)
