@@ -139,3 +139,23 @@ def _widths():
     options = {"vocab_size": 11, "first_row": 0, "group": None, "chunk_tokens": 3, "z_loss": 0.0}
     vocabulary_loss(logits_of, torch.randn(2, 7, WIDTH), torch.zeros(2, 7, dtype=torch.long), [weight], **options)
     return seen
+
+
+def test_a_chunk_asks_the_other_ranks_for_its_maximum_and_its_sums():
+    assert run_ranks(_asked, 2) == [["MAX", "SUM"] * 2 + ["SUM"]] * 2  # two chunks, and the gradient of their hidden states
+
+
+def _asked():
+    start_distributed("cpu")
+    rank, group, asked, all_reduce = dist.get_rank(), dist.new_group([0, 1]), [], dist.all_reduce
+
+    def recorded(tensor, op=dist.ReduceOp.SUM, **options):
+        asked.append(str(op).rpartition(".")[2])
+        return all_reduce(tensor, op, **options)
+
+    dist.all_reduce = recorded
+    options = {"vocab_size": 22, "first_row": 11 * rank, "group": group, "chunk_tokens": 7, "z_loss": 1e-3}
+    weight, hidden = torch.randn(11, WIDTH, requires_grad=True), torch.randn(2, 7, WIDTH, requires_grad=True)
+    total, *_ = vocabulary_loss(lambda x: x @ weight.t(), hidden, torch.zeros(2, 7, dtype=torch.long), [weight], **options)
+    total.backward()
+    return asked
