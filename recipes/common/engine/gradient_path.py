@@ -1,8 +1,8 @@
-"""Gives DeepSpeed's bf16 and fp16 optimizers (ZeRO 1) our way of gradients: into fp32 without a cast, and to their owners.
+"""Gives DeepSpeed's optimizers of ZeRO 1 our way of gradients: into fp32 without a cast, and to their owners.
 
-DeepSpeed's own all-reduces whole gradients after the last backward pass. The optimizer reads its partition alone, so here each of
-its groups is a bucket that is reduced to its owners (`parallel.gradient_buckets`); the norm and clipping touch the partition. In
-bf16 the updated weights go back in the order of their use (`parallel.weight_gathers`).
+DeepSpeed's own all-reduces whole gradients after the last backward pass, and copies them three times on the way. The optimizer
+reads its partition alone, so here each of its groups is a bucket that is reduced to its owners (`parallel.gradient_buckets`); the
+norm and clipping touch the partition. In bf16 the updated weights go back in the order of their use (`parallel.weight_gathers`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-from recipes.common.config.ds_config import precision, zero_stage
+from recipes.common.config.ds_config import zero_stage
 from recipes.common.parallel.gradient_buckets import Bucket, GradientBuckets
 from recipes.common.parallel.grid import Grid
 from recipes.common.parallel.weight_gathers import Flat, WeightGathers, wait_in_stage
@@ -26,7 +26,9 @@ from recipes.common.pipeline.stage import Stage
 
 for _name in ("accumulate_hp_grads_and_remove_lp", "get_grads_for_norm", "clear_hp_grads", "update_lp_params"):
     assert hasattr(BF16_Optimizer, _name), f"DeepSpeed's bf16 optimizer has no {_name}"
-for _name in ("process_gradients", "fill_grad_accum_attribute", "reduce_gradients", "zero_grad"):
+for _name in (
+    "process_gradients", "fill_grad_accum_attribute", "reduce_gradients", "zero_grad", "_get_preflattened_grad_partition"
+):  # fmt: skip
     assert hasattr(DeepSpeedZeroOptimizer, _name), f"DeepSpeed's ZeRO optimizer has no {_name}"
 assert hasattr(DeepSpeedEngine, "buffered_allreduce_fallback"), "DeepSpeed reduces gradients in another way"
 
@@ -34,21 +36,22 @@ assert hasattr(DeepSpeedEngine, "buffered_allreduce_fallback"), "DeepSpeed reduc
 def bucket_elements(ds_config: dict[str, Any], grid: Grid) -> int | None:
     """Return how many elements a bucket should have; None where gradients do not go our way, or there is one data rank."""
     zero = ds_config["zero_optimization"]
-    ours = precision(ds_config) in ("bf16", "fp16") and zero_stage(ds_config) == 1 and "offload_optimizer" not in zero
+    ours = zero_stage(ds_config) == 1 and "offload_optimizer" not in zero
     return int(zero.get("reduce_bucket_size", 5e8)) if ours and grid.data > 1 else None
 
 
 def own_gradients(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Parameter]) -> GradientBuckets | None:
-    """Replace how this engine adds up, reduces and clears gradients, in bf16 and fp16 with ZeRO 1.
+    """Replace how this engine adds up, reduces and clears gradients, with ZeRO 1.
 
     late: see GradientBuckets. Returns the buckets, to be told which gradients are a step's last.
     """
     optimizer = engine.optimizer
     if isinstance(optimizer, BF16_Optimizer):
         return _own_bf16(engine, grid, late)
-    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.use_grad_accum_attribute and not optimizer.cpu_offload:
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and not optimizer.partition_gradients and not optimizer.cpu_offload:
         moved = optimizer.round_robin_gradients or getattr(optimizer, "parameter_alignment", None)
-        return None if moved else _own_fp16(engine, grid, late)
+        hooked = optimizer.contiguous_gradients or optimizer.overlap_comm or optimizer.use_grad_accum_attribute
+        return _own_zero1(engine, grid, late) if hooked and not moved else None
     return None
 
 
@@ -71,8 +74,16 @@ def _own_bf16(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Parameter
     return reduced
 
 
-def _own_fp16(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Parameter]) -> GradientBuckets:
-    """ZeRO's own optimizer keeps no flat gradients: it gets some, and after the reduction this rank's part of each in pieces."""
+class _OwnPart(list[torch.Tensor]):
+    """This rank's part of a bucket: in pieces, as DeepSpeed takes its norm, and flat, under its name, so that it copies none."""
+
+    def __init__(self, pieces: list[torch.Tensor], flat_partition: torch.Tensor) -> None:
+        super().__init__(pieces)
+        self.flat_partition = flat_partition
+
+
+def _own_zero1(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Parameter]) -> GradientBuckets:
+    """ZeRO's own optimizer, of fp16 and fp32, keeps no flat gradients: it gets some, and after the reduction this rank's part."""
     optimizer = engine.optimizer
     buckets = []
     for whole, group, parameters in zip(
@@ -90,7 +101,8 @@ def _own_fp16(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Parameter
 
     def reduce(pipeline_parallel: bool = False) -> None:
         reduced.finish()
-        optimizer.averaged_gradients.update({index: list(parts) for index, parts in enumerate(pieces)})
+        own = (_OwnPart(parts, bucket.own) for parts, bucket in zip(pieces, buckets, strict=True))
+        optimizer.averaged_gradients.update(enumerate(own))
 
     def zero_grad(set_to_none: bool = True) -> None:
         for parameter in engine.module.parameters():

@@ -1,5 +1,5 @@
-"""bf16 and fp16 gradients go to the rank that owns them, half of an all-reduce, beside the backward passes; bf16 weights come
-back beside the forward passes; and no result changes."""
+"""Gradients go to the rank that owns them, half of an all-reduce, beside the backward passes; bf16 weights come back beside the
+forward passes; and no result changes."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5, weight_decay=0.1)
 
 
 def trial_of(bucket, *, precision="bf16", tied=False, family="llama", **layout):
-    config = ds_config("zero1_bf16.json") if precision == "bf16" else fp16_config(initial_scale_power=12)
+    config = fp16_config(initial_scale_power=12) if precision == "fp16" else ds_config(f"zero1_{precision}.json")
     config["zero_optimization"] |= {"reduce_bucket_size": bucket}
     return Trial(
         model=tiny_config(family, num_hidden_layers=4, tie_word_embeddings=tied),
@@ -73,6 +73,8 @@ LAYOUTS = {
     "no pipeline": {"tensor": 2},
     "fp16, tied": {"precision": "fp16", "tied": True, "pipeline": 2},
     "fp16, no pipeline": {"precision": "fp16", "tensor": 2},
+    "fp32, folded, tied": {"precision": "fp32", "tied": True, "pipeline": 2, "pipeline_schedule": "zero_bubble_v"},
+    "fp32, no pipeline": {"precision": "fp32", "tensor": 2},
 }
 
 
