@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from recipes.common.model import linears
 from recipes.common.model.linears import linear, plain_linears, product, route_products
 from tools.common.forked_ranks import run_ranks
 
@@ -15,7 +16,8 @@ KINDS = {
 }
 
 
-def gradients(kind, dtype, taken):
+def gradients(kind, dtype, taken, intel):
+    linears.is_intel = lambda: intel
     torch.manual_seed(0)
     module = KINDS[kind]().to(dtype)
     if taken:
@@ -25,8 +27,8 @@ def gradients(kind, dtype, taken):
     return [module(x), x.grad, *(p.grad for p in module.parameters())]
 
 
-def largest_difference(kind, dtype):
-    pairs = zip(gradients(kind, dtype, False), gradients(kind, dtype, True), strict=True)
+def largest_difference(kind, dtype, intel):
+    pairs = zip(*(gradients(kind, dtype, taken, intel) for taken in (False, True)), strict=True)
     return max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
 
 
@@ -34,10 +36,16 @@ def largest_difference(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients_are_torchs(kind, dtype):
     bound = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]
-    assert run_ranks(largest_difference, 1, kind, dtype)[0] <= bound
+    assert run_ranks(largest_difference, 1, kind, dtype, False)[0] <= bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_intels_processors_products_are_torchs_to_the_last_bit(kind):
+    assert run_ranks(largest_difference, 1, kind, torch.float32, True) == [0.0]
 
 
 def edge_cases():
+    linears.is_intel = lambda: False
     module = nn.Linear(8, 6)
     route_products(module)
     frozen = nn.Linear(8, 6).requires_grad_(False)
