@@ -15,7 +15,7 @@ On one engine:
     engine._train_schedule                       executor: the passes of a step, then DeepSpeed's reductions and its step
     engine._aggregate_total_loss                 nothing: the trainer sums losses itself
     engine.timers                                nothing: a pipeline engine's keeps two CUDA events a step for ever
-    engine.buffered_allreduce_fallback, and four functions of each optimizer of ZeRO 1 in bf16 and fp16
+    engine.buffered_allreduce_fallback, and four functions of each optimizer of ZeRO 1
                                                  gradient_path: how gradients are added and reduced, bf16 weights gathered
 """
 

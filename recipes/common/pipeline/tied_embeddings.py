@@ -12,7 +12,7 @@ from recipes.common.pipeline.stage import Stage
 
 
 def gradient_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
-    """Return the tensor in which DeepSpeed adds up the gradient of `weight`: an fp32 one beside it under bf16 and fp16."""
+    """Return the tensor in which DeepSpeed adds up the gradient of `weight`: an fp32 one beside it with ZeRO 1."""
     for name in ("_hp_grad", "grad_accum"):
         if getattr(weight, name, None) is not None:
             return getattr(weight, name)

@@ -23,7 +23,7 @@ from tools.plan.stage_memory import memory_case
 
 
 def _held_bytes(trial):
-    """Bytes a parameter of every tensor alive after two steps that has memory: weights, gradients, optimizer states, nothing else."""
+    """Bytes a parameter of all tensors with memory alive after two steps: weights, gradients, optimizer states, nothing else."""
     trainer = build_trial_trainer(trial)
     count = sum(math.prod(trainer.stage.whole_shapes[name]) for name, _ in trainer.stage.hf_named_parameters())
     for micro in rank_batches(trial, trainer):
