@@ -69,7 +69,7 @@ def test_a_line_is_found_by_the_judge_that_calls_it():
 
 def _fates():
     """Plant a doubled sum over tensor ranks where a tensor layout is judged; or not: its function is called by no judge."""
-    after = "return all_reduce(all_reduce(grad, ctx.group), ctx.group), None"
+    after = "total = all_reduce(all_reduce(x, group, own=own), group, own=own)"
     (mutation,) = [m for m in find(ROOT, "recipes/common/parallel/collectives.py") if m.after == after]
     name = mutants.judges.GATES[0].name
     called = {"found": f"{mutation.file}:{mutation.function}", "survives": ""}

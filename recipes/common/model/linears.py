@@ -19,16 +19,21 @@ from transformers.pytorch_utils import Conv1D
 
 from recipes.common.model.expert_banks import find_banks
 from recipes.common.model.gradient_sums import GradientSums
-from recipes.common.model.weight_grad_store import Factor, WeightGradStore
+from recipes.common.model.shared_inputs import Reads
+from recipes.common.model.weight_grad_store import Factor, WeightGradStore, transposed
 from recipes.common.runtime.processor import is_intel
 
 Linear = nn.Linear | Conv1D
 Store = WeightGradStore | GradientSums
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Return whether it is a linear whose forward pass is the product alone: no subclass."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
 def plain_linears(module: nn.Module) -> list[Linear]:
-    """Return the linears in `module` whose forward pass is the product alone: no subclasses."""
-    return [inner for inner in module.modules() if type(inner) in (nn.Linear, Conv1D)]
+    return [inner for inner in module.modules() if is_plain(inner)]
 
 
 def route_products(module: nn.Module, *, by_torch: bool = False) -> None:
@@ -66,10 +71,16 @@ def deferrable_fraction(module: nn.Module) -> float:
 
 
 def linear(module: Linear, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
-    """Compute a linear of x [..., in], or its product alone. The weight's gradient is deferred if the module has a store."""
+    """Compute a linear of x [..., in], or its product alone.
+
+    The weight's gradient is left to that of `x` if the module shares it, or else deferred if the module has a store.
+    """
     bias = module.bias if with_bias else None
     onednn = _by_onednn(x) and not getattr(module, "by_torch", False)
     if torch.is_grad_enabled():
+        shared = getattr(module, "shared_input", None)
+        if shared is not None and (reads := shared.reads_of(module, x)) is not None:
+            return _ReadingLinear.apply(x, bias, module, reads, onednn)
         store = getattr(module, "weight_grad_store", None)
         if store is not None and module.weight.requires_grad and x.requires_grad:
             return _DeferredLinear.apply(x, bias, module, store, onednn)
@@ -142,16 +153,29 @@ class _DeferredLinear(torch.autograd.Function):
         x, module = ctx.saved_tensors[0], ctx.module
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         inputs, outputs = _kept(module, "keep_inputs", rows), _kept(module, "keep_gradients", grads)
-        factors = (_transposed(inputs), outputs) if isinstance(module, Conv1D) else (_transposed(outputs), inputs)
+        factors = (transposed(inputs), outputs) if isinstance(module, Conv1D) else (transposed(outputs), inputs)
         ctx.store.put(module.weight, *factors, ctx.product)
         grad_bias = grads.sum(0) if ctx.needs_input_grad[1] else None
         return ctx.product(grads, _matrix(module)).view(x.shape), grad_bias, None, None, None
 
 
+class _ReadingLinear(torch.autograd.Function):
+    """A linear whose backward pass leaves the weight's gradient to that of its input, which it therefore need not save."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, bias: nn.Parameter | None, module: Linear, reads: Reads, onednn: bool) -> torch.Tensor:
+        ctx.module, ctx.reads, ctx.product = module, reads, product if onednn else torch.mm
+        return _no_view(_forward(x, _matrix(module), bias, onednn))
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        module, grads = ctx.module, grad.reshape(-1, grad.shape[-1])
+        ctx.reads.leave(module.weight, grads, ctx.product, inputs_first=isinstance(module, Conv1D))
+        grad_bias = grads.sum(0) if ctx.needs_input_grad[1] else None
+        matrix = _matrix(module)
+        return ctx.product(grads, matrix).view(*grad.shape[:-1], matrix.shape[1]), grad_bias, None, None, None
+
+
 def _kept(module: Linear, way: str, rows: torch.Tensor) -> Factor:
     keep = getattr(module, way, None)
     return rows if keep is None else keep(rows)
-
-
-def _transposed(factor: Factor) -> Factor:
-    return factor.t() if isinstance(factor, torch.Tensor) else lambda: factor().t()

@@ -8,12 +8,24 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import nn
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Factor = torch.Tensor | Callable[[], torch.Tensor]  # itself, or what gives it when it is needed
+
+
+class LateFactor(Protocol):
+    """What gives a factor when it is needed."""
+
+    def start(self) -> None:
+        """Begin to fetch it, beside what is computed."""
+
+    def __call__(self) -> torch.Tensor: ...
+
+
+Factor = torch.Tensor | LateFactor
 
 
 class WeightGradStore:
@@ -41,7 +53,7 @@ class WeightGradStore:
         """Compute and accumulate the weight gradients of the oldest micro batch, the last layer's first, as autograd does.
 
         Each goes to its weight through autograd, so that hooks run (tensor ranks sum, DeepSpeed adds up in fp32), and is freed
-        before the next one is computed.
+        before the next one is computed. While a product is computed, the next one's factors are fetched.
         """
         deferred = self._micro_batches.popleft()
         while deferred:
@@ -50,11 +62,32 @@ class WeightGradStore:
             gradient = None
             while factors:  # several where the model uses a weight twice; autograd, too, sums them before it accumulates
                 left, right, product = factors.pop(0)
-                part = product(_given(left), _given(right))
+                left, right = _given(left), _given(right)
+                _start(factors or next(iter(deferred.values()), []))
+                part = product(left, right)
                 del left, right
                 gradient = part if gradient is None else gradient + part
             torch.autograd.backward([weight], [gradient])
 
 
+class _Transposed:
+    def __init__(self, factor: LateFactor) -> None:
+        self.start, self._factor = factor.start, factor
+
+    def __call__(self) -> torch.Tensor:
+        return self._factor().t()
+
+
+def transposed(factor: Factor) -> Factor:
+    return factor.t() if isinstance(factor, torch.Tensor) else _Transposed(factor)
+
+
 def _given(factor: Factor) -> torch.Tensor:
     return factor if isinstance(factor, torch.Tensor) else factor()
+
+
+def _start(factors: list[tuple[Factor, Factor, Product]]) -> None:
+    """Begin to fetch the factors of the first of these products."""
+    for factor in factors[0][:2] if factors else ():
+        if not isinstance(factor, torch.Tensor):
+            factor.start()

@@ -6,10 +6,17 @@ and every function is then the identity. Plain tensors, not DTensors: ZeRO flatt
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+
 import torch
 import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 from recipes.common.runtime.step_clock import CLOCK, num_bytes
+
+_SUM = "gradient_sum"  # the attribute of a parameter
 
 
 class _Copy(torch.autograd.Function):
@@ -25,12 +32,15 @@ class _Copy(torch.autograd.Function):
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        return all_reduce(x, group)
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup, own: bool) -> torch.Tensor:
+        total = all_reduce(x, group, own=own)
+        if total is x:
+            ctx.mark_dirty(x)
+        return total
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        return grad, None
+        return grad, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -90,22 +100,29 @@ class _Exchange(torch.autograd.Function):
         return _all_to_all(grad, ctx.group), None
 
 
-def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
-    """Return a reduced copy; `x` itself is left alone (autograd may still hold it)."""
+def all_reduce(
+    x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, *, own: bool = False
+) -> torch.Tensor:
+    """Return a reduced copy; `x` itself is left alone (autograd may still hold it).
+
+    own: nobody else holds `x`: the result may take its place.
+    """
     if group is None:
         return x
-    x = x.contiguous().clone()
+    x = _own_copy(x, own)
     with CLOCK.collective("all_reduce", num_bytes(x), group):
         dist.all_reduce(x, op=op, group=group)
     return x
 
 
+def _own_copy(x: torch.Tensor, own: bool) -> torch.Tensor:
+    return x if own and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+
+
 def _all_gather_last(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    with CLOCK.collective("all_gather", num_bytes(x) * len(parts), group):
-        dist.all_gather(parts, x, group=group)
-    return torch.cat(parts, dim=-1)
+    parts = all_gather_rows(x.view(1, *x.shape), group)
+    return parts.movedim(0, -2).reshape(*x.shape[:-1], -1)
 
 
 def _own_part(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -117,9 +134,9 @@ def copy_to(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     return x if group is None else _Copy.apply(x, group)
 
 
-def reduce_from(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Sum over the group; the gradient passes unchanged, since what follows is the same on every rank."""
-    return x if group is None else _Reduce.apply(x, group)
+def reduce_from(x: torch.Tensor, group: dist.ProcessGroup | None, *, own: bool = False) -> torch.Tensor:
+    """Sum over the group; the gradient passes unchanged, since what follows is the same on every rank. own: see `all_reduce`."""
+    return x if group is None else _Reduce.apply(x, group, own)
 
 
 def gather_from(x: torch.Tensor, group: dist.ProcessGroup | None, *, partial: bool = False) -> torch.Tensor:
@@ -132,13 +149,30 @@ def split_to(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     return x if group is None else _Split.apply(x, group)
 
 
+@dataclass(frozen=True, eq=False)
+class GradientSum:
+    """How a replicated parameter's gradient is summed over ranks: by a hook in each backward pass, until that is removed."""
+
+    group: dist.ProcessGroup
+    hook: RemovableHandle
+
+
 def sum_gradient(parameter: torch.nn.Parameter, group: dist.ProcessGroup) -> None:
     """Sum a replicated parameter's gradient over ranks that each compute a part of it.
 
     The hook runs on each backward pass's own gradient, before it is accumulated: on the accumulated one it would count earlier
-    micro batches again.
+    micro batches again. Who adds up a step's gradients may sum them once a step instead: see `take_gradient_sums`.
     """
-    parameter.register_hook(lambda grad: all_reduce(grad, group))
+    assert not hasattr(parameter, _SUM), "its gradient would be summed twice"
+    setattr(parameter, _SUM, GradientSum(group, parameter.register_hook(lambda grad: all_reduce(grad, group))))
+
+
+def take_gradient_sums(parameters: Iterable[torch.nn.Parameter]) -> dict[torch.nn.Parameter, dist.ProcessGroup]:
+    """Return those whose gradients are to be summed, with their groups. Their backward passes sum nothing from now on."""
+    sums = {parameter: getattr(parameter, _SUM) for parameter in parameters if hasattr(parameter, _SUM)}
+    for each in sums.values():
+        each.hook.remove()
+    return {parameter: each.group for parameter, each in sums.items()}
 
 
 def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup | None, *, partial: bool = False) -> torch.Tensor:
@@ -153,25 +187,83 @@ def scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup | None, *, partia
 
 def all_gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Concatenate [micro_seqs, part, width] of all ranks along the sequence; no gradient."""
-    parts = all_gather_rows(x.contiguous(), group)
-    return parts.view(-1, *x.shape).transpose(0, 1).reshape(x.shape[0], -1, x.shape[2])
+    return _sequence_of(all_gather_rows(x.contiguous(), group), x.shape)
+
+
+def _sequence_of(parts: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    return parts.view(-1, *shape).transpose(0, 1).reshape(shape[0], -1, shape[2])
 
 
 def all_gather_rows(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Concatenate [part, width] of all ranks; no gradient."""
-    rows = part.new_empty(dist.get_world_size(group) * len(part), *part.shape[1:])
+    rows = _room_for_all(part, group)
     with CLOCK.collective("all_gather_into_tensor", num_bytes(rows), group):
         dist.all_gather_into_tensor(rows, part, group=group)
     return rows
 
 
+def _room_for_all(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return part.new_empty(dist.get_world_size(group) * len(part), *part.shape[1:])
+
+
 def _reduce_scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    parts, own = _parts_of_sequence(x, group)
+    with CLOCK.collective("reduce_scatter_tensor", num_bytes(parts), group):
+        dist.reduce_scatter_tensor(own, parts, group=group)
+    return own
+
+
+def _parts_of_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the parts of [micro_seqs, seq_len, width] one after another (of one sequence no copy), and room for one of them."""
     size = dist.get_world_size(group)
     parts = x.reshape(x.shape[0], size, -1, x.shape[2]).transpose(0, 1).contiguous()
     own = x.new_empty(parts.shape[1:])
-    with CLOCK.collective("reduce_scatter_tensor", num_bytes(parts), group):
-        dist.reduce_scatter_tensor(own, parts.view(-1, *own.shape[1:]), group=group)
-    return own
+    return parts.view(-1, *own.shape[1:]), own
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UnderWay:
+    """A collective that runs beside the computation. All ranks of its group start it in the same place among all others."""
+
+    op: str
+    bytes: int  # of the whole
+    group: dist.ProcessGroup
+    work: dist.Work
+    given: torch.Tensor
+    finish: Callable[[torch.Tensor], torch.Tensor] = lambda given: given
+
+    def result(self) -> torch.Tensor:
+        """Wait for it: on a GPU the stream does, not the host."""
+        with CLOCK.collective(f"{self.op}, awaited", self.bytes, self.group):
+            self.work.wait()
+        return self.finish(self.given)
+
+
+def start_all_reduce(x: torch.Tensor, group: dist.ProcessGroup, *, own: bool = False) -> UnderWay:
+    """Start the sum of `x`. own: see `all_reduce`."""
+    x = _own_copy(x, own)
+    work = dist.all_reduce(x, group=group, async_op=True)
+    return UnderWay(op="all_reduce", bytes=num_bytes(x), group=group, work=work, given=x)
+
+
+def start_all_gather_rows(part: torch.Tensor, group: dist.ProcessGroup) -> UnderWay:
+    """Start `all_gather_rows`."""
+    rows = _room_for_all(part, group)
+    work = dist.all_gather_into_tensor(rows, part, group=group, async_op=True)
+    return UnderWay(op="all_gather_into_tensor", bytes=num_bytes(rows), group=group, work=work, given=rows)
+
+
+def start_all_gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> UnderWay:
+    """Start `all_gather_sequence`."""
+    under_way = start_all_gather_rows(x.contiguous(), group)
+    return replace(under_way, finish=partial(_sequence_of, shape=x.shape))
+
+
+def start_reduce_scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> UnderWay:
+    """Start the sum of one rank's terms `x`, of which each rank gets its part of the sequence."""
+    parts, own = _parts_of_sequence(x, group)
+    work = dist.reduce_scatter_tensor(own, parts, group=group, async_op=True)
+    return UnderWay(op="reduce_scatter_tensor", bytes=num_bytes(parts), group=group, work=work, given=own)
 
 
 def exchange(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

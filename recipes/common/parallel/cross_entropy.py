@@ -96,7 +96,7 @@ class _VocabularyLoss(torch.autograd.Function):
                         head_sums.add(parameter, grad)
         if learn:
             # each tensor rank has the gradient through its own rows: one sum for the whole micro batch
-            ctx.gradients = [all_reduce(grad_hidden, group), *head_sums.take(list(head))]
+            ctx.gradients = [all_reduce(grad_hidden, group, own=True), *head_sums.take(list(head))]
             ctx.dtypes = [hidden.dtype, *(parameter.dtype for parameter in head)]
         sums, largest = _sums(*found, targets != IGNORED)
         ctx.mark_non_differentiable(sums, largest)
@@ -139,11 +139,11 @@ def _score(logits: torch.Tensor, rows: _Rows, group: dist.ProcessGroup | None, z
     logits: [tokens, rows]. They become their gradient, of cross-entropy + z_loss * log(Z)^2, unless `z_loss` is None.
     """
     _fill_padding(logits, rows)
-    top = all_reduce(logits.amax(dim=1).float(), group, dist.ReduceOp.MAX)
+    top = all_reduce(logits.amax(dim=1).float(), group, dist.ReduceOp.MAX, own=True)
     local = rows.local.unsqueeze(1)
     chosen = torch.where(rows.here, logits.gather(1, local).squeeze(1) - top, 0.0)
     exponents = torch.sub(logits, top.unsqueeze(1)).exp_()  # the only fp32 copy
-    total, chosen = all_reduce(torch.stack([exponents.sum(dim=1), chosen]), group)
+    total, chosen = all_reduce(torch.stack([exponents.sum(dim=1), chosen]), group, own=True)
     if z_loss is not None:
         weight = _weights(top, total, rows, z_loss)
         at_target = exponents.gather(1, local).squeeze(1) * weight - rows.here.float()
@@ -161,7 +161,7 @@ def _score_compiled(logits: torch.Tensor, rows: _Rows, group: dist.ProcessGroup 
     local = rows.local.unsqueeze(1)
     at_target = logits.gather(1, local).squeeze(1) - top
     parts = torch.stack([own_total * (own_top - top).exp(), torch.where(rows.here, at_target, 0.0)])
-    total, chosen = all_reduce(parts, group)
+    total, chosen = all_reduce(parts, group, own=True)
     if z_loss is not None:
         weight = _weights(top, total, rows, z_loss)
         become_gradients(logits, [top, weight])

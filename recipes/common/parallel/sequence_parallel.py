@@ -6,12 +6,14 @@ reduce-scattered, which together move as much as the all-reduce they replace. In
 rotary embeddings and masks for whole sequences. Parameters used outside the blocks see part of the tokens, so their gradients
 are summed over the tensor ranks.
 
-Of a block's input, its linears keep this rank's part for the backward pass, where it is gathered a second time; so they do of
-the factors of deferred weight gradients.
+Of a block's input, its linears keep this rank's part for the backward pass, where it is gathered a second time, beside the
+products that give its gradient; so they do of the factors of deferred weight gradients.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,11 +23,13 @@ import torch.distributed as dist
 from torch import nn
 
 from recipes.common.model.decoder import PlanError, Stack
-from recipes.common.model.linears import Linear, keep_factors
+from recipes.common.model.linears import Linear, is_plain, keep_factors
 from recipes.common.model.sharding import TensorPlan
-from recipes.common.parallel.collectives import all_gather_sequence, gather_sequence, scatter_sequence, sum_gradient
+from recipes.common.model.shared_inputs import SharedInput
+from recipes.common.parallel.collectives import gather_sequence, scatter_sequence, sum_gradient
 from recipes.common.parallel.grid import Grid
-from recipes.common.parallel.kept_rows import RowKeeper
+from recipes.common.parallel.kept_rows import KeptInput, RowKeeper
+from recipes.common.parallel.summed_inputs import gather_shared
 from recipes.common.parallel.tensor_styles import COLUMN, ROW, STYLES
 
 
@@ -66,15 +70,18 @@ def shard_sequence(
     own = [index for chunk in chunks for index in chunk]
     keep_inputs, keep_gradients = RowKeeper(grid.tensor_group), RowKeeper(grid.tensor_group)
     for index in own:
-        for name, module in layers[index].named_modules(prefix=f"{stack.layers}.{index}"):
-            if name in plan.blocks:
-                _gather_input(module, grid.tensor_group, keep_part=index not in recomputed)
+        blocks, columns = {}, defaultdict(list)
         for name, module in layers[index].named_modules(prefix=f"{stack.layers}.{index}"):
             place = STYLES[plan.styles[name]].in_block if name in plan.styles and isinstance(module, Linear) else None
+            if name in plan.blocks:
+                blocks[name] = module
             if place == COLUMN:
                 keep_factors(module, inputs=keep_inputs)
+                columns[name.rpartition(".")[0]] += [module] if is_plain(module) else []
             elif place == ROW:
                 keep_factors(module, gradients=keep_gradients)
+        for name, module in blocks.items():
+            _gather_input(module, columns[name], grid.tensor_group, keep_part=index not in recomputed)
     if grid.is_first_stage:
         layers[own[0]].register_forward_pre_hook(partial(_scatter_input, grid.tensor_group), with_kwargs=True)
     for chunk in chunks:
@@ -117,48 +124,46 @@ def _gather_output(group: dist.ProcessGroup, module: nn.Module, args: tuple, out
     return gather_sequence(output, group)
 
 
-def _gather_input(block: nn.Module, group: dist.ProcessGroup, *, keep_part: bool) -> None:
-    """Let `block` gather its input. keep_part: save this rank's part of it for the backward pass, not the whole."""
-    forward = block.forward
+def _gather_input(block: nn.Module, columns: list[nn.Module], group: dist.ProcessGroup, *, keep_part: bool) -> None:
+    """Let `block` gather its input. keep_part: save this rank's part of it for the backward pass, not the whole.
+
+    columns: of its column-parallel linears, those that are plain.
+    """
+    forward, shared = block.forward, SharedInput(columns)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         part = _hidden(args, kwargs)
-        whole = gather_sequence(part, group, partial=True)
+        if not (torch.is_grad_enabled() and part.requires_grad):
+            args, kwargs = _with_hidden(args, kwargs, gather_sequence(part, group, partial=True))
+            return forward(*args, **kwargs)
+        kept = KeptInput(part.detach(), group) if keep_part else None
+        whole = gather_shared(part, group, shared, kept)
         args, kwargs = _with_hidden(args, kwargs, whole)
-        if not (keep_part and torch.is_grad_enabled()):
-            return forward(*args, **kwargs)
-        with torch.autograd.graph.saved_tensors_hooks(*_keep_part(whole, part.detach(), group)):
-            return forward(*args, **kwargs)
+        hooks = contextlib.nullcontext() if kept is None else torch.autograd.graph.saved_tensors_hooks(*_keep_part(whole, kept))
+        try:
+            with hooks:
+                return forward(*args, **kwargs)
+        finally:
+            shared.forget()
 
     block.forward = run
 
 
-def _keep_part(whole: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> tuple[Callable, Callable]:
-    """Return autograd's (pack, unpack): they save the shape of `whole` in place of `whole`, and gather it again from `part`.
+def _keep_part(whole: torch.Tensor, kept: KeptInput) -> tuple[Callable, Callable]:
+    """Return autograd's (pack, unpack): they save the shape of `whole` in place of `whole`, which `kept` gathers again.
 
     Invariant: while the block's forward pass runs, `whole` is alive in its caller, so no other tensor has its storage; a
     contiguous tensor of as many elements at that address is `whole` itself or a view of it with the same elements in the same
     order (a projection saves [tokens, width]). The address is kept, not the tensor, so that it can be freed after the forward
-    pass; by then autograd packs nothing more. `whole` is gathered at its first use in the backward pass and dropped at its last.
+    pass; by then autograd packs nothing more. `whole` is dropped once its own gradient has been summed.
     """
     address, numel = whole.untyped_storage().data_ptr(), whole.numel()
-    gathered: list[torch.Tensor] = []
-    uses = 0
 
     def pack(saved: torch.Tensor) -> torch.Tensor | torch.Size:
-        nonlocal uses
-        if saved.untyped_storage().data_ptr() != address or saved.numel() != numel or not saved.is_contiguous():
-            return saved
-        uses += 1
-        return saved.shape
+        same = saved.untyped_storage().data_ptr() == address and saved.numel() == numel and saved.is_contiguous()
+        return saved.shape if same else saved
 
     def unpack(saved: torch.Tensor | torch.Size) -> torch.Tensor:
-        nonlocal uses
-        if isinstance(saved, torch.Tensor):
-            return saved
-        if not gathered:
-            gathered.append(all_gather_sequence(part, group))
-        uses -= 1
-        return (gathered[0] if uses > 0 else gathered.pop()).view(saved)
+        return saved if isinstance(saved, torch.Tensor) else kept.whole().view(saved)
 
     return pack, unpack

@@ -14,11 +14,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from recipes.common.model.decoder import PlanError, Stack
+from recipes.common.model.linears import is_plain
 from recipes.common.model.sharding import ShardSpec, TensorPlan
+from recipes.common.model.shared_inputs import SharedInput
 from recipes.common.parallel.collectives import copy_to, gather_from
 from recipes.common.parallel.experts import with_whole_experts
 from recipes.common.parallel.grid import Grid
 from recipes.common.parallel.sequence_parallel import find_blocks
+from recipes.common.parallel.summed_inputs import copy_shared
 from recipes.common.parallel.tensor_plans import divided_attributes, tensor_plan
 from recipes.common.parallel.tensor_styles import COLUMN, STYLES, Setting, shard_embedding
 
@@ -157,7 +160,7 @@ def _gather_head(module: nn.Module, grid: Grid) -> None:
 
 
 def _share_input_copy(parent: nn.Module, columns: list[nn.Module], grid: Grid) -> None:
-    """Let projections that read one tensor (q, k and v; gate and up) share one `copy_to` of it: one all-reduce of its gradient.
+    """Let projections that read one tensor (q, k and v; gate and up) share one copy of it: one all-reduce of its gradient.
 
     Invariant: during one call of `parent`, `last` holds at most one input and its copy. An input is the same if it is the same
     object, and an object that `last` holds cannot be freed, so no other tensor can take its identity. A projection that reads
@@ -165,10 +168,14 @@ def _share_input_copy(parent: nn.Module, columns: list[nn.Module], grid: Grid) -
     after one that recomputation stops half-way by an exception.
     """
     last: list[tuple[torch.Tensor, torch.Tensor]] = []
+    plain = [module for module in columns if is_plain(module)]
+    shared, alone = SharedInput(plain), len(plain) == len(columns)
 
     def copied(x: torch.Tensor) -> torch.Tensor:
         if not last or last[0][0] is not x:
-            last[:] = [(x, copy_to(x, grid.tensor_group))]
+            beside = bool(plain) and torch.is_grad_enabled() and x.requires_grad
+            group = grid.tensor_group
+            last[:] = [(x, copy_shared(x, group, shared, alone=alone) if beside else copy_to(x, group))]
         return last[0][1]
 
     inner = parent.forward
@@ -178,6 +185,7 @@ def _share_input_copy(parent: nn.Module, columns: list[nn.Module], grid: Grid) -
             return inner(*args, **kwargs)
         finally:
             last.clear()
+            shared.forget()
 
     def read_copy(module: nn.Module) -> None:
         forward = module.forward

@@ -25,6 +25,7 @@ SCOPE: dict[str, tuple[str, ...]] = {
     "recipes/common/model/recompute.py": (),
     "recipes/common/model/routers.py": (),
     "recipes/common/model/shard_draws.py": ("drawn_elements",),
+    "recipes/common/model/shared_inputs.py": (),
     "recipes/common/model/sharding.py": (),
     "recipes/common/model/token_chunks.py": (),
     "recipes/common/model/weight_grad_store.py": (),
@@ -38,6 +39,7 @@ SCOPE: dict[str, tuple[str, ...]] = {
     "recipes/common/parallel/kept_rows.py": (),
     "recipes/common/parallel/router_losses.py": (),
     "recipes/common/parallel/sequence_parallel.py": (),
+    "recipes/common/parallel/summed_inputs.py": (),
     "recipes/common/parallel/tensor_parallel.py": ("_check_lengths",),
     "recipes/common/parallel/tensor_plans.py": (),
     "recipes/common/parallel/tensor_styles.py": (),
@@ -71,7 +73,7 @@ SCOPE: dict[str, tuple[str, ...]] = {
 _MOVES = frozenset(
     {"all_reduce", "copy_to", "reduce_from", "gather_from", "split_to", "sum_gradient", "gather_sequence", "scatter_sequence",
      "all_gather_sequence", "sum_over_ranks", "_all_gather_last", "_own_part", "_own_sequence", "_reduce_scatter_sequence",
-     "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"}
+     "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "copy_shared", "gather_shared", "sum_together"}
 )  # fmt: skip
 _SWAPPED_NAMES = {
     "tensor_rank": "data_rank", "data_rank": "tensor_rank", "pipeline_rank": "data_rank",

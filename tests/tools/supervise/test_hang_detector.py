@@ -3,6 +3,7 @@
 import pytest
 
 from recipes.common.engine.trainer import Trainer
+from recipes.common.parallel.collectives import UnderWay
 from recipes.common.parallel.gradient_buckets import GradientBuckets
 from recipes.common.parallel.router_losses import MicroBatchCounts
 from recipes.common.parallel.weight_gathers import WeightGathers
@@ -49,7 +50,7 @@ def test_stacks_show_which_rank_waits_for_others():
     assert is_waiting(SUMS)
     assert all(is_waiting(STACK.format(innermost=place)) for place in WAITS_HERE)
     assert not is_waiting(BUSY)
-    classes = (Mailbox, GradientBuckets, WeightGathers, MicroBatchCounts)
+    classes = (Mailbox, GradientBuckets, WeightGathers, MicroBatchCounts, UnderWay)
     assert {function for _, function in WAITING_FRAMES} <= {name for each in classes for name in vars(each)}
     assert callable(getattr(Trainer, WAITING_FUNCTION))  # its name in a stack stands for a wait inside the all-reduce
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,19 +39,21 @@ class Call:
     detail: str  # the reduction or the root; "" where there is neither
     peer: int | None  # the other global rank of a send or a receive
     line: str
+    beside: float = 0.0  # FLOPs that the rank computes between its start and the wait for it
 
 
 class Traffic:
     """What one rank has sent and received, and which of NCCL's rules it has broken."""
 
-    def __init__(self, line: Callable[[], str], wait: Callable[[str], None]) -> None:
-        """line: returns the line of source that is running. wait: is told that the host waits for the device."""
+    def __init__(self, line: Callable[[], str], wait: Callable[[str], None], computed: Callable[[], float]) -> None:
+        """line: returns the line of source that is running. wait: is told that the host waits for the device. computed: returns
+        the FLOPs so far."""
         self.calls: list[Call] = []
         self.broken: dict[str, int] = defaultdict(int)
         self.phase = "start"
         self.incoming: Callable[[torch.Tensor], torch.Tensor | None] = lambda tensor: None  # values of a received small tensor
         self.group_calls = 0  # of new_group, for whichever ranks
-        self._line, self.wait = line, wait
+        self._line, self.wait, self._computed = line, wait, computed
 
     def record(
         self,
@@ -62,7 +64,7 @@ class Traffic:
         *,
         detail: str = "",
         peer: int | None = None,
-    ) -> None:
+    ) -> StandInWork:
         """whole: bytes of the largest side."""
         line = self._line()
         for tensor in tensors:
@@ -72,6 +74,11 @@ class Traffic:
             self.broken[f"{op}: mixes {', '.join(dtypes)} at {line}"] += 1
         where = None if peer is None else group.ranks[peer]
         self.calls.append(Call(self.phase, op, group.ranks, dtypes[0], tensors[0].numel(), whole, detail, where, line))
+        index, before = len(self.calls) - 1, self._computed()
+        return StandInWork(lambda: self._awaited(index, before))
+
+    def _awaited(self, index: int, before: float) -> None:
+        self.calls[index] = replace(self.calls[index], beside=self._computed() - before)
 
     def _check(self, op: str, tensor: torch.Tensor, line: str) -> None:
         shape = tuple(tensor.shape)
@@ -94,7 +101,14 @@ def _bytes(tensors: Sequence[torch.Tensor]) -> int:
 class StandInWork(dist._Work):
     """A message that has arrived."""
 
+    def __init__(self, awaited: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self._awaited: Callable[[], None] | None = awaited
+
     def wait(self, timeout: Any = None) -> bool:
+        if self._awaited is not None:  # only the first wait counts
+            self._awaited()
+            self._awaited = None
         return True
 
     def is_completed(self) -> bool:
@@ -114,8 +128,7 @@ class StandInGroup(dist.ProcessGroup):
     def allreduce(self, tensors: list[torch.Tensor], options: Any = None) -> dist.Work:
         given = getattr(options, "reduceOp", None)
         reduction = next((name for name in _REDUCTIONS if given == getattr(dist.ReduceOp, name)), "")
-        self._traffic.record("all_reduce", self, tensors, _bytes(tensors), detail=reduction)
-        return StandInWork()
+        return self._traffic.record("all_reduce", self, tensors, _bytes(tensors), detail=reduction)
 
     allreduce_coalesced = allreduce
 
@@ -137,11 +150,11 @@ class StandInGroup(dist.ProcessGroup):
 
     def all_gather_single(self, output: torch.Tensor, own: torch.Tensor, options: Any = None) -> dist.Work:
         self._traffic.uneven("all_gather_into_tensor", output.numel(), own.numel(), self.size())
-        self._traffic.record("all_gather_into_tensor", self, [own, output], _bytes([output]))
+        work = self._traffic.record("all_gather_into_tensor", self, [own, output], _bytes([output]))
         if small(output):
             with no_dispatch():
                 set_values(output, values(own).flatten().repeat(self.size()).reshape(output.shape))
-        return StandInWork()
+        return work
 
     def all_gather_single_coalesced(self, outputs: list, inputs: list, options: Any = None) -> dist.Work:
         for output, own in zip(outputs, inputs, strict=True):
@@ -155,8 +168,7 @@ class StandInGroup(dist.ProcessGroup):
 
     def reduce_scatter_single(self, own: torch.Tensor, whole: torch.Tensor, options: Any = None) -> dist.Work:
         self._traffic.uneven("reduce_scatter_tensor", whole.numel(), own.numel(), self.size())
-        self._traffic.record("reduce_scatter_tensor", self, [own, whole], _bytes([whole]))
-        return StandInWork()
+        return self._traffic.record("reduce_scatter_tensor", self, [own, whole], _bytes([whole]))
 
     def reduce_scatter_single_coalesced(self, outputs: list, inputs: list, options: Any = None) -> dist.Work:
         for own, whole in zip(outputs, inputs, strict=True):
@@ -168,10 +180,10 @@ class StandInGroup(dist.ProcessGroup):
     ) -> dist.Work:
         if not input_sizes and len(own) % self.size():
             self._traffic.broken[f"all_to_all_single: {len(own)} rows over {self.size()} ranks"] += 1
-        self._traffic.record("all_to_all_single", self, [own, output], _bytes([own]))
+        work = self._traffic.record("all_to_all_single", self, [own, output], _bytes([own]))
         if own.shape == output.shape:  # all send what this rank sends: counts of rows that follow stay possible
             _copy_values(output, own)
-        return StandInWork()
+        return work
 
     def alltoall(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], options: Any = None) -> dist.Work:
         self._traffic.record("all_to_all", self, [*inputs, *outputs], _bytes(inputs))
@@ -186,16 +198,15 @@ class StandInGroup(dist.ProcessGroup):
         return StandInWork()
 
     def send(self, tensors: list[torch.Tensor], peer: int, tag: int = 0) -> dist.Work:
-        self._traffic.record("send", self, tensors, _bytes(tensors), peer=peer)
-        return StandInWork()
+        return self._traffic.record("send", self, tensors, _bytes(tensors), peer=peer)
 
     def recv(self, tensors: list[torch.Tensor], peer: int, tag: int = 0) -> dist.Work:
-        self._traffic.record("recv", self, tensors, _bytes(tensors), peer=peer)
+        work = self._traffic.record("recv", self, tensors, _bytes(tensors), peer=peer)
         for tensor in tensors:
             if small(tensor):
                 told = self._traffic.incoming(tensor)
                 set_values(tensor, healthy(tensor) if told is None else told)
-        return StandInWork()
+        return work
 
     def barrier(self, opts: Any = None) -> dist.Work:
         self._traffic.wait("barrier")

@@ -43,6 +43,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.lines, self.memory = SourceLines(), MemoryLog()
         self.records = Records()
+        self.flops = 0.0  # of all phases
         self.unanswered: Counter[str] = Counter()  # where a value that nobody knows decided how many elements follow
         self._pinned: set[int] = set()  # storages
 
@@ -94,6 +95,7 @@ class Recorder(TorchDispatchMode):
             work.kernels += 1
             work.bytes += moved_bytes(func, name, inputs, outputs)
             work.flops += count
+            self.flops += count
         for each in new:
             self.memory.add(each, part, origin)
 

@@ -50,7 +50,7 @@ _DOCUMENT_END = 0
 def rehearse(case: Rehearsal, device: Device, prepare: Callable[[Trainer, Recorder], None] | None = None) -> dict[str, Any]:
     """Run the case's steps and return what was recorded, as plain values. prepare: changes the trainer first."""
     recorder = Recorder()
-    traffic = Traffic(recorder.lines.here, recorder.wait)
+    traffic = Traffic(recorder.lines.here, recorder.wait, lambda: recorder.flops)
     recipe = _with_batch(case, max(case.micro_batches))
     sizes = derive_sizes(recipe, case.layout, case.world_size)
     ds_config = merge_ds_config(load_ds_config(recipe.deepspeed), recipe, sizes, sizes.accumulation)

@@ -90,7 +90,8 @@ def report_json(
         "hints": hints(summary, prediction), "work": rows(summary.work, ("part",), ("kernels", "bytes", "flops")),
         "layer": dict(zip(("kernels", "bytes"), summary.layer_share(), strict=True)),
         "waits": {"once": once, "each": each, "lines": rows(summary.waits, ("what", "line"), ("times",))},
-        "traffic": rows(summary.traffic, ("group", "op", "dtype"), ("calls", "bytes")), "group_calls": summary.group_calls,
+        "traffic": rows(summary.traffic, ("group", "op", "dtype"), ("calls", "bytes", "beside_products")),
+        "group_calls": summary.group_calls,
         "broken": summary.broken, "unanswered": summary.unanswered,
     }  # fmt: skip
 
@@ -170,9 +171,11 @@ def _waits_text(summary: StepSummary, lines: int) -> str:
 def _traffic_text(summary: StepSummary) -> str:
     rows = []
     for (group, op, dtype), growth in sorted(summary.traffic.items(), key=lambda item: -item[1].of(summary.micro_batches)[1]):
-        calls, moved = growth.of(summary.micro_batches)
-        rows.append([group, op, dtype, f"{calls:,.0f}", f"{moved / GB:,.3f}", f"{moved / calls / 1e6:,.3f}" if calls else ""])
-    header = ["group", "operator", "dtype", "calls", "GB", "MB a call"]
+        calls, moved, beside = growth.of(summary.micro_batches)
+        each = f"{moved / calls / 1e6:,.3f}" if calls else ""
+        share = f"{beside / moved:.0%}" if moved else ""
+        rows.append([group, op, dtype, f"{calls:,.0f}", f"{moved / GB:,.3f}", each, share])
+    header = ["group", "operator", "dtype", "calls", "GB", "MB a call", "beside products"]
     return f"messages of a step (groups made in {summary.group_calls} calls)\n" + (table(rows, header) if rows else "none")
 
 

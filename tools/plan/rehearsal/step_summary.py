@@ -44,7 +44,7 @@ class StepSummary:
     waits: dict[tuple[str, str], Growth]  # (what, line) -> (times,)
     work: dict[str, Growth]  # part -> (kernels, bytes, FLOPs)
     layer_work: dict[str, Growth]  # line -> (kernels, bytes)
-    traffic: dict[tuple[str, str, str], Growth]  # (group, operator, dtype) -> (calls, bytes)
+    traffic: dict[tuple[str, str, str], Growth]  # (group, operator, dtype) -> (calls, bytes, bytes that go beside products)
     broken: dict[str, int]  # NCCL's rules
     unanswered: dict[str, int]  # lines where the number of elements depends on data
 
@@ -125,13 +125,13 @@ def layer_work(result: dict[str, Any], phase: dict[str, Any]) -> Figures:
 
 
 def traffic(result: dict[str, Any], phase: dict[str, Any]) -> Figures:
-    """Return {(group, operator, dtype): (calls, bytes)}."""
+    """Return {(group, operator, dtype): (calls, bytes, bytes of those that products are computed beside)}."""
     names = {tuple(ranks): name for name, ranks in reversed(result["group_names"].items())}
     rows = []
     for call in result["calls"]:
         if call["phase"] == phase["name"]:
             group = "pipeline" if call["peer"] is not None else _group(call["ranks"], names, result["world_size"])
-            rows.append(((group, call["op"], call["dtype"]), (1, call["bytes"])))
+            rows.append(((group, call["op"], call["dtype"]), (1, call["bytes"], call["bytes"] if call["beside"] else 0)))
     return _added(rows, alone=False)
 
 
