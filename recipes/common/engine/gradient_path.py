@@ -3,6 +3,9 @@
 DeepSpeed's own all-reduces whole gradients after the last backward pass, and copies them three times on the way. The optimizer
 reads its partition alone, so here each of its groups is a bucket that is reduced to its owners (`parallel.gradient_buckets`); the
 norm and clipping touch the partition. In bf16 the updated weights go back in the order of their use (`parallel.weight_gathers`).
+
+Parameters of which each tensor rank computes a part of the gradient (norms under sequence parallelism) are summed over them
+afterwards: what a rank owns of them, once a step, in one fp32 message, and not for each parameter and micro batch.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from recipes.common.config.ds_config import zero_stage
-from recipes.common.parallel.gradient_buckets import Bucket, GradientBuckets
+from recipes.common.parallel.collectives import take_gradient_sums
+from recipes.common.parallel.gradient_buckets import Bucket, GradientBuckets, sum_together
 from recipes.common.parallel.grid import Grid
 from recipes.common.parallel.weight_gathers import Flat, WeightGathers, wait_in_stage
 from recipes.common.pipeline.stage import Stage
@@ -70,7 +74,13 @@ def _own_bf16(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Parameter
     optimizer.accumulate_hp_grads_and_remove_lp = lambda parameter, *place: _add(reduced, parameter)
     optimizer.get_grads_for_norm = lambda for_clipping=False: own if for_clipping else (counted, {})
     optimizer.clear_hp_grads = reduced.clear
-    engine.buffered_allreduce_fallback = lambda *arguments, **options: reduced.finish()
+    sums = _sums_of(buckets)
+
+    def reduce(*arguments: Any, **options: Any) -> None:
+        reduced.finish()
+        sum_together(sums)
+
+    engine.buffered_allreduce_fallback = reduce
     return reduced
 
 
@@ -99,8 +109,11 @@ def _own_zero1(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Paramete
         padding._zero_padding = True  # DeepSpeed's mark of what belongs to no parameter
         parts += [padding] if padding.numel() else []
 
+    sums = _sums_of(buckets)
+
     def reduce(pipeline_parallel: bool = False) -> None:
         reduced.finish()
+        sum_together(sums)
         own = (_OwnPart(parts, bucket.own) for parts, bucket in zip(pieces, buckets, strict=True))
         optimizer.averaged_gradients.update(enumerate(own))
 
@@ -147,6 +160,20 @@ def _own_pieces(bucket: Bucket) -> list[tuple[nn.Parameter, torch.Tensor]]:
         part = bucket.own[max(start, 0) : max(min(offset, bucket.own.numel()), 0)]
         found += [(parameter, part)] if part.numel() else []
     return found
+
+
+def _sums_of(buckets: list[Bucket]) -> dict[dist.ProcessGroup, list[torch.Tensor]]:
+    """Return what this rank owns of gradients that are summed over other groups too, by group. No backward pass sums them then.
+
+    The tensor ranks' flat gradients lie alike, since their shards have equal shapes: those of one data rank own the same parts.
+    """
+    sums: dict[dist.ProcessGroup, list[torch.Tensor]] = {}
+    for bucket in buckets:
+        groups = take_gradient_sums(bucket.parameters)
+        for parameter, part in _own_pieces(bucket):
+            if parameter in groups:
+                sums.setdefault(groups[parameter], []).append(part)
+    return sums
 
 
 def _counted_parts(bucket: Bucket, grid: Grid) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ therefore start in a fixed order: each when its own gradients and those of all b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,3 +105,13 @@ class GradientBuckets:
         if dist.get_world_size(bucket.group) > 1:
             work = dist.reduce_scatter_tensor(bucket.own, bucket.flat, group=bucket.group, async_op=True)
         self._works.append(work)
+
+
+@torch.no_grad()
+def sum_together(parts: Mapping[dist.ProcessGroup, Sequence[torch.Tensor]]) -> None:
+    """Sum flat gradients over groups in place, a group's in one message. Its ranks have as many elements, in the same order."""
+    for group, own in parts.items():
+        together = torch.cat(list(own))
+        with CLOCK.collective("all_reduce", num_bytes(together), group):
+            dist.all_reduce(together, group=group)
+        torch._foreach_copy_(list(own), together.split([part.numel() for part in own]))

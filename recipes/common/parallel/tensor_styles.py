@@ -118,7 +118,7 @@ def _gather_output(module: nn.Module, setting: Setting) -> None:
 def _sum_output(module: nn.Module, setting: Setting, *, split_input: bool = False) -> None:
     """Sum over the ranks; under sequence parallelism each rank takes its part of the sequence of the sum."""
     group = setting.grid.tensor_group
-    sum_over_ranks = partial(scatter_sequence, partial=True) if setting.sequence_parallel else reduce_from
+    sum_over_ranks = partial(scatter_sequence, partial=True) if setting.sequence_parallel else partial(reduce_from, own=True)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         y = sum_over_ranks(linear(module, split_to(x, group) if split_input else x, with_bias=False), group)
@@ -189,10 +189,11 @@ def _connect_experts(module: nn.Module, setting: Setting) -> None:
 
 def _connect_biased_experts(module: nn.Module, setting: Setting, *, bias: str) -> None:
     """Connect experts that add a whole bias to their outputs: each rank adds its share of it, so that the sum has it once."""
-    forward, group, size = module.forward, setting.grid.tensor_group, setting.grid.tensor
+    forward, size = module.forward, setting.grid.tensor
+    sum_gradient(module.get_parameter(bias), setting.grid.tensor_group)
 
     def run(*args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
-        vars(module)[bias] = copy_to(module.get_parameter(bias), group) / size  # is found before the parameter
+        vars(module)[bias] = module.get_parameter(bias) / size  # is found before the parameter
         try:
             return forward(*args, **named)
         finally:

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recipes.common.recipe import AdamW, Layout
+from recipes.common.recipe import SGD, AdamW, Layout
 from tests.support.fp16 import allow_fp16, fp16_config
 from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import Trial, build_trial_trainer, rank_batches
+from tools.common.parity import Trial, build_trial_trainer, rank_batches, train_in_layout
 
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5, weight_decay=0.1)
 
@@ -129,6 +129,67 @@ def _reduced(trials):
         own = trainer.grid.data_rank
         right += [flat.chunk(2)[own].equal(mean.chunk(2)[own]) for flat, mean in zip(flats, expected, strict=True)]
     return right
+
+
+def _summed(trial):
+    """Gradients of which each element says its rank: are this rank's own the means over the data ranks, and those of replicated
+    parameters the sum over the tensor ranks, by one message? And no backward pass has sent them."""
+    trainer = build_trial_trainer(trial)
+    optimizer, grid, sent, real = trainer.engine.optimizer, trainer.grid, [], dist.all_reduce
+    ends = "norm.weight", "o_proj.bias", "down_proj.bias"
+    part_of = {parameter for name, parameter in trainer.stage.causal.named_parameters() if name.endswith(ends)}
+
+    def all_reduce(tensor, **options):
+        if options.get("group") is grid.tensor_group:
+            sent.append((tensor.dtype, tensor.numel()))
+        return real(tensor, **options)
+
+    dist.all_reduce = all_reduce
+    trainer.train_step(rank_batches(trial, trainer)[0], 1e-3, trial.global_seqs * trial.seq_len)
+    in_training = [numel for dtype, numel in sent if dtype == torch.float32 and numel > 2 * trial.chunk_tokens]
+    in_16_bits = {numel for dtype, numel in sent if dtype == torch.bfloat16}
+    right, flats = [], optimizer.fp32_groups_gradients_flat
+    for flat in flats:
+        flat.copy_(torch.arange(flat.numel()) % 7 + 4 * grid.data_rank + 100 * grid.tensor_rank)
+    trainer.engine.buffered_allreduce_fallback()
+    for flat, parameters in zip(flats, optimizer.bf16_groups, strict=True):
+        expected, offset = torch.arange(flat.numel()) % 7 + 2.0 + 100 * grid.tensor_rank, 0
+        for parameter in parameters:
+            place = slice(offset, offset := offset + parameter.numel())
+            if parameter in part_of:
+                expected[place] = 2 * (expected[place] - 100 * grid.tensor_rank) + 100
+        right.append(flat.chunk(2)[grid.data_rank].equal(expected.chunk(2)[grid.data_rank]))
+    return right, in_training, in_16_bits, len(part_of)
+
+
+def test_norms_and_row_biases_are_summed_over_tensor_ranks_once_a_step():
+    config = tiny_config("llama", num_hidden_layers=2, attention_bias=True, mlp_bias=True)
+    trial = replace(trial_of(WHOLE, tensor=2, sequence_parallel=True), model=config)
+    micro_batch, width = trial.seq_len * config.hidden_size, config.hidden_size
+    ranks = run_ranks(_summed, 4, trial)
+    for right, in_training, in_16_bits, count in ranks:
+        assert right == [True] * 2 and count == 9
+        assert len(in_training) == 1, "one message a step"
+        assert in_16_bits == {micro_batch}, "the embedding's output and the head's input: no parameter's"
+    # tensor ranks of a data rank send as much as each other, and the data ranks together everything
+    assert ranks[0][1] == ranks[1][1] and ranks[2][1] == ranks[3][1]
+    assert ranks[0][1][0] + ranks[2][1][0] == 9 * width
+
+
+def _trained(trials):
+    allow_fp16()
+    return [train_in_layout(trial)["shards"] for trial in trials]
+
+
+def test_norms_gradients_are_whole_in_fp16():
+    """With the sequence shared and without: a step of SGD changes weights by their gradients."""
+    apart = replace(trial_of(WHOLE, precision="fp16", tensor=2), optimizer=SGD(lr=1.0), steps=1)
+    trials = [apart, replace(apart, layout=Layout(tensor=2, sequence_parallel=True))]
+    for wanted, found in run_ranks(_trained, 4, trials)[:2]:
+        norms = [name for name in wanted if name.endswith("norm.weight")]
+        assert len(norms) == 9
+        for name in norms:
+            assert (found[name] - wanted[name]).norm() < 0.02 * (wanted[name] - 1.0).norm(), name
 
 
 def test_a_rank_has_the_mean_of_its_part():
