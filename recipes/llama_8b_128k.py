@@ -11,8 +11,8 @@ Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 70 GiB, MFU 2
 
 Where the numbers come from: shape and rotary scaling as published with Llama 3.1 8B, which was trained up to 131,072 tokens in
 six stages (arXiv 2407.21783, section 3.4.2); a peak of 1e-5 with 10 % of warm-up and 4M-token batches from ProLong (arXiv
-2410.02660, sections 3 and 4). It also keeps attention inside documents: mask_documents=True, with
-attention="flash_attention_2" where that package is installed (a mask of 131,072 x 131,072 is 16 GB).
+2410.02660, sections 3 and 4). It also keeps attention inside documents: mask_documents=True, with attention="varlen" (a mask of
+131,072 x 131,072 is 16 GB).
 """
 
 import sys

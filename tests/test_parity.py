@@ -133,9 +133,11 @@ def test_sdpa_attention():
     assert_equal(trial_of(tiny_config("llama"), 2, 2, 1, attention="sdpa"))
 
 
-@pytest.mark.parametrize(("pipeline", "tensor"), [(1, 1), (2, 2)])
-def test_documents_masked_from_each_other(pipeline, tensor):
-    trial = trial_of(tiny_config("llama"), pipeline, tensor, 1, attention="sdpa", document_end=5, seq_len=48)
+@pytest.mark.parametrize(("pipeline", "tensor", "attention"), [(1, 1, "sdpa"), (2, 2, "sdpa"), (2, 2, "varlen")])
+def test_documents_masked_from_each_other(pipeline, tensor, attention):
+    """The oracle has "sdpa" with a dense mask, whatever the layout has."""
+    options = {"recompute": "selective", "sequence_parallel": True, "micro_seqs": 2} if attention == "varlen" else {}
+    trial = trial_of(tiny_config("llama"), pipeline, tensor, 1, attention=attention, document_end=5, seq_len=48, **options)
     plain = assert_equal(gradient_trial(trial))
     unmasked = run_ranks(train_plain, 1, gradient_trial(replace(trial, document_end=None)))[0]
     assert abs(unmasked.losses[0] - plain.losses[0]) > 1e-5  # the mask is not for nothing

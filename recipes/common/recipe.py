@@ -253,7 +253,9 @@ class Recipe:
     z_loss: float = 0.0  # weight of the mean of (log Z)^2 in the loss (arXiv 2204.02311, section 5)
     logits_chunk_tokens: int = 2048  # compute logits and loss for so many tokens at a time: less memory, not other numbers
     router: Router = field(default_factory=Router)  # of a mixture of experts; other models ignore it
-    attention: str = "sdpa"  # transformers' attn_implementation
+    # transformers' attn_implementation; or "varlen": "sdpa" without masks of documents and windows, which take a sequence's
+    # length squared: each document is taken by itself (recipes.common.model.varlen_attention). Equal but for rounding
+    attention: str = "sdpa"
     # What computes norms, activations, rotation and the loss. "none": PyTorch's own operators, one after another. "compile": each
     # of these as one operator by torch.compile (recipes.common.model.fusion). Equal but for rounding: in 16 bits what lies
     # between them is no longer rounded

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+
+from recipes.common.model.document_bounds import positions_on
+from recipes.common.model.varlen_attention import attend, segments
 from recipes.common.recipe import ROOT
 from tests.common.monitor import test_parameter_stats as statistics_oracle
 from tests.gpu.place import PRECISIONS, Figures, GpuCheck, Place, RefutedError, be_deterministic, demand_equal, differing
+from tests.support.dense_attention import CASES, HEADS, KV_HEADS, LENGTH, SEQS, attended, dense, positions, tensors
 from tests.support.fp16 import allow_fp16, fp16_config
 from tests.support.parity import trial_of
 from tests.support.tiny import ds_config, tiny_config
@@ -24,6 +30,7 @@ MOST_PIPELINE = {2: (2, 1, 1), 8: (2, 2, 2)}  # pipeline, tensor, data by ranks
 SCHEDULES = {name: {"pipeline_schedule": name} for name in ("1f1b", "zero_bubble", "zero_bubble_v")}
 SCHEDULES |= {f"{name}, 2 chunks": SCHEDULES[name] | {"chunks": 2} for name in ("1f1b", "zero_bubble")}
 LOSS_BOUND, NORM_BOUND = 5e-4, 1e-2  # of fp16 against fp32, relative
+VARLEN_BOUND = 2e-2  # of bf16 against fp32, of the largest value
 
 
 def gate(place: Place, family: str, precision: str) -> Figures:
@@ -40,6 +47,34 @@ def gate(place: Place, family: str, precision: str) -> Figures:
     if failed:
         raise RefutedError("; ".join(failed))
     return {"layouts": found}
+
+
+def varlen(place: Place) -> Figures:
+    """Compare attention without masks with a dense mask in fp32: documents, windows, divided queries, and all gradients."""
+    found = run_ranks(_without_masks, 1, place.device)[0]
+    wrong = {case: difference for case, difference in found.items() if not difference <= VARLEN_BOUND}
+    if wrong:
+        raise RefutedError(f"attention='varlen' in bf16 differs from a dense mask in fp32 by more than {VARLEN_BOUND}: {wrong}")
+    return found
+
+
+def _without_masks(device: str) -> Figures:
+    """Return the largest difference of the output and the gradients by case, as a part of their largest value."""
+    module, found = SimpleNamespace(is_causal=True, num_key_value_groups=HEADS // KV_HEADS), {}
+    for name, (documents, window, spans) in CASES.items():
+        noted = positions_on(torch.device(device), positions()) if documents else None
+        whole = {"seqs": SEQS, "length": LENGTH, "device": torch.device(device), "window": window}
+        here = slice((spans - 1) * LENGTH // spans, None)
+        *given, gradient = tensors(device, torch.bfloat16)
+        theirs, ours = ([t.to(dtype).requires_grad_() for t in given] for dtype in (torch.float32, torch.bfloat16))
+        wanted = dense(theirs[0][:, :, here], *theirs[1:], attended(documents, window)[:, :, here], scale=0.3)
+        instead = segments(noted, **whole, spans=spans, span=spans - 1)
+        out, _ = attend(module, ours[0][:, :, here], *ours[1:], instead, scaling=0.3)
+        wanted.backward(gradient[:, here].float())
+        out.backward(gradient[:, here])
+        pairs = zip((out, *(t.grad for t in ours)), (wanted, *(t.grad for t in theirs)), strict=True)
+        found[name] = max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    return found
 
 
 def schedules(place: Place) -> Figures:
@@ -127,6 +162,7 @@ CHECKS = (
         for precision in PRECISIONS
         for which in [{"family": family, "precision": precision}]
     ),
+    GpuCheck("varlen", "attention without masks is attention with them, output and gradients", varlen),
     GpuCheck("schedules", "zero bubbles and interleaved schedules are 1F1B, bit for bit, fp32 and bf16", schedules, ranks=2),
     GpuCheck("fp16", "fp16 tracks fp32, and a step that overflows changes no weight", half),
     GpuCheck("statistics", "the monitor's statistics are the oracle's", statistics),

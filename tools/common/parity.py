@@ -19,6 +19,7 @@ from recipes.common.data.document_masking import document_positions
 from recipes.common.engine.build_trainer import build_trainer
 from recipes.common.engine.trainer import StepResult, Trainer
 from recipes.common.model.sharding import HeldTensor
+from recipes.common.model.varlen_attention import built_as
 from recipes.common.parallel.grid import one_process
 from recipes.common.pipeline.stage import NO_ROUTER_LOSS, Stage, build_stage, plan_model
 from recipes.common.recipe import SGD, AdamW, Layout, Optimizer, Router
@@ -180,7 +181,7 @@ def initial_model(trial: Trial) -> torch.nn.Module:
     planned = plan_model(trial.model, attention=trial.attention)
     stage = build_stage(planned, one_process(), seq_len=trial.seq_len, seed=trial.seed)
     model = AutoModelForCausalLM.from_config(
-        trial.model, dtype=torch.float32, attn_implementation=trial.attention, trust_remote_code=False
+        trial.model, dtype=torch.float32, attn_implementation=built_as(trial.attention), trust_remote_code=False
     )
     weights = dict(stage.hf_named_parameters()) | dict(stage.persistent_buffers())
     with torch.no_grad():

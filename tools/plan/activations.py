@@ -7,6 +7,7 @@ precision needs a formula. A 70B model takes about a second on one core.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from recipes.common.model.attention_tables import attach
 from recipes.common.model.decoder import PlanError, Stack, find_stack
 from recipes.common.model.document_bounds import no_questions
 from recipes.common.model.fusion import fuse_layer
 from recipes.common.model.token_chunks import chunk_tokens, find_mlp
+from recipes.common.model.varlen_attention import VARLEN, built_as
 from recipes.common.parallel.tensor_plans import tensor_plan
 from recipes.common.pipeline.placeholders import Placeholder
 from tools.plan.layer_log import Bytes, LayerBytes, LayerLog, sum_bytes
@@ -81,12 +85,14 @@ class _Changes:
 def _measure(
     config: PreTrainedConfig, seq_len: int, dtype: torch.dtype, attention: str, change: _Changes, fake: bool, *, every_layer: bool
 ) -> ModelBytes:
-    width = config.get_text_config().hidden_size
+    width, config = config.get_text_config().hidden_size, copy.deepcopy(config)  # whose attention may be replaced
     memoryless = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     with memoryless, _latent_attention() if fake else nullcontext(), no_questions(documents=False):
         causal = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            config, dtype=dtype, attn_implementation=built_as(attention), trust_remote_code=False
         ).train()
+        if attention == VARLEN:  # what its kernel saves is what the causal one saves
+            attach(causal, ALL_ATTENTION_FUNCTIONS["sdpa"], lambda **_: None)
         stack = find_stack(causal)
         layers, styles = causal.get_submodule(stack.layers), _styles(causal, stack)
         kinds = list(range(len(layers))) if every_layer else [_kind(layer) for layer in layers]

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from recipes.common.model.document_bounds import no_questions
+from recipes.common.model.varlen_attention import built_as
 
 SEQS, PLACES, TOKENS = "sequences", "places", "tokens"  # dimensions that grow: the last is the first two in one
 _TRIALS = ((2, 16), (3, 32))  # sequences, their length
@@ -33,7 +34,7 @@ def whole_shapes(config: PreTrainedConfig, attention: str, *, documents: bool = 
     seen: list[dict[tuple[str, str], tuple[int, ...]]] = []
     with FakeTensorMode(allow_non_fake_inputs=True), no_questions(documents=False), torch.no_grad(), _quiet_torch():
         causal = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=attention, trust_remote_code=False
+            config, dtype=torch.bfloat16, attn_implementation=built_as(attention), trust_remote_code=False
         )
         for seqs, length in _TRIALS:
             seen.append({})

@@ -2,6 +2,7 @@
 
 The rule is of torch 2.13 on CUDA (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp) and of transformers' "sdpa" function,
 which lets the kernel group queries by key/value heads where there is no mask, and repeats keys and values where there is one.
+attention="varlen" never makes one: where "sdpa" would, it has a kernel of its own (recipes.common.model.varlen_attention).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch.backends import cuda
 from torch.nn.attention import SDPBackend
 
 from recipes.common.config.ds_config import load_ds_config, precision
+from recipes.common.model.varlen_attention import VARLEN, kernel_refusal
+from recipes.common.model.varlen_attention import WIDEST_HEAD as FLASH_HEAD
 from recipes.common.parallel.context_parallel import head_ranks
 from recipes.common.recipe import Layout, Recipe
 
@@ -33,7 +36,6 @@ _ASK = {
 }
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _HALVES = ("bfloat16", "float16")
-FLASH_HEAD = 256  # the widest head of the flash kernels
 CUDNN_HEAD = 128  # of cuDNN's backward pass on Hopper
 
 
@@ -50,6 +52,7 @@ class AttentionCall:
     value_dim: int
     dtype: str  # torch's name
     masked: bool  # a mask is given: the kernel does not know that attention is causal
+    segmented: bool = False  # attention="varlen" takes segments of the sequences in place of a mask
 
     @property
     def grouped(self) -> bool:
@@ -58,10 +61,10 @@ class AttentionCall:
 
 
 def attention_calls(recipe: Recipe, layout: Layout) -> list[AttentionCall]:
-    """Return the calls of a rank's softmax attention, one for each kind of layer; none unless recipe.attention is "sdpa"."""
+    """Return the calls of a rank's softmax attention, one for each kind of layer; none for another than "sdpa" or "varlen"."""
     config = recipe.model.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
-    if recipe.attention != "sdpa" or not isinstance(heads, int):
+    if recipe.attention not in ("sdpa", VARLEN) or not isinstance(heads, int):
         return []
     divided = layout.tensor * head_ranks(recipe.model, layout)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -86,7 +89,8 @@ def attention_calls(recipe: Recipe, layout: Layout) -> list[AttentionCall]:
                 head_dim=head_dim,
                 value_dim=value_dim,
                 dtype=_DTYPES[precision(load_ds_config(recipe.deepspeed))],
-                masked=always or slides,
+                masked=(always or slides) and recipe.attention == "sdpa",
+                segmented=(always or slides) and recipe.attention == VARLEN,
             )
         )
     return calls
@@ -143,12 +147,17 @@ def _refusal(kernel: str, params: Any) -> str | None:
 
 def attention_lines(recipe: Recipe, layout: Layout) -> list[str]:
     """Return a line for each kind of attention layer: its kernel on this machine's GPU, or by rule, and why."""
-    if recipe.attention != "sdpa":
+    if recipe.attention not in ("sdpa", VARLEN):
         return [f"attention={recipe.attention!r}: its own kernel"]
     lines = []
     for call in attention_calls(recipe, layout):
+        refusal = kernel_refusal(getattr(torch, call.dtype), call.head_dim, call.value_dim) if call.segmented else None
+        if call.segmented and refusal is None:
+            lines.append(f"{call.layers} layers: {FLASH} kernel for variable lengths (torch's varlen_attn; no mask)")
+            continue
         on_gpu = torch.cuda.is_available()
         kernel, why = chosen_kernel(call, torch.device("cuda")) if on_gpu else expected_kernel(call)
         source = torch.cuda.get_device_name() if on_gpu else "by rule: there is no GPU here"
-        lines.append(f"{call.layers} layers: {kernel} kernel ({why}; {source})")
+        how = f"one document after another, not all at once: {refusal}; " if refusal else ""
+        lines.append(f"{call.layers} layers: {how}{kernel} kernel ({why}; {source})")
     return lines

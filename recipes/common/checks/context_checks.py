@@ -14,15 +14,13 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from recipes.common.model.attention_tables import Attention, attach, attention_function
 from recipes.common.model.decoder import PlanError
 from recipes.common.parallel.context_parallel import (
     SHAREABLE,
     SPANNING,
-    Attention,
     ContextAttention,
-    attach,
     attend_with_heads,
-    attention_function,
     divisors,
     head_ranks,
     local_heads,
@@ -146,8 +144,8 @@ class _Trial:
     def __init__(self, config: PreTrainedConfig, attention: str, heads: int) -> None:
         self._family, self._attention, self._heads = config.model_type, attention, heads
         self._whole, self._half = (self._build(config) for _ in range(2))
-        self._half.context = ContextAttention(self._half.causal.config, attention, size=2, rank=1, heads=2)
-        attach(self._half.causal, self._replay, self._half.context.mask)
+        self._half.own_attention = ContextAttention(self._half.causal.config, attention, size=2, rank=1, heads=2)
+        attach(self._half.causal, self._replay, self._half.own_attention.mask)
         attach(self._whole.causal, self._record, ALL_MASK_ATTENTION_FUNCTIONS[attention])
         self._calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any, torch.Tensor]] = []
         self._difference = 0.0

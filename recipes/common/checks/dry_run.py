@@ -90,7 +90,7 @@ def _masks(recipe: Recipe, layout: Layout) -> list[str]:
         return []
     return [
         f"masks       attention={recipe.attention!r} holds {kinds} of {' x '.join(map(str, shape))} elements, {gib:.1f} GiB on "
-        "each rank; 'flash_attention_2' and 'flex_attention' hold none"
+        "each rank; 'varlen' holds none"
     ]
 
 

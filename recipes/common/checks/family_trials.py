@@ -16,8 +16,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from recipes.common.config.placement import placement_of
+from recipes.common.model.attention_tables import attach
 from recipes.common.model.decoder import PlanError
+from recipes.common.model.document_bounds import no_questions
 from recipes.common.model.flops import layer_costs
+from recipes.common.model.varlen_attention import VARLEN, attend
 from recipes.common.parallel.grid import Grid, one_process
 from recipes.common.parallel.tiny_model import is_tiny, shrink
 from recipes.common.pipeline.carrier import MORE_THAN_PARTS
@@ -27,6 +30,7 @@ from recipes.common.pipeline.stage import PlannedModel, Stage, build_stage, plan
 from recipes.common.recipe import Layout
 
 _SEQS, _SEQ_LEN = 2, 16
+_DOCUMENTS = ((5, 11), (13, 3))  # their lengths, in each of _SEQS sequences
 _ROUNDING = 1e-4  # another mask is another order of summation
 
 
@@ -74,19 +78,68 @@ def masking_problems(config: PreTrainedConfig, attention: str) -> list[str]:
         ids = torch.arange(_SEQ_LEN).view(1, _SEQ_LEN) % (tiny.vocab_size - 3) + 3
         half = torch.arange(_SEQ_LEN // 2).repeat(2).view(1, _SEQ_LEN)
         stage = build_stage(plan_model(tiny, attention=attention), one_process(), seq_len=_SEQ_LEN).eval()
-        with torch.no_grad():
+        with torch.no_grad(), no_questions(documents=attention != VARLEN):
             stage.set_positions([half])
             packed = stage(ids)[:, _SEQ_LEN // 2 :]
             alone = stage(ids[:, _SEQ_LEN // 2 :])
         difference = (packed - alone).abs().max().item()
     except Exception as error:  # a family's own code may raise anything on the tiny model; nothing is shown then
-        return [f"mask_documents=True: a tiny {family} does not run with it ({type(error).__name__}: {error}); turn it off"]
+        advice = "turn it off" + (", or use attention='sdpa'" if attention == VARLEN else "")
+        return [f"mask_documents=True: a tiny {family} does not run with it ({type(error).__name__}: {error}); {advice}"]
     if difference <= _ROUNDING * packed.abs().max().item():
         return []
     return [
         f"mask_documents=True: model_type={family} does not keep documents apart (in a tiny model of it, output changes by "
         f"{difference:.1e} with the neighbouring document); turn it off"
     ]
+
+
+def varlen_problems(config: PreTrainedConfig, attention: str, *, mask_documents: bool) -> list[str]:
+    """Check that attention without masks gives what "sdpa" gives: of whole sequences with a window, of documents one by one."""
+    family, advice = config.model_type, "use attention='sdpa'"
+    if attention != VARLEN:
+        return []
+    try:
+        tiny = shrink(config, Layout())
+        ids = torch.arange(_SEQS * _SEQ_LEN).view(_SEQS, _SEQ_LEN) % (tiny.vocab_size - 3) + 3
+        plain = build_stage(plan_model(tiny, attention="sdpa"), one_process(), seq_len=_SEQ_LEN).eval()
+        with torch.no_grad(), no_questions(documents=False):
+            wanted = [plain(ids)]
+            if mask_documents:
+                parts = [row.split(lengths) for row, lengths in zip(ids, _DOCUMENTS, strict=True)]
+                wanted.append(torch.stack([torch.cat([plain(part[None])[0] for part in each]) for each in parts]))
+    except Exception:  # a family's own code may raise anything on the tiny model; nothing is shown then
+        return []
+    try:
+        found = _without_masks(tiny, ids, documents=mask_documents)
+    except PlanError as error:
+        return [f"attention='varlen': model_type={family}: {error}; {advice}"]
+    except Exception as error:  # as above, but "sdpa" did run: it does not take what stands for a mask
+        return [f"attention='varlen': a tiny {family} does not run with it ({type(error).__name__}: {error}); {advice}"]
+    difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, wanted, strict=True))
+    if difference <= _ROUNDING:
+        return []
+    return [
+        f"attention='varlen': attention of model_type={family} is more than causal with a window (a tiny model of it differs by "
+        f"{difference:.1e} from attention='sdpa'); {advice}"
+    ]
+
+
+def _without_masks(config: PreTrainedConfig, ids: torch.Tensor, *, documents: bool) -> list[torch.Tensor]:
+    """Run a model with attention="varlen" on whole sequences, and with `documents` on documents. Raises PlanError if it does not
+    ask for its attention."""
+    stage = build_stage(plan_model(config, attention=VARLEN), one_process(), seq_len=_SEQ_LEN).eval()
+    called = []
+    attach(stage.causal, lambda *args, **options: called.append(1) or attend(*args, **options), stage.own_attention.mask)
+    found = []
+    with torch.no_grad(), no_questions(documents=False):
+        found.append(stage(ids))
+        if documents:
+            stage.set_positions([torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in _DOCUMENTS])])
+            found.append(stage(ids))
+    if not called:
+        raise PlanError("it does not call attention through transformers' table of attention functions")
+    return found
 
 
 def sequence_problems(config: PreTrainedConfig, layout: Layout, attention: str) -> list[str]:

@@ -10,7 +10,13 @@ from transformers import PreTrainedConfig
 
 from recipes.common.checks.context_checks import context_head_problems, context_trial_problems
 from recipes.common.checks.expert_trial import shared_expert_problems
-from recipes.common.checks.family_trials import chunk_problems, masking_problems, partition_problems, sequence_problems
+from recipes.common.checks.family_trials import (
+    chunk_problems,
+    masking_problems,
+    partition_problems,
+    sequence_problems,
+    varlen_problems,
+)
 from recipes.common.checks.router_checks import router_problems, router_value_problems
 from recipes.common.checks.tiny_trial import trial_problems
 from recipes.common.config.ds_config import did_you_mean
@@ -21,6 +27,7 @@ from recipes.common.model.decoder import PlanError, Stack, find_stack
 from recipes.common.model.flops import layer_costs
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.routers import plan_routers
+from recipes.common.model.varlen_attention import VARLEN
 from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from recipes.common.parallel.tiny_model import field_of, shallow
 from recipes.common.pipeline.crossings import find_crossings
@@ -96,6 +103,8 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
         problems += group_problems(causal, stack, [(layout, _own_layers(recipe, causal, stack, layout))])[0]
     if not problems and recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
         problems += masking_problems(recipe.model, recipe.attention)
+    if not problems:
+        problems += varlen_problems(recipe.model, recipe.attention, mask_documents=recipe.mask_documents)
     if not problems:
         masked = {"mask_documents": recipe.mask_documents}
         problems += context_trial_problems(recipe.model, layout, recipe.attention, **masked)
@@ -232,7 +241,7 @@ def _build_problem(recipe: Recipe, error: Exception) -> str:
         return f"model.pad_token_id={pad} is beyond model.vocab_size={vocab}; write pad_token_id=None, or an id of the tokenizer"
     text = " ".join(str(error).split()) or "no further word"
     text = text if isinstance(error, PlanError | ValueError) else f"{type(error).__name__}: {text}"
-    beside = "" if recipe.attention in ("sdpa", "eager") else f" (attention={recipe.attention!r})"
+    beside = "" if recipe.attention in ("sdpa", "eager", VARLEN) else f" (attention={recipe.attention!r})"
     only_text = config.get_text_config()
     cure = "" if only_text is config else f"; use the config of its text model alone, {type(only_text).__name__}(...)"
     return f"model={kind}: {text}{beside}{cure}"

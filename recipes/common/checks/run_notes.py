@@ -105,7 +105,7 @@ def _mask_notes(recipe: Recipe) -> Iterator[str]:
     size = recipe.batch.micro_seqs * recipe.batch.seq_len**2 * element
     yield (
         f"mask_documents=True with attention={recipe.attention!r}: a dense mask of {size:,} bytes ({size / 2**30:.2f} GiB) for "
-        "each micro batch; attention='flex_attention', or 'flash_attention_2' with batch.micro_seqs=1, makes none"
+        "each micro batch; attention='varlen' makes none, in families that run with 'sdpa'"
     )
 
 

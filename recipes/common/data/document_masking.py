@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-# attn_implementations of transformers 5.23 that read document bounds off restarting positions: from any batch, or from
-# a batch of one sequence only (modeling_flash_attention_utils._is_packed_sequence)
-MASKS = ("sdpa", "eager", "flex_attention")
+# attentions that read document bounds off restarting positions, "varlen" by our code, the others by that of transformers 5.23:
+# from any batch, or from a batch of one sequence only (modeling_flash_attention_utils._is_packed_sequence)
+MASKS = ("sdpa", "varlen", "eager", "flex_attention")
 MASKS_ONE_SEQUENCE = ("flash_attention_2", "flash_attention_3")
 
 

@@ -28,6 +28,7 @@ from recipes.common.engine.optimizers import build_optimizer, parameter_groups
 from recipes.common.engine.pipeline_stages import PipelineStages
 from recipes.common.engine.startup import quiet_deepspeed
 from recipes.common.model.document_bounds import no_questions, positions_on
+from recipes.common.model.varlen_attention import VARLEN
 from recipes.common.parallel.cross_entropy import IGNORED
 from recipes.common.parallel.grid import Grid
 from recipes.common.pipeline.executor import PipelineExecutor
@@ -248,7 +249,7 @@ class Trainer:
         self.stage.max_logit.fill_(-torch.inf)
 
     def _no_questions(self) -> contextlib.AbstractContextManager[None]:
-        return no_questions(documents=self.document_end is not None)
+        return no_questions(documents=self.document_end is not None and self.stage.attention != VARLEN)
 
     def _batches(
         self, micro_batches: Iterable[torch.Tensor], weight: float, rows: list[torch.Tensor] | None = None

@@ -33,7 +33,8 @@ class Bounds:
     """Where the documents of one micro batch begin, as flash attention wants it: of its sequences one after another."""
 
     several: bool  # whether a sequence holds more than one document
-    starts: torch.Tensor  # int32 [documents + 1], on the device; the last is the end
+    host: np.ndarray  # int32 [documents + 1]; the last is the end
+    starts: torch.Tensor  # the same, on the device
     longest: int
 
 
@@ -42,8 +43,14 @@ def positions_on(device: torch.device, positions: torch.Tensor) -> torch.Tensor:
     starts = np.append(np.flatnonzero(positions.numpy() == 0), positions.numel()).astype(np.int32)
     copy = to_device(positions, device).view_as(positions)  # a tensor of its own, for its note
     bounds = to_device(torch.from_numpy(starts), device)
-    copy.document_bounds = Bounds(len(starts) - 1 > len(positions), bounds, int(np.diff(starts).max()))
+    copy.document_bounds = Bounds(len(starts) - 1 > len(positions), starts, bounds, int(np.diff(starts).max()))
     return copy
+
+
+def find_bounds(positions: torch.Tensor) -> Bounds:
+    """Return the bounds of document positions [seqs, length]; those without a note are asked, which waits for a device."""
+    noted = getattr(positions, "document_bounds", None)
+    return positions_on(positions.device, positions.cpu()).document_bounds if noted is None else noted
 
 
 def sequence_indices(positions: torch.Tensor) -> torch.Tensor | None:

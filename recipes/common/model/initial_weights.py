@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 
 from recipes.common.model.shard_draws import draw_shard, recorded_calls
 from recipes.common.model.sharding import Holdings
+from recipes.common.model.varlen_attention import built_as
 
 INITIAL_WEIGHTS_VERSION = 2  # of what `draw_weights` draws: a run's record holds it; a test holds what it stands for
 SEED_VERSION = 1  # of `name_seed`, and of the names that dropout gives it (recipes.common.parallel.dropout), likewise
@@ -74,7 +75,7 @@ def build_empty(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrained
     with torch.random.fork_rng(devices=[]), _parameters_on_meta(), _LargeOnMeta(), no_init_weights():
         torch.default_generator.manual_seed(0)
         causal = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+            config, dtype=torch.float32, attn_implementation=built_as(attention), trust_remote_code=False
         )
         causal.tie_weights()
     _make_buffers(causal)

@@ -31,6 +31,7 @@ _NAMES = (
     "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_cudnn_attention",
     "aten._flash_attention_forward",
+    "torch_attn._varlen_attn",
     "aten._efficient_attention_forward",
     "mkldnn._linear_pointwise",
 )

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from recipes.common.model.routers import find_routers
+from recipes.common.model.varlen_attention import Segments
 from recipes.common.pipeline.stage import Stage
 
 QUERIES = 32  # positions of each sequence whose attention logits are recomputed
@@ -143,14 +144,17 @@ def largest_logit(query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: fl
     """Return the largest over evenly spaced queries, fp32 [].
 
     query: [seqs, heads, queries, width]. key: [seqs, heads or fewer, keys, width].
-    mask: bool (True: attended) or added, [seqs, 1 or heads, queries, keys]; anything else: a query attends to keys up to its own.
+    mask: bool (True: attended) or added, [seqs, 1 or heads, queries, keys], or Segments; anything else: a query attends to keys
+    up to its own.
     """
     seqs, heads, length, width = query.shape
     places = torch.linspace(0, length - 1, min(QUERIES, length), device=query.device).round().long()
     grouped = query[:, :, places].float().reshape(seqs, key.shape[1], -1, len(places), width)
     logits = (grouped @ key.float().unsqueeze(2).transpose(-1, -2)).reshape(seqs, heads, len(places), -1)
     logits = logits * (width**-0.5 if scaling is None else scaling)
-    if torch.is_tensor(mask) and mask.ndim == 4:
+    if isinstance(mask, Segments):
+        logits = logits.masked_fill(~mask.rows(seqs, places, key.shape[2]), -torch.inf)
+    elif torch.is_tensor(mask) and mask.ndim == 4:
         rows = mask[:, :, places, : key.shape[2]]
         logits = logits.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else logits + rows
     else:

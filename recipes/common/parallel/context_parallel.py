@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,18 +25,17 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from recipes.common.model.attention_tables import Attention, attach, attention_function
 from recipes.common.model.document_bounds import sequence_indices
+from recipes.common.model.varlen_attention import VARLEN, register, segments, window_of
 from recipes.common.parallel.collectives import exchange, gather_sequence
 from recipes.common.recipe import Layout
 
 # attn_implementations whose masks are made for whole sequences, or that need none
-SHAREABLE = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
+SHAREABLE = ("sdpa", VARLEN, "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
 _BY_POSITIONS = ("flash_attention_2", "flash_attention_3")  # they take positions in place of a mask
-SPANNING = ("sdpa", "eager", "flex_attention")  # whose masks may begin at a later query
-
-Attention = tuple[torch.Tensor, torch.Tensor | None]
+SPANNING = ("sdpa", VARLEN, "eager", "flex_attention")  # whose masks may begin at a later query
 
 
 def local_heads(config: PreTrainedConfig, tensor: int) -> tuple[int, int]:
@@ -93,6 +91,8 @@ class ContextAttention:
         self._documents: torch.Tensor | None = None  # positions [seqs, whole length] that restart at each document
 
     def attach(self, causal: PreTrainedModel) -> None:
+        if self.attention == VARLEN:
+            register()
         attach(causal, self.attend, self.mask)
 
     def places(self, length: int, documents: torch.Tensor | None, device: torch.device) -> dict[str, torch.Tensor]:
@@ -119,6 +119,10 @@ class ContextAttention:
         """Make the mask of this rank's queries and all keys, for a model that asks for its slice's."""
         whole = q_length * self.size
         queries = whole // self.spans
+        if self.attention == VARLEN:
+            of_all = {"seqs": options["batch_size"], "length": whole, "device": torch.device(options["device"])}
+            part = {"spans": self.spans, "span": self.span}
+            return segments(self._documents, window=window_of(options["config"], options), **of_all, **part)
         packed = sequence_indices(self._documents) if self._documents is not None else None
         if packed is not None:
             if self.attention in _BY_POSITIONS:
@@ -241,18 +245,3 @@ def attend_with_heads(
     part = _PartOfHeads(module, config=config, **own)
     options = {name: option[mine] if per_head(option) else option for name, option in options.items()}
     return attention_function(module, attention)(part, query, key, value, mask, **options)[0]
-
-
-def attention_function(module: nn.Module, attention: str) -> Callable[..., Attention]:
-    """Return the function by which a family's attention module would compute."""
-    family = sys.modules[type(module).__module__]
-    table = getattr(family, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)  # a family may have one of its own
-    return table.get(attention) or family.eager_attention_forward
-
-
-def attach(causal: PreTrainedModel, attend: Callable[..., Attention], mask: Callable) -> None:
-    """Let a model, whose config is its own, call `attend` and `mask` through transformers' tables."""
-    name = f"context_parallel_{id(causal):x}"
-    ALL_ATTENTION_FUNCTIONS.register(name, attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
-    causal.config._attn_implementation = name

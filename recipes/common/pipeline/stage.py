@@ -28,6 +28,7 @@ from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.linears import defer_weight_gradients
 from recipes.common.model.routers import RouterPlan, plan_routers
 from recipes.common.model.sharding import Holdings, TensorPlan
+from recipes.common.model.varlen_attention import VARLEN, VarlenAttention
 from recipes.common.model.weight_grad_store import WeightGradStore
 from recipes.common.parallel.context_parallel import ContextAttention, head_ranks
 from recipes.common.parallel.cross_entropy import vocabulary_loss
@@ -57,7 +58,7 @@ class PlannedModel:
     causal: PreTrainedModel
     stack: Stack
     tensor_plan: TensorPlan
-    attention: str  # transformers' attn_implementation
+    attention: str  # a recipe's
     head_ranks: int  # context ranks that divide heads
     routers: RouterPlan
     experts: dict[str, str]  # those that expert ranks divide: see parallel.experts.expert_plan
@@ -71,7 +72,7 @@ def plan_model(
     Raises PlanError when the family cannot be sharded so; `check` has asked before any process group exists.
     """
     off = {name: value for name, value in ONLY_INFERENCE.items() if getattr(config, name, value) != value}
-    if layout.context > 1 or off:
+    if layout.context > 1 or attention == VARLEN or off:
         config = copy.deepcopy(config)  # the model's attention is replaced, which its config says
         vars(config).update(off)
     causal = build_empty(config, attention)
@@ -102,7 +103,7 @@ class Stage(nn.Module):
         weight_grad_stores: tuple[WeightGradStore, ...],
         placeholders: dict[str, nn.Module],
         carrier: Carrier,
-        context: ContextAttention | None = None,
+        own_attention: ContextAttention | VarlenAttention | None = None,
         router_losses: RouterLosses | None = None,
     ) -> None:
         """model: with this stage's modules alone. chunks: the layers of each, by index, in the model's order.
@@ -114,13 +115,13 @@ class Stage(nn.Module):
         weight_grad_stores: each chunk's, for a schedule that defers weight gradients.
         placeholders: for this rank's own layers and norms, by name, while another chunk than theirs runs.
         carrier: of what the chunks receive and send.
-        context: what shares the model's attention with other context ranks, if there are any.
+        own_attention: what computes the model's attention, if not transformers: shared by context ranks, or without masks.
         router_losses: of a model with routers.
         """
         super().__init__()
         causal, stack = model.causal, model.stack
         self.causal, self.stack, self.tensor_plan, self.chunks = causal, stack, model.tensor_plan, chunks
-        self.context, self.attention, self.router_losses = context, model.attention, router_losses
+        self.own_attention, self.attention, self.router_losses = own_attention, model.attention, router_losses
         self.own_layers = tuple(index for chunk in chunks for index in chunk)
         self.is_first, self.is_last = grid.is_first_stage, grid.is_last_stage
         self.grid, self.z_loss, self.chunk_tokens, self.compiled = grid, z_loss, chunk_tokens, compiled
@@ -190,8 +191,8 @@ class Stage(nn.Module):
 
     def _places(self, seq_len: int, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Return what the base model must be told of the places of its tokens."""
-        if self.context is not None:
-            return self.context.places(seq_len, positions, self.loss_sums.device)
+        if self.own_attention is not None:
+            return self.own_attention.places(seq_len, positions, self.loss_sums.device)
         return {} if positions is None else {"position_ids": positions}
 
     def loss(self, hidden: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -301,15 +302,20 @@ def build_stage(
         weight_grad_stores=stores,
         placeholders=placeholders,
         carrier=carrier_of(causal, stack, tensor_plan, chunks, all_chunks, crossings, placeholders, grid),
-        context=_share_attention(model, grid) if grid.context > 1 else None,
+        own_attention=_own_attention(model, grid),
         router_losses=RouterLosses(model.routers, causal, grid, router_group) if model.routers.routers else None,
     )
 
 
-def _share_attention(model: PlannedModel, grid: Grid) -> ContextAttention:
-    """Let the model call an attention that works with the other context ranks."""
-    groups = {"head_group": grid.head_group, "span_group": grid.span_group}
-    shares = {"size": grid.context, "rank": grid.context_rank, "heads": model.head_ranks}
-    context = ContextAttention(model.causal.config, model.attention, **shares, **groups)
-    context.attach(model.causal)
-    return context
+def _own_attention(model: PlannedModel, grid: Grid) -> ContextAttention | VarlenAttention | None:
+    """Let the model call an attention that works with the other context ranks, or without masks."""
+    if grid.context > 1:
+        groups = {"head_group": grid.head_group, "span_group": grid.span_group}
+        shares = {"size": grid.context, "rank": grid.context_rank, "heads": model.head_ranks}
+        own = ContextAttention(model.causal.config, model.attention, **shares, **groups)
+    elif model.attention == VARLEN:
+        own = VarlenAttention()
+    else:
+        return None
+    own.attach(model.causal)
+    return own

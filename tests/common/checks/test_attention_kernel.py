@@ -59,7 +59,7 @@ def calls(model, layout=PLAIN, **fields):
 def test_a_call_is_one_ranks():
     [call] = calls(llama(), Layout(tensor=2), deepspeed="zero1_bf16.json")
     shape = {"micro_seqs": 3, "seq_len": 64, "heads": 8, "kv_heads": 2, "head_dim": 64, "value_dim": 64}
-    assert asdict(call) == shape | {"layers": "full", "dtype": "bfloat16", "masked": False}
+    assert asdict(call) == shape | {"layers": "full", "dtype": "bfloat16", "masked": False, "segmented": False}
     [call] = calls(llama(num_key_value_heads=2), Layout(tensor=4))
     assert (call.heads, call.kv_heads, call.dtype) == (4, 1, "float32")
     assert not call.grouped or call.heads > call.kv_heads
@@ -71,6 +71,24 @@ def test_masks_are_seen():
     assert [call.masked for call in calls(MistralConfig(**SHAPE, sliding_window=64))] == [False]
     both = Gemma3TextConfig(**SHAPE, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
     assert [(call.layers, call.masked) for call in calls(both)] == [("sliding", True), ("full", False)]
+
+
+def test_variable_lengths_take_the_place_of_masks():
+    model = llama()
+    masked = {"mask_documents": True, "attention": "varlen"}
+    assert [(call.masked, call.segmented) for call in calls(model, **masked)] == [(False, True)]
+    assert [call.segmented for call in calls(model, attention="varlen")] == [False]
+    assert [call.segmented for call in calls(model, Layout(context=2, context_heads=1), attention="varlen")] == [True]
+    assert [call.segmented for call in calls(MistralConfig(**SHAPE, sliding_window=16), attention="varlen")] == [True]
+
+    def line(deepspeed, **fields):
+        [said] = attention_lines(tiny_recipe(Path("data"), model=llama(**fields), deepspeed=deepspeed, **masked), Layout())
+        return said
+
+    assert line("zero1_bf16.json") == "full layers: flash kernel for variable lengths (torch's varlen_attn; no mask)"
+    one_by_one = "full layers: one document after another, not all at once: "
+    assert line("zero1_fp32.json").startswith(f"{one_by_one}it computes in 16 bits, not in float32; ")
+    assert line("zero1_bf16.json", head_dim=288).startswith(f"{one_by_one}it needs heads of a multiple of 8 up to 256, not 288; ")
 
 
 def test_other_attention_names_itself():

@@ -55,7 +55,7 @@ def test_heads_and_attention():
     assert problem.startswith("layout context=2: attention='paged|eager' cannot be shared between context ranks; use attention=")
     (problem,) = context_head_problems(config, Layout(context=8), "flash_attention_2")
     assert "only 4 of its ranks divide the heads" in problem
-    assert "use context=12 at most, or attention='sdpa', 'eager' or 'flex_attention'" in problem
+    assert "use context=12 at most, or attention='sdpa', 'varlen', 'eager' or 'flex_attention'" in problem
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_oss", "deepseek_v3"])

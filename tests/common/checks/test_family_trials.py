@@ -1,9 +1,10 @@
 """Trials of a family: those that can be partitioned pass at any depth, others are refused by name; masking likewise."""
 
 import pytest
+import torch
 from transformers import AutoConfig, GlmMoeDsaConfig
 
-from recipes.common.checks.family_trials import masking_problems, partition_problems
+from recipes.common.checks.family_trials import masking_problems, partition_problems, varlen_problems
 from recipes.common.recipe import Layout
 from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks
@@ -66,6 +67,51 @@ def test_families_that_carry_state_over_a_document_are_refused_by_name(family):
     assert len(problems) == 1
     assert family in problems[0]
     assert problems[0].startswith("mask_documents=True: ")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt", "deepseek_v3"])
+def test_families_whose_masks_are_documents_and_windows_need_none(family):
+    """OPT among them, whose own masks know no documents."""
+    assert run_ranks(_varlen, 1, family) == [[[], []]]
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("llama4_text", "model_type=llama4_text masks more than what is later or beyond a window"),
+        ("inkling_text", "InklingAttention changes the scores by a soft cap or adds a bias to them"),
+        ("falcon", "unsupported operand type(s) for +: 'Tensor' and "),
+        ("jamba", "it does not call attention through transformers' table of attention functions"),
+    ],
+)
+def test_families_with_other_masks_are_refused_by_name(family, reason):
+    masking, (problem,) = run_ranks(_varlen, 1, family)[0]
+    assert masking  # nor with documents
+    assert problem.startswith(f"attention='varlen': {'a tiny falcon' if family == 'falcon' else f'model_type={family}: '}")
+    assert reason in problem and problem.endswith("use attention='sdpa'")
+
+
+def test_an_attention_that_is_more_than_causal_is_refused():
+    (problem,) = run_ranks(_with_its_own_window, 1)[0]
+    assert problem.startswith("attention='varlen': attention of model_type=llama is more than causal with a window (a tiny model")
+
+
+def _with_its_own_window():
+    """A llama whose attention sees three keys, wherever it is asked for a mask, and does not say so."""
+    from transformers import masking_utils
+
+    def near(*, q_length, **options):
+        every = torch.ones(q_length, q_length, dtype=torch.bool)
+        return every.tril().triu(-2)[None, None]
+
+    masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = near
+    return varlen_problems(tiny_config("llama"), "varlen", mask_documents=False)
+
+
+def _varlen(family: str) -> list[list[str]]:
+    config = AutoConfig.for_model(family)
+    documents = masking_problems(config, "varlen") or varlen_problems(config, "varlen", mask_documents=True)
+    return [documents, varlen_problems(config, "varlen", mask_documents=family == "falcon")]
 
 
 def _masking(family: str, attention: str) -> list[str]:

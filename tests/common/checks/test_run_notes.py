@@ -41,6 +41,7 @@ def notes(tmp_path_factory):
         "mask": masked,
         "mask in bf16": replace(masked, attention="eager", deepspeed=str(folder / "bf16.json")),
         "no dense mask": replace(masked, attention="flex_attention"),
+        "no mask": replace(masked, attention="varlen"),
         "indexer": replace(good, model=indexed, attention="eager"),
     }
     return dict(zip(recipes, run_ranks(_notes, 1, list(recipes.values()))[0], strict=True))
@@ -52,7 +53,7 @@ def _notes(recipes):
     return [run_notes(recipe, build_empty(recipe.model, "eager")) for recipe in recipes]
 
 
-@pytest.mark.parametrize("name", ["good", "no padding", "data elsewhere", "router", "no router loss", "no dense mask"])
+@pytest.mark.parametrize("name", ["good", "no padding", "data elsewhere", "router", "no router loss", "no dense mask", "no mask"])
 def test_nothing_to_tell(notes, name):
     assert notes[name] == []
 

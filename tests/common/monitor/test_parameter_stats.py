@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from recipes.common.engine import zero_state
+from recipes.common.model.varlen_attention import segments
 from recipes.common.monitor.layer_stats import largest_logit
 from recipes.common.monitor.parameter_stats import STATS, ParameterStats
 from recipes.common.recipe import SGD, AdamW, Layout
@@ -261,5 +262,6 @@ def _sampled():
     window = seen & ~seen.tril(-5)
     masks = (window.expand(2, 1, 200, 200), torch.zeros(200, 200).masked_fill(~window, -torch.inf).expand(2, 1, 200, 200))
     banded = logits.masked_fill(~window, -torch.inf)[:, :, places].max()
-    assert all(torch.allclose(largest_logit(query, key, mask, 0.5), banded) for mask in masks)
+    instead = segments(None, seqs=2, length=200, device=torch.device("cpu"), window=5)
+    assert all(torch.allclose(largest_logit(query, key, mask, 0.5), banded) for mask in (*masks, instead))
     return torch.allclose(largest_logit(query, key, None, 0.5), wanted)

@@ -37,6 +37,10 @@ TRIALS = {
     "llama, documents, queries divided": (
         "llama", {}, (1, 1, 4), {"context": 4, "context_heads": 2}, {"document_end": 5, "seq_len": 48},
     ),
+    "gemma3_text, documents and windows without masks, queries divided": (
+        "gemma3_text", {"sliding_window": 7}, (1, 1, 4), {"context": 4, "context_heads": 2, "recompute": "full"},
+        {"document_end": 5, "seq_len": 48, "attention": "varlen", "micro_seqs": 2},
+    ),
 }  # fmt: skip
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils._mode_utils import no_dispatch
 from torch.utils.flop_counter import flop_registry
 
+from tools.plan.rehearsal.known_values import values
 from tools.plan.rehearsal.source_lines import LAYER, Origin
 from tools.plan.rehearsal.source_lines import LOSS as LOSS_PLACE
 
@@ -32,6 +34,7 @@ _FREE = frozenset({
     "_has_compatible_shallow_copy_type",
 })  # fmt: skip
 _ATTENTION = "transformers/integrations/sdpa_attention.py"
+_VARLEN = frozenset({"_varlen_attn", "_varlen_attn_backward"})
 _WRITES_ONLY = frozenset({"zero_", "fill_", "_foreach_zero_", "normal_", "uniform_"})
 _PICKS = frozenset({"gather", "index", "index_select", "embedding", "index_put_", "_index_put_impl_", "scatter_add_", "scatter_"})
 
@@ -40,10 +43,20 @@ def starts_kernel(func: Any, name: str) -> bool:
     return name not in _FREE and not func.is_view
 
 
-def flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> float:
+def flops(func: Any, name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> float:
     count = flop_registry.get(func._overloadpacket)
+    if count is None:
+        return 0.0
     shaped = [each for each in args if not isinstance(each, torch.dtype)]  # torch's formula takes an output's dtype for its shape
-    return 0.0 if count is None else float(count(*shaped, **kwargs, out_val=out))
+    if name in _VARLEN:  # it reads where segments begin
+        shaped = [values(each) if _holds_starts(each) else each for each in shaped]
+        with no_dispatch():
+            return float(count(*shaped, **kwargs, out_val=out))
+    return float(count(*shaped, **kwargs, out_val=out))
+
+
+def _holds_starts(argument: Any) -> bool:
+    return isinstance(argument, torch.Tensor) and argument.dtype == torch.int32
 
 
 def moved_bytes(func: Any, name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> int:
@@ -72,7 +85,9 @@ def _size(tensor: torch.Tensor) -> int:
 def part_of(name: str, count: float, origin: Origin) -> str:
     """Return the part of a step, a key of PARTS, that an operator with `count` FLOPs belongs to."""
     line = origin.line
-    if "attention" in name or line.startswith(_ATTENTION):  # where no fused kernel will do, it is products and a softmax
+    if "attention" in name or name in _VARLEN:
+        return ATTENTION
+    if line.startswith(_ATTENTION):  # where no fused kernel will do, it is products and a softmax
         return ATTENTION
     if count:
         return PRODUCTS

@@ -88,7 +88,7 @@ class Recorder(TorchDispatchMode):
                 self.lines.origin()  # a view's node, too, has a line
             return
         origin: Origin = self.lines.origin()
-        count = flops(func, args, kwargs, out) if kernel else 0.0
+        count = flops(func, name, args, kwargs, out) if kernel else 0.0
         part = part_of(name, count, origin)
         if kernel:
             work = self.records.work[part, origin.line, name, origin.place]
@@ -151,6 +151,8 @@ class Recorder(TorchDispatchMode):
 
     def _pin(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         pinned = args[0].clone()
+        if known_values.small(pinned) and (found := known_values.known(args[0])) is not None:
+            known_values.set_values(pinned, found)
         self._pinned.add(pinned.untyped_storage()._cdata)
         return pinned
 
