@@ -145,13 +145,20 @@ def _refusal(kernel: str, params: Any) -> str | None:
     return None if usable else (lines[-1] if lines else "torch does not say why")
 
 
+def _dropout(recipe: Recipe) -> float:
+    """Return the part of attention that training drops, by transformers' common name or GPT-2's."""
+    config = recipe.model.get_text_config()
+    return getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None) or 0.0
+
+
 def attention_lines(recipe: Recipe, layout: Layout) -> list[str]:
     """Return a line for each kind of attention layer: its kernel on this machine's GPU, or by rule, and why."""
     if recipe.attention not in ("sdpa", VARLEN):
         return [f"attention={recipe.attention!r}: its own kernel"]
     lines = []
     for call in attention_calls(recipe, layout):
-        refusal = kernel_refusal(getattr(torch, call.dtype), call.head_dim, call.value_dim) if call.segmented else None
+        widths = call.head_dim, call.value_dim
+        refusal = kernel_refusal(getattr(torch, call.dtype), *widths, _dropout(recipe)) if call.segmented else None
         if call.segmented and refusal is None:
             lines.append(f"{call.layers} layers: {FLASH} kernel for variable lengths (torch's varlen_attn; no mask)")
             continue

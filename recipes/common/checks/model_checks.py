@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from recipes.common.checks.context_checks import context_head_problems, context_trial_problems
 from recipes.common.checks.expert_trial import shared_expert_problems
@@ -101,12 +101,17 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
                 problems += shared_expert_problems(recipe.model, causal, stack, layout, recipe.attention)
             problems += context_head_problems(recipe.model, layout, recipe.attention)
         problems += group_problems(causal, stack, [(layout, _own_layers(recipe, causal, stack, layout))])[0]
-    if not problems and recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
+    return problems or _family_problems(recipe, layout, causal, stack)
+
+
+def _family_problems(recipe: Recipe, layout: Layout, causal: PreTrainedModel, stack: Stack) -> list[str]:
+    """Check on tiny models of a sound recipe that documents, attention, context ranks and stages change no result."""
+    problems, masked = [], {"mask_documents": recipe.mask_documents}
+    if recipe.mask_documents and masking_problem(recipe.attention, recipe.batch.micro_seqs) is None:
         problems += masking_problems(recipe.model, recipe.attention)
     if not problems:
-        problems += varlen_problems(recipe.model, recipe.attention, mask_documents=recipe.mask_documents)
+        problems += varlen_problems(recipe.model, recipe.attention, **masked)
     if not problems:
-        masked = {"mask_documents": recipe.mask_documents}
         problems += context_trial_problems(recipe.model, layout, recipe.attention, **masked)
         problems += partition_problems(recipe.model, layout, recipe.attention) or crossing_problems(recipe, causal, stack, layout)
     return problems

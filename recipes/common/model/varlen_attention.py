@@ -34,8 +34,10 @@ def built_as(attention: str) -> str:
     return "sdpa" if attention == VARLEN else attention
 
 
-def kernel_refusal(dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
+def kernel_refusal(dtype: torch.dtype, head_dim: int, value_dim: int, dropout: float = 0.0) -> str | None:
     """Say why torch's kernel for variable lengths cannot compute heads of these widths; None if it can, on a GPU."""
+    if dropout:
+        return "it drops no attention out"
     if dtype not in _HALVES:
         return f"it computes in 16 bits, not in {str(dtype).removeprefix('torch.')}"
     if head_dim != value_dim:
@@ -125,7 +127,7 @@ def attend(
         raise PlanError(f"{type(module).__name__} changes the scores by a soft cap or adds a bias to them")
     if not (getattr(module, "is_causal", True) if options.get("is_causal") is None else options["is_causal"]):
         raise PlanError(f"{type(module).__name__} is not causal")
-    if query.is_cuda and not dropout and kernel_refusal(query.dtype, query.shape[-1], value.shape[-1]) is None:
+    if query.is_cuda and kernel_refusal(query.dtype, query.shape[-1], value.shape[-1], dropout) is None:
         return _by_kernel(query, key, value, attention_mask, scaling), None
     return _by_segments(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling), None
 

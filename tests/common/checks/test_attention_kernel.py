@@ -89,6 +89,7 @@ def test_variable_lengths_take_the_place_of_masks():
     one_by_one = "full layers: one document after another, not all at once: "
     assert line("zero1_fp32.json").startswith(f"{one_by_one}it computes in 16 bits, not in float32; ")
     assert line("zero1_bf16.json", head_dim=288).startswith(f"{one_by_one}it needs heads of a multiple of 8 up to 256, not 288; ")
+    assert line("zero1_bf16.json", attention_dropout=0.1).startswith(f"{one_by_one}it drops no attention out; ")
 
 
 def test_other_attention_names_itself():

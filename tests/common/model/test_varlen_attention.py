@@ -129,6 +129,7 @@ def test_bounds_without_a_note_are_found():
 )
 def test_what_the_kernel_takes(dtype, widths, reason):
     assert kernel_refusal(dtype, *widths) == reason
+    assert kernel_refusal(dtype, *widths, dropout=0.1) == "it drops no attention out"
 
 
 def _refused():
