@@ -1,9 +1,11 @@
 """What a rehearsed step must hold. The limits are written here, to be lowered when the trainer does better."""
 
+from recipes.common.recipe import Layout
 from tests.rehearsal.cases import Budget
 from tools.plan.rehearsal.kernels import LOSS
 from tools.plan.rehearsal.predicted import Prediction
 from tools.plan.rehearsal.step_summary import StepSummary
+from tools.plan.tensor_sums import tensor_sums
 
 # Where the host may wait for the device: (what, file) -> times a step, and times a micro batch. By file, not by line: lines move
 # with every edit, and the counts say when another wait comes to a file.
@@ -41,6 +43,15 @@ def memory_problems(summary: StepSummary, prediction: Prediction) -> list[str]:
     if abs(off) <= MEMORY:
         return []
     return [f"peak {summary.peak / 2**30:.2f} GiB, planned {prediction.peak / 2**30:.2f}: {off:+.1%}"]
+
+
+def overlap_problems(summary: StepSummary, layout: Layout, *, experts: bool, activation: float) -> list[str]:
+    """Return where tensor ranks exchange less beside products than the planner counts. activation: bytes of a micro batch's."""
+    repeated = 1.0 / layout.recompute_every if layout.recompute != "none" else 0.0
+    planned = tensor_sums(layout, repeated, experts=experts)["sums_beside"] * (2 if layout.sequence_parallel else 1)
+    moved = sum(growth.each[2] for (group, _, _), growth in summary.traffic.items() if group == "tensor")
+    found = moved / activation / len(summary.own_layers)
+    return [] if found >= planned else [f"{found:.2f} of a layer's tensor messages go beside products, planned {planned:.2f}"]
 
 
 def budget_problems(summary: StepSummary, budget: Budget, *, tokens: int, logits: float) -> list[str]:

@@ -27,6 +27,7 @@ from tools.plan.context_cost import ContextCost, context_cost
 from tools.plan.layer_log import Bytes, LayerBytes
 from tools.plan.rank_params import rank_params
 from tools.plan.schedule_formulas import bubble_share, exposed_messages
+from tools.plan.tensor_sums import tensor_sums
 from tools.plan.time_model import Cases
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -237,6 +238,7 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
         "traffic": TRAFFIC_PER_SAVED * saved / batch.seq_len * elementwise,
         "passes": passes,
         "tensor": layout.tensor,
+        **tensor_sums(layout, repeated, experts=facts.routed > 0),
         "data": candidate.data,
         "pipeline": layout.pipeline,
         "micro_batches": micro_batches,

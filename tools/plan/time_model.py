@@ -1,9 +1,10 @@
 """Predicts the time of a training step for many layouts at once: a roofline with fitted efficiencies, and the schedule.
 
 A layer's pass takes the smooth maximum of GPU time (matrix products, attention, memory traffic) and of the host's launches, plus
-its tensor-parallel all-reduces and the all-to-alls of context and expert ranks. A step is 1F1B: the slowest stage for every micro
-batch, every stage once to fill and drain the pipeline, then the gradients' reduction (its smooth maximum with compute where the
-software overlaps them), the optimizer, and a constant. Efficiencies are dimensionless, so those fitted on one GPU serve another.
+its tensor-parallel all-reduces (those that go beside products, by what stands out) and the all-to-alls of context and expert
+ranks. A step is 1F1B: the slowest stage for every micro batch, every stage once to fill and drain the pipeline, then the
+gradients' reduction (its smooth maximum with compute where the software overlaps them), the optimizer, and a constant.
+Efficiencies are dimensionless, so those fitted on one GPU serve another.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ class Cases:
     head: np.ndarray  # multiply-adds a token
     passes: np.ndarray  # forward passes' worth of work a layer does: 3, or 4 with full recomputation
     tensor: np.ndarray
+    sums: np.ndarray  # all-reduces' worth of what tensor ranks exchange a layer and micro batch, while nothing is computed
+    sums_beside: np.ndarray  # and beside products
+    passes_beside: np.ndarray  # forward passes' worth of products that those go beside
     data: np.ndarray
     pipeline: np.ndarray
     context: np.ndarray  # of the data ranks, those that share a sequence
@@ -132,8 +136,9 @@ def _micro_batch(k: dict[str, float], c: Cases, effects: np.ndarray | float) -> 
     activation = 2.0 * c.tokens * c.hidden
     rate = np.where(c.tensor > c.node, k["tensor_network"] * c.network, k["tensor_link"] * c.link)
     ring = 2.0 * (c.tensor - 1) / c.tensor * activation / rate
-    reductions = 2.0 * (c.passes - 1.0)  # two a forward pass, two a backward pass, which is two passes' worth of work
-    tensor = np.where(split, reductions * (k["tensor_latency"] * (c.tensor - 1) + ring), 0.0)
+    once = k["tensor_latency"] * (c.tensor - 1) + ring
+    standing_out = _standing_out(c.passes_beside / c.passes * matrices, c.sums_beside * once)
+    tensor = np.where(split, c.sums * once + standing_out, 0.0)
     within = c.tensor * c.context <= c.node
     rate = np.where(within, k["tensor_link"] * c.link, k["tensor_network"] * c.network)
     exchange = 2.0 * k["tensor_latency"] * (c.context - 1) + c.tokens * c.exchanged / rate  # to heads, and back

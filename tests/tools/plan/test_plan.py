@@ -76,7 +76,8 @@ def test_options_do_what_they_are_for(found):
     stored = [plan["memory"]["stages"][0]["stored"] for plan in (plain, shared)]
     assert 0.5 < stored[1] / stored[0] < 0.9
     filled = plans[*layout, False, "zero_bubble", 1]
-    assert filled["parts"]["bubble"] == pytest.approx(plain["parts"]["bubble"] / 3)
+    # its tensor ranks' sums go beside nothing: a pass through all stages takes longer
+    assert 1.0 < filled["parts"]["bubble"] / (plain["parts"]["bubble"] / 3) < 1.1
     first, last = zip(*(plan["memory"]["stages"] for plan in (plain, filled)), strict=True)
     assert first[0] == first[1]
     assert last[0]["stored"] < last[1]["stored"] < first[0]["stored"]  # the factors of weight gradients, less than activations
