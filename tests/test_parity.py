@@ -108,11 +108,20 @@ def test_options_of_a_layout_change_nothing(recomputed, schedule, chunks, sequen
     assert_equal(trial_of(config, 2, 2, 1, steps=2, **options))
 
 
-def test_fused_operators_in_a_layout(monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "pipeline", "tensor", "options"),
+    [
+        ("qwen3", 2, 2, {"recompute": "selective", "pipeline_schedule": "zero_bubble", "sequence_parallel": True}),
+        ("llama", 1, 2, {"recompute": "full", "context": 2}),
+    ],
+)
+def test_fused_operators_in_a_layout(family, pipeline, tensor, options, monkeypatch):
     """Uncompiled, which is torch's part: as operators of their own, in what else wraps layers and defers gradients."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    options = {"recompute": "selective", "pipeline_schedule": "zero_bubble", "sequence_parallel": True}
-    assert_equal(gradient_trial(trial_of(tiny_config("qwen3"), 2, 2, 1, global_seqs=4, kernels="compile", **options)))
+    data = options.get("context", 1)
+    assert_equal(
+        gradient_trial(trial_of(tiny_config(family), pipeline, tensor, data, global_seqs=4, kernels="compile", **options))
+    )
 
 
 @pytest.mark.parametrize(("pipeline", "tensor"), [(1, 1), (2, 2)])

@@ -257,8 +257,8 @@ class Recipe:
     # length squared: each document is taken by itself (recipes.common.model.varlen_attention). Equal but for rounding
     attention: str = "sdpa"
     # What computes norms, activations, rotation and the loss. "none": PyTorch's own operators, one after another. "compile": each
-    # of these as one operator by torch.compile (recipes.common.model.fusion). Equal but for rounding: in 16 bits what lies
-    # between them is no longer rounded
+    # of these as one operator by torch.compile, with the sums of gradients beside them (recipes.common.model.fusion). Equal but
+    # for rounding: in 16 bits what lies between them is no longer rounded
     kernels: str = "none"
     mask_documents: bool = False  # keep attention inside each document of a packed sequence, and restart positions there
     # What a rerun must repeat. "order": what each step reads and draws. "rounding": also, in the same layout, every number but

@@ -72,9 +72,9 @@ SP = "sequence_parallel=1"
 # kernels of a layer with "varlen" are autograd's zeros, for what torch's operator returns beside its output.
 STEPS = (
     Variant(recipe="llama_8b", layers=2, gpus=64, layout=f"tensor=2,{SP}", rank=1, extras=("evaluate", "drift", "layers", "save"),
-            documents=True, attention="varlen", kernels="compile", budget=Budget(19, 320, 10)),
+            documents=True, attention="varlen", kernels="compile", budget=Budget(14, 227, 10)),
     Variant(recipe="llama_70b", layers=3, gpus=192, layout=f"tensor=8,pipeline=3,{SP},recompute=full", rank=65,
-            extras=("evaluate",), budget=Budget(114, 740)),
+            extras=("evaluate",), kernels="compile", budget=Budget(18, 158)),
     Variant(recipe="llama_405b", layers=2, gpus=256, layout=f"tensor=8,pipeline=2,{SP},recompute=selective", rank=255,
             budget=Budget(114, 1450, 51)),
     Variant(recipe="qwen3_8b", layers=4, gpus=32, layout="pipeline=2,pipeline_schedule=zero_bubble", rank=31,
@@ -84,8 +84,8 @@ STEPS = (
     Variant(recipe="gpt2_124m", layers=2, gpus=8, layout="", rank=7, deepspeed="zero2_bf16.json", extras=("skip", "load"),
             budget=Budget(32, 340, 27)),
     Variant(recipe="qwen3_0_6b", layers=2, gpus=4, layout="", rank=0, documents=True, budget=Budget(135, 960, 27)),
-    Variant(recipe="mixtral_8x7b", layers=2, gpus=64, layout="tensor=2,pipeline=2", rank=0, budget=Budget(149, 3980)),
-    Variant(recipe="mixtral_8x7b", layers=2, gpus=64, layout="expert=2", rank=0, exchanges=2, budget=Budget(174, 5560, 34)),
+    Variant(recipe="mixtral_8x7b", layers=2, gpus=64, layout="tensor=2,pipeline=2", rank=0, budget=Budget(143, 2590)),
+    Variant(recipe="mixtral_8x7b", layers=2, gpus=64, layout="expert=2", rank=0, exchanges=2, budget=Budget(168, 3910, 34)),
     Variant(recipe="llama_8b_128k", layers=2, gpus=64, layout=f"tensor=2,context=2,{SP},recompute=full", rank=2, seq_len=16_384,
             documents=True, attention="varlen", budget=Budget(144, 1421, 30)),
     Variant(recipe="llama_1b", layers=2, gpus=64, layout="pipeline=2", rank=1, deepspeed="zero1_fp16.json", extras=("skip",),

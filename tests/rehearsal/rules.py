@@ -4,6 +4,7 @@ from recipes.common.recipe import Layout
 from tests.rehearsal.cases import Budget
 from tools.plan.rehearsal.kernels import LOSS
 from tools.plan.rehearsal.predicted import Prediction
+from tools.plan.rehearsal.report import compared
 from tools.plan.rehearsal.step_summary import StepSummary
 from tools.plan.tensor_sums import tensor_sums
 
@@ -17,6 +18,8 @@ WAITS_ONCE = {
 WAITS_EACH: dict[tuple[str, str], int] = {}
 MOST_WAITS = 6  # a step, whatever is listed
 MEMORY = 0.05  # the peak's distance from the planner's
+PRODUCTS = 0.08  # of the products' FLOPs: a layer that runs again stops before its last one, 7 % of Llama 70B's
+COMPILED_TRAFFIC = 0.15  # of what compiled kernels of dense layers move; the planner's figure of all others stands for more
 
 
 def wait_problems(summary: StepSummary, exchanges: int = 0) -> list[str]:
@@ -52,6 +55,14 @@ def overlap_problems(summary: StepSummary, layout: Layout, *, experts: bool, act
     moved = sum(growth.each[2] for (group, _, _), growth in summary.traffic.items() if group == "tensor")
     found = moved / activation / len(summary.own_layers)
     return [] if found >= planned else [f"{found:.2f} of a layer's tensor messages go beside products, planned {planned:.2f}"]
+
+
+def work_problems(summary: StepSummary, prediction: Prediction, *, compiled: bool, by_parts: bool) -> list[str]:
+    """by_parts: MLPs run by parts, and again in the backward pass, which the planner leaves out."""
+    planned = compared(summary, prediction)
+    limits = ({} if by_parts else {"products": PRODUCTS}) | ({"elementwise": COMPILED_TRAFFIC} if compiled else {})
+    off = {name: planned[name][0] / planned[name][1] - 1 for name in limits}
+    return [f"{name}: {off[name]:+.1%} of the plan" for name, limit in limits.items() if abs(off[name]) > limit]
 
 
 def budget_problems(summary: StepSummary, budget: Budget, *, tokens: int, logits: float) -> list[str]:

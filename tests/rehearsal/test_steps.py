@@ -3,7 +3,7 @@
 import pytest
 
 from tests.rehearsal.cases import GPU, STEPS
-from tests.rehearsal.rules import budget_problems, memory_problems, overlap_problems, wait_problems
+from tests.rehearsal.rules import budget_problems, memory_problems, overlap_problems, wait_problems, work_problems
 from tools.plan.rehearsal.predicted import predict
 from tools.plan.rehearsal.step_summary import summarize
 
@@ -19,6 +19,7 @@ def test_a_step(variant, rehearsed):
     problems = [f"{problem}: {times}" for problem, times in summary.broken.items()]
     problems += [f"a number of elements depends on data: {line}" for line in summary.unanswered]
     problems += wait_problems(summary, variant.exchanges) + memory_problems(summary, prediction)
+    problems += work_problems(summary, prediction, compiled=variant.kernels == "compile", by_parts=bool(layout.mlp_chunk_tokens))
     problems += budget_problems(summary, variant.budget, tokens=tokens, logits=tokens * recipe.model.vocab_size / layout.tensor)
     experts, activation = hasattr(recipe.model, "num_experts_per_tok"), 2 * tokens * recipe.model.hidden_size
     problems += overlap_problems(summary, layout, experts=experts, activation=activation) if layout.tensor > 1 else []

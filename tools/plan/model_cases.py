@@ -22,10 +22,10 @@ from recipes.common.pipeline.stage import NO_ROUTER_LOSS
 from recipes.common.recipe import Layout, Recipe
 from tools.common.console import UsageError
 from tools.common.devices import Device
-from tools.plan.activations import TRAFFIC_PER_SAVED, ModelBytes, model_activations
+from tools.plan.activations import COMPILED_TRAFFIC_PER_SAVED, TRAFFIC_PER_SAVED, ModelBytes, model_activations
 from tools.plan.context_cost import ContextCost, context_cost
 from tools.plan.layer_log import Bytes, LayerBytes
-from tools.plan.rank_params import rank_params
+from tools.plan.rank_params import rank_matrices, rank_params
 from tools.plan.schedule_formulas import bubble_share, exposed_messages
 from tools.plan.tensor_sums import tensor_sums
 from tools.plan.time_model import Cases
@@ -70,6 +70,7 @@ class ModelFacts:
     after_layers: Bytes  # of the final norm, until the loss's backward pass
     by_mlp_tokens: dict[int, tuple[LayerBytes, ...]] = field(default_factory=dict)  # of `layer_bytes`
     params_by_ranks: dict[tuple[int, str, int], dict[str, float] | str] = field(default_factory=dict)  # results of `rank_params`
+    matrices_by_ranks: dict[tuple[int, str], list[float]] = field(default_factory=dict)  # results of `rank_matrices`
     chunks_by_pipeline: dict[tuple[Placement, tuple[int, ...]], list[tuple[range, ...]]] = field(default_factory=dict)
 
     @cached_property
@@ -151,6 +152,12 @@ class ModelFacts:
             self.params_by_ranks[key] = rank_params(self.causal, self.stack, layout)
         return self.params_by_ranks[key]
 
+    def rank_matrices(self, layout: Layout) -> list[float]:
+        """Return `rank_matrices` of a layout's sizes, kept."""
+        if (key := (layout.tensor, layout.experts)) not in self.matrices_by_ranks:
+            self.matrices_by_ranks[key] = rank_matrices(self.causal, self.stack, layout)
+        return self.matrices_by_ranks[key]
+
 
 def read_model(recipe: Recipe, ds_config: dict[str, Any]) -> ModelFacts:
     """Build the model without memory and measure it. Raises UsageError when it cannot be built or run."""
@@ -199,7 +206,6 @@ def _model_row(facts: ModelFacts, device: Device) -> dict[str, float]:
     peak = device.peak(kind)
     return {
         "hidden": work.hidden,
-        "matrices": sum(layer.matrices for layer in work.layers) / count,
         "misaligned": facts.head_dim % 8 > 0,
         "head": work.head,
         "layers": count,
@@ -224,18 +230,20 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
     passes = 3.0 + (0.0 if layout.recompute == "selective" else repeated)  # selective recomputation repeats no products
     elementwise = (3.0 + repeated) / passes  # but all elementwise work, which the time model counts by `passes`
     saved = facts.mean_activations.on_rank(layout.tensor, sequence_ranks(layout))
+    per_saved = COMPILED_TRAFFIC_PER_SAVED if facts.recipe.kernels == "compile" else TRAFFIC_PER_SAVED
     loads, head, cost = facts.stage_loads(layout), head_stage(layout), facts.context_cost(layout)
     params = max(stage_params(facts, layout))
     undivided = params if layout.expert == 1 else max(stage_params(facts, replace(layout, expert=1)))
     micro_batches = batch.global_seqs // (candidate.micro_seqs * candidate.readers)
     return {
         "tokens": candidate.own_seqs * batch.seq_len,
+        "matrices": layout.tensor * sum(facts.rank_matrices(layout)) / len(facts.work.layers),
         "scores": cost.work * facts.mean_scores,
         "context": layout.context,
         "expert": layout.expert,
         "routed": facts.routed * facts.work.hidden * facts.activation_width,
         "exchanged": cost.sent * facts.activation_width / (batch.seq_len / layout.context),
-        "traffic": TRAFFIC_PER_SAVED * saved / batch.seq_len * elementwise,
+        "traffic": per_saved * saved / batch.seq_len * elementwise,
         "passes": passes,
         "tensor": layout.tensor,
         **tensor_sums(layout, repeated, experts=facts.routed > 0),

@@ -1,4 +1,4 @@
-"""Counts the parameters of a model that one rank holds."""
+"""Counts the parameters of a model that one rank holds, and what it multiplies tokens by."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from recipes.common.model.decoder import PlanError, Stack
+from recipes.common.model.flops import matrices_of
 from recipes.common.parallel.experts import bank_names
 from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from recipes.common.recipe import WHOLE, Layout
@@ -21,6 +22,20 @@ def rank_params(causal: Any, stack: Stack, layout: Layout) -> dict[str, float] |
     except PlanError as error:
         return str(error)
     return _count(causal, stack, parts, layout.tensor)
+
+
+def rank_matrices(causal: Any, stack: Stack, layout: Layout) -> list[float]:
+    """Return the elements of each layer's matrices that a tensor rank multiplies a token by: all of those that no plan shards.
+
+    Raises PlanError where the model cannot be sharded so.
+    """
+    shards = plan_tensor_parallel(causal, stack, layout.tensor, whole_experts=layout.experts == WHOLE).shards
+    sharded = {id(parameter) for name, parameter in causal.named_parameters() if name in shards}
+    chosen = getattr(causal.config.get_text_config(), "num_experts_per_tok", None)
+    return [
+        sum(size / (layout.tensor if id(parameter) in sharded else 1.0) for parameter, size in matrices_of(layer, chosen))
+        for layer in causal.get_submodule(stack.layers)
+    ]
 
 
 def expert_counts(causal: Any, stack: Stack) -> frozenset[int] | None:

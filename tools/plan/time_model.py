@@ -47,7 +47,7 @@ class Cases:
 
     tokens: np.ndarray  # of a micro batch
     hidden: np.ndarray
-    matrices: np.ndarray  # multiply-adds a token, a layer
+    matrices: np.ndarray  # multiply-adds a token, a layer, of all tensor ranks: what none of them shards counts for each
     scores: np.ndarray  # multiply-adds a token, a layer, in attention's two products
     misaligned: np.ndarray  # 1 where a head's width is no multiple of 8, else 0
     traffic: np.ndarray  # bytes a token, a layer, a tensor rank, that elementwise work moves, forward and backward

@@ -64,7 +64,7 @@ def layer_work(causal: PreTrainedModel, stack: Stack) -> tuple[LayerWork, ...]:
     config, layers = causal.config.get_text_config(), causal.get_submodule(stack.layers)
     chosen = getattr(config, "num_experts_per_tok", None)
     return tuple(
-        _layer_work(layer, config, kind, sum(size for _, size in _matrices(layer, chosen)))
+        _layer_work(layer, config, kind, sum(size for _, size in matrices_of(layer, chosen)))
         for layer, kind in zip(layers, _layer_types(config, len(layers)), strict=True)
     )
 
@@ -76,8 +76,8 @@ def model_work(causal: PreTrainedModel, stack: Stack) -> ModelWork:
     layers = causal.get_submodule(stack.layers)
     inside = {id(p) for p in layers.parameters()}
     head = causal.get_output_embeddings()
-    outside = sum(size for p, size in _matrices(causal, chosen) if id(p) not in inside and p is not head.weight)
-    idle = sum(p.numel() - size for p, size in _matrices(causal, chosen) if p.ndim == 3)
+    outside = sum(size for p, size in matrices_of(causal, chosen) if id(p) not in inside and p is not head.weight)
+    idle = sum(p.numel() - size for p, size in matrices_of(causal, chosen) if p.ndim == 3)
     embedding = causal.get_submodule(stack.embedding)
     params = sum(p.numel() for p in causal.parameters())
     return ModelWork(
@@ -104,7 +104,7 @@ def attention_costs(causal: PreTrainedModel, stack: Stack, seq_len: int) -> list
     return [layer.attention(seq_len) for layer in layer_work(causal, stack)]
 
 
-def _matrices(root: nn.Module, chosen: int | None) -> Iterator[tuple[nn.Parameter, float]]:
+def matrices_of(root: nn.Module, chosen: int | None) -> Iterator[tuple[nn.Parameter, float]]:
     """Yield (parameter, elements that a token is multiplied by) for every matrix under `root`."""
     for module in root.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -3,6 +3,7 @@
 Told from the model's own code, without naming a family:
 - a norm is a module of vectors alone whose forward takes one tensor;
 - an MLP's forward is traced with its linears as leaves, and what lies between them becomes one function each;
+- so does what a mixture's experts do between their products, which transformers gives a name;
 - the rotation is what an attention's forward calls by the name `apply_rotary_pos_emb`.
 What does not fit stays as it is. Products, attention, dropout, collectives and hooks are outside.
 """
@@ -24,12 +25,12 @@ from torch import nn
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
-from recipes.common.model.fused_ops import Fusable, fused
-from recipes.common.model.linears import plain_linears
+from recipes.common.model.fused_ops import Fusable, fused, fused_beside
+from recipes.common.model.linears import plain_linears, sum_input_gradients
 from recipes.common.model.token_chunks import MLP_NAMES
 
 NORMS, ACTIVATIONS, ROTATION = "norms", "activations", "rotation"
-_ROTATION_NAME = "apply_rotary_pos_emb"  # in transformers 5, exact
+_ROTATION_NAME, _GATE_NAME = "apply_rotary_pos_emb", "_apply_gate"  # in transformers 5, exact
 
 _FUNCTIONS = frozenset({
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow, operator.getitem, operator.gt,
@@ -48,12 +49,15 @@ def fuse_layer(layer: nn.Module) -> frozenset[str]:
         if _is_norm(module):
             _fuse_norm(module)
             done.add(NORMS)
+        elif hasattr(type(module), _GATE_NAME) and _fuse_gate(module):
+            done.add(ACTIVATIONS)
         elif _calls_rotation(module):
             _fuse_rotation(module)
             done.add(ROTATION)
     for name in MLP_NAMES:
         if (mlp := getattr(layer, name, None)) is not None and _fuse_mlp(mlp):
             done.add(ACTIVATIONS)
+    sum_input_gradients(layer)
     return frozenset(done)
 
 
@@ -73,7 +77,7 @@ def _fuse_norm(module: nn.Module) -> None:
     def norm(hidden: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(skeleton, dict(zip(names, weights, strict=True)), (hidden,))
 
-    run = fused(Fusable("norm", f"{kind.__module__}.{kind.__qualname__} {names} {numbers}", 1 + len(names), norm))
+    run = fused_beside(Fusable("norm", f"{kind.__module__}.{kind.__qualname__} {names} {numbers}", 1 + len(names), norm))
     module.forward = lambda hidden: run(hidden, *(getattr(module, name) for name in names))
 
 
@@ -121,6 +125,29 @@ class _Elementwise(OperatorSupportBase):
         )
 
 
+def _fuse_gate(experts: nn.Module) -> bool:
+    """Fuse what experts do to [rows, width] between their products. Returns whether it can be traced."""
+    skeleton, tracer = copy.copy(experts), _LeafTracer()
+    skeleton._parameters, tracer.traced_func_name = {}, _GATE_NAME
+    try:
+        graph = tracer.trace(skeleton)
+    except Exception:  # a family's code may raise anything over what stands for its tensors
+        return False
+    takes = sum(node.op == "placeholder" for node in graph.nodes)
+    if takes != 1 or not _is_elementwise(graph, ("placeholder", "output")):
+        return False
+    gate = torch.fx.GraphModule(skeleton, graph)
+    # where ranks share experts, a router decides how many rows there are
+    setattr(experts, _GATE_NAME, fused(Fusable("gate", str(graph), takes, gate.forward, rows_vary=True)))
+    return True
+
+
+def _is_elementwise(graph: torch.fx.Graph, others: tuple[str, ...]) -> bool:
+    """Return whether nodes compute element by element, but for those of the kinds in `others`."""
+    elementwise = _Elementwise()
+    return all(node.op in others or elementwise.is_node_supported({}, node) for node in graph.nodes)
+
+
 def _fuse_mlp(mlp: nn.Module) -> bool:
     """Fuse what an MLP does between its linears. Returns whether there is any of it that can be traced."""
     if not plain_linears(mlp):
@@ -129,11 +156,10 @@ def _fuse_mlp(mlp: nn.Module) -> bool:
         graph = _LeafTracer().trace(mlp)
     except Exception:  # a family's code may raise anything over what stands for its tensors: experts, for example
         return False
-    elementwise, calls = _Elementwise(), ("placeholder", "call_module", "output")
-    if not all(node.op in calls or elementwise.is_node_supported({}, node) for node in graph.nodes):
+    if not _is_elementwise(graph, ("placeholder", "call_module", "output")):
         return False  # a number may have been read that changes, such as whether the model trains
     traced = torch.fx.GraphModule(mlp, graph)
-    parts = CapabilityBasedPartitioner(traced, elementwise, allows_single_node_partition=True)
+    parts = CapabilityBasedPartitioner(traced, _Elementwise(), allows_single_node_partition=True)
     found = [part for part in parts.propose_partitions() if any(node.target not in _VIEWS for node in part.nodes)]
     if not found:
         return False

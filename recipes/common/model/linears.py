@@ -9,8 +9,9 @@ so that it is equal to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +20,16 @@ from transformers.pytorch_utils import Conv1D
 
 from recipes.common.model.expert_banks import find_banks
 from recipes.common.model.gradient_sums import GradientSums
+from recipes.common.model.input_gradients import InputGradient, entrance
 from recipes.common.model.shared_inputs import Reads
 from recipes.common.model.weight_grad_store import Factor, WeightGradStore, transposed
 from recipes.common.runtime.processor import is_intel
 
 Linear = nn.Linear | Conv1D
 Store = WeightGradStore | GradientSums
+
+# Linears that read what their neighbours read. Exact names of transformers 5; others only miss that their gradients are summed
+_READERS = frozenset({"q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj"})
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -64,6 +69,19 @@ def keep_factors(
     module.keep_inputs, module.keep_gradients = inputs, gradients
 
 
+def sum_input_gradients(layer: nn.Module) -> None:
+    """Let neighbouring linears that read one tensor add up its gradient. Call it before the modules' forwards are wrapped.
+
+    Not a layer's last linear: when a recomputed layer runs again, torch stops before that one's product, and not if we save.
+    """
+    for parent in layer.modules():
+        own = [child for name, child in parent.named_children() if name in _READERS and is_plain(child)]
+        if len(own) > 1:
+            enter = entrance(parent)
+            for each in own:
+                each.enter_input = enter
+
+
 def deferrable_fraction(module: nn.Module) -> float:
     """Return the fraction of `module`'s parameters whose gradients can be deferred; the others fill no bubble."""
     weights = [inner.weight for inner in plain_linears(module)] + [bank for _, bank in find_banks(module)]
@@ -78,14 +96,16 @@ def linear(module: Linear, x: torch.Tensor, *, with_bias: bool = True) -> torch.
     bias = module.bias if with_bias else None
     onednn = _by_onednn(x) and not getattr(module, "by_torch", False)
     if torch.is_grad_enabled():
-        shared = getattr(module, "shared_input", None)
-        if shared is not None and (reads := shared.reads_of(module, x)) is not None:
-            return _ReadingLinear.apply(x, bias, module, reads, onednn)
-        store = getattr(module, "weight_grad_store", None)
+        shared, store = getattr(module, "shared_input", None), getattr(module, "weight_grad_store", None)
+        reads = shared.reads_of(module, x) if shared is not None else None
+        enter = getattr(module, "enter_input", None)
+        x, total = (x, None) if enter is None or not x.requires_grad else enter(x)
+        if reads is not None:
+            return _ReadingLinear.apply(x, bias, module, reads, onednn, total)
         if store is not None and module.weight.requires_grad and x.requires_grad:
-            return _DeferredLinear.apply(x, bias, module, store, onednn)
-        if onednn:
-            return _Linear.apply(x, _matrix(module), bias)
+            return _DeferredLinear.apply(x, bias, module, store, onednn, total)
+        if onednn or total is not None:
+            return _Linear.apply(x, _matrix(module), bias, onednn, total)
     return _forward(x, _matrix(module), bias, onednn)
 
 
@@ -119,9 +139,12 @@ def _no_view(result: torch.Tensor) -> torch.Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, onednn: bool, total: InputGradient | None
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, matrix)
-        return _no_view(_forward(x, matrix, bias, True))
+        ctx.product, ctx.total = product if onednn else torch.mm, total
+        return _no_view(_forward(x, matrix, bias, onednn))
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
@@ -129,9 +152,11 @@ class _Linear(torch.autograd.Function):
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         wanted = ctx.needs_input_grad
         return (
-            product(grads, matrix).view(x.shape) if wanted[0] else None,
-            product(grads.t(), rows) if wanted[1] else None,
+            _input_gradient(ctx, grads, matrix, x.shape) if wanted[0] else None,
+            ctx.product(grads.t(), rows) if wanted[1] else None,
             grads.sum(0) if wanted[2] else None,
+            None,
+            None,
         )
 
 
@@ -143,9 +168,11 @@ class _DeferredLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, bias: nn.Parameter | None, module: Linear, store: Store, onednn: bool) -> torch.Tensor:
+    def forward(
+        ctx, x: torch.Tensor, bias: nn.Parameter | None, module: Linear, store: Store, onednn: bool, total: InputGradient | None
+    ) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.module, ctx.store, ctx.product = module, store, product if onednn else torch.mm
+        ctx.module, ctx.store, ctx.product, ctx.total = module, store, product if onednn else torch.mm, total
         return _no_view(_forward(x, _matrix(module), bias, onednn))
 
     @staticmethod
@@ -156,15 +183,25 @@ class _DeferredLinear(torch.autograd.Function):
         factors = (transposed(inputs), outputs) if isinstance(module, Conv1D) else (transposed(outputs), inputs)
         ctx.store.put(module.weight, *factors, ctx.product)
         grad_bias = grads.sum(0) if ctx.needs_input_grad[1] else None
-        return ctx.product(grads, _matrix(module)).view(x.shape), grad_bias, None, None, None
+        return _input_gradient(ctx, grads, _matrix(module), x.shape), grad_bias, None, None, None, None
+
+
+def _input_gradient(ctx: Any, grads: torch.Tensor, matrix: torch.Tensor, shape: Sequence[int]) -> torch.Tensor | None:
+    """Return grads @ matrix as `shape`, or nothing where it is added to a sum that several linears share."""
+    if ctx.total is None:
+        return ctx.product(grads, matrix).view(shape)
+    ctx.total.add(grads, matrix, ctx.product)
+    return None
 
 
 class _ReadingLinear(torch.autograd.Function):
     """A linear whose backward pass leaves the weight's gradient to that of its input, which it therefore need not save."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, bias: nn.Parameter | None, module: Linear, reads: Reads, onednn: bool) -> torch.Tensor:
-        ctx.module, ctx.reads, ctx.product = module, reads, product if onednn else torch.mm
+    def forward(
+        ctx, x: torch.Tensor, bias: nn.Parameter | None, module: Linear, reads: Reads, onednn: bool, total: InputGradient | None
+    ) -> torch.Tensor:
+        ctx.module, ctx.reads, ctx.product, ctx.total = module, reads, product if onednn else torch.mm, total
         return _no_view(_forward(x, _matrix(module), bias, onednn))
 
     @staticmethod
@@ -173,7 +210,8 @@ class _ReadingLinear(torch.autograd.Function):
         ctx.reads.leave(module.weight, grads, ctx.product, inputs_first=isinstance(module, Conv1D))
         grad_bias = grads.sum(0) if ctx.needs_input_grad[1] else None
         matrix = _matrix(module)
-        return ctx.product(grads, matrix).view(*grad.shape[:-1], matrix.shape[1]), grad_bias, None, None, None
+        shape = (*grad.shape[:-1], matrix.shape[1])
+        return _input_gradient(ctx, grads, matrix, shape), grad_bias, None, None, None, None
 
 
 def _kept(module: Linear, way: str, rows: torch.Tensor) -> Factor:

@@ -94,6 +94,7 @@ class _VocabularyLoss(torch.autograd.Function):
                 for parameter, grad in zip(head, grads[1:], strict=True):
                     if grad is not None:
                         head_sums.add(parameter, grad)
+            del logits, values, scores  # before the next ones are made
         if learn:
             # each tensor rank has the gradient through its own rows: one sum for the whole micro batch
             ctx.gradients = [all_reduce(grad_hidden, group, own=True), *head_sums.take(list(head))]

@@ -20,19 +20,24 @@ def route_work(
     own_layers: dict[int, nn.Module],
     chunks: tuple[range, ...],
     schedule: str,
+    after: tuple[str, ...] = (),
     *,
     by_torch: bool,
     kernels: str,
 ) -> tuple[WeightGradStore, ...]:
-    """Route products and fuse the work between them. Returns each chunk's store of weight gradients that are deferred."""
+    """Route products and fuse the work between them. Returns each chunk's store of weight gradients that are deferred.
+
+    after: the names of what lies between the layers and the head.
+    """
     stores = tuple(WeightGradStore() for _ in chunks) if schedule != ONE_PASS else ()
     route_products(causal, by_torch=by_torch)
     for chunk, store in zip(chunks, stores, strict=False):
         for index in chunk:
             defer_weight_gradients(own_layers[index], store)
             defer_bank_gradients(own_layers[index], store)
-    for layer in own_layers.values() if kernels == "compile" else ():
-        fuse_layer(layer)
+    if kernels == "compile":
+        for module in (*own_layers.values(), *map(causal.get_submodule, after)):
+            fuse_layer(module)
     return stores
 
 

@@ -280,7 +280,7 @@ def build_stage(
     # 3. Draw this rank's shards of the weights, and only then tie the head to them.
     held = draw_stage(causal, stack, embedding, holdings(tensor_plan, model.experts, grid), grid, seed if draw else None)
     # 4. Route plain linears' products and fuse the work between them, before forwards are wrapped.
-    stores = route_work(causal, own_layers, chunks, placement.schedule, by_torch=torch_linears, kernels=kernels)
+    stores = route_work(causal, own_layers, chunks, placement.schedule, stack.after, by_torch=torch_linears, kernels=kernels)
     # 5. Wrap modules in the collectives of expert and of tensor parallelism.
     spread_experts(causal, model.experts, grid)
     apply_tensor_parallel(causal, tensor_plan, stack, grid)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from recipes.common.model.fused_ops import Fusable, compiled_operator, compiled_update, fused
+from recipes.common.model.fused_ops import Fusable, compiled_operator, compiled_update, fused, fused_beside
 from tools.common.forked_ranks import run_ranks
 
 
@@ -27,10 +27,27 @@ def _differences():
     return [(a - b).abs().max().item() for a, b in pairs], type(found.grad_fn).__name__
 
 
+def _of_any_rows():
+    """Return what differs for ten numbers of rows, none and one among them."""
+    torch._inductor.config.compile_threads = 1
+    run, worst = fused(Fusable("squared", "a test's", 1, lambda x: x.square() * 2, rows_vary=True)), 0.0
+    for rows in (3, 5, 0, 1, 7, 9, 11, 13, 15, 17):
+        x = torch.randn(rows, 8, requires_grad=True)
+        (grad,) = torch.autograd.grad(run(x).sum(), x)
+        worst = max([worst, *(grad - 4 * x).abs().flatten().tolist()])
+    return worst
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="nothing compiles C++ here")
 def test_a_compiled_function_and_its_gradients():
     differences, node = run_ranks(_differences, 1, timeout_seconds=1200)[0]
     assert max(differences) <= 2e-6 and node == "_FusedBackward"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="nothing compiles C++ here")
+def test_rows_may_vary_more_often_than_torch_compiles_for_sizes():
+    """It gives up after eight."""
+    assert run_ranks(_of_any_rows, 1, timeout_seconds=1200)[0] <= 1e-6
 
 
 def _shapes_without_memory():
@@ -43,3 +60,50 @@ def _shapes_without_memory():
 
 def test_operators_run_without_memory_as_planning_and_rehearsing_need():
     assert run_ranks(_shapes_without_memory, 1)[0] == ([(3, 4), (4,)], True)
+
+
+def _scaled(hidden, weight):
+    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-3) * weight
+
+
+def _beside(source):
+    """Return what differs where the norm's input is used before the norm and after it, and what its node is."""
+    results = []
+    for run in (_scaled, fused_beside(Fusable("scaled", "a test's", 2, _scaled))):
+        torch.manual_seed(1)
+        leaf, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4, 8), (8,)))
+        hidden = {"result": leaf * 2, "leaf": leaf, "view": (leaf * 2).flatten(1).view(3, 4, 8)}[source]
+        before, version = hidden.sin() * hidden, hidden._version  # saves it
+        result = run(hidden, weight)
+        out = hidden + result.tanh()
+        (out.square() * before).sum().backward()
+        assert hidden._version == version
+        results.append([out.detach(), leaf.grad, weight.grad])
+        node = type(hidden.grad_fn).__name__
+    return max((a - b).abs().max().item() for a, b in zip(*results, strict=True)), node
+
+
+@pytest.mark.parametrize(
+    ("source", "node"), [("result", "_FusedBesideBackward"), ("leaf", "NoneType"), ("view", "ViewBackward0")]
+)
+def test_other_gradients_of_its_input_are_added_in_the_same_operator(source, node, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    difference, found = run_ranks(_beside, 1, source)[0]
+    assert difference <= 1e-10 and found == node
+
+
+def _unused_and_alone():
+    """Return gradients where nobody uses the result, and where nobody else uses its input."""
+    run, weight = fused_beside(Fusable("scaled", "another test's", 2, _scaled)), torch.ones(8, requires_grad=True)
+    leaf = torch.randn(3, 8, requires_grad=True)
+    hidden = leaf * 1.0
+    run(hidden, weight)
+    (unused,) = torch.autograd.grad(hidden.sum(), leaf)
+    (alone,) = torch.autograd.grad(run(leaf * 1.0, weight).square().sum(), leaf)
+    (wanted,) = torch.autograd.grad(_scaled(leaf * 1.0, weight).square().sum(), leaf)
+    return unused.equal(torch.ones(3, 8)), alone.allclose(wanted, atol=1e-6)
+
+
+def test_a_result_or_an_input_that_is_not_used_besides(monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert run_ranks(_unused_and_alone, 1)[0] == (True, True)

@@ -15,7 +15,7 @@ from tests.support.stages import config_of
 from tools.common.forked_ranks import run_ranks
 
 ALL = {NORMS, ACTIVATIONS, ROTATION}
-FUSED = {"llama": ALL, "gpt2": {NORMS, ACTIVATIONS}, "gemma2": ALL, "qwen3": ALL}
+FUSED = {"llama": ALL, "gpt2": {NORMS, ACTIVATIONS}, "gemma2": ALL, "qwen3": ALL, "mixtral": ALL}
 
 
 @pytest.mark.parametrize("family", FUSED)

@@ -67,7 +67,8 @@ def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_b
     own, work = facts.own_layers(layout)[stage], facts.work
     row = time_cases(facts, [candidate], device)
     tokens, passes = float(row.tokens[0]), float(row.passes[0])
-    matrices = 2.0 * passes * sum(work.layers[index].matrices for index in own) / layout.tensor
+    on_rank = facts.rank_matrices(layout)
+    matrices = 2.0 * passes * sum(on_rank[index] for index in own)
     head = 6.0 * work.head / layout.tensor if bytes_of.loss else 0.0
     params = bytes_of.weights / facts.activation_width
     whole_gradients = bytes_of.weights if zero_stage(facts.ds_config) == 2 else 0.0
