@@ -6,11 +6,13 @@
 
 The tensor ranks share a sequence, also outside attention and MLP; the loss holds logits_chunk_tokens rows of logits at most.
 
-Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 38 GiB, MFU 25%, 1.2 days; 32 GPUs 37 GiB, MFU 25%, 7.2 hours.
+Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 38 GiB, MFU 30%, 1.0 days; 32 GPUs 37 GiB, MFU 30%, 6.0
+hours.
 
 Where the numbers come from: 65,536 tokens and a higher rotary base, 8e6, from ProLong's ablation (arXiv 2410.02660, sections
 3 and 4), its peak of 1e-5 with 10 % of warm-up, 4M-token batches; shape as llama_1b with its rotary scaling dropped. It also
-keeps attention inside documents: mask_documents=True, with attention="varlen" (a mask of 65,536 x 65,536 is 4 GB).
+keeps attention inside documents: mask_documents=True, with attention="flash_attention_2" where that package is installed (a
+mask of 65,536 x 65,536 is 4 GB).
 """
 
 import sys

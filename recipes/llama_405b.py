@@ -3,8 +3,8 @@
     sbatch --nodes 1024 launch/slurm.sbatch recipes/llama_405b.py --out-dir /ckpt/llama_405b
     python recipes/llama_405b.py --dry-run --world-size 8192                     # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 1024 GPUs 38 to 52 GiB, MFU 35%, 1,411 days; 4096 GPUs 34 to 49
-GiB, MFU 34%, 363 days; 8192 GPUs 33 to 48 GiB, MFU 33%, 189 days.
+Planned (H100, not measured; memory a GPU over the stages): 1024 GPUs 38 to 52 GiB, MFU 34%, 1,454 days; 4096 GPUs 34 to 49
+GiB, MFU 33%, 374 days; 8192 GPUs 33 to 48 GiB, MFU 32%, 194 days.
 
 Where the numbers come from: shape from Llama 3.1's published config; peak learning rate 8e-5, 8000 warm-up steps, a cosine
 down to 8e-7 over 1.2M steps, and a batch of 4M, 8M after 252M tokens and 16M after 2.87T, from arXiv 2407.21783, section

@@ -6,7 +6,7 @@
 
 The model must be the folder's own: the same fields as its config.json. The data has the folder's tokenizer.
 
-Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 69 GiB, MFU 41%, 9.3 days; 64 GPUs 59 GiB, MFU 41%, 1.2
+Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 69 GiB, MFU 39%, 9.8 days; 64 GPUs 59 GiB, MFU 39%, 1.2
 days.
 
 Where the numbers come from: a second warm-up, to a peak below the first training's, and a second decay are from arXiv 2403.08763

@@ -13,7 +13,7 @@ import pytest
 
 from tests.bench.planner.table_cases import time_cases
 from tests.bench.planner.table_fit import FIRST_PRINCIPLES, fit_time, held_out
-from tests.bench.planner.tables import read_rows, recomputed
+from tests.bench.planner.tables import read_rows
 from tests.support.small_runs import call_bench
 from tools.plan.coefficients import read_coefficients
 from tools.plan.fitting import fit_map
@@ -46,7 +46,8 @@ def test_iteration_times_are_met(validated):
     assert result["held_out"]["mean"] < 0.04
     assert result["unseen_shapes"]["mean"] < 0.08
     assert result["regret"]["groups"] > 20 and result["regret"]["mean"] < 0.03
-    assert result["held_out"]["mean"] < result["first_principles"]["mean"] / 5  # a fit that changed nothing would show
+    assert result["first_principles"]["mean"] < 0.12
+    assert result["held_out"]["mean"] < result["first_principles"]["mean"] / 2  # a fit that changed nothing would show
 
 
 def test_a_row_does_not_see_itself(tmp_path):
@@ -104,8 +105,7 @@ def test_parts_sum_to_the_step_and_the_bubble_is_1f1bs():
     cases = time_cases(read_rows(VTRAIN)[0])
     parts = step_parts(PRIOR, cases)
     assert sum(parts.values()) == pytest.approx(step_seconds(PRIOR, cases))
-    busy = sum(parts[name] for name in ("matrices", "attention", "elementwise", "host", "tensor", "head"))
-    without_head = busy - parts["head"]
+    without_head = sum(parts[name] for name in ("matrices", "attention", "elementwise", "host", "tensor", "gradients"))
     expected = without_head / cases.micro_batches * (cases.pipeline - 1)  # stages are equal but for the head
     assert parts["bubble"] == pytest.approx(expected)
 
@@ -135,13 +135,11 @@ def test_data_ranks_are_what_the_gpus_leave(tmp_path):
     assert row.data == 4 and row.micro_batches == 128
 
 
-def test_a_table_that_could_not_run_otherwise_recomputes(tmp_path):
-    """64 sequences of 2048 tokens in 30 layers on a rank: more than any GPU has, unless layers are recomputed."""
-    row = "64,512,64,3072,32,30,2048,8,8,1,9838.9"
-    path = tmp_path / "rows.csv"
-    path.write_text("\n".join([*VTRAIN.read_text().splitlines()[:4], row]))
-    assert {row.recompute for row in recomputed(read_rows(path)[0])} == {"full"}
-    assert {row.recompute for row in recomputed(read_rows(VTRAIN)[0])} == {"unsaid"}
+def test_vtrains_runs_recompute_and_share_a_nodes_network():
+    """As the configs of its runs say; its tables do not."""
+    rows = read_rows(VTRAIN)[0]
+    assert {row.recompute for row in rows} == {"full"} and {row.passes for row in rows} == {4}
+    assert {row.device.network * row.device.node for row in rows} == {100e9}
 
 
 def test_an_exchange_behind_compute_costs_what_stands_out():

@@ -32,9 +32,6 @@ from recipes.common.pipeline.placeholders import Placeholder
 from tools.plan.layer_log import Bytes, LayerBytes, LayerLog, sum_bytes
 from tools.plan.rehearsal.attention_kernels import attend
 
-TRAFFIC_PER_SAVED = 6.0  # bytes moved a saved byte: each is written and read about three times
-COMPILED_TRAFFIC_PER_SAVED = 3.5  # the same of compiled kernels: rehearsals of five dense families counted 3.2 to 3.7
-
 
 @dataclass(frozen=True)
 class ModelBytes:

@@ -10,16 +10,8 @@ from recipes.common.recipe import Layout
 from tools.plan.evaluate import Plan
 from tools.plan.model_cases import ModelFacts
 
-_PASSES = (
-    "matrices",
-    "attention",
-    "elementwise",
-    "host",
-    "head",
-    "tensor",
-    "context",
-    "expert",
-)  # of a step: passes
+# of a step: passes
+_PASSES = ("matrices", "attention", "elementwise", "host", "head", "loss", "gradients", "tensor", "context", "expert")
 
 
 def bubble_shares(facts: ModelFacts, plan: Plan) -> tuple[float, float] | None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recipes.common.model.recompute import product_ops
+from tools.plan.rehearsal.kernels import moved_bytes, starts_kernel
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,20 @@ class Bytes:
         return self.whole / sequence_ranks + self.sharded / tensor + self.gathered
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a layer's passes start on the GPU for one sequence."""
+
+    kernels: float = 0.0  # of every kind
+    moved: Bytes = Bytes()  # by those that are neither products nor attention
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerBytes:
-    """Bytes that one layer holds of one sequence."""
+    """Bytes that one layer holds of one sequence, and what its passes start."""
+
+    forward: Work
+    backward: Work
 
     saved: Bytes  # from its forward to its backward pass
     products: Bytes  # outputs of matrix products and attention, which selective recomputation keeps
@@ -56,6 +68,7 @@ class LayerLog(TorchDispatchMode):
         self._events: list[tuple[int, Bytes]] = []  # (-1, what came) or (its event, what went)
         self._gradients: dict[int, Bytes] = {}  # events that were weight gradients
         self._begun = 0  # events before the backward pass; 0: it has not begun
+        self._work = {False: Work(), True: Work()}  # in the backward pass?
         self._gathered = 0  # modules that gather their outputs, whose gradients are still to come
         for parameter in layer.parameters():
             parameter.register_post_accumulate_grad_hook(self._take_gradient)
@@ -102,6 +115,7 @@ class LayerLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, kinds: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = op(*args, **(kwargs or {}))
+        self._count(op, args, kwargs or {}, out)
         taken = {_key(each): each for each in _tensors((args, kwargs))}
         made = [each for each in _tensors(out) if _key(each) not in taken]
         for each in made:
@@ -117,7 +131,21 @@ class LayerLog(TorchDispatchMode):
 
     def measured(self) -> LayerBytes:
         saved, kept, factors = (sum_bytes(sizes.values()) for sizes in (self._saved, self._kept, self._factors))
-        return LayerBytes(saved=saved, products=kept, factors=factors, working=self._working())
+        work = {"forward": self._work[False], "backward": self._work[True]}
+        return LayerBytes(saved=saved, products=kept, factors=factors, working=self._working(), **work)
+
+    def _count(self, op: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        """Add a kernel and what it moves. Its largest tensor says whether tensor ranks divide that."""
+        name = op._schema.name.partition("::")[2]
+        if not starts_kernel(op, name):
+            return
+        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        before, moved = self._work[self._begun > 0], Bytes()
+        if inputs + outputs and op not in self._products and "attention" not in name:
+            largest = max([*inputs, *outputs], key=torch.Tensor.numel)
+            shape = self._bytes(largest)
+            moved = scaled(shape, moved_bytes(op, name, inputs, outputs) / max(shape.total, 1.0))
+        self._work[self._begun > 0] = Work(before.kernels + 1, sum_bytes([before.moved, moved]))
 
     def _bytes(self, tensor: torch.Tensor) -> Bytes:
         """Count the storage. Tensors as wide as the hidden states lie between blocks: every tensor rank has them whole."""
@@ -171,6 +199,15 @@ def _key(tensor: torch.Tensor) -> int:
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [each for each in tree_leaves(tree) if isinstance(each, torch.Tensor)]
+
+
+def mean_work(works: Sequence[Work]) -> Work:
+    count = len(works)
+    return Work(sum(each.kernels for each in works) / count, scaled(sum_bytes(each.moved for each in works), 1 / count))
+
+
+def scaled(size: Bytes, by: float) -> Bytes:
+    return Bytes(*(by * each for each in astuple(size)))
 
 
 def sum_bytes(sizes: Iterable[Bytes]) -> Bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil
 from typing import Any
@@ -22,15 +22,18 @@ from recipes.common.pipeline.stage import NO_ROUTER_LOSS
 from recipes.common.recipe import Layout, Recipe
 from tools.common.console import UsageError
 from tools.common.devices import Device
-from tools.plan.activations import COMPILED_TRAFFIC_PER_SAVED, TRAFFIC_PER_SAVED, ModelBytes, model_activations
+from tools.plan.activations import ModelBytes, model_activations
 from tools.plan.context_cost import ContextCost, context_cost
-from tools.plan.layer_log import Bytes, LayerBytes
+from tools.plan.layer_log import Bytes, LayerBytes, Work, mean_work
+from tools.plan.layer_products import Product, layer_products
 from tools.plan.rank_params import rank_matrices, rank_params
 from tools.plan.schedule_formulas import bubble_share, exposed_messages
 from tools.plan.tensor_sums import tensor_sums
 from tools.plan.time_model import Cases
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_GRADIENT_BYTES = 10.0  # a parameter and micro batch: a 16-bit gradient is read, the fp32 sum read and written
+_LOGIT_BYTES = 30.0  # a logit, in the loss, as a rehearsal counts them
 _FP32_REDUCE = 4.0  # bytes a parameter: gradients are reduced in fp32, weights gathered in their own precision
 
 
@@ -71,6 +74,7 @@ class ModelFacts:
     by_mlp_tokens: dict[int, tuple[LayerBytes, ...]] = field(default_factory=dict)  # of `layer_bytes`
     params_by_ranks: dict[tuple[int, str, int], dict[str, float] | str] = field(default_factory=dict)  # results of `rank_params`
     matrices_by_ranks: dict[tuple[int, str], list[float]] = field(default_factory=dict)  # results of `rank_matrices`
+    products_by_ranks: dict[tuple[int, str, int], dict[Product, float]] = field(default_factory=dict)  # of `products`
     chunks_by_pipeline: dict[tuple[Placement, tuple[int, ...]], list[tuple[range, ...]]] = field(default_factory=dict)
 
     @cached_property
@@ -90,10 +94,9 @@ class ModelFacts:
         return layer_costs(self.causal, self.stack, self.recipe.batch.seq_len)
 
     @cached_property
-    def mean_activations(self) -> Bytes:
-        """The mean layer's saved bytes of one sequence."""
-        kinds = zip(*(astuple(each.saved) for each in self.activations), strict=True)
-        return Bytes(*(sum(sizes) / len(self.activations) for sizes in kinds))
+    def mean_work(self) -> tuple[Work, Work]:
+        """What the mean layer's forward and backward pass start for one sequence."""
+        return mean_work([each.forward for each in self.activations]), mean_work([each.backward for each in self.activations])
 
     @cached_property
     def heads(self) -> int:
@@ -146,6 +149,12 @@ class ModelFacts:
         mean = sum(costs) / len(costs)
         return [sum(costs[i] for i in own) / mean for own in self.own_layers(layout)]
 
+    def products(self, layout: Layout) -> dict[Product, float]:
+        """Return `layer_products` of a layout's sizes, kept."""
+        if (key := (layout.tensor, layout.experts, layout.expert)) not in self.products_by_ranks:
+            self.products_by_ranks[key] = layer_products(self.causal, self.stack, layout)
+        return self.products_by_ranks[key]
+
     def rank_params(self, layout: Layout) -> dict[str, float] | str:
         """Return `rank_params` of a layout's sizes, kept."""
         if (key := (layout.tensor, layout.experts, layout.expert)) not in self.params_by_ranks:
@@ -193,6 +202,7 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
     """Return one row a candidate for the time model."""
     rows = [_layout_row(facts, candidate) for candidate in candidates]
     columns = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
+    columns |= _product_columns([facts.products(candidate.layout) for candidate in candidates])
     columns |= {name: np.full(len(rows), float(value)) for name, value in _model_row(facts, device).items()}
     shapes = [(facts.work.hidden, facts.heads, facts.recipe.batch.seq_len, c.layout.tensor, c.own_seqs) for c in candidates]
     return Cases(**columns, keys=shapes)
@@ -203,19 +213,24 @@ def _model_row(facts: ModelFacts, device: Device) -> dict[str, float]:
     work, count = facts.work, len(facts.work.layers)
     stage, kind = zero_stage(facts.ds_config), precision(facts.ds_config)
     zero_3 = stage == 3
-    peak = device.peak(kind)
+    half = device.product_rate(kind)
+    fused = facts.recipe.attention != "eager"
     return {
         "hidden": work.hidden,
+        "attention_rate": device.peak(kind) * device.flash if fused else half,
         "misaligned": facts.head_dim % 8 > 0,
         "head": work.head,
         "layers": count,
+        "logit_bytes": _LOGIT_BYTES,
+        "gradient_bytes": _GRADIENT_BYTES,
         "reduce_bytes": _FP32_REDUCE + (0.0 if zero_3 else facts.activation_width),
         "gather_bytes": 2.0 * facts.activation_width if zero_3 else 0.0,
         "beside_backward": _FP32_REDUCE if stage == 1 else 0.0,
         "beside_forward": facts.activation_width if stage == 1 and kind == "bf16" else 0.0,
         "overlapped": zero_3,
-        "peak": peak,
-        "peak_half": peak,
+        "rate": half,
+        "rate_half": half,
+        "units": device.units,
         "bandwidth": device.bandwidth,
         "link": device.link,
         "network": device.network,
@@ -228,22 +243,24 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
     layout, batch = candidate.layout, facts.recipe.batch
     repeated = _repeated_share(layout)
     passes = 3.0 + (0.0 if layout.recompute == "selective" else repeated)  # selective recomputation repeats no products
-    elementwise = (3.0 + repeated) / passes  # but all elementwise work, which the time model counts by `passes`
-    saved = facts.mean_activations.on_rank(layout.tensor, sequence_ranks(layout))
-    per_saved = COMPILED_TRAFFIC_PER_SAVED if facts.recipe.kernels == "compile" else TRAFFIC_PER_SAVED
+    products_again = passes - 3.0
+    forward, backward = facts.mean_work
+    moved = (1.0 + repeated) * forward.moved.on_rank(layout.tensor, sequence_ranks(layout))
+    moved += backward.moved.on_rank(layout.tensor, sequence_ranks(layout))
     loads, head, cost = facts.stage_loads(layout), head_stage(layout), facts.context_cost(layout)
     params = max(stage_params(facts, layout))
     undivided = params if layout.expert == 1 else max(stage_params(facts, replace(layout, expert=1)))
     micro_batches = batch.global_seqs // (candidate.micro_seqs * candidate.readers)
     return {
         "tokens": candidate.own_seqs * batch.seq_len,
-        "matrices": layout.tensor * sum(facts.rank_matrices(layout)) / len(facts.work.layers),
         "scores": cost.work * facts.mean_scores,
         "context": layout.context,
         "expert": layout.expert,
         "routed": facts.routed * facts.work.hidden * facts.activation_width,
         "exchanged": cost.sent * facts.activation_width / (batch.seq_len / layout.context),
-        "traffic": per_saved * saved / batch.seq_len * elementwise,
+        "traffic": moved / batch.seq_len,
+        "kernels": (1.0 + repeated) * forward.kernels + backward.kernels,
+        "attention_passes": (3.0 if facts.recipe.attention == "eager" else 3.5) + products_again,
         "passes": passes,
         "tensor": layout.tensor,
         **tensor_sums(layout, repeated, experts=facts.routed > 0),
@@ -258,6 +275,16 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
         "messages": exposed_messages(placement_of(layout), micro_batches),
         "pipe_share": sequence_ranks(layout),
     }
+
+
+def _product_columns(products: Sequence[dict[Product, float]]) -> dict[str, np.ndarray]:
+    """Return the time model's columns [candidates, shapes]; rows with fewer shapes end in products of nothing."""
+    most = max(map(len, products))
+    nothing = (Product(width=1.0, inner=1.0), 0.0)
+    rows = [[*of.items(), *[nothing] * (most - len(of))] for of in products]
+    columns = {"widths": "width", "inners": "inner", "rows": "rows", "groups": "groups"}
+    found = {name: np.array([[getattr(product, of) for product, _ in row] for row in rows]) for name, of in columns.items()}
+    return found | {"counts": np.array([[count for _, count in row] for row in rows])}
 
 
 def _repeated_share(layout: Layout) -> float:

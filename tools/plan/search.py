@@ -26,8 +26,8 @@ from tools.plan.model_cases import Candidate, ModelFacts, read_model
 RECIPE_HELP = "a recipe file; its batch, schedule and ds_config count, its layouts do not"
 PART_NAMES = {
     "matrices": "matrix products", "attention": "attention", "elementwise": "memory traffic", "host": "kernel launches",
-    "head": "head and loss", "tensor": "tensor all-reduce", "context": "context all-to-all", "expert": "expert all-to-all",
-    "pipeline": "between stages", "bubble": "bubble",
+    "head": "head", "loss": "loss", "gradients": "gradient sums", "tensor": "tensor all-reduce",
+    "context": "context all-to-all", "expert": "expert all-to-all", "pipeline": "between stages", "bubble": "bubble",
     "data": "data reduction", "optimizer": "optimizer", "other": "other",
 }  # fmt: skip
 

@@ -1,10 +1,11 @@
 """Predicts the time of a training step for many layouts at once: a roofline with fitted efficiencies, and the schedule.
 
-A layer's pass takes the smooth maximum of GPU time (matrix products, attention, memory traffic) and of the host's launches, plus
-its tensor-parallel all-reduces (those that go beside products, by what stands out) and the all-to-alls of context and expert
-ranks. A step is 1F1B: the slowest stage for every micro batch, every stage once to fill and drain the pipeline, then the
-gradients' reduction (its smooth maximum with compute where the software overlaps them), the optimizer, and a constant.
-Efficiencies are dimensionless, so those fitted on one GPU serve another.
+A layer takes the smooth maximum of GPU time (matrix products in waves of tiles, attention, what elementwise kernels move) and of
+the host's launches, plus its tensor-parallel all-reduces (those that go beside products, by what stands out) and the all-to-alls
+of context and expert ranks. A step is 1F1B: the slowest stage for every micro batch, every stage once to fill and drain the
+pipeline, then the gradients' reduction (its smooth maximum with compute where the software overlaps them), the optimizer, and a
+constant. By first principles every term comes from a data sheet, from a published measurement of a part of a step, or from our
+count. A fit moves them; as most are shares of what a GPU can do, those fitted on one serve another.
 """
 
 from __future__ import annotations
@@ -13,29 +14,41 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tools.plan.products import training_seconds
+
 # name -> (value by first principles, width: how far a fit may move it, as the standard deviation of its logarithm)
 TERMS: dict[str, tuple[float, float]] = {
-    "gemm": (0.75, 0.2),  # share of the peak that a wide and long matrix product reaches
-    "narrow": (200.0, 1.0),  # columns of a tensor rank at which that share is half: a product starts and ends partly idle
-    "short": (200.0, 0.7),  # tokens of a micro batch at which it is half
-    "attention": (0.4, 0.3),  # share of the peak in attention's products
+    # of the best product's rate: shapes are not the best, and a step waits for the slowest of GPUs that differ by 5 % and more
+    # (Bekman, Machine Learning Engineering)
+    "gemm": (0.9, 0.2),
+    "attention": (1.0, 0.3),  # of the rate that attention's kernel was measured at
     "misaligned": (1.2, 0.2),  # factor on a layer's time where a head's width is no multiple of 8, as matrix units need
-    "head": (0.65, 0.3),  # share of the peak in the vocabulary's product
-    "memory": (0.6, 0.3),  # share of memory bandwidth in everything elementwise
-    "launch_seconds": (1e-3, 1.0),  # host time to launch one layer's forward and backward pass
-    "launch_tensor_seconds": (3e-4, 1.0),  # and more with tensor parallelism
+    # factor on the vocabulary's products where a rank's part is no multiple of 8 ("over 2x": He, What Shapes Do Matrix
+    # Multiplications Like, answer 1)
+    "misaligned_head": (2.0, 0.3),
+    "head": (1.0, 0.2),  # factor on the rest of the vocabulary's product, and of the loss
+    "memory": (0.75, 0.15),  # share of memory bandwidth: copies reach 0.85 to 0.9 (BabelStream), norms and sums of gradients less
+    # host time to start a kernel. 25.5 tokens/s of a 7B model that waits for its host alone (pytorch.org/blog/
+    # accelerating-generative-ai-2): 1.22 ms for each of 32 layers, of 51 kernels by our count of its code
+    "launch_seconds": (24e-6, 1.0),
     "blend": (3.0, 0.5),  # exponent of the smooth maximum of GPU and host time
-    "tensor_latency": (2e-5, 1.0),  # seconds a hop of an all-reduce
-    "tensor_link": (0.75, 0.3),  # share of the links in a node, tensor all-reduce
-    "tensor_network": (3.2, 0.5),  # the same between nodes, of one GPU's network (all adapters serve one ring)
+    # an all-reduce in a node: vTrain's table of NCCL on A100s (trace/a100 in its repository), 41, 56 and 70 us and 185, 206
+    # and 230 GB/s of 300 with 2, 4 and 8 GPUs
+    "tensor_start": (35e-6, 0.5),
+    "tensor_latency": (5.6e-6, 1.0),  # seconds a hop
+    "tensor_link": (0.7, 0.3),  # share of the links in a node
+    "tensor_network": (8.0, 0.5),  # the same between nodes, of one GPU's network: all of a node's adapters serve one ring
     "pipe_latency": (3e-5, 1.0),
     "pipe_rate": (0.8, 0.7),  # share of link or network between stages
     "data_link": (0.5, 0.5),
     "data_network": (0.8, 0.5),  # share of the network of a group's ranks in one node
     "shard_network": (1.0, 1.0),  # of one GPU's network, for ZeRO 3 and FSDP: many short exchanges over all ranks
-    "optimizer": (1.0, 1.0),  # x 20 bytes a parameter at memory bandwidth
+    # x 40 bytes a parameter: Adam reads 4 and writes 3 fp32 numbers, the norm reads one, weights are written in 16 bits (38)
+    "optimizer": (1.0, 1.0),
     "constant_seconds": (5e-3, 1.0),
 }
+REDUCTION_KERNELS = 2.0  # kernels' worth of host time in starting an all-reduce: itself, and the event that orders it
+OUTSIDE_KERNELS = 60.0  # of embedding, final norm, head and loss, both ways, by our count
 PRIOR = np.array([value for value, _ in TERMS.values()])
 WIDTHS = np.array([width for _, width in TERMS.values()])
 OVERLAP = 3.0  # exponent of the smooth maximum of compute and of an exchange that it overlaps
@@ -47,11 +60,20 @@ class Cases:
 
     tokens: np.ndarray  # of a micro batch
     hidden: np.ndarray
-    matrices: np.ndarray  # multiply-adds a token, a layer, of all tensor ranks: what none of them shards counts for each
+    widths: np.ndarray  # [n, shapes]: of a layer's products the side that tensor ranks divide, on a rank; see `layer_products`
+    inners: np.ndarray  # [n, shapes]: the other side
+    rows: np.ndarray  # [n, shapes]: tokens that each sees, of one of the micro batch
+    groups: np.ndarray  # [n, shapes]: products in one launch
+    counts: np.ndarray  # [n, shapes]: a layer, 0 where there are fewer shapes
     scores: np.ndarray  # multiply-adds a token, a layer, in attention's two products
+    attention_passes: np.ndarray  # of attention's products: a fused kernel's backward pass is 2.5 forward passes' work
+    attention_rate: np.ndarray  # FLOP/s of attention's products
     misaligned: np.ndarray  # 1 where a head's width is no multiple of 8, else 0
-    traffic: np.ndarray  # bytes a token, a layer, a tensor rank, that elementwise work moves, forward and backward
+    traffic: np.ndarray  # bytes a token, a layer, a tensor rank, that elementwise work moves in all passes
+    kernels: np.ndarray  # that a layer's passes start, a micro batch
     head: np.ndarray  # multiply-adds a token
+    logit_bytes: np.ndarray  # that the loss moves for each of a token's logits
+    gradient_bytes: np.ndarray  # a parameter of the rank, to add a micro batch's gradients to those before
     passes: np.ndarray  # forward passes' worth of work a layer does: 3, or 4 with full recomputation
     tensor: np.ndarray
     sums: np.ndarray  # all-reduces' worth of what tensor ranks exchange a layer and micro batch, while nothing is computed
@@ -77,8 +99,9 @@ class Cases:
     bubble_share: np.ndarray  # the share of 1F1B's bubble that the schedule leaves
     messages: np.ndarray  # between stages, one after another, that a step waits for
     pipe_share: np.ndarray  # tensor ranks that share sending one activation (Megatron scatters it, we do not)
-    peak: np.ndarray  # FLOP/s of the layers' matrices
-    peak_half: np.ndarray  # FLOP/s of attention and head, in 16 bits even where the layers' matrices have 8
+    rate: np.ndarray  # FLOP/s of the best products in the layers
+    rate_half: np.ndarray  # in the head, in 16 bits even where the layers' matrices have 8
+    units: np.ndarray  # of the GPU, for tiles of a product
     bandwidth: np.ndarray
     link: np.ndarray
     network: np.ndarray
@@ -91,19 +114,19 @@ def step_parts(terms: np.ndarray, c: Cases, effects: np.ndarray | float = 1.0) -
     k = dict(zip(TERMS, terms, strict=True))
     micro = _micro_batch(k, c, effects)
     layer = sum(micro[name] for name in ("matrices", "attention", "elementwise", "host", "tensor", "context", "expert"))
-    rest = micro["head"]
+    rest = micro["head"] + micro["loss"]
     last = c.layers_last * layer + rest
     slowest = np.maximum(c.layers_slowest * layer, last)
     steady_layers = np.where(last >= slowest, c.layers_last, c.layers_slowest)
     steady_head = np.where(last >= slowest, 1.0, 0.0)
     # every micro batch takes the slowest stage's time; the other stages' work on one micro batch fills and drains the pipeline
     parts = {name: c.micro_batches * steady_layers * micro[name] for name in ("matrices", "attention", "elementwise", "host")}
-    parts["head"] = c.micro_batches * steady_head * rest
-    parts["tensor"] = c.micro_batches * steady_layers * micro["tensor"]
-    parts["context"] = c.micro_batches * steady_layers * micro["context"]
-    parts["expert"] = c.micro_batches * steady_layers * micro["expert"]
+    parts |= {name: c.micro_batches * steady_head * micro[name] for name in ("head", "loss")}
+    parts |= {name: c.micro_batches * steady_layers * micro[name] for name in ("tensor", "context", "expert")}
+    sums = c.params * c.gradient_bytes / (k["memory"] * c.bandwidth)  # of a micro batch's gradients
+    parts["gradients"] = c.micro_batches * sums
     parts["pipeline"] = c.messages * micro["pipe"]
-    parts["bubble"] = np.maximum(c.layers * layer + rest - slowest, 0.0) * c.bubble_share
+    parts["bubble"] = (np.maximum(c.layers * layer + rest - slowest, 0.0) + (c.pipeline - 1.0) * sums) * c.bubble_share
     # a ring over nodes uses the network adapter of each of its ranks in a node
     adapters = np.minimum(c.data, np.maximum(c.node / c.tensor, 1.0))
     network = np.where(c.gather_bytes > 0, k["shard_network"], k["data_network"] * adapters) * c.network
@@ -116,51 +139,69 @@ def step_parts(terms: np.ndarray, c: Cases, effects: np.ndarray | float = 1.0) -
         beside = (c.data - 1) / c.data * c.params * width / rate
         alone = alone - beside + _standing_out(share * micro_seconds, beside)
     parts["data"] = np.where(c.overlapped > 0, _standing_out(busy, exchange), alone)
-    parts["optimizer"] = k["optimizer"] * 20.0 * c.updated / c.bandwidth
+    parts["optimizer"] = k["optimizer"] * 40.0 * c.updated / (k["memory"] * c.bandwidth)
     parts["other"] = np.full_like(layer, k["constant_seconds"])
     return parts
 
 
 def _micro_batch(k: dict[str, float], c: Cases, effects: np.ndarray | float) -> dict[str, np.ndarray]:
     """Return the seconds of one micro batch: in one layer by part, in the head, to send to the next stage."""
-    columns = c.hidden / c.tensor
-    rate = k["gemm"] * c.peak * columns / (columns + k["narrow"]) * c.tokens / (c.tokens + k["short"])
-    matrices = 2.0 * c.passes * c.tokens * c.matrices / c.tensor / rate
-    attention = 2.0 * c.passes * c.tokens * c.scores / c.tensor / (k["attention"] * c.peak_half)
-    elementwise = c.tokens * c.traffic * c.passes / 3.0 / (k["memory"] * c.bandwidth)
-    gpu = matrices + attention + elementwise
+    gpu = {"units": c.units, "bandwidth": k["memory"] * c.bandwidth}
+    matrices = _matrix_seconds(k, c)
+    attention = 2.0 * c.attention_passes * c.tokens * c.scores / c.tensor / (k["attention"] * c.attention_rate)
+    elementwise = c.tokens * c.traffic / gpu["bandwidth"]
+    busy = matrices + attention + elementwise
     split = c.tensor > 1
-    host = (k["launch_seconds"] + split * k["launch_tensor_seconds"]) * c.passes / 3.0
+    host = k["launch_seconds"] * (c.kernels + split * REDUCTION_KERNELS * (c.sums + c.sums_beside))
     effects = effects * k["misaligned"] ** c.misaligned
-    layer = _smooth_maximum(gpu, host, k["blend"])
+    layer = _smooth_maximum(busy, host, k["blend"])
     activation = 2.0 * c.tokens * c.hidden
     rate = np.where(c.tensor > c.node, k["tensor_network"] * c.network, k["tensor_link"] * c.link)
     ring = 2.0 * (c.tensor - 1) / c.tensor * activation / rate
-    once = k["tensor_latency"] * (c.tensor - 1) + ring
+    once = k["tensor_start"] + k["tensor_latency"] * (c.tensor - 1) + ring
     standing_out = _standing_out(c.passes_beside / c.passes * matrices, c.sums_beside * once)
     tensor = np.where(split, c.sums * once + standing_out, 0.0)
     within = c.tensor * c.context <= c.node
-    rate = np.where(within, k["tensor_link"] * c.link, k["tensor_network"] * c.network)
+    rate = np.where(within, k["tensor_link"] * c.link, k["data_network"] * c.network)  # between nodes each uses its adapter
     exchange = 2.0 * k["tensor_latency"] * (c.context - 1) + c.tokens * c.exchanged / rate  # to heads, and back
     context = np.where(c.context > 1, (c.passes - 1.0) * exchange, 0.0)
     within = c.tensor * c.expert <= c.node
-    rate = np.where(within, k["tensor_link"] * c.link, k["tensor_network"] * c.network)
+    rate = np.where(within, k["tensor_link"] * c.link, k["data_network"] * c.network)
     # to the experts and back, if their loads are even, and the counts before, for which the host waits
     travel = 3.0 * k["tensor_latency"] * (c.expert - 1) + 2.0 * c.tokens * c.routed * (c.expert - 1) / c.expert / rate
     expert = np.where(c.expert > 1, (c.passes - 1.0) * travel, 0.0)
     inside = c.tensor * c.data * 2 <= c.node
     pipe = k["pipe_latency"] + activation / c.pipe_share / (k["pipe_rate"] * np.where(inside, c.link, c.network))
+    vocab = np.floor(c.head / c.hidden / c.tensor)
+    head = training_seconds(
+        c.tokens, vocab, c.hidden, np.zeros_like(vocab), groups=np.ones_like(vocab), rate=k["gemm"] * c.rate_half, **gpu
+    )
+    head = k["head"] * head * np.where(vocab % 8 > 0, k["misaligned_head"], 1.0)
+    loss = k["head"] * c.tokens * vocab * c.logit_bytes / gpu["bandwidth"]
+    outside = _smooth_maximum(head + loss, k["launch_seconds"] * OUTSIDE_KERNELS, k["blend"])
     return {
         "matrices": matrices * effects,
         "attention": attention * effects,
         "elementwise": elementwise * effects,
-        "host": (layer - gpu) * effects,
+        "host": (layer - busy) * effects,
         "tensor": tensor * effects,
         "context": context * effects,
         "expert": expert * effects,
-        "head": 6.0 * c.tokens * c.head / c.tensor / (k["head"] * c.peak_half),
+        "head": head,
+        "loss": outside - head,
         "pipe": np.where(c.pipeline > 1, pipe, 0.0),
     }
+
+
+def _matrix_seconds(k: dict[str, float], c: Cases) -> np.ndarray:
+    """Return the seconds of a layer's matrix products, all passes."""
+
+    def each(values: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(values[:, None], c.widths.shape)
+
+    gpu = {"units": each(c.units), "bandwidth": each(k["memory"] * c.bandwidth), "rate": each(k["gemm"] * c.rate)}
+    tokens, repeated = c.tokens[:, None] * c.rows, each(c.passes - 3.0)
+    return (c.counts * training_seconds(tokens, c.widths, c.inners, repeated, groups=c.groups, **gpu)).sum(axis=1)
 
 
 def _standing_out(compute: np.ndarray, exchange: np.ndarray) -> np.ndarray:

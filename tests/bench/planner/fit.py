@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.bench.planner import table_cases
 from tests.bench.planner.table_fit import TimeFit, fit_time, held_out, take
-from tests.bench.planner.tables import MeasuredRun, read_rows, recomputed
+from tests.bench.planner.tables import MeasuredRun, read_rows
 from tests.bench.planner.validate import FOLDS, PUBLISHED_EFFECT
 from tools.common.console import GOOD, UsageError, table
 from tools.plan import memory_model, time_model
@@ -26,7 +26,7 @@ DEVICE_ROWS = 10  # a GPU with fewer rows has no factor of its own
 
 
 def run(flags: argparse.Namespace) -> int:
-    rows = {path: recomputed(read_rows(path)[0]) for path in flags.csv}
+    rows = {path: read_rows(path)[0] for path in flags.csv}
     timed = [row for of in rows.values() for row in of if row.seconds and row.precision in HALF]
     weighed = [row for of in rows.values() for row in of if row.memory and not row.arithmetic]
     if len(timed) < FOLDS or len(weighed) < FOLDS:

@@ -7,14 +7,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from tests.bench.planner.tables import MeasuredRun
-from tools.plan.activations import TRAFFIC_PER_SAVED
 from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes
 from tools.plan.time_model import Cases
 
 _BUCKET_ELEMENTS = 5e8  # DeepSpeed's default
 _GROUPS = 6  # Megatron-DeepSpeed: tensor, pipeline, data, model, embedding, world
 _FSDP_GROUPS = 2
-SCORE_BYTES = 30.0  # a score: written, masked, softmaxed, dropped out and read again, forward and backward, in 16 bits
+# What Megatron-LM's layer moves, in bytes a token and element of the hidden states (those of all tensor ranks, and of each one's
+# part) and a score, by our count of its fused kernels in 16 bits with a byte for dropout's mask. Forward: norms 4 each, bias with
+# dropout and residual 7 each; copies of attention's output 4, bias with GELU 16; scores written, masked and normalized, dropped
+# out, and read. Backward: the norms 11 each, dropout's 7; GELU 24 and 8 for its bias, copies and bias of q, k and v 22
+FORWARD, BACKWARD = (22.0, 20.0), (36.0, 54.0)
+FORWARD_SCORE, BACKWARD_SCORE = 13.0, 19.0
+# that a layer starts, by our count of its code; what it scripts counts as what it is written of, which its host pays as much for
+FORWARD_KERNELS, BACKWARD_KERNELS = 28.0, 55.0
+LOGIT_BYTES = 60.0  # of vocabulary-parallel cross-entropy: to fp32, less the maximum, exponential, sum, share; copy, and back
+GRADIENT_BYTES = 6.0  # 16-bit gradients, added
 
 
 def time_cases(rows: Sequence[MeasuredRun], *, by_table: bool = False) -> Cases:
@@ -26,22 +34,37 @@ def time_cases(rows: Sequence[MeasuredRun], *, by_table: bool = False) -> Cases:
     def each(name: str) -> np.ndarray:
         return column([getattr(row, name) for row in rows])
 
-    peak = column([row.device.peak(row.precision) for row in rows])
     layer_params, tensor, pipeline, data = each("layer_params"), each("tensor"), each("pipeline"), each("data")
     hidden, heads, seq_len, layers = each("hidden"), each("heads"), each("seq_len"), each("layers")
-    flash, sharded = each("flash") > 0, each("sharded") > 0
+    flash, sharded, again = each("flash") > 0, each("sharded") > 0, each("passes") - 3.0
+    score_forward, score_backward = (np.where(flash, 0.0, size) for size in (FORWARD_SCORE, BACKWARD_SCORE))
+    score_again = np.where(column([row.recompute == "selective" for row in rows]) > 0, 1.0, again)
+    whole = np.where(each("sequence_parallel") > 0, tensor, 1.0)
+    by_hidden = (1 + again) * (FORWARD[0] / whole + FORWARD[1] / tensor) + BACKWARD[0] / whole + BACKWARD[1] / tensor
+    by_score = (1 + score_again) * score_forward + score_backward
+    half = column([row.device.product_rate("fp16") for row in rows])
+    fused = column([row.device.peak("fp16") * row.device.flash for row in rows]) * np.where(each("first_flash") > 0, 0.5, 1.0)
     vocab_params = each("vocab") * hidden
     params = (layers * layer_params / pipeline + vocab_params) / tensor
     stages = [_stage_layers(row) for row in rows]
     return Cases(
         tokens=each("micro_seqs") * seq_len / each("sequence_share"),
         hidden=hidden,
-        matrices=layer_params,
+        widths=layer_params[:, None] / (12.0 * hidden * tensor)[:, None] * np.array([3.0, 1.0, 4.0, 4.0]),
+        inners=np.repeat(hidden[:, None], 4, axis=1),
+        rows=np.ones((len(rows), 4)),
+        groups=np.ones((len(rows), 4)),
+        counts=np.ones((len(rows), 4)),
         scores=2.0 * hidden * seq_len * np.where(flash, 0.5, 1.0),
         misaligned=(hidden % heads + hidden // heads % 8 > 0) * 1.0,
-        traffic=TRAFFIC_PER_SAVED * hidden * (10.0 / np.where(each("sequence_parallel") > 0, tensor, 1.0) + 24.0 / tensor)
-        + np.where(flash, 0.0, heads * seq_len * SCORE_BYTES / tensor),
+        # unfused products of scores have a head's width for their depth: loads do not hide behind them, and they take their time
+        attention_passes=each("passes") + np.where(flash, 0.5, 0.0),
+        attention_rate=np.where(flash, fused, half),
+        traffic=hidden * by_hidden + heads * seq_len / tensor * by_score,
+        kernels=(1 + again) * FORWARD_KERNELS + BACKWARD_KERNELS,
         head=vocab_params,
+        logit_bytes=np.full_like(tensor, LOGIT_BYTES),
+        gradient_bytes=np.full_like(tensor, GRADIENT_BYTES),
         passes=each("passes"),
         tensor=tensor,
         sums=2.0 * (each("passes") - 1.0),  # two a forward pass, two a backward pass, which is two passes' worth of work
@@ -67,8 +90,9 @@ def time_cases(rows: Sequence[MeasuredRun], *, by_table: bool = False) -> Cases:
         bubble_share=1.0 / each("chunks"),
         messages=2.0 * (each("micro_batches") + pipeline - 1),
         pipe_share=tensor,
-        peak=peak,
-        peak_half=column([row.device.peak("fp16") for row in rows]),
+        rate=column([row.device.product_rate(row.precision) for row in rows]),
+        rate_half=half,
+        units=column([row.device.units for row in rows]),
         bandwidth=column([row.device.bandwidth for row in rows]),
         link=column([row.device.link for row in rows]),
         network=column([row.device.network for row in rows]),

@@ -17,8 +17,11 @@ from recipes.common.model.flops import sc21_eq3
 from tools.common.console import UsageError
 from tools.common.devices import DEVICES, GIB, Device, find_device
 
-VTRAIN_VOCAB = 51200
-PEAK_DEVICE = "A100-80"  # vTrain's tables do not name it; its paper does
+# vTrain's tables do not say these; its paper (arXiv 2312.12391) and the configs of its measured runs do (config/validation in
+# github.com/VIA-Research/vTrain: use_checkpoint, so every layer runs its forward pass twice; inter_node_bandwidth, 800 Gb/s)
+VTRAIN_VOCAB = 50257
+VTRAIN_DEVICE = "A100-80"
+VTRAIN_NETWORK = 800e9 / 8 / 8  # bytes/s of a GPU: eight share the node's
 # parameters (billions) -> (layers, hidden size)
 GPT3_SHAPES = {0.125: (12, 768), 0.35: (24, 1024), 0.76: (24, 1536), 1.3: (24, 2048), 2.7: (32, 2560), 6.7: (32, 4096),
                13.0: (40, 5120), 30.0: (48, 7168), 65.0: (80, 8192), 175.0: (96, 12288)}  # fmt: skip
@@ -28,6 +31,8 @@ _PUBLISHED = {"source", "model", "params_B", "gpus", "gpu_type", "tp", "pp", "me
 _NUMBERS = ("params_B", "layers", "hidden", "heads", "seq", "vocab", "gpus", "tp", "pp", "dp", "global_batch", "micro_batch",
             "tflops_per_gpu", "step_time_s", "mem_gb")  # fmt: skip
 _FLASH = ("pytorch/torchtitan", "mosaicml/", "NVIDIA-NeMo/", "NVIDIA/Megatron-LM README images/model_table", "glennklockwood")
+# in mid-2023, so FlashAttention's first kernels, half as fast as the second's (arXiv 2307.08691)
+_FIRST_FLASH = ("mosaicml/",)
 # Megatron-Core: sequence parallelism, a sharded optimizer, and gradients and weights exchanged behind compute (its README)
 _MEGATRON_CORE = ("NVIDIA-NeMo/", "NVIDIA/Megatron-LM README images/model_table")
 _INTERLEAVED = ("glennklockwood.com/garden/llama-3.1",)  # arXiv 2407.21783, 3.3.2; it does not say how finely: a layer a chunk
@@ -56,7 +61,7 @@ class MeasuredRun:
     data: int
     global_seqs: int
     micro_seqs: int
-    recompute: str  # "none", "selective" or "full"; "unsaid" in vTrain's tables: see `recomputed`
+    recompute: str  # "none", "selective" or "full"
     device: Device
     precision: str
     sequence_share: int = 1  # ranks that share one sequence (context parallelism)
@@ -68,6 +73,7 @@ class MeasuredRun:
     zero_stage: int = 0
     embedding_balanced: bool = False
     flash: bool = False
+    first_flash: bool = False
     seconds: float | None = None
     memory: float | None = None  # bytes
     out_of_memory: bool = False
@@ -81,13 +87,6 @@ class MeasuredRun:
     def passes(self) -> int:
         """Work of a layer in a step, in forward passes."""
         return 4 if self.recompute == "full" else 3
-
-    @property
-    def stored_whole(self) -> float:
-        """Bytes of activations that the first stage of 1F1B keeps without recomputation (arXiv 2205.05198)."""
-        in_flight = min(self.pipeline, self.micro_batches) * self.layers / self.pipeline
-        layer = self.hidden * (10.0 + 24.0 / self.tensor) + 5.0 * self.heads * self.seq_len / self.tensor
-        return in_flight * self.micro_seqs * self.seq_len * layer
 
     @property
     def layer_params(self) -> float:
@@ -151,19 +150,9 @@ def _vtrain_row(path: Path, line: int, record: dict[str, str]) -> MeasuredRun:
         params=12.0 * layers * hidden**2 + VTRAIN_VOCAB * hidden, seq_len=int(values["sequence length"]), vocab=VTRAIN_VOCAB,
         gpus=int(values["# GPUs"]), tensor=int(values["tensor parallelism"]), pipeline=int(values["pipeline parallelism"]),
         data=int(values["data parallelism"]), global_seqs=int(values["global batch"]), micro_seqs=int(values["micro batch"]),
-        recompute="unsaid", device=find_device(PEAK_DEVICE), precision="fp16", seconds=values["iteration time (ms)"] / 1e3,
+        recompute="full", device=replace(find_device(VTRAIN_DEVICE), network=VTRAIN_NETWORK), precision="fp16",
+        seconds=values["iteration time (ms)"] / 1e3,
     )  # fmt: skip
-
-
-def recomputed(rows: list[MeasuredRun]) -> list[MeasuredRun]:
-    """Mark a vTrain table as recomputing all layers if the first stage of some row would otherwise keep more than a GPU has.
-
-    Its tables do not say whether layers were recomputed. A fit of one table alone puts that into efficiencies; among other tables
-    it counts.
-    """
-    if any(row.recompute == "unsaid" and row.stored_whole > row.device.memory for row in rows):
-        return [replace(row, recompute="full") for row in rows]
-    return rows
 
 
 def _published_row(path: Path, line: int, record: dict[str, str]) -> MeasuredRun | None:
@@ -206,6 +195,7 @@ def _published_row(path: Path, line: int, record: dict[str, str]) -> MeasuredRun
         arithmetic="activations" in note, zero_stage=int(zero[1]) if zero else 0,
         embedding_balanced=ends_count,
         flash=source.startswith(_FLASH),
+        first_flash=source.startswith(_FIRST_FLASH),
         memory=values["mem_gb"] * GIB if values["mem_gb"] and layers and hidden and values["layers"] else None,
         out_of_memory=bool(re.match(r"OOM\b", note)),
     )  # fmt: skip

@@ -78,7 +78,7 @@ def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_b
         states=bytes_of.states - whole_gradients,
         moment=max(_moments(facts, candidate, stage, reducing), key=lambda moment: moment.total),
         products=(matrices + head) * tokens * micro_batches,
-        elementwise=float(row.traffic[0]) * passes / 3.0 * tokens * micro_batches * len(own),
+        elementwise=float(row.traffic[0]) * tokens * micro_batches * len(own),
         reduced=params * float(row.reduce_bytes[0]) if data > 1 else 0.0,
     )
 
