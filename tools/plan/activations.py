@@ -25,6 +25,7 @@ from recipes.common.model.attention_tables import attach
 from recipes.common.model.decoder import PlanError, Stack, find_stack
 from recipes.common.model.document_bounds import no_questions
 from recipes.common.model.fusion import fuse_layer
+from recipes.common.model.linears import route_products
 from recipes.common.model.token_chunks import chunk_tokens, find_mlp
 from recipes.common.model.varlen_attention import VARLEN, built_as
 from recipes.common.parallel.tensor_plans import tensor_plan
@@ -72,6 +73,7 @@ class _Changes:
 
     def make(self, layer: nn.Module, log: LayerLog) -> None:
         if self.kernels == "compile":
+            route_products(layer, by_torch=True)
             fuse_layer(layer)
         if self.mlp_tokens:
             mlp = find_mlp(layer)

@@ -33,7 +33,7 @@ from tools.plan.time_model import Cases
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _GRADIENT_BYTES = 10.0  # a parameter and micro batch: a 16-bit gradient is read, the fp32 sum read and written
-_LOGIT_BYTES = 30.0  # a logit, in the loss, as a rehearsal counts them
+_LOGIT_BYTES = {"none": 30.0, "compile": 10.0}  # a logit, in the loss, as a rehearsal counts them
 _FP32_REDUCE = 4.0  # bytes a parameter: gradients are reduced in fp32, weights gathered in their own precision
 
 
@@ -221,7 +221,7 @@ def _model_row(facts: ModelFacts, device: Device) -> dict[str, float]:
         "misaligned": facts.head_dim % 8 > 0,
         "head": work.head,
         "layers": count,
-        "logit_bytes": _LOGIT_BYTES,
+        "logit_bytes": _LOGIT_BYTES[facts.recipe.kernels],
         "gradient_bytes": _GRADIENT_BYTES,
         "reduce_bytes": _FP32_REDUCE + (0.0 if zero_3 else facts.activation_width),
         "gather_bytes": 2.0 * facts.activation_width if zero_3 else 0.0,

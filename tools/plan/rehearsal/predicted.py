@@ -149,7 +149,7 @@ def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
 
 def keeps_gradients(ds_config: dict[str, Any]) -> bool:
     """Return whether gradients stay from step to step: those that go our way, not those of ZeRO's own optimizers."""
-    return precision(ds_config) != "fp32" and zero_stage(ds_config) <= 1
+    return zero_stage(ds_config) <= 1
 
 
 def _bucket_bytes(ds_config: dict[str, Any], params: float) -> float:
