@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoConfig
 
+from recipes.common.model.initial_weights import build_empty
 from recipes.common.parallel.tiny_model import shrink
 from recipes.common.recipe import PIPELINE_SCHEDULES, SGD, AdamW, Layout
 from tests.support.parity import ADAMW, assert_equal, both, trial_of
@@ -122,6 +123,19 @@ def test_fused_operators_in_a_layout(family, pipeline, tensor, options, monkeypa
     assert_equal(
         gradient_trial(trial_of(tiny_config(family), pipeline, tensor, data, global_seqs=4, kernels="compile", **options))
     )
+
+
+def test_products_in_fp8_have_the_same_bits_in_stages():
+    """Deferred weight gradients and recomputation cast the same numbers. Beside the oracle: tests/tools/verify/test_gate.py."""
+    shapes = {name: p.shape for name, p in build_empty(tiny_config("llama"), "eager").named_parameters()}
+
+    def trained(pipeline, **options):
+        trial = trial_of(tiny_config("llama"), pipeline, 1, 1, precision="fp8", deepspeed=ds_config("zero1_bf16.json"), **options)
+        return outcome(run_ranks(train_in_layout, pipeline, trial), shapes)
+
+    whole, cut = trained(1), trained(2, pipeline_schedule="zero_bubble", recompute="selective")
+    assert (whole.losses, whole.grad_norms) == (cut.losses, pytest.approx(cut.grad_norms, rel=1e-6))
+    assert all(cut.parameters[name].equal(wanted) for name, wanted in whole.parameters.items())
 
 
 @pytest.mark.parametrize(("pipeline", "tensor"), [(1, 1), (2, 2)])

@@ -27,6 +27,7 @@ class RecipeError(ValueError):
 
 RECOMPUTE = ("none", "selective", "full")  # recipes.common.model.recompute
 KERNELS = ("none", "compile")
+PRECISIONS = (FP8,) = ("fp8",)  # recipes.common.model.fp8
 DETERMINISM = ("order", "rounding", "bitwise", "bitwise_stages")  # recipes.common.checks.determinism_checks
 EXPERTS = SLICES, WHOLE = "slices", "tensor"  # recipes.common.parallel.experts
 PIPELINE_SCHEDULES = ("1f1b", "zero_bubble", "zero_bubble_v")  # recipes.common.pipeline.schedules
@@ -260,6 +261,9 @@ class Recipe:
     # of these as one operator by torch.compile, with the sums of gradients beside them (recipes.common.model.fusion). Equal but
     # for rounding: in 16 bits what lies between them is no longer rounded
     kernels: str = "none"
+    # In what the layers' linears multiply. None: the precision of the ds_config, as everything else. "fp8": values in e4m3 and
+    # gradients in e5m2, each tensor with a scale of its own (recipes.common.model.fp8), around weights and sums of bf16
+    precision: str | None = None
     mask_documents: bool = False  # keep attention inside each document of a packed sequence, and restart positions there
     # What a rerun must repeat. "order": what each step reads and draws. "rounding": also, in the same layout, every number but
     # for rounding. "bitwise": every bit, in the same layout on the same machines. "bitwise_stages": every bit, also with

@@ -22,8 +22,11 @@ from recipes.common.model.sharding import HeldTensor
 from recipes.common.model.varlen_attention import built_as
 from recipes.common.parallel.grid import one_process
 from recipes.common.pipeline.stage import NO_ROUTER_LOSS, Stage, build_stage, plan_model
-from recipes.common.recipe import SGD, AdamW, Layout, Optimizer, Router
+from recipes.common.recipe import FP8, SGD, AdamW, Layout, Optimizer, Router
+from tools.common.fp8_oracle import multiply_as_defined
 from tools.common.router_oracle import RouterOracle, constants
+
+BF16_STEP = 2.0**-9  # the largest share of a number by which bf16 rounds it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +46,13 @@ class Trial:
     z_loss: float = 0.0
     chunk_tokens: int = 7  # small and odd: every loss is summed over several chunks
     kernels: str = "none"
+    precision: str | None = None
     attention: str = "eager"
     document_end: int | None = None  # attention stays inside the documents that this id ends
     device: str = "cpu"
     torch_linears: bool = False  # see build_stage
     router: Router = NO_ROUTER_LOSS
+    stir: float = 0.0  # how far train_stirred moves each weight, as a share of it; 0: to the neighbouring number
 
     @property
     def data(self) -> int:
@@ -84,6 +89,7 @@ def build_trial_trainer(trial: Trial) -> Trainer:
         z_loss=trial.z_loss,
         chunk_tokens=trial.chunk_tokens,
         kernels=trial.kernels,
+        precision=trial.precision,
         document_end=trial.document_end,
         torch_linears=trial.torch_linears,
         router=trial.router,
@@ -124,12 +130,14 @@ def _router_loss(stage: Stage, result: StepResult) -> float:
 def train_plain(trial: Trial, stir: int | None = None) -> Outcome:
     """Train the oracle: one process, plain transformers, plain torch, on the CPU (or the trial's device) in fp32.
 
-    stir: first move every initial weight to a neighbouring number, up or down as this seed draws, which changes every rounding
-    of the trial and nothing else.
+    stir: first move every initial weight to a neighbouring number, or by Trial.stir, up or down as this seed draws, which changes
+    every rounding of the trial and nothing else.
     """
     model = initial_model(trial).to(trial.device).train()
     if stir is not None:
-        _stir(model, stir)
+        _stir(model, stir, trial.stir)
+    if trial.precision == FP8:
+        multiply_as_defined(model)
     optimizer, routers = (
         torch_optimizer(trial.optimizer, model),
         RouterOracle(model, trial.router, trial.data // trial.layout.context),
@@ -167,13 +175,16 @@ def train_stirred(trial: Trial) -> Outcome:
     return train_plain(trial, stir=int(os.environ["RANK"]))
 
 
-def _stir(model: torch.nn.Module, seed: int) -> None:
+def _stir(model: torch.nn.Module, seed: int, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             up = torch.rand(parameter.shape, generator=generator).to(parameter.device) < 0.5
             infinity = torch.full_like(parameter, float("inf"))
-            parameter.copy_(torch.nextafter(parameter, torch.where(up, infinity, -infinity)))
+            if share:
+                parameter.mul_(torch.where(up, 1.0 + share, 1.0 - share))
+            else:
+                parameter.copy_(torch.nextafter(parameter, torch.where(up, infinity, -infinity)))
 
 
 def initial_model(trial: Trial) -> torch.nn.Module:

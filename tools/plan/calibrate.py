@@ -122,6 +122,7 @@ def measure(recipe: Recipe, candidate: Candidate, kind: str, steps: int) -> dict
         attention=recipe.attention,
         chunk_tokens=recipe.logits_chunk_tokens,
         kernels=recipe.kernels,
+        precision=recipe.precision,
     )
     vocab, device = trainer.stage.vocab_size, trainer.grid.device
     ids = torch.randint(vocab, (micro_batches, candidate.micro_seqs, batch.seq_len + 1))

@@ -19,11 +19,12 @@ from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.routers import plan_routers
 from recipes.common.pipeline.partition import chunks_by_rank, partition_layers
 from recipes.common.pipeline.stage import NO_ROUTER_LOSS
-from recipes.common.recipe import Layout, Recipe
+from recipes.common.recipe import FP8, Layout, Recipe
 from tools.common.console import UsageError
 from tools.common.devices import Device
 from tools.plan.activations import ModelBytes, model_activations
 from tools.plan.context_cost import ContextCost, context_cost
+from tools.plan.fp8_cost import Fp8Cost, fp8_cost
 from tools.plan.layer_log import Bytes, LayerBytes, Work, mean_work
 from tools.plan.layer_products import Product, layer_products
 from tools.plan.rank_params import rank_matrices, rank_params
@@ -75,6 +76,7 @@ class ModelFacts:
     params_by_ranks: dict[tuple[int, str, int], dict[str, float] | str] = field(default_factory=dict)  # results of `rank_params`
     matrices_by_ranks: dict[tuple[int, str], list[float]] = field(default_factory=dict)  # results of `rank_matrices`
     products_by_ranks: dict[tuple[int, str, int], dict[Product, float]] = field(default_factory=dict)  # of `products`
+    fp8_by_tensor: dict[int, Fp8Cost] = field(default_factory=dict)  # results of `fp8_cost`
     chunks_by_pipeline: dict[tuple[Placement, tuple[int, ...]], list[tuple[range, ...]]] = field(default_factory=dict)
 
     @cached_property
@@ -114,6 +116,14 @@ class ModelFacts:
 
     def context_cost(self, layout: Layout) -> ContextCost:
         return context_cost(self.recipe.model, layout, self.recipe.batch.seq_len, self.head_dim)
+
+    def fp8_cost(self, tensor: int) -> Fp8Cost:
+        """Return what products in fp8 cost on each of `tensor` ranks, kept; nothing without them."""
+        if self.recipe.precision != FP8:
+            return Fp8Cost()
+        if tensor not in self.fp8_by_tensor:
+            self.fp8_by_tensor[tensor] = fp8_cost(self.causal, self.stack, tensor)
+        return self.fp8_by_tensor[tensor]
 
     @property
     def activation_width(self) -> int:
@@ -215,6 +225,8 @@ def _model_row(facts: ModelFacts, device: Device) -> dict[str, float]:
     zero_3 = stage == 3
     half = device.product_rate(kind)
     fused = facts.recipe.attention != "eager"
+    in_fp8 = facts.fp8_cost(1).multiplied / (sum(layer.matrices for layer in work.layers) / count)
+    of_layers = 1.0 / (in_fp8 / device.product_rate(FP8) + (1.0 - in_fp8) / half) if in_fp8 else half
     return {
         "hidden": work.hidden,
         "attention_rate": device.peak(kind) * device.flash if fused else half,
@@ -228,7 +240,7 @@ def _model_row(facts: ModelFacts, device: Device) -> dict[str, float]:
         "beside_backward": _FP32_REDUCE if stage == 1 else 0.0,
         "beside_forward": facts.activation_width if stage == 1 and kind == "bf16" else 0.0,
         "overlapped": zero_3,
-        "rate": half,
+        "rate": of_layers,
         "rate_half": half,
         "units": device.units,
         "bandwidth": device.bandwidth,
@@ -247,18 +259,19 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
     forward, backward = facts.mean_work
     moved = (1.0 + repeated) * forward.moved.on_rank(layout.tensor, sequence_ranks(layout))
     moved += backward.moved.on_rank(layout.tensor, sequence_ranks(layout))
+    tokens, casts = candidate.own_seqs * batch.seq_len, facts.fp8_cost(layout.tensor)
     loads, head, cost = facts.stage_loads(layout), head_stage(layout), facts.context_cost(layout)
     params = max(stage_params(facts, layout))
     undivided = params if layout.expert == 1 else max(stage_params(facts, replace(layout, expert=1)))
     micro_batches = batch.global_seqs // (candidate.micro_seqs * candidate.readers)
     return {
-        "tokens": candidate.own_seqs * batch.seq_len,
+        "tokens": tokens,
         "scores": cost.work * facts.mean_scores,
         "context": layout.context,
         "expert": layout.expert,
         "routed": facts.routed * facts.work.hidden * facts.activation_width,
         "exchanged": cost.sent * facts.activation_width / (batch.seq_len / layout.context),
-        "traffic": moved / batch.seq_len,
+        "traffic": moved / batch.seq_len + casts.token_bytes + casts.weight_bytes / tokens,
         "kernels": (1.0 + repeated) * forward.kernels + backward.kernels,
         "attention_passes": (3.0 if facts.recipe.attention == "eager" else 3.5) + products_again,
         "passes": passes,

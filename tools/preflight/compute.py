@@ -27,7 +27,9 @@ def device_facts(device_type: str, local_rank: int) -> dict[str, Any]:
     torch.cuda.set_device(local_rank)
     properties = torch.cuda.get_device_properties(local_rank)
     free, total = torch.cuda.mem_get_info()
-    return {"name": properties.name, "uuid": str(properties.uuid), "free_bytes": free, "total_bytes": total}
+    memory = {"free_bytes": free, "total_bytes": total}
+    capability = [properties.major, properties.minor]
+    return {"name": properties.name, "uuid": str(properties.uuid), "capability": capability, **memory}
 
 
 def product_facts(device: torch.device) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipes.common.recipe import Layout, Recipe
+from recipes.common.recipe import FP8, Layout, Recipe
 from tools.common.console import SHOW_AFTER_SECONDS
 from tools.preflight.host_facts import recipe_hash
 from tools.preflight.judge_hosts import clock_notes, host_problems, storage_problems
 from tools.preflight.judge_ranks import collective_problems, device_problems, merge_groups, product_problems
-from tools.preflight.kernels import kernel_notes, kernel_problems
+from tools.preflight.kernels import fp8_problems, kernel_notes, kernel_problems
 from tools.preflight.problems import Problem, majority, named, span, values_of
 from tools.preflight.rank_checks import measure, report_device, report_host, report_storage
 from tools.preflight.rendezvous import RankInfo, Rendezvous, announce, bounded, clock_offsets, collect, host_names
@@ -185,6 +185,7 @@ def _check_devices(rendezvous: Rendezvous, found: Findings, me: RankInfo, recipe
     report_device(rendezvous, me, devices)
     found.devices = _collect_values(rendezvous, found, "devices", range(rendezvous.world_size))
     found.problems += kernel_problems(found.devices, found.hosts)
+    found.problems += fp8_problems(found.devices, found.hosts) if recipe.precision == FP8 else []
     found.notes += kernel_notes(found.devices, attention_lines(recipe, layout))
     if device_type == "cuda":
         nvidia = {host: one["nvidia"] for host, one in found.facts.items()}

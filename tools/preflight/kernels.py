@@ -1,4 +1,4 @@
-"""Finds which kernels compute the recipe's attention on every rank's GPU, and the ranks whose torch chooses others."""
+"""Finds which kernels compute the recipe's attention on every rank's GPU, those that differ, and GPUs without products in fp8."""
 
 from __future__ import annotations
 
@@ -35,6 +35,21 @@ def kernel_problems(devices: Devices, hosts: Sequence[str]) -> list[Problem]:
             message = f"{named(own, hosts)}: attention of {layers} layers runs on the {kernel} kernel ({why}), on most on {usual}"
             cure = "install the same torch and driver there, and keep other cuDNN libraries off LD_LIBRARY_PATH"
             problems.append(Problem(check="devices", hosts=(host,), ranks=tuple(own), message=message, cure=cure))
+    return problems
+
+
+def fp8_problems(devices: Devices, hosts: Sequence[str]) -> list[Problem]:
+    """Return a problem for each host whose GPUs cannot multiply in fp8; none without GPUs, where torch emulates it."""
+    from recipes.common.checks.precision_checks import capability_problems  # here: it imports transformers
+
+    problems = []
+    for host in dict.fromkeys(hosts[rank] for rank in devices):
+        own = {rank: one for rank, one in devices.items() if hosts[rank] == host and "capability" in one}
+        found = [(rank, line) for rank, one in own.items() for line in capability_problems(one["name"], tuple(one["capability"]))]
+        if found:
+            ranks = tuple(rank for rank, _ in found)
+            message, _, cure = found[0][1].partition("; ")
+            problems.append(Problem(check="devices", hosts=(host,), ranks=ranks, message=f"host {host}: {message}", cure=cure))
     return problems
 
 

@@ -7,7 +7,8 @@
 Shrinks the recipe's own model (same family, same options), trains a few steps in the layout and in one process with plain
 transformers, and prints the largest differences in loss, gradient norm, gradients and parameters, by parameter name. Gradients
 come from a step of plain SGD without clipping, because Adam and clipping hide a wrong scale. What rounding alone changes is
-measured on the same small model, and a few times that is allowed. Exits 1 beyond it.
+measured on the same small model, and a few times that is allowed. Exits 1 beyond it. With precision="fp8" the oracle's
+products are in fp8 too, by their definition, and a row more compares their gradients.
 
 --family does the same for a tiny model of each causal type of the installed transformers, from its default configuration. A type
 that is refused by name, or is no decoder of text alone, is told with the reason; only one that trains wrongly exits 1.

@@ -14,6 +14,7 @@ from recipes.common.checks.context_checks import context_problems
 from recipes.common.checks.expert_trial import expert_trial_problems
 from recipes.common.checks.family_trials import chunk_problems, partition_problems, sequence_problems
 from recipes.common.checks.model_checks import config_problems, depth_problems, value_problems
+from recipes.common.checks.precision_checks import fp8_problems, precision_problems
 from recipes.common.checks.recipe_checks import optimizer_problems, option_problems
 from recipes.common.checks.tiny_trial import trial_problems
 from recipes.common.config.ds_checks import ds_config_problems, version_problems
@@ -26,7 +27,16 @@ from tools.common.forked_ranks import run_ranks
 from tools.common.recipe_io import layout_text
 
 with redirect_stdout(sys.stderr):  # DeepSpeed logs on what is stdout when it is imported
-    from tools.common.parity import Outcome, Trial, gradient_trial, outcome, train_in_layout, train_plain, train_stirred
+    from tools.common.parity import (
+        BF16_STEP,
+        Outcome,
+        Trial,
+        gradient_trial,
+        outcome,
+        train_in_layout,
+        train_plain,
+        train_stirred,
+    )
 
 # In fp32 a bound follows from the model's own rounding: `SAMPLES` times the oracle trains from neighbouring weights, and what
 # is allowed is so many times the largest difference that makes, within these limits. Loss and gradient norm are relative,
@@ -37,7 +47,11 @@ STEP_LIMITS, TENSOR_LIMITS = (4 * 2.0**-23, 1e-5), (1e-6, 1e-4)
 # the distance they can travel, and by their own rounding (half a unit in the last of bf16's 8 places, at the start and in the
 # copy that is compared).
 LOW_LOSS, LOW_NORM = 2e-3, 5e-2
+LOWEST = 2.0  # times these with products in fp8
 LOW_ROUNDING = 2 * 2.0**-9
+# Products in fp8 pass a small difference on as none, or as a large one: an element that it takes past the middle between two
+# numbers moves by an eighth, and others after it. So the gradient as a whole may be as far from the oracle's as that moves when
+# its weights are moved as bf16 rounds them
 MOST_RANKS, MOST_STEPS, MOST_TOKENS = 256, 1000, 65536
 
 
@@ -68,6 +82,7 @@ def make_trial(
     if refused and any_release:
         print(*(f"note: a run refuses this release, {problem}" for problem in refused), sep="\n", file=sys.stderr)
     problems = ([] if any_release else refused) + config_problems(recipe.model)
+    problems += precision_problems(recipe, ds_config)
     problems += value_problems(recipe.model) + _flag_problems(layout, data, steps, seq_len)
     problems += ds_config_problems(ds_config, ds_config_path(recipe.deepspeed), layout) + optimizer_problems(recipe.optimizer)
     problems += option_problems(layout, seq_len, "--layout: ")
@@ -79,6 +94,8 @@ def make_trial(
         model = without_dropout(shrink(recipe.model, layout))
     except (PlanError, ValueError, TypeError, AttributeError) as error:
         raise RecipeError(f"recipe {recipe.name!r}", [*problems, f"model: cannot be shrunk for the trial: {error}"]) from error
+    if not problems and device == "cuda":  # a CPU takes any width
+        problems += fp8_problems(replace(recipe, model=model), layout)
     if not problems:  # in a rank of its own, like all tensor code: see tools.common.forked_ranks
         problems += run_ranks(trial_problems, 1, recipe.model, recipe.attention)[0]
         for proof in () if problems else (partition_problems, sequence_problems, chunk_problems, expert_trial_problems):
@@ -99,6 +116,7 @@ def make_trial(
         router=recipe.router,
         attention=recipe.attention,
         kernels=recipe.kernels,
+        precision=recipe.precision,
         device=device,
     )
 
@@ -129,14 +147,16 @@ def verify(trial: Trial) -> list[WorstDifference]:
             worst_tensor("parameter", trained, plain, stirred),
         ]
     else:
+        loose = LOWEST if trial.precision else 1.0
         travelled = 2 * trial.steps * trial.optimizer.lr
         rows = [
-            worst_step("loss", trained.losses, plain.losses, LOW_LOSS),
-            worst_step("gradient norm", trained.grad_norms, plain.grad_norms, LOW_NORM),
+            worst_step("loss", trained.losses, plain.losses, loose * LOW_LOSS),
+            worst_step("gradient norm", trained.grad_norms, plain.grad_norms, loose * LOW_NORM),
             worst_tensor("parameter", trained, plain, [], travelled, LOW_ROUNDING),
         ]
-    in_fp32 = _both(gradient_trial(replace(trial, deepspeed=_in_fp32(trial.deepspeed))))
-    return [*rows, worst_tensor("gradient, fp32", *in_fp32)]
+    in_fp32 = gradient_trial(replace(trial, deepspeed=_in_fp32(trial.deepspeed)))
+    rows.append(worst_tensor("gradient, fp32", *_both(replace(in_fp32, precision=None))))
+    return [*rows, whole_gradient("gradient, fp8", *_both(replace(in_fp32, stir=BF16_STEP)))] if trial.precision else rows
 
 
 def _in_fp32(config: dict) -> dict:
@@ -187,6 +207,17 @@ def worst_tensor(
     worst = {name: max(_largest(ours[name] - plain[name], rounding * plain[name].abs()), 0.0) for name in plain}
     name = max(worst, key=lambda n: worst[n] if worst[n] == worst[n] else float("inf"))
     return WorstDifference(what, name, worst[name], allowed, floor)
+
+
+def whole_gradient(what: str, trained: Outcome, oracle: Outcome, stirred: list[Outcome]) -> WorstDifference:
+    """Return the norm of what a step at rate 1 changes otherwise, as a share of the gradient's."""
+    floor = max(_distance(each, oracle) for each in stirred)
+    return WorstDifference(what, "all of it, relative", _distance(trained, oracle), floor, floor)
+
+
+def _distance(trained: Outcome, oracle: Outcome) -> float:
+    parts = [(trained.parameters[name] - plain).double().square().sum() for name, plain in oracle.parameters.items()]
+    return sum(parts).item() ** 0.5 / oracle.grad_norms[0]
 
 
 def _largest(difference: torch.Tensor, rounding: torch.Tensor | float = 0.0) -> float:

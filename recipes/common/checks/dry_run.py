@@ -8,6 +8,7 @@ from torch import nn
 
 from recipes.common.checks.attention_kernel import attention_lines
 from recipes.common.checks.compiler_checks import fusion_lines
+from recipes.common.checks.precision_checks import precision_lines
 from recipes.common.checks.run_notes import router_lines, run_notes, tensor_lines
 from recipes.common.config.lr_schedules import learning_rate_at, seqs_after, tokens_of_run
 from recipes.common.config.placement import ONE_PASS, placement_of
@@ -42,6 +43,7 @@ def describe_run(recipe: Recipe, layout: Layout, sizes: Sizes) -> str:
         f"files       data {_data(recipe)}, tokenizer {recipe.tokenizer}, DeepSpeed {recipe.deepspeed} as below",
         *(f"attention   {line}" for line in attention_lines(recipe, layout)),
         *(f"kernels     {line}" for line in fusion_lines(recipe, causal.get_submodule(stack.layers))),
+        *(f"precision   {line}" for line in precision_lines(recipe, causal)),
         *_masks(recipe, layout),
         *router_lines(recipe, causal),
         *tensor_lines(causal, layout),

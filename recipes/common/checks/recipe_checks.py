@@ -15,6 +15,7 @@ from recipes.common.checks.context_checks import context_option_problems, contex
 from recipes.common.checks.determinism_checks import level_problems, machine_problems
 from recipes.common.checks.expert_checks import expert_option_problems, expert_size_problems
 from recipes.common.checks.model_checks import model_problems
+from recipes.common.checks.precision_checks import fp8_problems, precision_machine_problems, precision_problems
 from recipes.common.checks.router_checks import router_value_problems
 from recipes.common.config.ds_checks import device_problems, ds_config_problems, fp16_supported, version_problems
 from recipes.common.config.ds_config import ds_config_path, load_ds_config
@@ -89,7 +90,12 @@ def check_recipe(
         problems += level_problems(recipe, layout, world_size, ds_config)
     if sound("kernels", "determinism"):
         problems += fusion_problems(recipe)
+    if sound("precision"):
+        problems += precision_problems(recipe, ds_config)
+    if not problems:
+        problems += fp8_problems(recipe, layout)
     if check_machine:
+        problems += precision_machine_problems(recipe)
         problems += _machine_problems(recipe, ds_config, mistyped) + compiler_problems(recipe)
         if sound("determinism", "attention", "model"):
             problems += machine_problems(recipe, world_size, ds_config)

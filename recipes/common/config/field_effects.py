@@ -29,7 +29,7 @@ _BY_EFFECT = {
         moe_intermediate_size shared_expert_intermediate_size num_experts num_local_experts n_routed_experts n_shared_experts
         kv_lora_rank q_lora_rank tie_word_embeddings first_k_dense_replace""",
     Effect.MATHEMATICS: """router.loss router.coefficient router.count_ahead router.z_loss router.bias_rate router.fp32
-        z_loss mask_documents tokenizer optimizer.betas optimizer.eps optimizer.momentum
+        z_loss mask_documents precision tokenizer optimizer.betas optimizer.eps optimizer.momentum
         class model_type is_decoder is_encoder_decoder add_cross_attention pad_token_id
         num_attention_heads num_key_value_heads num_kv_heads n_head head_dim qk_head_dim qk_nope_head_dim qk_rope_head_dim
         v_head_dim multi_query new_decoder_architecture num_ln_in_parallel_attn

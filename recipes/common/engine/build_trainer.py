@@ -34,6 +34,7 @@ def build_trainer(
     z_loss: float = 0.0,
     chunk_tokens: int = 2048,
     kernels: str = "none",
+    precision: str | None = None,
     document_end: int | None = None,
     torch_linears: bool = False,
     ramp: Iterable[int] = (),
@@ -46,7 +47,7 @@ def build_trainer(
     that steps will have. draw: see build_stage.
     """
     device = start_distributed(device_type)
-    planned = plan_model(model, layout, attention=attention, router=router)
+    planned = plan_model(model, layout, attention=attention, router=router, precision=precision)
     grid = build_grid(layout, device, planned.tensor_plan.ranks_per_kv_head, planned.head_ranks)
     exchange_first_messages(grid)
     shared = {"stages": planned.routers.loss != SEQUENCE, "readers": planned.routers.loss == GLOBAL_BATCH}
@@ -102,6 +103,7 @@ def build_recipe_trainer(
         z_loss=recipe.z_loss,
         chunk_tokens=recipe.logits_chunk_tokens,
         kernels=recipe.kernels,
+        precision=recipe.precision,
         document_end=document_end,
         draw=draw,
         ramp=[seqs * ds_config["gradient_accumulation_steps"] // recipe.batch.global_seqs for _, seqs in recipe.batch.ramp],

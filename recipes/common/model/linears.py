@@ -3,13 +3,14 @@
 On CPUs fp32 products go through oneDNN, the library that torch itself uses for bf16: torch's own fp32 linear calls MKL, which on
 an AMD EPYC was 2.2 times slower (112 against 250 GFLOP/s a core; `tests.bench.step` shows steps with both). On Intel's own CPUs
 MKL is the faster one (a Xeon with AVX-512: 160 against 148 forward, 155 against 125 for weights). There, on GPUs, and in
-every other precision, a product is torch's own. A deferred weight gradient is the same product, accumulated in autograd's order,
-so that it is equal to the last bit.
+every other precision, a product is torch's own; of linears that are marked for it, in fp8. A deferred weight gradient is the same
+product, accumulated in autograd's order, so that it is equal to the last bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,10 +20,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from recipes.common.model.expert_banks import find_banks
+from recipes.common.model.fp8 import Fp8Products
 from recipes.common.model.gradient_sums import GradientSums
 from recipes.common.model.input_gradients import InputGradient, entrance
 from recipes.common.model.shared_inputs import Reads
-from recipes.common.model.weight_grad_store import Factor, WeightGradStore, transposed
+from recipes.common.model.weight_grad_store import Factor, Product, WeightGradStore, transposed
 from recipes.common.runtime.processor import is_intel
 
 Linear = nn.Linear | Conv1D
@@ -93,20 +95,19 @@ def linear(module: Linear, x: torch.Tensor, *, with_bias: bool = True) -> torch.
 
     The weight's gradient is left to that of `x` if the module shares it, or else deferred if the module has a store.
     """
-    bias = module.bias if with_bias else None
-    onednn = _by_onednn(x) and not getattr(module, "by_torch", False)
+    bias, products = module.bias if with_bias else None, _products_of(module, x)
     if torch.is_grad_enabled():
         shared, store = getattr(module, "shared_input", None), getattr(module, "weight_grad_store", None)
         reads = shared.reads_of(module, x) if shared is not None else None
         enter = getattr(module, "enter_input", None)
         x, total = (x, None) if enter is None or not x.requires_grad else enter(x)
         if reads is not None:
-            return _ReadingLinear.apply(x, bias, module, reads, onednn, total)
+            return _ReadingLinear.apply(x, bias, module, reads, products, total)
         if store is not None and module.weight.requires_grad and x.requires_grad:
-            return _DeferredLinear.apply(x, bias, module, store, onednn, total)
-        if onednn or total is not None:
-            return _Linear.apply(x, _matrix(module), bias, onednn, total)
-    return _forward(x, _matrix(module), bias, onednn)
+            return _DeferredLinear.apply(x, bias, module, store, products, total)
+        if products is not _TORCH or total is not None:
+            return _Linear.apply(x, _matrix(module), bias, products, total)
+    return products.forward(x, _matrix(module), bias)
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -126,10 +127,34 @@ def _matrix(module: Linear) -> torch.Tensor:
     return module.weight.t() if isinstance(module, Conv1D) else module.weight
 
 
-def _forward(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, onednn: bool) -> torch.Tensor:
-    if onednn and x.numel():
-        return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
-    return F.linear(x, matrix, bias)
+def _torch_forward(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x, matrix, bias)  # by name when it is called: DeepSpeed exchanges it
+
+
+def _onednn_forward(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if not x.numel():
+        return F.linear(x, matrix, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
+
+
+@dataclass(frozen=True)
+class _Products:
+    """What computes a linear, and the gradients of its input and its weight."""
+
+    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    of_input: Product
+    of_weight: Product
+
+
+Products = _Products | Fp8Products
+_TORCH, _ONEDNN = _Products(_torch_forward, torch.mm, torch.mm), _Products(_onednn_forward, product, product)
+
+
+def _products_of(module: Linear, x: torch.Tensor) -> Products:
+    if getattr(module, "in_fp8", False):
+        with torch.no_grad():
+            return Fp8Products(x, module.weight)
+    return _ONEDNN if _by_onednn(x) and not getattr(module, "by_torch", False) else _TORCH
 
 
 def _no_view(result: torch.Tensor) -> torch.Tensor:
@@ -140,11 +165,11 @@ def _no_view(result: torch.Tensor) -> torch.Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, onednn: bool, total: InputGradient | None
+        ctx, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, products: Products, total: InputGradient | None
     ) -> torch.Tensor:
         ctx.save_for_backward(x, matrix)
-        ctx.product, ctx.total = product if onednn else torch.mm, total
-        return _no_view(_forward(x, matrix, bias, onednn))
+        ctx.products, ctx.total = products, total
+        return _no_view(products.forward(x, matrix, bias))
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
@@ -153,7 +178,7 @@ class _Linear(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         return (
             _input_gradient(ctx, grads, matrix, x.shape) if wanted[0] else None,
-            ctx.product(grads.t(), rows) if wanted[1] else None,
+            ctx.products.of_weight(grads.t(), rows) if wanted[1] else None,
             grads.sum(0) if wanted[2] else None,
             None,
             None,
@@ -169,11 +194,17 @@ class _DeferredLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: torch.Tensor, bias: nn.Parameter | None, module: Linear, store: Store, onednn: bool, total: InputGradient | None
+        ctx,
+        x: torch.Tensor,
+        bias: nn.Parameter | None,
+        module: Linear,
+        store: Store,
+        products: Products,
+        total: InputGradient | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.module, ctx.store, ctx.product, ctx.total = module, store, product if onednn else torch.mm, total
-        return _no_view(_forward(x, _matrix(module), bias, onednn))
+        ctx.module, ctx.store, ctx.products, ctx.total = module, store, products, total
+        return _no_view(products.forward(x, _matrix(module), bias))
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
@@ -181,7 +212,7 @@ class _DeferredLinear(torch.autograd.Function):
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         inputs, outputs = _kept(module, "keep_inputs", rows), _kept(module, "keep_gradients", grads)
         factors = (transposed(inputs), outputs) if isinstance(module, Conv1D) else (transposed(outputs), inputs)
-        ctx.store.put(module.weight, *factors, ctx.product)
+        ctx.store.put(module.weight, *factors, ctx.products.of_weight)
         grad_bias = grads.sum(0) if ctx.needs_input_grad[1] else None
         return _input_gradient(ctx, grads, _matrix(module), x.shape), grad_bias, None, None, None, None
 
@@ -189,8 +220,8 @@ class _DeferredLinear(torch.autograd.Function):
 def _input_gradient(ctx: Any, grads: torch.Tensor, matrix: torch.Tensor, shape: Sequence[int]) -> torch.Tensor | None:
     """Return grads @ matrix as `shape`, or nothing where it is added to a sum that several linears share."""
     if ctx.total is None:
-        return ctx.product(grads, matrix).view(shape)
-    ctx.total.add(grads, matrix, ctx.product)
+        return ctx.products.of_input(grads, matrix).view(shape)
+    ctx.total.add(grads, matrix, ctx.products.of_input)
     return None
 
 
@@ -199,15 +230,21 @@ class _ReadingLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: torch.Tensor, bias: nn.Parameter | None, module: Linear, reads: Reads, onednn: bool, total: InputGradient | None
+        ctx,
+        x: torch.Tensor,
+        bias: nn.Parameter | None,
+        module: Linear,
+        reads: Reads,
+        products: Products,
+        total: InputGradient | None,
     ) -> torch.Tensor:
-        ctx.module, ctx.reads, ctx.product, ctx.total = module, reads, product if onednn else torch.mm, total
-        return _no_view(_forward(x, _matrix(module), bias, onednn))
+        ctx.module, ctx.reads, ctx.products, ctx.total = module, reads, products, total
+        return _no_view(products.forward(x, _matrix(module), bias))
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         module, grads = ctx.module, grad.reshape(-1, grad.shape[-1])
-        ctx.reads.leave(module.weight, grads, ctx.product, inputs_first=isinstance(module, Conv1D))
+        ctx.reads.leave(module.weight, grads, ctx.products.of_weight, inputs_first=isinstance(module, Conv1D))
         grad_bias = grads.sum(0) if ctx.needs_input_grad[1] else None
         matrix = _matrix(module)
         shape = (*grad.shape[:-1], matrix.shape[1])

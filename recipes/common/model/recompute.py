@@ -26,6 +26,8 @@ _NAMES = (
     "aten.bmm",
     "aten.baddbmm",
     "aten._grouped_mm",
+    "aten._scaled_mm",
+    "aten._scaled_mm_v2",
     "aten._scaled_dot_product_flash_attention",
     "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten._scaled_dot_product_efficient_attention",

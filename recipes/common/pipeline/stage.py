@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from recipes.common.config.placement import Placement, placement_of
 from recipes.common.model.decoder import ONLY_INFERENCE, Stack, find_stack
 from recipes.common.model.flops import attention_costs, layer_costs
+from recipes.common.model.fp8_linears import multiply_in_fp8
 from recipes.common.model.gradient_sums import GradientSums
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.linears import defer_weight_gradients
@@ -45,7 +46,7 @@ from recipes.common.pipeline.partition import chunks_by_rank, partition_layers, 
 from recipes.common.pipeline.placeholders import Slot, chunk_of, run_head, take_out
 from recipes.common.pipeline.schedules import Costs
 from recipes.common.pipeline.stage_weights import draw_stage, holdings
-from recipes.common.recipe import WHOLE, Layout, Router
+from recipes.common.recipe import FP8, WHOLE, Layout, Router
 
 NO_OPTIONS = Layout()
 NO_ROUTER_LOSS = Router(loss=None)
@@ -65,7 +66,12 @@ class PlannedModel:
 
 
 def plan_model(
-    config: PreTrainedConfig, layout: Layout = NO_OPTIONS, *, attention: str = "sdpa", router: Router = NO_ROUTER_LOSS
+    config: PreTrainedConfig,
+    layout: Layout = NO_OPTIONS,
+    *,
+    attention: str = "sdpa",
+    router: Router = NO_ROUTER_LOSS,
+    precision: str | None = None,
 ) -> PlannedModel:
     """Build the model without memory and plan its sharding over the layout's tensor ranks.
 
@@ -81,6 +87,8 @@ def plan_model(
     tensor_plan = plan_tensor_parallel(causal, stack, layout.tensor, **options)
     routers = plan_routers(causal, stack, router)
     experts = expert_plan(causal, stack) if layout.expert > 1 else {}
+    if precision == FP8:
+        multiply_in_fp8(causal, stack)
     return PlannedModel(causal, stack, tensor_plan, attention, head_ranks(config, layout), routers, experts)
 
 

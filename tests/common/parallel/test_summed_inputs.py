@@ -1,6 +1,7 @@
 """A shared input's gradient travels while weight gradients are computed, and no bit depends on it."""
 
 import contextlib
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -44,7 +45,7 @@ def recorded(events):
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(linears, "is_intel", lambda: False))  # there torch computes them
-        stack.enter_context(mock.patch.object(linears, "product", product))
+        stack.enter_context(mock.patch.object(linears, "_ONEDNN", replace(linears._ONEDNN, of_input=product, of_weight=product)))
         stack.enter_context(mock.patch.object(UnderWay, "result", result))
         for name in (SUM, GATHER, SCATTER):
             stack.enter_context(mock.patch.object(dist, name, collective(name, getattr(dist, name))))

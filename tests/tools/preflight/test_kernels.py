@@ -1,6 +1,6 @@
 """The kernel of attention is named, and a rank with another one found."""
 
-from tools.preflight.kernels import kernel_facts, kernel_notes, kernel_problems
+from tools.preflight.kernels import fp8_problems, kernel_facts, kernel_notes, kernel_problems
 
 CUDNN, FLASH = ["cuDNN", "torch's first choice here"], ["flash", "not cuDNN: an old library"]
 HOSTS = ["a", "a", "b", "b"]
@@ -24,6 +24,15 @@ def test_the_notes_say_what_runs_or_would_run():
     without = {0: {"name": "x86_64", "attention": {}}, 1: {"error": "no GPU"}}
     assert kernel_problems(without, HOSTS) == []
     assert kernel_notes(without, ["full layers: flash"]) == ["attention on a GPU: full layers: flash"]
+
+
+def test_gpus_that_cannot_multiply_in_fp8_are_named_by_host():
+    found = {rank: {"name": name, "capability": capability} for rank, (name, capability) in
+             enumerate([("H100", [9, 0]), ("H100", [9, 0]), ("H100", [9, 0]), ("A100", [8, 0])])}  # fmt: skip
+    [problem] = fp8_problems(found, HOSTS)
+    assert (problem.hosts, problem.ranks) == (("b",), (3,))
+    assert "A100 has compute capability 8.0" in problem.message and "precision=None" in problem.cure
+    assert fp8_problems({0: {"name": "x86_64"}, 1: {"error": "no GPU"}}, HOSTS) == []
 
 
 def test_without_a_gpu_no_kernel_is_asked_for():

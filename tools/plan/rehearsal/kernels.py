@@ -46,6 +46,8 @@ def starts_kernel(func: Any, name: str) -> bool:
 def flops(func: Any, name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> float:
     if func._overloadpacket is torch.ops.aten._grouped_mm:  # of which torch's table has nothing
         return _grouped_flops(*args[:2])
+    if func._overloadpacket is torch.ops.aten._scaled_mm_v2:  # nor of this
+        return 2.0 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
     count = flop_registry.get(func._overloadpacket)
     if count is None:
         return 0.0

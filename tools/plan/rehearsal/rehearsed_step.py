@@ -101,6 +101,7 @@ def _build(recipe: Recipe, layout: Layout, ds_config: dict[str, Any]) -> Trainer
         z_loss=recipe.z_loss,
         chunk_tokens=recipe.logits_chunk_tokens,
         kernels=recipe.kernels,
+        precision=recipe.precision,
         document_end=_DOCUMENT_END if recipe.mask_documents else None,
     )
 
