@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from recipes.common.config.ds_config import load_ds_config
 from recipes.common.config.placement import coordinates
 from recipes.common.recipe import ROOT, Layout, Recipe, derive_sizes
 from tests.support.shelf import read_shelf
@@ -76,7 +75,7 @@ def cases(names: list[str], *, largest: bool, layers: int | None) -> Iterator[Sh
 
 def measure(case: ShelfCase, rehearser: Rehearser) -> dict[str, Any]:
     accumulation = derive_sizes(case.recipe, case.layout, case.gpus).accumulation
-    steps = step_lengths(case.layout, accumulation, load_ds_config(case.recipe.deepspeed))
+    steps = step_lengths(case.layout, accumulation)
     recipe = replace(case.recipe, mask_documents=False)  # as most runs; what it costs is in the suite
     given = {"recipe": recipe, "layout": case.layout, "world_size": case.gpus, "rank": case.rank, "micro_batches": steps}
     rehearser.start(Rehearsal(**given), GPU)

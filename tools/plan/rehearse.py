@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from typing import Any
 
 from recipes.common.checks.recipe_checks import check_recipe
-from recipes.common.config.ds_config import load_ds_config
 from recipes.common.config.placement import ONE_PASS, coordinates
 from recipes.common.recipe import Layout, Recipe, derive_sizes
 from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers
 from tools.common.devices import DEVICES, find_device
 from tools.common.recipe_io import load_recipe, parse_layout
-from tools.plan.rehearsal.predicted import keeps_gradients, predict
+from tools.plan.rehearsal.predicted import predict
 from tools.plan.rehearsal.rehearsal_case import Rehearsal
 from tools.plan.rehearsal.rehearsing import Rehearser
 from tools.plan.rehearsal.report import report_json, report_text
@@ -46,7 +44,7 @@ def run(flags: argparse.Namespace) -> int:
     with Rehearser() as rehearser:  # it imports while the recipe is checked, and rehearses while the planner predicts
         check_recipe(recipe, flags.gpus, check_machine=False)
         accumulation = derive_sizes(recipe, layout, flags.gpus).accumulation
-        steps = step_lengths(layout, accumulation, load_ds_config(recipe.deepspeed))
+        steps = step_lengths(layout, accumulation)
         rehearsal = Rehearsal(recipe=recipe, layout=layout, world_size=flags.gpus, rank=flags.rank, micro_batches=steps)
         rehearser.start(rehearsal, device)
         stage = coordinates(flags.rank, flags.gpus, layout).pipeline_rank
@@ -72,13 +70,12 @@ def choose_layout(recipe: Recipe, gpus: int, given: str | None) -> tuple[Recipe,
     return replace(recipe, layouts={gpus: layout}), layout
 
 
-def step_lengths(layout: Layout, accumulation: int, ds_config: dict[str, Any]) -> tuple[int, ...]:
+def step_lengths(layout: Layout, accumulation: int) -> tuple[int, ...]:
     """Return the micro batches of the steps to rehearse: a first one, in which states are made, and two that differ by one.
 
     The last fills the pipeline as a whole step does, so that its peak is a step's. A zero bubble keeps weight gradients for
-    later, more of them the longer its steady part is; gradients that a step makes anew are all there after a first backward pass.
+    later, more of them the longer its steady part is.
     """
     full = layout.pipeline if layout.pipeline_schedule == ONE_PASS and layout.chunks == 1 else 2 * layout.pipeline
-    full += not keeps_gradients(ds_config)
     last = max(2, min(full, accumulation))
     return 1, last - 1, last

@@ -25,17 +25,17 @@ def test_the_mean_layer_of_a_tensor_rank():
 
 
 @pytest.mark.parametrize(("name", "all_of_it"), [("qwen3_0_6b", True), ("qwen3_30b_a3b", False)])
-def test_layers_reach_the_peak_of_fp8_where_they_multiply_so(name, all_of_it):
+def test_layers_multiply_at_the_rate_of_fp8_as_far_as_they_do_so(name, all_of_it):
     recipe, device = load_recipe(str(ROOT / "recipes" / f"{name}.py")), find_device("H100")
     candidate = Candidate(layout=Layout(), data=8, micro_seqs=1)
     plain, fast = (
         time_cases(read_model(replace(recipe, precision=precision), load_ds_config(recipe.deepspeed)), [candidate], device)
         for precision in (None, "fp8")
     )
-    bf16, fp8 = device.peak("bf16"), device.peak("fp8")
-    assert plain.peak[0] == plain.peak_half[0] == fast.peak_half[0] == bf16
+    bf16, fp8 = device.product_rate("bf16"), device.product_rate("fp8")
+    assert plain.rate[0] == plain.rate_half[0] == fast.rate_half[0] == bf16
     if all_of_it:
-        assert fast.peak[0] == pytest.approx(fp8)
+        assert fast.rate[0] == pytest.approx(fp8)
     else:  # attention's matrices; the experts that a token visits stay in bf16
-        assert bf16 < fast.peak[0] < fp8
+        assert bf16 < fast.rate[0] < fp8
     assert fast.traffic[0] > plain.traffic[0]
