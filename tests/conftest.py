@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+gc.disable()  # until all tests are collected: what is imported stays
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the programs of the tests would inherit its deafness
 os.environ.update(
     DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu"),
@@ -53,6 +54,7 @@ def pytest_collection_finish(session):
 
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
