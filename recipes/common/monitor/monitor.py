@@ -72,7 +72,7 @@ class RunMonitor:
         self, step: int, result: StepResult, micro_batches: list[torch.Tensor], scored_tokens: int
     ) -> dict[str, float | int | str]:
         """Return fields for the step's record. Collective. Raises TrainingError for copies that differ, if on_drift is "stop"."""
-        stats = self._stats.read(result)
+        stats = self._stats.read(result, each_parameter=PARAMETERS in self._writers)
         if stats.failed:
             reason = self._stats.error
             what = "another rank failed, see its output" if reason is None else f"{type(reason).__name__}: {reason}"

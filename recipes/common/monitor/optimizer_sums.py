@@ -7,9 +7,11 @@ w - w_old = -(c * w + s * q) / (1 - c). Plain SGD is the same with q its gradien
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from recipes.common.runtime.device_copies import to_device
@@ -25,7 +27,7 @@ class Spans:
 
     spans: tuple[tuple[int, tuple[int, ...]], ...]  # (start, lengths of its parts)
     rows: torch.Tensor  # int64 [parts], where the sums are kept
-    lengths: torch.Tensor  # fp64 [parts], there too
+    lengths: torch.Tensor | np.ndarray  # fp64 [parts], where the partition is
 
 
 def spans_of(ranges: list[tuple[int, int, int]], device_type: str, sums_device: torch.device) -> Spans:
@@ -39,10 +41,11 @@ def spans_of(ranges: list[tuple[int, int, int]], device_type: str, sums_device: 
             spans[-1][1].append(stop - start)
         else:
             spans.append((start, [stop - start]))
+    lengths = np.array([stop - start for _, start, stop in parts], dtype=np.float64)
     return Spans(
         tuple((start, tuple(lengths)) for start, lengths in spans),
         to_device(torch.tensor([row for row, _, _ in parts], dtype=torch.int64), sums_device),
-        to_device(torch.tensor([stop - start for _, start, stop in parts], dtype=torch.float64), sums_device),
+        lengths if device_type == "cpu" else to_device(torch.from_numpy(lengths), sums_device),
     )
 
 
@@ -61,35 +64,72 @@ def add_sums(
     The Adam columns become NaN under SGD. Never waits for a GPU.
     """
     rate, decay = options["lr"], options["weight_decay"]
+    # a few numbers are then Python's and numpy's: a tensor operator takes as long for one as for thousands
+    on_cpu = weight.device.type == "cpu"
     adam = "exp_avg_sq" in state
     step_size, shrink, floor, correction = rate, rate * decay, 0.0, 1.0
     if adam:
-        steps = torch.as_tensor(state["step"], dtype=torch.float64)
+        steps = float(state["step"]) if on_cpu else torch.as_tensor(state["step"], dtype=torch.float64)
         first, second = options["betas"]
-        correction = (1.0 - second**steps).rsqrt()  # of sqrt(v). Taken out of sums rather than put into every element
+        correction = (1.0 - second**steps) ** -0.5  # of sqrt(v). Taken out of sums rather than put into every element
         step_size, floor = rate / (1.0 - first**steps) / correction, options["eps"] / correction
-        if weight.device.type == "cpu":
-            floor = float(floor)
     elif options["momentum"]:
         shrink = 0.0
     direction = state["exp_avg"] if adam else state.get("momentum_buffer")
     direction = gradient if direction is None else direction
     spread = state["exp_avg_sq"] if adam else None
     scratch = torch.empty(2, max(sum(lengths) for _, lengths in spans.spans), device=weight.device)
-    rows = []
+    terms = _terms_on_cpu if on_cpu else _terms
+    rows: list[list[Any]] = []
     for start, lengths in spans.spans:
-        span = slice(start, start + sum(lengths))
-        flats = (weight[span], gradient[span], direction[span], spread[span] if adam else None)
-        rows += _terms(*flats, lengths, floor, scratch[:, : sum(lengths)])
-    # [parts, terms]: g*g, w*w, w*q, q*q, adam, tiny, nonzero gradients
-    if weight.device.type == "cpu":
-        table = torch.tensor([[float(term) for term in row] for row in rows], dtype=torch.float64).to(out.device)
+        span = start, sum(lengths)
+        flats = (flat.narrow(0, *span) for flat in (weight, gradient, direction))
+        rows += terms(*flats, spread.narrow(0, *span) if adam else None, lengths, floor, scratch.narrow(1, 0, span[1]).unbind())
+    # [parts] each: g*g, w*w, w*q, q*q, adam, tiny, nonzero gradients
+    table = np.array(rows) if on_cpu else torch.stack([torch.stack(row) for row in rows]).double()
+    squares, weights, products, directions, relative, tiny, nonzero = table.T
+    update = (shrink**2 * weights + 2 * shrink * step_size * products + step_size**2 * directions) / (1 - shrink) ** 2
+    sums = [squares, weights, update, relative / correction**2, tiny, spans.lengths - nonzero]
+    out.index_add_(
+        0, spans.rows, to_device(torch.from_numpy(np.stack(sums, axis=1)), out.device) if on_cpu else torch.stack(sums, dim=1)
+    )
+
+
+def _terms_on_cpu(
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    direction: torch.Tensor,
+    spread: torch.Tensor | None,
+    lengths: tuple[int, ...],
+    floor: float,
+    scratch: tuple[torch.Tensor, torch.Tensor],
+) -> list[list[float]]:
+    """Return the table's rows of one span, as `_terms` does. Here a look whether there is anything to count waits for nothing."""
+    # counting takes twice as long as looking for one
+    some_zero = torch.abs(gradient, out=scratch[1]).amin().item() == 0.0
+    tiny = None
+    if spread is None:
+        quotient, relative = direction, gradient
     else:
-        table = torch.stack([torch.stack(row) for row in rows]).double()
-    update = (shrink**2 * table[:, 1] + 2 * shrink * step_size * table[:, 2] + step_size**2 * table[:, 3]) / (1 - shrink) ** 2
-    relative = table[:, 4] / correction**2
-    sums = torch.stack([table[:, 0], table[:, 1], update, relative, table[:, 5], spans.lengths - table[:, 6]], dim=1)
-    out.index_add_(0, spans.rows, sums)
+        root = torch.sqrt(spread, out=scratch[0])
+        quotient = torch.add(root, floor, out=scratch[1])
+        torch.div(direction, quotient, out=quotient)
+        if root.amin().item() < floor:
+            tiny = (root < floor).split(lengths)
+            root.clamp_(min=floor)
+        relative = torch.div(gradient, root, out=root)
+    parts = [(weight, gradient, quotient, relative)]
+    if len(lengths) > 1:
+        parts = zip(*(flat.split_with_sizes(lengths) for flat in parts[0]), strict=True)
+    dot, rows = torch.dot, []
+    for index, (w, g, q, r) in enumerate(parts):
+        rows.append([dot(g, g).item(), dot(w, w).item(), dot(w, q).item(), dot(q, q).item()])
+        if spread is None:
+            rows[-1] += [math.nan, math.nan]
+        else:
+            rows[-1] += [dot(r, r).item(), 0.0 if tiny is None else float(tiny[index].count_nonzero())]
+        rows[-1].append(float(g.count_nonzero()) if some_zero else float(lengths[index]))
+    return rows
 
 
 def _terms(
@@ -99,15 +139,12 @@ def _terms(
     spread: torch.Tensor | None,
     lengths: tuple[int, ...],
     floor: torch.Tensor | float,
-    scratch: torch.Tensor,
+    scratch: tuple[torch.Tensor, torch.Tensor],
 ) -> list[list[torch.Tensor]]:
     """Return the table's rows of one span: seven fp32 scalars for each part. floor: eps in units of the uncorrected sqrt(v).
 
     Dot products take one pass each, and are more exact than sums of squares.
     """
-    on_cpu = weight.device.type == "cpu"  # here a check whether there is anything to count waits for nothing
-    # counting takes twice as long as looking for one
-    some_zero = not on_cpu or torch.abs(gradient, out=scratch[1]).amin().item() == 0.0
     tiny = None
     if spread is None:
         quotient, relative = direction, gradient
@@ -115,18 +152,13 @@ def _terms(
         root = torch.sqrt(spread, out=scratch[0])
         quotient = torch.add(root, floor, out=scratch[1])
         torch.div(direction, quotient, out=quotient)
-        if not on_cpu or root.amin().item() < floor:
-            tiny = root < floor
-            root.clamp_(min=floor)
+        tiny = (root < floor).split(lengths)
+        root.clamp_(min=floor)
         relative = torch.div(gradient, root, out=root)
-    none, all_nan = weight.new_zeros(()), weight.new_full((), float("nan"))
+    all_nan = weight.new_full((), math.nan)
     rows = []
     for index, (w, g, q, r) in enumerate(zip(*(x.split(lengths) for x in (weight, gradient, quotient, relative)), strict=True)):
         rows.append([torch.dot(g, g), torch.dot(w, w), torch.dot(w, q), torch.dot(q, q)])
-        if spread is None:
-            rows[-1] += [all_nan, all_nan]
-        else:
-            few = none if tiny is None else torch.count_nonzero(tiny.split(lengths)[index]).float()
-            rows[-1] += [torch.dot(r, r), few]
-        rows[-1].append(torch.count_nonzero(g).float() if some_zero else weight.new_tensor(len(g)))
+        rows[-1] += [all_nan, all_nan] if tiny is None else [torch.dot(r, r), torch.count_nonzero(tiny[index]).float()]
+        rows[-1].append(torch.count_nonzero(g).float())
     return rows

@@ -60,6 +60,7 @@ class ParameterStats:
         self.error: Exception | None = None  # of this rank
         self._off = False  # all ranks know of an error, of this rank or another
         self._sums = torch.zeros(len(self.names), len(SUMS), dtype=torch.float64, device=trainer.grid.device)
+        self._all_touched = self._sums.new_zeros(len(self.names))  # `_untouched` of a rank without such parameters
         self._sizes, self._padding = _sizes(trainer, self.names)
         trainer.optimizer.register_step_post_hook(self._after_update)
         trainer.statistics = self._take
@@ -99,8 +100,11 @@ class ParameterStats:
             parts = [torch.zeros_like(part) for part in parts]
         return torch.cat([*parts, failed])
 
-    def read(self, result: StepResult) -> StepStats:
-        """Return a step's statistics; no values where it was skipped or not measured. Collective on steps that measure layers."""
+    def read(self, result: StepResult, *, each_parameter: bool = True) -> StepStats:
+        """Return a step's statistics; no values where it was skipped or not measured. Collective on steps that measure layers.
+
+        each_parameter: False for totals alone, on a rank that has no use for the values; others may have.
+        """
         with_parameters, with_layers = self._with_parameters, self._with_layers
         self._with_parameters, self._with_layers = False, False
         if not (with_parameters or with_layers):
@@ -108,8 +112,8 @@ class ParameterStats:
         if result.statistics[-1]:
             self._off = True
             return StepStats({}, {}, None, failed=True)
-        sizes = [self._sums.numel(), len(self.names)] if with_parameters else [0, 0]
-        parameters, untouched, layers = np.split(result.statistics[:-1], np.cumsum(sizes))
+        count = len(self.names) if with_parameters else 0
+        sums, untouched, layers = np.split(result.statistics[:-1], [count * len(SUMS), count * len(SUMS) + count])
         if with_layers:
             maxima = self.layers.maxima()
             if dist.get_world_size() > 1:
@@ -119,7 +123,10 @@ class ParameterStats:
             if with_layers:
                 activations = self.layers.decode(layers, maxima.double().cpu().numpy())
             if with_parameters and not result.skipped:
-                values, totals = self._decode(parameters, result.grad_norm, untouched > 0)
+                sums, untouched = sums.reshape(-1, len(SUMS)).T, untouched > 0
+                sums[:, untouched] = 0.0
+                totals = _totals(sums)
+                values = self._decode(sums, result.grad_norm, untouched) if each_parameter else {}
         return StepStats(values, totals, activations)
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, options: Any) -> None:
@@ -145,38 +152,40 @@ class ParameterStats:
 
     def _untouched(self) -> torch.Tensor:
         """Return [parameters], 1 for those of this rank that no gradient has ever reached."""
+        if not self._trainer.untouched:
+            return self._all_touched
         flags = np.zeros(len(self.names))
         flags[[self._rows[name] for name in self._trainer.untouched]] = 1.0
         return to_device(torch.from_numpy(flags), self._sums.device)
 
-    def _decode(
-        self, sums_over_ranks: np.ndarray, grad_norm: float, untouched: np.ndarray
-    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """untouched: rows that are out of all statistics."""
-        sums = dict(zip(SUMS, sums_over_ranks.reshape(-1, len(SUMS)).T, strict=True))
-        for column in sums.values():
-            column[untouched] = 0.0
+    def _decode(self, sums: np.ndarray, grad_norm: float, untouched: np.ndarray) -> dict[str, np.ndarray]:
+        """Return STATS from SUMS over all ranks, [sums, parameters]. untouched: parameters that are out of all statistics."""
+        gradients, weights, updates, adam, tiny, zeros = sums
         # the optimizer was given clipped gradients; DeepSpeed divided them by this
         divided = max(1.0, (grad_norm + 1e-6) / self._clip) if self._clip else 1.0
-        weight, update = np.sqrt(sums["weight"]), np.sqrt(sums["update"])
+        weight, update = np.sqrt(weights), np.sqrt(updates)
         with np.errstate(invalid="ignore", divide="ignore"):
             ratio = np.where(weight > 0, update / weight, np.nan)
         values = {
-            "grad_norm": np.sqrt(sums["gradient"]) * divided,
+            "grad_norm": np.sqrt(gradients) * divided,
             "weight_norm": weight,
             "update_norm": update,
             "update_ratio": ratio,
-            "adam_rms": np.sqrt(sums["adam"] / self._sizes),
+            "adam_rms": np.sqrt(adam / self._sizes),
             # padding holds zeros, and is none of the model's
-            "tiny_v_share": (sums["tiny"] - self._padding) / self._sizes,
-            "zero_share": (sums["zeros"] - self._padding) / self._sizes,
+            "tiny_v_share": (tiny - self._padding) / self._sizes,
+            "zero_share": (zeros - self._padding) / self._sizes,
             "nonfinite": np.zeros(len(self.names)),
         }
         for column in values.values():
             column[untouched] = np.nan
-        totals = {"weight_norm": math.sqrt(sums["weight"].sum()), "update_norm": math.sqrt(sums["update"].sum())}
-        ratio = totals["update_norm"] / totals["weight_norm"] if totals["weight_norm"] else math.nan
-        return values, totals | {"update_ratio": ratio}
+        return values
+
+
+def _totals(sums: np.ndarray) -> dict[str, float]:
+    """Return the whole model's, of SUMS over all ranks, [sums, parameters]."""
+    weight, update = (math.sqrt(sums[SUMS.index(name)].sum()) for name in ("weight", "update"))
+    return {"weight_norm": weight, "update_norm": update, "update_ratio": update / weight if weight else math.nan}
 
 
 def _sizes(trainer: Trainer, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:

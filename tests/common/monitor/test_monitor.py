@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from recipes.common import train as train_module
+from recipes.common.monitor import parameter_stats
 from recipes.common.monitor.monitor import RunMonitor
 from recipes.common.monitor.optimizer_sums import SUMS
 from recipes.common.monitor.parameter_stats import STATS, ParameterStats
@@ -218,9 +219,9 @@ def test_weights_that_are_all_zero_have_no_ratio(folder, tmp_path, monkeypatch):
     """Nothing to divide by: a number that is none, not an exception."""
     stats = object.__new__(ParameterStats)
     stats.names, stats._clip, stats._sizes, stats._padding = ("w",), 0.0, np.ones(1), np.zeros(1)
-    values, totals = stats._decode(np.zeros(len(SUMS)), 0.0, np.zeros(1, dtype=bool))
-    assert np.isnan(totals["update_ratio"])
-    assert np.isnan(values["update_ratio"]).all()
+    sums = np.zeros((len(SUMS), 1))
+    assert np.isnan(parameter_stats._totals(sums)["update_ratio"])
+    assert np.isnan(stats._decode(sums, 0.0, np.zeros(1, dtype=bool))["update_ratio"]).all()
 
 
 def test_statistics_that_cannot_be_opened_are_left_out(tmp_path, monkeypatch):
