@@ -21,7 +21,8 @@ class Product:
     width: float  # the side that tensor ranks divide
     inner: float
     rows: float = 1.0  # tokens that each sees, of one of the micro batch
-    groups: float = 1.0  # so many in one launch: a bank of experts
+    groups: float = 1.0  # so many in one launch
+    bank: bool = False  # of experts
 
 
 def layer_products(causal: Any, stack: Stack, layout: Layout) -> dict[Product, float]:
@@ -44,7 +45,7 @@ def layer_products(causal: Any, stack: Stack, layout: Layout) -> dict[Product, f
         elif spec is not None:
             width /= layout.tensor
         rows = chosen / experts * (layout.expert if name in spread else 1) if experts > 1 else 1.0
-        counts[Product(width=width, inner=inner, rows=rows, groups=own)] += 1
+        counts[Product(width=width, inner=inner, rows=rows, groups=own, bank=parameter.ndim == 3)] += 1
     return {product: count / len(layers) for product, count in counts.items()}
 
 

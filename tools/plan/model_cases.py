@@ -33,7 +33,9 @@ from tools.plan.tensor_sums import tensor_sums
 from tools.plan.time_model import Cases
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_GRADIENT_BYTES = 10.0  # a parameter and micro batch: a 16-bit gradient is read, the fp32 sum read and written
+_SUMMED_APART = 10.0  # bytes a parameter and micro batch: a 16-bit gradient is read, the fp32 sum read and written
+_HEAD_SUMMED = 12.0  # the head's in fp32, scaled as it is added
+_SUMMED_INSIDE = 8.0  # a product reads and writes the sum, in the place of the 2 bytes of its result
 _LOGIT_BYTES = {"none": 30.0, "compile": 10.0}  # a logit, in the loss, as a rehearsal counts them
 _FP32_REDUCE = 4.0  # bytes a parameter: gradients are reduced in fp32, weights gathered in their own precision
 
@@ -212,7 +214,8 @@ def time_cases(facts: ModelFacts, candidates: Sequence[Candidate], device: Devic
     """Return one row a candidate for the time model."""
     rows = [_layout_row(facts, candidate) for candidate in candidates]
     columns = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
-    columns |= _product_columns([facts.products(candidate.layout) for candidate in candidates])
+    inside = sums_inside_products(facts.recipe, facts.ds_config)
+    columns |= _product_columns([facts.products(candidate.layout) for candidate in candidates], inside)
     columns |= {name: np.full(len(rows), float(value)) for name, value in _model_row(facts, device).items()}
     shapes = [(facts.work.hidden, facts.heads, facts.recipe.batch.seq_len, c.layout.tensor, c.own_seqs) for c in candidates]
     return Cases(**columns, keys=shapes)
@@ -234,7 +237,6 @@ def _model_row(facts: ModelFacts, device: Device) -> dict[str, float]:
         "head": work.head,
         "layers": count,
         "logit_bytes": _LOGIT_BYTES[facts.recipe.kernels],
-        "gradient_bytes": _GRADIENT_BYTES,
         "reduce_bytes": _FP32_REDUCE + (0.0 if zero_3 else facts.activation_width),
         "gather_bytes": 2.0 * facts.activation_width if zero_3 else 0.0,
         "beside_backward": _FP32_REDUCE if stage == 1 else 0.0,
@@ -283,6 +285,7 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
         "layers_slowest": max(loads[:head] + loads[head + 1 :], default=0.0),
         "layers_last": loads[head],
         "params": params,
+        "sum_bytes": max(_summed_apart(facts, layout)),
         "updated": undivided / candidate.data if zero_stage(facts.ds_config) else params,
         "bubble_share": bubble_share(placement_of(layout), micro_batches, passes),
         "messages": exposed_messages(placement_of(layout), micro_batches),
@@ -290,13 +293,36 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
     }
 
 
-def _product_columns(products: Sequence[dict[Product, float]]) -> dict[str, np.ndarray]:
-    """Return the time model's columns [candidates, shapes]; rows with fewer shapes end in products of nothing."""
+def sums_inside_products(recipe: Recipe, ds_config: dict[str, Any]) -> bool:
+    """Return whether linears add their weights' gradients to the step's sums in the products (see `model.main_grads`)."""
+    offloaded = "offload_optimizer" in ds_config.get("zero_optimization", {})
+    return zero_stage(ds_config) == 1 and not offloaded and recipe.precision != FP8
+
+
+def _summed_apart(facts: ModelFacts, layout: Layout) -> list[float]:
+    """Return the bytes that each stage moves to add up a micro batch's gradients, but those that products add."""
+    params, head = stage_params(facts, layout), head_stage(layout)
+    if not sums_inside_products(facts.recipe, facts.ds_config):
+        return [_SUMMED_APART * count for count in params]
+    inside = sum(n * p.width * p.inner * p.groups for p, n in facts.products(layout).items() if not p.bank)
+    sums = [
+        _SUMMED_APART * max(count - inside * len(own), 0.0) for count, own in zip(params, facts.own_layers(layout), strict=True)
+    ]
+    sums[head] += (_HEAD_SUMMED - _SUMMED_APART) * facts.rank_params(layout)["head"]
+    return sums
+
+
+def _product_columns(products: Sequence[dict[Product, float]], inside: bool) -> dict[str, np.ndarray]:
+    """Return the time model's columns [candidates, shapes]; rows with fewer shapes end in products of nothing.
+
+    inside: products of linears add up the weights' gradients.
+    """
     most = max(map(len, products))
     nothing = (Product(width=1.0, inner=1.0), 0.0)
     rows = [[*of.items(), *[nothing] * (most - len(of))] for of in products]
     columns = {"widths": "width", "inners": "inner", "rows": "rows", "groups": "groups"}
     found = {name: np.array([[getattr(product, of) for product, _ in row] for row in rows]) for name, of in columns.items()}
+    found["summed"] = np.array([[_SUMMED_INSIDE if inside and not product.bank else 2.0 for product, _ in row] for row in rows])
     return found | {"counts": np.array([[count for _, count in row] for row in rows])}
 
 

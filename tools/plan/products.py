@@ -22,13 +22,14 @@ def product_seconds(
     units: np.ndarray,
     rate: np.ndarray,
     bandwidth: np.ndarray,
+    written: np.ndarray | float = 2.0,
 ) -> np.ndarray:
     """Return the seconds of products [rows, depth] x [depth, columns] in 16 bits, `groups` of them in one launch.
 
-    rate: FLOP/s of the whole GPU. bandwidth: bytes/s of its memory.
+    rate: FLOP/s of the whole GPU. bandwidth: bytes/s of its memory. written: bytes that an element of the result moves.
     """
     tiles = groups * np.ceil(rows / TILE) * np.ceil(columns / TILE)
-    moved = 2.0 * groups * (rows * depth + depth * columns + rows * columns)
+    moved = groups * (2.0 * (rows * depth + depth * columns) + written * rows * columns)
     best = np.full(np.broadcast(rows, columns, depth).shape, np.inf)
     for parts in SPLITS:
         waves = np.ceil(tiles * parts / units)
@@ -41,10 +42,18 @@ def product_seconds(
 
 
 def training_seconds(
-    tokens: np.ndarray, width: np.ndarray, inner: np.ndarray, repeated: np.ndarray, **gpu: np.ndarray
+    tokens: np.ndarray,
+    width: np.ndarray,
+    inner: np.ndarray,
+    repeated: np.ndarray,
+    *,
+    summed: np.ndarray | float = 2.0,
+    **gpu: np.ndarray,
 ) -> np.ndarray:
-    """Return the seconds of a matrix [width, inner] in training: its forward pass, `repeated` times more, both gradients."""
+    """Return the seconds of a matrix [width, inner] in training: its forward pass, `repeated` times more, both gradients.
+
+    summed: bytes that an element of the weight's gradient moves in its product.
+    """
     forward = product_seconds(tokens, width, inner, **gpu)
-    return (
-        (1.0 + repeated) * forward + product_seconds(tokens, inner, width, **gpu) + product_seconds(width, inner, tokens, **gpu)
-    )
+    of_input = product_seconds(tokens, inner, width, **gpu)
+    return (1.0 + repeated) * forward + of_input + product_seconds(width, inner, tokens, written=summed, **gpu)

@@ -65,6 +65,7 @@ class Cases:
     rows: np.ndarray  # [n, shapes]: tokens that each sees, of one of the micro batch
     groups: np.ndarray  # [n, shapes]: products in one launch
     counts: np.ndarray  # [n, shapes]: a layer, 0 where there are fewer shapes
+    summed: np.ndarray  # [n, shapes]: bytes that an element of the weight's gradient moves in its product
     scores: np.ndarray  # multiply-adds a token, a layer, in attention's two products
     attention_passes: np.ndarray  # of attention's products: a fused kernel's backward pass is 2.5 forward passes' work
     attention_rate: np.ndarray  # FLOP/s of attention's products
@@ -73,7 +74,7 @@ class Cases:
     kernels: np.ndarray  # that a layer's passes start, a micro batch
     head: np.ndarray  # multiply-adds a token
     logit_bytes: np.ndarray  # that the loss moves for each of a token's logits
-    gradient_bytes: np.ndarray  # a parameter of the rank, to add a micro batch's gradients to those before
+    sum_bytes: np.ndarray  # that adding a micro batch's gradients to those before moves, but in products
     passes: np.ndarray  # forward passes' worth of work a layer does: 3, or 4 with full recomputation
     tensor: np.ndarray
     sums: np.ndarray  # all-reduces' worth of what tensor ranks exchange a layer and micro batch, while nothing is computed
@@ -123,7 +124,7 @@ def step_parts(terms: np.ndarray, c: Cases, effects: np.ndarray | float = 1.0) -
     parts = {name: c.micro_batches * steady_layers * micro[name] for name in ("matrices", "attention", "elementwise", "host")}
     parts |= {name: c.micro_batches * steady_head * micro[name] for name in ("head", "loss")}
     parts |= {name: c.micro_batches * steady_layers * micro[name] for name in ("tensor", "context", "expert")}
-    sums = c.params * c.gradient_bytes / (k["memory"] * c.bandwidth)  # of a micro batch's gradients
+    sums = c.sum_bytes / (k["memory"] * c.bandwidth)
     parts["gradients"] = c.micro_batches * sums
     parts["pipeline"] = c.messages * micro["pipe"]
     parts["bubble"] = (np.maximum(c.layers * layer + rest - slowest, 0.0) + (c.pipeline - 1.0) * sums) * c.bubble_share
@@ -201,7 +202,8 @@ def _matrix_seconds(k: dict[str, float], c: Cases) -> np.ndarray:
 
     gpu = {"units": each(c.units), "bandwidth": each(k["memory"] * c.bandwidth), "rate": each(k["gemm"] * c.rate)}
     tokens, repeated = c.tokens[:, None] * c.rows, each(c.passes - 3.0)
-    return (c.counts * training_seconds(tokens, c.widths, c.inners, repeated, groups=c.groups, **gpu)).sum(axis=1)
+    options = {"groups": c.groups, "summed": c.summed}
+    return (c.counts * training_seconds(tokens, c.widths, c.inners, repeated, **options, **gpu)).sum(axis=1)
 
 
 def _standing_out(compute: np.ndarray, exchange: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Gives DeepSpeed's optimizers of ZeRO 1 our way of gradients: into fp32 without a cast, and to their owners.
+"""Gives DeepSpeed's optimizers of ZeRO 1 our way of gradients: into fp32 by the products themselves, and to their owners.
 
 DeepSpeed's own all-reduces whole gradients after the last backward pass, and copies them three times on the way. The optimizer
 reads its partition alone, so here each of its groups is a bucket that is reduced to its owners (`parallel.gradient_buckets`); the
@@ -11,6 +11,7 @@ afterwards: what a rank owns of them, once a step, in one fp32 message, and not 
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from recipes.common.config.ds_config import zero_stage
+from recipes.common.model.main_grads import give_main_grad
 from recipes.common.parallel.collectives import take_gradient_sums
 from recipes.common.parallel.gradient_buckets import Bucket, GradientBuckets, sum_together
 from recipes.common.parallel.grid import Grid
@@ -75,6 +77,7 @@ def _own_bf16(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Parameter
     optimizer.get_grads_for_norm = lambda for_clipping=False: own if for_clipping else (counted, {})
     optimizer.clear_hp_grads = reduced.clear
     sums = _sums_of(buckets)
+    _give_main_grads(reduced, buckets)
 
     def reduce(*arguments: Any, **options: Any) -> None:
         reduced.finish()
@@ -110,6 +113,7 @@ def _own_zero1(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Paramete
         parts += [padding] if padding.numel() else []
 
     sums = _sums_of(buckets)
+    _give_main_grads(reduced, buckets)
 
     def reduce(pipeline_parallel: bool = False) -> None:
         reduced.finish()
@@ -130,10 +134,12 @@ def _own_zero1(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Paramete
 
 @torch.no_grad()
 def _add(reduced: GradientBuckets, parameter: nn.Parameter) -> None:
+    """Add what autograd has of a gradient, at the end of its turn in a backward pass: of a linear's weight it has nothing."""
     if parameter.grad is not None:
+        reduced.adding(parameter)
         parameter._hp_grad.add_(parameter.grad)
         parameter.grad = None
-        reduced.added(parameter)
+    reduced.added(parameter)
 
 
 def _in_backward_order(engine: DeepSpeedEngine, buckets: list[Bucket], late: Collection[nn.Parameter]) -> GradientBuckets:
@@ -145,6 +151,14 @@ def _in_backward_order(engine: DeepSpeedEngine, buckets: list[Bucket], late: Col
         for parameter, part in zip(bucket.parameters, parts, strict=True):
             parameter._hp_grad = part.view(parameter.shape)  # by this name DeepSpeed sums those of tied weights
     return GradientBuckets(sorted(buckets, key=lambda bucket: -min(place[p] for p in bucket.parameters)), late)
+
+
+def _give_main_grads(reduced: GradientBuckets, buckets: list[Bucket]) -> None:
+    """Let products add to the buckets; not those whose gradients a hook changes before they are added."""
+    for parameter in (parameter for bucket in buckets for parameter in bucket.parameters):
+        if not parameter._backward_hooks:
+            told = partial(reduced.adding, parameter), partial(reduced.added, parameter)
+            give_main_grad(parameter, parameter._hp_grad, *told)
 
 
 def _own_part(flat: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

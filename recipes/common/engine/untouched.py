@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
+from recipes.common.model.main_grads import MainGrad, main_grad_of
 
 
 class Untouched(Collection[str]):
@@ -25,11 +26,14 @@ class Untouched(Collection[str]):
         self._trainer = trainer
         self._names: set[str] = set()
         self._hooks: list[RemovableHandle] = []
+        self._main_grads: dict[str, MainGrad] = {}
         # (partition, its part, what that held before the step, whether nothing has reached it)
         self._kept: list[tuple[torch.Tensor, slice, torch.Tensor, torch.Tensor]] = []
         for name, parameter in trainer.stage.hf_named_parameters():
             if parameter.requires_grad:
                 self._names.add(name)
+                if (main_grad := main_grad_of(parameter)) is not None:
+                    self._main_grads[name] = main_grad
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._reached, name)))
         trainer.optimizer.register_step_pre_hook(self._keep)
         trainer.optimizer.register_step_post_hook(self._put_back)
@@ -48,6 +52,7 @@ class Untouched(Collection[str]):
 
     def _keep(self, optimizer: torch.optim.Optimizer, args: Any, options: Any) -> None:
         """Copy the untouched parts of the partitions that are about to be updated."""
+        self._names -= {name for name, main_grad in self._main_grads.items() if main_grad.reached}
         if not self._names:  # the rest of the run needs none of this
             for hook in self._hooks:
                 hook.remove()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from recipes.common.model.weight_grad_store import Product
+from recipes.common.model.main_grads import Product, add_product
 
 
 class GradientSums:
@@ -19,11 +19,11 @@ class GradientSums:
 
     def put(self, weight: nn.Parameter, left: torch.Tensor, right: torch.Tensor, product: Product) -> None:
         """Add product(left, right) to the sum of `weight`; `linears` puts them here as into a WeightGradStore."""
-        if left.device.type == "cuda":
-            known = self._sums.get(weight)
-            self._sums[weight] = _first_product(left, right) if known is None else _add_product(known, left, right)
+        known = self._sums.get(weight)
+        if known is None:
+            self._sums[weight] = _first_product(left, right, product)
         else:
-            self.add(weight, product(left, right))
+            add_product(known, left, right, product)
 
     def add(self, weight: nn.Parameter, gradient: torch.Tensor) -> None:
         """Add a gradient that nobody else holds to the sum of `weight`."""
@@ -40,11 +40,7 @@ class GradientSums:
         return taken
 
 
-def _first_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return left @ right if left.dtype == torch.float32 else torch.mm(left, right, out_dtype=torch.float32)
-
-
-def _add_product(known: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    if left.dtype == torch.float32:
-        return known.addmm_(left, right)
-    return torch.addmm(known, left, right, out_dtype=torch.float32, out=known)
+def _first_product(left: torch.Tensor, right: torch.Tensor, product: Product) -> torch.Tensor:
+    if product is torch.mm and left.device.type == "cuda" and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return product(left, right).float()

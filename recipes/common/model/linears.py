@@ -9,10 +9,9 @@ product, accumulated in autograd's order, so that it is equal to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,9 @@ from recipes.common.model.expert_banks import find_banks
 from recipes.common.model.fp8 import Fp8Products
 from recipes.common.model.gradient_sums import GradientSums
 from recipes.common.model.input_gradients import InputGradient, entrance
+from recipes.common.model.main_grads import Product, main_grad_of
 from recipes.common.model.shared_inputs import Reads
-from recipes.common.model.weight_grad_store import Factor, Product, WeightGradStore, transposed
+from recipes.common.model.weight_grad_store import Factor, WeightGradStore, transposed
 from recipes.common.runtime.processor import is_intel
 
 Linear = nn.Linear | Conv1D
@@ -93,20 +93,25 @@ def deferrable_fraction(module: nn.Module) -> float:
 def linear(module: Linear, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
     """Compute a linear of x [..., in], or its product alone.
 
-    The weight's gradient is left to that of `x` if the module shares it, or else deferred if the module has a store.
+    The weight's gradient is left to that of `x` if the module shares it, deferred if the module has a store, added to the sum
+    that the weight has, or else autograd's.
     """
-    bias, products = module.bias if with_bias else None, _products_of(module, x)
-    if torch.is_grad_enabled():
-        shared, store = getattr(module, "shared_input", None), getattr(module, "weight_grad_store", None)
-        reads = shared.reads_of(module, x) if shared is not None else None
-        enter = getattr(module, "enter_input", None)
-        x, total = (x, None) if enter is None or not x.requires_grad else enter(x)
-        if reads is not None:
-            return _ReadingLinear.apply(x, bias, module, reads, products, total)
-        if store is not None and module.weight.requires_grad and x.requires_grad:
-            return _DeferredLinear.apply(x, bias, module, store, products, total)
-        if products is not _TORCH or total is not None:
-            return _Linear.apply(x, _matrix(module), bias, products, total)
+    weight, bias, products = module.weight, module.bias if with_bias else None, _products_of(module, x)
+    if not torch.is_grad_enabled():
+        return products.forward(x, _matrix(module), bias)
+    shared, store = getattr(module, "shared_input", None), getattr(module, "weight_grad_store", None)
+    reads = shared.reads_of(module, x) if shared is not None else None
+    enter = getattr(module, "enter_input", None)
+    x, total = (x, None) if enter is None or not x.requires_grad else enter(x)
+    call = _Call(module, products, total)
+    if reads is not None:
+        return _Linear.apply(x, None, bias, replace(call, reads=reads))
+    if store is not None and weight.requires_grad and x.requires_grad:
+        return _Linear.apply(x, None, bias, replace(call, store=store))
+    if main_grad_of(weight) is not None:
+        return _Linear.apply(x, weight, bias, replace(call, to_sum=True))
+    if products is not _TORCH or total is not None:
+        return _Linear.apply(x, _matrix(module), bias, call)
     return products.forward(x, _matrix(module), bias)
 
 
@@ -162,93 +167,64 @@ def _no_view(result: torch.Tensor) -> torch.Tensor:
     return result.data if result._is_view() else result
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call of a linear, and where its weight's gradient goes: without a place to autograd."""
+
+    module: Linear
+    products: Products
+    total: InputGradient | None  # to which its input's gradient is added
+    reads: Reads | None = None  # to which it leaves its weight's
+    store: Store | None = None  # which computes it
+    to_sum: bool = False  # the weight's own
+
+    def give_weight_gradient(self, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
+        """Give what the weight's gradient is computed from: the inputs [n, in], which `reads` has, and the outputs' [n, out]."""
+        weight, turned, of_weight = self.module.weight, isinstance(self.module, Conv1D), self.products.of_weight
+        if self.reads is not None:
+            self.reads.leave(weight, grads, of_weight, inputs_first=turned)
+        elif self.store is not None:
+            inputs, outputs = _kept(self.module, "keep_inputs", rows), _kept(self.module, "keep_gradients", grads)
+            self.store.put(weight, *((transposed(inputs), outputs) if turned else (transposed(outputs), inputs)), of_weight)
+        else:
+            main_grad_of(weight).add_product(*((rows.t(), grads) if turned else (grads.t(), rows)), of_weight)
+
+
 class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, products: Products, total: InputGradient | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, matrix)
-        ctx.products, ctx.total = products, total
-        return _no_view(products.forward(x, matrix, bias))
+    """A linear.
 
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        x, matrix = ctx.saved_tensors
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        wanted = ctx.needs_input_grad
-        return (
-            _input_gradient(ctx, grads, matrix, x.shape) if wanted[0] else None,
-            ctx.products.of_weight(grads.t(), rows) if wanted[1] else None,
-            grads.sum(0) if wanted[2] else None,
-            None,
-            None,
-        )
-
-
-class _DeferredLinear(torch.autograd.Function):
-    """A linear whose backward pass puts the weight's gradient into a store.
-
-    The weight comes with its module. As an input, the backward pass would visit it without a gradient, and its hooks would run;
-    saved with x, recomputation would return a copy, whose gradient may never reach the weight.
+    Its weight is an input where autograd has its gradient: as the matrix that it multiplies by; and where that goes to the
+    weight's own sum: as the parameter, which the backward pass then visits without a gradient, so that its hooks know when all
+    of a pass are there. Elsewhere it comes with its module: a hook would run too early, and saved with x, recomputation would
+    return a copy, whose gradient may never reach the weight.
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        x: torch.Tensor,
-        bias: nn.Parameter | None,
-        module: Linear,
-        store: Store,
-        products: Products,
-        total: InputGradient | None,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.module, ctx.store, ctx.products, ctx.total = module, store, products, total
-        return _no_view(products.forward(x, _matrix(module), bias))
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, call: _Call) -> torch.Tensor:
+        autograds = weight is not None and not call.to_sum
+        matrix = weight if autograds else _matrix(call.module)
+        ctx.call, ctx.autograds = call, autograds
+        if call.reads is None:  # else the input has it
+            ctx.save_for_backward(x, *([matrix] if autograds else []))
+        return _no_view(call.products.forward(x, matrix, bias))
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        x, module = ctx.saved_tensors[0], ctx.module
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        inputs, outputs = _kept(module, "keep_inputs", rows), _kept(module, "keep_gradients", grads)
-        factors = (transposed(inputs), outputs) if isinstance(module, Conv1D) else (transposed(outputs), inputs)
-        ctx.store.put(module.weight, *factors, ctx.products.of_weight)
-        grad_bias = grads.sum(0) if ctx.needs_input_grad[1] else None
-        return _input_gradient(ctx, grads, _matrix(module), x.shape), grad_bias, None, None, None, None
-
-
-def _input_gradient(ctx: Any, grads: torch.Tensor, matrix: torch.Tensor, shape: Sequence[int]) -> torch.Tensor | None:
-    """Return grads @ matrix as `shape`, or nothing where it is added to a sum that several linears share."""
-    if ctx.total is None:
-        return ctx.products.of_input(grads, matrix).view(shape)
-    ctx.total.add(grads, matrix, ctx.products.of_input)
-    return None
-
-
-class _ReadingLinear(torch.autograd.Function):
-    """A linear whose backward pass leaves the weight's gradient to that of its input, which it therefore need not save."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        x: torch.Tensor,
-        bias: nn.Parameter | None,
-        module: Linear,
-        reads: Reads,
-        products: Products,
-        total: InputGradient | None,
-    ) -> torch.Tensor:
-        ctx.module, ctx.reads, ctx.products, ctx.total = module, reads, products, total
-        return _no_view(products.forward(x, _matrix(module), bias))
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        module, grads = ctx.module, grad.reshape(-1, grad.shape[-1])
-        ctx.reads.leave(module.weight, grads, ctx.products.of_weight, inputs_first=isinstance(module, Conv1D))
-        grad_bias = grads.sum(0) if ctx.needs_input_grad[1] else None
-        matrix = _matrix(module)
-        shape = (*grad.shape[:-1], matrix.shape[1])
-        return _input_gradient(ctx, grads, matrix, shape), grad_bias, None, None, None, None
+        call, saved = ctx.call, ctx.saved_tensors
+        matrix = saved[1] if ctx.autograds else _matrix(call.module)
+        grads, of_input, of_weight = grad.reshape(-1, grad.shape[-1]), None, None
+        rows = saved[0].reshape(-1, saved[0].shape[-1]) if saved else None
+        if call.reads is not None:  # first, so that its input is fetched meanwhile
+            call.give_weight_gradient(rows, grads)
+        if ctx.needs_input_grad[0] and call.total is not None:
+            call.total.add(grads, matrix, call.products.of_input)
+        elif ctx.needs_input_grad[0]:
+            of_input = call.products.of_input(grads, matrix).view(*grad.shape[:-1], matrix.shape[1])
+        if not ctx.autograds and call.reads is None:
+            call.give_weight_gradient(rows, grads)
+        elif ctx.needs_input_grad[1]:
+            of_weight = call.products.of_weight(grads.t(), rows)
+        return of_input, of_weight, grads.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 def _kept(module: Linear, way: str, rows: torch.Tensor) -> Factor:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from recipes.common.model.weight_grad_store import Factor, Product, WeightGradStore, transposed
+from recipes.common.model.main_grads import Product, main_grad_of
+from recipes.common.model.weight_grad_store import Factor, WeightGradStore, transposed
 
 
 class _Left(NamedTuple):
@@ -41,13 +42,19 @@ class Reads:
         self._left.append(_Left(weight, grads, product, inputs_first))
 
     def compute(self, rows: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return the gradients of `weights`, None where a linear was not run. rows: what all have read, [n, in]."""
+        """Return the gradients of `weights`, None where a linear was not run, or they are added to its weight's sum.
+
+        rows: what all have read, [n, in].
+        """
         found: dict[nn.Parameter, torch.Tensor] = {}
         while self._left:
-            left = self._left.pop(0)
-            gradient = left.product(rows.t(), left.grads) if left.inputs_first else left.product(left.grads.t(), rows)
-            known = found.get(left.weight)  # a linear that was run twice
-            found[left.weight] = gradient if known is None else known + gradient
+            weight, grads, product, inputs_first = self._left.pop(0)
+            factors = (rows.t(), grads) if inputs_first else (grads.t(), rows)
+            if (main_grad := main_grad_of(weight)) is not None:
+                main_grad.add_product(*factors, product)
+                continue
+            gradient, known = product(*factors), found.get(weight)  # known: of a linear that was run twice
+            found[weight] = gradient if known is None else known + gradient
         return [found.pop(weight, None) for weight in self.weights]
 
     def defer(self, rows: Factor) -> None:

@@ -7,13 +7,12 @@ computes them (`pipeline.executor`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import nn
 
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+from recipes.common.model.main_grads import Product, main_grad_of
 
 
 class LateFactor(Protocol):
@@ -52,22 +51,28 @@ class WeightGradStore:
     def compute_oldest(self) -> None:
         """Compute and accumulate the weight gradients of the oldest micro batch, the last layer's first, as autograd does.
 
-        Each goes to its weight through autograd, so that hooks run (tensor ranks sum, DeepSpeed adds up in fp32), and is freed
-        before the next one is computed. While a product is computed, the next one's factors are fetched.
+        Each is added to its weight's sum, or goes to its weight through autograd, so that hooks run (tensor ranks sum), and is
+        freed before the next one is computed. While a product is computed, the next one's factors are fetched.
         """
         deferred = self._micro_batches.popleft()
         while deferred:
             weight = next(iter(deferred))
-            factors = deferred.pop(weight)
+            factors, main_grad = deferred.pop(weight), main_grad_of(weight)
             gradient = None
             while factors:  # several where the model uses a weight twice; autograd, too, sums them before it accumulates
                 left, right, product = factors.pop(0)
                 left, right = _given(left), _given(right)
                 _start(factors or next(iter(deferred.values()), []))
-                part = product(left, right)
+                if main_grad is not None:
+                    main_grad.add_product(left, right, product)
+                else:
+                    part = product(left, right)
+                    gradient = part if gradient is None else gradient + part
                 del left, right
-                gradient = part if gradient is None else gradient + part
-            torch.autograd.backward([weight], [gradient])
+            if main_grad is not None:
+                main_grad.added()
+            else:
+                torch.autograd.backward([weight], [gradient])
 
 
 class _Transposed:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from recipes.common.model.fused_ops import compiled_operator, compiled_update
 from recipes.common.model.gradient_sums import GradientSums
+from recipes.common.model.main_grads import main_grad_of
 from recipes.common.parallel.collectives import all_reduce
 
 IGNORED = -100  # a target that is not scored, as in transformers
@@ -98,7 +99,7 @@ class _VocabularyLoss(torch.autograd.Function):
         if learn:
             # each tensor rank has the gradient through its own rows: one sum for the whole micro batch
             ctx.gradients = [all_reduce(grad_hidden, group, own=True), *head_sums.take(list(head))]
-            ctx.dtypes = [hidden.dtype, *(parameter.dtype for parameter in head)]
+            ctx.dtype, ctx.head = hidden.dtype, head
         sums, largest = _sums(*found, targets != IGNORED)
         ctx.mark_non_differentiable(sums, largest)
         return sums[0] + z_loss * sums[1], sums, largest
@@ -106,9 +107,10 @@ class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: torch.Tensor, *_unused: torch.Tensor):
         # `scale` is 1/tokens times the loss scale: applied here, after the sums, so that fp16 gradients do not underflow
-        scaled = [_scaled(grad, scale, dtype) for grad, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)]
+        of_hidden, *of_head = ctx.gradients
         del ctx.gradients
-        return scaled[0], None, *scaled[1:]
+        given = [_give(parameter, grad, scale) for parameter, grad in zip(ctx.head, of_head, strict=True)]
+        return _scaled(of_hidden, scale, ctx.dtype), None, *given
 
 
 def _locate(targets: torch.Tensor, vocab_size: int, first_row: int, rows: int) -> _Rows:
@@ -209,9 +211,16 @@ def _sums(
     return sums, top.masked_fill(~scored, float("-inf")).amax()
 
 
-def _scaled(grad: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+def _give(parameter: torch.nn.Parameter, grad: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | None:
+    """Return a parameter's gradient, or nothing where it is added to its sum."""
+    main_grad = main_grad_of(parameter)
+    if grad is None or main_grad is None:
+        return None if grad is None else _scaled(grad, scale, parameter.dtype)
+    main_grad.add_scaled(grad, scale)
+    return None
+
+
+def _scaled(grad: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return grad * scale, computed in fp32 and rounded once; `grad` may be overwritten."""
-    if grad is None:
-        return None
     out = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
     return torch.mul(grad, scale.view((1,) * grad.ndim), out=out)

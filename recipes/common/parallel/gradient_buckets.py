@@ -57,11 +57,13 @@ class GradientBuckets:
     def expect_all(self) -> None:
         self.expect(self._bucket_of)
 
-    def added(self, parameter: nn.Parameter) -> None:
-        """Say that a gradient of `parameter` has been added to its bucket."""
-        index = self._bucket_of[parameter]
-        assert index >= len(self._works), "a gradient after the last one: its bucket has been reduced"
+    def adding(self, parameter: nn.Parameter) -> None:
+        """Say that something is being added to the gradient of `parameter`."""
+        assert self._bucket_of[parameter] >= len(self._works), "a gradient after the last one: its bucket has been reduced"
         self._clean = False
+
+    def added(self, parameter: nn.Parameter) -> None:
+        """Say that a backward pass has added all that it has to the gradient of `parameter`."""
         if parameter in self._expected:
             self._complete(parameter)
 

@@ -55,6 +55,7 @@ def time_cases(rows: Sequence[MeasuredRun], *, by_table: bool = False) -> Cases:
         rows=np.ones((len(rows), 4)),
         groups=np.ones((len(rows), 4)),
         counts=np.ones((len(rows), 4)),
+        summed=np.full((len(rows), 4), 2.0),
         scores=2.0 * hidden * seq_len * np.where(flash, 0.5, 1.0),
         misaligned=(hidden % heads + hidden // heads % 8 > 0) * 1.0,
         # unfused products of scores have a head's width for their depth: loads do not hide behind them, and they take their time
@@ -64,7 +65,7 @@ def time_cases(rows: Sequence[MeasuredRun], *, by_table: bool = False) -> Cases:
         kernels=(1 + again) * FORWARD_KERNELS + BACKWARD_KERNELS,
         head=vocab_params,
         logit_bytes=np.full_like(tensor, LOGIT_BYTES),
-        gradient_bytes=np.full_like(tensor, GRADIENT_BYTES),
+        sum_bytes=params * GRADIENT_BYTES,
         passes=each("passes"),
         tensor=tensor,
         sums=2.0 * (each("passes") - 1.0),  # two a forward pass, two a backward pass, which is two passes' worth of work

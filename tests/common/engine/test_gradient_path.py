@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from recipes.common.model.main_grads import main_grad_of
 from recipes.common.recipe import SGD, AdamW, Layout
 from tests.support.fp16 import allow_fp16, fp16_config
 from tests.support.tiny import ds_config, tiny_config
@@ -40,6 +41,8 @@ def _train(trials):
             trainer.leave_weights_to_next_step()
         for parameter in trainer.stage.parameters():
             parameter.register_post_accumulate_grad_hook(lambda _, events=events: events.append(("gradient", 0)))
+            if (main_grad := main_grad_of(parameter)) is not None:
+                main_grad._adding = _recording(events, "gradient", None, main_grad._adding)
         real = dist.reduce_scatter_tensor, dist.all_reduce
         dist.reduce_scatter_tensor = _recording(events, "reduce_scatter", 1, real[0])
         dist.all_reduce = _recording(events, "all_reduce", 0, real[1])
@@ -59,7 +62,7 @@ def _train(trials):
 
 def _recording(events, name, position, real):
     def recorded(*tensors, **options):
-        events.append((name, [*tensors, options.get("tensor")][position].numel()))
+        events.append((name, 0 if position is None else [*tensors, options.get("tensor")][position].numel()))
         return real(*tensors, **options)
 
     return recorded

@@ -8,26 +8,8 @@ from transformers.pytorch_utils import Conv1D
 from recipes.common.model.linears import defer_weight_gradients, route_products
 from recipes.common.model.shared_inputs import SharedInput
 from recipes.common.model.weight_grad_store import WeightGradStore
+from tests.support.inputs_turn import InputsTurn
 from tools.common.forked_ranks import run_ranks
-
-
-class _Turn(torch.autograd.Function):
-    """The input's own turn."""
-
-    @staticmethod
-    def forward(ctx, x, reads, waiting, *weights):
-        ctx.save_for_backward(x)
-        ctx.reads, ctx.waiting = reads, waiting
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.waiting.append(len(ctx.reads))
-        rows = ctx.saved_tensors[0].view(-1, 5)
-        if ctx.reads.store is None:
-            return grad, None, None, *ctx.reads.compute(rows)
-        ctx.reads.defer(rows)
-        return grad, None, None
 
 
 def gradients(dtype, kind, *, leaves):
@@ -48,7 +30,7 @@ def gradients(dtype, kind, *, leaves):
     if leaves != "none":
         shared = SharedInput(list(block))
         reads = shared.reads()
-        read = _Turn.apply(x * 1, reads, waiting, *reads.weights)
+        read = InputsTurn.apply(x * 1, reads, waiting, *reads.weights)
         shared.become(read, reads)
     total = whole(read) + twice(read) + twice(read) + rows(read.view(6, 5)).view(2, 3, 4) + frozen(read)
     (total.square().sum() + part(read[:, :2]).square().sum()).backward()

@@ -40,6 +40,7 @@ def two_steps(late):
     for step, indices in enumerate(((0, 1, 2), (0, 2))):
         buckets.expect(set(parameters))
         for index in indices if dist.get_rank() == 0 else indices[::-1]:
+            buckets.adding(parameters[index])
             flats[index] += torch.arange(4.0) + 10 * index + 100 * step + 2 * dist.get_rank()
             buckets.added(parameters[index])
         buckets.complete(set(parameters))
@@ -66,7 +67,7 @@ def a_gradient_too_many():
     buckets, parameters, _, _ = made()
     buckets.expect(set(parameters))
     buckets.added(parameters[0])
-    buckets.added(parameters[0])
+    buckets.adding(parameters[0])
 
 
 def test_a_gradient_after_the_last_one_is_not_lost_in_silence():

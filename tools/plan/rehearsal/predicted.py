@@ -10,7 +10,15 @@ from recipes.common.config.ds_config import load_ds_config, precision, zero_stag
 from recipes.common.recipe import Layout, Recipe
 from tools.common.devices import Device
 from tools.plan.memory_model import StageBytes
-from tools.plan.model_cases import Candidate, ModelFacts, head_stage, read_model, sequence_ranks, time_cases
+from tools.plan.model_cases import (
+    Candidate,
+    ModelFacts,
+    head_stage,
+    read_model,
+    sequence_ranks,
+    sums_inside_products,
+    time_cases,
+)
 from tools.plan.stage_memory import memory_case, norm_bytes, stage_holds
 
 
@@ -142,7 +150,8 @@ def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
     logits = tokens * facts.work.vocab / candidate.layout.tensor
     exponential = 0.0 if facts.recipe.kernels == "compile" else 4.0
     chunk = (exponential + width) * logits + 4.0 * head  # logits and exponentials; the head's gradient in fp32
-    scaled = (4.0 + (width if width < 4.0 else 0.0)) * head  # in place in fp32
+    in_place = width == 4.0 or sums_inside_products(facts.recipe, facts.ds_config)
+    scaled = (4.0 + (0.0 if in_place else width)) * head
     entering = 2.0 * width * whole * facts.work.hidden  # what enters the head, and its gradient: on every rank
     return max(chunk, scaled) + entering + norm_bytes(facts, candidate)
 

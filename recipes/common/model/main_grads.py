@@ -1,0 +1,70 @@
+"""Adds weight gradients up in fp32 inside the products that compute them (Megatron's gradient accumulation fusion).
+
+Autograd would write each product in 16 bits and hand it on, and a kernel of its own would add it to the step's fp32 sum: 12 bytes
+for each parameter and micro batch, and a rounding. Here a weight has its sum by the name `main_grad`, as in Megatron, and linears
+and the head give theirs to it; what other modules compute of the same weight is autograd's, and added to the same sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+_NAME = "main_grad"
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class MainGrad:
+    """A weight's gradient of a step so far."""
+
+    def __init__(self, total: torch.Tensor, adding: Callable[[], None], added: Callable[[], None]) -> None:
+        """See `give_main_grad`."""
+        self._total, self._adding, self.added = total, adding, added
+        self.reached = False  # whether it has ever had a gradient
+
+    def add_product(self, left: torch.Tensor, right: torch.Tensor, product: Product) -> None:
+        """Add product(left, right)."""
+        self._begin()
+        add_product(self._total, left, right, product)
+
+    @torch.no_grad()
+    def add_scaled(self, gradient: torch.Tensor, scale: torch.Tensor) -> None:
+        """Add gradient * scale, both fp32."""
+        self._begin()
+        self._total.addcmul_(gradient, scale)
+
+    def _begin(self) -> None:
+        self._adding()
+        self.reached = True
+
+
+def give_main_grad(
+    weight: nn.Parameter, total: torch.Tensor, adding: Callable[[], None], added: Callable[[], None] = lambda: None
+) -> None:
+    """Let products add to the step's sum of this weight's gradients, `total`, in fp32 and of its shape.
+
+    adding: called before something is added. added: called when all that was deferred of a micro batch is; where nothing is
+    deferred, hooks of the weight tell. None may change its gradient: it would see none.
+    """
+    assert not weight._backward_hooks, "a hook that would not see the gradient"
+    setattr(weight, _NAME, MainGrad(total, adding, added))
+
+
+def main_grad_of(weight: torch.Tensor) -> MainGrad | None:
+    return getattr(weight, _NAME, None)
+
+
+@torch.no_grad()
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, product: Product) -> None:
+    """Add product(left, right) to `total`, inside the product where that is torch's own and can: on a CPU not of 16 bits."""
+    if product is not torch.mm:
+        total.add_(product(left, right))
+    elif left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.device.type == "cuda":
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.mm(left, right))
