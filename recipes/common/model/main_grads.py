@@ -7,7 +7,8 @@ and the head give theirs to it; what other modules compute of the same weight is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -57,13 +58,26 @@ def main_grad_of(weight: torch.Tensor) -> MainGrad | None:
     return getattr(weight, _NAME, None)
 
 
+@contextmanager
+def autograds_gradients(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let autograd have all gradients of these weights meanwhile, for whoever looks at them one by one: whole steps alone."""
+    known = {weight: main_grad for weight in weights if (main_grad := main_grad_of(weight)) is not None}
+    for weight in known:
+        delattr(weight, _NAME)
+    try:
+        yield
+    finally:
+        for weight, main_grad in known.items():
+            setattr(weight, _NAME, main_grad)
+
+
 @torch.no_grad()
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, product: Product) -> None:
     """Add product(left, right) to `total`, inside the product where that is torch's own and can: on a CPU not of 16 bits."""
     if product is not torch.mm:
         total.add_(product(left, right))
     elif left.dtype == total.dtype:
-        total.addmm_(left, right)
+        torch.addmm(total, left, right, out=total)
     elif left.device.type == "cuda":
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:

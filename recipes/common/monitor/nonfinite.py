@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from recipes.common.engine import zero_state
 from recipes.common.engine.trainer import Trainer
+from recipes.common.model.main_grads import autograds_gradients
 from recipes.common.model.sharding import Holdings
 from recipes.common.monitor.parameter_groups import group_of
 from recipes.common.parallel.json_messages import gather_json
@@ -88,7 +89,7 @@ def find_nonfinite(trainer: Trainer, micro_batches: list[torch.Tensor], scored_t
     search = _Search(trainer)
     scaler = zero_state.scaler_state(trainer)
     torch.manual_seed(torch.initial_seed())  # the loop seeds each step: dropout falls as it did
-    with search.hooks():
+    with autograds_gradients(trainer.stage.parameters()), search.hooks():
         trainer.run_micro_batches(micro_batches, scored_tokens)
     zero_state.restore_scaler(trainer, scaler)  # the repetition is no second overflow
     search.judge_loss()

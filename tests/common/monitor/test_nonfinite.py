@@ -10,6 +10,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from recipes.common.engine.trainer import NONFINITE
+from recipes.common.model.main_grads import main_grad_of
 from recipes.common.monitor.nonfinite import ACTIVATION, GRADIENT, LOSS, UNREPEATED, WEIGHT, find_nonfinite
 from recipes.common.monitor.parameter_stats import ParameterStats
 from recipes.common.recipe import AdamW, Layout
@@ -58,14 +59,19 @@ class Plant:
         module.register_forward_hook(lambda m, args, out: out.masked_fill(third, torch.nan) if self.now() else None)
 
     def in_gradient(self, parameter):
-        calls = itertools.count()
-        self.node = get_gradient_edge(parameter).node
+        """In training a product adds it to the weight's sum; when the step is repeated it is autograd's."""
+        calls, main_grad = itertools.count(), main_grad_of(parameter)
+        self.node, add_product = get_gradient_edge(parameter).node, main_grad.add_product
 
         def hook(gradients):
             if gradients[0] is not None and self.bad(next(calls)):
                 return (torch.full_like(gradients[0], torch.inf),)
 
+        def add(left, right, product):
+            add_product(torch.full_like(left, torch.inf) if self.bad(next(calls)) else left, right, product)
+
         self.node.register_prehook(hook)
+        main_grad.add_product = add
 
     def in_loss(self, stage):
         """Targets of probability 0, behind every module: the loss is infinite, its gradients are finite."""
