@@ -43,9 +43,9 @@ recipe = Recipe(
     tokenizer="/data/llama_405b/tokenizer",
     data="/data/llama_405b/tokens",
     layouts={
-        1024: Layout(tensor=8, pipeline=16, recompute="full", sequence_parallel=True, pipeline_schedule="zero_bubble", chunks=4),
-        4096: Layout(tensor=8, pipeline=16, recompute="full", sequence_parallel=True, pipeline_schedule="zero_bubble", chunks=4),
-        8192: Layout(tensor=8, pipeline=16, recompute="full", sequence_parallel=True, pipeline_schedule="zero_bubble", chunks=4),
+        1024: Layout(tensor=8, pipeline=16, context=2, sequence_parallel=True, pipeline_schedule="zero_bubble", chunks=4),
+        4096: Layout(tensor=8, pipeline=16, context=2, sequence_parallel=True, pipeline_schedule="zero_bubble", chunks=4),
+        8192: Layout(tensor=8, pipeline=16, context=2, sequence_parallel=True, pipeline_schedule="zero_bubble", chunks=4),
     },
     batch=Batch(
         seq_len=8192,
@@ -59,6 +59,7 @@ recipe = Recipe(
     evaluation=Evaluation(every_steps=1000, seqs=1024),
     checkpoints=Checkpoints(every_steps=1000, every_minutes=30, keep_last=3, keep_every_steps=10_000),
     deepspeed="zero1_bf16.json",
+    kernels="compile",
 )
 
 if __name__ == "__main__":

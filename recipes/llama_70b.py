@@ -43,9 +43,9 @@ recipe = Recipe(
     tokenizer="/data/llama_70b/tokenizer",
     data="/data/llama_70b/tokens",
     layouts={
-        64: Layout(tensor=8, pipeline=4, sequence_parallel=True),
-        512: Layout(tensor=8, pipeline=4, sequence_parallel=True),
-        2048: Layout(tensor=8, pipeline=4, sequence_parallel=True),
+        64: Layout(tensor=4, pipeline=4, context=2, sequence_parallel=True),
+        512: Layout(tensor=4, pipeline=8, sequence_parallel=True, pipeline_schedule="zero_bubble"),
+        2048: Layout(tensor=4, pipeline=8, sequence_parallel=True, pipeline_schedule="zero_bubble", chunks=2),
     },
     batch=Batch(seq_len=8192, micro_seqs=1, global_seqs=1024, ramp=((30_720, 512),)),  # 4.2M, then 8.4M tokens a step
     optimizer=AdamW(lr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0),
@@ -54,6 +54,7 @@ recipe = Recipe(
     evaluation=Evaluation(every_steps=1000, seqs=1024),
     checkpoints=Checkpoints(every_steps=1000, every_minutes=30, keep_last=3, keep_every_steps=10_000),
     deepspeed="zero1_bf16.json",
+    kernels="compile",
 )
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ recipe = Recipe(
     evaluation=Evaluation(every_steps=1000, seqs=1024),
     checkpoints=Checkpoints(every_steps=1000, every_minutes=30, keep_last=3, keep_every_steps=10_000),
     deepspeed="zero1_bf16.json",
+    kernels="compile",
 )
 
 if __name__ == "__main__":

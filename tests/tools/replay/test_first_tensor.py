@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from recipes.common.checkpoint.files import file_checksum
+from recipes.common.model.main_grads import main_grad_of
 from recipes.common.model.sharding import ShardSpec
 from tests.support.small_runs import call
 from tools.common.forked_ranks import run_ranks
@@ -100,8 +101,14 @@ def on_last_tensor_rank(trainer, name):
 
 
 def gradient(trainer, name):
+    """Scale what a product adds to the weight's sum."""
     parameter = dict(trainer.stage.hf_named_parameters()).get(name)
-    return [] if parameter is None else [parameter.register_hook(lambda g: g * 1.1).remove]
+    if parameter is None:
+        return []
+    main_grad = main_grad_of(parameter)
+    add_product = main_grad.add_product
+    main_grad.add_product = lambda left, right, product: add_product(left * 1.1, right, product)
+    return [lambda: vars(main_grad).pop("add_product")]
 
 
 def without_mask(trainer, name):

@@ -34,6 +34,7 @@ _FREE = frozenset({
     "_has_compatible_shallow_copy_type",
 })  # fmt: skip
 _ATTENTION = "transformers/integrations/sdpa_attention.py"
+_SUMS = ("recipes/common/model/main_grads.py", "recipes/common/engine/gradient_path.py")
 _VARLEN = frozenset({"_varlen_attn", "_varlen_attn_backward"})
 _WRITES_ONLY = frozenset({"zero_", "fill_", "_foreach_zero_", "normal_", "uniform_"})
 _PICKS = frozenset({"gather", "index", "index_select", "embedding", "index_put_", "_index_put_impl_", "scatter_add_", "scatter_"})
@@ -101,6 +102,8 @@ def part_of(name: str, count: float, origin: Origin) -> str:
         return ATTENTION
     if count:
         return PRODUCTS
+    if line.startswith(_SUMS):
+        return GRADIENT_SUMS
     if origin.place == LOSS_PLACE:
         return LOSS
     if line.startswith("recipes/common/monitor/"):
