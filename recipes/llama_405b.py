@@ -3,8 +3,11 @@
     sbatch --nodes 1024 launch/slurm.sbatch recipes/llama_405b.py --out-dir /ckpt/llama_405b
     python recipes/llama_405b.py --dry-run --world-size 8192                     # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 1024 GPUs 38 to 52 GiB, MFU 34%, 1,454 days; 4096 GPUs 34 to 49
-GiB, MFU 33%, 374 days; 8192 GPUs 33 to 48 GiB, MFU 32%, 194 days.
+Planned (H100, not measured; memory a GPU over the stages): 1024 GPUs 62 to 67 GiB, MFU 47%, 1,058 days; 4096 GPUs 59 to 63 GiB,
+MFU 46%, 271 days; 8192 GPUs 58 to 63 GiB, MFU 44%, 140 days.
+
+Two context ranks share a sequence, and kernels are compiled: so no layer has to be computed twice. With kernels="none" the
+stages reach 80 GB; recompute="full" and context=1 then fit.
 
 Where the numbers come from: shape from Llama 3.1's published config; peak learning rate 8e-5, 8000 warm-up steps, a cosine
 down to 8e-7 over 1.2M steps, and a batch of 4M, 8M after 252M tokens and 16M after 2.87T, from arXiv 2407.21783, section

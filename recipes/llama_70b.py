@@ -3,8 +3,10 @@
     bash launch/hostfile.sh --hostfile hosts recipes/llama_70b.py --out-dir /ckpt/llama_70b
     python recipes/llama_70b.py --dry-run --world-size 512                       # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 64 GPUs 36 to 66 GiB, MFU 37%, 314 days; 512 GPUs 25 to 55 GiB, MFU
-35%, 41 days; 2048 GPUs 24 to 53 GiB, MFU 30%, 12 days.
+Planned (H100, not measured; memory a GPU over the stages): 64 GPUs 47 to 72 GiB, MFU 48%, 239 days; 512 GPUs 26 to 70 GiB, MFU
+45%, 32 days; 2048 GPUs 62 to 72 GiB, MFU 43%, 8.4 days.
+
+The layouts need compiled kernels, which hold less: with kernels="none" stages exceed 80 GB.
 
 Where the numbers come from: shape, vocabulary and rotary base from Llama 3's published config; peak learning rate 1.5e-4,
 8000 warm-up steps and a cosine down to a hundredth from Llama 3 (arXiv 2407.21783, table 3 and section 3.4.1); batch from

@@ -189,7 +189,7 @@ def test_the_shelf_fits_its_gpus(shelf):
 
 
 def test_a_layout_that_may_not_fit_is_exit_1():
-    called = call("plan", "layouts", LLAMA, "--gpu-type", "A100-40")
+    called = call("plan", "layouts", "recipes/gemma_2b.py", "--gpu-type", "A100-40")
     assert called.code == 1
     assert "8 GPUs cannot run it" in called.out and "stage 0 needs" in called.out
 

@@ -34,9 +34,19 @@ def test_a_large_product_takes_what_its_operations_take():
     assert _seconds(100 * TILE, 100 * TILE, 8192) == pytest.approx(2 * (100 * TILE) ** 2 * 8192 / 1e14)
 
 
-def test_a_flat_product_takes_what_its_bytes_take():
-    moved = 2.0 * (TILE * 16 + 16 * 8 * TILE + TILE * 8 * TILE)
-    assert _seconds(TILE, 8 * TILE, 16, bandwidth=np.array(1e9)) == pytest.approx(moved / 1e9)
+@pytest.mark.parametrize("written", [2.0, 8.0])
+def test_a_flat_product_takes_what_its_bytes_take(written):
+    """Its result of 16 bits, or an fp32 sum that it reads and writes."""
+    moved = 2.0 * (TILE * 16 + 16 * 8 * TILE) + written * TILE * 8 * TILE
+    assert _seconds(TILE, 8 * TILE, 16, bandwidth=np.array(1e9), written=written) == pytest.approx(moved / 1e9)
+
+
+def test_only_the_weights_gradient_is_added_to_a_sum():
+    """Of few tokens, whose products take what their bytes take."""
+    tokens, width, inner = (np.array(float(size)) for size in (16, 8 * TILE, 4 * TILE))
+    options = {"repeated": np.array(0.0), "groups": np.array(1.0), **GPU, "bandwidth": np.array(1e9)}
+    apart, inside = (float(training_seconds(tokens, width, inner, summed=summed, **options)) for summed in (2.0, 8.0))
+    assert inside - apart == pytest.approx(6.0 * 8 * TILE * 4 * TILE / 1e9)
 
 
 def test_training_multiplies_three_times_and_again_what_is_recomputed():
