@@ -55,13 +55,14 @@ class LayerStats:
         self._device = self._stage.loss_sums.device
         self._clear()
         layers = self._stage.causal.get_submodule(self._stage.stack.layers)
-        # on every tensor rank: each has the same values, or its part of the sequence, and means and ratios are right either way
-        for index in self._stage.own_layers:
-            # before the stage's own hook, which takes the output of its last layer away
-            self._handles.append(layers[index].register_forward_hook(self._output_hook(index), prepend=True))
-        for name, (index, place) in find_routers(self._stage.causal, self._stage.stack).items():
-            router = self._stage.causal.get_submodule(name)
-            self._handles.append(router.register_forward_hook(self._routing_hook(index, place)))
+        # tensor ranks have the same values, which one of them counts, or a part of the sequence each
+        if self._stage.grid.tensor_rank == 0 or self._stage.tensor_plan.blocks:
+            for index in self._stage.own_layers:
+                # before the stage's own hook, which takes the output of its last layer away
+                self._handles.append(layers[index].register_forward_hook(self._output_hook(index), prepend=True))
+            for name, (index, place) in find_routers(self._stage.causal, self._stage.stack).items():
+                router = self._stage.causal.get_submodule(name)
+                self._handles.append(router.register_forward_hook(self._routing_hook(index, place)))
         self._wrap_attention()
 
     def end(self) -> None:
@@ -98,11 +99,13 @@ class LayerStats:
             self.error = self.error or error
 
     def _output_hook(self, index: int) -> Callable[..., None]:
+        squares, count = self._squares[index].unbind()
+
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             with self._guarded():
                 hidden = (output[0] if isinstance(output, tuple) else output).detach()
-                self._squares[index, 0] += hidden.float().square().sum()
-                self._squares[index, 1] += hidden.numel()
+                squares.add_(hidden.float().square().sum())
+                count.add_(hidden.numel())
 
         return hook
 
@@ -149,15 +152,19 @@ def largest_logit(query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: fl
     """
     seqs, heads, length, width = query.shape
     places = torch.linspace(0, length - 1, min(QUERIES, length), device=query.device).round().long()
-    grouped = query[:, :, places].float().reshape(seqs, key.shape[1], -1, len(places), width)
-    logits = (grouped @ key.float().unsqueeze(2).transpose(-1, -2)).reshape(seqs, heads, len(places), -1)
-    logits = logits * (width**-0.5 if scaling is None else scaling)
+    # the heads that share a key are rows of one product
+    grouped = query.index_select(2, places).float().reshape(seqs, key.shape[1], -1, width)
+    logits = (grouped @ key.float().transpose(-1, -2)).view(seqs, heads, len(places), -1)
+    logits.mul_(width**-0.5 if scaling is None else scaling)
     if isinstance(mask, Segments):
-        logits = logits.masked_fill(~mask.rows(seqs, places, key.shape[2]), -torch.inf)
+        rows = mask.rows(seqs, places, key.shape[2])
     elif torch.is_tensor(mask) and mask.ndim == 4:
         rows = mask[:, :, places, : key.shape[2]]
-        logits = logits.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else logits + rows
     else:
         here = torch.arange(key.shape[2], device=query.device)
-        logits = logits.masked_fill(here > places.unsqueeze(1) + (key.shape[2] - length), -torch.inf)
+        rows = (here <= places.unsqueeze(1) + (key.shape[2] - length)).view(1, 1, len(places), -1)
+    # of what it treats alike only the largest has to be masked
+    if alike := [dim for dim in (0, 1) if rows.shape[dim] == 1]:
+        logits = logits.amax(alike, keepdim=True)
+    logits = logits.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else logits + rows
     return logits.amax()
