@@ -34,9 +34,10 @@ def trial_of(
     )
 
 
-def train(trial):
+def train(trial, schedules):
+    """Train by 1F1B, then by each schedule, in the same process."""
     allow_fp16()
-    return train_in_layout(trial)
+    return [train_in_layout(replace(trial, layout=replace(trial.layout, **schedule))) for schedule in ({}, *schedules)]
 
 
 def weights_of(ranks):
@@ -46,10 +47,9 @@ def weights_of(ranks):
 
 def assert_same_bits(trial, *schedules):
     """Losses, norms, skipped steps and every weight after training are 1F1B's, whichever rank holds them."""
-    plain = run_ranks(train, trial.world_size, trial)
+    plain, *others = zip(*run_ranks(train, trial.world_size, trial, schedules), strict=True)
     wanted = weights_of(plain)
-    for schedule in schedules:
-        other = run_ranks(train, trial.world_size, replace(trial, layout=replace(trial.layout, **schedule)))
+    for schedule, other in zip(schedules, others, strict=True):
         found = weights_of(other)
         assert found.keys() == wanted.keys()
         assert [key for key, shard in wanted.items() if not shard.equal(found[key])] == []
@@ -135,11 +135,15 @@ def evaluate(trial):
     return before, trainer.evaluate([(batch[0], rows)], trial.micro_seqs * trial.seq_len)
 
 
+def evaluate_each(trials):
+    return [evaluate(trial) for trial in trials]
+
+
 @pytest.mark.parametrize(("pipeline", "schedules"), [(2, (FILLED, FILLED_TWICE)), (3, (FOLDED, TWICE))])
 def test_evaluation_before_and_after_a_step_is_1f1bs(pipeline, schedules):
     trial = trial_of(pipeline)
     layouts = [trial.layout, *(replace(trial.layout, **schedule) for schedule in schedules)]
-    found = [run_ranks(evaluate, pipeline, replace(trial, layout=layout)) for layout in layouts]
+    found = [*zip(*run_ranks(evaluate_each, pipeline, [replace(trial, layout=layout) for layout in layouts]), strict=True)]
     assert found[0] == found[1] == found[2]
     assert len(set(found[0])) == 1 and found[0][0][0] != found[0][0][1]
 
