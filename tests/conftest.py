@@ -47,10 +47,12 @@ def pytest_collection_finish(session):
         return
     if "tools.common.forked_ranks" in sys.modules:  # some test forks ranks
         from recipes.common.record import recording
+        from recipes.common.run_dir import run_log
         from tests.support import forked_jobs  # noqa: F401
 
         facts = recording.package_facts()  # of this environment, which every run would read again
         recording.package_facts = lambda: facts
+        run_log.start_wandb = lambda *_: None  # WANDB_MODE has it disabled; asking it costs every run as much as a step
 
     gc.collect()
     gc.freeze()

@@ -9,6 +9,7 @@ from recipes.common.recipe import ROOT
 from tests.support.slurm_cluster import missing, slurm_cluster
 from tests.support.small_runs import assert_same_state
 from tests.support.supervised import STEPS, ends, environment, hold, losses, output, wait_at, wait_for_step, wait_until
+from tests.support.warm_python import warm_python
 
 WHY_NOT = missing()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
@@ -20,7 +21,7 @@ def cluster():
         yield there
 
 
-# starts one rank a node as DeepSpeed's launcher does, which test_kubernetes.py starts, without the seconds of its imports
+# starts one rank a node as DeepSpeed's launcher does, which test_kubernetes.py starts, without the seconds of imports
 PYTHON = f"""#!/bin/bash
 [[ "$3" == deepspeed.launcher.launch ]] || exec {sys.executable} "$@"
 shift 3
@@ -34,18 +35,24 @@ while [[ "$1" == --* ]]; do
     esac
     shift
 done
-exec {sys.executable} -u "$@"
+exec $WARM_PYTHON "$@"
 """
 
 
-def test_a_job_goes_on_when_it_is_queued_again(cluster, straight, tmp_path):
+@pytest.fixture(scope="module")
+def warm():
+    with warm_python() as words:
+        yield words
+
+
+def test_a_job_goes_on_when_it_is_queued_again(cluster, straight, warm, tmp_path):
     recipe, uninterrupted = straight
     run_dir = tmp_path / "run"
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin" / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)
-    variables = environment() | {"VIRTUAL_ENV": sys.prefix}
+    variables = environment() | {"VIRTUAL_ENV": sys.prefix, "WARM_PYTHON": warm}
     variables["PATH"] = f"{python.parent}:{variables['PATH']}"
     words = [ROOT / "launch/slurm.sbatch", "--processes", 1, "--no-preflight", recipe, "--out-dir", run_dir]
     hold(run_dir, 6)
