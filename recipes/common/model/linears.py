@@ -1,10 +1,10 @@
 """Routes the matrix products of plain linears: to the faster library, and weight gradients to a store that computes them later.
 
-On CPUs fp32 products go through oneDNN, the library that torch itself uses for bf16: torch's own fp32 linear calls MKL, which on
-an AMD EPYC was 2.2 times slower (112 against 250 GFLOP/s a core; `tests.bench.step` shows steps with both). On Intel's own CPUs
-MKL is the faster one (a Xeon with AVX-512: 160 against 148 forward, 155 against 125 for weights). There, on GPUs, and in
-every other precision, a product is torch's own; of linears that are marked for it, in fp8. A deferred weight gradient is the same
-product, accumulated in autograd's order, so that it is equal to the last bit.
+On CPUs with AVX-512 that are not Intel's, fp32 products go through oneDNN, the library that torch itself uses for bf16: torch's
+own fp32 linear calls MKL, which on such an AMD EPYC was 2.2 times slower (112 against 250 GFLOP/s a core; `tests.bench.step`
+shows steps with both). Elsewhere MKL is at least as fast (a Xeon with AVX-512: 160 against 148 forward, 155 against 125 for
+weights). There, on GPUs, and in every other precision, a product is torch's own; of linears that are marked for it, in fp8. A
+deferred weight gradient is the same product, accumulated in autograd's order, so that it is equal to the last bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from recipes.common.model.input_gradients import InputGradient, entrance
 from recipes.common.model.main_grads import Product, main_grad_of
 from recipes.common.model.shared_inputs import Reads
 from recipes.common.model.weight_grad_store import Factor, WeightGradStore, transposed
-from recipes.common.runtime.processor import is_intel
+from recipes.common.runtime.processor import onednn_is_faster
 
 Linear = nn.Linear | Conv1D
 Store = WeightGradStore | GradientSums
@@ -124,7 +124,7 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def _by_onednn(x: torch.Tensor) -> bool:
     here = x.device.type == "cpu" and x.dtype == torch.float32
-    return here and torch.backends.mkldnn.is_available() and not is_intel()
+    return here and torch.backends.mkldnn.is_available() and onednn_is_faster()
 
 
 def _matrix(module: Linear) -> torch.Tensor:

@@ -44,7 +44,7 @@ def recorded(events):
         return call
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(linears, "is_intel", lambda: False))  # there torch computes them
+        stack.enter_context(mock.patch.object(linears, "onednn_is_faster", lambda: True))  # there torch computes them
         stack.enter_context(mock.patch.object(linears, "_ONEDNN", replace(linears._ONEDNN, of_input=product, of_weight=product)))
         stack.enter_context(mock.patch.object(UnderWay, "result", result))
         for name in (SUM, GATHER, SCATTER):

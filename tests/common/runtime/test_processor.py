@@ -1,8 +1,10 @@
-"""Whose processor it is, as Linux tells it."""
+"""Whose processor it is, as Linux tells it, and which library its products are left to."""
 
 import pytest
+import torch
 
-from recipes.common.runtime.processor import is_intel
+from recipes.common.runtime import processor
+from recipes.common.runtime.processor import is_intel, onednn_is_faster
 
 
 @pytest.mark.parametrize(
@@ -20,3 +22,12 @@ def test_the_vendor_decides(tmp_path, text, intel):
 
 def test_a_machine_that_does_not_say_is_not(tmp_path):
     assert is_intel(tmp_path / "missing") is False
+
+
+@pytest.mark.parametrize(
+    ("capability", "intel", "faster"), [("AVX512", False, True), ("AVX512", True, False), ("AVX2", False, False)]
+)
+def test_onednn_is_chosen_where_mkl_leaves_avx_512_unused(monkeypatch, capability, intel, faster):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(processor, "is_intel", lambda: intel)
+    assert onednn_is_faster.__wrapped__() is faster
