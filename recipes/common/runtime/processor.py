@@ -20,7 +20,8 @@ def is_intel(told: Path = Path("/proc/cpuinfo")) -> bool:
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Return whether oneDNN computes fp32 products faster than MKL: with AVX-512 on processors that are not Intel's, where MKL does
-    not use it. With AVX2 both run alike (78 GFLOP/s a core of an AMD EPYC), and MKL reads transposed factors faster.
+    """Return whether oneDNN computes fp32 products faster than MKL, which leaves AVX-512 unused where it is not Intel's.
+
+    With AVX2 both run alike (78 GFLOP/s a core of an AMD EPYC), and MKL reads transposed factors faster.
     """
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and not is_intel()
