@@ -60,6 +60,15 @@ def pytest_collection_finish(session):
 
 
 @pytest.fixture(scope="session")
+def warm():
+    """A stand-in for `python` whose programs have everything imported."""
+    from tests.support.warm_python import warm_python  # imports what a rank does
+
+    with warm_python() as stand_in:
+        yield stand_in
+
+
+@pytest.fixture(scope="session")
 def straight(tmp_path_factory):
     """(recipe file, run directory): under the supervisor on 2 ranks, interrupted by nobody. Broken runs are compared to it."""
     from tests.support import supervised  # imports what a rank does

@@ -156,7 +156,7 @@ if [ "$1" = create ]; then cat > {tmp_path}/secret; echo made from it; else cat 
     assert "create secret generic quickstart-secret --from-file=secret=/dev/stdin" in (tmp_path / "words").read_text()
 
 
-def test_two_pods_train_as_one_machine_does(straight, tmp_path):
+def test_two_pods_train_as_one_machine_does(straight, warm, tmp_path):
     """The pods are processes here, each with a pod's variables, in the JobSet's second start."""
     recipe, uninterrupted = straight
     variables = environment() | {
@@ -166,6 +166,7 @@ def test_two_pods_train_as_one_machine_does(straight, tmp_path):
         "TRIFOLD_SECRET": "k" * 64,
         "VIRTUAL_ENV": sys.prefix,
     }
+    variables["PATH"] = f"{warm.parent}{os.pathsep}{variables['PATH']}"
     shutil.copytree(uninterrupted, tmp_path / "run", symlinks=True)  # the first start's last save is lost
     shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}")
     ports = {"MASTER_PORT": str(free_port()), "REPORT_PORT": str(free_port()), "POD_RESTART": "1"}

@@ -9,7 +9,6 @@ from recipes.common.recipe import ROOT
 from tests.support.slurm_cluster import missing, slurm_cluster
 from tests.support.small_runs import assert_same_state
 from tests.support.supervised import STEPS, ends, environment, hold, losses, output, wait_at, wait_for_step, wait_until
-from tests.support.warm_python import warm_python
 
 WHY_NOT = missing()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
@@ -35,14 +34,8 @@ while [[ "$1" == --* ]]; do
     esac
     shift
 done
-exec $WARM_PYTHON "$@"
+exec "$WARM_PYTHON" -u "$@"
 """
-
-
-@pytest.fixture(scope="module")
-def warm():
-    with warm_python() as words:
-        yield words
 
 
 def test_a_job_goes_on_when_it_is_queued_again(cluster, straight, warm, tmp_path):
@@ -52,7 +45,7 @@ def test_a_job_goes_on_when_it_is_queued_again(cluster, straight, warm, tmp_path
     python = tmp_path / "bin" / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)
-    variables = environment() | {"VIRTUAL_ENV": sys.prefix, "WARM_PYTHON": warm}
+    variables = environment() | {"VIRTUAL_ENV": sys.prefix, "WARM_PYTHON": str(warm)}
     variables["PATH"] = f"{python.parent}:{variables['PATH']}"
     words = [ROOT / "launch/slurm.sbatch", "--processes", 1, "--no-preflight", recipe, "--out-dir", run_dir]
     hold(run_dir, 6)

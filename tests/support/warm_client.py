@@ -1,4 +1,4 @@
-"""Takes the place of `python`: python -I -S warm_client.py SOCKET PROGRAM [FLAGS].
+"""Takes the place of `python`: python -I -S warm_client.py SOCKET PROGRAM [FLAGS], or -m MODULE.
 
 A fork of a process that has imported everything (warm_python.py) runs the program, with this one's environment, folder and files.
 Signals are passed on; the program's exit code is this one's, and it dies if this one does.

@@ -1,7 +1,7 @@
-"""Runs Python programs for processes that some other program starts: warm_client.py stands there for `python`.
+"""Runs Python programs for processes that others start: a stand-in for `python`, whose programs are forks of this process.
 
-A launcher that is no child of a test (Slurm's, for one) then starts ranks that are forks of this process, which has imported
-everything. They have the client's environment, folder and files, and live no longer than it does.
+Real launchers (Slurm's, DeepSpeed's) then start ranks, and DeepSpeed's own programs, without the seconds of their imports. A fork
+has the environment, folder and files of the process that asked for it (warm_client.py), and lives no longer than that does.
 """
 
 from __future__ import annotations
@@ -12,45 +12,59 @@ import json
 import os
 import runpy
 import select
-import shlex
 import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import transformers
 
 from recipes.common.recipe import ROOT
 from tests.support.forked_jobs import close_inherited, run_to_exit
 
+# unbuffered, as launchers start ranks and each other; anything else is short, or tests how it starts
+STAND_IN = """#!/bin/bash
+[[ "$1" == -u ]] || exec {python} "$@"
+exec {python} -I -S {client} {socket} "${{@:2}}"
+"""
+
 
 @contextlib.contextmanager
-def warm_python() -> Iterator[str]:
-    """Serve, and yield the words that take the place of `python`, for a shell."""
+def warm_python() -> Iterator[Path]:
+    """Serve, and yield the path of the stand-in."""
     with tempfile.TemporaryDirectory(prefix="trifold-python-") as folder, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"{folder}/socket")
+        stand_in, path = Path(folder) / "python", f"{folder}/socket"
+        client = ROOT / "tests" / "support" / "warm_client.py"
+        stand_in.write_text(STAND_IN.format(python=sys.executable, client=client, socket=path))
+        stand_in.chmod(0o755)
+        listener.bind(path)
         listener.listen()
-        server = os.fork()
+        parent, server = os.getpid(), os.fork()
         if server == 0:
-            run_to_exit(lambda: _serve(listener))
+            sys.executable = str(stand_in)  # of what the forks start
+            run_to_exit(lambda: _serve(listener, parent))
         try:
-            yield shlex.join([sys.executable, "-I", "-S", str(ROOT / "tests/support/warm_client.py"), f"{folder}/socket"])
+            yield stand_in
         finally:
             os.kill(server, signal.SIGKILL)
             os.waitpid(server, 0)
 
 
-def _serve(listener: socket.socket) -> int:
-    """Fork a keeper for each client: of the program, which it forks in turn."""
+def _serve(listener: socket.socket, parent: int) -> int:
+    """Fork a keeper for each client: of the program, which it forks in turn. Ends when `parent` does."""
     gc.freeze()  # as in tools/common/forked_ranks.py
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers
-    while True:
-        client, _ = listener.accept()
-        if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            run_to_exit(lambda client=client: _keep(client))
-        client.close()
+    listener.settimeout(1.0)
+    while os.getppid() == parent:
+        with contextlib.suppress(TimeoutError):
+            client, _ = listener.accept()
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                run_to_exit(lambda client=client: _keep(client))
+            client.close()
+    return 0
 
 
 def _keep(client: socket.socket) -> int:
@@ -91,6 +105,13 @@ def _run(words: list[str], environment: dict[str, str], folder: str, files: list
     os.environ.update(environment)
     os.chdir(folder)
     transformers.logging.set_verbosity_error()
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        package = words[1].partition(".")[0]
+        if (Path(folder) / package).is_dir():  # Python would look here first: for a repository's copy, say
+            sys.modules[package].__path__ = [str(Path(folder) / package)]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recipes.common.runtime.exits import FAILED, NUMBERS, UNSAVED, TrainingError, UnsavedError, guard_rank
-from tests.support.launched import copy_repository, deepspeed, losses, start, train_as_started
+from tests.support.launched import PROGRAMS, copy_repository, deepspeed, losses, start, train_as_started
 from tests.support.tiny import ROOT
 from tools.common.forked_ranks import run_ranks
 
@@ -29,12 +29,13 @@ Prefetcher.next = _fail
 """
 
 
-def test_a_rank_that_raises_takes_the_job_down(tmp_path):
+def test_a_rank_that_raises_takes_the_job_down(warm, tmp_path):
     """Started as a module. Until the fault it trains what forked ranks do without a launcher."""
     recipe_file = copy_repository(tmp_path, extra=FAULT)
     run_ranks(train_as_started, 2, recipe_file, ["--out-dir", tmp_path / "forked", "--max-steps", 2])
     words = ["--module", "recipes.quickstart", "--out-dir", tmp_path / "run"]
-    process = start(deepspeed(2, *words), tmp_path / "repository")
+    launcher, *flags = deepspeed(2, *words)
+    process = start([warm, "-u", PROGRAMS / launcher, *flags], tmp_path / "repository")
     output, _ = process.communicate(timeout=120)
     ended = time.time()
     assert process.returncode != 0
