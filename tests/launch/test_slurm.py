@@ -20,33 +20,11 @@ def cluster():
         yield there
 
 
-# starts one rank a node as DeepSpeed's launcher does, which test_kubernetes.py starts, without the seconds of imports
-PYTHON = f"""#!/bin/bash
-[[ "$3" == deepspeed.launcher.launch ]] || exec {sys.executable} "$@"
-shift 3
-while [[ "$1" == --* ]]; do
-    value="${{1#*=}}"
-    case "$1" in
-        --world_info=*) export WORLD_SIZE="$(tr -- -_ +/ <<< "$value" | base64 -d | tr -cd '[' | wc -c)" ;;
-        --node_rank=*) export RANK="$value" LOCAL_RANK=0 LOCAL_SIZE=1 ;;
-        --master_addr=*) export MASTER_ADDR="$value" ;;
-        --master_port=*) export MASTER_PORT="$value" ;;
-    esac
-    shift
-done
-exec "$WARM_PYTHON" -u "$@"
-"""
-
-
 def test_a_job_goes_on_when_it_is_queued_again(cluster, straight, warm, tmp_path):
     recipe, uninterrupted = straight
     run_dir = tmp_path / "run"
-    (tmp_path / "bin").mkdir()
-    python = tmp_path / "bin" / "python"
-    python.write_text(PYTHON)
-    python.chmod(0o755)
-    variables = environment() | {"VIRTUAL_ENV": sys.prefix, "WARM_PYTHON": str(warm)}
-    variables["PATH"] = f"{python.parent}:{variables['PATH']}"
+    variables = environment() | {"VIRTUAL_ENV": sys.prefix}
+    variables["PATH"] = f"{warm.parent}:{variables['PATH']}"
     words = [ROOT / "launch/slurm.sbatch", "--processes", 1, "--no-preflight", recipe, "--out-dir", run_dir]
     hold(run_dir, 6)
     job = cluster.call("sbatch", "--parsable", "--nodes=2", f"--output={run_dir.with_suffix('.out')}", *words, env=variables)
