@@ -51,7 +51,24 @@ def fusion_lines(recipe: Recipe, layers: nn.ModuleList) -> list[str]:
     """Return a line on what is compiled, by layers on the meta device: none without `kernels`."""
     if recipe.kernels != "compile":
         return []
-    by_layer = [fuse_layer(copy.deepcopy(layer)) for layer in layers]
+    known: dict[str, frozenset[str]] = {}
+    by_layer = []
+    for layer in layers:  # a hundred, of a kind or two
+        alike = _likeness(layer)
+        if alike not in known:
+            known[alike] = fuse_layer(copy.deepcopy(layer))
+        by_layer.append(known[alike])
     counts = {kind: sum(kind in kinds for kinds in by_layer) for kind in (NORMS, ROTATION, ACTIVATIONS)}
     parts = [f"{kind} in {count} of {len(layers)} layers" for kind, count in counts.items()]
     return [f"compiled by torch {torch.__version__}: {', '.join(parts)}; the loss"]
+
+
+def _likeness(layer: nn.Module) -> str:
+    """Return what is equal for layers that fuse alike: classes, plain attributes and shapes, but not a layer's number."""
+    plain = bool | int | float | str | tuple
+    told = []
+    for name, module in layer.named_modules():
+        attributes = {field: value for field, value in vars(module).items() if isinstance(value, plain) and field != "layer_idx"}
+        shapes = [(field, tuple(parameter.shape)) for field, parameter in module.named_parameters(recurse=False)]
+        told.append((name, type(module), attributes, shapes))
+    return repr(told)

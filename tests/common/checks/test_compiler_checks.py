@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from recipes.common.checks import compiler_checks
 from recipes.common.checks.compiler_checks import compiler_problems, fusion_lines, fusion_problems
 from recipes.common.model.decoder import find_stack
 from recipes.common.model.initial_weights import build_empty
@@ -38,3 +39,12 @@ def test_the_dry_run_says_what_is_fused(recipe):
     assert line.endswith(": norms in 12 of 12 layers, rotation in 0 of 12 layers, activations in 12 of 12 layers; the loss")
     assert not any("forward" in vars(module) for module in layers.modules())
     assert fusion_lines(replace(recipe, kernels="none"), layers) == []
+
+
+def test_layers_of_one_kind_are_fused_once(recipe, monkeypatch):
+    """An attribute that a forward may ask makes another kind; the number of a layer does not."""
+    layers = build_empty(recipe.model, recipe.attention).transformer.h
+    layers[3].mlp.is_gated, seen = True, []
+    monkeypatch.setattr(compiler_checks, "fuse_layer", lambda layer: seen.append(layer) or frozenset())
+    fusion_lines(recipe, layers)
+    assert [layer.attn.layer_idx for layer in seen] == [0, 3]
