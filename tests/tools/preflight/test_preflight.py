@@ -208,12 +208,13 @@ def _look_without(absent, recipe, folder):
 
 
 def test_a_rank_that_hangs_in_a_collective_does_not_hang_the_rest(recipe, tmp_path):
+    """One that never ends: `run_ranks` would give up, and raise."""
+
     def hang():
         communication._all_reduce = lambda *_: threading.Event().wait()
 
-    started = time.monotonic()
     code, found = look({3: hang}, recipe, "--out-dir", tmp_path, "--hosts", HOSTS, "--step-seconds", "5")
-    assert code == 1 and time.monotonic() - started < 60
+    assert code == 1
     stuck = [one for one in found["problems"] if one["check"] == "communication"]
     hanging = next(one for one in stuck if 3 in one["ranks"])
     assert hanging["ranks"] == [2, 3] and "did not end within 5 s, the last begun: tensor all_reduce" in hanging["message"]
