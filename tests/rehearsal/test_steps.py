@@ -19,7 +19,8 @@ def test_a_step(variant, rehearsed):
     problems = [f"{problem}: {times}" for problem, times in summary.broken.items()]
     problems += [f"a number of elements depends on data: {line}" for line in summary.unanswered]
     problems += wait_problems(summary, variant.exchanges) + memory_problems(summary, prediction)
-    problems += work_problems(summary, prediction, compiled=variant.kernels == "compile", by_parts=bool(layout.mlp_chunk_tokens))
+    parts = {"by_parts": bool(layout.mlp_chunk_tokens), "sums_inside": variant.deepspeed.startswith("zero1")}
+    problems += work_problems(summary, prediction, compiled=variant.kernels == "compile", **parts)
     problems += budget_problems(summary, variant.budget, tokens=tokens, logits=tokens * recipe.model.vocab_size / layout.tensor)
     experts, activation = hasattr(recipe.model, "num_experts_per_tok"), 2 * tokens * recipe.model.hidden_size
     problems += overlap_problems(summary, layout, experts=experts, activation=activation) if layout.tensor > 1 else []

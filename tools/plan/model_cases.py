@@ -285,7 +285,7 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
         "layers_slowest": max(loads[:head] + loads[head + 1 :], default=0.0),
         "layers_last": loads[head],
         "params": params,
-        "sum_bytes": max(_summed_apart(facts, layout)),
+        "sum_bytes": max(summed_apart(facts, layout)),
         "updated": undivided / candidate.data if zero_stage(facts.ds_config) else params,
         "bubble_share": bubble_share(placement_of(layout), micro_batches, passes),
         "messages": exposed_messages(placement_of(layout), micro_batches),
@@ -299,7 +299,7 @@ def sums_inside_products(recipe: Recipe, ds_config: dict[str, Any]) -> bool:
     return zero_stage(ds_config) == 1 and not offloaded and recipe.precision != FP8
 
 
-def _summed_apart(facts: ModelFacts, layout: Layout) -> list[float]:
+def summed_apart(facts: ModelFacts, layout: Layout) -> list[float]:
     """Return the bytes that each stage moves to add up a micro batch's gradients, but those that products add."""
     params, head = stage_params(facts, layout), head_stage(layout)
     if not sums_inside_products(facts.recipe, facts.ds_config):
@@ -308,7 +308,8 @@ def _summed_apart(facts: ModelFacts, layout: Layout) -> list[float]:
     sums = [
         _SUMMED_APART * max(count - inside * len(own), 0.0) for count, own in zip(params, facts.own_layers(layout), strict=True)
     ]
-    sums[head] += (_HEAD_SUMMED - _SUMMED_APART) * facts.rank_params(layout)["head"]
+    tied = facts.stack.tied and head == 0  # its parameters are the embedding's, which has a gradient of its own
+    sums[head] += (_HEAD_SUMMED - (0.0 if tied else _SUMMED_APART)) * facts.rank_params(layout)["head"]
     return sums
 
 

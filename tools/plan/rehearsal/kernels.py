@@ -34,7 +34,7 @@ _FREE = frozenset({
     "_has_compatible_shallow_copy_type",
 })  # fmt: skip
 _ATTENTION = "transformers/integrations/sdpa_attention.py"
-_SUMS = ("recipes/common/model/main_grads.py", "recipes/common/engine/gradient_path.py")
+_SUMS, _GRADIENT_PATH = "recipes/common/model/main_grads.py", "recipes/common/engine/gradient_path.py"
 _VARLEN = frozenset({"_varlen_attn", "_varlen_attn_backward"})
 _WRITES_ONLY = frozenset({"zero_", "fill_", "_foreach_zero_", "normal_", "uniform_"})
 _PICKS = frozenset({"gather", "index", "index_select", "embedding", "index_put_", "_index_put_impl_", "scatter_add_", "scatter_"})
@@ -108,7 +108,7 @@ def part_of(name: str, count: float, origin: Origin) -> str:
         return LOSS
     if line.startswith("recipes/common/monitor/"):
         return MONITOR
-    if line.startswith("deepspeed/runtime/") and not line.startswith("deepspeed/runtime/pipe/"):
+    if line.startswith(("deepspeed/runtime/", _GRADIENT_PATH)) and not line.startswith("deepspeed/runtime/pipe/"):
         return GRADIENT_SUMS if origin.backward else OPTIMIZER
     if line.startswith(("recipes/common/engine/gradient_norm.py", "recipes/common/engine/optimizers.py")):
         return OPTIMIZER

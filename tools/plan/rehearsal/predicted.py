@@ -16,6 +16,7 @@ from tools.plan.model_cases import (
     head_stage,
     read_model,
     sequence_ranks,
+    summed_apart,
     sums_inside_products,
     time_cases,
 )
@@ -44,6 +45,7 @@ class Prediction:
     moment: Moment  # when it holds most
     products: float  # FLOPs of a step
     elementwise: float  # bytes that the layers' elementwise work moves in a step
+    summed: float  # bytes that adding up gradients moves in a step, outside products
     reduced: float  # bytes that the data ranks exchange in a step, a parameter's once for each way
 
     @property
@@ -87,6 +89,7 @@ def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_b
         moment=max(_moments(facts, candidate, stage, reducing), key=lambda moment: moment.total),
         products=(matrices + head) * tokens * micro_batches,
         elementwise=float(row.traffic[0]) * tokens * micro_batches * len(own),
+        summed=summed_apart(facts, layout)[stage] * micro_batches,
         reduced=params * float(row.reduce_bytes[0]) if data > 1 else 0.0,
     )
 

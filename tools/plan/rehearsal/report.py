@@ -6,7 +6,7 @@ from typing import Any
 
 from tools.common.console import table
 from tools.common.devices import GIB, Device
-from tools.plan.rehearsal.kernels import LAYERS, PARTS, PRODUCTS
+from tools.plan.rehearsal.kernels import GRADIENT_SUMS, LAYERS, PARTS, PRODUCTS
 from tools.plan.rehearsal.memory_log import ACTIVATIONS, STATES
 from tools.plan.rehearsal.memory_log import LOSS as LOSS_MEMORY
 from tools.plan.rehearsal.predicted import Prediction
@@ -23,6 +23,7 @@ def compared(summary: StepSummary, prediction: Prediction) -> dict[str, tuple[fl
     count = summary.micro_batches
     elementwise = sum(summary.work[part].of(count)[1] for part in (LAYERS,) if part in summary.work)
     products = summary.work[PRODUCTS].of(count)[2] if PRODUCTS in summary.work else 0.0
+    summed = summary.work[GRADIENT_SUMS].of(count)[1] if GRADIENT_SUMS in summary.work else 0.0
     reduced = sum(growth.of(count)[1] for (group, _, _), growth in summary.traffic.items() if group == "data")
     return {
         "peak": (summary.peak, prediction.peak),
@@ -31,6 +32,7 @@ def compared(summary: StepSummary, prediction: Prediction) -> dict[str, tuple[fl
         "loss": (summary.held_for(LOSS_MEMORY), prediction.loss),
         "products": (products, prediction.products),
         "elementwise": (elementwise, prediction.elementwise),
+        "summed": (summed, prediction.summed),
         "reduced": (reduced, prediction.reduced),
     }
 
@@ -42,6 +44,7 @@ _MEANINGS = {
     "loss": ("  logits and their gradients", GIB, "GiB"),
     "products": ("matrix products", TERA, "TFLOP"),
     "elementwise": ("elementwise work of the layers", GB, "GB moved"),
+    "summed": ("sums of gradients, outside products", GB, "GB moved"),
     "reduced": ("exchanged by data ranks", GB, "GB"),
 }
 
