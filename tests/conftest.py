@@ -25,11 +25,12 @@ os.environ.update(
 
 import pytest  # noqa: E402
 
-# files of few long tests, begun first: one that comes last keeps one worker busy while the other has nothing left
+# the longest files, begun first: one that comes last keeps one worker busy while the others have nothing left
 LONG = (
+    "common/pipeline/test_executor.py",
     "tools/supervise/test_supervise.py",
-    "launch/test_hostfile.py",
-    "launch/test_slurm.py",
+    "bench/test_benches.py",
+    "rehearsal/test_steps.py",
     "common/checkpoint/test_resume.py",
 )
 

@@ -39,7 +39,7 @@ def listening(pid: int) -> set[str]:
     return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in files}
 
 
-def test_two_hosts_train_as_one_and_go_on_after_a_cut_cable(hosts, straight, tmp_path):
+def test_two_hosts_train_as_one_and_go_on_after_a_cut_cable(hosts, straight, warm, tmp_path):
     recipe, one = straight
     run_dir = tmp_path / "two"
     hold(run_dir, 6)
@@ -48,6 +48,9 @@ def test_two_hosts_train_as_one_and_go_on_after_a_cut_cable(hosts, straight, tmp
     command = hosts.command(0, "bash", ROOT / "launch/hostfile.sh", *options, recipe, "--out-dir", run_dir)
     variables = environment() | hosts.environment() | {"VIRTUAL_ENV": sys.prefix}
     variables["PATH"] = os.pathsep.join([str(hosts.folder / "bin"), environment()["PATH"]])
+    launcher = hosts.folder / "bin" / "deepspeed"  # which starts DeepSpeed's programs on the hosts, and they the ranks, as it is
+    launcher.write_text(f'#!/bin/sh\nexec {warm} -u {Path(sys.executable).parent / "deepspeed"} "$@"\n')
+    launcher.chmod(0o755)
     del variables["PYTHONPATH"]
     with run_dir.with_suffix(".out").open("w") as file:
         job = subprocess.Popen(command, cwd=recipe.parents[1], env=variables, stdout=file, stderr=file)
@@ -59,10 +62,13 @@ def test_two_hosts_train_as_one_and_go_on_after_a_cut_cable(hosts, straight, tmp
     shown = " ".join(word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or [])
     assert secret.read_text().strip() not in shown + output(run_dir)
     assert listening(job.pid) == {"01004D0A"}  # 10.77.0.1, no other interface
-    everyone = processes_of(run_dir)
+    ranks = [psutil.Process(beat.pid) for beat in beats]
+    guards = [child for rank in ranks for child in rank.children()]
+    assert [any(word.endswith("rank_guard.py") for word in guard.cmdline()) for guard in guards] == [True, True]
+    everyone = [*processes_of(run_dir), *ranks, *guards]
     hosts.set_link(1, "down")
     hold(run_dir)
-    assert_all_end([process for process in everyone if "--local_rank" in " ".join(process.cmdline())])
+    assert_all_end(ranks)
     hosts.set_link(1, "up")
     assert job.wait(300) == 0, output(run_dir)
     assert_all_end(everyone, 1)

@@ -7,6 +7,7 @@ has the environment, folder and files of the process that asked for it (warm_cli
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -76,15 +77,18 @@ def _keep(client: socket.socket) -> int:
             wish += stream.read(int.from_bytes(length, "big") - len(wish))
     program = os.fork()
     if program == 0:
-        run_to_exit(lambda: _run(*json.loads(wish), files))
+        run_to_exit(lambda: _run(*json.loads(wish), files, client))
     for file in files:
         os.close(file)
     ended = os.pidfd_open(program)
     while not (ready := select.select([client, ended], [], [])[0]) or ended not in ready:
         numbers = client.recv(16)
-        for number in numbers or [signal.SIGKILL]:
+        for number in numbers:
             os.kill(program, number)
-        if not numbers:
+        if not numbers:  # whoever ended the client ended its group
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program, signal.SIGKILL)
+            os.kill(program, signal.SIGKILL)
             break
     code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
     with contextlib.suppress(OSError):
@@ -92,8 +96,9 @@ def _keep(client: socket.socket) -> int:
     return 0
 
 
-def _run(words: list[str], environment: dict[str, str], folder: str, files: list[int]) -> int:
+def _run(words: list[str], environment: dict[str, str], folder: str, files: list[int], client: socket.socket) -> int:
     os.setsid()
+    _join_namespaces(client)
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
@@ -115,3 +120,13 @@ def _run(words: list[str], environment: dict[str, str], folder: str, files: list
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")
     return 0
+
+
+def _join_namespaces(client: socket.socket) -> None:
+    """Enter those of the client that are not this process's: tests/support/two_hosts.py makes some."""
+    pid = int.from_bytes(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), sys.byteorder)
+    for kind in ("net", "uts", "mnt"):
+        theirs = Path(f"/proc/{pid}/ns/{kind}")
+        if not theirs.samefile(f"/proc/self/ns/{kind}"):
+            with theirs.open("rb") as file:
+                assert ctypes.CDLL(None).setns(file.fileno(), 0) == 0, theirs
