@@ -9,7 +9,7 @@ source launch/venv.sh
 # shellcheck source=launch/env.sh
 source launch/env.sh
 
-# A hundred Pythons start, and four collect the tests: each would compile every module again.
+# Three processes collect the tests and dozens of programs start: each would compile every module again.
 unset PYTHONDONTWRITEBYTECODE
 
 failed=()
