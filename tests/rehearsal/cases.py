@@ -87,7 +87,7 @@ STEPS = (
     Variant(recipe="mixtral_8x7b", layers=2, gpus=64, layout="tensor=2,pipeline=2", rank=0, budget=Budget(143, 2590)),
     Variant(recipe="mixtral_8x7b", layers=2, gpus=64, layout="expert=2", rank=0, exchanges=2, budget=Budget(168, 3910, 34)),
     Variant(recipe="llama_8b_128k", layers=2, gpus=64, layout=f"tensor=2,context=2,{SP},recompute=full", rank=2, seq_len=16_384,
-            documents=True, attention="varlen", budget=Budget(144, 1421, 30)),
+            documents=True, attention="varlen", kernels="compile", budget=Budget(48, 473, 10)),
     Variant(recipe="llama_1b", layers=2, gpus=64, layout="pipeline=2", rank=1, deepspeed="zero1_fp16.json", extras=("skip",),
             steps=(1, 2, 3), budget=Budget(86, 980)),
     Variant(recipe="gemma_2b", layers=2, gpus=64, layout="mlp_chunk_tokens=2048", rank=0, budget=Budget(128, 1660, 28)),

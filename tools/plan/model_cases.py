@@ -35,6 +35,7 @@ from tools.plan.time_model import Cases
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SUMMED_APART = 10.0  # bytes a parameter and micro batch: a 16-bit gradient is read, the fp32 sum read and written
 _HEAD_SUMMED = 12.0  # the head's in fp32, scaled as it is added
+_ROW_SUMMED = 18.0  # bytes an element of a token's row in the embedding: to fp32, and picked, added and put
 _SUMMED_INSIDE = 8.0  # a product reads and writes the sum, in the place of the 2 bytes of its result
 _LOGIT_BYTES = {"none": 30.0, "compile": 10.0}  # a logit, in the loss, as a rehearsal counts them
 _FP32_REDUCE = 4.0  # bytes a parameter: gradients are reduced in fp32, weights gathered in their own precision
@@ -263,6 +264,8 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
     moved += backward.moved.on_rank(layout.tensor, sequence_ranks(layout))
     tokens, casts = candidate.own_seqs * batch.seq_len, facts.fp8_cost(layout.tensor)
     loads, head, cost = facts.stage_loads(layout), head_stage(layout), facts.context_cost(layout)
+    of_slice = facts.activation_width / (batch.seq_len / layout.context)  # an element of a rank's slice, for each of its tokens
+    copied = (2.0 + repeated) * cost.copied * of_slice
     params = max(stage_params(facts, layout))
     undivided = params if layout.expert == 1 else max(stage_params(facts, replace(layout, expert=1)))
     micro_batches = batch.global_seqs // (candidate.micro_seqs * candidate.readers)
@@ -272,8 +275,8 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
         "context": layout.context,
         "expert": layout.expert,
         "routed": facts.routed * facts.work.hidden * facts.activation_width,
-        "exchanged": cost.sent * facts.activation_width / (batch.seq_len / layout.context),
-        "traffic": moved / batch.seq_len + casts.token_bytes + casts.weight_bytes / tokens,
+        "exchanged": cost.sent * of_slice,
+        "traffic": moved / batch.seq_len + casts.token_bytes + casts.weight_bytes / tokens + copied,
         "kernels": (1.0 + repeated) * forward.kernels + backward.kernels,
         "attention_passes": (3.0 if facts.recipe.attention == "eager" else 3.5) + products_again,
         "passes": passes,
@@ -285,7 +288,7 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
         "layers_slowest": max(loads[:head] + loads[head + 1 :], default=0.0),
         "layers_last": loads[head],
         "params": params,
-        "sum_bytes": max(summed_apart(facts, layout)),
+        "sum_bytes": max(summed_apart(facts, layout, tokens)),
         "updated": undivided / candidate.data if zero_stage(facts.ds_config) else params,
         "bubble_share": bubble_share(placement_of(layout), micro_batches, passes),
         "messages": exposed_messages(placement_of(layout), micro_batches),
@@ -299,17 +302,22 @@ def sums_inside_products(recipe: Recipe, ds_config: dict[str, Any]) -> bool:
     return zero_stage(ds_config) == 1 and not offloaded and recipe.precision != FP8
 
 
-def summed_apart(facts: ModelFacts, layout: Layout) -> list[float]:
-    """Return the bytes that each stage moves to add up a micro batch's gradients, but those that products add."""
+def summed_apart(facts: ModelFacts, layout: Layout, tokens: float) -> list[float]:
+    """Return the bytes that each stage moves to add up a micro batch's gradients, but those that products add.
+
+    tokens: of a micro batch, on a rank.
+    """
     params, head = stage_params(facts, layout), head_stage(layout)
     if not sums_inside_products(facts.recipe, facts.ds_config):
         return [_SUMMED_APART * count for count in params]
     inside = sum(n * p.width * p.inner * p.groups for p, n in facts.products(layout).items() if not p.bank)
-    sums = [
-        _SUMMED_APART * max(count - inside * len(own), 0.0) for count, own in zip(params, facts.own_layers(layout), strict=True)
-    ]
-    tied = facts.stack.tied and head == 0  # its parameters are the embedding's, which has a gradient of its own
-    sums[head] += (_HEAD_SUMMED - (0.0 if tied else _SUMMED_APART)) * facts.rank_params(layout)["head"]
+    of, own = facts.rank_params(layout), facts.own_layers(layout)
+    apart = [max(count - inside * len(layers), 0.0) for count, layers in zip(params, own, strict=True)]
+    apart[0] -= of["embedding"]
+    apart[head] -= 0.0 if facts.stack.tied and head == 0 else of["head"]
+    sums = [_SUMMED_APART * max(count, 0.0) for count in apart]
+    sums[0] += _ROW_SUMMED * tokens * facts.work.hidden
+    sums[head] += _HEAD_SUMMED * of["head"]
     return sums
 
 

@@ -37,6 +37,16 @@ class MainGrad:
         self._begin()
         self._total.addcmul_(gradient, scale)
 
+    @torch.no_grad()
+    def add_rows(self, index: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add rows [n, width] to those that `index` [n] names, in the same order each time: on a GPU atomic sums have none."""
+        self._begin()
+        rows = rows.to(self._total.dtype)
+        if rows.device.type == "cuda":
+            self._total.index_put_((index,), rows, accumulate=True)
+        else:
+            self._total.index_add_(0, index, rows)
+
     def _begin(self) -> None:
         self._adding()
         self.reached = True

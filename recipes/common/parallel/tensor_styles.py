@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recipes.common.model.decoder import PlanError
 from recipes.common.model.linears import linear
+from recipes.common.model.look_ups import look_up
 from recipes.common.model.sharding import ShardSpec
 from recipes.common.parallel.collectives import copy_to, gather_from, reduce_from, scatter_sequence, split_to, sum_gradient
 from recipes.common.parallel.experts import BANK, CALLED, connect_whole_experts
@@ -151,7 +152,8 @@ class _ShardedLookUp(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         ids = args[0]
         absent = (ids < self._first) | (ids >= self._first + self._rows)
-        found = func((ids - self._first).masked_fill(absent, 0), *args[1:], **(kwargs or {}))
+        # for an absent id any row, not the same for all: their gradients, zeros, are added up row by row
+        found = look_up((ids - self._first) % self._rows, *args[1:], **(kwargs or {}))
         return reduce_from(found.masked_fill(absent.unsqueeze(-1), 0.0), self._group)
 
 

@@ -27,6 +27,7 @@ from recipes.common.model.fp8_linears import multiply_in_fp8
 from recipes.common.model.gradient_sums import GradientSums
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.linears import defer_weight_gradients
+from recipes.common.model.look_ups import add_rows_read
 from recipes.common.model.routers import RouterPlan, plan_routers
 from recipes.common.model.sharding import Holdings, TensorPlan
 from recipes.common.model.varlen_attention import VARLEN, VarlenAttention
@@ -290,8 +291,7 @@ def build_stage(
     # 4. Route plain linears' products and fuse the work between them, before forwards are wrapped.
     stores = route_work(causal, own_layers, chunks, placement.schedule, stack.after, by_torch=torch_linears, kernels=kernels)
     # 5. Wrap modules in the collectives of expert and of tensor parallelism.
-    spread_experts(causal, model.experts, grid)
-    apply_tensor_parallel(causal, tensor_plan, stack, grid)
+    _connect(model, embedding, grid)
     # 6. Shard the sequence around these modules.
     if tensor_plan.blocks:
         shard_sequence(causal, stack, tensor_plan, chunks, placeholders, grid, recomputed)
@@ -313,6 +313,14 @@ def build_stage(
         own_attention=_own_attention(model, grid),
         router_losses=RouterLosses(model.routers, causal, grid, router_group) if model.routers.routers else None,
     )
+
+
+def _connect(model: PlannedModel, embedding: nn.Module, grid: Grid) -> None:
+    """Let modules exchange what expert and tensor ranks share, and an embedding that is whole add its gradient by rows."""
+    spread_experts(model.causal, model.experts, grid)
+    apply_tensor_parallel(model.causal, model.tensor_plan, model.stack, grid)
+    if grid.tensor == 1 and grid.is_first_stage:
+        add_rows_read(embedding)
 
 
 def _own_attention(model: PlannedModel, grid: Grid) -> ContextAttention | VarlenAttention | None:

@@ -37,7 +37,8 @@ _ATTENTION = "transformers/integrations/sdpa_attention.py"
 _SUMS, _GRADIENT_PATH = "recipes/common/model/main_grads.py", "recipes/common/engine/gradient_path.py"
 _VARLEN = frozenset({"_varlen_attn", "_varlen_attn_backward"})
 _WRITES_ONLY = frozenset({"zero_", "fill_", "_foreach_zero_", "normal_", "uniform_"})
-_PICKS = frozenset({"gather", "index", "index_select", "embedding", "index_put_", "_index_put_impl_", "scatter_add_", "scatter_"})
+_PICKS = frozenset({"gather", "index", "index_select", "embedding", "scatter_add_", "scatter_"})
+_PUTS = frozenset({"index_put_", "_index_put_impl_"})
 
 
 def starts_kernel(func: Any, name: str) -> bool:
@@ -75,6 +76,8 @@ def moved_bytes(func: Any, name: str, inputs: Sequence[torch.Tensor], outputs: S
     written = {id(tensor) for tensor in outputs}
     given_out = sum(argument.is_out for argument in func._schema.arguments)
     read = {id(tensor): _size(tensor) for tensor in inputs[: len(inputs) - given_out]}
+    if name in _PUTS:  # rows are read, and what they are added to is read and written
+        return 3 * sorted(map(_size, inputs))[-2]
     if name in _PICKS:  # of the large tensor only what is picked
         return 3 * (min(map(_size, [*inputs, *outputs])) if name != "embedding" else _size(outputs[0]))
     if name == "copy_":
