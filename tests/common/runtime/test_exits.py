@@ -36,6 +36,7 @@ def test_a_rank_that_raises_takes_the_job_down(warm, tmp_path):
     output, _ = process.communicate(timeout=300)  # rank 0 alone would wait for its peer for half an hour
     assert process.returncode != 0
     saved = tmp_path / "run" / "logs" / "rank_1.traceback"
+    assert "Traceback (most recent call last)" in output, output
     last = output[output.rindex("Traceback (most recent call last)") :]
     assert "LookupError: planted: this shard is unreadable" in last
     assert saved.read_text() in output

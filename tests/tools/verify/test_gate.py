@@ -132,7 +132,8 @@ def test_products_in_fp8_are_compared_with_their_definition(tmp_path):
     code, _, err = call(tmp_path / "lower.py", "--layout", "tensor=2")
     assert code == 2 and "precision='fp8' with ds_configs/zero1_fp32.json, which is fp32" in err
     (tmp_path / "lower.py").write_text(text.replace('deepspeed="zero1_fp32', 'precision="fp8", deepspeed="zero1_bf16'))
-    code, out, _ = call(tmp_path / "lower.py", "--layout", "tensor=2,sequence_parallel=1", "--json")
+    code, out, err = call(tmp_path / "lower.py", "--layout", "tensor=2,sequence_parallel=1", "--json")
+    assert out, err
     rows = {row["what"]: row for row in json.loads(out)["rows"]}
     assert code == 0 and list(rows) == ["loss", "gradient norm", "parameter", "gradient, fp32", "gradient, fp8"]
     # without a flipped rounding equal, with one near: a run that multiplies in fp32 is 0.08 from it
