@@ -1,8 +1,9 @@
 """Adds weight gradients up in fp32 inside the products that compute them (Megatron's gradient accumulation fusion).
 
 Autograd would write each product in 16 bits and hand it on, and a kernel of its own would add it to the step's fp32 sum: 12 bytes
-for each parameter and micro batch, and a rounding. Here a weight has its sum by the name `main_grad`, as in Megatron, and linears
-and the head give theirs to it; what other modules compute of the same weight is autograd's, and added to the same sum.
+for each parameter and micro batch, and a rounding. Here a weight has its sum by the name `main_grad`, as in Megatron;
+linears, the head and the embedding give theirs to it. What others compute of the same weight is autograd's, and added to the
+same sum.
 """
 
 from __future__ import annotations
