@@ -30,7 +30,8 @@ def load_recipe(path: str) -> Recipe:
     module.__package__ = "recipes"  # its imports start at the repository root, as when it runs
     try:
         sys.modules[spec.name] = module  # where a dataclass of the file looks for it
-        spec.loader.exec_module(module)
+        # not by Python's cache of compiled files, which takes one edited within a second for the one before
+        exec(spec.loader.source_to_code(file.read_bytes(), str(file)), vars(module))
     except Exception:  # whatever the file's own code or a config's validation raises
         recipe, problems = _read_failing(file)
         raise RecipeError(f"recipe file {path}", problems + type_problems(recipe)) from None
