@@ -39,6 +39,7 @@ class Variant:
     kernels: str = "none"
     steps: tuple[int, ...] = (1, 1, 2)
     seq_len: int | None = None
+    vocab_size: int | None = None
     exchanges: int = 0  # layers whose tokens travel to experts on other ranks
     budget: Budget | None = None
 
@@ -53,6 +54,8 @@ class Variant:
         recipe = shorten(load_recipe(str(ROOT / "recipes" / f"{self.recipe}.py")), self.layers)
         if self.seq_len is not None:
             recipe = replace(recipe, batch=replace(recipe.batch, seq_len=self.seq_len))
+        if self.vocab_size is not None:
+            recipe.model.vocab_size = self.vocab_size
         options = {"mask_documents": self.documents, "attention": self.attention, "kernels": self.kernels}
         recipe = replace(recipe, deepspeed=self.deepspeed, **options)
         layout = parse_layout(self.layout)[0] if self.layout else Layout()
@@ -71,10 +74,10 @@ SP = "sequence_parallel=1"
 # rehearsed with as many micro batches as it ever holds, where its memory is judged. With many data ranks one updates little. Two
 # kernels of a layer with "varlen" are autograd's zeros, for what torch's operator returns beside its output.
 STEPS = (
-    Variant(recipe="llama_8b", layers=2, gpus=64, layout=f"tensor=2,{SP}", rank=1, extras=("evaluate", "drift", "layers", "save"),
+    Variant(recipe="llama_8b", layers=2, gpus=64, layout=f"tensor=2,{SP}", rank=1, extras=("evaluate", "save"),
             documents=True, attention="varlen", kernels="compile", budget=Budget(14, 227, 10)),
     Variant(recipe="llama_70b", layers=3, gpus=192, layout=f"tensor=8,pipeline=3,{SP},recompute=full", rank=65,
-            extras=("evaluate",), kernels="compile", budget=Budget(18, 158)),
+            extras=("evaluate", "layers"), kernels="compile", budget=Budget(18, 158)),
     Variant(recipe="llama_405b", layers=2, gpus=256, layout=f"tensor=8,pipeline=2,{SP},recompute=selective", rank=255,
             budget=Budget(114, 1450, 51)),
     Variant(recipe="qwen3_8b", layers=4, gpus=32, layout="pipeline=2,pipeline_schedule=zero_bubble", rank=31,

@@ -1,9 +1,10 @@
-"""Planted faults: each is found, by the rule that is meant to find it and with the line that is at fault."""
+"""Small worlds: every rank makes the same calls, and each planted fault is found, by the rule that is meant to find it and with
+the line that is at fault. In one file: the process that rehearses takes seconds to start."""
 
 import pytest
 
 from tests.rehearsal import planted
-from tests.rehearsal.cases import Variant
+from tests.rehearsal.cases import SP, Variant
 from tests.rehearsal.rules import wait_problems
 from tools.plan.rehearsal.kernels import LOSS
 from tools.plan.rehearsal.nccl_stand_in import Call, compare
@@ -12,6 +13,15 @@ from tools.plan.rehearsal.step_summary import summarize
 SMALL = Variant(recipe="llama_1b", layers=2, gpus=64, layout="tensor=2", rank=0, seq_len=1024)
 SMALL_MICRO_BATCH = 4 * 1024  # tokens
 HERE = "tests/rehearsal/planted.py:"
+
+# All ranks of each. A small vocabulary: statistics and checksums go through a large one in many parts.
+OF_4 = {"gpus": 4, "rank": 0, "seq_len": 256, "vocab_size": 8192}
+WORLDS = (
+    Variant(recipe="qwen3_0_6b", layers=2, layout=f"tensor=2,pipeline=2,{SP}", steps=(3,), extras=("evaluate", "drift"), **OF_4),
+    Variant(recipe="gpt2_124m", layers=4, layout="pipeline=2,pipeline_schedule=zero_bubble_v", steps=(3,),
+            extras=("skip", "drift"), **OF_4),
+    Variant(recipe="qwen3_0_6b", layers=2, layout=f"tensor=2,context=2,{SP}", steps=(2,), extras=("layers",), **OF_4),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +59,7 @@ def test_the_host_waits_in_every_micro_batch(both_ranks):
 
 
 def test_ranks_that_swap_two_collectives(both_ranks):
-    """All others they make in one order, as far as two of 64 ranks tell; `test_worlds` shows that healthy ranks make all."""
+    """All others they make in one order, as far as two of 64 ranks tell; the worlds below show that healthy ranks make all."""
     problems = compare([[Call(**call) for call in result["calls"]] for result in both_ranks])
     (problem,) = (each for each in problems if HERE in each)
     assert "rank 0 all_reduce SUM of 2 bfloat16" in problem and "rank 1 all_reduce SUM of 3 bfloat16" in problem
@@ -71,3 +81,13 @@ def test_layers_that_do_more(healthy, with_more_work):
     assert sorted(planted_work, reverse=True) == [cast, copy]
     more = [2 * (new - old) for new, old in zip(with_more_work.layer_share(), healthy.layer_share(), strict=True)]
     assert more == [a + b for a, b in zip(cast, copy, strict=True)]
+
+
+@pytest.mark.parametrize("variant", WORLDS, ids=lambda variant: variant.name)
+def test_every_rank_makes_the_same_calls(variant, rehearsed):
+    """In every group the same calls in the same order, and each message has its other side."""
+    ranks = [rehearsed(variant, rank=rank) for rank in range(variant.gpus)]
+    calls = [[Call(**call) for call in result["calls"]] for result in ranks]
+    assert compare(calls) == []
+    assert [(result["broken"], result["unanswered"]) for result in ranks] == [({}, {})] * variant.gpus
+    assert min(map(len, calls)) > 10
