@@ -67,22 +67,22 @@ def fingerprint(tensor: torch.Tensor, places: Sequence[torch.Tensor]) -> Fingerp
         keys = mix(where)
         as_integers = values if values.dtype == torch.bool else values.contiguous().view(_BITS_OF[values.element_size()])
         bits = bits + mix(keys ^ as_integers.to(torch.int64)).sum()
-        signs = ((keys.unsqueeze(1) >> shifts) & 1).double().mul_(2.0).sub_(1.0)
+        signs = (keys.unsqueeze(1) >> shifts).bitwise_and_(1).double().mul_(2.0).sub_(1.0)
         sketch = sketch + values.double() @ signs
     return Fingerprint(int(bits) % _WORD, sketch.cpu().numpy(), flat.numel(), str(tensor.dtype).removeprefix("torch."))
 
 
 def mix(values: torch.Tensor) -> torch.Tensor:
     """Return int64 hashes of int64 values: the end of splitmix64 (Steele and others, 2014), in arithmetic modulo 2^64."""
-    values = values + _signed(0x9E3779B97F4A7C15)
-    values = (values ^ _shifted(values, 30)) * _signed(0xBF58476D1CE4E5B9)
-    values = (values ^ _shifted(values, 27)) * _signed(0x94D049BB133111EB)
-    return values ^ _shifted(values, 31)
+    values = values + _signed(0x9E3779B97F4A7C15)  # a copy, changed in place from here on
+    values.bitwise_xor_(_shifted(values, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    values.bitwise_xor_(_shifted(values, 27)).mul_(_signed(0x94D049BB133111EB))
+    return values.bitwise_xor_(_shifted(values, 31))
 
 
 def _shifted(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Shift right without the sign."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
+    return (values >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _signed(word: int) -> int:

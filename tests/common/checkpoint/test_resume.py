@@ -110,7 +110,7 @@ def test_dropout_is_on_and_differs_between_steps_data_ranks_and_stages(data, tmp
     without = tiny_recipe(data, steps=1)
     assert run(with_dropout, 1, tmp_path / "a")[1]["loss"] != run(without, 1, tmp_path / "b")[1]["loss"]
     seeds = []
-    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    monkeypatch.setattr(torch, "default_generator", SimpleNamespace(manual_seed=seeds.append))
     for run_seed, step, data_rank, stage in itertools.product((0, 1), repeat=4):
         seed_dropout(run_seed, step, SimpleNamespace(data_rank=data_rank, pipeline_rank=stage))
     assert len(set(seeds)) == 16
