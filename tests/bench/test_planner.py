@@ -97,7 +97,7 @@ def test_an_outlier_does_not_move_the_fit():
     x = np.linspace(1, 2, 20)
     y = 3.0 * x
     y[4] *= 50
-    found = fit_map(lambda terms: terms[0] * x, y, np.array([1.0]), np.array([2.0]), noise=0.05)
+    found = fit_map(lambda terms: terms[0] * x[:, None], y, np.array([1.0]), np.array([2.0]), noise=0.05)
     assert found[0] == pytest.approx(3.0, rel=0.03)
 
 

@@ -150,7 +150,8 @@ def calibrated(
         return np.array([time_model.step_seconds(terms, case, shipped.factors(device, case))[0] for case in cases])
 
     widths = np.full(len(shipped.time), MACHINE_WIDTH if device.name != "CPU" else 3.0)  # a CPU's peak is a guess
-    terms = fit_map(predict, seconds, shipped.time, widths, noise=0.02)
+    each = lambda guesses: np.stack([predict(guess) for guess in guesses.T], axis=1)  # noqa: E731
+    terms = fit_map(each, seconds, shipped.time, widths, noise=0.02)
     memory = memory_model.fit_memory(stages, peaks, shipped.memory) if peaks.all() else shipped.memory
     coefficients = replace(
         shipped,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-Predict = Callable[[np.ndarray], np.ndarray]
+Predict = Callable[[np.ndarray], np.ndarray]  # coefficients [k, m], m guesses -> predictions [n, m]
 
 
 def fit_map(
@@ -19,24 +19,24 @@ def fit_map(
 ) -> np.ndarray:
     """Coefficients [k] that best explain `measured` [n] (positive). Deterministic.
 
-    predict: coefficients [k] -> predictions [n]. prior: [k], positive. widths: [k], standard deviations of log(coefficient).
+    prior: [k], positive. widths: [k], standard deviations of log(coefficient).
     noise: relative error of a single measurement; past it the loss grows linearly, so that an outlier does not lead.
     """
-    start, target = np.log(prior), np.log(measured)
+    start, target, deviations = np.log(prior)[:, None], np.log(measured)[:, None], widths[:, None]
 
-    def residuals(x: np.ndarray) -> np.ndarray:
-        relative = (np.log(predict(np.exp(x))) - target) / noise
+    def residuals(guesses: np.ndarray) -> np.ndarray:
+        relative = (np.log(predict(np.exp(guesses))) - target) / noise
         robust = np.sign(relative) * np.sqrt(2.0 * (np.sqrt(1.0 + relative**2) - 1.0))
-        return np.concatenate([robust, (x - start) / widths])
+        return np.concatenate([robust, (guesses - start) / deviations])
 
-    x, damping = start.copy(), 1e-2
-    now = residuals(x)
+    x, damping = np.log(prior), 1e-2
+    now = residuals(x[:, None])[:, 0]
     for _ in range(rounds):
         jacobian = _jacobian(residuals, x)
         normal, gradient = jacobian.T @ jacobian, jacobian.T @ now
         while True:
             step = np.clip(-np.linalg.solve(normal + damping * np.diag(np.diag(normal)), gradient), -1.0, 1.0)
-            then = residuals(x + step)
+            then = residuals((x + step)[:, None])[:, 0]
             if then @ then < now @ now:
                 break
             damping *= 4
@@ -50,9 +50,7 @@ def fit_map(
 
 
 def _jacobian(residuals: Callable[[np.ndarray], np.ndarray], x: np.ndarray, step: float = 1e-4) -> np.ndarray:
-    columns = []
-    for index in range(len(x)):
-        shift = np.zeros(len(x))
-        shift[index] = step
-        columns.append((residuals(x + shift) - residuals(x - shift)) / (2 * step))
-    return np.stack(columns, axis=1)
+    """Return the derivatives at `x`; all guesses in one call: a call costs more than a few hundred predictions."""
+    shifts = step * np.eye(len(x))
+    found = residuals(np.hstack([x[:, None] + shifts, x[:, None] - shifts]))
+    return (found[:, : len(x)] - found[:, len(x) :]) / (2 * step)

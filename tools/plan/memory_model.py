@@ -75,7 +75,7 @@ def loss_bytes(logits: float, head: float, width: float, *, compiled: bool) -> f
 
 
 def stage_totals(terms: np.ndarray, case: MemoryCase) -> np.ndarray:
-    """Return the bytes [stages] that the driver would show at the peak."""
+    """Return the bytes [stages] that the driver would show at the peak; of terms [k, m], m guesses, [stages, m]."""
     k = dict(zip(TERMS, terms, strict=True))
     states = np.array([k["states"] * stage.states for stage in case.stages])
     moving = np.array([k["stored"] * s.stored + k["working"] * s.working + k["loss"] * s.loss for s in case.stages])
@@ -84,8 +84,8 @@ def stage_totals(terms: np.ndarray, case: MemoryCase) -> np.ndarray:
 
 
 def peak_bytes(terms: np.ndarray, cases: Sequence[MemoryCase]) -> np.ndarray:
-    """Return the bytes [n] of each case's fullest stage."""
-    return np.array([stage_totals(terms, case).max() for case in cases])
+    """Return the bytes [n] of each case's fullest stage; of terms [k, m], m guesses, [n, m]."""
+    return np.array([stage_totals(terms, case).max(axis=0) for case in cases])
 
 
 def fit_memory(cases: Sequence[MemoryCase], measured: np.ndarray, prior: np.ndarray = PRIOR) -> np.ndarray:

@@ -49,8 +49,15 @@ def fit_time(
     shapes, place = distinct(cases.keys)
     count = len(prior)
 
+    guesses = 2 * (count + len(shapes))  # of a derivative
+    repeated = take(cases, np.repeat(np.arange(len(place)), guesses))
+
     def predict(x: np.ndarray) -> np.ndarray:
-        return step_seconds(x[:count], cases, x[count:][place])
+        """Predict all guesses as one long table, with each row once for every guess."""
+        size = len(place), x.shape[1]
+        terms = np.broadcast_to(x[:count, None, :], (count, *size)).reshape(count, -1)
+        seconds = step_seconds(terms, cases if size[1] == 1 else repeated, x[count:][place].ravel())
+        return seconds.reshape(size)
 
     start = np.concatenate([prior, np.ones(len(shapes))])
     wide = np.concatenate([widths, np.full(len(shapes), effect_width)])
