@@ -5,6 +5,7 @@ Tests that compute fork their ranks from here (tools.common.forked_ranks): a for
 
 import fcntl
 import gc
+import inspect
 import os
 import signal
 import sys
@@ -47,6 +48,8 @@ def pytest_collection_finish(session):
     if session.config.pluginmanager.hasplugin("dsession"):  # it hands tests to other processes, and runs none
         return
     if "tools.common.forked_ranks" in sys.modules:  # some test forks ranks
+        import torch._dynamo.repro.after_dynamo  # noqa: F401  by the first torch.compile of a process
+
         from recipes.common.record import recording
         from recipes.common.run_dir import run_log
         from tests.support import forked_jobs  # noqa: F401
@@ -54,6 +57,8 @@ def pytest_collection_finish(session):
         facts = recording.package_facts()  # of this environment, which every run would read again
         recording.package_facts = lambda: facts
         run_log.start_wandb = lambda *_: None  # WANDB_MODE has it disabled; asking it costs every run as much as a step
+
+        inspect.getmodule(inspect.currentframe())  # keeps the file of each module, for which defining an operator asks
 
     gc.collect()
     gc.freeze()

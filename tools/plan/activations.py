@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from recipes.common.model.attention_tables import attach
@@ -87,23 +88,27 @@ def _measure(
 ) -> ModelBytes:
     width, config = config.get_text_config().hidden_size, copy.deepcopy(config)  # whose attention may be replaced
     memoryless = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    # on the meta device, which asks less of each of a deep model's layers: most of them are not to run
+    empty = fake and not every_layer
+    options = {"dtype": dtype, "attn_implementation": built_as(attention), "trust_remote_code": False}
+    with torch.device("meta") if empty else memoryless, no_init_weights() if fake else nullcontext():
+        causal = AutoModelForCausalLM.from_config(config, **options).train()
     with memoryless, _latent_attention() if fake else nullcontext(), no_questions(documents=False):
-        causal = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=built_as(attention), trust_remote_code=False
-        ).train()
         if attention == VARLEN:  # what its kernel saves is what the causal one saves
             attach(causal, ALL_ATTENTION_FUNCTIONS["sdpa"], lambda **_: None)
         stack = find_stack(causal)
         layers, styles = causal.get_submodule(stack.layers), _styles(causal, stack)
         kinds = list(range(len(layers))) if every_layer else [_kind(layer) for layer in layers]
+        own = [index for index, kind in enumerate(kinds) if kinds.index(kind) == index]
+        for index in set(range(len(layers))).difference(own):
+            layers[index] = Placeholder(layers[index])
+        if empty:
+            _hold(causal)
         logs: dict[int, LayerLog] = {}
-        for index, layer in enumerate(layers):
-            if kinds.index(kinds[index]) < index:
-                layers[index] = Placeholder(layer)
-            else:
-                logs[index] = LayerLog(layer, width)
-                change.make(layer, logs[index])
-                logs[index].gather(*_gathered_blocks(causal, f"{stack.layers}.{index}.", styles))
+        for index in own:
+            logs[index] = LayerLog(layers[index], width)
+            change.make(layers[index], logs[index])
+            logs[index].gather(*_gathered_blocks(causal, f"{stack.layers}.{index}.", styles))
         after = [(causal.get_submodule(name), LayerLog(causal.get_submodule(name), width)) for name in stack.after]
         for module, log in after:
             if change.kernels == "compile":
@@ -113,6 +118,19 @@ def _measure(
         causal.get_submodule(stack.base)(input_ids=torch.zeros(1, seq_len, dtype=torch.long), use_cache=False)
     measured = {index: log.measured() for index, log in logs.items()}
     return ModelBytes(tuple(measured[kinds.index(kind)] for kind in kinds), sum_bytes(log.measured().saved for _, log in after))
+
+
+def _hold(causal: PreTrainedModel) -> None:
+    """Put what is left of a model on the CPU, as tensors of the mode that is on."""
+    held: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
+    for module in causal.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                new = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=parameter.requires_grad)
+                module._parameters[name] = held.setdefault(parameter, new)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 @contextmanager

@@ -48,13 +48,14 @@ def run(flags: argparse.Namespace) -> int:
 
 def plan_layouts(facts: ModelFacts, device: Device, coefficients: Coefficients, price: float) -> list[Planned]:
     """Plan each layout of the recipe with the recipe's own micro batch."""
-    found = []
+    found = {}
     for gpus, layout in facts.recipe.layouts.items():
         data = gpus // (layout.tensor * layout.pipeline)
-        candidate = Candidate(layout=layout, data=data, micro_seqs=facts.recipe.batch.micro_seqs)
-        plans, rejected = judge(facts, [candidate], device, coefficients, price)
-        found.append(Planned(gpus, layout, plans[0]) if plans else Planned(gpus, layout, None, rejected[0].why))
-    return found
+        found[gpus] = Candidate(layout=layout, data=data, micro_seqs=facts.recipe.batch.micro_seqs)
+    plans, rejected = judge(facts, list(found.values()), device, coefficients, price)  # all at once: they share trials
+    planned = {plan.candidate: plan for plan in plans}
+    whys = {entry.candidate: entry.why for entry in rejected}
+    return [Planned(gpus, each.layout, planned.get(each), whys.get(each, "")) for gpus, each in found.items()]
 
 
 def sentence(found: Sequence[Planned], device: Device) -> str:
