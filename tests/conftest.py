@@ -48,7 +48,11 @@ def pytest_collection_finish(session):
     if session.config.pluginmanager.hasplugin("dsession"):  # it hands tests to other processes, and runs none
         return
     if "tools.common.forked_ranks" in sys.modules:  # some test forks ranks
-        import torch._dynamo.repro.after_dynamo  # noqa: F401  by the first torch.compile of a process
+        import deepspeed.comm.mori  # by the first engine of a process, as the next three
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+        import numpy.ma  # noqa: F401
+        import torch._dynamo.repro.after_dynamo  # by the first torch.compile
+        import torch.profiler._cupti_monitor  # noqa: F401
 
         from recipes.common.record import recording
         from recipes.common.run_dir import run_log

@@ -19,21 +19,30 @@ from tools.common.forked_ranks import run_ranks
 STEPS, SEQS = 2, 6
 
 
+# a family's own is how its matrices are cut; stages are cut alike in all
+LAYOUTS = dict.fromkeys(FAMILIES, Layout(tensor=2)) | {
+    "llama": Layout(tensor=2, pipeline=2),
+    "olmo2": Layout(pipeline=2),
+    "mixtral": Layout(tensor=2, expert=2),
+}
+
+
 @pytest.mark.parametrize(("family", "tied"), [(family, bool(number % 2)) for number, family in enumerate(FAMILIES)])
 def test_validation_loss_of_the_exported_model(family, tied, tmp_path):
     """Each family, tied or not in turn: a tie is exported by one path for all. Experts are in parts of slices."""
     write_shards(tmp_path / "data", tokens=4_000)
-    model = tiny_config(family, tie_word_embeddings=tied)
+    model, layout = tiny_config(family, num_hidden_layers=2, tie_word_embeddings=tied), LAYOUTS[family]
+    world = layout.tensor * layout.pipeline * layout.expert
     recipe = tiny_recipe(
         tmp_path / "data",
         model=model,
         num_params=run_ranks(_count, 1, model)[0],
-        layouts={4: Layout(tensor=2, expert=2) if family == "mixtral" else Layout(tensor=2, pipeline=2)},
+        layouts={world: layout},
         steps=STEPS,
         attention="eager",  # what every family has
         evaluation=Evaluation(every_steps=STEPS, seqs=SEQS),
     )
-    trained = run(recipe, 4, tmp_path / "run")[STEPS]["val_loss"]
+    trained = run(recipe, world, tmp_path / "run")[STEPS]["val_loss"]
     loss, generated = run_ranks(_evaluate, 1, tmp_path)[0]
     assert loss == pytest.approx(trained, rel=1e-6)
     assert generated == (1, 8)

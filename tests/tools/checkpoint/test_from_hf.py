@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from recipes.common.checkpoint.files import damage
 from recipes.common.checkpoint.reader import Reader
-from recipes.common.recipe import Layout
+from recipes.common.recipe import Evaluation, Layout
 from recipes.common.run_dir.metrics import read_metrics
 from tests.support.small_runs import call, small_recipe, train_run, write_data
 from tests.support.tiny import tiny_config
@@ -26,7 +26,7 @@ FAMILIES = {
     "tied": ("llama", {"tie_word_embeddings": True}),
     "renamed head": ("gpt_neox", {}),
     "experts": ("mixtral", {}),
-    "Conv1D": ("gpt2", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": None}),
+    "Conv1D": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": None}),
     "buffers": (
         "deepseek_v3",
         {
@@ -52,11 +52,15 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data") / "tokens")
 
 
+def config_of(name: str) -> PreTrainedConfig:
+    family, fields = FAMILIES[name]
+    return tiny_config(family, num_hidden_layers=3, **fields)
+
+
 def _make(name: str, folder: Path, options: dict) -> dict[str, torch.Tensor]:
     """Save a folder by transformers; return the model's own tensors by name."""
-    family, fields = FAMILIES[name]
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **fields), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -66,6 +70,10 @@ def _make(name: str, folder: Path, options: dict) -> dict[str, torch.Tensor]:
 
 def make(name: str, folder: Path, **options: object) -> dict[str, torch.Tensor]:
     return run_ranks(_make, 1, name, folder, options)[0]
+
+
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def check(checkpoint: Path, expected: dict[str, torch.Tensor]) -> None:
@@ -92,8 +100,7 @@ def test_every_kind_of_folder(tmp_path, name):
     )
     back = call("checkpoint", "to-hf", checkpoint, tmp_path / "back", "--json")
     assert back.code == 0, back.err
-    whole = {k: v for path in (tmp_path / "hf").glob("*.safetensors") for k, v in run_ranks(load_file, 1, path)[0].items()}
-    found = run_ranks(load_file, 1, tmp_path / "back" / "model.safetensors")[0]
+    whole, found = run_ranks(lambda: [load_folder(tmp_path / name) for name in ("hf", "back")], 1)[0]
     assert found.keys() == whole.keys()
     assert all(np.array_equal(found[key].numpy(), whole[key].numpy()) for key in whole)
 
@@ -127,10 +134,17 @@ def _rewrite(source: Path, target: Path, how: str) -> None:
         raise AssertionError(how)
 
 
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """(the tensors of a tied model, its folder, which no test changes)"""
+    folder = tmp_path_factory.mktemp("tied") / "hf"
+    return make("tied", folder), folder
+
+
 @pytest.mark.parametrize("how", ["pytorch .bin", "two .bin files", "no prefix", "head stored too", "only the head", "float64"])
-def test_other_programs_folders(tmp_path, how):
-    expected = make("tied", tmp_path / "hf")
-    run_ranks(_rewrite, 1, tmp_path / "hf", tmp_path / "other", how)
+def test_other_programs_folders(tied, tmp_path, how):
+    expected, folder = tied
+    run_ranks(_rewrite, 1, folder, tmp_path / "other", how)
     done = call("checkpoint", "from-hf", tmp_path / "other", tmp_path / "run", "--json")
     assert done.code == 0, done.err
     check(tmp_path / "run" / "checkpoints" / "step_00000000", expected)
@@ -138,9 +152,8 @@ def test_other_programs_folders(tmp_path, how):
 
 
 def _names_of_the_model(folder: Path) -> None:
-    family, fields = FAMILIES["experts"]
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **fields), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config_of("experts"), dtype=torch.float32)
     model.save_pretrained(folder)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
 
@@ -229,20 +242,19 @@ def test_mistakes_are_one_message(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "world"), [("tied", Layout(tensor=2, pipeline=2), 4), ("experts", Layout(tensor=2), 4)]
+    ("name", "layout", "world"), [("tied", Layout(tensor=2, pipeline=2), 4), ("experts", Layout(tensor=2), 2)]
 )
 def test_training_goes_on_from_it(data, tmp_path, name, layout, world):
     """Check that the run's first loss is the folder's own in plain transformers, in a layout that nothing was saved in."""
     make(name, tmp_path / "hf")
     assert call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run", "--tokenizer", data / "tokenizer").code == 0
-    family, fields = FAMILIES[name]
-    recipe = small_recipe(data, tiny_config(family, **fields))
+    recipe = small_recipe(data, config_of(name), evaluation=Evaluation(every_steps=9, seqs=4))
     checkpoint = train_run(recipe, tmp_path / "run", layout, world, resume=True, steps=2)
     assert Reader(checkpoint).state["step"] == 2 and (checkpoint / "model" / "tokenizer.json").is_file()
     first = next(record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in record)
     assert first["step"] == 0
     shutil.copytree(data / "tokenizer", tmp_path / "hf", dirs_exist_ok=True)
-    arguments = ["--data", data, "--seqs", 8, "--seq-len", 16, "--prompts", 0, "--json"]
+    arguments = ["--data", data, "--seqs", 4, "--seq-len", 16, "--prompts", 0, "--json"]
     plain = call("sample", tmp_path / "hf", *arguments)
     assert plain.code == 0, plain.err
     assert first["val_loss"] == pytest.approx(plain.json["val_loss"], rel=1e-6)

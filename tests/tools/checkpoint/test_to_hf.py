@@ -28,7 +28,7 @@ FAMILIES = {
     "tied": (Layout(pipeline=2), "llama", {"tie_word_embeddings": True}),
     "renamed head": (Layout(tensor=2), "gpt_neox", {}),
     "experts": (Layout(tensor=2), "mixtral", {}),
-    "Conv1D": (Layout(tensor=2), "gpt2", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": None}),
+    "Conv1D": (Layout(tensor=2), "gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": None}),
 }
 
 
@@ -45,15 +45,15 @@ def runs(data, tmp_path_factory):
     def checkpoint(name: str) -> Path:
         if name not in made:
             layout, family, fields = FAMILIES[name]
-            recipe = small_recipe(data, tiny_config(family, **fields), evaluation=Evaluation())
+            recipe = small_recipe(data, tiny_config(family, num_hidden_layers=2, **fields), evaluation=Evaluation())
             made[name] = train_run(recipe, tmp_path_factory.mktemp("run"), layout, layout.tensor * layout.pipeline)
         return made[name]
 
     return checkpoint
 
 
-def _saved_by_transformers(checkpoint: Path, folder: Path) -> dict[str, tuple[str, torch.Tensor]]:
-    """Save the oracle: a plain model with the checkpoint's weights, by transformers itself."""
+def _saved_by_transformers(checkpoint: Path, folder: Path, ours: Path) -> tuple[dict[str, torch.Tensor], ...]:
+    """Save the oracle: a plain model with the checkpoint's weights, by transformers itself. Return its tensors and ours."""
     from transformers import AutoConfig
 
     reader = Reader(checkpoint)
@@ -62,7 +62,7 @@ def _saved_by_transformers(checkpoint: Path, folder: Path) -> dict[str, tuple[st
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(reader.whole(name, "master")))
     model.save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
+    return tuple(load_file(each / "model.safetensors") for each in (folder, ours))
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -70,8 +70,7 @@ def test_equals_what_transformers_saves(runs, tmp_path, name):
     done = call("checkpoint", "to-hf", runs(name), tmp_path / "hf", "--json")
     assert done.code == 0, done.err
     assert done.json["verified"] and any("bit for bit" in line for line in done.json["checks"])
-    expected = run_ranks(_saved_by_transformers, 1, runs(name), tmp_path / "oracle")[0]
-    found = run_ranks(load_file, 1, tmp_path / "hf" / "model.safetensors")[0]
+    expected, found = run_ranks(_saved_by_transformers, 1, runs(name), tmp_path / "oracle", tmp_path / "hf")[0]
     assert found.keys() == expected.keys()
     for key in expected:
         np.testing.assert_array_equal(found[key].numpy(), expected[key].numpy(), err_msg=key)
@@ -126,7 +125,7 @@ def test_runs_as_a_script_from_anywhere(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = call_file(ROOT / "tools" / "checkpoint", "to-hf", runs("tied"), "out", "--no-verify")
     assert done.code == 0, done.err
-    assert done.out.startswith("out: step 2, 38 tensors") and (tmp_path / "out" / "model.safetensors").is_file()
+    assert done.out.startswith("out: step 2, 20 tensors") and (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_damage_is_refused_by_name(runs, tmp_path):
@@ -134,8 +133,10 @@ def test_damage_is_refused_by_name(runs, tmp_path):
 
     shutil.copytree(runs("llama").resolve(), tmp_path / "c")
     victim = tmp_path / "c" / "rank_00001.safetensors"
+    index = json.loads((tmp_path / "c" / "index.json").read_text())
+    weights = [part for entry in index["tensors"].values() for part in entry["kinds"]["master"]["parts"]]
     content = bytearray(victim.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[next(offset for file, offset, *_ in weights if file == victim.name)] ^= 1  # an export reads weights alone
     victim.write_bytes(content)
     done = call("checkpoint", "to-hf", tmp_path / "c", tmp_path / "hf")
     assert done.code == 1 and str(victim) in done.err and "checksum" in done.err and "Traceback" not in done.err
@@ -189,7 +190,7 @@ def _export_wrongly(checkpoint: Path, out: Path, mistake: str) -> str:
         blocks = to_hf.row_blocks
 
         def wrong_rows(reader: Reader, name: str, kind: str):
-            return ((b[::-1] if "layers.2.self_attn.q_proj" in name else b) for b in blocks(reader, name, kind))
+            return ((b[::-1] if "layers.1.self_attn.q_proj" in name else b) for b in blocks(reader, name, kind))
 
         to_hf.row_blocks = wrong_rows
     try:
