@@ -160,16 +160,31 @@ class _Recorder(executor.PipelineExecutor):
 
 @pytest.mark.parametrize("name", read_shelf())
 def test_every_recipe_of_the_shelf_runs_where_each_pair_has_a_stream(name):
-    """With one chunk a rank, also where all messages of a group share one: what waits there includes what waits elsewhere."""
+    """With one chunk a rank, also where all messages of a group share one: what waits there includes what waits elsewhere.
+
+    A step of more than eight laps is one of eight with its steady part repeated.
+    """
     recipe = load_recipe(str(ROOT / "recipes" / f"{name}.py"))
     counts = defaultdict(set)
     for world, layout in recipe.layouts.items():
         if layout.pipeline > 1:
-            counts[layout] |= micro_batch_counts(recipe, layout, world)
+            most = 8 * layout.pipeline
+            counts[layout] |= {min(count, most + count % layout.pipeline) for count in micro_batch_counts(recipe, layout, world)}
     for layout, of_layout in counts.items():
         alone = layout.chunks == 1 and layout.pipeline_schedule != FOLDED
         found = problems_by_streams(recipe, layout, of_layout, GROUP if alone else PAIR)
         assert not any(found.values()), layout
+
+
+@pytest.mark.parametrize("placement", [Placement(ONE_PASS, 8), Placement(ZERO_BUBBLE, 8), Placement(ZERO_BUBBLE, 8, 4)])
+def test_a_longer_step_repeats_its_steady_part(placement):
+    """A step with a lap more begins as the shorter one begins, and ends as that ends."""
+    costs, lap = evenly(placement, COSTS[1]), placement.pipeline
+    for shorter, longer in zip(*(order_passes(placement, laps * lap, costs) for laps in (8, 9)), strict=True):
+        later = [step._replace(micro_batch=step.micro_batch + lap) for step in shorter]
+        differ = (place for place, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b)
+        alike = next(differ, len(shorter))
+        assert longer[len(longer) - len(shorter) + alike :] == later[alike:]
 
 
 def test_the_largest_recipe_may_be_folded():

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from transformers import AutoTokenizer
 
 from recipes.common.data.shards import ORIGIN, data_problems, read_manifest, split_shards
 from recipes.common.run_dir import lease
 from tools.common.console import UsageError
+from tools.common.forked_ranks import run_ranks
 from tools.data import __main__ as data
 from tools.data import encoders, shard_writer
 from tools.data.shard_writer import is_validation
@@ -139,21 +140,16 @@ def test_other_options_do_not_touch_finished_data(prepared, capsys):
     assert folder_bytes(out) == before
 
 
+def _round_trip(folder, texts):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return ids, [tokenizer.decode(each) for each in ids], tokenizer.eos_token_id, len(tokenizer)
+
+
 def test_the_tokenizer_folder_loads_offline_and_round_trips(corpus, prepared):
     out, _ = prepared
-    program = (
-        "import sys, json\nfrom transformers import AutoTokenizer\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\ntexts = json.load(sys.stdin)\n"
-        "ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]\n"
-        "print(json.dumps([ids, [tokenizer.decode(x) for x in ids], tokenizer.eos_token_id, len(tokenizer)]))"
-    )
     texts = [*list(corpus[1].values())[:40], "", " ", "  a  b ", "\r\n\t", "</s><s>", "\0", "   x = 1\n" * 50]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(out / "tokenizer")],
-        input=json.dumps(texts), capture_output=True, text=True, env=environment, check=True,
-    )  # fmt: skip
-    ids, decoded, eos, length = json.loads(result.stdout)
+    ids, decoded, eos, length = run_ranks(_round_trip, 1, out / "tokenizer", texts)[0]
     processor = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer" / "tokenizer.model"))
     assert ids == processor.encode(texts)
     assert decoded == texts

@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -12,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from recipes.common.recipe import Layout
-from tests.support.launched import copy_repository, start, torchrun
+from recipes.common.runtime.network import free_port
+from tests.support.launched import copy_repository
 from tests.support.small_runs import call
 from tests.support.tiny import ROOT
 from tools.common.forked_ranks import run_ranks
@@ -279,11 +282,13 @@ def test_it_starts_ranks_itself_and_prints_a_table(recipe, tmp_path):
 
 
 def test_a_launcher_starts_it_like_a_recipe_from_any_folder(recipe, tmp_path):
-    words = torchrun(1, ROOT / "tools" / "preflight" / "__main__.py", recipe, "--out-dir", tmp_path / "out", "--resume", "--json")
-    process = start(words, tmp_path)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
-    found = json.loads(out.splitlines()[-1])
+    """By what a launcher tells each of its ranks; torchrun itself: tests/test_entrypoints.py."""
+    words = [ROOT / "tools" / "preflight" / "__main__.py", recipe, "--out-dir", tmp_path / "out", "--resume", "--json"]
+    told = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environment = os.environ | {name: str(value) for name, value in told.items()}
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
     assert found["passed"] and found["world_size"] == 1
 
 
