@@ -18,13 +18,13 @@ from tools.new_recipe.recipe_text import stated_fields
 
 # --like, parameters, tokens, GPUs, more flags
 WISHES = {
-    "llama_8b": ("3e9", "60e9", 64, ()),
+    "llama_8b": ("3e9", "60e9", 16, ()),
     "qwen3_8b": ("14e9", "300e9", 128, ("--layout", "tensor=8")),
     "gemma_2b": ("5e9", "100e9", 32, ("--gpu-type", "A100-80")),
     "mixtral_8x7b": ("20e9", "200e9", 64, ("--layout", "tensor=2,pipeline=4")),
     "gpt2_124m": ("350e6", "7e9", 8, ()),
     "olmo2_7b": ("13e9", "1e12", 256, ("--seq-len", "2048", "--layout", "tensor=8")),
-    "gpt_neox_20b": ("7e9", "140e9", 96, ("--tokenizer", 'a "b" \\ c')),
+    "gpt_neox_20b": ("7e9", "140e9", 96, ("--tokenizer", 'a "b" \\ c', "--layout", "tensor=8")),
 }
 
 
@@ -151,7 +151,7 @@ def test_the_next_command_is_true(tmp_path):
             [f"--{given} must be a number over 0" for given in ("params=-1", "tokens=nan", "gpus=0")],
         ),
         ({"--params": "1e6"}, ["--params=1e+06: no shape"]),
-        ({"--params": "70e9", "--gpus": "8"}, ["no layout of this model fits"]),
+        ({"--params": "30e9", "--gpus": "2"}, ["no layout of this model fits"]),
         ({"--out": "{folder}/none/x.py"}, ["there is no folder"]),
         ({"--out": "{folder}/3b.py"}, ["must be a Python file with a module's name"]),
         ({"--out": "{folder}/json.py"}, ["a keyword or a standard module of Python"]),
@@ -160,7 +160,7 @@ def test_the_next_command_is_true(tmp_path):
         ({"--layout": "tensors=2"}, ["tensors=2"]),
         ({"--gpu-type": "H1000"}, ["--gpu-type=H1000: not known"]),
         ({"--seq-len": "0"}, ["--seq-len=0 must be at least 1"]),
-        ({"--out": "{folder}/locked/x.py"}, ["locked/x.py"]),
+        ({"--out": "{folder}/locked/x.py", "--layout": "tensor=2"}, ["locked/x.py"]),
     ],
 )
 def test_a_mistake_is_exit_2_and_nothing_is_written(tmp_path, change, told):
