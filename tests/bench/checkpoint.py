@@ -171,7 +171,7 @@ def _write_random(config: LlamaConfig, folder: Path) -> Path:
 
 def export_memory(checkpoint: Path, out: Path, dtype: str) -> dict[str, Any]:
     """Export in a fresh process and return what that adds to its resident memory."""
-    command = [sys.executable, "-m", "tests.bench.export_memory", str(checkpoint), str(out), dtype]
+    command = [sys.executable, "-u", "-m", "tests.bench.export_memory", str(checkpoint), str(out), dtype]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     peak, largest, baseline = json.loads(done.stdout.splitlines()[-1])
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from functools import partial
 
 import pytest
@@ -45,7 +46,8 @@ def _numbers(found):
     return [found] if isinstance(found, int | float) else []
 
 
-def test_checkpoint(tmp_path, monkeypatch):
+def test_checkpoint(tmp_path, monkeypatch, warm):
+    monkeypatch.setattr(sys, "executable", str(warm))  # of the process whose memory is measured
     monkeypatch.setattr(checkpoint, "DEPTHS", (2,))
     monkeypatch.setattr(checkpoint, "DTYPES", ("bfloat16",))
     small = ("--layers", 1, "--hidden", 256, "--vocab", 4096, "--rounds", 1, "--folder", tmp_path)
@@ -73,12 +75,14 @@ def test_timers(tmp_path):
 def test_rewind(tmp_path, monkeypatch):
     """The four runs are made and compared, of one layer; whether so short a run is worth a roll-back is not judged."""
     text = rewind.recipe_text
-    monkeypatch.setattr(rewind, "recipe_text", lambda *args, **options: _of_one_layer(text(*args, **options)))
+    monkeypatch.setattr(rewind, "SETTLED_STEP", 8)
+    monkeypatch.setattr(rewind, "BAD_STEPS", 4)
+    monkeypatch.setattr(rewind, "recipe_text", lambda *args, **options: _smaller(text(*args, **options)))
     texts = make_corpus(tmp_path / "corpus.jsonl", 1)
     make_tokenizer(tmp_path / "tokenizer", texts[:100], vocab=400)
     flags = ("--tokenizer", tmp_path / "tokenizer", "--validation-fraction", 0.1, "--workers", 1, "--out", tmp_path / "good")
     assert call("data", "prepare", tmp_path / "corpus.jsonl", *flags).code == 0
-    tiny = ("--steps", 29, "--seq-len", 16, "--eval-seqs", 16)
+    tiny = ("--steps", 17, "--seq-len", 16, "--eval-seqs", 16)
     called = call_bench("rewind", *tiny, "--data", tmp_path / "good", "--out", tmp_path / "out", "--json")
     assert called.code in (0, 1), called.err
     runs = called.json["runs"]
@@ -88,8 +92,9 @@ def test_rewind(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "planted_rewound" / "spikes.html").is_file()
 
 
-def _of_one_layer(text):
-    for old, new in {"num_hidden_layers=4": "num_hidden_layers=1", "num_params=2_361_024": "num_params=1_180_224"}.items():
+def _smaller(text):
+    smaller = {"num_hidden_layers=4": "num_hidden_layers=1", "num_params=2_361_024": "num_params=1_180_224"}
+    for old, new in (smaller | {"warmup_steps=20": "warmup_steps=4"}).items():
         assert text.count(old) == 1, old
         text = text.replace(old, new)
     return text

@@ -197,11 +197,10 @@ class HighestNormSoFar(HalfANat):
     [
         (Layout(pipeline=2), "zero1_bf16.json"),
         (Layout(tensor=2), "zero1_fp32.json"),
-        (Layout(), "zero2_fp32.json"),
-        (Layout(), "zero3_fp32.json"),
     ],
 )
 def test_a_step_over_the_ceiling_changes_no_weight(data, tmp_path, monkeypatch, layout, config):
+    """Of ZeRO 2 and 3: tests/common/engine/test_deepspeed_patches.py."""
     monkeypatch.setattr(recovery, "AnomalyDetector", HighestNormSoFar)
     recipe = recipe_on(
         data,

@@ -27,7 +27,7 @@ def trial_of(pipeline, tensor, data, config="zero1_fp32.json", **fields):
     cut = {name: fields.pop(name) for name in ("recompute", "pipeline_schedule") if name in fields}
     layout = Layout(pipeline=pipeline, tensor=tensor, **cut)
     trial = Trial(
-        model=tiny_config("llama"),
+        model=tiny_config("llama", num_hidden_layers=3),
         layout=layout,
         world_size=pipeline * tensor * data,
         optimizer=ADAMW,
