@@ -28,6 +28,8 @@ from recipes.common.recipe import ROOT
 from tests.test_layering import FLOORS
 from tools.common.forked_ranks import run_ranks
 from tools.common.recipe_io import load_recipe
+from tools.new_recipe import __main__ as new_recipe
+from tools.plan import search
 
 READMES = (
     "README.md",
@@ -98,6 +100,8 @@ def test_a_command_of_a_block_is_accepted(found, readme, command):
 def _follow(folder, commands):
     lay_out(Path(folder), commands)
     os.chdir(folder)
+    for module in (search, new_recipe):  # a search of every eighth layout runs as one of all does
+        module.candidates = lambda *args, own=module.candidates: own(*args)[::8]
     return [problem_of(shlex.split(command), command) for command in commands]
 
 

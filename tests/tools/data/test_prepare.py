@@ -68,7 +68,7 @@ def corpus(tmp_path_factory):
     for name, opener in (("a.jsonl", open), ("b.jsonl.gz", gzip.open)):
         path, at = folder / name, 0
         with opener(path, "wb") as file:
-            for line_number in range(1, 401):
+            for line_number in range(1, 121):
                 text = random_text(rng)
                 line = json.dumps({"text": text, "id": line_number}).encode() + b"\n"
                 documents[str(path), line_number if name.endswith(".gz") else at] = text
