@@ -142,7 +142,7 @@ LAYOUTS = {
     "pipeline x tensor": (Layout(tensor=2, pipeline=2), 4),
     "data": (Layout(), 2),
 }
-STEPS, MICRO, SEQ, HIDDEN, LAYERS, PARAMS = 4, 4, 16, 64, 4, 140_224
+STEPS, MICRO, SEQ, HIDDEN, LAYERS, PARAMS = 4, 4, 16, 64, 2, 78_528
 
 
 @pytest.fixture(scope="module", params=LAYOUTS, ids=str)
@@ -161,7 +161,7 @@ def _twice(layout, world, out):
     import torch.distributed as dist
 
     trial = Trial(
-        model=tiny_config("llama"),
+        model=tiny_config("llama", num_hidden_layers=LAYERS),
         layout=layout,
         world_size=world,
         optimizer=AdamW(lr=1e-3),
