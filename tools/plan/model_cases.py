@@ -28,7 +28,7 @@ from tools.plan.fp8_cost import Fp8Cost, fp8_cost
 from tools.plan.layer_log import Bytes, LayerBytes, Work, mean_work
 from tools.plan.layer_products import Product, layer_products
 from tools.plan.rank_params import rank_matrices, rank_params
-from tools.plan.schedule_formulas import bubble_share, exposed_messages
+from tools.plan.schedule_formulas import bubble_share, exposed_messages, gradient_laps
 from tools.plan.tensor_sums import tensor_sums
 from tools.plan.time_model import Cases
 
@@ -292,6 +292,7 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
         "updated": undivided / candidate.data if zero_stage(facts.ds_config) else params,
         "bubble_share": bubble_share(placement_of(layout), micro_batches, passes),
         "messages": exposed_messages(placement_of(layout), micro_batches),
+        **gradient_laps(placement_of(layout), micro_batches, passes),
         "pipe_share": sequence_ranks(layout),
     }
 

@@ -1,4 +1,5 @@
-"""Computes what a pipeline schedule costs a step: its share of 1F1B's bubble, and the messages that it waits for.
+"""Computes what a pipeline schedule costs a step: its share of 1F1B's bubble, the messages that it waits for, and how early a
+rank's chunks have their last gradients.
 
 By formula, which is exact for equal chunks; a folded schedule has one for F = B = W alone, and its passes are played.
 """
@@ -50,3 +51,19 @@ def exposed_messages(placement: Placement, micro_batches: int) -> float:
     if placement.schedule == ONE_PASS:
         return 2.0 * chunks * stages - 2.0
     return (chunks + 3.0) * stages - 4.0
+
+
+def gradient_laps(placement: Placement, micro_batches: int, passes: float) -> dict[str, float]:
+    """Return the time model's fields of that name: which work comes after a chunk's last gradients of a step.
+
+    Chunks go around in laps: all micro batches of the last lap pass through a rank's last chunk, then those of the chunk before.
+    A zero bubble defers up to p - 1 weight gradients; folded, both chunks have their last ones at the end.
+    """
+    one_pass = placement.schedule == ONE_PASS
+    laps = 1 if placement.folded else placement.per_rank
+    return {
+        "laps": float(laps),
+        "lap_batches": float((micro_batches - 1) % placement.pipeline + 1),
+        "last_passes": passes - 1.0 if one_pass else 1.0,
+        "deferred": 0.0 if one_pass else placement.pipeline - 1.0,
+    }

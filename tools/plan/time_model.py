@@ -3,9 +3,9 @@
 A layer takes the smooth maximum of GPU time (matrix products in waves of tiles, attention, what elementwise kernels move) and of
 the host's launches, plus its tensor-parallel all-reduces (those that go beside products, by what stands out) and the all-to-alls
 of context and expert ranks. A step is 1F1B: the slowest stage for every micro batch, every stage once to fill and drain the
-pipeline, then the gradients' reduction (its smooth maximum with compute where the software overlaps them), the optimizer, and a
-constant. By first principles every term comes from a data sheet, from a published measurement of a part of a step, or from our
-count. A fit moves them; as most are shares of what a GPU can do, those fitted on one serve another.
+pipeline, then what stands out of the gradients' reduction and the weights' gathering, the optimizer, and a constant. By first
+principles every term comes from a data sheet, from a published measurement of a part of a step, or from our count. A fit moves
+them; as most are shares of what a GPU can do, those fitted on one serve another.
 """
 
 from __future__ import annotations
@@ -93,8 +93,12 @@ class Cases:
     params: np.ndarray  # of a rank of the largest stage
     reduce_bytes: np.ndarray  # a parameter of the rank, that the data ranks exchange a step
     gather_bytes: np.ndarray  # a parameter of the rank, gathered every micro batch (ZeRO 3)
-    beside_backward: np.ndarray  # of reduce_bytes, those that are exchanged beside a step's last backward pass
-    beside_forward: np.ndarray  # and those beside its first forward pass
+    beside_backward: np.ndarray  # of reduce_bytes, those that are exchanged beside a step's last backward passes
+    beside_forward: np.ndarray  # and those beside its first forward passes
+    laps: np.ndarray  # chunks of a rank that are exchanged one after another
+    lap_batches: np.ndarray  # micro batches that a chunk runs before the next chunk's turn
+    last_passes: np.ndarray  # forward passes' worth of a chunk's work that gives it its last gradients
+    deferred: np.ndarray  # forward passes' worth of weight gradients that come later than their lap
     updated: np.ndarray  # parameters whose optimizer states this rank updates
     overlapped: np.ndarray  # whether what the data ranks exchange hides behind compute
     bubble_share: np.ndarray  # the share of 1F1B's bubble that the schedule leaves
@@ -128,21 +132,41 @@ def step_parts(terms: np.ndarray, c: Cases, effects: np.ndarray | float = 1.0) -
     parts["gradients"] = c.micro_batches * sums
     parts["pipeline"] = c.messages * micro["pipe"]
     parts["bubble"] = (np.maximum(c.layers * layer + rest - slowest, 0.0) + (c.pipeline - 1.0) * sums) * c.bubble_share
+    micro_seconds, busy = steady_layers * layer + steady_head * rest, sum(parts.values())
+    parts["data"] = _data_seconds(k, c, micro_seconds, busy)
+    parts["optimizer"] = k["optimizer"] * 40.0 * c.updated / (k["memory"] * c.bandwidth)
+    parts["other"] = np.full_like(layer, k["constant_seconds"])
+    return parts
+
+
+def _data_seconds(k: dict[str, float], c: Cases, micro_seconds: np.ndarray, busy: np.ndarray) -> np.ndarray:
+    """Return the seconds of a step in which data ranks exchange and nothing is computed.
+
+    micro_seconds: of a micro batch's passes on the slowest stage; busy: of all passes.
+    """
     # a ring over nodes uses the network adapter of each of its ranks in a node
     adapters = np.minimum(c.data, np.maximum(c.node / c.tensor, 1.0))
     network = np.where(c.gather_bytes > 0, k["shard_network"], k["data_network"] * adapters) * c.network
     link = k["data_link"] * c.link
     rate = np.where(c.tensor * c.data <= c.node, link, np.minimum(network, link))
-    exchange = (c.data - 1) / c.data * c.params * (c.reduce_bytes + c.gather_bytes * c.micro_batches) / rate
-    busy = sum(parts.values())
-    micro_seconds, alone = steady_layers * layer + steady_head * rest, exchange
-    for share, width in (((c.passes - 1.0) / c.passes, c.beside_backward), (1.0 / c.passes, c.beside_forward)):
-        beside = (c.data - 1) / c.data * c.params * width / rate
-        alone = alone - beside + _standing_out(share * micro_seconds, beside)
-    parts["data"] = np.where(c.overlapped > 0, _standing_out(busy, exchange), alone)
-    parts["optimizer"] = k["optimizer"] * 40.0 * c.updated / (k["memory"] * c.bandwidth)
-    parts["other"] = np.full_like(layer, k["constant_seconds"])
-    return parts
+    a_byte = (c.data - 1) / c.data * c.params / rate  # seconds, of one byte a parameter
+    exchange = a_byte * (c.reduce_bytes + c.gather_bytes * c.micro_batches)
+    one_pass = micro_seconds / c.passes / c.laps  # of a chunk
+    reduced, gathered = a_byte * c.beside_backward, a_byte * c.beside_forward
+    alone = exchange - reduced - gathered
+    alone += _lapped(c, reduced, one_pass * c.last_passes, one_pass * (c.passes - 1.0), one_pass * c.deferred)
+    alone += _lapped(c, gathered, one_pass, one_pass, 0.0)
+    return np.where(c.overlapped > 0, _standing_out(busy, exchange), alone)
+
+
+def _lapped(c: Cases, exchange: np.ndarray, nearest: np.ndarray, one_of_lap: np.ndarray, late: np.ndarray | float) -> np.ndarray:
+    """Return by how many seconds an exchange stands out of a step whose ends are laps: a chunk's part goes beside the others'.
+
+    nearest: seconds of the pass at the very end, or beginning, beside which its own chunk's part goes; one_of_lap: of each of a
+    lap's passes; late: by which parts begin after their lap.
+    """
+    laps = np.maximum((c.laps - 1.0) * c.lap_batches * one_of_lap - late, 0.0)
+    return np.maximum(_standing_out(nearest, exchange / c.laps), _standing_out(nearest + laps, exchange))
 
 
 def _micro_batch(k: dict[str, float], c: Cases, effects: np.ndarray | float) -> dict[str, np.ndarray]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
 from recipes.common.engine.deepspeed_groups import name_expert_groups
+from recipes.common.pipeline.last_passes import parameters_by_chunk
 from recipes.common.pipeline.stage import Stage
 from recipes.common.recipe import AdamW, Optimizer
 
+_WORTH = 16  # a message of a 16th of a bucket is long enough to go by itself: 125 MB of DeepSpeed's default
 _UNIT = 16  # elements: the 64 bytes that torch's kernel for CPUs works on at a time
 
 
@@ -19,9 +21,11 @@ def parameter_groups(stage: Stage, optimizer: Optimizer, bucket: int | None = No
 
     Not decayed: parameters of fewer than two dimensions (norms, biases) and, by choice, the embeddings. Where expert ranks divide
     experts, those that this stage has follow: DeepSpeed partitions them over other ranks.
-    bucket: end a group, from the last layer on, when it has as many elements: it is reduced when its gradients are there. None:
-    one group a kind, so that all ranks have as many: DeepSpeed's norms deadlock when ranks differ (#1522), ours do not.
+    bucket: end a group, from the last layer on, when it has as many elements, or where a chunk ends: it is reduced when its
+    gradients are there. None: one group a kind, so that all ranks have as many: DeepSpeed's norms deadlock when ranks differ
+    (#1522), ours do not.
     """
+    chunks, _ = parameters_by_chunk(stage)
     embeddings = {f"{stage.stack.embedding}.weight", f"{stage.stack.head}.weight"}
     groups: list[list[torch.nn.Parameter]] = [[], []]
     banks = dict(stage.banks())
@@ -32,24 +36,29 @@ def parameter_groups(stage: Stage, optimizer: Optimizer, bucket: int | None = No
     decays = (optimizer.weight_decay, 0.0)
     found: list[dict[str, Any]] = []
     for parameters, decay in zip(groups, decays, strict=True):
-        found += [{"params": part, "weight_decay": decay} for part in _cut(parameters, bucket)]
+        found += [{"params": part, "weight_decay": decay} for part in _cut(parameters, bucket, chunks)]
     if banks:
         options = {"moe": True, "name": name_expert_groups(stage.grid, banks.values())}
-        parts = _cut(list(banks.values()), bucket)
+        parts = _cut(list(banks.values()), bucket, chunks)
         found += [{"params": part, "weight_decay": optimizer.weight_decay} | options for part in parts]
     return found
 
 
-def _cut(parameters: list[torch.nn.Parameter], bucket: int | None) -> list[list[torch.nn.Parameter]]:
-    """Cut a list, from its end, where a part has `bucket` elements or more."""
+def _cut(
+    parameters: list[torch.nn.Parameter], bucket: int | None, chunks: Sequence[Collection[torch.nn.Parameter]]
+) -> list[list[torch.nn.Parameter]]:
+    """Cut a list, from its end, where a part has `bucket` elements or more; or a good part of that, and a chunk ends."""
+    chunk_of = {parameter: index for index, chunk in enumerate(chunks) for parameter in chunk}
     parts: list[list[torch.nn.Parameter]] = []
-    size = 0
+    size, last = 0, None
     for parameter in reversed(parameters):
-        if not parts or (bucket is not None and size >= bucket):
+        here = chunk_of.get(parameter)
+        ended = bucket is not None and (size >= bucket or (size >= bucket // _WORTH and here != last))
+        if not parts or ended:
             parts.append([])
             size = 0
         parts[-1].append(parameter)
-        size += parameter.numel()
+        size, last = size + parameter.numel(), here
     return [part[::-1] for part in reversed(parts)]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recipes.common.engine import trainer
-from recipes.common.engine.optimizers import WholeUnitsAdamW, build_optimizer
+from recipes.common.engine.optimizers import WholeUnitsAdamW, _cut, build_optimizer
 from recipes.common.recipe import SGD, AdamW
 from tests.support.parity import trial_of
 from tests.support.tiny import ds_config, tiny_config
@@ -86,3 +86,20 @@ def test_what_has_no_gradient_stays():
     frozen, moving, states = run_ranks(without_gradient, 1)[0]
     assert frozen == [1.0] * 5 and states == 1
     assert moving == pytest.approx([1.0 - 3e-3 * 0.1 - 3e-3] * 5)
+
+
+@pytest.mark.parametrize(
+    "bucket, sizes",
+    [
+        (None, [[40, 40, 40, 40, 1, 40]]),  # one group a kind
+        (80, [[40], [40, 40], [40, 1], [40]]),  # full, and at each chunk's end
+        (700, [[40, 40, 40], [40, 1, 40]]),  # the last chunk's 40 are less than a 16th: they go with the next
+        (1600, [[40, 40, 40, 40, 1, 40]]),
+    ],
+)
+def test_a_bucket_ends_where_it_is_full_or_a_good_part_of_it_and_a_chunk_ends(bucket, sizes):
+    parameters = [torch.nn.Parameter(torch.empty(size)) for size in (40, 40, 40, 40, 1, 40)]
+    chunks = [set(parameters[:3]), set(parameters[3:5]), set(parameters[5:])]
+    found = _cut(parameters, bucket, chunks)
+    assert [p for part in found for p in part] == parameters
+    assert [[p.numel() for p in part] for part in found] == sizes
