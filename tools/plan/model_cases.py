@@ -25,6 +25,14 @@ from tools.common.devices import Device
 from tools.plan.activations import ModelBytes, model_activations
 from tools.plan.context_cost import ContextCost, context_cost
 from tools.plan.fp8_cost import Fp8Cost, fp8_cost
+from tools.plan.gradient_sums import (
+    HEAD_SUMMED,
+    ROW_SUMMED,
+    SUMMED_APART,
+    SUMMED_INSIDE,
+    head_sums_at_once,
+    sums_inside_products,
+)
 from tools.plan.layer_log import Bytes, LayerBytes, Work, mean_work
 from tools.plan.layer_products import Product, layer_products
 from tools.plan.rank_params import rank_matrices, rank_params
@@ -33,10 +41,6 @@ from tools.plan.tensor_sums import tensor_sums
 from tools.plan.time_model import Cases
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_SUMMED_APART = 10.0  # bytes a parameter and micro batch: a 16-bit gradient is read, the fp32 sum read and written
-_HEAD_SUMMED = 12.0  # the head's in fp32, scaled as it is added
-_ROW_SUMMED = 18.0  # bytes an element of a token's row in the embedding: to fp32, and picked, added and put
-_SUMMED_INSIDE = 8.0  # a product reads and writes the sum, in the place of the 2 bytes of its result
 _LOGIT_BYTES = {"none": 30.0, "compile": 10.0}  # a logit, in the loss, as a rehearsal counts them
 _FP32_REDUCE = 4.0  # bytes a parameter: gradients are reduced in fp32, weights gathered in their own precision
 
@@ -269,8 +273,10 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
     params = max(stage_params(facts, layout))
     undivided = params if layout.expert == 1 else max(stage_params(facts, replace(layout, expert=1)))
     micro_batches = batch.global_seqs // (candidate.micro_seqs * candidate.readers)
+    head_parts = max(tokens / (facts.recipe.logits_chunk_tokens or tokens), 1.0)  # of a micro batch, in the loss
     return {
         "tokens": tokens,
+        "head_summed": SUMMED_INSIDE * head_parts,
         "scores": cost.work * facts.mean_scores,
         "context": layout.context,
         "expert": layout.expert,
@@ -297,12 +303,6 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
     }
 
 
-def sums_inside_products(recipe: Recipe, ds_config: dict[str, Any]) -> bool:
-    """Return whether linears add their weights' gradients to the step's sums in the products (see `model.main_grads`)."""
-    offloaded = "offload_optimizer" in ds_config.get("zero_optimization", {})
-    return zero_stage(ds_config) == 1 and not offloaded and recipe.precision != FP8
-
-
 def summed_apart(facts: ModelFacts, layout: Layout, tokens: float) -> list[float]:
     """Return the bytes that each stage moves to add up a micro batch's gradients, but those that products add.
 
@@ -310,15 +310,15 @@ def summed_apart(facts: ModelFacts, layout: Layout, tokens: float) -> list[float
     """
     params, head = stage_params(facts, layout), head_stage(layout)
     if not sums_inside_products(facts.recipe, facts.ds_config):
-        return [_SUMMED_APART * count for count in params]
+        return [SUMMED_APART * count for count in params]
     inside = sum(n * p.width * p.inner * p.groups for p, n in facts.products(layout).items() if not p.bank)
     of, own = facts.rank_params(layout), facts.own_layers(layout)
     apart = [max(count - inside * len(layers), 0.0) for count, layers in zip(params, own, strict=True)]
     apart[0] -= of["embedding"]
     apart[head] -= 0.0 if facts.stack.tied and head == 0 else of["head"]
-    sums = [_SUMMED_APART * max(count, 0.0) for count in apart]
-    sums[0] += _ROW_SUMMED * tokens * facts.work.hidden
-    sums[head] += _HEAD_SUMMED * of["head"]
+    sums = [SUMMED_APART * max(count, 0.0) for count in apart]
+    sums[0] += ROW_SUMMED * tokens * facts.work.hidden
+    sums[head] += 0.0 if head_sums_at_once(facts.ds_config) else HEAD_SUMMED * of["head"]
     return sums
 
 
@@ -332,7 +332,7 @@ def _product_columns(products: Sequence[dict[Product, float]], inside: bool) -> 
     rows = [[*of.items(), *[nothing] * (most - len(of))] for of in products]
     columns = {"widths": "width", "inners": "inner", "rows": "rows", "groups": "groups"}
     found = {name: np.array([[getattr(product, of) for product, _ in row] for row in rows]) for name, of in columns.items()}
-    found["summed"] = np.array([[_SUMMED_INSIDE if inside and not product.bank else 2.0 for product, _ in row] for row in rows])
+    found["summed"] = np.array([[SUMMED_INSIDE if inside and not product.bank else 2.0 for product, _ in row] for row in rows])
     return found | {"counts": np.array([[count for _, count in row] for row in rows])}
 
 

@@ -10,6 +10,7 @@ from recipes.common.config.ds_config import precision, zero_stage
 from recipes.common.config.placement import placement_of
 from recipes.common.recipe import AdamW
 from tools.common.devices import Device
+from tools.plan.gradient_sums import head_sums_at_once
 from tools.plan.held_passes import Held, held_in_backward
 from tools.plan.layer_log import LayerBytes
 from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes, loss_bytes, state_bytes
@@ -114,11 +115,12 @@ def norm_bytes(facts: ModelFacts, candidate: Candidate) -> float:
 
 
 def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
-    """Return the bytes of one chunk's logits (parallel.cross_entropy), of the gradient of the head, and of the norm before it."""
+    """Return the bytes of one chunk's logits (parallel.cross_entropy), of a gradient of the head, and of the norm before it."""
     tokens = min(facts.recipe.logits_chunk_tokens, candidate.own_seqs * facts.recipe.batch.seq_len)
     tensor, head = candidate.layout.tensor, facts.rank_params(candidate.layout)["head"]
     compiled = facts.recipe.kernels == "compile"
-    logits = loss_bytes(tokens * facts.work.vocab / tensor, head, facts.activation_width, compiled=compiled)
+    apart = 0.0 if head_sums_at_once(facts.ds_config) else head
+    logits = loss_bytes(tokens * facts.work.vocab / tensor, apart, facts.activation_width, compiled=compiled)
     return logits + norm_bytes(facts, candidate)
 
 

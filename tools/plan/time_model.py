@@ -73,6 +73,7 @@ class Cases:
     traffic: np.ndarray  # bytes a token, a layer, a tensor rank, that elementwise work moves in all passes
     kernels: np.ndarray  # that a layer's passes start, a micro batch
     head: np.ndarray  # multiply-adds a token
+    head_summed: np.ndarray  # bytes that an element of the head's gradient moves in its products
     logit_bytes: np.ndarray  # that the loss moves for each of a token's logits
     sum_bytes: np.ndarray  # that adding a micro batch's gradients to those before moves, but in products
     passes: np.ndarray  # forward passes' worth of work a layer does: 3, or 4 with full recomputation
@@ -199,7 +200,14 @@ def _micro_batch(k: dict[str, float], c: Cases, effects: np.ndarray | float) -> 
     pipe = k["pipe_latency"] + activation / c.pipe_share / (k["pipe_rate"] * np.where(inside, c.link, c.network))
     vocab = np.floor(c.head / c.hidden / c.tensor)
     head = training_seconds(
-        c.tokens, vocab, c.hidden, np.zeros_like(vocab), groups=np.ones_like(vocab), rate=k["gemm"] * c.rate_half, **gpu
+        c.tokens,
+        vocab,
+        c.hidden,
+        np.zeros_like(vocab),
+        groups=np.ones_like(vocab),
+        rate=k["gemm"] * c.rate_half,
+        summed=c.head_summed,
+        **gpu,
     )
     head = k["head"] * head * np.where(vocab % 8 > 0, k["misaligned_head"], 1.0)
     loss = k["head"] * c.tokens * vocab * c.logit_bytes / gpu["bandwidth"]

@@ -199,7 +199,7 @@ class Trainer:
         if self.stage.router_losses is not None:
             self._begin_router_losses(micro_batches, weight)
         batches = self._batches(micro_batches, weight)
-        with self._no_questions():
+        with self._no_questions(), self._known_share(len(micro_batches)):
             if self.grid.pipeline > 1:
                 self.engine.train_batch(batches)
                 return
@@ -247,6 +247,15 @@ class Trainer:
     def _clear_losses(self) -> None:
         self.stage.loss_sums.zero_()
         self.stage.max_logit.fill_(-torch.inf)
+
+    @contextlib.contextmanager
+    def _known_share(self, micro_batches: int) -> Iterator[None]:
+        """Tell the stage by what the engine multiplies the loss meanwhile; not in fp16, whose gradients would underflow."""
+        self.stage.loss_share = None if self.engine.fp16_enabled() else 1.0 / micro_batches
+        try:
+            yield
+        finally:
+            self.stage.loss_share = None
 
     def _no_questions(self) -> contextlib.AbstractContextManager[None]:
         return no_questions(documents=self.document_end is not None and self.stage.attention != VARLEN)

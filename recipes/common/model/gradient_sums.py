@@ -1,6 +1,7 @@
 """Adds up in fp32 the gradients that a micro batch's parts have of the same weights: the head's, a chunk of tokens at a time.
 
-A product's gradient goes into its sum inside the product, on a GPU: it is never rounded, nor written by itself.
+A product's gradient goes into its sum inside the product, on a GPU: it is never rounded, nor written by itself. The sum is the
+micro batch's, or at once the step's, where it is known by what the micro batch's would be multiplied.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from recipes.common.model.main_grads import Product, add_product
+from recipes.common.model.main_grads import Product, add_product, main_grad_of
 
 
 class GradientSums:
@@ -38,6 +39,19 @@ class GradientSums:
         taken = [self._sums.pop(parameter, None) for parameter in parameters]
         assert not self._sums, "a gradient of another parameter"
         return taken
+
+
+class StepSums:
+    """The sums that the weights have of a whole step, in the place of GradientSums."""
+
+    def put(self, weight: nn.Parameter, left: torch.Tensor, right: torch.Tensor, product: Product) -> None:
+        main_grad_of(weight).add_product(left, right, product)
+
+    def add(self, weight: nn.Parameter, gradient: torch.Tensor) -> None:
+        main_grad_of(weight).add(gradient)
+
+    def take(self, parameters: list[nn.Parameter]) -> list[None]:
+        return [None] * len(parameters)
 
 
 def _first_product(left: torch.Tensor, right: torch.Tensor, product: Product) -> torch.Tensor:

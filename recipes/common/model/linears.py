@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recipes.common.model.expert_banks import find_banks
 from recipes.common.model.fp8 import Fp8Products
-from recipes.common.model.gradient_sums import GradientSums
+from recipes.common.model.gradient_sums import GradientSums, StepSums
 from recipes.common.model.input_gradients import InputGradient, entrance
 from recipes.common.model.main_grads import Product, main_grad_of
 from recipes.common.model.shared_inputs import Reads
@@ -28,7 +28,7 @@ from recipes.common.model.weight_grad_store import Factor, WeightGradStore, tran
 from recipes.common.runtime.processor import onednn_is_faster
 
 Linear = nn.Linear | Conv1D
-Store = WeightGradStore | GradientSums
+Store = WeightGradStore | GradientSums | StepSums
 
 # Linears that read what their neighbours read. Exact names of transformers 5; others only miss that their gradients are summed
 _READERS = frozenset({"q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj"})

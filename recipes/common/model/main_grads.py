@@ -33,10 +33,18 @@ class MainGrad:
         add_product(self._total, left, right, product)
 
     @torch.no_grad()
-    def add_scaled(self, gradient: torch.Tensor, scale: torch.Tensor) -> None:
-        """Add gradient * scale, both fp32."""
+    def add(self, gradient: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        """Add a gradient, or gradient * scale, both fp32."""
         self._begin()
-        self._total.addcmul_(gradient, scale)
+        if scale is None:
+            self._total.add_(gradient)
+        else:
+            self._total.addcmul_(gradient, scale)
+
+    @torch.no_grad()
+    def spoil_unless(self, right: torch.Tensor) -> None:
+        """Make the sum NaN where `right` [] is false: the step is refused as any other with NaNs, and nobody waits for it."""
+        self._total.view(-1)[:1].add_(torch.where(right, 0.0, torch.nan))
 
     @torch.no_grad()
     def add_rows(self, index: torch.Tensor, rows: torch.Tensor) -> None:

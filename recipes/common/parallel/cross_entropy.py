@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 
 from recipes.common.model.fused_ops import compiled_operator, compiled_update
-from recipes.common.model.gradient_sums import GradientSums
+from recipes.common.model.gradient_sums import GradientSums, StepSums
 from recipes.common.model.main_grads import main_grad_of
 from recipes.common.parallel.collectives import all_reduce
 
+_ROUNDED = 1e-5  # relative: a factor and what the backward pass multiplies by are computed in different orders
 IGNORED = -100  # a target that is not scored, as in transformers
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]
@@ -37,7 +38,8 @@ def vocabulary_loss(
     group: dist.ProcessGroup | None,
     chunk_tokens: int,
     z_loss: float,
-    head_sums: GradientSums | None = None,
+    head_sums: GradientSums | StepSums | None = None,
+    factor: torch.Tensor | None = None,
     compiled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (loss [], sums [3] of cross-entropy, log(Z)^2 and log(Z), largest logit []) over the scored tokens; fp32.
@@ -46,13 +48,16 @@ def vocabulary_loss(
     hidden: [micro_seqs, seq_len, width]; targets: [micro_seqs, seq_len], IGNORED where not scored.
     vocab_size: rows of the whole vocabulary; `first_row` is this rank's first one, rows past the end are padding.
     head_sums: where `logits_of` puts gradients of `head` that it does not give to autograd.
+    factor: [], fp32, by what the backward pass will multiply the first result's gradient, where that is known. Gradients have it
+    from the logits' on, and with StepSums the head's go where they belong. A pass that multiplies by another makes them NaN.
     compiled: read and write the logits in two compiled kernels.
     The first result is cross-entropy + z_loss * log(Z)^2; only it carries a gradient. The largest of no logits is -inf.
     """
     flat = hidden.reshape(1, -1, hidden.shape[-1])
     score = _score_compiled if compiled else _score
     sums = GradientSums() if head_sums is None else head_sums
-    args = (logits_of, targets.reshape(-1), vocab_size, first_row, group, chunk_tokens, z_loss, sums, score)
+    assert factor is not None or not isinstance(sums, StepSums), "a step's sums would have gradients of another scale"
+    args = (logits_of, targets.reshape(-1), vocab_size, first_row, group, chunk_tokens, z_loss, sums, score, factor)
     return _VocabularyLoss.apply(flat, args, *head)
 
 
@@ -72,7 +77,7 @@ class _Rows:
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, args: tuple, *head: torch.nn.Parameter):
-        logits_of, targets, vocab_size, first_row, group, chunk_tokens, z_loss, head_sums, score = args
+        logits_of, targets, vocab_size, first_row, group, chunk_tokens, z_loss, head_sums, score, factor = args
         learn = any(ctx.needs_input_grad)
         tokens = targets.numel()
         found = torch.empty(3, tokens, dtype=torch.float32, device=hidden.device)  # largest logit, Z / e^that, target's - that
@@ -87,8 +92,9 @@ class _VocabularyLoss(torch.autograd.Function):
                 values = logits.data[0]  # not autograd's concern: what it saved is looked at here
                 if rows is None:
                     rows, shared = _locate(targets, vocab_size, first_row, values.shape[1]), _storage(values) in saved
+                    scale = hidden.new_ones((), dtype=torch.float32) if factor is None else factor
                 scores = values.clone() if shared else values
-                found[:, part] = score(scores, rows.of(part), group, z_loss if learn else None)
+                found[:, part] = score(scores, rows.of(part), group, z_loss if learn else None, scale)
             if learn:
                 grads = torch.autograd.grad(logits, [chunk, *head], scores.unsqueeze(0), allow_unused=True)
                 grad_hidden[:, part] = grads[0]
@@ -99,16 +105,24 @@ class _VocabularyLoss(torch.autograd.Function):
         if learn:
             # each tensor rank has the gradient through its own rows: one sum for the whole micro batch
             ctx.gradients = [all_reduce(grad_hidden, group, own=True), *head_sums.take(list(head))]
-            ctx.dtype, ctx.head = hidden.dtype, head
+            ctx.dtype, ctx.head, ctx.factor = hidden.dtype, head, factor
         sums, largest = _sums(*found, targets != IGNORED)
         ctx.mark_non_differentiable(sums, largest)
         return sums[0] + z_loss * sums[1], sums, largest
 
     @staticmethod
     def backward(ctx, scale: torch.Tensor, *_unused: torch.Tensor):
-        # `scale` is 1/tokens times the loss scale: applied here, after the sums, so that fp16 gradients do not underflow
+        # `scale` is 1/tokens times the loss scale: applied here, after the sums, so that fp16 gradients do not underflow; or all
+        # have it, which `factor` is
         of_hidden, *of_head = ctx.gradients
         del ctx.gradients
+        if ctx.factor is not None:
+            scale = scale / ctx.factor
+            right = (scale - 1.0).abs() < _ROUNDED
+            scale = torch.where(right, 1.0, torch.nan)
+            for parameter in ctx.head:
+                if (main_grad := main_grad_of(parameter)) is not None:
+                    main_grad.spoil_unless(right)
         given = [_give(parameter, grad, scale) for parameter, grad in zip(ctx.head, of_head, strict=True)]
         return _scaled(of_hidden, scale, ctx.dtype), None, *given
 
@@ -136,10 +150,12 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _score(logits: torch.Tensor, rows: _Rows, group: dist.ProcessGroup | None, z_loss: float | None) -> torch.Tensor:
+def _score(
+    logits: torch.Tensor, rows: _Rows, group: dist.ProcessGroup | None, z_loss: float | None, scale: torch.Tensor
+) -> torch.Tensor:
     """Return fp32 [3, tokens]: each token's largest logit, Z over its exponential, and the target's logit less the largest.
 
-    logits: [tokens, rows]. They become their gradient, of cross-entropy + z_loss * log(Z)^2, unless `z_loss` is None.
+    logits: [tokens, rows]. They become their gradient, of scale * (cross-entropy + z_loss * log(Z)^2), unless `z_loss` is None.
     """
     _fill_padding(logits, rows)
     top = all_reduce(logits.amax(dim=1).float(), group, dist.ReduceOp.MAX, own=True)
@@ -148,14 +164,16 @@ def _score(logits: torch.Tensor, rows: _Rows, group: dist.ProcessGroup | None, z
     exponents = torch.sub(logits, top.unsqueeze(1)).exp_()  # the only fp32 copy
     total, chosen = all_reduce(torch.stack([exponents.sum(dim=1), chosen]), group, own=True)
     if z_loss is not None:
-        weight = _weights(top, total, rows, z_loss)
-        at_target = exponents.gather(1, local).squeeze(1) * weight - rows.here.float()
+        weight = _weights(top, total, rows, z_loss) * scale
+        at_target = exponents.gather(1, local).squeeze(1) * weight - rows.here * scale
         torch.mul(exponents, weight.unsqueeze(1), out=logits)  # rounds once
         logits.scatter_(1, local, at_target.to(logits.dtype).unsqueeze(1))
     return torch.stack([top, total, chosen])
 
 
-def _score_compiled(logits: torch.Tensor, rows: _Rows, group: dist.ProcessGroup | None, z_loss: float | None) -> torch.Tensor:
+def _score_compiled(
+    logits: torch.Tensor, rows: _Rows, group: dist.ProcessGroup | None, z_loss: float | None, scale: torch.Tensor
+) -> torch.Tensor:
     """Do the same as `_score` with one compiled kernel that reads the logits and one that overwrites them."""
     statistics, become_gradients = _compiled_kernels()
     _fill_padding(logits, rows)
@@ -166,9 +184,9 @@ def _score_compiled(logits: torch.Tensor, rows: _Rows, group: dist.ProcessGroup 
     parts = torch.stack([own_total * (own_top - top).exp(), torch.where(rows.here, at_target, 0.0)])
     total, chosen = all_reduce(parts, group, own=True)
     if z_loss is not None:
-        weight = _weights(top, total, rows, z_loss)
+        weight = _weights(top, total, rows, z_loss) * scale
         become_gradients(logits, [top, weight])
-        target_gradient = at_target.exp() * weight - rows.here.float()
+        target_gradient = at_target.exp() * weight - rows.here * scale
         logits.scatter_(1, local, target_gradient.to(logits.dtype).unsqueeze(1))
     return torch.stack([top, total, chosen])
 
@@ -216,7 +234,7 @@ def _give(parameter: torch.nn.Parameter, grad: torch.Tensor | None, scale: torch
     main_grad = main_grad_of(parameter)
     if grad is None or main_grad is None:
         return None if grad is None else _scaled(grad, scale, parameter.dtype)
-    main_grad.add_scaled(grad, scale)
+    main_grad.add(grad, scale)
     return None
 
 

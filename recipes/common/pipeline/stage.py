@@ -14,6 +14,7 @@ import copy
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,10 +25,11 @@ from recipes.common.config.placement import Placement, placement_of
 from recipes.common.model.decoder import ONLY_INFERENCE, Stack, find_stack
 from recipes.common.model.flops import attention_costs, layer_costs
 from recipes.common.model.fp8_linears import multiply_in_fp8
-from recipes.common.model.gradient_sums import GradientSums
+from recipes.common.model.gradient_sums import GradientSums, StepSums
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.model.linears import defer_weight_gradients
 from recipes.common.model.look_ups import add_rows_read
+from recipes.common.model.main_grads import main_grad_of
 from recipes.common.model.routers import RouterPlan, plan_routers
 from recipes.common.model.sharding import Holdings, TensorPlan
 from recipes.common.model.varlen_attention import VARLEN, VarlenAttention
@@ -137,7 +139,7 @@ class Stage(nn.Module):
         self.vocab_size = causal.config.get_text_config().vocab_size
         self.whole_shapes, self.weight_grad_stores, self.held = whole_shapes, weight_grad_stores, held
         self.placement, self.pass_costs = placement, pass_costs
-        self._head_sums = GradientSums()
+        self.loss_share: float | None = None  # by what the engine multiplies a micro batch's loss, while that is known
         self._slots = [Slot(causal, name, module, chunk_of(name, stack, chunks)) for name, module in placeholders.items()]
         self.set_positions([])
         self._carrier = carrier
@@ -212,8 +214,10 @@ class Stage(nn.Module):
         """
         targets, weight = labels
         head = [p for p in self.head_parameters() if p.requires_grad]
+        to_steps = self.loss_share is not None and all(main_grad_of(parameter) is not None for parameter in head)
+        head_sums = StepSums() if to_steps else GradientSums()
         total, sums, largest = vocabulary_loss(
-            self._logits_to_score,
+            partial(self._logits_to_score, head_sums),
             hidden,
             targets,
             head,
@@ -222,7 +226,8 @@ class Stage(nn.Module):
             group=self.grid.tensor_group,
             chunk_tokens=self.chunk_tokens,
             z_loss=self.z_loss,
-            head_sums=self._head_sums,
+            head_sums=head_sums,
+            factor=weight * self.loss_share if to_steps else None,
             compiled=self.compiled,
         )
         self.loss_sums += sums.detach() * weight.double()
@@ -231,13 +236,13 @@ class Stage(nn.Module):
         # by which every rank judges the step; a finite one adds an exact zero.
         return total * (weight + 0.0 * total.detach())
 
-    def _logits_to_score(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _logits_to_score(self, head_sums: GradientSums | StepSums, hidden: torch.Tensor) -> torch.Tensor:
         """Run `logits` for the loss: a plain linear's weight gradient is added to the head's sums.
 
         Any other head's is autograd's, and added up after it.
         """
         head = self.causal.get_submodule(self.stack.head)
-        defer_weight_gradients(head, self._head_sums)
+        defer_weight_gradients(head, head_sums)
         try:
             return self.logits(hidden)
         finally:

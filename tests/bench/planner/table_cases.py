@@ -64,6 +64,7 @@ def time_cases(rows: Sequence[MeasuredRun], *, by_table: bool = False) -> Cases:
         traffic=hidden * by_hidden + heads * seq_len / tensor * by_score,
         kernels=(1 + again) * FORWARD_KERNELS + BACKWARD_KERNELS,
         head=vocab_params,
+        head_summed=np.full_like(tensor, 2.0),
         logit_bytes=np.full_like(tensor, LOGIT_BYTES),
         sum_bytes=params * GRADIENT_BYTES,
         passes=each("passes"),

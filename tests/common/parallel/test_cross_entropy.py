@@ -4,8 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
 from recipes.common.engine.startup import start_distributed
+from recipes.common.model.gradient_sums import GradientSums, StepSums
+from recipes.common.model.linears import defer_weight_gradients, route_products
+from recipes.common.model.main_grads import give_main_grad
 from recipes.common.model.sharding import ShardSpec
 from recipes.common.parallel.cross_entropy import IGNORED, vocabulary_loss
 from tools.common.forked_ranks import run_ranks
@@ -159,3 +163,32 @@ def _asked():
     total, *_ = vocabulary_loss(lambda x: x @ weight.t(), hidden, torch.zeros(2, 7, dtype=torch.long), [weight], **options)
     total.backward()
     return asked
+
+
+def _with_factor(known, given):
+    """The gradients of hidden states and head, whose sums are a step's, where the loss's gradient is `given`."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 7, WIDTH, generator=generator, requires_grad=True)
+    head, targets = nn.Linear(WIDTH, 11, bias=False), torch.randint(0, 11, (2, 7), generator=generator)
+    head.weight.data = torch.randn(11, WIDTH, generator=generator)
+    route_products(head)
+    sums, total = StepSums() if known is not None else GradientSums(), torch.ones(11, WIDTH)
+    give_main_grad(head.weight, total, lambda: None)
+    defer_weight_gradients(head, sums)
+    options = {"vocab_size": 11, "first_row": 0, "group": None, "chunk_tokens": 4, "z_loss": 1e-3, "head_sums": sums}
+    factor = None if known is None else torch.tensor(known)
+    loss, *_ = vocabulary_loss(head, hidden, targets, [head.weight], factor=factor, **options)
+    (loss * given).backward()
+    assert head.weight.grad is None
+    return hidden.grad, total
+
+
+def _known_factors():
+    (hidden, head), (hidden_before, head_before) = _with_factor(0.3, 0.3), _with_factor(None, 0.3)
+    wrong = [_with_factor(0.3, given) for given in (0.6, float("nan"), float("inf"))]
+    close = [torch.testing.assert_close(*pair) is None for pair in ((hidden, hidden_before), (head, head_before))]
+    return close, [(of_hidden.isnan().all().item(), of_head.isnan().any().item()) for of_hidden, of_head in wrong]
+
+
+def test_with_a_known_factor_the_head_adds_to_the_steps_sum_at_once_and_another_makes_all_nan():
+    assert run_ranks(_known_factors, 1) == [([True, True], [(True, True)] * 3)]

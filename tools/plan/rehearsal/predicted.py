@@ -9,6 +9,7 @@ from typing import Any
 from recipes.common.config.ds_config import load_ds_config, precision, zero_stage
 from recipes.common.recipe import Layout, Recipe
 from tools.common.devices import Device
+from tools.plan.gradient_sums import head_sums_at_once, sums_inside_products
 from tools.plan.memory_model import StageBytes
 from tools.plan.model_cases import (
     Candidate,
@@ -17,7 +18,6 @@ from tools.plan.model_cases import (
     read_model,
     sequence_ranks,
     summed_apart,
-    sums_inside_products,
     time_cases,
 )
 from tools.plan.stage_memory import memory_case, norm_bytes, stage_holds
@@ -143,13 +143,14 @@ def _working_bytes(facts: ModelFacts, candidate: Candidate, own: Sequence[int]) 
 
 
 def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
-    """Return the bytes of the loss at its fullest: in a chunk's backward pass, or when the head's whole gradient is scaled.
+    """Return the bytes of the loss at its fullest: in a chunk's backward pass, or when a head's whole gradient is scaled.
 
     `explain` adds the two, and a fitted factor makes up for it.
     """
     whole = candidate.own_seqs * facts.recipe.batch.seq_len
     tokens = min(facts.recipe.logits_chunk_tokens, whole)
-    head, width = facts.rank_params(candidate.layout)["head"], facts.activation_width
+    width, apart = facts.activation_width, not head_sums_at_once(facts.ds_config)
+    head = facts.rank_params(candidate.layout)["head"] if apart else 0.0
     logits = tokens * facts.work.vocab / candidate.layout.tensor
     exponential = 0.0 if facts.recipe.kernels == "compile" else 4.0
     chunk = (exponential + width) * logits + 4.0 * head  # logits and exponentials; the head's gradient in fp32
