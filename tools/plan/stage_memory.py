@@ -92,7 +92,8 @@ def _one_layer(facts: ModelFacts, candidate: Candidate, saved: LayerBytes, *, ag
     if not again:
         return _LayerMemory(size, factors=factors)
     products = _product_bytes(facts, candidate, saved) if layout.recompute == "selective" else 0.0
-    return _LayerMemory(products + (0.0 if layout.offload_activations else _boundary_bytes(facts, candidate)), size, factors)
+    stored = products + (0.0 if layout.offload_activations else _boundary_bytes(facts, candidate))
+    return _LayerMemory(stored, max(size - reused_bytes(facts, candidate, saved), 0.0), factors)
 
 
 def _boundary_bytes(facts: ModelFacts, candidate: Candidate) -> float:
@@ -103,9 +104,24 @@ def _boundary_bytes(facts: ModelFacts, candidate: Candidate) -> float:
 
 def _product_bytes(facts: ModelFacts, candidate: Candidate, saved: LayerBytes) -> float:
     """Return the bytes of a layer's products on one tensor rank. Row-parallel ones, attention's and the MLP's last, are whole."""
-    whole = 2.0 * facts.activation_width * facts.recipe.batch.seq_len * facts.work.hidden
+    whole = 2.0 * _row_product(facts)
     divided = max(saved.products.whole + saved.products.sharded - whole, 0.0) / candidate.layout.tensor
     return candidate.own_seqs * (whole + divided + saved.products.gathered)
+
+
+def reused_bytes(facts: ModelFacts, candidate: Candidate, saved: LayerBytes) -> float:
+    """Return what a layer that runs again does not hold a second time, as selective recomputation has kept it.
+
+    Its products, but the row-parallel ones: nobody saves those, and attention's is let go when it has been added.
+    """
+    if candidate.layout.recompute != "selective":
+        return 0.0
+    return _product_bytes(facts, candidate, saved) - candidate.own_seqs * _row_product(facts)
+
+
+def _row_product(facts: ModelFacts) -> float:
+    """Return the bytes of a row-parallel product of a sequence."""
+    return float(facts.activation_width) * facts.recipe.batch.seq_len * facts.work.hidden
 
 
 def norm_bytes(facts: ModelFacts, candidate: Candidate) -> float:

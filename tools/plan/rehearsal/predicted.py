@@ -20,7 +20,7 @@ from tools.plan.model_cases import (
     summed_apart,
     time_cases,
 )
-from tools.plan.stage_memory import memory_case, norm_bytes, stage_holds
+from tools.plan.stage_memory import memory_case, norm_bytes, reused_bytes, stage_holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +137,11 @@ def _working_bytes(facts: ModelFacts, candidate: Candidate, own: Sequence[int]) 
         gathered = hidden * (2.0 if layout.recompute == "none" else 3.0)
     ranks, most = (layout.tensor, sequence_ranks(layout)), 0.0
     for index in own:
-        saved = layers[index].saved.on_rank(*ranks) if index in again else 0.0
-        most = max(most, saved + max(moment.on_rank(*ranks) for moment in layers[index].working))
-    return candidate.own_seqs * most + gathered
+        saved = 0.0
+        if index in again:
+            saved = candidate.own_seqs * layers[index].saved.on_rank(*ranks) - reused_bytes(facts, candidate, layers[index])
+        most = max(most, saved + candidate.own_seqs * max(moment.on_rank(*ranks) for moment in layers[index].working))
+    return most + gathered
 
 
 def _loss_bytes(facts: ModelFacts, candidate: Candidate) -> float:
