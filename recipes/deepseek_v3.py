@@ -3,7 +3,7 @@
     bash launch/hostfile.sh --hostfile hosts recipes/deepseek_v3.py --out-dir /ckpt/deepseek_v3
     python recipes/deepseek_v3.py --dry-run --world-size 1024                    # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 1024 GPUs 21 to 57 GiB, MFU 5%, 819 days; 2048 GPUs 20 to 53 GiB,
+Planned (H100, not measured; memory a GPU over the stages): 1024 GPUs 20 to 57 GiB, MFU 5%, 819 days; 2048 GPUs 19 to 53 GiB,
 MFU 5%, 414 days.
 
 Where the numbers come from: shape, learning rate, batch ramp and router settings from arXiv 2412.19437, section 4.2, and the

@@ -3,7 +3,7 @@
     bash launch/local.sh recipes/gemma_2b.py --out-dir /ckpt/gemma_2b            # one machine with 8 GPUs
     python recipes/gemma_2b.py --dry-run --world-size 64                         # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 56 GiB, MFU 40%, 12 days; 64 GPUs 53 GiB, MFU 40%, 1.5 days.
+Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 53 GiB, MFU 41%, 11 days; 64 GPUs 50 GiB, MFU 40%, 1.5 days.
 
 Where the numbers come from: shape from arXiv 2403.08295, table 1, and the published config: one key/value head, a vocabulary
 of 256,000 that is a fifth of the model. Its training is not published: learning rate and batch are those of llama_1b, which

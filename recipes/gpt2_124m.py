@@ -3,8 +3,8 @@
     bash launch/local.sh recipes/gpt2_124m.py --out-dir /ckpt/gpt2_124m          # one machine, 1 to 8 GPUs
     python recipes/gpt2_124m.py --dry-run --world-size 8                         # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 1 GPU 15 GiB, MFU 19%, 12 hours; 2 GPUs 14 GiB, MFU 19%, 6.0 hours;
-4 GPUs 14 GiB, MFU 18%, 3.1 hours; 8 GPUs 14 GiB, MFU 18%, 1.6 hours.
+Planned (H100, not measured; memory a GPU over the stages): 1 GPU 14 GiB, MFU 19%, 12 hours; 2 GPUs 14 GiB, MFU 19%, 6.0 hours;
+4 GPUs 13 GiB, MFU 18%, 3.1 hours; 8 GPUs 13 GiB, MFU 17%, 1.6 hours.
 
 Where the numbers come from: shape from GPT-2's published config, without dropout; learning rate 6e-4, 700 warm-up steps,
 cosine to 0, decay 0.1 and 524,288 tokens a step for 10B tokens from the llm.c reproduction (karpathy/llm.c, discussion 481),

@@ -3,8 +3,8 @@
     bash launch/hostfile.sh --hostfile hosts recipes/gpt_neox_20b.py --out-dir /ckpt/gpt_neox_20b
     python recipes/gpt_neox_20b.py --dry-run --world-size 96                     # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 32 GPUs 52 to 72 GiB, MFU 39%, 55 days; 96 GPUs 30 to 34 GiB, MFU
-28%, 25 days; 256 GPUs 26 to 59 GiB, MFU 34%, 7.9 days.
+Planned (H100, not measured; memory a GPU over the stages): 32 GPUs 51 to 72 GiB, MFU 39%, 55 days; 96 GPUs 30 to 34 GiB, MFU
+28%, 25 days; 256 GPUs 25 to 59 GiB, MFU 34%, 7.9 days.
 
 Where the numbers come from: arXiv 2204.06745: shape (table 1 and its published config), learning rate 0.97e-4, 1536 sequences
 of 2048 a step (micro batch 4 x 32 accumulated x 12 replicas), 150,000 steps, decay 0.01, cosine to a tenth with 1 % of warm-

@@ -3,7 +3,7 @@
     bash launch/local.sh recipes/llama_1b.py --out-dir /ckpt/llama_1b            # one machine with 8 GPUs
     python recipes/llama_1b.py --dry-run --world-size 64                         # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 36 GiB, MFU 53%, 2.3 days; 64 GPUs 34 GiB, MFU 50%, 7.2
+Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 34 GiB, MFU 53%, 2.3 days; 64 GPUs 33 GiB, MFU 51%, 7.2
 hours.
 
 Where the numbers come from: shape, vocabulary and rotary scaling from Llama 3.2's published config; learning rate, warm-up and

@@ -6,7 +6,7 @@
 
 The tensor ranks share a sequence, also outside attention and MLP; the loss holds logits_chunk_tokens rows of logits at most.
 
-Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 38 GiB, MFU 30%, 1.0 days; 32 GPUs 37 GiB, MFU 30%, 6.0
+Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 38 GiB, MFU 30%, 1.0 days; 32 GPUs 36 GiB, MFU 30%, 6.0
 hours.
 
 Where the numbers come from: 65,536 tokens and a higher rotary base, 8e6, from ProLong's ablation (arXiv 2410.02660, sections

@@ -3,8 +3,8 @@
     sbatch --nodes 1024 launch/slurm.sbatch recipes/llama_405b.py --out-dir /ckpt/llama_405b
     python recipes/llama_405b.py --dry-run --world-size 8192                     # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 1024 GPUs 62 to 67 GiB, MFU 47%, 1,068 days; 4096 GPUs 59 to 63 GiB,
-MFU 46%, 273 days; 8192 GPUs 58 to 63 GiB, MFU 44%, 141 days.
+Planned (H100, not measured; memory a GPU over the stages): 1024 GPUs 62 to 67 GiB, MFU 47%, 1,058 days; 4096 GPUs 59 to 63
+GiB, MFU 46%, 268 days; 8192 GPUs 58 to 63 GiB, MFU 46%, 136 days.
 
 Two context ranks share a sequence, and kernels are compiled: so no layer has to be computed twice. With kernels="none" the
 stages reach 80 GB; recompute="full" and context=1 then fit.

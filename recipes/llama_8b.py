@@ -3,8 +3,8 @@
     bash launch/local.sh recipes/llama_8b.py --out-dir /ckpt/llama_8b            # one machine with 8 GPUs
     python recipes/llama_8b.py --dry-run --world-size 512                        # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 61 GiB, MFU 51%, 150 days; 64 GPUs 50 GiB, MFU 50%, 19 days;
-512 GPUs 49 GiB, MFU 48%, 2.4 days.
+Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 59 GiB, MFU 51%, 149 days; 64 GPUs 49 GiB, MFU 51%, 19 days;
+512 GPUs 47 GiB, MFU 49%, 2.4 days.
 
 Where the numbers come from: shape, vocabulary and rotary base from Llama 3's published config; peak learning rate 3e-4, 8000
 warm-up steps and a cosine down to a hundredth from Llama 3 (arXiv 2407.21783, table 3 and section 3.4.1); the batch is Llama

@@ -7,7 +7,8 @@
 Context ranks share each sequence, a slice each, and the model stays the family's own: attention runs on whole sequences and a
 part of the heads. The model must be the folder's own: the same fields as its config.json. The data has the folder's tokenizer.
 
-Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 70 GiB, MFU 25%, 8.7 days; 64 GPUs 67 GiB, MFU 29%, 23 hours.
+Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 69 GiB, MFU 25%, 8.7 days; 64 GPUs 64 GiB, MFU 29%, 23
+hours.
 
 Where the numbers come from: shape and rotary scaling as published with Llama 3.1 8B, which was trained up to 131,072 tokens in
 six stages (arXiv 2407.21783, section 3.4.2); a peak of 1e-5 with 10 % of warm-up and 4M-token batches from ProLong (arXiv

@@ -6,7 +6,8 @@
 
 The model must be the folder's own: the same fields as its config.json. The data has the folder's tokenizer.
 
-Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 61 GiB, MFU 51%, 7.5 days; 64 GPUs 50 GiB, MFU 50%, 23 hours.
+Planned (H100, not measured; memory a GPU over the stages): 8 GPUs 59 GiB, MFU 51%, 7.5 days; 64 GPUs 49 GiB, MFU 51%, 22
+hours.
 
 Where the numbers come from: a second warm-up, to a peak below the first training's, and a second decay are from arXiv 2403.08763
 (sections 4 and 5: half the first peak, 1 % of warm-up); mix in 5 % or more of the first training's kind of text against

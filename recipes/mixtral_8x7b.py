@@ -3,8 +3,8 @@
     bash launch/hostfile.sh --hostfile hosts recipes/mixtral_8x7b.py --out-dir /ckpt/mixtral_8x7b
     python recipes/mixtral_8x7b.py --dry-run --world-size 128                    # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 64 GPUs 35 to 60 GiB, MFU 26%, 28 days; 128 GPUs 31 to 56 GiB, MFU
-25%, 14 days; 512 GPUs 27 to 53 GiB, MFU 22%, 4.3 days.
+Planned (H100, not measured; memory a GPU over the stages): 64 GPUs 35 to 60 GiB, MFU 26%, 28 days; 128 GPUs 30 to 56 GiB, MFU
+26%, 14 days; 512 GPUs 27 to 53 GiB, MFU 22%, 4.2 days.
 
 Where the numbers come from: shape from arXiv 2401.04088, table 1, and the published config. Its training is not published:
 the learning rate and the 4.2M-token batch are Llama 3's between 8B and 70B (arXiv 2407.21783, table 3). Each

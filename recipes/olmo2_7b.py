@@ -3,8 +3,8 @@
     bash launch/hostfile.sh --hostfile hosts recipes/olmo2_7b.py --out-dir /ckpt/olmo2_7b
     python recipes/olmo2_7b.py --dry-run --world-size 256                        # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 16 GPUs 64 to 71 GiB, MFU 31%, 419 days; 256 GPUs 60 to 66 GiB, MFU
-30%, 27 days; 1024 GPUs 54 to 64 GiB, MFU 26%, 7.9 days. In stages: its norms of queries and keys span all heads, so tensor
+Planned (H100, not measured; memory a GPU over the stages): 16 GPUs 62 to 71 GiB, MFU 31%, 416 days; 256 GPUs 57 to 66 GiB, MFU
+30%, 27 days; 1024 GPUs 51 to 64 GiB, MFU 26%, 7.9 days. In stages: its norms of queries and keys span all heads, so tensor
 ranks would gather them whole.
 
 Where the numbers come from: arXiv 2501.00656, tables 2 to 4, and the published config: normal initialisation of 0.02

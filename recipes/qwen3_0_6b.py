@@ -3,8 +3,8 @@
     bash launch/local.sh recipes/qwen3_0_6b.py --out-dir /ckpt/qwen3_0_6b        # one machine
     python recipes/qwen3_0_6b.py --dry-run --world-size 8                        # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 1 GPU 51 GiB, MFU 19%, 18 days; 8 GPUs 45 GiB, MFU 19%, 2.3 days; 32
-GPUs 45 GiB, MFU 19%, 14 hours.
+Planned (H100, not measured; memory a GPU over the stages): 1 GPU 50 GiB, MFU 19%, 18 days; 8 GPUs 44 GiB, MFU 19%, 2.3 days;
+32 GPUs 44 GiB, MFU 19%, 14 hours.
 
 Where the numbers come from: shape from Qwen3's published config (arXiv 2505.09388). Its learning rate and batch are not
 published: the peak is DeepSeek's rule for this compute, 0.3118 * C^-0.125 (arXiv 2401.02954, section 3.1) with C = 6ND =

@@ -3,8 +3,8 @@
     bash launch/hostfile.sh --hostfile hosts recipes/qwen3_30b_a3b.py --out-dir /ckpt/qwen3_30b_a3b
     python recipes/qwen3_30b_a3b.py --dry-run --world-size 64                    # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 32 GPUs 39 to 72 GiB, MFU 10%, 43 days; 64 GPUs 34 to 66 GiB, MFU
-10%, 22 days; 512 GPUs 30 to 61 GiB, MFU 8%, 3.3 days.
+Planned (H100, not measured; memory a GPU over the stages): 32 GPUs 37 to 72 GiB, MFU 10%, 43 days; 64 GPUs 33 to 66 GiB, MFU
+10%, 22 days; 512 GPUs 29 to 61 GiB, MFU 8%, 3.3 days.
 
 Where the numbers come from: shape from arXiv 2505.09388, table 2, and the published config. Balanced over the global batch, as
 section 2 there says (its loss: arXiv 2501.11873, with the counts of the step so far), with the published config's coefficient,

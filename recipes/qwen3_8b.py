@@ -3,8 +3,8 @@
     bash launch/hostfile.sh --hostfile hosts recipes/qwen3_8b.py --out-dir /ckpt/qwen3_8b
     python recipes/qwen3_8b.py --dry-run --world-size 64                         # check and print, no GPU
 
-Planned (H100, not measured; memory a GPU over the stages): 16 GPUs 55 to 69 GiB, MFU 36%, 50 days; 64 GPUs 51 to 64 GiB, MFU
-35%, 13 days; 256 GPUs 50 to 63 GiB, MFU 32%, 3.5 days.
+Planned (H100, not measured; memory a GPU over the stages): 16 GPUs 51 to 69 GiB, MFU 37%, 49 days; 64 GPUs 46 to 64 GiB, MFU
+36%, 13 days; 256 GPUs 45 to 63 GiB, MFU 33%, 3.5 days.
 
 Where the numbers come from: shape from Qwen3's published config (arXiv 2505.09388). Its learning rate and batch are not
 published: 3e-4 and 4M tokens are Llama 3's for the same width and size (arXiv 2407.21783, table 3); WSD with a fifth of cool-
