@@ -54,16 +54,18 @@ def exposed_messages(placement: Placement, micro_batches: int) -> float:
 
 
 def gradient_laps(placement: Placement, micro_batches: int, passes: float) -> dict[str, float]:
-    """Return the time model's fields of that name: which work comes after a chunk's last gradients of a step.
+    """Return the time model's fields of these names: which work comes after a chunk's last gradients of a step.
 
     Chunks go around in laps: all micro batches of the last lap pass through a rank's last chunk, then those of the chunk before.
-    A zero bubble defers up to p - 1 weight gradients; folded, both chunks have their last ones at the end.
+    A zero bubble defers up to p - 1 weight gradients. The first chunk's last ones come layer by layer in two passes' worth of
+    work (`pipeline.executor`): on the first rank with the input's gradient, on others with the deferred ones. Folded, both chunks
+    have their last ones at the end, one pass each.
     """
     one_pass = placement.schedule == ONE_PASS
     laps = 1 if placement.folded else placement.per_rank
     return {
         "laps": float(laps),
         "lap_batches": float((micro_batches - 1) % placement.pipeline + 1),
-        "last_passes": passes - 1.0 if one_pass else 1.0,
-        "deferred": 0.0 if one_pass else placement.pipeline - 1.0,
+        "last_passes": 1.0 if placement.folded else passes - 1.0,
+        "deferred": 0.0 if one_pass else placement.pipeline - 1.0 + passes - 2.0,  # of the chunk's own only W goes beside
     }

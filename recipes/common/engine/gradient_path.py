@@ -139,7 +139,7 @@ def _add(reduced: GradientBuckets, parameter: nn.Parameter) -> None:
         reduced.adding(parameter)
         parameter._hp_grad.add_(parameter.grad)
         parameter.grad = None
-    reduced.added(parameter)
+    reduced.visit(parameter)
 
 
 def _in_backward_order(engine: DeepSpeedEngine, buckets: list[Bucket], late: Collection[nn.Parameter]) -> GradientBuckets:

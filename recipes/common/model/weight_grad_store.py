@@ -7,6 +7,8 @@ computes them (`pipeline.executor`).
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -27,12 +29,17 @@ class LateFactor(Protocol):
 Factor = torch.Tensor | LateFactor
 
 
+Parts = list[tuple[Factor, Factor, Product]]  # of one gradient: several where the model uses a weight twice
+
+
 class WeightGradStore:
     """Weight gradients not computed yet, each as its two factors, by micro batch in the order of the backward passes."""
 
     def __init__(self) -> None:
-        self._micro_batches: deque[dict[nn.Parameter, list[tuple[Factor, Factor, Product]]]] = deque()
+        self._micro_batches: deque[dict[nn.Parameter, Parts]] = deque()
         self.weights: set[nn.Parameter] = set()  # all that have ever been put here
+        self._used_again: set[nn.Parameter] = set()  # those that a micro batch has used several times
+        self._at_once: Collection[nn.Parameter] = ()
 
     def __len__(self) -> int:
         """Count the micro batches whose gradients are not computed yet."""
@@ -42,37 +49,70 @@ class WeightGradStore:
         """Let the backward pass of the next micro batch put its gradients."""
         self._micro_batches.append({})
 
+    @contextmanager
+    def at_once(self, weights: Collection[nn.Parameter]) -> Iterator[None]:
+        """Compute the gradients of these weights that a backward pass puts meanwhile, beside which the next one's factors come.
+
+        That is for a pass for which nobody waits: its first weights have their gradients before its end. What a micro batch
+        before has used several times is left: how often this one does is not known.
+        """
+        self._at_once = frozenset(weights) - self._used_again
+        try:
+            yield
+        finally:
+            self._at_once = ()
+
+    def all_have_sums(self) -> bool:
+        """Return whether it is known that no weight's gradient goes through autograd."""
+        return bool(self.weights) and all(main_grad_of(weight) is not None for weight in self.weights)
+
     def put(self, weight: nn.Parameter, left: Factor, right: Factor, product: Product) -> None:
         """Defer the gradient of `weight`, which is product(left, right)."""
         assert self._micro_batches, "a backward pass that no schedule began: its weight gradients would be lost"
-        self._micro_batches[-1].setdefault(weight, []).append((left, right, product))
+        newest = self._micro_batches[-1]
+        parts = newest.setdefault(weight, [])
+        parts.append((left, right, product))
         self.weights.add(weight)
+        if self._at_once:
+            _start(parts[-1:])
+            due = [each for each in newest if each is not weight and each in self._at_once]
+            for each in due:
+                _compute(each, newest.pop(each), ends=True)
 
-    def compute_oldest(self) -> None:
-        """Compute and accumulate the weight gradients of the oldest micro batch, the last layer's first, as autograd does.
+    def compute_oldest(self, micro_batches: int = 1) -> None:
+        """Compute and accumulate the weight gradients of the oldest micro batches, the last layer's first, as autograd does.
 
         Each is added to its weight's sum, or goes to its weight through autograd, so that hooks run (tensor ranks sum), and is
-        freed before the next one is computed. While a product is computed, the next one's factors are fetched.
+        freed before the next one is computed. While a product is computed, the next one's factors are fetched. A weight has all
+        of its gradients, in the micro batches' order, before the next weight.
         """
-        deferred = self._micro_batches.popleft()
-        while deferred:
-            weight = next(iter(deferred))
-            factors, main_grad = deferred.pop(weight), main_grad_of(weight)
-            gradient = None
-            while factors:  # several where the model uses a weight twice; autograd, too, sums them before it accumulates
-                left, right, product = factors.pop(0)
-                left, right = _given(left), _given(right)
-                _start(factors or next(iter(deferred.values()), []))
-                if main_grad is not None:
-                    main_grad.add_product(left, right, product)
-                else:
-                    part = product(left, right)
-                    gradient = part if gradient is None else gradient + part
-                del left, right
-            if main_grad is not None:
-                main_grad.added()
-            else:
-                torch.autograd.backward([weight], [gradient])
+        oldest = [self._micro_batches.popleft() for _ in range(micro_batches)]
+        self._used_again.update(weight for deferred in oldest for weight, parts in deferred.items() if len(parts) > 1)
+        weights = dict.fromkeys(weight for deferred in oldest for weight in deferred)
+        work = deque((weight, deferred.pop(weight)) for weight in weights for deferred in oldest if weight in deferred)
+        while work:
+            weight, parts = work.popleft()
+            following = work[0] if work else (None, [])
+            _compute(weight, parts, following[1], ends=following[0] is not weight)
+
+
+def _compute(weight: nn.Parameter, parts: Parts, following: Sequence[tuple[Factor, Factor, Product]] = (), *, ends: bool) -> None:
+    """Add a micro batch's gradient to its weight's. following: what is computed next. ends: it is the weight's last for now."""
+    main_grad, gradient = main_grad_of(weight), None
+    while parts:  # autograd, too, sums several before it accumulates
+        left, right, product = parts.pop(0)
+        left, right = _given(left), _given(right)
+        _start(parts or following)
+        if main_grad is not None:
+            main_grad.add_product(left, right, product)
+        else:
+            part = product(left, right)
+            gradient = part if gradient is None else gradient + part
+        del left, right
+    if main_grad is None:
+        torch.autograd.backward([weight], [gradient])
+    elif ends:
+        main_grad.added()
 
 
 class _Transposed:
@@ -91,7 +131,7 @@ def _given(factor: Factor) -> torch.Tensor:
     return factor if isinstance(factor, torch.Tensor) else factor()
 
 
-def _start(factors: list[tuple[Factor, Factor, Product]]) -> None:
+def _start(factors: Sequence[tuple[Factor, Factor, Product]]) -> None:
     """Begin to fetch the factors of the first of these products."""
     for factor in factors[0][:2] if factors else ():
         if not isinstance(factor, torch.Tensor):

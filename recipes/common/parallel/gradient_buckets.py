@@ -44,6 +44,7 @@ class GradientBuckets:
         self._late = tied
         self._expected: Collection[nn.Parameter] = ()
         self._clean = True
+        self.visited: set[nn.Parameter] = set()  # parameters at which autograd has ever been
         self._begin_step()
 
     def _begin_step(self) -> None:
@@ -66,6 +67,11 @@ class GradientBuckets:
         """Say that a backward pass has added all that it has to the gradient of `parameter`."""
         if parameter in self._expected:
             self._complete(parameter)
+
+    def visit(self, parameter: nn.Parameter) -> None:
+        """Say that autograd has been at `parameter` in a backward pass, with a gradient or without: none comes from it later."""
+        self.visited.add(parameter)
+        self.added(parameter)
 
     def complete(self, parameters: Collection[nn.Parameter]) -> None:
         """Say that no gradient of these is to come in this step, whether there has been one or not."""

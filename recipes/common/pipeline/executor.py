@@ -9,6 +9,7 @@ no schedule of ours deadlocks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -20,6 +21,7 @@ from recipes.common.parallel.gradient_buckets import GradientBuckets
 from recipes.common.parallel.grid import Grid
 from recipes.common.pipeline.last_passes import Parameters, last_passes
 from recipes.common.pipeline.schedules import FORWARD, INPUTS, Message, Pass, forward_passes, needs, order_passes, sent_messages
+from recipes.common.pipeline.schedules import WEIGHTS as WEIGHTS_PASS
 from recipes.common.pipeline.stage import Stage
 from recipes.common.pipeline.stage_messages import Mailbox
 from recipes.common.pipeline.streams import AHEAD
@@ -94,21 +96,47 @@ class PipelineExecutor:
         self._clear()
         self._batches = batches
         mail = Mailbox(self._grid, incoming, self._templates)
-        run = {FORWARD: self._forward, INPUTS: self._backward}
+        together = self._last_weight_passes(order)
+        order = order[: len(order) - together] + order[len(order) - 1 :]
         for index, step in enumerate(order):
             for following in order[index : index + AHEAD + 1]:
                 if (message := self._message(following)) is not None:
                     mail.post_receive(message, wait=following is step)
+            at_once = self._at_once(step, order[index + 1 :]) if step in last else frozenset()
             if step in last:
-                self.buckets.expect(self._without_deferred(last[step], step))
-            if step.kind in run:
-                run[step.kind](step, mail)
+                self.buckets.expect(self._without_deferred(last[step], step) | at_once)
+            if step.kind == FORWARD:
+                self._forward(step, mail)
+            elif step.kind == INPUTS:
+                self._backward(step, mail, at_once)
             else:
-                self._weight_gradients(step)
+                self._weight_gradients(step, together if step is order[-1] else 1)
             if step in last:
                 self.buckets.complete(self._without_deferred(last[step], step))
         mail.finish()
         assert not self._loaded, "the passes left a micro batch behind"
+
+    def _last_weight_passes(self, order: list[Pass]) -> int:
+        """Return how many passes at the end give one chunk weight gradients, so that they may run as one, layer by layer.
+
+        The last layers have theirs then, and reduce them, while the first ones' are computed. At least 1, whatever ends.
+        """
+        count = 1
+        while count < len(order) and order[-count - 1].kind == WEIGHTS_PASS and order[-count - 1].chunk == order[-1].chunk:
+            count += 1
+        stores = self._stage.weight_grad_stores
+        known = bool(stores) and stores[self._own.index(order[-1].chunk)].all_have_sums()
+        return count if known and order[-1].kind == WEIGHTS_PASS else 1
+
+    def _at_once(self, step: Pass, following: list[Pass]) -> Parameters:
+        """Return of which weights a backward pass need not defer the gradients: no rank waits for it, and they come next.
+
+        Not the first micro batch's: the passes before show which weights' come from the store alone.
+        """
+        stores, weights = self._stage.weight_grad_stores, step._replace(kind=WEIGHTS_PASS)
+        if not stores or step.kind != INPUTS or step.chunk or not step.micro_batch or not following or following[0] != weights:
+            return frozenset()
+        return frozenset() if len(stores[0]) else frozenset(stores[0].weights - self.buckets.visited)
 
     def _without_deferred(self, parameters: Parameters, step: Pass) -> Parameters:
         """Leave out those whose gradients are in a store after `step`, or come from it later."""
@@ -140,15 +168,19 @@ class PipelineExecutor:
                 self._templates[chunk + 1] = torch.empty_like(out, memory_format=torch.contiguous_format)
             self._deliver(Message(FORWARD, i, chunk + 1), out, mail)
 
-    def _backward(self, step: Pass, mail: Mailbox) -> None:
-        """Compute the gradient of a chunk's input, and those of its weights or what a later pass computes them from."""
+    def _backward(self, step: Pass, mail: Mailbox, at_once: Parameters) -> None:
+        """Compute the gradient of a chunk's input, and those of its weights or what a later pass computes them from.
+
+        at_once: weights whose gradients could be deferred, and are not.
+        """
         _, i, chunk = step
         # a tensor of its own for each micro batch: a residual stream's gradient, which the store keeps, is the received one
         gradient = None if chunk == self._placement.count - 1 else self._receive(step, mail)
         x, out = self._kept.pop((i, chunk))
-        if self._stage.weight_grad_stores:
-            self._stage.weight_grad_stores[self._own.index(chunk)].begin()
-        with CLOCK.span(BACKWARD):
+        stores = self._stage.weight_grad_stores
+        if stores:
+            stores[self._own.index(chunk)].begin()
+        with CLOCK.span(BACKWARD), stores[0].at_once(at_once) if at_once else nullcontext():
             if gradient is None:
                 DeepSpeedEngine.backward(self._engine, out)  # PipelineEngine's own refuses
             else:
@@ -156,11 +188,11 @@ class PipelineExecutor:
         if chunk:
             self._deliver(Message(INPUTS, i, chunk - 1), x.grad, mail)
 
-    def _weight_gradients(self, step: Pass) -> None:
+    def _weight_gradients(self, step: Pass, micro_batches: int) -> None:
         self._engine._running_engine_backward = True  # else DeepSpeed's hooks take this for the user's own backward pass
         try:
             with CLOCK.span(WEIGHTS):
-                self._stage.weight_grad_stores[self._own.index(step.chunk)].compute_oldest()
+                self._stage.weight_grad_stores[self._own.index(step.chunk)].compute_oldest(micro_batches)
         finally:
             self._engine._running_engine_backward = False
 

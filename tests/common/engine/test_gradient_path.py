@@ -39,10 +39,10 @@ def _train(trials):
         trainer, events = build_trial_trainer(trial), []
         if trial.deepspeed["zero_optimization"]["reduce_bucket_size"] == SMALL:
             trainer.leave_weights_to_next_step()
-        for parameter in trainer.stage.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda _, events=events: events.append(("gradient", 0)))
+        for index, parameter in enumerate(trainer.stage.parameters()):
+            parameter.register_post_accumulate_grad_hook(lambda _, events=events: events.append(("visit", 0)))
             if (main_grad := main_grad_of(parameter)) is not None:
-                main_grad._adding = _recording(events, "gradient", None, main_grad._adding)
+                main_grad._adding = _recording(events, "gradient", index, main_grad._adding)
         real = dist.reduce_scatter_tensor, dist.all_reduce
         dist.reduce_scatter_tensor = _recording(events, "reduce_scatter", 1, real[0])
         dist.all_reduce = _recording(events, "all_reduce", 0, real[1])
@@ -61,8 +61,10 @@ def _train(trials):
 
 
 def _recording(events, name, position, real):
+    """Note each call: the size of the tensor at this position, or the position where there are none."""
+
     def recorded(*tensors, **options):
-        events.append((name, 0 if position is None else [*tensors, options.get("tensor")][position].numel()))
+        events.append((name, [*tensors, options.get("tensor")][position].numel() if tensors or options else position))
         return real(*tensors, **options)
 
     return recorded
@@ -73,6 +75,7 @@ LAYOUTS = {
     "interleaved": {"pipeline": 2, "chunks": 2},
     "folded, tied": {"tied": True, "pipeline": 2, "pipeline_schedule": "zero_bubble_v"},
     "experts": {"family": "mixtral", "pipeline": 2, "expert": 2, "pipeline_schedule": "zero_bubble"},
+    "zero bubble": {"pipeline": 2, "pipeline_schedule": "zero_bubble"},
     "no pipeline": {"tensor": 2},
     "fp16, tied": {"precision": "fp16", "tied": True, "pipeline": 2},
     "fp16, no pipeline": {"precision": "fp16", "tensor": 2},
@@ -97,8 +100,21 @@ def test_half_is_sent_and_it_starts_before_the_last_gradient_is_there(trained, l
         assert sorted(sent) == sorted(groups), "each gradient once a step, to its owner"
         assert max(count for name, count in events if name == "all_reduce") < SMALL / 4 or "tied" in layout
         kinds = [name for name, _ in events]
-        last = len(kinds) - kinds[::-1].index("gradient")
+        last = len(kinds) - min(kinds[::-1].index(name) for name in ("gradient", "visit"))
         assert "reduce_scatter" in kinds[:last], f"stage {place}"
+
+
+def test_a_zero_bubbles_last_gradients_come_layer_by_layer(trained):
+    """On the first stage with the last backward pass, while it visits norms; on the last one, which has deferred both micro
+    batches', a layer's of both before those of the layer before."""
+    for (stage, _), _, _, events, _ in trained["zero bubble"][0]:
+        after = events[[name for name, _ in events].index("reduce_scatter") :]
+        added = [index for name, index in after if name == "gradient"]
+        assert added
+        if stage == 0:
+            assert ("visit", 0) in after
+        else:
+            assert all(added.count(index) == 2 for index in added)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

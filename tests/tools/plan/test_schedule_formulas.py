@@ -31,7 +31,8 @@ def pass_ends(placement, micro_batches):
 def played(placement, micro_batches, exchange):
     """By how much the slowest rank's reductions, a chunk's after the other's, end after all passes.
 
-    A chunk's begin with its last gradients: those come while its last pass runs, of which they take an even part.
+    A chunk's begin with its last gradients: those come while its last pass runs, of which they take an even part. With a zero
+    bubble the passes that end a rank's step run as one, layer by layer, on the first rank with the input's gradient.
     """
     orders, ends, costs = pass_ends(placement, micro_batches)
     kind = INPUTS if placement.schedule == ONE_PASS else WEIGHTS
@@ -41,7 +42,11 @@ def played(placement, micro_batches, exchange):
         link = 0.0
         for chunk in sorted(placement.chunks_of(rank), reverse=True):
             last = [step for step in order if step.kind == kind and step.chunk == chunk][-1]
-            begun = max(link, ends[last] - costs[chunk].of(kind))
+            begun = ends[last] - costs[chunk].of(kind)
+            if last is order[-1] and kind == WEIGHTS and not placement.folded:
+                before = [step for step in order[:-1] if step.kind != WEIGHTS][-1]
+                begun = ends[before] - (costs[chunk].inputs if rank == 0 else 0.0)
+            begun = max(link, begun)
             link = max(begun + exchange / placement.per_rank, ends[last])
         late = max(late, link - latest)
     return late
