@@ -4,7 +4,7 @@
     python recipes/llama_70b.py --dry-run --world-size 512                       # check and print, no GPU
 
 Planned (H100, not measured; memory a GPU over the stages): 64 GPUs 45 to 72 GiB, MFU 48%, 242 days; 512 GPUs 24 to 70 GiB, MFU
-45%, 32 days; 2048 GPUs 62 to 72 GiB, MFU 43%, 8.4 days.
+45%, 32 days; 2048 GPUs 62 to 72 GiB, MFU 43%, 8.3 days.
 
 The layouts need compiled kernels, which hold less: with kernels="none" stages exceed 80 GB.
 
