@@ -109,6 +109,8 @@ class Trainer:
         self._executor = PipelineExecutor(self.engine, stage, grid) if grid.pipeline > 1 else None
         late = module.late_weights() if grid.pipeline > 1 else []
         self._gate, self._buckets = patch_engine(self.engine, grid, self._executor, late)
+        if self._buckets is not None and grid.pipeline > 1 and module.tied_head is not None:
+            module.tied_head.add_in_products()
         self._gathers = own_gathers(self.engine, stage)
         self._copy_ahead = CopyAhead(grid.device)
         self.accumulation = ds_config["gradient_accumulation_steps"]

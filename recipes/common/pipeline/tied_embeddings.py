@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from recipes.common.model.main_grads import give_main_grad
 from recipes.common.pipeline.stage import Stage
 
 
@@ -32,9 +33,14 @@ class TiedHead:
         del head._parameters["weight"]
         head.weight = self._alias
 
+    def add_in_products(self) -> None:
+        """Let the head's products add to its sum, as other weights' do to theirs (see `model.main_grads`)."""
+        give_main_grad(self._alias, self._sum, lambda: None)
+
     def _add(self, alias: torch.Tensor) -> None:
-        self._sum.add_(alias.grad)
-        alias.grad = None
+        if alias.grad is not None:
+            self._sum.add_(alias.grad)
+            alias.grad = None
 
     def add_gradient(self) -> None:
         """Add the head's gradient to the embedding's, at the end of a step's passes."""
