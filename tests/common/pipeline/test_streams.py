@@ -151,10 +151,10 @@ class _Recorder(executor.PipelineExecutor):
     def _forward(self, step, mail):
         self._pass(step, mail, Message(FORWARD, step.micro_batch, step.chunk + 1))
 
-    def _backward(self, step, mail):
+    def _backward(self, step, mail, at_once):
         self._pass(step, mail, Message(INPUTS, step.micro_batch, step.chunk - 1))
 
-    def _weight_gradients(self, step):
+    def _weight_gradients(self, step, micro_batches):
         self._done.append((step, None))
 
 
