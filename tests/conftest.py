@@ -51,6 +51,7 @@ def pytest_collection_finish(session):
         import deepspeed.comm.mori  # by the first engine of a process, as the next three
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
         import numpy.ma  # noqa: F401
+        import pyarrow.compute  # by whoever reads tensor statistics
         import torch._dynamo.repro.after_dynamo  # by the first torch.compile
         import torch.profiler._cupti_monitor  # noqa: F401
 

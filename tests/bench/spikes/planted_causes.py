@@ -38,6 +38,8 @@ from tools.spikes.evidence.causes import (
 FIRST_GOAL, FIRST_TWO_GOAL = 0.80, 0.95
 TENSOR = {"layout": Layout(tensor=2)}
 HALF = {"deepspeed": "zero1_fp16.json"}
+OF_RANKS = (BIT_FLIP, NORM_DRIFT, LOST_MICRO_BATCH, SLOW_RANK, NOTHING)  # what ranks show by comparison, and what none shows
+SLOWLY = (CORRUPT_SHARD, SLOW_RANK, NOTHING)  # what a few more steps show better
 
 PlantedRow = tuple[str, str, dict[str, Any], dict[str, Any]]  # cause, fault, its options, fields of Planted that it needs
 
@@ -207,20 +209,21 @@ HELD_OUT = tuple(
 def trimmed() -> tuple[Planted, ...]:
     """Return a run of each cause, as in TUNING but shorter, for the tests."""
     once = {planted.cause: planted for planted in reversed(TUNING)}
-    return tuple(replace(p, steps=p.at + p.pointed_at + 8) for p in map(_earlier, once.values()))
+    return tuple(replace(p, steps=p.at + p.pointed_at + (8 if p.cause in SLOWLY else 5)) for p in map(_earlier, once.values()))
 
 
 def _earlier(planted: Planted) -> Planted:
-    """Return the run with its event, its resume and its ramp's edge sooner, in as few micro batches as show the cause.
+    """Return the run with its event, its resume and its ramp's edge sooner, in as few micro batches and ranks as show the cause.
 
-    One lost micro batch shows once the loss is level, among others; a ramp starts with few sequences; steps too short hide a
-    slow rank.
+    One lost micro batch shows once the loss is level, among others; a ramp starts with few sequences; steps too short or too few
+    hide a slow rank.
     """
-    at = 37 if planted.cause == LOST_MICRO_BATCH else 27
+    at = 37 if planted.cause == LOST_MICRO_BATCH else 27 if planted.cause == SLOW_RANK else 21
     resumed_at = at - 1 if planted.resumed_at else None
     micro_seqs = 4 if planted.ramp else 8 if planted.cause in (LOST_MICRO_BATCH, SLOW_RANK) else 16
     ramp = ((8 * (at - 1), 8),) if planted.ramp else ()
-    return replace(planted, at=at, resumed_at=resumed_at, ramp=ramp, micro_seqs=micro_seqs)
+    ranks = 2 if planted.cause in OF_RANKS else 1
+    return replace(planted, at=at, resumed_at=resumed_at, ramp=ramp, micro_seqs=micro_seqs * 2 // ranks, world_size=ranks)
 
 
 def score_causes(runs: int | None = None) -> list[Score]:
