@@ -7,6 +7,7 @@ import fcntl
 import gc
 import inspect
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -51,9 +52,10 @@ def pytest_collection_finish(session):
         import deepspeed.comm.mori  # by the first engine of a process, as the next three
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
         import numpy.ma  # noqa: F401
-        import pyarrow.compute  # by whoever reads tensor statistics
+        import pyarrow.compute  # noqa: F401  by whoever reads tensor statistics
         import torch._dynamo.repro.after_dynamo  # by the first torch.compile
         import torch.profiler._cupti_monitor  # noqa: F401
+        from transformers.loss.loss_utils import LOSS_MAPPING
 
         from recipes.common.record import recording
         from recipes.common.run_dir import run_log
@@ -63,6 +65,7 @@ def pytest_collection_finish(session):
         recording.package_facts = lambda: facts
         run_log.start_wandb = lambda *_: None  # WANDB_MODE has it disabled; asking it costs every run as much as a step
 
+        re.compile(f"({'|'.join(LOSS_MAPPING)})")  # 5 ms: of the loss that its name says, in every model that is built
         inspect.getmodule(inspect.currentframe())  # keeps the file of each module, for which defining an operator asks
 
     gc.collect()

@@ -140,7 +140,10 @@ def call_bench(bench: str, *arguments: object) -> Called:
 
 
 def _called(module: str, arguments: tuple[object, ...]) -> Called:
-    return Called(*run_ranks(_call, 1, module, [str(argument) for argument in arguments])[0])
+    is_package = importlib.util.find_spec(module).submodule_search_locations is not None
+    name = module + ".__main__" * is_package
+    importlib.import_module(name)  # once here, not in every fork
+    return Called(*run_ranks(_call, 1, name, [str(argument) for argument in arguments])[0])
 
 
 def call_file(path: Path, *flags: object, **variables: str | None) -> Called:
@@ -158,8 +161,7 @@ def _call_file(path: str, flags: list[str], variables: dict[str, str | None]) ->
 
 
 def _call(module: str, arguments: list[str]) -> tuple[int, str, str]:
-    is_package = importlib.util.find_spec(module).submodule_search_locations is not None
-    return _captured(lambda: importlib.import_module(module + ".__main__" * is_package).main(arguments))
+    return _captured(lambda: importlib.import_module(module).main(arguments))
 
 
 def _captured(main: Callable[[], int]) -> tuple[int, str, str]:

@@ -116,6 +116,7 @@ def _run(words: list[str], environment: dict[str, str], folder: str, files: list
         if (Path(folder) / package).is_dir():  # Python would look here first: for a repository's copy, say
             sys.modules[package].__path__ = [str(Path(folder) / package)]
             sys.modules.pop(words[1], None)  # one that a test has imported is the other's
+        sys.modules.pop(f"{words[1]}.__main__", None)  # runpy warns of one that a test has imported
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = words

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+import tools.replay.against  # what the tool imports late: here once for all forks
+import tools.replay.run  # noqa: F401
 from recipes.common.anomalies import recovery
 from recipes.common.anomalies.events import Event
 from recipes.common.recipe import AdamW, Checkpoints, Constant, Evaluation, Layout, Monitor, Reaction

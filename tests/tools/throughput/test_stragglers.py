@@ -165,6 +165,8 @@ def _train_with_a_slow_rank(out: str) -> None:
         optimizer=AdamW(lr=1e-3),
         deepspeed=ds_config("zero1_fp32.json"),
         steps=STEPS,
+        micro_seqs=4,  # one micro batch a step
+        chunk_tokens=64,
     )
     trainer = build_trial_trainer(trial)
     if dist.get_rank() == SLOW_RANK:
