@@ -5,6 +5,7 @@ Tests that compute fork their ranks from here (tools.common.forked_ranks): a for
 
 import fcntl
 import gc
+import importlib
 import inspect
 import os
 import re
@@ -60,6 +61,10 @@ def pytest_collection_finish(session):
         from recipes.common.record import recording
         from recipes.common.run_dir import run_log
         from tests.support import forked_jobs  # noqa: F401
+        from tests.support.tiny import FAMILIES
+
+        for family in FAMILIES:  # transformers imports a model's code when it is first asked for
+            importlib.import_module(f"transformers.models.{family}.modeling_{family}")
 
         facts = recording.package_facts()  # of this environment, which every run would read again
         recording.package_facts = lambda: facts
