@@ -10,7 +10,7 @@ import json
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,16 +134,28 @@ def call(tool: str, *arguments: object) -> Called:
     return _called(f"tools.{tool}", arguments)
 
 
+def call_each(tool: str, calls: Sequence[Sequence[object]]) -> list[Called]:
+    """Run `python -m tools.TOOL ARGUMENTS` for each of `calls`, one after another in one forked process."""
+    name = _main_of(f"tools.{tool}")
+    told = run_ranks(_call_each, 1, name, [[str(argument) for argument in arguments] for arguments in calls])[0]
+    return [Called(*each) for each in told]
+
+
 def call_bench(bench: str, *arguments: object) -> Called:
     """Run `python -m tests.bench.BENCH ARGUMENTS` in a forked process."""
     return _called(f"tests.bench.{bench}", arguments)
 
 
 def _called(module: str, arguments: tuple[object, ...]) -> Called:
+    return Called(*run_ranks(_call, 1, _main_of(module), [str(argument) for argument in arguments])[0])
+
+
+def _main_of(module: str) -> str:
+    """Return the name of the module that `python -m` runs, imported: once here, not in every fork."""
     is_package = importlib.util.find_spec(module).submodule_search_locations is not None
     name = module + ".__main__" * is_package
-    importlib.import_module(name)  # once here, not in every fork
-    return Called(*run_ranks(_call, 1, name, [str(argument) for argument in arguments])[0])
+    importlib.import_module(name)
+    return name
 
 
 def call_file(path: Path, *flags: object, **variables: str | None) -> Called:
@@ -162,6 +174,10 @@ def _call_file(path: str, flags: list[str], variables: dict[str, str | None]) ->
 
 def _call(module: str, arguments: list[str]) -> tuple[int, str, str]:
     return _captured(lambda: importlib.import_module(module).main(arguments))
+
+
+def _call_each(module: str, calls: list[list[str]]) -> list[tuple[int, str, str]]:
+    return [_call(module, arguments) for arguments in calls]
 
 
 def _captured(main: Callable[[], int]) -> tuple[int, str, str]:

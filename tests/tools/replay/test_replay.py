@@ -9,7 +9,7 @@ import pytest
 
 from recipes.common.config.ds_checks import fp16_supported
 from recipes.common.run_dir.metrics import read_metrics
-from tests.support.small_runs import call
+from tests.support.small_runs import call, call_each
 from tools.common.forked_ranks import run_ranks
 from tools.replay.compare import BITWISE, DIFFERS, WITHIN_ROUNDING, judge
 from tools.replay.enter import enter
@@ -111,35 +111,42 @@ def test_a_log_that_nobody_can_compute_is_told_by_its_step_and_quantity(plain, t
     assert text.code == 1 and "first to differ: grad_norm of step 5" in text.out and "rounding" in text.out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--step", 99), "has no step 99; it has 1 to 8"),
-        (("--step", 0), "steps count from 1"),
-        ((), "--step N is missing"),
-        (("--step", 4, "--layout", "tensors=2"), "is not tensor=N"),
-        (("--step", 4, "--layout", "data=3"), "is not a multiple of micro_seqs"),
-        (("--step", 4, "--layout", "pipeline=8"), "use 4 stages at most"),
-        (("--step", 4, "--set", "optimizer.clip"), "expected FIELD=VALUE"),
-        (("--step", 4, "--set", "optimizer.clips=1"), "there is no field 'clips' (did you mean 'clip'?)"),
-        (("--step", 4, "--set", "optimizer.clip=high"), "optimizer.clip='high' must be a number"),
-        (("--step", 4, "--set", "optimizer.clip=-1"), "optimizer.clip=-1 must lie between"),
-        (("--step", 4, "--set", "optimizer.clip=0.5"), "the run had that value"),
-        (("--step", 4, "--set", "model.hidden_size=32"), "mean nothing then"),
-        (("--step", 4, "--set", "model.rms_norm_epsilon=1"), "there is no field 'rms_norm_epsilon'"),
-        (("--step", 4, "--set", "model.model_type=gpt2"), "LlamaConfig takes no other value there"),
-        (("--step", 4, "--set", "zero_optimization.stages=1"), "unknown key 'zero_optimization.stages'"),
-        (("--step", 4, "--set", "gradient_clipping=1"), "it is optimizer.clip of the recipe"),
-        (("--step", 4, "--without", "5:3"), "expected START:STOP"),
-        (("--step", 4, "--without", "90:99"), "read sequences 12 to 15, and none of those"),
-        (("--step", 4, "--precision", "fp32"), "was trained in fp32"),
-        (("--step", 4, "--versions", "deepspeed"), "expected PACKAGE=VERSION"),
-        (("--step", 4, "--against"), "--against alone compares with nothing"),
-        (("--against", "NONE"), "NONE"),
-    ],
+MISTAKES = (
+    (("--step", 99), "has no step 99; it has 1 to 8"),
+    (("--step", 0), "steps count from 1"),
+    ((), "--step N is missing"),
+    (("--step", 4, "--layout", "tensors=2"), "is not tensor=N"),
+    (("--step", 4, "--layout", "data=3"), "is not a multiple of micro_seqs"),
+    (("--step", 4, "--layout", "pipeline=8"), "use 4 stages at most"),
+    (("--step", 4, "--set", "optimizer.clip"), "expected FIELD=VALUE"),
+    (("--step", 4, "--set", "optimizer.clips=1"), "there is no field 'clips' (did you mean 'clip'?)"),
+    (("--step", 4, "--set", "optimizer.clip=high"), "optimizer.clip='high' must be a number"),
+    (("--step", 4, "--set", "optimizer.clip=-1"), "optimizer.clip=-1 must lie between"),
+    (("--step", 4, "--set", "optimizer.clip=0.5"), "the run had that value"),
+    (("--step", 4, "--set", "model.hidden_size=32"), "mean nothing then"),
+    (("--step", 4, "--set", "model.rms_norm_epsilon=1"), "there is no field 'rms_norm_epsilon'"),
+    (("--step", 4, "--set", "model.model_type=gpt2"), "LlamaConfig takes no other value there"),
+    (("--step", 4, "--set", "zero_optimization.stages=1"), "unknown key 'zero_optimization.stages'"),
+    (("--step", 4, "--set", "gradient_clipping=1"), "it is optimizer.clip of the recipe"),
+    (("--step", 4, "--without", "5:3"), "expected START:STOP"),
+    (("--step", 4, "--without", "90:99"), "read sequences 12 to 15, and none of those"),
+    (("--step", 4, "--precision", "fp32"), "was trained in fp32"),
+    (("--step", 4, "--versions", "deepspeed"), "expected PACKAGE=VERSION"),
+    (("--step", 4, "--against"), "--against alone compares with nothing"),
+    (("--against", "NONE"), "NONE"),
 )
-def test_mistakes_are_said_in_one_message_before_any_work(plain, tmp_path, arguments, words):
-    told = replay(plain, *(tmp_path / "NONE" if word == "NONE" else word for word in arguments))
+
+
+@pytest.fixture(scope="module")
+def told_of_mistakes(plain, tmp_path_factory):
+    none = tmp_path_factory.mktemp("none") / "NONE"
+    calls = [[plain, *(none if word == "NONE" else word for word in arguments)] for arguments, _ in MISTAKES]
+    return dict(zip([arguments for arguments, _ in MISTAKES], call_each("replay", calls), strict=True))
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES)
+def test_mistakes_are_said_in_one_message_before_any_work(told_of_mistakes, arguments, words):
+    told = told_of_mistakes[arguments]
     assert told.code == 2 and told.out == "" and "Traceback" not in told.err
     assert told.err.startswith("error: ") and words in told.err
 
