@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -139,7 +141,9 @@ def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def verify(trial: Trial) -> list[WorstDifference]:
     """Train both sides, in forked ranks, and compare."""
-    trained, plain, stirred = _both(trial)
+    in_fp32 = gradient_trial(replace(trial, deepspeed=_in_fp32(trial.deepspeed)))
+    trials = [trial, replace(in_fp32, precision=None), *([replace(in_fp32, stir=BF16_STEP)] if trial.precision else [])]
+    (trained, plain, stirred), gradients, *in_fp8 = _both(trials)
     if precision(trial.deepspeed) == "fp32":
         rows = [
             worst_step("loss", trained.losses, plain.losses, floors=[each.losses for each in stirred]),
@@ -154,9 +158,8 @@ def verify(trial: Trial) -> list[WorstDifference]:
             worst_step("gradient norm", trained.grad_norms, plain.grad_norms, loose * LOW_NORM),
             worst_tensor("parameter", trained, plain, [], travelled, LOW_ROUNDING),
         ]
-    in_fp32 = gradient_trial(replace(trial, deepspeed=_in_fp32(trial.deepspeed)))
-    rows.append(worst_tensor("gradient, fp32", *_both(replace(in_fp32, precision=None))))
-    return [*rows, whole_gradient("gradient, fp8", *_both(replace(in_fp32, stir=BF16_STEP)))] if trial.precision else rows
+    rows.append(worst_tensor("gradient, fp32", *gradients))
+    return [*rows, *(whole_gradient("gradient, fp8", *sides) for sides in in_fp8)]
 
 
 def _in_fp32(config: dict) -> dict:
@@ -164,14 +167,38 @@ def _in_fp32(config: dict) -> dict:
     return {name: block for name, block in config.items() if name not in ("bf16", "fp16")}
 
 
-def _both(trial: Trial) -> tuple[Outcome, Outcome, list[Outcome]]:
-    """Return what the layout makes of a trial, what the oracle does, and, in fp32, what the oracle does with other roundings."""
-    if isinstance(trial.optimizer, AdamW):  # near-zero gradients are all rounding, and an eps of 1e-8 would scale them up to 1
-        trial = replace(trial, optimizer=replace(trial.optimizer, eps=max(trial.optimizer.eps, 1e-5)))
-    plain = run_ranks(train_plain, 1, trial)[0]
-    stirred = run_ranks(train_stirred, SAMPLES, trial) if precision(trial.deepspeed) == "fp32" else []
-    shapes = {name: tensor.shape for name, tensor in plain.parameters.items()}
-    return outcome(run_ranks(train_in_layout, trial.world_size, trial), shapes), plain, stirred
+def _both(trials: Sequence[Trial]) -> list[tuple[Outcome, Outcome, list[Outcome]]]:
+    """Return what the layout makes of each trial, what the oracle does, and, in fp32, what the oracle does with other roundings.
+
+    The ranks of a side are started once for all trials, which takes as long as a training.
+    """
+    # near-zero gradients are all rounding, and an eps of 1e-8 would scale them up to 1
+    trials = [
+        replace(trial, optimizer=replace(trial.optimizer, eps=max(trial.optimizer.eps, 1e-5)))
+        if isinstance(trial.optimizer, AdamW)
+        else trial
+        for trial in trials
+    ]
+    plain = run_ranks(_each, 1, train_plain, trials)[0]
+    in_fp32 = [trial for trial in trials if precision(trial.deepspeed) == "fp32"]
+    stirred = zip(*run_ranks(_each, SAMPLES, train_stirred, in_fp32), strict=True)
+    trained = zip(*run_ranks(_each, trials[0].world_size, train_in_layout, trials), strict=True)
+    return [
+        (
+            outcome(list(ranks), {name: tensor.shape for name, tensor in oracle.parameters.items()}),
+            oracle,
+            list(next(stirred)) if precision(trial.deepspeed) == "fp32" else [],
+        )
+        for trial, ranks, oracle in zip(trials, trained, plain, strict=True)
+    ]
+
+
+def _each(train: Callable[[Trial], Any], trials: Sequence[Trial]) -> list[Any]:
+    results = []
+    for trial in trials:
+        gc.collect()  # the trainer before
+        results.append(train(trial))
+    return results
 
 
 def _within(floor: float, limits: tuple[float, float]) -> float:
