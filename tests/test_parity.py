@@ -29,13 +29,14 @@ def test_gradients_of_plain_sgd(pipeline, tensor, data, accumulation):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_every_family(family):
-    assert_equal(gradient_trial(trial_of(tiny_config(family), 2, 2, 1, global_seqs=2)))
+    config = tiny_config(family, num_hidden_layers=2)
+    assert_equal(gradient_trial(trial_of(config, 2, 2, 1, global_seqs=2)))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_adamw_of_biases_and_of_experts(family):
     """What a step may do to a family's parameters beyond its gradients: biases go without weight decay, experts are one bank."""
-    assert_equal(trial_of(tiny_config(family), 2, 2, 1, global_seqs=2))
+    assert_equal(trial_of(tiny_config(family), 2, 1, 1, global_seqs=2))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_options_of_a_layout_change_nothing(recomputed, schedule, chunks, sequen
     """Every option beside every other one: each schedule and each recomputation with the sequence shared and not."""
     config = tiny_config("llama", tie_word_embeddings=True)
     options = RECOMPUTED[recomputed] | {"sequence_parallel": sequence_parallel, "pipeline_schedule": schedule, "chunks": chunks}
-    assert_equal(trial_of(config, 2, 2, 1, steps=2, **options))
+    assert_equal(gradient_trial(trial_of(config, 2, 2, 1, **options)))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_products_in_fp8_have_the_same_bits_in_stages():
     assert all(cut.parameters[name].equal(wanted) for name, wanted in whole.parameters.items())
 
 
-@pytest.mark.parametrize(("pipeline", "tensor"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("pipeline", "tensor"), [(1, 1), (1, 2)])
 def test_z_loss(pipeline, tensor):
     assert_equal(gradient_trial(trial_of(tiny_config("llama"), pipeline, tensor, 1, z_loss=1e-2)))
 
@@ -149,11 +150,11 @@ def test_embeddings_kept_off_weight_decay():
 
 
 def test_momentum_sgd():
-    assert_equal(trial_of(tiny_config("llama"), 2, 1, 2, optimizer=SGD(lr=0.1, momentum=0.9, weight_decay=0.1)))
+    assert_equal(trial_of(tiny_config("llama"), 1, 1, 2, optimizer=SGD(lr=0.1, momentum=0.9, weight_decay=0.1)))
 
 
 def test_sdpa_attention():
-    assert_equal(trial_of(tiny_config("llama"), 2, 2, 1, attention="sdpa"))
+    assert_equal(gradient_trial(trial_of(tiny_config("llama"), 2, 1, 1, attention="sdpa")))
 
 
 @pytest.mark.parametrize(("pipeline", "tensor", "attention"), [(1, 1, "sdpa"), (2, 2, "sdpa"), (2, 2, "varlen")])

@@ -177,8 +177,8 @@ def _cost_of_dry_runs():
 # tests/test_parity.py has them, on stages and tensor ranks at once
 SAME_AT_THIS_WIDTH = {"llama_1b", "llama_405b", "llama_70b", "llama_8b", "llama_8b_continued", "quickstart", "qwen3_8b"}
 SAME_AT_THIS_WIDTH |= {"gpt2_124m", "olmo2_7b"}
-# on both at once tests/test_parity.py holds these families: here each is on one of them
-ON_STAGES = {"qwen3_0_6b"}
+# on both at once tests/test_parity.py holds these families, and on tensor ranks deepseek_v3: here each is on one of them
+ON_STAGES = {"qwen3_0_6b", "deepseek_v3"}
 ON_TENSOR_RANKS = {"mixtral_8x7b"}
 
 

@@ -21,10 +21,10 @@ from tools.common.parity import gradient_trial, outcome, train_in_layout, train_
 GLOBAL, SEQUENCE = Router(loss="global_batch", coefficient=0.1), Router(loss="sequence", coefficient=0.1, z_loss=1e-2)
 # pipeline, tensor, data, and what else: each option once or twice, beside another one of the others each time
 LAYOUTS = {
-    "sliced by tensor ranks": (1, 2, 4, {"expert": 4, "recompute": "full"}),
+    "sliced by tensor ranks": (1, 2, 2, {"expert": 2, "recompute": "full"}),
     "whole on tensor ranks": (1, 2, 4, {"expert": 2, "experts": "tensor", "router": GLOBAL}),
     "with context ranks": (1, 1, 4, {"expert": 4, "context": 2, "mlp_chunk_tokens": 5}),
-    "zero bubbles": (2, 1, 4, {"expert": 4, "pipeline_schedule": "zero_bubble", "router": SEQUENCE}),
+    "zero bubbles": (2, 1, 2, {"expert": 2, "pipeline_schedule": "zero_bubble", "router": SEQUENCE}),
     "folded": (2, 2, 2, {"expert": 2, "pipeline_schedule": "zero_bubble_v", "recompute": "selective"}),
 }
 
@@ -37,7 +37,7 @@ def test_layouts(name):
     assert_equal(gradient_trial(trial))
 
 
-@pytest.mark.parametrize("name", ["sliced by tensor ranks", "folded"])
+@pytest.mark.parametrize("name", ["sliced by tensor ranks", "zero bubbles"])
 def test_two_steps_of_adamw(name):
     pipeline, tensor, data, fields = LAYOUTS[name]
     assert_equal(trial_of(tiny_config("mixtral"), pipeline, tensor, data, global_seqs=4, steps=2, **fields))
@@ -58,7 +58,7 @@ def test_families(family):
         assert_equal(trial)
 
 
-@pytest.mark.parametrize(("precision", "pipeline", "tensor", "data"), [("bf16", 2, 1, 4), ("fp16", 1, 2, 2)])
+@pytest.mark.parametrize(("precision", "pipeline", "tensor", "data"), [("bf16", 1, 1, 4), ("fp16", 1, 2, 2)])
 def test_half_precision_tracks_fp32(precision, pipeline, tensor, data):
     """As in tests/test_parity.py and test_fp16.py; a norm that counted experts once a rank would be off by more."""
     config = ds_config("zero1_bf16.json") if precision == "bf16" else fp16_config(initial_scale_power=12)

@@ -153,9 +153,9 @@ FAULTS = {  # what is planted: the module to be named, the kind of its tensor, a
     "backward": (f"{MLP}.gate_proj", "gradient of its input", lambda t: wrapped(t, f"{MLP}.gate_proj", before=Louder.apply)),
     "weight gradient": (f"{ATTENTION}.v_proj", "gradient", lambda t: gradient(t, f"{ATTENTION}.v_proj.weight")),
 }
-# a third in each layout, and between tensor ranks whatever is cut or summed there
-PLANTED = {"one": [*FAULTS][1::3], "tensor": [*FAULTS][::3], "pipeline": [*FAULTS][2::3]}
-PLANTED["tensor"] += ["transposed weight", "one rank's copy", "embedding row", "backward"]
+# each once: between tensor ranks whatever is cut or summed there
+PLANTED = {"one": ["eps", "norm weight", "head scale", "residual"], "pipeline": ["mask", "dtype", "rope base", "weight gradient"]}
+PLANTED["tensor"] = [name for name in FAULTS if name not in PLANTED["one"] + PLANTED["pipeline"]]
 
 
 def trace(plan, faults, stirs):
