@@ -12,7 +12,7 @@ import datetime
 import json
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tools.plan.coefficients import Coefficients, read_coefficients, write_coeff
 from tools.plan.fitting import fit_map
 from tools.plan.model_cases import Candidate, ModelFacts, read_model, time_cases
 from tools.plan.stage_memory import memory_case
+from tools.plan.time_model import Cases
 
 WARM_UP_STEPS = 2
 MACHINE_WIDTH = 0.5  # standard deviation of the logarithm of a machine's terms around the shipped ones
@@ -146,12 +147,14 @@ def calibrated(
     stages = [memory_case(facts, candidate, device) for facts, candidate, _, _ in runs]
     seconds, peaks = np.array([r[2] for r in runs]), np.array([r[3] for r in runs])
 
-    def predict(terms: np.ndarray) -> np.ndarray:
-        return np.array([time_model.step_seconds(terms, case, shipped.factors(device, case))[0] for case in cases])
+    def predict(guesses: np.ndarray) -> np.ndarray:  # terms [k, m], m guesses -> seconds [runs, m]
+        times = guesses.shape[1]
+        factors = [np.repeat(shipped.factors(device, case), times) for case in cases]
+        rows = [_repeated(case, times) for case in cases]
+        return np.stack([time_model.step_seconds(guesses, row, own) for row, own in zip(rows, factors, strict=True)])
 
     widths = np.full(len(shipped.time), MACHINE_WIDTH if device.name != "CPU" else 3.0)  # a CPU's peak is a guess
-    each = lambda guesses: np.stack([predict(guess) for guess in guesses.T], axis=1)  # noqa: E731
-    terms = fit_map(each, seconds, shipped.time, widths, noise=0.02)
+    terms = fit_map(predict, seconds, shipped.time, widths, noise=0.02)
     memory = memory_model.fit_memory(stages, peaks, shipped.memory) if peaks.all() else shipped.memory
     coefficients = replace(
         shipped,
@@ -161,13 +164,19 @@ def calibrated(
     )
     rows = []
     for index, (_, candidate, measured_seconds, measured_bytes) in enumerate(runs):
-        before, after = predict(shipped.time)[index], predict(terms)[index]
+        before, after = predict(np.stack([shipped.time, terms], axis=1))[index]
         row = {"micro_seqs": candidate.micro_seqs, "seconds": measured_seconds, "before": float(before), "after": float(after)}
         if peaks.all():
             sizes = [float(memory_model.peak_bytes(t, [stages[index]])[0]) for t in (shipped.memory, memory)]
             row |= {"bytes": measured_bytes, "bytes_before": sizes[0], "bytes_after": sizes[1]}
         rows.append(row)
     return coefficients, rows
+
+
+def _repeated(case: Cases, times: int) -> Cases:
+    """Return the one row of `case` so many times."""
+    columns = {field.name: getattr(case, field.name) for field in fields(case) if field.name != "keys"}
+    return Cases(**{name: np.repeat(values, times, axis=0) for name, values in columns.items()}, keys=case.keys * times)
 
 
 def _text(rows: list[dict[str, Any]]) -> str:

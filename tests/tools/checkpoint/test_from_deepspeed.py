@@ -37,7 +37,7 @@ CASES = {
     "tensor 4 over 2 key heads": (Layout(tensor=4), 4, "zero1_fp32.json", "llama", {}),
     "packed q, k, v; ZeRO 2": (Layout(tensor=2), 4, "zero2_fp32.json", "gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
     "experts": (Layout(tensor=2), 2, "zero1_fp32.json", "mixtral", {}),
-    "ZeRO 3": (Layout(tensor=2), 4, "zero3_fp32.json", "llama", {}),
+    "ZeRO 3": (Layout(tensor=2), 2, "zero3_fp32.json", "llama", {}),
     "ZeRO 3 in bf16, tied": (Layout(), 3, "zero3_bf16.json", "llama", {"tie_word_embeddings": True, "hidden_size": 60}),
 }
 
