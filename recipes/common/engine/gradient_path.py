@@ -23,6 +23,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from recipes.common.config.ds_config import zero_stage
+from recipes.common.engine.optimizers import WholeUnitsAdamW
 from recipes.common.model.main_grads import give_main_grad
 from recipes.common.parallel.collectives import take_gradient_sums
 from recipes.common.parallel.gradient_buckets import Bucket, GradientBuckets, sum_together
@@ -33,7 +34,8 @@ from recipes.common.pipeline.stage import Stage
 for _name in ("accumulate_hp_grads_and_remove_lp", "get_grads_for_norm", "clear_hp_grads", "update_lp_params"):
     assert hasattr(BF16_Optimizer, _name), f"DeepSpeed's bf16 optimizer has no {_name}"
 for _name in (
-    "process_gradients", "fill_grad_accum_attribute", "reduce_gradients", "zero_grad", "_get_preflattened_grad_partition"
+    "process_gradients", "fill_grad_accum_attribute", "reduce_gradients", "zero_grad", "_get_preflattened_grad_partition",
+    "unscale_and_clip_grads",
 ):  # fmt: skip
     assert hasattr(DeepSpeedZeroOptimizer, _name), f"DeepSpeed's ZeRO optimizer has no {_name}"
 assert hasattr(DeepSpeedEngine, "buffered_allreduce_fallback"), "DeepSpeed reduces gradients in another way"
@@ -129,7 +131,29 @@ def _own_zero1(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Paramete
     optimizer.process_gradients = lambda parameter, group: _add(reduced, parameter)
     optimizer.fill_grad_accum_attribute = lambda: None  # the hooks have had all
     optimizer.reduce_gradients, optimizer.zero_grad = reduce, zero_grad
+    _own_update(optimizer)
     return reduced
+
+
+def _own_update(optimizer: DeepSpeedZeroOptimizer) -> None:
+    """Let fp32 weights be their own master weights, and a CPU's optimizer scale gradients while they are in its cache."""
+    if optimizer.dtype == torch.float32:
+        for masters, parts, group in zip(
+            optimizer.single_partition_of_fp32_groups,
+            optimizer.parallel_partitioned_bit16_groups,
+            optimizer.real_dp_process_group,
+            strict=True,
+        ):
+            masters.data = parts[dist.get_rank(group)]
+    if isinstance(inner := optimizer.optimizer, WholeUnitsAdamW):
+        theirs = optimizer.unscale_and_clip_grads
+
+        def later(gradients: list[torch.Tensor], norm: torch.Tensor) -> None:
+            factor = torch.ones(1)
+            theirs([factor], norm)
+            inner.gradient_factor = factor if factor.item() != 1.0 else None
+
+        optimizer.unscale_and_clip_grads = later
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from recipes.common.pipeline.stage import Stage
 from recipes.common.recipe import AdamW, Optimizer
 
 _WORTH = 16  # a message of a 16th of a bucket is long enough to go by itself: 125 MB of DeepSpeed's default
+_IN_CACHE = 1 << 17  # elements that are updated at a time: 2 MiB of weights, gradients and moments
 _UNIT = 16  # elements: the 64 bytes that torch's kernel for CPUs works on at a time
 
 
@@ -76,8 +77,10 @@ class WholeUnitsAdamW(torch.optim.AdamW):
     """Runs torch's fused AdamW for CPUs to bits that do not depend on where in a flat partition an element lies.
 
     The kernel rounds the last few elements of a tensor, which do not fill a unit, differently from all others. Here they are
-    updated in a unit filled up with zeros.
+    updated in a unit filled up with zeros. What fits into the cache is scaled and updated at a time.
     """
+
+    gradient_factor: torch.Tensor | None = None  # [1]: by what gradients are to be multiplied first, in place
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
@@ -95,9 +98,12 @@ class WholeUnitsAdamW(torch.optim.AdamW):
         state["step"] += 1
         flat = [t.view(-1) for t in (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
         whole = flat[0].numel() // _UNIT * _UNIT
-        _fused([t[:whole] for t in flat], state["step"], group)
+        for part in zip(*(t[:whole].split(_IN_CACHE) for t in flat), strict=True):
+            self._scale(part[1])
+            _fused(part, state["step"], group)
         if whole < flat[0].numel():
             rest = [t[whole:] for t in flat]
+            self._scale(rest[1])
             unit = [torch.zeros(_UNIT, dtype=t.dtype) for t in rest]
             for filled, part in zip(unit, rest, strict=True):
                 filled[: part.numel()] = part
@@ -105,8 +111,12 @@ class WholeUnitsAdamW(torch.optim.AdamW):
             for filled, part in zip(unit, rest, strict=True):
                 part.copy_(filled[: part.numel()])
 
+    def _scale(self, gradients: torch.Tensor) -> None:
+        if self.gradient_factor is not None:
+            gradients.mul_(self.gradient_factor)
 
-def _fused(tensors: list[torch.Tensor], step: torch.Tensor, group: dict[str, Any]) -> None:
+
+def _fused(tensors: Sequence[torch.Tensor], step: torch.Tensor, group: dict[str, Any]) -> None:
     """Update `tensors` in place: weights, gradients and the two moments."""
     weights, gradients, first, second = ([t] for t in tensors)
     if tensors[0].numel():
