@@ -90,9 +90,9 @@ def _measure(
     memoryless = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     # on the meta device, which asks less of each of a deep model's layers: most of them are not to run
     empty = fake and not every_layer
-    options = {"dtype": dtype, "attn_implementation": built_as(attention), "trust_remote_code": False}
+    options = {"dtype": dtype, "attn_implementation": built_as(attention)}
     with torch.device("meta") if empty else memoryless, no_init_weights() if fake else nullcontext():
-        causal = AutoModelForCausalLM.from_config(config, **options).train()
+        causal = AutoModelForCausalLM.from_config(config, **options, trust_remote_code=False).train()
     with memoryless, _latent_attention() if fake else nullcontext(), no_questions(documents=False):
         if attention == VARLEN:  # what its kernel saves is what the causal one saves
             attach(causal, ALL_ATTENTION_FUNCTIONS["sdpa"], lambda **_: None)

@@ -70,9 +70,13 @@ def no_gradient_sum():
 
 
 def doubled_loss():
-    """Scale gradients by 1/accumulation, as DeepSpeed 0.18.3 did: clipping and Adam hide it."""
+    """Scale gradients by 1/accumulation, as DeepSpeed 0.18.3 did: clipping and Adam hide it.
+
+    A stage that knows by what its loss is multiplied makes such gradients NaN: here none is told.
+    """
     import recipes.common.pipeline.stage as module
 
+    module.Stage.loss_share = property(lambda self: None, lambda self, share: None)
     loss = module.Stage.loss
     module.Stage.loss = lambda self, hidden, labels: loss(self, hidden, labels) * (0.5 if self.grid.pipeline > 1 else 1.0)
 
