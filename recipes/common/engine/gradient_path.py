@@ -35,7 +35,7 @@ for _name in ("accumulate_hp_grads_and_remove_lp", "get_grads_for_norm", "clear_
     assert hasattr(BF16_Optimizer, _name), f"DeepSpeed's bf16 optimizer has no {_name}"
 for _name in (
     "process_gradients", "fill_grad_accum_attribute", "reduce_gradients", "zero_grad", "_get_preflattened_grad_partition",
-    "unscale_and_clip_grads",
+    "unscale_and_clip_grads", "_link_all_hp_params",
 ):  # fmt: skip
     assert hasattr(DeepSpeedZeroOptimizer, _name), f"DeepSpeed's ZeRO optimizer has no {_name}"
 assert hasattr(DeepSpeedEngine, "buffered_allreduce_fallback"), "DeepSpeed reduces gradients in another way"
@@ -145,6 +145,7 @@ def _own_update(optimizer: DeepSpeedZeroOptimizer) -> None:
             strict=True,
         ):
             masters.data = parts[dist.get_rank(group)]
+        optimizer._link_all_hp_params()  # DeepSpeed's parameters know their master weights: these, not the ones before
     if isinstance(inner := optimizer.optimizer, WholeUnitsAdamW):
         theirs = optimizer.unscale_and_clip_grads
 

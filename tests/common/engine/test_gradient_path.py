@@ -78,8 +78,6 @@ LAYOUTS = {
     "zero bubble": {"pipeline": 2, "pipeline_schedule": "zero_bubble"},
     "no pipeline": {"tensor": 2},
     "fp16, tied": {"precision": "fp16", "tied": True, "pipeline": 2},
-    "fp16, no pipeline": {"precision": "fp16", "tensor": 2},
-    "fp32, folded, tied": {"precision": "fp32", "tied": True, "pipeline": 2, "pipeline_schedule": "zero_bubble_v"},
     "fp32, no pipeline": {"precision": "fp32", "tensor": 2},
 }
 
