@@ -18,7 +18,7 @@ HERE = "tests/rehearsal/planted.py:"
 OF_4 = {"gpus": 4, "rank": 0, "seq_len": 256, "vocab_size": 8192}
 WORLDS = (
     Variant(recipe="qwen3_0_6b", layers=2, layout=f"tensor=2,pipeline=2,{SP}", steps=(2,), extras=("evaluate", "drift"), **OF_4),
-    Variant(recipe="gpt2_124m", layers=4, layout="pipeline=2,pipeline_schedule=zero_bubble_v", steps=(3,),
+    Variant(recipe="gpt2_124m", layers=4, layout="pipeline=2,pipeline_schedule=zero_bubble_v", steps=(2,),
             extras=("skip", "drift"), **OF_4),
     Variant(recipe="qwen3_0_6b", layers=2, layout=f"tensor=2,context=2,{SP}", steps=(1,), extras=("layers",), **OF_4),
 )  # fmt: skip
