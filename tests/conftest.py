@@ -35,6 +35,12 @@ LONG = (
     "bench/test_benches.py",
     "rehearsal/test_steps.py",
     "common/checkpoint/test_resume.py",
+    "tests/test_parity.py",
+    "tests/test_recipes.py",
+    "tools/replay/test_first_tensor.py",
+    "tools/replay/test_replay.py",
+    "tools/spikes/test_explain.py",
+    "tools/verify/test_gate.py",
 )
 
 
