@@ -1,7 +1,7 @@
 """Makes trials of tiny models, and compares a layout with plain one-process transformers."""
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import pytest
@@ -47,12 +47,15 @@ def both(trial: Trial) -> tuple[Outcome, Outcome]:
     return both_of_each({"": trial})[""]
 
 
-def both_of_each(trials: Mapping[Name, Trial]) -> dict[Name, tuple[Outcome, Outcome]]:
-    """Train each trial in its layout and by the oracle; those of as many ranks one after the other, in one start of ranks."""
+def both_of_each(trials: Mapping[Name, Trial], prepare: Callable[[], None] | None = None) -> dict[Name, tuple[Outcome, Outcome]]:
+    """Train each trial in its layout and by the oracle; those of as many ranks one after the other, in one start of ranks.
+
+    prepare: what each of these ranks does first.
+    """
     found = {}
     for world_size in sorted({trial.world_size for trial in trials.values()}):
         some = [name for name, trial in trials.items() if trial.world_size == world_size]
-        ranks = run_ranks(_train_each, world_size, [trials[name] for name in some])
+        ranks = run_ranks(_train_each, world_size, [trials[name] for name in some], prepare)
         for index, name in enumerate(some):
             plain = ranks[index % world_size][0][index]
             shapes = {parameter: tensor.shape for parameter, tensor in plain.parameters.items()}
@@ -60,8 +63,10 @@ def both_of_each(trials: Mapping[Name, Trial]) -> dict[Name, tuple[Outcome, Outc
     return found
 
 
-def _train_each(trials: list[Trial]) -> tuple[dict[int, Outcome], list[dict[str, Any]]]:
+def _train_each(trials: list[Trial], prepare: Callable[[], None] | None) -> tuple[dict[int, Outcome], list[dict[str, Any]]]:
     """Return the oracle's outcomes that this rank computes, by trial, and what it holds of each trial in its layout."""
+    if prepare is not None:
+        prepare()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # first: no layout has trained in this process yet
     plain = {index: train_plain(trials[index]) for index in range(rank, len(trials), world_size)}

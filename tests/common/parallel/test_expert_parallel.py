@@ -13,69 +13,74 @@ from recipes.common.parallel.grid import build_grid
 from recipes.common.parallel.tiny_model import shrink
 from recipes.common.recipe import Layout, Router
 from tests.support.fp16 import allow_fp16, fp16_config
-from tests.support.parity import assert_equal, trial_of
+from tests.support.parity import assert_same, both_of_each, trial_of
 from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import gradient_trial, outcome, train_in_layout, train_plain
+from tools.common.parity import gradient_trial
 
 GLOBAL, SEQUENCE = Router(loss="global_batch", coefficient=0.1), Router(loss="sequence", coefficient=0.1, z_loss=1e-2)
 # pipeline, tensor, data, and what else: each option once or twice, beside another one of the others each time
 LAYOUTS = {
     "sliced by tensor ranks": (1, 2, 2, {"expert": 2, "recompute": "full"}),
-    "whole on tensor ranks": (1, 2, 4, {"expert": 2, "experts": "tensor", "router": GLOBAL}),
+    "whole on tensor ranks": (1, 2, 2, {"expert": 2, "experts": "tensor", "router": GLOBAL}),
     "with context ranks": (1, 1, 4, {"expert": 4, "context": 2, "mlp_chunk_tokens": 5}),
     "zero bubbles": (2, 1, 2, {"expert": 2, "pipeline_schedule": "zero_bubble", "router": SEQUENCE}),
-    "folded": (2, 2, 2, {"expert": 2, "pipeline_schedule": "zero_bubble_v", "recompute": "selective"}),
+    "folded": (2, 1, 2, {"expert": 2, "pipeline_schedule": "zero_bubble_v", "recompute": "selective"}),
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts(name):
+def layout_trial(name):
     pipeline, tensor, data, fields = LAYOUTS[name]
-    readers = data // fields.get("context", 1)
-    trial = trial_of(tiny_config("mixtral"), pipeline, tensor, data, global_seqs=2 * readers, **fields)
-    assert_equal(gradient_trial(trial))
+    readers, layers = data // fields.get("context", 1), 4 if name == "folded" else 2
+    config = tiny_config("mixtral", num_hidden_layers=layers)
+    return trial_of(config, pipeline, tensor, data, global_seqs=2 * readers, **fields)
 
 
-@pytest.mark.parametrize("name", ["sliced by tensor ranks", "zero bubbles"])
-def test_two_steps_of_adamw(name):
-    pipeline, tensor, data, fields = LAYOUTS[name]
-    assert_equal(trial_of(tiny_config("mixtral"), pipeline, tensor, data, global_seqs=4, steps=2, **fields))
-
-
-@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "deepseek_v3"])
-def test_families(family):
+def family_trial(family):
     """Biases of experts; a stage without any; shared experts, and biases of routers that move."""
     if family == "qwen3_moe":
         config = tiny_config(family, num_experts=4, mlp_only_layers=[0, 1], moe_intermediate_size=48)
-        trial = trial_of(config, 2, 1, 2, expert=2, global_seqs=4)
-    else:
-        config = shrink(AutoConfig.for_model(family, attention_dropout=0.0), Layout(expert=2))
-        fields = {"router": Router(loss=None, bias_rate=0.01)} if family == "deepseek_v3" else {}
-        trial = trial_of(config, 1, 1, 2, expert=2, global_seqs=4, **fields)
-    assert_equal(gradient_trial(trial))
-    if trial.router.bias_rate:  # which show from the second step on
-        assert_equal(trial)
+        return trial_of(config, 2, 1, 2, expert=2, global_seqs=4)
+    config = shrink(AutoConfig.for_model(family, attention_dropout=0.0), Layout(expert=2))
+    fields = {"router": Router(loss=None, bias_rate=0.01)} if family == "deepseek_v3" else {}
+    return trial_of(config, 1, 1, 2, expert=2, global_seqs=4, **fields)
 
 
-@pytest.mark.parametrize(("precision", "pipeline", "tensor", "data"), [("bf16", 1, 1, 4), ("fp16", 1, 2, 2)])
-def test_half_precision_tracks_fp32(precision, pipeline, tensor, data):
+FAMILIES = ("gpt_oss", "qwen3_moe", "deepseek_v3")
+TWO_STEPS = ("sliced by tensor ranks", "zero bubbles", "deepseek_v3")  # whose biases show from the second step on
+TRIALS = {name: layout_trial(name) for name in LAYOUTS} | {family: family_trial(family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """(name, steps) -> (what the layout left, what the oracle left)."""
+    gradients = {(name, 1): gradient_trial(trial) for name, trial in TRIALS.items()}
+    return both_of_each(gradients | {(name, 2): TRIALS[name] for name in TWO_STEPS})
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_gradients_of_layouts_and_families(trained, name):
+    assert_same(*trained[name, 1])
+
+
+@pytest.mark.parametrize("name", TWO_STEPS)
+def test_two_steps_of_adamw(trained, name):
+    assert_same(*trained[name, 2])
+
+
+def test_half_precision_tracks_fp32():
     """As in tests/test_parity.py and test_fp16.py; a norm that counted experts once a rank would be off by more."""
-    config = ds_config("zero1_bf16.json") if precision == "bf16" else fp16_config(initial_scale_power=12)
-    trial = trial_of(tiny_config("mixtral"), pipeline, tensor, data, expert=2, global_seqs=4, deepspeed=config)
-    plain = run_ranks(train_plain, 1, trial)[0]
-    shapes = {name: tensor.shape for name, tensor in plain.parameters.items()}
-    trained = outcome(run_ranks(_in_half_precision, trial.world_size, trial), shapes)
-    assert trained.skipped == [False] * trial.steps
-    assert trained.losses == pytest.approx(plain.losses, rel=5e-4)
-    assert trained.grad_norms == pytest.approx(plain.grad_norms, rel=2e-2)
-    worst = max((trained.parameters[n] - p).abs().max().item() for n, p in plain.parameters.items())
-    assert worst <= 2 * trial.steps * trial.optimizer.lr
-
-
-def _in_half_precision(trial):
-    allow_fp16()
-    return train_in_layout(trial)
+    config, fields = tiny_config("mixtral", num_hidden_layers=2), {"expert": 2, "global_seqs": 4}
+    trials = {
+        "bf16": trial_of(config, 1, 1, 4, deepspeed=ds_config("zero1_bf16.json"), **fields),
+        "fp16": trial_of(config, 1, 2, 2, deepspeed=fp16_config(initial_scale_power=12), **fields),
+    }
+    for name, (found, plain) in both_of_each(trials, allow_fp16).items():
+        assert found.skipped == [False] * trials[name].steps
+        assert found.losses == pytest.approx(plain.losses, rel=5e-4)
+        assert found.grad_norms == pytest.approx(plain.grad_norms, rel=2e-2)
+        worst = max((found.parameters[n] - p).abs().max().item() for n, p in plain.parameters.items())
+        assert worst <= 2 * trials[name].steps * trials[name].optimizer.lr
 
 
 EXPERTS, TOKENS, CHOSEN = 8, 12, 2

@@ -13,10 +13,10 @@ from recipes.common.parallel.grid import one_process
 from recipes.common.parallel.tiny_model import shrink
 from recipes.common.pipeline.stage import build_stage, plan_model
 from recipes.common.recipe import Layout, Router
-from tests.support.parity import assert_equal, both, trial_of
+from tests.support.parity import assert_same, both_of_each, trial_of
 from tests.support.tiny import tiny_config
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import build_trial_trainer, gradient_trial, rank_batches, train_plain
+from tools.common.parity import build_trial_trainer, gradient_trial, rank_batches
 
 STRONG = Router(coefficient=0.5)  # so that a wrong gradient cannot hide behind the model's own
 SEQUENCE = Router(loss="sequence", coefficient=0.5, z_loss=0.05)
@@ -42,45 +42,97 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("layout", "accumulation", "router", "options"),
-    PAIRS,
-    ids=[f"{'x'.join(map(str, p[0]))}-{p[1]}-{p[2].loss}-{'-'.join(map(str, p[3].values()))}" for p in PAIRS],
-)
-def test_losses_and_gradients_in_every_layout(layout, accumulation, router, options):
-    pipeline, tensor, data = layout
+BIASED = Router(loss="sequence", coefficient=0.01, bias_rate=0.01)
+
+
+def pair_of(layout, accumulation, router, options):
+    pipeline, _, data = layout
     readers = data // options.get("context", 1)
     sizes = {"micro_seqs": 2, "global_seqs": 2 * accumulation * readers}
     chunks = 2 * pipeline if options.get("pipeline_schedule") == "zero_bubble_v" else 2
-    config = tiny_config("mixtral", num_hidden_layers=chunks)
-    assert_equal(gradient_trial(trial_of(config, pipeline, tensor, data, router=router, **sizes, **options)))
+    return gradient_trial(trial_of(tiny_config("mixtral", num_hidden_layers=chunks), *layout, router=router, **sizes, **options))
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe", "gpt_oss", "jetmoe"])
-def test_families(family):
+def family_trial(family):
     fields = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 32, "kv_channels": 16}
-    config = tiny_config(family, num_hidden_layers=2, **fields)
-    assert_equal(gradient_trial(trial_of(config, 2, 1, 1, global_seqs=2, router=STRONG)))
+    return gradient_trial(trial_of(tiny_config(family, num_hidden_layers=2, **fields), 2, 1, 1, global_seqs=2, router=STRONG))
 
 
-@pytest.mark.parametrize(
-    ("family", "recompute"), [("afmoe", "selective"), ("llama4_text", "full"), ("zaya", "none"), ("jetmoe", "none")]
-)
-def test_routers_that_are_hard_to_read(family, recompute):
-    """Sigmoids that start at zero, or are given for all experts, one chosen; more choices than experts; weights by expert."""
-    config = shrink(AutoConfig.for_model(family), Layout())
-    assert_equal(gradient_trial(trial_of(config, 1, 1, 1, global_seqs=2, router=SEQUENCE, recompute=recompute)))
+def shrunk(family, layout=Layout(), **fields):  # noqa: B008  a layout is frozen
+    return shrink(AutoConfig.for_model(family, **fields), layout)
 
 
-def test_the_loss_is_not_for_nothing_and_adamw_keeps_pace():
-    trial = trial_of(tiny_config("mixtral"), 2, 1, 1, global_seqs=4, router=STRONG)
-    assert_equal(trial)
-    trained, without = (
-        run_ranks(train_plain, 1, gradient_trial(each))[0] for each in (trial, replace(trial, router=Router(loss=None)))
+PAIR_TRIALS = {f"{'x'.join(map(str, p[0]))}-{p[1]}-{p[2].loss}-{'-'.join(map(str, p[3].values()))}": pair_of(*p) for p in PAIRS}
+FAMILY_TRIALS = {family: family_trial(family) for family in ("qwen3_moe", "granitemoe", "gpt_oss", "jetmoe")}
+# sigmoids that start at zero, or are given for all experts, one chosen; more choices than experts; weights by expert
+HARD_TRIALS = {
+    family: gradient_trial(trial_of(shrunk(family), 1, 1, 1, global_seqs=2, router=SEQUENCE, recompute=recompute))
+    for family, recompute in {"afmoe": "selective", "llama4_text": "full", "zaya": "none", "jetmoe": "none"}.items()
+}
+DEEPSEEK = shrunk("deepseek_v3", Layout(pipeline=2, tensor=2), n_routed_experts=6)
+BIAS_TRIALS = {layout: trial_of(DEEPSEEK, *layout, global_seqs=4, router=BIASED, steps=4) for layout in ((2, 1, 2), (1, 2, 2))}
+KEPT_BIAS_TRIALS = {
+    family: trial_of(
+        shrunk(family, Layout(pipeline=2)), 2, 1, 1, global_seqs=2, router=Router(loss=None, bias_rate=0.001), steps=2
     )
+    for family in ("afmoe", "ernie4_5_moe", "laguna", "minimax_m2")
+}
+STRONGLY = trial_of(tiny_config("mixtral", num_hidden_layers=2), 2, 1, 1, global_seqs=4, router=STRONG)
+EFFECT_TRIALS = {
+    "AdamW": STRONGLY,
+    "with": gradient_trial(STRONGLY),
+    "without": gradient_trial(replace(STRONGLY, router=Router(loss=None))),
+}
+GROUPS = {
+    "pair": PAIR_TRIALS, "family": FAMILY_TRIALS, "hard": HARD_TRIALS, "bias": BIAS_TRIALS, "kept": KEPT_BIAS_TRIALS,
+    "effect": EFFECT_TRIALS,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """(group, name) -> (what the layout left, what the oracle left), of all trials."""
+    return both_of_each({(group, name): trial for group, trials in GROUPS.items() for name, trial in trials.items()})
+
+
+@pytest.mark.parametrize("name", PAIR_TRIALS)
+def test_losses_and_gradients_in_every_layout(trained, name):
+    assert_same(*trained["pair", name])
+
+
+@pytest.mark.parametrize("family", FAMILY_TRIALS)
+def test_families(trained, family):
+    assert_same(*trained["family", family])
+
+
+@pytest.mark.parametrize("family", HARD_TRIALS)
+def test_routers_that_are_hard_to_read(trained, family):
+    assert_same(*trained["hard", family])
+
+
+def test_the_loss_is_not_for_nothing_and_adamw_keeps_pace(trained):
+    assert_same(*trained["effect", "AdamW"])
+    with_loss, without = (trained["effect", name][1] for name in ("with", "without"))
     name = "model.layers.0.mlp.gate.weight"
-    assert (trained.parameters[name] - without.parameters[name]).abs().max() > 1e-4
-    assert trained.losses[0] - without.losses[0] > 0.5  # the loss of balanced experts is their number a token, 2
+    assert (with_loss.parameters[name] - without.parameters[name]).abs().max() > 1e-4
+    assert with_loss.losses[0] - without.losses[0] > 0.5  # the loss of balanced experts is their number a token, 2
+
+
+@pytest.mark.parametrize("layout", BIAS_TRIALS)
+def test_biases_move_bit_for_bit_alike(trained, layout):
+    assert_same(*trained["bias", layout])  # and the buffers, bit for bit
+    plain = trained["bias", layout][1]
+    assert len(plain.buffers) == 3
+    for bias in plain.buffers.values():
+        moves = bias / BIASED.bias_rate
+        assert moves.abs().max() >= 2 and torch.allclose(moves, moves.round(), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", KEPT_BIAS_TRIALS)
+def test_biases_wherever_a_family_keeps_them(trained, family):
+    found, plain = trained["kept", family]
+    assert plain.buffers and all(found.buffers[name].equal(bias) for name, bias in plain.buffers.items())
+    assert any(bias.count_nonzero() for bias in plain.buffers.values())
 
 
 def test_weights_of_the_model_and_of_the_recipe():
@@ -96,28 +148,6 @@ def test_weights_of_the_model_and_of_the_recipe():
     causal = build_empty(tiny_config("mixtral"))
     with pytest.raises(PlanError, match=r"^router\.bias_rate=0\.1: model_type=mixtral has no bias of its 4 experts"):
         plan_routers(causal, find_stack(causal), Router(bias_rate=0.1))
-
-
-BIASED = Router(loss="sequence", coefficient=0.01, bias_rate=0.01)
-
-
-@pytest.mark.parametrize("layout", [(2, 1, 2), (1, 2, 2)])
-def test_biases_move_bit_for_bit_alike(layout):
-    config = shrink(AutoConfig.for_model("deepseek_v3", n_routed_experts=6), Layout(pipeline=2, tensor=2))
-    trial = trial_of(config, *layout, global_seqs=4, router=BIASED, steps=4)
-    plain = assert_equal(trial)  # and the buffers, bit for bit
-    assert len(plain.buffers) == 3
-    for bias in plain.buffers.values():
-        moves = bias / BIASED.bias_rate
-        assert moves.abs().max() >= 2 and torch.allclose(moves, moves.round(), atol=1e-5)
-
-
-@pytest.mark.parametrize("family", ["afmoe", "ernie4_5_moe", "laguna", "minimax_m2"])
-def test_biases_wherever_a_family_keeps_them(family):
-    config = shrink(AutoConfig.for_model(family), Layout(pipeline=2))
-    trained, plain = both(trial_of(config, 2, 1, 1, global_seqs=2, router=Router(loss=None, bias_rate=0.001), steps=2))
-    assert plain.buffers and all(trained.buffers[name].equal(bias) for name, bias in plain.buffers.items())
-    assert any(bias.count_nonzero() for bias in plain.buffers.values())
 
 
 def _skipped(trial):
@@ -168,7 +198,11 @@ def _evaluate(router):
     return float(loss), stage.router_losses.sums.tolist(), float(stage.router_losses.counted.sum())
 
 
+def _evaluate_each(routers):
+    return [_evaluate(router) for router in routers]
+
+
 def test_an_evaluation_knows_no_router_loss():
-    with_loss, without = run_ranks(_evaluate, 1, STRONG)[0], run_ranks(_evaluate, 1, Router(loss=None))[0]
+    ((with_loss, without),) = run_ranks(_evaluate_each, 1, [STRONG, Router(loss=None)])
     assert with_loss == without
     assert with_loss[1:] == ([0.0, 0.0], 0.0)
