@@ -13,7 +13,7 @@ from recipes.common.pipeline import crossings
 from recipes.common.pipeline.crossings import find_crossings
 from recipes.common.pipeline.stage import build_stage, plan_model
 from recipes.common.recipe import Layout
-from tests.support.parity import assert_equal, trial_of
+from tests.support.parity import assert_same, both_of_each, trial_of
 from tests.support.tiny import ds_config, tiny_config
 from tools.common.forked_ranks import run_ranks
 from tools.common.parity import gradient_trial, outcome, train_in_layout
@@ -28,33 +28,40 @@ GEMMA_3N = Gemma3nTextConfig(
 )
 
 
-@pytest.mark.parametrize(
-    ("config", "pipeline", "tensor", "options"),
-    [
-        (shrink(GlmMoeDsaConfig(), Layout(pipeline=2)), 2, 1, {"recompute": "full"}),  # an indexer's choices: integers
-        (shrink(DeepseekV4Config(), Layout(pipeline=2)), 2, 1, {"pipeline_schedule": "zero_bubble"}),  # ids
-        (GEMMA_3N, 3, 1, {"recompute": "full"}),  # the stage in the middle hands on what it does not need
-        (GEMMA_3N, 2, 2, {"pipeline_schedule": "zero_bubble_v"}),
-    ],
-    ids=["choices", "ids", "three stages", "folded"],
-)
-def test_a_pipeline_trains_what_plain_transformers_trains(config, pipeline, tensor, options):
-    trial = trial_of(config, pipeline, tensor, 1, global_seqs=2 * pipeline, steps=2, **options)
-    assert_equal(gradient_trial(trial) if config is GEMMA_3N else trial)
+TRIALS = {
+    # an indexer's choices: integers
+    "choices": trial_of(shrink(GlmMoeDsaConfig(), Layout(pipeline=2)), 2, 1, 1, global_seqs=2, recompute="full"),
+    "ids": trial_of(shrink(DeepseekV4Config(), Layout(pipeline=2)), 2, 1, 1, global_seqs=2, pipeline_schedule="zero_bubble"),
+    # the stage in the middle hands on what it does not need
+    "three stages": gradient_trial(trial_of(GEMMA_3N, 3, 1, 1, global_seqs=3, recompute="full")),
+    "folded": gradient_trial(trial_of(GEMMA_3N, 2, 2, 1, global_seqs=2, pipeline_schedule="zero_bubble_v")),
+}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Name -> (what the layout left, what the oracle left)."""
+    return both_of_each(TRIALS)
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_a_pipeline_trains_what_plain_transformers_trains(trained, name):
+    assert_same(*trained[name])
 
 
 def test_bf16_pipeline_equals_one_process_bit_for_bit():
     """Untied: of a tied weight, one process rounds the sum of both gradients to bf16."""
     config = Gemma3nTextConfig(**GEMMA_3N.to_diff_dict() | {"tie_word_embeddings": False})
-    one, two = (trial_of(config, p, 1, 1, global_seqs=2, steps=2, deepspeed=ds_config("zero1_bf16.json")) for p in (1, 2))
-    shapes = run_ranks(_shapes, 1, config)[0]
-    alone, cut = (outcome(run_ranks(train_in_layout, each.world_size, each), shapes) for each in (one, two))
+    one, two = (trial_of(config, p, 1, 1, global_seqs=2, deepspeed=ds_config("zero1_bf16.json")) for p in (1, 2))
+    ((shapes, part),) = run_ranks(_trained_with_shapes, 1, one)
+    alone, cut = outcome([part], shapes), outcome(run_ranks(train_in_layout, 2, two), shapes)
     assert cut.losses == alone.losses
     assert [name for name in shapes if not cut.parameters[name].equal(alone.parameters[name])] == []
 
 
-def _shapes(config):
-    return {name: parameter.shape for name, parameter in build_empty(config, "eager").named_parameters()}
+def _trained_with_shapes(trial):
+    shapes = {name: parameter.shape for name, parameter in build_empty(trial.model, "eager").named_parameters()}
+    return shapes, train_in_layout(trial)
 
 
 def test_what_crosses_is_found_and_named():

@@ -19,13 +19,16 @@ TWICE, FILLED_TWICE = {"chunks": 2}, FILLED | {"chunks": 2}  # around the ranks
 
 
 def trial_of(
-    pipeline, tensor=1, data=1, *, family="llama", precision="fp32", recompute="none", tied=False, layers=None, **fields
-):
+    pipeline, tensor=1, data=1, *, family="llama", precision="fp32", tied=False, layers=None, recompute="none", context=1,
+    sequence_parallel=False, **fields,
+):  # fmt: skip
     layers = layers or 2 * pipeline  # two chunks a rank
     config = fp16_config(initial_scale_power=12) if precision == "fp16" else ds_config(f"zero1_{precision}.json")
     return Trial(
         model=tiny_config(family, num_hidden_layers=layers, tie_word_embeddings=tied),
-        layout=Layout(pipeline=pipeline, tensor=tensor, recompute=recompute),
+        layout=Layout(
+            pipeline=pipeline, tensor=tensor, recompute=recompute, context=context, sequence_parallel=sequence_parallel
+        ),
         world_size=pipeline * tensor * data,
         optimizer=ADAMW,
         deepspeed=config,
@@ -33,10 +36,55 @@ def trial_of(
     )
 
 
-def train(trial, schedules):
-    """Train by 1F1B, then by each schedule, in the same process."""
+CASES = {
+    "2 stages, bf16": (trial_of(2, precision="bf16", layers=7), (FILLED, FOLDED, FILLED | {"chunks": 3})),
+    "3 stages, fp32": (trial_of(3, layers=7, global_seqs=6), (FOLDED, FILLED_TWICE)),
+    "3 stages, fp16": (trial_of(3, precision="fp16"), (FOLDED, FILLED_TWICE)),
+    "4 stages, bf16, tied, fewer micro batches than stages": (
+        trial_of(4, precision="bf16", tied=True, global_seqs=2), (FILLED, FOLDED, FILLED_TWICE),
+    ),
+    "tensor ranks, bf16, recomputed": (
+        trial_of(2, 2, precision="bf16", tied=True, recompute="full", global_seqs=2), (FILLED, FILLED_TWICE),
+    ),
+    "data ranks, recomputed but for products": (
+        trial_of(2, 1, 2, tied=True, recompute="selective", global_seqs=4), (FOLDED, TWICE),
+    ),
+    "context ranks": (trial_of(2, 1, 2, context=2, global_seqs=2), (FOLDED, FILLED_TWICE)),
+    # placeholders of other chunks hand on the shape of whole sequences; folded: tests/test_parity.py
+    "sequences shared by tensor ranks": (
+        trial_of(2, 2, recompute="selective", steps=1, sequence_parallel=True, global_seqs=2), (FILLED_TWICE,),
+    ),
+    "transposed weights with biases": (trial_of(2, family="gpt2", recompute="selective"), (FILLED, TWICE)),
+    "norms of heads, summed over tensor ranks": (
+        trial_of(2, 2, family="qwen3", recompute="selective", global_seqs=2), (FOLDED,),
+    ),
+    "experts": (trial_of(2, family="mixtral", recompute="selective", global_seqs=2), (FOLDED, FILLED_TWICE)),
+    "packed linears": (trial_of(2, family="phi3", recompute="selective", global_seqs=2), (FILLED,)),
+    # the bench's side is the same schedule
+    "torch's own linears": (trial_of(2, torch_linears=True), (FOLDED,)),
+    # each chunk of a rank asks for the positions of its own micro batch
+    "documents kept apart": (trial_of(2, document_end=5, attention="sdpa", micro_seqs=2, global_seqs=8), (FOLDED, TWICE)),
+}  # fmt: skip
+
+
+def train_each(cases):
+    """Train each by 1F1B, then by each of its schedules, in the same process."""
     allow_fp16()
-    return [train_in_layout(replace(trial, layout=replace(trial.layout, **schedule))) for schedule in ({}, *schedules)]
+    return [
+        [train_in_layout(replace(trial, layout=replace(trial.layout, **schedule))) for schedule in ({}, *schedules)]
+        for trial, schedules in cases
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Name -> what all ranks held after 1F1B and after each schedule."""
+    found = {}
+    for world_size in (2, 3, 4):
+        cases = {name: case for name, case in CASES.items() if case[0].world_size == world_size}
+        by_case = zip(*run_ranks(train_each, world_size, list(cases.values())), strict=True)
+        found |= {name: [*zip(*ranks, strict=True)] for name, ranks in zip(cases, by_case, strict=True)}
+    return found
 
 
 def weights_of(ranks):
@@ -44,64 +92,17 @@ def weights_of(ranks):
     return {(name, rank["held"].tensor_rank): shard for rank in ranks for name, shard in rank["shards"].items()}
 
 
-def assert_same_bits(trial, *schedules):
+@pytest.mark.parametrize("name", CASES)
+def test_same_bits_as_1f1b(trained, name):
     """Losses, norms, skipped steps and every weight after training are 1F1B's, whichever rank holds them."""
-    plain, *others = zip(*run_ranks(train, trial.world_size, trial, schedules), strict=True)
+    plain, *others = trained[name]
     wanted = weights_of(plain)
-    for schedule, other in zip(schedules, others, strict=True):
+    for schedule, other in zip(CASES[name][1], others, strict=True):
         found = weights_of(other)
         assert found.keys() == wanted.keys()
         assert [key for key, shard in wanted.items() if not shard.equal(found[key])] == []
         for what in ("losses", "norms", "skipped"):
             assert [rank[what] for rank in other] == [rank[what] for rank in plain], (schedule, what)
-
-
-@pytest.mark.parametrize(
-    ("pipeline", "precision", "schedules"),
-    [
-        (2, "bf16", (FILLED, FOLDED, {"chunks": 3}, FILLED | {"chunks": 3})),
-        (3, "fp32", (FOLDED, FILLED_TWICE)),
-        (4, "bf16", (FOLDED, FILLED_TWICE)),  # the others: fewer micro batches than stages, below
-    ],
-)
-def test_same_bits_at_every_depth(pipeline, precision, schedules):
-    assert_same_bits(trial_of(pipeline, precision=precision, layers=max(7, 2 * pipeline), global_seqs=6), *schedules)
-
-
-@pytest.mark.parametrize(
-    ("tensor", "data", "precision", "recompute", "schedules"),
-    [(2, 1, "bf16", "full", (FILLED, FILLED_TWICE)), (1, 2, "fp32", "selective", (FOLDED, TWICE))],
-)
-def test_same_bits_with_tensor_or_data_ranks_ties_and_recomputation(tensor, data, precision, recompute, schedules):
-    """Folded and interleaved with tensor ranks: the families below."""
-    assert_same_bits(trial_of(2, tensor, data, precision=precision, tied=True, recompute=recompute), *schedules)
-
-
-@pytest.mark.parametrize(
-    ("family", "tensor", "schedules"),
-    [("gpt2", 1, (FILLED, TWICE)), ("qwen3", 2, (FOLDED,)), ("mixtral", 1, (FOLDED, FILLED_TWICE)), ("phi3", 1, (FILLED,))],
-)
-def test_same_bits_in_other_families(family, tensor, schedules):
-    """Transposed weights with biases, per-head norms whose gradients are summed over tensor ranks, experts, packed linears."""
-    assert_same_bits(trial_of(2, tensor, family=family, recompute="selective"), *schedules)
-
-
-def test_same_bits_with_fewer_micro_batches_than_stages():
-    assert_same_bits(trial_of(4, global_seqs=2, tied=True), FILLED, FOLDED, TWICE)
-
-
-def test_same_bits_in_fp16():
-    assert_same_bits(trial_of(3, precision="fp16"), FOLDED, FILLED_TWICE)
-
-
-def test_torchs_own_products_wait_too():
-    """The bench's side with torch's linears is the same schedule."""
-    assert_same_bits(trial_of(2, torch_linears=True), FOLDED)
-
-
-def test_same_bits_with_context_ranks():
-    trial = trial_of(2, 1, 2, global_seqs=4)
-    assert_same_bits(replace(trial, layout=replace(trial.layout, context=2)), FOLDED, FILLED_TWICE)
 
 
 def test_a_run_with_a_ramp_and_evaluation_goes_on_in_another_schedule(tmp_path):
@@ -120,11 +121,6 @@ def test_a_run_with_a_ramp_and_evaluation_goes_on_in_another_schedule(tmp_path):
         assert any(values[0])
 
 
-def test_a_run_whose_documents_are_kept_apart_is_the_same():
-    """Each chunk of a rank asks for the positions of its own micro batch."""
-    assert_same_bits(trial_of(2, document_end=5, attention="sdpa", micro_seqs=2, global_seqs=8), FOLDED, TWICE)
-
-
 def evaluate(trial):
     trainer = build_trial_trainer(trial)
     batch = list(batches(trial)[0].split(trial.micro_seqs))
@@ -138,17 +134,9 @@ def evaluate_each(trials):
     return [evaluate(trial) for trial in trials]
 
 
-@pytest.mark.parametrize(("pipeline", "schedules"), [(2, (FILLED, FILLED_TWICE)), (3, (FOLDED, TWICE))])
-def test_evaluation_before_and_after_a_step_is_1f1bs(pipeline, schedules):
-    trial = trial_of(pipeline)
-    layouts = [trial.layout, *(replace(trial.layout, **schedule) for schedule in schedules)]
-    found = [*zip(*run_ranks(evaluate_each, pipeline, [replace(trial, layout=layout) for layout in layouts]), strict=True)]
+def test_evaluation_before_and_after_a_step_is_1f1bs():
+    trial = trial_of(2)
+    layouts = [trial.layout, *(replace(trial.layout, **schedule) for schedule in (FILLED_TWICE, FOLDED))]
+    found = [*zip(*run_ranks(evaluate_each, 2, [replace(trial, layout=layout) for layout in layouts]), strict=True)]
     assert found[0] == found[1] == found[2]
     assert len(set(found[0])) == 1 and found[0][0][0] != found[0][0][1]
-
-
-def test_sequences_shared_by_tensor_ranks():
-    """Placeholders of other chunks hand on the shape of whole sequences. Folded: test_context_parallel.py."""
-    trial = trial_of(2, 2, recompute="selective", steps=1)
-    trial = replace(trial, layout=replace(trial.layout, sequence_parallel=True))
-    assert_same_bits(trial, FILLED_TWICE)
