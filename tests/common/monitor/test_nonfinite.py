@@ -124,7 +124,7 @@ LAYOUTS = [
 @pytest.mark.parametrize(("pipeline", "tensor", "data", "config"), LAYOUTS)
 def test_the_first_activation_is_named_and_the_step_is_as_if_it_had_not_been(pipeline, tensor, data, config):
     trial = trial_of(pipeline, tensor, data, config, recompute="full")
-    ranks = run_ranks(run_planted, trial.world_size, trial, "output", 1)
+    ranks, without = zip(*run_ranks(_with_and_without, trial.world_size, trial), strict=True)
     for steps in ranks:
         assert [reason for reason, *_ in steps] == [None, NONFINITE, None]
         found = steps[1][1]
@@ -138,10 +138,13 @@ def test_the_first_activation_is_named_and_the_step_is_as_if_it_had_not_been(pip
         for name, weight in steps[1][3].items():
             assert weight.equal(steps[0][3][name]), name
     # the step after is the second of a run that never saw the bad one: nothing of it stayed, Adam's count included
-    without = run_ranks(skip_second, trial.world_size, trial)
     assert [steps[2][2] for steps in ranks] == [losses[1] for losses, _ in without]
     for steps, (_, weights) in zip(ranks, without, strict=True):
         assert all(weight.equal(weights[name]) for name, weight in steps[2][3].items())
+
+
+def _with_and_without(trial):
+    return run_planted(trial, "output", 1), skip_second(trial)
 
 
 def skip_second(trial):
@@ -153,20 +156,38 @@ def skip_second(trial):
     return losses, whole_weights(trainer)
 
 
-@pytest.mark.parametrize(
-    ("pipeline", "where", "kind", "name", "value"),
-    [
-        (2, "weight", WEIGHT, "model.layers.2.mlp.up_proj.weight", "Infinity"),
-        (1, "gradient", GRADIENT, "model.layers.2.mlp.up_proj.weight", "Infinity"),
-        (2, "gradient", GRADIENT, "model.layers.2.mlp.up_proj.weight", "Infinity"),
-        (1, "loss", LOSS, "cross-entropy", "Infinity"),
-        (2, "loss", LOSS, "cross-entropy", "Infinity"),
-        (1, "once", UNREPEATED, "", ""),
-    ],
-)
-def test_what_was_first(pipeline, where, kind, name, value):
-    trial = replace(trial_of(pipeline, 1, 2), steps=BAD_STEP + 1)
-    for steps in run_ranks(run_planted, trial.world_size, trial, where, 1):
+UP = "model.layers.2.mlp.up_proj.weight"
+FIRST = [
+    (2, "weight", WEIGHT, UP, "Infinity"),
+    (1, "gradient", GRADIENT, UP, "Infinity"),
+    (2, "gradient", GRADIENT, UP, "Infinity"),
+    (1, "loss", LOSS, "cross-entropy", "Infinity"),
+    (2, "loss", LOSS, "cross-entropy", "Infinity"),
+    (1, "once", UNREPEATED, "", ""),
+]
+PUT_OFF = (2, "a gradient that the schedule puts off")
+
+
+def _run_each(planted):
+    return [run_planted(trial, where, 1) for trial, where in planted]
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """(stages, where) -> all ranks' steps up to the bad one, of two data ranks of which the second goes wrong."""
+    cases = {(pipeline, where): (replace(trial_of(pipeline, 1, 2), steps=BAD_STEP + 1), where) for pipeline, where, *_ in FIRST}
+    cases[PUT_OFF] = replace(trial_of(2, 1, 2, pipeline_schedule="zero_bubble"), steps=BAD_STEP + 1), "gradient"
+    found = {}
+    for pipeline in (1, 2):
+        some = [case for case in cases if case[0] == pipeline]
+        ranks = run_ranks(_run_each, 2 * pipeline, [cases[case] for case in some])
+        found |= {case: [rank[index] for rank in ranks] for index, case in enumerate(some)}
+    return found
+
+
+@pytest.mark.parametrize(("pipeline", "where", "kind", "name", "value"), FIRST)
+def test_what_was_first(planted, pipeline, where, kind, name, value):
+    for steps in planted[pipeline, where]:
         reason, found, *_ = steps[BAD_STEP]
         assert reason == NONFINITE
         assert (found.kind, found.name, found.value) == (kind, name, value)
@@ -178,11 +199,10 @@ def test_what_was_first(pipeline, where, kind, name, value):
             assert dict(found.gradients) == {name: 64 * 96}
 
 
-def test_weight_gradients_that_a_schedule_puts_off_are_seen_too():
-    trial = replace(trial_of(2, 1, 2, pipeline_schedule="zero_bubble"), steps=BAD_STEP + 1)
-    for steps in run_ranks(run_planted, trial.world_size, trial, "gradient", 1):
+def test_weight_gradients_that_a_schedule_puts_off_are_seen_too(planted):
+    for steps in planted[PUT_OFF]:
         found = steps[1][1]
-        assert (found.kind, found.name) == (GRADIENT, "model.layers.2.mlp.up_proj.weight")
+        assert (found.kind, found.name) == (GRADIENT, UP)
         assert (found.micro_batch, found.hit) == (BAD_MICRO_BATCH, ((1, BAD_MICRO_BATCH),))
 
 
