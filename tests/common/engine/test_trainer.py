@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -42,17 +43,29 @@ def _evaluate_plain(trial):
     return F.cross_entropy(logits.flatten(0, 1), tokens[rows, 1:].flatten()).item()
 
 
-@pytest.mark.parametrize(
-    ("pipeline", "tensor", "data", "schedule"),
-    [(1, 1, 1, "1f1b"), (1, 2, 2, "1f1b"), (2, 1, 1, "1f1b"), (2, 1, 2, "zero_bubble"), (2, 1, 1, "zero_bubble_v")],
-)
-def test_an_evaluation_drops_nothing_and_counts_its_rows(pipeline, tensor, data, schedule):
+def _evaluate_both(trials):
+    """Of each trial: the loss that plain transformers has, computed by the first rank, and this rank's."""
+    plain = [_evaluate_plain(trial) if os.environ["RANK"] == "0" else None for trial in trials]
+    return [*zip(plain, map(_evaluate, trials), strict=True)]
+
+
+def test_an_evaluation_drops_nothing_and_counts_its_rows():
     config = tiny_config("llama", attention_dropout=0.5)
-    trial = trial_of(config, pipeline, tensor, data, pipeline_schedule=schedule, micro_seqs=2, global_seqs=8, z_loss=1e-2)
-    wanted = run_ranks(_evaluate_plain, 1, trial)[0]
-    ranks = run_ranks(_evaluate, trial.world_size, trial)
-    assert [before for before, _, _ in ranks] == pytest.approx([wanted] * len(ranks), rel=1e-6)
-    assert all(after < before and modes and all(modes) for before, after, modes in ranks)
+    layouts = [
+        ((1, 1, 1), "1f1b"),
+        ((1, 2, 2), "1f1b"),
+        ((2, 1, 2), "zero_bubble"),
+        ((2, 1, 1), "1f1b"),
+        ((2, 1, 1), "zero_bubble_v"),
+    ]
+    fields = {"micro_seqs": 2, "global_seqs": 8, "z_loss": 1e-2}
+    trials = [trial_of(config, *sizes, pipeline_schedule=schedule, **fields) for sizes, schedule in layouts]
+    for world_size in (1, 2, 4):
+        some = [trial for trial in trials if trial.world_size == world_size]
+        for of_ranks in zip(*run_ranks(_evaluate_both, world_size, some), strict=True):
+            wanted, ranks = of_ranks[0][0], [own for _, own in of_ranks]
+            assert [before for before, _, _ in ranks] == pytest.approx([wanted] * len(ranks), rel=1e-6)
+            assert all(after < before and modes and all(modes) for before, after, modes in ranks)
 
 
 GROWING = (4, 8)  # sequences of two steps, in micro batches of two; the trainer is built for the second, as in a run
@@ -143,23 +156,41 @@ def _of_a_gpu(waits):
     return {line: count for line, count in waits.items() if line not in own}
 
 
-@pytest.mark.parametrize(
-    ("family", "layout", "options"),
-    [
-        ("llama", (1, 1, 2), {"recompute": "full"}),
-        ("mixtral", (1, 1, 1), {"document_end": 5}),
-        ("gemma2", (2, 1, 1), {"document_end": 5, "attention": "eager"}),
-        ("gpt2", (2, 1, 1), {"pipeline_schedule": "zero_bubble"}),
-        ("qwen3", (2, 1, 1), {"pipeline_schedule": "zero_bubble_v", "document_end": 5}),
-        ("llama", (1, 1, 2), {"context": 2, "document_end": 5}),
-    ],
-)
-def test_no_micro_batch_waits_for_a_value(family, layout, options):
-    """8 micro batches wait as often as 2, with everything that a run measures, and where the device would be asked is known."""
+MEASURED = [  # those of one rank before those of two
+    ("mixtral", (1, 1, 1), {"document_end": 5}),
+    ("llama", (1, 1, 2), {"recompute": "full"}),
+    ("gemma2", (2, 1, 1), {"document_end": 5, "attention": "eager"}),
+    ("gpt2", (2, 1, 1), {"pipeline_schedule": "zero_bubble"}),
+    ("qwen3", (2, 1, 1), {"pipeline_schedule": "zero_bubble_v", "document_end": 5}),
+    ("llama", (1, 1, 2), {"context": 2, "document_end": 5}),
+]
+
+
+def _measured(family, layout, options):
     options = {"attention": "sdpa", "deepspeed": ds_config("zero1_bf16.json")} | options
     depth = 4 if options.get("pipeline_schedule") == "zero_bubble_v" else 2  # a layer for each chunk
-    trial = trial_of(tiny_config(family, num_hidden_layers=depth), *layout, **options)
-    for few, many in run_ranks(_waits, trial.world_size, trial):
+    return trial_of(tiny_config(family, num_hidden_layers=depth), *layout, **options)
+
+
+def _waits_of_each(trials):
+    return [_waits(trial) for trial in trials]
+
+
+@pytest.fixture(scope="module")
+def waits():
+    """Of each of MEASURED, all ranks' waits."""
+    trials = [_measured(*measured) for measured in MEASURED]
+    by_size = [
+        zip(*run_ranks(_waits_of_each, size, [trial for trial in trials if trial.world_size == size]), strict=True)
+        for size in (1, 2)
+    ]
+    return [of_ranks for trials in by_size for of_ranks in trials]
+
+
+@pytest.mark.parametrize("index", range(len(MEASURED)), ids=["-".join(map(str, (m[0], *m[2]))) for m in MEASURED])
+def test_no_micro_batch_waits_for_a_value(waits, index):
+    """8 micro batches wait as often as 2, with everything that a run measures, and where the device would be asked is known."""
+    for few, many in waits[index]:
         assert many == few
         step, evaluation, drift = many
         on_device = {line: count for line, count in step.items() if "optimizer_sums.py" not in line}  # another path on a CPU

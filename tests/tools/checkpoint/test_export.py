@@ -27,35 +27,54 @@ LAYOUTS = dict.fromkeys(FAMILIES, Layout(tensor=2)) | {
 }
 
 
-@pytest.mark.parametrize(("family", "tied"), [(family, bool(number % 2)) for number, family in enumerate(FAMILIES)])
-def test_validation_loss_of_the_exported_model(family, tied, tmp_path):
-    """Each family, tied or not in turn: a tie is exported by one path for all. Experts are in parts of slices."""
-    write_shards(tmp_path / "data", tokens=4_000)
-    model, layout = tiny_config(family, num_hidden_layers=2, tie_word_embeddings=tied), LAYOUTS[family]
-    world = layout.tensor * layout.pipeline * layout.expert
-    recipe = tiny_recipe(
-        tmp_path / "data",
-        model=model,
-        num_params=run_ranks(_count, 1, model)[0],
-        layouts={world: layout},
-        steps=STEPS,
-        attention="eager",  # what every family has
-        evaluation=Evaluation(every_steps=STEPS, seqs=SEQS),
-    )
-    trained = run(recipe, world, tmp_path / "run")[STEPS]["val_loss"]
-    loss, generated = run_ranks(_evaluate, 1, tmp_path)[0]
+TIED = {family: bool(number % 2) for number, family in enumerate(FAMILIES)}  # in turn: a tie is exported by one path for all
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Family -> (validation loss of its run, that of the exported model, shape of what this generates)."""
+    base = tmp_path_factory.mktemp("export")
+    write_shards(base / "data", tokens=4_000)
+    models = {family: tiny_config(family, num_hidden_layers=2, tie_word_embeddings=tied) for family, tied in TIED.items()}
+    counts, losses = run_ranks(_count, 1, models)[0], {}
+    for family, model in models.items():
+        layout = LAYOUTS[family]
+        world = layout.tensor * layout.pipeline * layout.expert
+        recipe = tiny_recipe(
+            base / "data",
+            model=model,
+            num_params=counts[family],
+            layouts={world: layout},
+            steps=STEPS,
+            attention="eager",  # what every family has
+            evaluation=Evaluation(every_steps=STEPS, seqs=SEQS),
+        )
+        losses[family] = run(recipe, world, base / family)[STEPS]["val_loss"]
+    found = run_ranks(_evaluate_each, 1, base)[0]
+    return {family: (losses[family], *found[family]) for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_validation_loss_of_the_exported_model(exported, family):
+    """Experts are in parts of slices."""
+    trained, loss, generated = exported[family]
     assert loss == pytest.approx(trained, rel=1e-6)
     assert generated == (1, 8)
 
 
-def _count(model) -> int:
-    return sum(parameter.numel() for parameter in build_empty(model, "eager").parameters())
+def _count(models) -> dict[str, int]:
+    return {name: sum(p.numel() for p in build_empty(model, "eager").parameters()) for name, model in models.items()}
 
 
-def _evaluate(folder: Path) -> tuple[float, tuple[int, ...]]:
-    export(folder / "run" / "checkpoints" / "latest", folder / "hf", dtype="float32", shard_bytes=10**9, verify=False)
-    model = AutoModelForCausalLM.from_pretrained(folder / "hf", attn_implementation="eager").eval()
-    stream = open_split(folder / "data", "validation", 16)
+def _evaluate_each(base: Path) -> dict[str, tuple[float, tuple[int, ...]]]:
+    return {family: _evaluate(base, family) for family in FAMILIES}
+
+
+def _evaluate(base: Path, family: str) -> tuple[float, tuple[int, ...]]:
+    folder = base / f"{family}_hf"
+    export(base / family / "checkpoints" / "latest", folder, dtype="float32", shard_bytes=10**9, verify=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    stream = open_split(base / "data", "validation", 16)
     total = 0.0
     with torch.no_grad():
         for tokens, _ in validation_micro_batches(stream, seqs=SEQS, micro_seqs=1, data_rank=0, data_size=1):

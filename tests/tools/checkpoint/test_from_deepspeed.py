@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from tools.common.forked_ranks import run_ranks
 # layout, world size, ds_config, family, fields
 CASES = {
     "pipeline 2, tensor 2": (Layout(tensor=2, pipeline=2), 4, "zero1_fp32.json", "llama", {}),
-    "two stages in bf16, tied": (Layout(pipeline=2), 4, "zero1_bf16.json", "llama", {"tie_word_embeddings": True}),
+    "two stages in bf16, tied": (Layout(pipeline=2), 2, "zero1_bf16.json", "llama", {"tie_word_embeddings": True}),
     "pipeline 3": (Layout(pipeline=3), 3, "zero1_fp32.json", "llama", {"num_hidden_layers": 4}),
     "tensor 4 over 2 key heads": (Layout(tensor=4), 4, "zero1_fp32.json", "llama", {}),
     "packed q, k, v; ZeRO 2": (Layout(tensor=2), 4, "zero2_fp32.json", "gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
@@ -66,28 +65,26 @@ def _both(recipe: Recipe, out: Path, layout: Layout, world: int) -> None:
     saver.finish()
 
 
+def _both_of_each(cases: list[tuple[Recipe, Path, Layout, int]]) -> None:
+    for case in cases:
+        _both(*case)
+
+
 @pytest.fixture(scope="module")
-def saved(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Recipe, Path]]:
-    """Return (recipe, folder of both checkpoints) of a case, trained when first asked for. No test writes there."""
-    made: dict[str, tuple[Recipe, Path]] = {}
-
-    def find(name: str) -> tuple[Recipe, Path]:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("saved")
-            made[name] = _train_case(data, folder, name), folder
-        return made[name]
-
-    return find
+def saved(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Recipe, Path]]:
+    """Case -> (recipe, folder of both checkpoints); those of as many ranks are trained in one start. No test writes there."""
+    made = {name: (_recipe_of(data, name), tmp_path_factory.mktemp("saved")) for name in CASES}
+    for size in {world for _, world, *_ in CASES.values()}:
+        some = [name for name in CASES if CASES[name][1] == size]
+        run_ranks(_both_of_each, size, [(*made[name], CASES[name][0], size) for name in some])
+    return made
 
 
-def _train_case(data: Path, out: Path, name: str) -> Recipe:
-    layout, world, config, family, fields = CASES[name]
+def _recipe_of(data: Path, name: str) -> Recipe:
+    _, world, config, family, fields = CASES[name]
     model = tiny_config(family, **{"num_hidden_layers": 2, **fields})
     recipe = small_recipe(data, model, deepspeed=config, evaluation=Evaluation())
-    if world == 3:
-        recipe = replace(recipe, batch=replace(recipe.batch, global_seqs=6))
-    run_ranks(_both, world, recipe, out, layout, world)
-    return recipe
+    return replace(recipe, batch=replace(recipe.batch, global_seqs=6)) if world == 3 else recipe
 
 
 def assert_equal(ours: Path, converted: Path) -> None:
@@ -104,7 +101,7 @@ def assert_equal(ours: Path, converted: Path) -> None:
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_equals_our_own_checkpoint_bit_for_bit(saved, tmp_path, name):
-    _, folder = saved(name)
+    _, folder = saved[name]
     ours = folder / "ours" / "checkpoints" / "latest"
     done = call("checkpoint", "from-deepspeed", folder / "theirs", tmp_path / "run", "--model", ours / "model", "--json")
     assert done.code == 0, done.err
@@ -116,7 +113,7 @@ def test_equals_our_own_checkpoint_bit_for_bit(saved, tmp_path, name):
 
 
 def test_training_goes_on_from_it_as_from_ours(saved, tmp_path):
-    recipe, folder = saved("pipeline 2, tensor 2")
+    recipe, folder = saved["pipeline 2, tensor 2"]
     shutil.copytree(folder / "ours", tmp_path / "ours", symlinks=True)
     theirs, model = folder / "theirs" / "global_step2", folder / "ours" / "checkpoints" / "latest" / "model"
     assert call("checkpoint", "from-deepspeed", theirs, tmp_path / "run", "--model", model).code == 0
@@ -222,7 +219,7 @@ def _scaler(path: Path) -> dict:
 
 
 def test_nothing_of_a_pickle_runs(saved, tmp_path):
-    _, folder = saved("pipeline 3")
+    _, folder = saved["pipeline 3"]
     source = folder / "theirs" / "global_step2"
     ours = folder / "ours" / "checkpoints" / "latest"
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_02_optim_states.pt"):
@@ -240,7 +237,7 @@ def test_nothing_of_a_pickle_runs(saved, tmp_path):
 
 
 def test_what_is_not_known_is_refused_with_what_was_found(saved, tmp_path):
-    _, folder = saved("pipeline 3")
+    _, folder = saved["pipeline 3"]
     source, model = folder / "theirs" / "global_step2", folder / "ours" / "checkpoints" / "latest" / "model"
 
     def refused(*arguments: object) -> str:
