@@ -213,17 +213,18 @@ def trimmed() -> tuple[Planted, ...]:
 
 
 def _earlier(planted: Planted) -> Planted:
-    """Return the run with its event, its resume and its ramp's edge sooner, in as few micro batches and ranks as show the cause.
+    """Return the run with its event, its resume and its ramp's edge sooner, in as few layers, micro batches and ranks as show it.
 
     One lost micro batch shows once the loss is level, among others; a ramp starts with few sequences; steps too short or too few
-    hide a slow rank.
+    hide a slow rank; nothing at all is to be found in a run that has all.
     """
     at = 37 if planted.cause == LOST_MICRO_BATCH else 27 if planted.cause == SLOW_RANK else 21
     resumed_at = at - 1 if planted.resumed_at else None
     micro_seqs = 4 if planted.ramp else 8 if planted.cause in (LOST_MICRO_BATCH, SLOW_RANK) else 16
     ramp = ((8 * (at - 1), 8),) if planted.ramp else ()
     ranks = 2 if planted.cause in OF_RANKS else 1
-    return replace(planted, at=at, resumed_at=resumed_at, ramp=ramp, micro_seqs=micro_seqs * 2 // ranks, world_size=ranks)
+    sizes = {"layers": 2 if planted.cause == NOTHING else 1, "micro_seqs": micro_seqs * 2 // ranks, "world_size": ranks}
+    return replace(planted, at=at, resumed_at=resumed_at, ramp=ramp, **sizes)
 
 
 def score_causes(runs: int | None = None) -> list[Score]:

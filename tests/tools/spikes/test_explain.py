@@ -9,7 +9,7 @@ from tests.bench.spikes.planted import make_run
 from tests.bench.spikes.planted_causes import ranked_causes, trimmed
 from tests.support.small_runs import call
 from tools.common.forked_ranks import run_ranks
-from tools.spikes.evidence.causes import CAUSES, NOTHING, SLOW_RANK
+from tools.spikes.evidence.causes import CAUSES, NOTHING, SLOW_RANK, STALE_MOMENT
 from tools.spikes.evidence.findings import Finding, Unanswered
 from tools.spikes.explain import explain, rank
 
@@ -27,7 +27,8 @@ def run_of(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("planted", trimmed(), ids=lambda planted: planted.cause)
+# the stale second moment is explained in tests/bench/test_benches.py
+@pytest.mark.parametrize("planted", [p for p in trimmed() if p.cause != STALE_MOMENT], ids=lambda planted: planted.cause)
 def test_a_planted_cause_is_found(planted, run_of):
     """First; but this machine's own load makes steps slow as well."""
     ranked = ranked_causes(planted, run_of(planted))
