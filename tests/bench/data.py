@@ -81,7 +81,7 @@ def make_tokenizer(folder: Path, texts: list[str], vocab: int = 32_000) -> Token
 
 
 def run_ours(corpus: Path, tokenizer: Path, out: Path, encoder: str) -> float:
-    command = [sys.executable, str(ROOT / "tools" / "data"), "prepare", str(corpus), "--out", str(out)]
+    command = [sys.executable, "-u", str(ROOT / "tools" / "data"), "prepare", str(corpus), "--out", str(out)]
     command += ["--tokenizer", str(tokenizer), "--workers", str(PROCESSES), "--encoder", encoder]
     start = time.perf_counter()
     subprocess.run([*command, "--validation-fraction", "0"], check=True, capture_output=True)

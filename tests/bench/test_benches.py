@@ -58,7 +58,8 @@ def test_checkpoint(tmp_path, monkeypatch, warm):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data(monkeypatch):
+def test_data(monkeypatch, warm):
+    monkeypatch.setattr(sys, "executable", str(warm))  # of the command that prepares
     monkeypatch.setattr(data, "make_tokenizer", partial(make_tokenizer, vocab=1000))
     found = figures(call_bench("data", "--megabytes", 1, "--read-megabytes", 16, "--json"))  # exit 0: our ids are the loop's
     assert found["open_tokens"] == 10**12 and found["open_and_seek_mib"] < 100
