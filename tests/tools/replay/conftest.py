@@ -7,7 +7,7 @@ import tools.replay.against  # what the tool imports late: here once for all for
 import tools.replay.run  # noqa: F401
 from recipes.common.anomalies import recovery
 from recipes.common.anomalies.events import Event
-from recipes.common.recipe import AdamW, Checkpoints, Constant, Evaluation, Layout, Monitor, Reaction
+from recipes.common.recipe import AdamW, Batch, Checkpoints, Constant, Evaluation, Layout, Monitor, Reaction
 from tests.support.small_runs import run, write_data
 from tests.support.tiny import tiny_config, tiny_recipe
 
@@ -20,6 +20,9 @@ OPTIONS = {
     "layouts": {1: Layout(), 2: Layout(tensor=2), 4: Layout(pipeline=2)},
     "num_params": 140_992,
 }
+
+
+IN_TWO = {"mask_documents": True, "batch": Batch(seq_len=16, micro_seqs=2, global_seqs=4)}
 
 
 def config(**fields):
@@ -55,8 +58,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plain(data):
-    """One process, fp32, documents masked, four micro batches a step, 8 steps, checkpoints of steps 3, 6 and 8."""
-    recipe = tiny_recipe(data, **OPTIONS | {"model": config(), "mask_documents": True})
+    """One process, fp32, documents masked, two micro batches a step, 8 steps, checkpoints of steps 3, 6 and 8."""
+    recipe = tiny_recipe(data, **OPTIONS | IN_TWO | {"model": config()})
     run(recipe, 1, data.parent / "plain")
     return data.parent / "plain"
 
@@ -64,7 +67,7 @@ def plain(data):
 @pytest.fixture(scope="session")
 def on_tensor_ranks(data):
     """The same on two tensor ranks, 5 steps."""
-    recipe = tiny_recipe(data, **OPTIONS | {"model": config(), "mask_documents": True, "steps": 5})
+    recipe = tiny_recipe(data, **OPTIONS | IN_TWO | {"model": config(), "steps": 5})
     run(recipe, 2, data.parent / "on_tensor_ranks")
     return data.parent / "on_tensor_ranks"
 

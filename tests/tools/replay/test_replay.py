@@ -26,7 +26,7 @@ def content(folder):
 @pytest.mark.parametrize(
     ("name", "step"),
     [
-        ("plain", 2),  # from the initial weights; documents masked, four micro batches a step
+        ("plain", 2),  # from the initial weights; documents masked, two micro batches a step
         ("plain", 8),  # with a checkpoint at its end, whose weights and optimizer states are compared too
         ("with_dropout", 4),  # bf16, four ranks, two stages
         ("rewound", 5),  # after a rewind: sequences left out, a lower learning rate
@@ -56,9 +56,7 @@ def test_fp16_replays_where_it_runs(plain):
     assert replay(plain, "--step", 2, "--precision", "fp16", "--json").json["verdict"] == WITHIN_ROUNDING
 
 
-@pytest.mark.parametrize(
-    "layout", ["pipeline=2,pipeline_schedule=zero_bubble", "data=2,context=2", "tensor=2,sequence_parallel=1"]
-)
+@pytest.mark.parametrize("layout", ["pipeline=2,pipeline_schedule=zero_bubble", "data=2,context=2"])
 def test_another_layout_agrees_within_rounding(plain, layout):
     found = replay(plain, "--step", 4, "--layout", layout, "--json").json
     assert found["verdict"] in (BITWISE, WITHIN_ROUNDING), found["first"]
@@ -72,10 +70,8 @@ def test_another_layout_agrees_within_rounding(plain, layout):
     [
         (("--set", "optimizer.clip=0.1"), "adam_rms of model.embed_tokens.weight"),
         (("--set", "optimizer.lr=0.002"), "lr"),
-        (("--set", "optimizer.weight_decay=0.2"), "update_norm of model.embed_tokens.weight"),
         (("--set", "mask_documents=False"), "loss"),
         (("--set", "batch.global_seqs=8"), "tokens"),
-        (("--set", "seed=1"), "loss"),
         (("--without", "12:14"), "loss"),
     ],
 )
@@ -93,9 +89,9 @@ def test_another_precision_rounds_otherwise_and_no_more(plain):
     assert found["largest"]["rounding"] > 1e-5  # measured in bf16, not in fp32
 
 
-@pytest.mark.parametrize("change", ["checkpoints.every_steps=7", "zero_optimization.reduce_bucket_size=40000000"])
-def test_a_change_of_what_is_not_trained_changes_no_bit(plain, change):
-    found = replay(plain, "--step", 4, "--set", change, "--json")
+def test_a_change_of_what_is_not_trained_changes_no_bit(plain):
+    changes = ("--set", "checkpoints.every_steps=7", "--set", "zero_optimization.reduce_bucket_size=40000000")
+    found = replay(plain, "--step", 4, *changes, "--json")
     assert found.code == 0 and found.json["verdict"] == BITWISE
 
 
