@@ -117,7 +117,7 @@ def test_a_rewound_run_equals_bitwise_one_resumed_by_hand(data, tmp_path, layout
 
 def test_a_bad_document_is_seen_undone_and_costs_nothing(tmp_path, real_detectors):
     """Steps 43 to 45 read words that no text before had, at a high learning rate. The clean run never meets them."""
-    steps, bad = 60, np.arange(4 * 42, 4 * 45)
+    steps, bad = 50, np.arange(4 * 42, 4 * 45)
     final = {}
     for name, sequences in (("clean", bad[:0]), ("planted", bad)):
         recipe = recipe_on(

@@ -13,27 +13,23 @@ import pytest
 
 from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.config.ds_config import merge_ds_config
-from recipes.common.recipe import AdamW, Checkpoints, Evaluation, Layout, derive_sizes
+from recipes.common.recipe import AdamW, Batch, Checkpoints, Evaluation, Layout, derive_sizes
 from recipes.common.run_dir.metrics import read_metrics
 from recipes.common.run_dir.progress import describe_step
 from recipes.common.train import SKIPS_IN_A_ROW, start_run, train
 from tests.support.fp16 import allow_fp16, fp16_config
+from tests.support.parity import both_of_each
 from tests.support.tiny import tiny_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import RankError, run_ranks
-from tools.common.parity import Trial, initial_model, outcome, train_in_layout, train_plain
+from tools.common.parity import Trial, initial_model, outcome, train_in_layout
 
-POWER, STEPS = 24, 20  # the exponent of a loss scale that is some 6 halvings too large
+POWER, STEPS = 22, 17  # the exponent of a loss scale that is some 5 halvings too large
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)
-
-
-def in_fp16(trial):
-    allow_fp16()
-    return train_in_layout(trial)
 
 
 def trial_of(pipeline, tensor, config, **fields):
     layout = Layout(pipeline=pipeline, tensor=tensor)
-    model = tiny_config("llama", tie_word_embeddings=True)
+    model = tiny_config("llama", num_hidden_layers=2, tie_word_embeddings=True)
     trial = Trial(model=model, layout=layout, world_size=pipeline * tensor, optimizer=ADAMW, deepspeed=config)
     return replace(trial, **fields)
 
@@ -41,33 +37,34 @@ def trial_of(pipeline, tensor, config, **fields):
 LAYOUTS = [(2, 2), (1, 1)]  # pipeline, tensor
 
 
-@pytest.mark.parametrize(("pipeline", "tensor"), LAYOUTS)
-def test_fp16_tracks_fp32(pipeline, tensor):
+def test_fp16_tracks_fp32():
     """Three steps of lr 1e-3: the loss within 5e-4 and the norm within 1e-2, relative; weights as in the bf16 test."""
-    trial = trial_of(pipeline, tensor, fp16_config(initial_scale_power=12))
-    plain = run_ranks(train_plain, 1, trial)[0]
-    shapes = {name: tensor.shape for name, tensor in plain.parameters.items()}
-    trained = outcome(run_ranks(in_fp16, trial.world_size, trial), shapes)
-    assert trained.skipped == [False] * trial.steps
-    assert trained.losses == pytest.approx(plain.losses, rel=5e-4)
-    assert trained.losses != plain.losses  # it was fp16
-    assert trained.grad_norms == pytest.approx(plain.grad_norms, rel=1e-2)
-    worst = max((trained.parameters[name] - p).abs().max().item() for name, p in plain.parameters.items())
-    assert worst <= 2 * trial.steps * ADAMW.lr
+    trials = {layout: trial_of(*layout, fp16_config(initial_scale_power=12)) for layout in LAYOUTS}
+    for layout, (trained, plain) in both_of_each(trials, allow_fp16).items():
+        steps = trials[layout].steps
+        assert trained.skipped == [False] * steps
+        assert trained.losses == pytest.approx(plain.losses, rel=5e-4)
+        assert trained.losses != plain.losses  # it was fp16
+        assert trained.grad_norms == pytest.approx(plain.grad_norms, rel=1e-2)
+        worst = max((trained.parameters[name] - p).abs().max().item() for name, p in plain.parameters.items())
+        assert worst <= 2 * steps * ADAMW.lr
 
 
 @pytest.mark.parametrize(("pipeline", "tensor"), LAYOUTS)
 def test_a_step_that_overflows_changes_no_weight(pipeline, tensor):
     trial = trial_of(pipeline, tensor, fp16_config(initial_scale_power=60), steps=1)
-    plain = run_ranks(_initial_in_half, 1, trial)[0]
+    ranks = run_ranks(_in_half_and_trained, trial.world_size, trial)
+    plain = ranks[0][0]
     shapes = {name: tensor.shape for name, tensor in plain.items()}
-    trained = outcome(run_ranks(in_fp16, trial.world_size, trial), shapes)
+    trained = outcome([part for _, part in ranks], shapes)
     assert trained.skipped == [True]
     assert all(trained.parameters[name].equal(plain[name]) for name in plain)
 
 
-def _initial_in_half(trial):
-    return {name: p.detach().half().float() for name, p in initial_model(trial).named_parameters()}
+def _in_half_and_trained(trial):
+    initial = {name: p.detach().half().float() for name, p in initial_model(trial).named_parameters()}
+    allow_fp16()
+    return initial, train_in_layout(trial)
 
 
 def recipe_of(folder, pipeline, tensor, config):
@@ -100,7 +97,13 @@ def test_overflows_are_skipped_counted_and_shown(tmp_path, capfd):
 
 
 def test_a_run_that_only_overflows_stops_and_says_so(tmp_path):
-    recipe = replace(recipe_of(tmp_path, 1, 1, fp16_config(initial_scale_power=60, hysteresis=1)), steps=SKIPS_IN_A_ROW + 1)
+    recipe = replace(
+        recipe_of(tmp_path, 1, 1, fp16_config(initial_scale_power=60, hysteresis=1)),
+        model=tiny_config("llama", num_hidden_layers=1),
+        num_params=47_680,
+        batch=Batch(seq_len=16, micro_seqs=1, global_seqs=1),
+        steps=SKIPS_IN_A_ROW + 1,
+    )
     with pytest.raises(RankError, match=rf"step {SKIPS_IN_A_ROW}: {SKIPS_IN_A_ROW} steps in a row overflowed, loss scale"):
         run_ranks(_train, 1, recipe, 1, str(tmp_path / "run"), False, None)
 
