@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from recipes.common.model.input_gradients import InputGradient
 from recipes.common.model.linears import route_products, sum_input_gradients
 from tools.common.forked_ranks import run_ranks
 
@@ -89,3 +90,18 @@ def _runs_again(shared):
 def test_a_block_that_runs_again_stops_before_its_last_product():
     """Three products three times, and two of them again."""
     assert [run_ranks(_runs_again, 1, shared)[0] for shared in (False, True)] == [11, 11]
+
+
+def sums_of_two_products():
+    grads, matrix = torch.randn(6, 5), torch.randn(5, 4)
+    found = []
+    for product in (torch.mm, lambda a, b: torch.mm(a, b)):  # torch's own, and another library's
+        gradient = InputGradient()
+        for scale in (1.0, 2.0):
+            gradient.add(scale * grads, matrix, product)
+        found.append(torch.allclose(gradient.take(), 3.0 * grads @ matrix, atol=1e-5) and gradient.take() is None)
+    return found
+
+
+def test_each_product_is_added_by_whatever_library():
+    assert run_ranks(sums_of_two_products, 1) == [[True, True]]

@@ -91,8 +91,14 @@ def products_of_16_bits():
     rounded = (left @ right).float() + 1.0
     exact = torch.ones(6, 4)
     add_product(exact, left.float(), right.float(), torch.mm)
-    return total.equal(rounded), torch.allclose(exact, left.float() @ right.float() + 1.0, atol=1e-5)
+    others = torch.ones(6, 4)
+    add_product(others, left, right, lambda a, b: 2 * torch.mm(a, b))  # another library's, or fp8's
+    return (
+        total.equal(rounded),
+        torch.allclose(exact, left.float() @ right.float() + 1.0, atol=1e-5),
+        others.equal(2 * (left @ right).float() + 1.0),
+    )
 
 
 def test_a_product_is_added():
-    assert run_ranks(products_of_16_bits, 1) == [(True, True)]
+    assert run_ranks(products_of_16_bits, 1) == [(True, True, True)]
