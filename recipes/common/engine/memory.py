@@ -13,7 +13,8 @@ from recipes.common.engine.trainer import Trainer
 def memory_by_class(trainer: Trainer) -> dict[str, int]:
     """Return the bytes that this rank holds between steps, each storage once; on a GPU also the allocator's peaks.
 
-    weights: those the model computes with. master_weights: fp32 copies that the optimizer updates. optimizer: its states.
+    weights: those the model computes with. master_weights: fp32 copies that the optimizer updates, if it has any. optimizer: its
+    states.
     gradients: buffers that stay between steps (memory within a step is in `step_peak_allocated` on a GPU).
     """
     seen: set[int] = set()
