@@ -79,9 +79,11 @@ def run_attempt(
     deadline: float | None = None  # monotonic: when the ranks are killed
     try:
         while True:
+            # first, so that what ranks had sent when it ended is read; reaped at the end: its session keeps its number
+            ended = not is_unended_child(launcher.pid)
             seen.add(links.poll(POLL_SECONDS))
-            ended, now = not is_unended_child(launcher.pid), time.monotonic()  # reaped at the end: its session keeps its number
-            if ended and not links.ranks():
+            now = time.monotonic()
+            if ended and links.is_idle():
                 break
             if stop_requests() and not stopping:
                 stopping, deadline = True, now + stop_seconds

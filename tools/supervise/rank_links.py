@@ -70,6 +70,10 @@ class RankLinks:
         """Return rank -> host of the ranks that are connected now."""
         return {each.rank: each.host for each in self._connections.values() if each.rank is not None}
 
+    def is_idle(self) -> bool:
+        """Return whether nobody is connected, not even someone who has yet to say which rank it is."""
+        return not self._connections
+
     def send(self, word: str) -> None:
         """Send "stop", "stacks" or "die" to every rank; "" is a sign of life."""
         for each in list(self._connections.values()):
