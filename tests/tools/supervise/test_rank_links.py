@@ -58,6 +58,18 @@ def test_a_rank_reports_its_exit_and_stacks_and_dies_with_its_supervisor():
     assert stuck.wait(timeout=5) == -9
 
 
+def test_who_is_connected_is_waited_for_before_it_has_said_which_rank_it_is():
+    """A rank's report may come after its launcher has ended."""
+    links = RankLinks("127.0.0.1")
+    assert links.is_idle()
+    with socket.create_connection(("127.0.0.1", links.port)):
+        assert links.poll(5.0) == [] and links.ranks() == {}
+        assert not links.is_idle()
+    links.poll(5.0)
+    assert links.is_idle()
+    links.close()
+
+
 def test_a_stranger_at_the_supervisors_address_ends_no_rank():
     """It knows another secret, and says what it likes: the rank's guard leaves it and finds its own supervisor there later."""
     stranger = RankLinks("127.0.0.1", secret="x" * 32)
