@@ -157,7 +157,7 @@ def test_a_rank_that_computes_slowly_is_told_from_those_that_wait_for_it(tmp_pat
     first, second = rank_stragglers(read_timings(tmp_path))
     assert first.rank == SLOW_RANK and first.slower > 0.2
     assert second.slower < 0
-    assert first.gain_ms > 1e3 * SLOWER_SECONDS / 4  # it sleeps once a step; how long it computes besides is the machine's matter
+    assert first.gain_ms > 1e3 * SLOWER_SECONDS
 
 
 def _train_with_a_slow_rank(out: str) -> None:
@@ -168,8 +168,6 @@ def _train_with_a_slow_rank(out: str) -> None:
         optimizer=AdamW(lr=1e-3),
         deepspeed=ds_config("zero1_fp32.json"),
         steps=STEPS,
-        micro_seqs=4,  # one micro batch a step
-        chunk_tokens=64,
     )
     trainer = build_trial_trainer(trial)
     if dist.get_rank() == SLOW_RANK:
