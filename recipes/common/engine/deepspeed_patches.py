@@ -8,6 +8,7 @@ its arguments, and without any does what DeepSpeed's own does.
     engine._configure_distributed_model, while one is built   the same, and whether it has experts: it knows only DeepSpeed's own
     deepspeed.comm.comm.cdb                      deepspeed_timers.TimedBackend: collectives on the clock
     bf16_optimizer.get_global_norm_of_tensors    gradient_norm: the exact norm and the gate
+    stage_1_and_2.all_gather_dp_groups           gradient_path: updated weights are gathered beside the next forward pass
     bf16_optimizer.get_norm_with_moe_layers      nothing: that norm has the experts in it
 On one engine:
     optimizer.scaled_global_norm, optimizer._get_norm_groups    gradient_norm: the same for ZeRO 1 and 2, and for ZeRO 3
@@ -16,7 +17,7 @@ On one engine:
     engine._aggregate_total_loss                 nothing: the trainer sums losses itself
     engine.timers                                nothing: a pipeline engine's keeps two CUDA events a step for ever
     engine.buffered_allreduce_fallback, and four functions of each optimizer of ZeRO 1
-                                                 gradient_path: how gradients are added and reduced, bf16 weights gathered
+                                                 gradient_path: how gradients are added and reduced, and bf16 weights gathered
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import module as pipe_module
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from deepspeed.runtime.utils import get_global_norm_of_tensors, get_norm_with_moe_layers
+from deepspeed.runtime.utils import all_gather_dp_groups, get_global_norm_of_tensors, get_norm_with_moe_layers
+from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.timer import NoopTimer
@@ -44,7 +46,7 @@ from deepspeed.utils.timer import NoopTimer
 from recipes.common.engine.deepspeed_groups import PipelineGroups
 from recipes.common.engine.deepspeed_timers import TimedBackend, timed_instructions
 from recipes.common.engine.gradient_norm import NormGate, norm_of_partitions, norm_of_parts
-from recipes.common.engine.gradient_path import own_gradients
+from recipes.common.engine.gradient_path import GatheredFlats, own_gradients
 from recipes.common.parallel.gradient_buckets import GradientBuckets
 from recipes.common.parallel.grid import Grid
 from recipes.common.pipeline.executor import OneStep, PipelineExecutor, RunPasses
@@ -53,6 +55,7 @@ INVALID = -1.0  # DeepSpeed's mark for a norm that is not a number
 
 assert hasattr(pipe_module, "PipelineParallelGrid"), "DeepSpeed's pipeline makes its groups in another way"
 assert hasattr(bf16_optimizer, "get_global_norm_of_tensors"), "DeepSpeed's bf16 optimizer takes its norm in another way"
+assert hasattr(stage_1_and_2, "all_gather_dp_groups"), "DeepSpeed's ZeRO hands out weights in another way"
 assert hasattr(DeepSpeedEngine, "_configure_distributed_model"), "DeepSpeed looks for layers of experts in another way"
 
 
@@ -107,6 +110,7 @@ def patch_engine(
     late: see GradientBuckets.
     """
     gate = NormGate(grid.device)
+    stage_1_and_2.all_gather_dp_groups = _gather_weights
     _patch_norm(engine.optimizer, grid, gate)
     if not isinstance(comm.cdb, TimedBackend):
         comm.cdb = TimedBackend(comm.cdb)
@@ -160,3 +164,10 @@ def _norm_with_experts(norm: torch.Tensor, mpu: Any, **options: Any) -> torch.Te
 def _bf16_norm(input_tensors: Iterable[torch.Tensor], norm_type: float = 2, mpu: Any = None, **options: Any) -> torch.Tensor:
     own = getattr(mpu, "trifold_norm", None)  # None for an engine that is not a trainer's
     return get_global_norm_of_tensors(input_tensors, norm_type, mpu, **options) if own is None else own(input_tensors)
+
+
+def _gather_weights(groups_flat: list[torch.Tensor], *arguments: Any, **options: Any) -> None:
+    if isinstance(groups_flat, GatheredFlats):
+        groups_flat.gathers.start()
+    else:
+        all_gather_dp_groups(groups_flat, *arguments, **options)

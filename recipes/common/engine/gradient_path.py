@@ -2,7 +2,8 @@
 
 DeepSpeed's own all-reduces whole gradients after the last backward pass, and copies them three times on the way. The optimizer
 reads its partition alone, so here each of its groups is a bucket that is reduced to its owners (`parallel.gradient_buckets`); the
-norm and clipping touch the partition. In bf16 the updated weights go back in the order of their use (`parallel.weight_gathers`).
+norm and clipping touch the partition. Updated weights go back in the order of their use (`parallel.weight_gathers`), also
+with ZeRO 2.
 
 Parameters of which each tensor rank computes a part of the gradient (norms under sequence parallelism) are summed over them
 afterwards: what a rank owns of them, once a step, in one fp32 message, and not for each parameter and micro batch.
@@ -225,37 +226,61 @@ def _counted_parts(bucket: Bucket, grid: Grid) -> list[torch.Tensor]:
     return found
 
 
+class GatheredFlats(list[torch.Tensor]):
+    """An optimizer's flat weights, and who gathers them in DeepSpeed's place."""
+
+    def __init__(self, flats: list[torch.Tensor], gathers: WeightGathers) -> None:
+        super().__init__(flats)
+        self.gathers = gathers
+
+
 def own_gathers(engine: DeepSpeedEngine, stage: Stage) -> WeightGathers | None:
-    """Replace how a BF16_Optimizer hands out updated weights. Returns what is under way."""
-    if not isinstance(engine.optimizer, BF16_Optimizer):
+    """Replace how an optimizer of ZeRO 1 or 2 hands out updated weights. Returns what is under way."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, BF16_Optimizer):
+        flats = _flats(optimizer, optimizer.bf16_groups_flat, optimizer.bf16_partitioned_groups, optimizer.bf16_groups)
+        gathers = _in_forward_order(engine, flats)
+        _update_before(gathers, optimizer, list(zip(flats, optimizer.fp32_groups_flat_partition, strict=True)))
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        whole, parts = optimizer.bit16_groups_flat, optimizer.parallel_partitioned_bit16_groups
+        gathers = _in_forward_order(engine, _flats(optimizer, whole, parts, optimizer.bit16_groups))
+        optimizer.bit16_groups_flat = GatheredFlats(whole, gathers)  # by it `deepspeed_patches` knows whose they are
+    else:
         return None
-    optimizer, causal, stack = engine.optimizer, stage.causal, stage.stack
-    place = {parameter: index for index, parameter in enumerate(engine.module.parameters())}
-    groups = zip(
-        optimizer.bf16_groups_flat,
-        optimizer.bf16_partitioned_groups,
-        optimizer.real_dp_process_group,
-        optimizer.bf16_groups,
-        optimizer.fp32_groups_flat_partition,
-        strict=True,
-    )
-    flats = []
-    for whole, parts, group, parameters, master in groups:
-        own = parts[dist.get_rank(group)]
-        flats.append((Flat(whole=whole, own=own, group=group, parameters=tuple(parameters)), master))
-    gathers = WeightGathers([flat for flat, _ in sorted(flats, key=lambda pair: min(place[p] for p in pair[0].parameters))])
-
-    @torch.no_grad()
-    def update() -> None:
-        gathers.wait()
-        for flat, master in flats:
-            flat.own.copy_(master)
-        gathers.start()
-
-    optimizer.update_lp_params = update
+    causal, stack = stage.causal, stage.stack
     layers = [causal.get_submodule(f"{stack.layers}.{index}") for index in stage.own_layers]
     before, after = (list(map(causal.get_submodule, names)) for names in (stack.before, stack.after))
     if stage.is_last:
         after.append(causal.get_submodule(stack.head))
     wait_in_stage(gathers, stage, before, layers, after)
     return gathers
+
+
+def _flats(
+    optimizer: BF16_Optimizer | DeepSpeedZeroOptimizer,
+    wholes: list[torch.Tensor],
+    parts: list[list[torch.Tensor]],
+    parameters: list[list[nn.Parameter]],
+) -> list[Flat]:
+    return [
+        Flat(whole=whole, own=its_parts[dist.get_rank(group)], group=group, parameters=tuple(its_parameters))
+        for whole, its_parts, group, its_parameters in zip(
+            wholes, parts, optimizer.real_dp_process_group, parameters, strict=True
+        )
+    ]
+
+
+def _in_forward_order(engine: DeepSpeedEngine, flats: list[Flat]) -> WeightGathers:
+    place = {parameter: index for index, parameter in enumerate(engine.module.parameters())}
+    return WeightGathers(sorted(flats, key=lambda flat: min(place[p] for p in flat.parameters)))
+
+
+def _update_before(gathers: WeightGathers, optimizer: BF16_Optimizer, masters: list[tuple[Flat, torch.Tensor]]) -> None:
+    @torch.no_grad()
+    def update() -> None:
+        gathers.wait()
+        for flat, master in masters:
+            flat.own.copy_(master)
+        gathers.start()
+
+    optimizer.update_lp_params = update

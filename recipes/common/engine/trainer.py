@@ -316,7 +316,7 @@ class Trainer:
         return StepSums(**{name: values.numpy() for name, values in zip(parts, fields, strict=True)})
 
     def leave_weights_to_next_step(self) -> None:
-        """Let steps gather updated weights beside the next forward pass, where they can (bf16, ZeRO 1).
+        """Let steps gather updated weights beside the next forward pass, where they can (ZeRO 1 and 2).
 
         Whoever reads weights between steps, but by `evaluate` or `hf_shards`, calls `wait_for_weights` first.
         """

@@ -6,7 +6,7 @@ and every function is then the identity. Plain tensors, not DTensors: ZeRO flatt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -228,14 +228,15 @@ class UnderWay:
     op: str
     bytes: int  # of the whole
     group: dist.ProcessGroup
-    work: dist.Work
+    works: Sequence[dist.Work]
     given: torch.Tensor
     finish: Callable[[torch.Tensor], torch.Tensor] = lambda given: given
 
     def result(self) -> torch.Tensor:
         """Wait for it: on a GPU the stream does, not the host."""
         with CLOCK.collective(f"{self.op}, awaited", self.bytes, self.group):
-            self.work.wait()
+            for work in self.works:
+                work.wait()
         return self.finish(self.given)
 
 
@@ -243,14 +244,14 @@ def start_all_reduce(x: torch.Tensor, group: dist.ProcessGroup, *, own: bool = F
     """Start the sum of `x`. own: see `all_reduce`."""
     x = _own_copy(x, own)
     work = dist.all_reduce(x, group=group, async_op=True)
-    return UnderWay(op="all_reduce", bytes=num_bytes(x), group=group, work=work, given=x)
+    return UnderWay(op="all_reduce", bytes=num_bytes(x), group=group, works=(work,), given=x)
 
 
 def start_all_gather_rows(part: torch.Tensor, group: dist.ProcessGroup) -> UnderWay:
     """Start `all_gather_rows`."""
     rows = _room_for_all(part, group)
     work = dist.all_gather_into_tensor(rows, part, group=group, async_op=True)
-    return UnderWay(op="all_gather_into_tensor", bytes=num_bytes(rows), group=group, work=work, given=rows)
+    return UnderWay(op="all_gather_into_tensor", bytes=num_bytes(rows), group=group, works=(work,), given=rows)
 
 
 def start_all_gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> UnderWay:
@@ -263,7 +264,7 @@ def start_reduce_scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> 
     """Start the sum of one rank's terms `x`, of which each rank gets its part of the sequence."""
     parts, own = _parts_of_sequence(x, group)
     work = dist.reduce_scatter_tensor(own, parts, group=group, async_op=True)
-    return UnderWay(op="reduce_scatter_tensor", bytes=num_bytes(parts), group=group, work=work, given=own)
+    return UnderWay(op="reduce_scatter_tensor", bytes=num_bytes(parts), group=group, works=(work,), given=own)
 
 
 def exchange(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from recipes.common.parallel.collectives import UnderWay
+from recipes.common.parallel.flat_collectives import start_reduction
 from recipes.common.runtime.step_clock import CLOCK, num_bytes
 
 
@@ -49,7 +51,7 @@ class GradientBuckets:
 
     def _begin_step(self) -> None:
         self._missing = [set(bucket.parameters) for bucket in self._buckets]
-        self._works: list[dist.Work | None] = []
+        self._works: list[UnderWay | None] = []
 
     def expect(self, parameters: Collection[nn.Parameter]) -> None:
         """Say that the next gradient of each of these is its last in this step."""
@@ -85,8 +87,7 @@ class GradientBuckets:
             self._start()
         for bucket, work in zip(self._buckets, self._works, strict=True):
             if work is not None:
-                with CLOCK.collective("reduce_scatter_tensor, awaited", num_bytes(bucket.flat), bucket.group):
-                    work.wait()
+                work.result()
             if bucket.after != 1.0:
                 bucket.own.mul_(bucket.after)
         self._expected = ()
@@ -111,7 +112,7 @@ class GradientBuckets:
             bucket.flat.mul_(bucket.before)
         work = None
         if dist.get_world_size(bucket.group) > 1:
-            work = dist.reduce_scatter_tensor(bucket.own, bucket.flat, group=bucket.group, async_op=True)
+            work = start_reduction(bucket.flat, bucket.own, bucket.group)
         self._works.append(work)
 
 

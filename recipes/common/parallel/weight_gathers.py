@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from recipes.common.runtime.step_clock import CLOCK, num_bytes
+from recipes.common.parallel.collectives import UnderWay
+from recipes.common.parallel.flat_collectives import start_gather
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,7 +34,7 @@ class WeightGathers:
         """flats: in the order in which they are used, equal on the ranks of a group."""
         self._flats = flats
         self._index = {parameter: index for index, flat in enumerate(flats) for parameter in flat.parameters}
-        self._works: dict[int, dist.Work] = {}
+        self._works: dict[int, UnderWay] = {}
         self.beside_next_step = False  # do not wait for what is started: the next step does
 
     def start(self) -> None:
@@ -41,7 +42,7 @@ class WeightGathers:
         self.wait()
         for index, flat in enumerate(self._flats):
             if dist.get_world_size(flat.group) > 1:
-                self._works[index] = dist.all_gather_into_tensor(flat.whole, flat.own, group=flat.group, async_op=True)
+                self._works[index] = start_gather(flat.whole, flat.own, flat.group)
         if not self.beside_next_step:
             self.wait()
 
@@ -60,9 +61,7 @@ class WeightGathers:
     def wait_for(self, indices: Collection[int]) -> None:
         for index in indices if self._works else ():
             if (work := self._works.pop(index, None)) is not None:
-                flat = self._flats[index]
-                with CLOCK.collective("all_gather_into_tensor, awaited", num_bytes(flat.whole), flat.group):
-                    work.wait()
+                work.result()
 
 
 def wait_in_stage(

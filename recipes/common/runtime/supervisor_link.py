@@ -23,8 +23,8 @@ SUPERVISOR = "TRIFOLD_SUPERVISOR"  # HOST:PORT; the secret comes by authenticate
 WAITING_FUNCTION = "_sum_over_ranks"
 # and where messages are waited for inside torch's own threads: (file, function)
 WAITING_FRAMES = (
-    ("stage_messages.py", "wait_for"), ("stage_messages.py", "finish"), ("gradient_buckets.py", "finish"),
-    ("weight_gathers.py", "wait_for"), ("router_losses.py", "total"), ("collectives.py", "result"),
+    ("stage_messages.py", "wait_for"), ("stage_messages.py", "finish"), ("router_losses.py", "total"),
+    ("collectives.py", "result"),
 )  # fmt: skip
 _PR_SET_PDEATHSIG = 1
 

@@ -1,5 +1,5 @@
-"""Gradients go to the rank that owns them, half of an all-reduce, beside the backward passes; bf16 weights come back beside the
-forward passes; and no result changes."""
+"""Gradients go to the rank that owns them, beside the backward passes; weights come back beside the forward passes; and no result
+changes."""
 
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from recipes.common.model.main_grads import main_grad_of
+from recipes.common.parallel import gradient_buckets
 from recipes.common.recipe import SGD, AdamW, Layout
 from tests.support.fp16 import allow_fp16, fp16_config
 from tests.support.tiny import ds_config, tiny_config
@@ -43,14 +44,15 @@ def _train(trials):
             parameter.register_post_accumulate_grad_hook(lambda _, events=events: events.append(("visit", 0)))
             if (main_grad := main_grad_of(parameter)) is not None:
                 main_grad._adding = _recording(events, "gradient", index, main_grad._adding)
-        real = dist.reduce_scatter_tensor, dist.all_reduce
-        dist.reduce_scatter_tensor = _recording(events, "reduce_scatter", 1, real[0])
+        real = gradient_buckets.start_reduction, dist.all_reduce
+        gradient_buckets.start_reduction = _recording(events, "reduction", 0, real[0])
         dist.all_reduce = _recording(events, "all_reduce", 0, real[1])
         steps = []
         for batch in rank_batches(trial, trainer):
             events.clear()
             steps.append(trainer.train_step(batch, 1e-3, trial.global_seqs * trial.seq_len))
-        dist.reduce_scatter_tensor, dist.all_reduce = real
+        gradient_buckets.start_reduction, dist.all_reduce = real
+        events += [("gather", index) for index in trainer._gathers._works]
         place = trainer.grid.pipeline_rank, trainer.grid.tensor_rank
         zero = trainer.engine.optimizer
         flats = zip(getattr(zero, "bf16_groups_flat", None) or zero.bit16_groups_flat, zero.real_dp_process_group, strict=True)
@@ -91,22 +93,22 @@ def trained():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_half_is_sent_and_it_starts_before_the_last_gradient_is_there(trained, layout):
+def test_reductions_start_before_the_last_gradient_is_there(trained, layout):
     for place, _, _, events, groups in trained[layout][0]:
-        sent = [count for name, count in events if name == "reduce_scatter"]
+        sent = [count for name, count in events if name == "reduction"]
         assert len(groups) > 3
         assert sorted(sent) == sorted(groups), "each gradient once a step, to its owner"
         assert max(count for name, count in events if name == "all_reduce") < SMALL / 4 or "tied" in layout
         kinds = [name for name, _ in events]
         last = len(kinds) - min(kinds[::-1].index(name) for name in ("gradient", "visit"))
-        assert "reduce_scatter" in kinds[:last], f"stage {place}"
+        assert "reduction" in kinds[:last], f"stage {place}"
 
 
 def test_a_zero_bubbles_last_gradients_come_layer_by_layer(trained):
     """On the first stage with the last backward pass, while it visits norms; on the last one, which has deferred both micro
     batches', a layer's of both before those of the layer before."""
     for (stage, _), _, _, events, _ in trained["zero bubble"][0]:
-        after = events[[name for name, _ in events].index("reduce_scatter") :]
+        after = events[[name for name, _ in events].index("reduction") :]
         added = [index for name, index in after if name == "gradient"]
         assert added
         if stage == 0:
@@ -116,10 +118,19 @@ def test_a_zero_bubbles_last_gradients_come_layer_by_layer(trained):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_updated_weights_are_left_to_the_next_step_where_it_is_asked(trained, layout):
+    """In every precision: each flat group of weights is under way after a step, or none is."""
+    small, whole = trained[layout]
+    for _, _, _, events, groups in small:
+        assert sum(name == "gather" for name, _ in events) == len(groups)
+    assert all(name != "gather" for _, _, _, events, _ in whole for name, _ in events)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_ranks_of_a_stage_reduce_in_one_order(trained, layout):
     orders = {}
     for place, _, _, events, _ in trained[layout][0]:
-        order = [count for name, count in events if name == "reduce_scatter"]
+        order = [count for name, count in events if name == "reduction"]
         assert orders.setdefault(place, order) == order
 
 

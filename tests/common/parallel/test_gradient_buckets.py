@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from recipes.common.engine.startup import start_distributed
+from recipes.common.parallel import gradient_buckets
 from recipes.common.parallel.gradient_buckets import Bucket, GradientBuckets
 from tools.common.forked_ranks import RankError, run_ranks
 
@@ -23,13 +24,13 @@ def made(late=()):
         ],
         [parameters[index] for index in late],
     )
-    started, real = [], dist.reduce_scatter_tensor
+    started, real = [], gradient_buckets.start_reduction
 
-    def reduce_scatter(own, whole, **options):
-        started.append(next(index for index, flat in enumerate(flats) if flat is whole))
-        return real(own, whole, **options)
+    def start_reduction(flat, own, group):
+        started.append(next(index for index, each in enumerate(flats) if each is flat))
+        return real(flat, own, group)
 
-    dist.reduce_scatter_tensor = reduce_scatter
+    gradient_buckets.start_reduction = start_reduction
     return buckets, parameters, flats, started
 
 

@@ -4,9 +4,7 @@ import pytest
 
 from recipes.common.engine.trainer import Trainer
 from recipes.common.parallel.collectives import UnderWay
-from recipes.common.parallel.gradient_buckets import GradientBuckets
 from recipes.common.parallel.router_losses import MicroBatchCounts
-from recipes.common.parallel.weight_gathers import WeightGathers
 from recipes.common.pipeline.stage_messages import Mailbox
 from recipes.common.run_dir.heartbeat import Beat
 from recipes.common.runtime.supervisor_link import WAITING_FRAMES, WAITING_FUNCTION
@@ -50,7 +48,7 @@ def test_stacks_show_which_rank_waits_for_others():
     assert is_waiting(SUMS)
     assert all(is_waiting(STACK.format(innermost=place)) for place in WAITS_HERE)
     assert not is_waiting(BUSY)
-    classes = (Mailbox, GradientBuckets, WeightGathers, MicroBatchCounts, UnderWay)
+    classes = (Mailbox, MicroBatchCounts, UnderWay)
     assert {function for _, function in WAITING_FRAMES} <= {name for each in classes for name in vars(each)}
     assert callable(getattr(Trainer, WAITING_FUNCTION))  # its name in a stack stands for a wait inside the all-reduce
 
