@@ -245,7 +245,7 @@ def _model_row(facts: ModelFacts, device: Device) -> dict[str, float]:
         "reduce_bytes": _FP32_REDUCE + (0.0 if zero_3 else facts.activation_width),
         "gather_bytes": 2.0 * facts.activation_width if zero_3 else 0.0,
         "beside_backward": _FP32_REDUCE if stage == 1 else 0.0,
-        "beside_forward": facts.activation_width if stage == 1 and kind == "bf16" else 0.0,
+        "beside_forward": facts.activation_width if stage in (1, 2) else 0.0,
         "overlapped": zero_3,
         "rate": of_layers,
         "rate_half": half,

@@ -37,6 +37,7 @@ SCOPE: dict[str, tuple[str, ...]] = {
     "recipes/common/parallel/cross_entropy.py": (),
     "recipes/common/parallel/expert_parallel.py": (),
     "recipes/common/parallel/experts.py": (),
+    "recipes/common/parallel/flat_collectives.py": (),
     "recipes/common/parallel/gradient_buckets.py": (),
     "recipes/common/parallel/grid.py": (),
     "recipes/common/parallel/kept_rows.py": (),
