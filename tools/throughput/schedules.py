@@ -1,7 +1,8 @@
 """`schedules`: measures the step time and the bubble of pipeline schedules against 1F1B's, on this machine's CPU.
 
 The engines share the ranks and take turns step by step, so other load on the machine affects all of them. A rank is one thread;
-the bubble is the share of the step in which it did not compute, the mean over ranks.
+the bubble is the share of the step in which it did not compute, the mean over ranks. Ranks that share cores wait for those too:
+beside it stands the bubble by formula, of equal passes (forward, gradients of inputs, of weights) and messages without a cost.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from recipes.common.engine.trainer import Trainer
 from recipes.common.recipe import AdamW, Layout
 from tools.common.console import GOOD, UsageError, table
 from tools.common.forked_ranks import run_ranks
+from tools.plan.schedule_formulas import bubble_share
 
 WARM_STEPS = 2
+EQUAL_PASSES = 3.0  # a micro batch's three, each as long as the forward pass
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -39,6 +42,7 @@ class ScheduleTiming:
     step_seconds: float
     ratio: float
     bubble_share: float
+    formula_share: float  # the same by formula
     busy_seconds: list[float]  # by stage: seconds of a step in which its thread computed
 
 
@@ -78,6 +82,7 @@ class BenchCase:
 def measure_schedules(case: BenchCase) -> list[ScheduleTiming]:
     """Train by each of the case's layouts in turns on `case.pipeline` ranks; compare them with the first."""
     layouts = case.layouts()
+    formulas = [_formula_share(placement_of(layout), case.micro_batches) for layout in layouts]
     ranks = run_ranks(_rank, case.pipeline, case, timeout_seconds=1800.0)
     steps = [[max(times) for times in zip(*(rank[i]["seconds"] for rank in ranks), strict=True)] for i in range(len(layouts))]
     base, found = steps[0], []
@@ -91,10 +96,16 @@ def measure_schedules(case: BenchCase) -> list[ScheduleTiming]:
                 step_seconds=statistics.median(seconds),
                 ratio=statistics.median(b / s for b, s in zip(base, seconds, strict=True)),
                 bubble_share=statistics.median(idle),
+                formula_share=formulas[index],
                 busy_seconds=[statistics.median(rank) for rank in busy],
             )
         )
     return found
+
+
+def _formula_share(placement: Placement, micro_batches: int) -> float:
+    lost = bubble_share(placement, micro_batches, EQUAL_PASSES) * (placement.pipeline - 1)
+    return lost / (micro_batches + lost)
 
 
 def _rank(case: BenchCase) -> list[dict[str, list[float]]]:
@@ -158,11 +169,12 @@ def run(flags: argparse.Namespace) -> int:
             f"{each.step_seconds:.3f}",
             f"{each.ratio:.3f}",
             f"{100 * each.bubble_share:.1f} %",
+            f"{100 * each.formula_share:.1f} %",
         ]
         + [f"{seconds:.3f}" for seconds in each.busy_seconds]
         for each in found
     ]
     stages = [f"stage {index} busy s" for index in range(case.pipeline)]
     print(f"{case.pipeline} stages, {case.micro_batches} micro batches, {case.rounds} rounds; medians of paired steps")
-    print(table(rows, ["schedule", "step s", "speed / 1f1b", "bubble", *stages]))
+    print(table(rows, ["schedule", "step s", "speed / 1f1b", "bubble", "by formula", *stages]))
     return GOOD

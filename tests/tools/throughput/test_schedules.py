@@ -1,5 +1,7 @@
 """`throughput schedules` measures every pipeline schedule, and prints a table or one JSON object."""
 
+import pytest
+
 from tests.support.small_runs import call
 
 TINY = ("--hidden", 64, "--layers", 4, "--seq-len", 32, "--micro-seqs", 1, "--rounds", 2)
@@ -16,6 +18,9 @@ def test_every_schedule_is_compared_with_1f1b():
         assert len(row["busy_seconds"]) == 2
         assert 0 < max(row["busy_seconds"]) <= row["step_seconds"]
         assert 0 < row["bubble_share"] < 1
+    # what 1F1B loses of a micro batch with two stages (arXiv 2104.04473 and 2401.10241), beside four of them
+    lost = [1, 1 / 3, 1 / 6, 1 / 2, 1 / 6]
+    assert [row["formula_share"] for row in found] == pytest.approx([each / (4 + each) for each in lost])
 
 
 def test_too_few_layers_are_refused():
