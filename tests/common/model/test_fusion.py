@@ -40,6 +40,29 @@ def test_norms_of_other_numbers_are_other_operators(monkeypatch):
     assert run_ranks(_norms, 1)[0] == [True, True]
 
 
+class _Scaled(nn.Module):
+    """What a norm looks like, with a buffer: two of them have one name and compute different things."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, hidden):
+        return hidden * self.weight * self.scale
+
+
+def _scaled():
+    layer = nn.Sequential(_Scaled(2.0), _Scaled(3.0))
+    kinds = fuse_layer(layer)
+    return kinds, [module(torch.ones(1, 8)).unique().tolist() for module in layer]
+
+
+def test_what_has_buffers_is_no_norm(monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert run_ranks(_scaled, 1)[0] == (frozenset(), [[2.0], [3.0]])
+
+
 class _Mlp(nn.Module):
     """An MLP that may read whether it trains, which a trace would fix, or write over what its first linear gave."""
 
