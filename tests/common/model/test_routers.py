@@ -50,6 +50,15 @@ def test_experts_that_compute_nothing_may_be_chosen_too(family, experts):
         plan_routers(causal, find_stack(causal), Router(coefficient=0.1, bias_rate=0.1))
 
 
+def test_one_router_whose_bias_is_of_other_experts_is_enough_to_refuse():
+    causal = build_empty(shrink(AutoConfig.for_model("deepseek_v3"), Layout()), "eager")
+    stack, asked = find_stack(causal), Router(coefficient=0.1, bias_rate=0.1)
+    assert plan_routers(causal, stack, asked).bias_rate == 0.1
+    causal.model.layers[2].mlp.gate.register_buffer("e_score_correction_bias", torch.zeros(5))
+    with pytest.raises(PlanError, match="has no bias of its 4 experts"):
+        plan_routers(causal, stack, asked)
+
+
 @pytest.mark.parametrize("lacking", ["_EXPERTS", "_CHOSEN"])
 def test_a_family_that_does_not_say_how_many_experts_there_are_or_are_chosen_is_refused(monkeypatch, lacking):
     causal = build_empty(tiny_config("mixtral"), "eager")
