@@ -40,7 +40,7 @@ UNITS = 64  # aimed at between those two
 class InputFile:
     path: str  # "hub:NAME:CONFIG:SPLIT" for a dataset by name
     source: int  # number of the INPUT argument it came from
-    kind: str  # "text", "lines", "jsonl", "json" (an array, or objects over lines), "parquet", "dataset" (on disk) or "hub"
+    kind: str  # "text", "lines", "jsonl", "json" (arrays, or objects over lines), "parquet", "dataset" (on disk) or "hub"
     bytes: int
     changed_ns: int  # modification time, to notice that an input changed
     parts: int = 0  # row groups (parquet), rows (dataset), shards (hub); 0 where ranges count bytes

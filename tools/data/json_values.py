@@ -1,4 +1,4 @@
-"""Reads JSON files of documents: lines, one array, or objects that go over several lines, told apart by their content."""
+"""Reads JSON files of documents: lines, arrays, or objects that go over several lines, told apart by their content."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GAP = re.compile(r"[\s,]*")
 
 
 def is_one_value_a_line(path: str) -> bool:
-    """Return whether a file is JSON lines: not one array and, where its name is .json, not objects over several lines.
+    """Return whether a file is JSON lines: it begins with no array and, where its name is .json, not objects over several lines.
 
     A file that cannot be read is taken for JSON lines; their reader says what is wrong with it.
     """
@@ -57,22 +57,19 @@ def first_value(path: str) -> Any:
 
 
 def json_values(stream: BinaryIO) -> Iterator[Any]:
-    """Yield the values of one JSON array, or values one after another; a value at a time is in memory.
+    """Yield values one after another, and for an array among them the values in it; a value at a time is in memory.
 
-    Raises ValueError where they are no JSON, or the array is not closed.
+    Raises ValueError where they are no JSON, or an array is not closed.
     """
     reader = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     decoder = json.JSONDecoder()
-    text, at, ended, in_array = "", 0, False, None
+    text, at, ended, in_array = "", 0, False, False
     while True:
         at = _GAP.match(text, at).end()
         if at < len(text):
-            if in_array is None:
-                in_array = text[at] == "["
-                at += in_array
+            if text[at] == "[]"[in_array]:  # the array begins, or ends
+                in_array, at = not in_array, at + 1
                 continue
-            if in_array and text[at] == "]":
-                return
             try:
                 value, at = decoder.raw_decode(text, at)
             except RecursionError:

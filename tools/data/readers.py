@@ -111,7 +111,7 @@ def _record(record: Any, offset: int, text_key: str, size: int = 0) -> Document:
 
 
 def _values(stream: BinaryIO, text_key: str) -> Iterator[Document]:
-    """Yield the objects of one array, or objects over several lines, by their numbers from 1."""
+    """Yield the objects of arrays, or objects over several lines, by their numbers from 1."""
     number = 0
     try:
         for number, value in enumerate(json_values(stream), start=1):

@@ -139,6 +139,15 @@ def test_a_cut_parquet_is_named_and_skipped_and_a_wrong_column_never_is(tmp_path
         read(tmp_path, skip_bad=True, text_key="body")
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+@pytest.mark.parametrize("gap", ["\n", "", " , ", " " * (1 << 21)])
+def test_every_array_and_object_of_a_file_is_read(tmp_path, name, gap):
+    values = ['[{"text": "a"}, {"text": "b"}]', "[]", '[{"text": "c"}]', '{"text": "d"}', '[{"text": "e"}]']
+    path = tmp_path / name
+    path.write_bytes((gzip.compress if name.endswith(".gz") else bytes)(gap.join(values).encode()))
+    assert read(path) == read(tmp_path) == (list("abcde"), [], [])
+
+
 @pytest.mark.parametrize(
     "content, number, reason",
     [
@@ -148,6 +157,9 @@ def test_a_cut_parquet_is_named_and_skipped_and_a_wrong_column_never_is(tmp_path
         (b'[{"text": "a"}, {"text": "\xff"}]', 1, "not UTF-8"),
         (b"[" * 100_000, 1, "nested too deeply"),
         (b'{\n"text": "a"\n}\n{\n"text": "b"', 2, "Expecting"),
+        (b'[{"text": "a"}]\n[{"text": "b"}', 3, "the array has no end"),
+        (b'[{"text": "a"}]]', 2, "Expecting value"),
+        (b'[{"text": "a"}] and more', 2, "Expecting value"),
     ],
 )
 def test_broken_arrays_are_named_by_document(tmp_path, content, number, reason):
