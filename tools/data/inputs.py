@@ -6,6 +6,7 @@ the same shards anywhere. tools.data.readers reads the ranges.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ NOT_TEXT = {".csv": TABLE, ".tsv": TABLE, ".arrow": ARROW, ".feather": ARROW, ".
 NOT_TEXT |= dict.fromkeys((".zip", ".tar", ".tgz", ".tbz2", ".7z", ".rar"), PACKED)
 NOT_TEXT |= dict.fromkeys((".bin", ".idx", ".npy", ".npz", ".pt", ".pkl", ".h5", ".safetensors"), NUMBERS)
 HUB = "hub:"  # prefix of an INPUT that is a dataset by name
+_OPEN_FILE = re.compile(r"/dev/stdin$|/dev/fd/|/proc/[^/]+/fd/")  # another process has another there
 MIN_UNIT_BYTES = 1 << 20
 MAX_UNIT_BYTES = 256 << 20
 UNITS = 64  # aimed at between those two
@@ -105,6 +107,8 @@ def _files_of(name: str, source: int, choice: Choice, left: LeftOut) -> Iterator
     root = Path(name)
     if not root.exists():
         raise UsageError(f"{name}: no such file or folder (a dataset of the Hugging Face hub is written {HUB}NAME)")
+    if _is_stream(root):
+        raise UsageError(f"{name}: a stream (a pipe, device, socket or open file), no file or folder; write it to a file first")
     if (root / "dataset_dict.json").is_file():
         raise UsageError(f"{name}: holds several splits; give the folder of one, such as {root / 'train'}")
     if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
@@ -118,6 +122,11 @@ def _files_of(name: str, source: int, choice: Choice, left: LeftOut) -> Iterator
             yield InputFile(
                 path=str(path), source=source, kind=kind, bytes=state.st_size, changed_ns=state.st_mtime_ns, parts=parts
             )
+
+
+def _is_stream(root: Path) -> bool:
+    """Return whether an INPUT can be read once only, or by this process only: `<(...)`, /dev/stdin, a FIFO, a device."""
+    return not (root.is_file() or root.is_dir()) or bool(_OPEN_FILE.match(str(root.absolute())))
 
 
 def _kind(path: Path, choice: Choice, *, named: bool, left: LeftOut) -> str:

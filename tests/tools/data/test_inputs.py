@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import random
+import socket
 
 import pyarrow
 import pytest
@@ -205,6 +206,25 @@ def test_what_is_no_text_is_refused_with_the_cure(tmp_path, name, cure):
     (tmp_path / name).write_bytes(b"a,b\n1,2\n")
     with pytest.raises(UsageError, match=cure):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link to a fifo", "socket", "open pipe", "open file", "device"])
+def test_an_input_that_is_read_once_only_is_refused(tmp_path, kind):
+    (tmp_path / "b.jsonl").write_bytes(LINES)
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    (tmp_path / "link.jsonl").symlink_to("fifo.jsonl")
+    ends, opened = os.pipe(), os.open(tmp_path / "b.jsonl", os.O_RDONLY)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        names = {"fifo": tmp_path / "fifo.jsonl", "link to a fifo": tmp_path / "link.jsonl", "socket": tmp_path / "socket"}
+        names |= {"open pipe": f"/dev/fd/{ends[0]}", "open file": f"/proc/self/fd/{opened}", "device": "/dev/null"}
+        with pytest.raises(UsageError) as refused:
+            read(tmp_path / "b.jsonl", names[kind])
+    for descriptor in (*ends, opened):
+        os.close(descriptor)
+    reason = "a stream (a pipe, device, socket or open file), no file or folder; write it to a file first"
+    assert str(refused.value) == f"{names[kind]}: {reason}"
+    assert read(tmp_path)[0] == TEXTS  # in a folder they are left out
 
 
 def test_suffixes_and_json_as_text(tmp_path):
