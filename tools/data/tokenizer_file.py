@@ -90,4 +90,6 @@ def _json_problem(path: Path) -> str:
     model = content.get("model")
     if not isinstance(model, dict):
         return f"no tokenizer of the `tokenizers` library: it has no model; {FOLDER}"
+    if model.get("dropout"):
+        return f"model.dropout={model['dropout']!r} gives other ids in every run; set it to null"
     return "" if model.get("vocab") else "its vocabulary is empty"

@@ -31,6 +31,7 @@ TIKTOKEN = "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for by
         ("tokenizer.json", "[]", "holds list where an object belongs"),
         ("tokenizer.json", "{}", "it has no model"),
         ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "its vocabulary is empty"),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 0}, "dropout": 0.3}}', "model.dropout=0.3 gives other ids.*set it to null"),
         ("vocab.json", "{}", "write a tokenizer.json with: python -c"),
         ("notes.txt", "", "there is notes.txt"),
     ],
@@ -43,6 +44,13 @@ def test_what_is_no_tokenizer_is_named_with_the_cure(tmp_path, capsys, name, con
     assert data.main(["prepare", str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr().err.count("error: ") == 1
+
+
+@pytest.mark.parametrize("dropout", [None, 0.0])
+def test_a_bpe_without_dropout_is_taken(tmp_path, dropout):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"model": {"type": "BPE", "dropout": dropout, "vocab": {"a": 0}, "merges": []}}))
+    assert find_tokenizer(str(tmp_path)) == path
 
 
 def test_a_link_to_elsewhere_is_refused(tmp_path):
