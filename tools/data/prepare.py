@@ -28,7 +28,7 @@ from tools.data.dedup import find_duplicates, hashes_path
 from tools.data.encoders import FAST, REFERENCE, choose_encoder, reference_tokenizer
 from tools.data.inputs import Choice, InputFile, list_files, plan_units
 from tools.data.shard_writer import SPLITS, Job, Work, files_listing, hash_unit, write_unit
-from tools.data.tokenizer import check_knows, end_token, file_hash, make_tokenizer, sample_texts
+from tools.data.tokenizer import check_knows, end_token, file_hashes, make_tokenizer, sample_texts
 from tools.data.tokenizer_file import find_tokenizer
 from tools.data.workers import do_all
 
@@ -133,9 +133,9 @@ def prepared_already(out: Path, fingerprint: str) -> dict | None:
 
 
 def inputs_fingerprint(args: argparse.Namespace, files: list[InputFile]) -> str:
-    """Hash what the output depends on: the options and each file's path, size and time."""
+    """Hash what the output depends on: the options, the tokenizer's files, and each input's path, size and time."""
     digest = hashlib.sha256()
-    tokenizer = args.tokenizer and file_hash(find_tokenizer(args.tokenizer))
+    tokenizer = args.tokenizer and file_hashes(find_tokenizer(args.tokenizer))
     options = [FORMAT, VERSION, tokenizer, args.train_tokenizer, args.validation_fraction, args.text_key, args.bad]
     options += [args.dedup, args.best_fit]
     digest.update(json.dumps(options).encode())
@@ -164,10 +164,10 @@ def clear_leftovers(out: Path, fingerprint: str) -> None:
 def run_units(args: argparse.Namespace, files: list[InputFile], fingerprint: str) -> dict:
     """Write the tokenizer, every missing unit, and the manifest; return the manifest."""
     units = plan_units(files)
-    found = args.tokenizer and find_tokenizer(args.tokenizer)
+    found = find_tokenizer(args.tokenizer) if args.tokenizer else None
     folder = args.out / "tokenizer"
-    make_tokenizer(folder, found or None, args.train_tokenizer, files, units, args.text_key)
-    job, vocab_size = make_job(args, folder, sample_texts(files, units, args.text_key, CHECK_BYTES))
+    make_tokenizer(folder, found, args.train_tokenizer, files, units, args.text_key)
+    job, vocab_size = make_job(args, folder, found, sample_texts(files, units, args.text_key, CHECK_BYTES))
     works = [
         Work(number=number, ranges=unit, files={part.file: files[part.file] for part in unit})
         for number, unit in enumerate(units)
@@ -180,8 +180,8 @@ def run_units(args: argparse.Namespace, files: list[InputFile], fingerprint: str
     return write_manifest(args, files, records, job, vocab_size, fingerprint)
 
 
-def make_job(args: argparse.Namespace, folder: Path, sample: list[str]) -> tuple[Job, int]:
-    """Return the job and the vocabulary size."""
+def make_job(args: argparse.Namespace, folder: Path, found: Path | None, sample: list[str]) -> tuple[Job, int]:
+    """Return the job and the vocabulary size. folder: of the tokenizer in OUT; found: the file that it was made from, if any."""
     tokenizer_file = str(folder / "tokenizer.json")
     tokenizer = reference_tokenizer(tokenizer_file)
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -191,7 +191,7 @@ def make_job(args: argparse.Namespace, folder: Path, sample: list[str]) -> tuple
     job = Job(
         out=str(args.out),
         tokenizer_file=tokenizer_file,
-        eos_id=end_token(folder, tokenizer),
+        eos_id=end_token(folder, tokenizer, found),
         dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
         text_key=args.text_key,
         validation_fraction=args.validation_fraction,

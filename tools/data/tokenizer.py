@@ -18,16 +18,20 @@ from tools.common.console import UsageError
 from tools.data.inputs import InputFile, InputRange
 from tools.data.readers import read_range
 from tools.data.sentencepiece_bpe import train_bpe, write_folder
-from tools.data.tokenizer_file import COPIED
+from tools.data.tokenizer_file import FOLDER, copied_files
 
 SAMPLE_BYTES = 16 << 20  # text that a tokenizer is trained on
 SAMPLE_SEED = 20
 CHECKED_DOCUMENTS = 200  # encoded both ways when a SentencePiece model is converted to tokenizer.json
 
 
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_hashes(found: Path) -> list[list[str]]:
+    """Return the name and hash of every file taken from the tokenizer that `found` defines: its ids, and its end token."""
+    hashes = []
+    for path in copied_files(found):
+        with open(path, "rb") as file:
+            hashes.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+    return hashes
 
 
 def make_tokenizer(
@@ -53,9 +57,8 @@ def make_tokenizer(
     elif found.suffix == ".model":
         write_folder(found.read_bytes(), part, sample_texts(files, units, text_key, SAMPLE_BYTES)[:CHECKED_DOCUMENTS])
     else:
-        for name in COPIED:
-            if (found.parent / name).is_file():
-                shutil.copyfile(found.parent / name, part / name)
+        for path in copied_files(found):
+            shutil.copyfile(path, part / path.name)
     os.rename(part, folder)
 
 
@@ -92,18 +95,23 @@ def _texts_of(files: list, unit: list[InputRange], text_key: str, limit_bytes: i
                     return
 
 
-def end_token(folder: Path, tokenizer: Tokenizer) -> int:
-    """Return the id that ends each document: `eos_token` of tokenizer_config.json. Raises UsageError without one."""
+def end_token(folder: Path, tokenizer: Tokenizer, found: Path | None = None) -> int:
+    """Return the id that ends each document: `eos_token` of tokenizer_config.json. Raises UsageError without one.
+
+    found: the file that `folder` was made from, for the message: what is set beside it is copied anew.
+    """
     config = folder / "tokenizer_config.json"
     token = read_json(config).get("eos_token") if config.is_file() else None
     token = token.get("content") if isinstance(token, dict) else token
-    found = tokenizer.token_to_id(token) if isinstance(token, str) and token else None
-    if found is None:
+    eos_id = tokenizer.token_to_id(token) if isinstance(token, str) and token else None
+    if eos_id is None and found is not None and found.suffix == ".model":
+        raise UsageError(f"{found}: the SentencePiece model has no end token; {FOLDER}")
+    if eos_id is None:
         raise UsageError(
-            f"the tokenizer has no end token: set eos_token in tokenizer_config.json beside its tokenizer.json "
+            f"the tokenizer has no end token: set eos_token in {(found.parent if found else folder) / config.name} "
             f"(eos_token={token!r} is not one of its tokens)"
         )
-    return found
+    return eos_id
 
 
 def check_knows(tokenizer: Tokenizer, sample: list[str]) -> None:

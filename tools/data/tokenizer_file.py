@@ -39,6 +39,13 @@ def find_tokenizer(name: str) -> Path:
     return found
 
 
+def copied_files(found: Path) -> list[Path]:
+    """Return the files that a preparation takes from the tokenizer that `found` defines: the .model alone, or it and its kin."""
+    if found.suffix == ".model":
+        return [found]
+    return [found.parent / name for name in COPIED if (found.parent / name).is_file()]
+
+
 def _is_tokenizer(path: Path) -> bool:
     return path.name == "tokenizer.json" or path.suffix in (".model", ".tiktoken")
 

@@ -3,6 +3,7 @@
 import base64
 import json
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -10,7 +11,7 @@ from tools.common.console import UsageError
 from tools.data import __main__ as data
 from tools.data.encoders import reference_tokenizer
 from tools.data.sentencepiece_bpe import SENTENCE_CHARACTERS, sentences, train_bpe
-from tools.data.tokenizer import check_knows
+from tools.data.tokenizer import check_knows, end_token
 from tools.data.tokenizer_file import find_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 499723\n"
@@ -84,6 +85,41 @@ def test_an_end_token_of_a_wrong_kind_is_one_message(tmp_path, capsys, eos):
     (tmp_path / "a.txt").write_text("text")
     assert data.main(["prepare", str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "the tokenizer has no end token: set eos_token" in capsys.readouterr().err
+
+
+def end_ids(out):
+    """Return the end tokens that prepared data names, and the last one written."""
+    manifest = json.loads((out / "dataset.json").read_text())
+    return manifest["eos_id"], int(np.fromfile(out / "train_00000.bin", dtype=manifest["dtype"])[-1])
+
+
+def test_the_end_token_that_is_set_is_the_one_written(tmp_path, capsys):
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "text": 1, "</s>": 2, "<end>": 3}, unk_token="[UNK]"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config, out = tmp_path / "tokenizer_config.json", tmp_path / "out"
+    (tmp_path / "a.txt").write_text("text")
+    command = ["prepare", str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path), "--validation-fraction", "0", "--out"]
+    for content in (None, '{"eos_token": "gone"}', '{"eos_'):
+        if content:
+            config.write_text(content)
+        assert data.main([*command, str(out)]) == 2
+        assert ("no JSON" if content == '{"eos_' else f"set eos_token in {config} (") in capsys.readouterr().err
+    config.write_text('{"eos_token": "</s>"}')
+    assert data.main([*command, str(out)]) == 0  # the cure is read, though OUT kept an old copy
+    assert end_ids(out) == (2, 2)
+    assert data.main([*command, str(out)]) == 0
+    assert "already prepared" in capsys.readouterr().out
+    config.write_text('{"eos_token": "<end>"}')
+    assert data.main([*command, str(out)]) == 2
+    assert "prepared from other inputs or options" in capsys.readouterr().err
+    assert data.main([*command, str(tmp_path / "new")]) == 0
+    assert end_ids(tmp_path / "new") == (3, 3)
+
+
+def test_a_sentencepiece_model_without_an_end_token_is_named(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    with pytest.raises(UsageError, match=r"my.model: the SentencePiece model has no end token; give the Hugging Face folder"):
+        end_token(tmp_path, tokenizer, tmp_path / "my.model")
 
 
 def test_a_tokenizer_that_knows_nothing_of_the_text_is_refused():
