@@ -30,13 +30,24 @@ def reference_tokenizer(tokenizer_file: str) -> Tokenizer:
     return tokenizer
 
 
+def encode_lists(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Return the ids of each text. Raises UsageError for a text that the tokenizer cannot take, one without an unknown token."""
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    except Exception as error:  # the library raises no other kind
+        raise UsageError(
+            f"the tokenizer cannot encode the text: {error}; set the unknown token of its model (unk_id or unk_token in "
+            f"tokenizer.json), or choose another --tokenizer"
+        ) from error
+
+
 def load_encoder(name: str, tokenizer_file: str) -> Encode:
     """Return the encoder `name` for a tokenizer.json. Raises ImportError if its package is missing."""
     if name == REFERENCE:
         tokenizer = reference_tokenizer(tokenizer_file)
 
         def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-            lists = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+            lists = encode_lists(tokenizer, texts)
             offsets = np.zeros(len(lists) + 1, dtype=np.int64)
             np.cumsum([len(ids) for ids in lists], out=offsets[1:])
             flat = np.empty(offsets[-1], dtype=np.uint32)

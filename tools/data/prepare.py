@@ -33,6 +33,7 @@ from tools.data.tokenizer_file import find_tokenizer
 from tools.data.workers import do_all
 
 CHECK_BYTES = 2 << 20  # text on which a fast encoder must equal the reference before the run
+MAX_SEQ_LEN = 1 << 24  # of --best-fit: each unit is padded to a whole number of sequences, in memory
 SHARD_FILE = re.compile(r"(train|validation)_\d{5,}\.(bin|ends|origins)")
 INPUT_HELP = """text, JSON (lines, an array or objects: .jsonl, .ndjson, .json), all also .gz, .zst, .xz or .bz2; Parquet, a
 folder of those, a dataset saved by `datasets`, or hub:NAME[:CONFIG[:SPLIT]] (streamed)"""
@@ -89,8 +90,8 @@ def prepare(args: argparse.Namespace) -> dict:
     """Prepare the data and return the summary (see `summarise`). Mistakes in the command raise before anything is written."""
     if not 0 <= args.validation_fraction < 1:
         raise UsageError(f"--validation-fraction {args.validation_fraction}: must be in [0, 1)")
-    if args.best_fit < 0:
-        raise UsageError(f"--best-fit {args.best_fit}: must be a sequence length, or 0")
+    if not 0 <= args.best_fit <= MAX_SEQ_LEN:
+        raise UsageError(f"--best-fit {args.best_fit}: must be a sequence length of at most {MAX_SEQ_LEN} tokens, or 0")
     if args.workers < 1:
         raise UsageError(f"--workers {args.workers}: must be at least 1")
     choice = Choice(

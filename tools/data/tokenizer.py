@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -11,10 +12,11 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from recipes.common.config.json_files import read_json
 from tools.common.console import UsageError
+from tools.data.encoders import encode_lists
 from tools.data.inputs import InputFile, InputRange
 from tools.data.readers import read_range
 from tools.data.sentencepiece_bpe import train_bpe, write_folder
@@ -117,9 +119,12 @@ def end_token(folder: Path, tokenizer: Tokenizer, found: Path | None = None) -> 
 def check_knows(tokenizer: Tokenizer, sample: list[str]) -> None:
     """Raise UsageError for a tokenizer that turns text to nothing, or into its unknown token alone."""
     model = tokenizer.model
-    unknown = tokenizer.token_to_id(model.unk_token) if getattr(model, "unk_token", None) else getattr(model, "unk_id", None)
+    if isinstance(model, models.Unigram):
+        unknown = json.loads(tokenizer.to_str())["model"]["unk_id"]  # the library has no attribute for it
+    else:
+        unknown = tokenizer.token_to_id(model.unk_token) if model.unk_token else None
     texts = [text for text in sample if text.strip()][:CHECKED_DOCUMENTS]
-    ids = {id for encoding in tokenizer.encode_batch(texts, add_special_tokens=False) for id in encoding.ids}
+    ids = {id for each in encode_lists(tokenizer, texts) for id in each}
     if texts and not ids - {unknown}:
         became = "its unknown token" if ids else "nothing"
         raise UsageError(f"the tokenizer turns the text into {became}: it was made for another language or is not whole")

@@ -133,6 +133,36 @@ def test_a_tokenizer_that_knows_nothing_of_the_text_is_refused():
         check_knows(Tokenizer(models.BPE({"</s>": 0}, [])), ["some words"])
 
 
+def test_a_unigram_whose_only_id_is_the_unknown_one_is_refused():
+    tokenizer = Tokenizer(models.Unigram([("known", -1.0), ("<unk>", 0.0)], 1, False))
+    check_knows(tokenizer, ["known", "other"])
+    with pytest.raises(UsageError, match="turns the text into its unknown token"):
+        check_knows(tokenizer, ["some"])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.Unigram([(piece, -1.0) for piece in ("t", "e", "x", "text")]),
+        models.WordLevel({"text": 0, "</s>": 1}),
+        models.WordPiece({"text": 0}),
+    ],
+    ids=["Unigram", "WordLevel", "WordPiece"],
+)
+def test_text_that_needs_a_missing_unknown_token_is_one_message(tmp_path, capsys, model):
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "a.jsonl").write_text('{"text": "text text"}\n' * 500 + '{"text": "other"}\n')  # the last, beyond what is sampled
+    command = ["prepare", str(tmp_path / "a.jsonl"), "--tokenizer", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert data.main(command) == 2
+    assert "cannot encode the text: " in (error := capsys.readouterr().err) and "unk_id or unk_token" in error
+    (tmp_path / "a.jsonl").write_text('{"text": "text text"}\n' * 2)
+    assert data.main([*command, "--validation-fraction", "0"]) == 0  # no text that needs it
+
+
 def test_long_lines_are_folded_and_take_part_in_training():
     words = " ".join(f"w{number % 97}" for number in range(40_000))  # one line of 150 kB
     texts = [words, "漢" * 100_000, "short\nlines\n" * 40, "x" * SENTENCE_CHARACTERS]

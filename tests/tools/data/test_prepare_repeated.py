@@ -1,0 +1,40 @@
+"""A preparation that is repeated, or refused: what lies in OUT is told from what the user gave."""
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from tools.data import __main__ as data
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """Write a small tokenizer, and return its folder."""
+    folder = tmp_path / "words"
+    folder.mkdir()
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2, "</s>": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return folder
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one two")
+    (folder / "b.jsonl").write_text('{"text": "two one two"}\n')
+    return folder
+
+
+def prepare(corpus, tokenizer, out, *more):
+    command = ["prepare", str(corpus), "--tokenizer", str(tokenizer), "--out", str(out), "--validation-fraction", "0"]
+    return data.main([*command, "--workers", "1", *more])
+
+
+@pytest.mark.parametrize("length", [-1, 2**24 + 1, 10**15, 10**30])
+def test_a_sequence_that_fits_no_memory_is_refused_before_work(corpus, tokenizer, tmp_path, capsys, length):
+    assert prepare(corpus, tokenizer, tmp_path / "out", "--best-fit", str(length)) == 2
+    wanted = f"error: --best-fit {length}: must be a sequence length of at most 16777216 tokens, or 0\n"
+    assert capsys.readouterr().err == wanted
+    assert not (tmp_path / "out").exists()
