@@ -5,12 +5,15 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tools.data.compressed import compression, damage_of, open_bytes, wrong_kind
 from tools.data.inputs import InputFile, InputRange, open_hub, table_problem
 from tools.data.json_values import json_values
+
+if TYPE_CHECKING:
+    import pyarrow  # slow to import: only where it is needed
 
 MAX_DOCUMENT_BYTES = 256 << 20  # a longer document would be longer than a shard
 ROWS = 1000  # read at once from a table
@@ -143,26 +146,52 @@ def _parquet(file: InputFile, part: InputRange, text_key: str) -> Iterator[Docum
             row = sum(table.metadata.row_group(group).num_rows for group in range(part.start))
             groups = list(range(part.start, part.stop))
             for batch in table.iter_batches(batch_size=ROWS, row_groups=groups, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    yield _checked(text, row, text_key)
-                    row += 1
+                yield from _cells(batch.column(0), row, text_key)
+                row += len(batch)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
         raise EOFError(str(error)) from error
+
+
+def _cells(column: pyarrow.Array | pyarrow.ChunkedArray, first_row: int, text_key: str) -> Iterator[Document]:
+    """Yield the documents of a table's column. Text that is not UTF-8 is found here: no library checks it on reading."""
+    try:
+        cells = column.to_pylist()
+    except UnicodeDecodeError:
+        cells = [_cell(cell) for cell in column]
+    for row, cell in enumerate(cells, start=first_row):
+        if isinstance(cell, UnicodeDecodeError):
+            yield _not_utf8(cell, row, text_key)
+        else:
+            yield _checked(cell, row, text_key)
+
+
+def _cell(cell: pyarrow.Scalar) -> object:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        return error
+
+
+def _not_utf8(error: UnicodeDecodeError, row: int, text_key: str) -> Document:
+    return Document(text=None, offset=row, problem=f"{text_key!r} of this row is not UTF-8 at its byte {error.start}")
 
 
 def _disk_dataset(path: str, part: InputRange, text_key: str) -> Iterator[Document]:
     import datasets
 
-    rows = datasets.load_from_disk(path)
+    rows = datasets.load_from_disk(path).with_format("arrow")
     for start in range(part.start, part.stop, ROWS):
-        texts = rows[start : min(start + ROWS, part.stop)][text_key]
-        for row, text in enumerate(texts, start=start):
-            yield _checked(text, row, text_key)
+        yield from _cells(rows[start : min(start + ROWS, part.stop)][text_key], start, text_key)
 
 
 def _hub_dataset(file: InputFile, part: InputRange, text_key: str) -> Iterator[Document]:
     """Yield the rows of shards of a streamed dataset; an offset counts from the start of its shard: shard << 40 | row."""
     for shard in range(part.start, part.stop):
         rows = open_hub(file.path).shard(num_shards=file.parts, index=shard)
-        for row, record in enumerate(rows):
-            yield _checked(record.get(text_key), shard << 40 | row, text_key)
+        row = 0
+        try:
+            for row, record in enumerate(rows, start=1):
+                yield _checked(record.get(text_key), shard << 40 | row - 1, text_key)
+        except UnicodeDecodeError as error:
+            ended = _not_utf8(error, shard << 40 | row, text_key)
+            yield replace(ended, problem=f"{ended.problem}; nothing of shard {shard} after row {row - 1} is read")

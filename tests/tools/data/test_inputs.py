@@ -140,6 +140,34 @@ def test_a_cut_parquet_is_named_and_skipped_and_a_wrong_column_never_is(tmp_path
         read(tmp_path, skip_bad=True, text_key="body")
 
 
+@pytest.mark.parametrize("string", ["string", "large_string", "dictionary"])
+@pytest.mark.parametrize("kind", ["rows.parquet", "dataset", "hub"])
+def test_a_row_that_is_not_utf_8_is_named_and_the_others_are_read(tmp_path, kind, string):
+    import datasets
+    import pyarrow.parquet
+
+    raw = [b"one", b"tw\xff", b"three", b"\xe9"] + [b"more"] * 2000
+    texts = pyarrow.array(raw, pyarrow.large_binary()).view("large_string")
+    if string != "large_string":
+        texts = pyarrow.array(raw, pyarrow.binary()).view("string")
+    table = pyarrow.table({"text": texts.dictionary_encode() if string == "dictionary" else texts})
+    path = tmp_path / kind
+    if kind == "dataset":
+        datasets.Dataset(table).save_to_disk(path)
+    else:
+        path = tmp_path / "hub" / "rows.parquet" if kind == "hub" else path
+        path.parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(table, path, row_group_size=500)
+    found, problems, _ = read(f"hub:{path.parent}" if kind == "hub" else path, skip_bad=True)
+    first = "'text' of this row is not UTF-8 at its byte 2"
+    if kind == "hub":  # its library reads no further
+        assert found == ["one"]
+        assert problems == [("hub", 1, f"{first}; nothing of shard 0 after row 0 is read")]
+    else:
+        assert found == ["one", "three"] + ["more"] * 2000
+        assert problems == [(path.name, 1, first), (path.name, 3, "'text' of this row is not UTF-8 at its byte 0")]
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
 @pytest.mark.parametrize("gap", ["\n", "", " , ", " " * (1 << 21)])
 def test_every_array_and_object_of_a_file_is_read(tmp_path, name, gap):
