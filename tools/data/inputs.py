@@ -68,6 +68,7 @@ class Choice:
     each_line: bool = False
     json_as_text: bool = False
     skip_bad: bool = False
+    out: Path | None = None  # the folder that is written: never an input
 
 
 def list_files(inputs: list[str], choice: Choice) -> tuple[list[InputFile], list[str]]:
@@ -114,7 +115,7 @@ def _files_of(name: str, source: int, choice: Choice, left: LeftOut) -> Iterator
     if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
         yield _disk_dataset(root, source, choice.text_key)
         return
-    for path in walk(root, {*choice.excluded, *SKIPPED_FOLDERS}, left) if root.is_dir() else [root]:
+    for path in walk(root, {*choice.excluded, *SKIPPED_FOLDERS}, left, choice.out) if root.is_dir() else [root]:
         kind = _kind(path, choice, named=not root.is_dir(), left=left)
         if kind:
             state = path.stat()

@@ -41,7 +41,9 @@ folder of those, a dataset saved by `datasets`, or hub:NAME[:CONFIG[:SPLIT]] (st
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUT_HELP)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="the folder to write; within an INPUT, it is left out"
+    )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", help="Hugging Face tokenizer folder or name, tokenizer.json or SentencePiece .model")
     which.add_argument("--train-tokenizer", type=int, metavar="N", help="train a SentencePiece BPE of N pieces")
@@ -101,6 +103,7 @@ def prepare(args: argparse.Namespace) -> dict:
         each_line=args.each_line,
         json_as_text=args.json_as_text,
         skip_bad=args.bad == "skip",
+        out=args.out,
     )
     files, left_out = list_files(args.inputs, choice)
     for line in left_out:

@@ -38,13 +38,19 @@ class LeftOut:
         return ", ".join(words)
 
 
-def walk(root: Path, excluded: set[str], left: LeftOut) -> Iterator[Path]:
+def walk(root: Path, excluded: set[str], left: LeftOut, out: Path | None = None) -> Iterator[Path]:
     """Yield the files below `root` in a fixed order, each once: links are followed, to what was not read yet.
+
+    out: the folder that is written, which is no input where it lies below `root`.
 
     Raises OSError for a folder that cannot be read.
     """
     seen: set[tuple[int, int]] = set()
     for folder, folders, files in os.walk(root, followlinks=True, onerror=_fail):
+        if out is not None and out.is_dir() and Path(folder) != root and os.path.samefile(folder, out):
+            folders.clear()
+            left.add("folder of --out", folder)
+            continue
         if not _first_time(Path(folder), seen):
             folders.clear()
             left.add("linked folders that were read already", folder)

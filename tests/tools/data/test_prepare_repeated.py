@@ -1,5 +1,7 @@
 """A preparation that is repeated, or refused: what lies in OUT is told from what the user gave."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -38,3 +40,24 @@ def test_a_sequence_that_fits_no_memory_is_refused_before_work(corpus, tokenizer
     wanted = f"error: --best-fit {length}: must be a sequence length of at most 16777216 tokens, or 0\n"
     assert capsys.readouterr().err == wanted
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_out_within_an_input_is_never_input(corpus, tokenizer, tmp_path, capsys, linked):
+    out = corpus / "z" / "out"
+    out.parent.mkdir()
+    (out.parent / "c.txt").write_text("two two")
+    named = tmp_path / "elsewhere" if linked else out
+    if linked:
+        out.mkdir()
+        named.symlink_to(out)
+    for words in ("prepared", "already prepared, nothing to do"):
+        assert prepare(corpus, tokenizer, named, "--each-line") == 0
+        shown = capsys.readouterr()
+        assert shown.out.startswith(f"{named}: {words}\n")
+    assert f"left out of {corpus}: 1 folder of --out ({out})" in shown.err
+    names = [json.loads(line)["path"] for line in (out / "files.jsonl").read_text().splitlines()]
+    assert names == [str(corpus / "a.txt"), str(corpus / "b.jsonl"), str(out.parent / "c.txt")]
+    (corpus / "a.txt").write_text("one two one")
+    assert prepare(corpus, tokenizer, named, "--each-line") == 2
+    assert "prepared from other inputs or options" in capsys.readouterr().err
