@@ -20,8 +20,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from recipes.common.config.json_files import read_json, write_json
-from recipes.common.data.shards import FORMAT, VERSION, tokenizer_hash
+from recipes.common.config.json_files import JsonError, read_json, write_json
+from recipes.common.data.shards import FORMAT, VERSION, read_manifest, tokenizer_hash
 from recipes.common.run_dir.lease import held
 from tools.common.console import GOOD, UsageError, as_usage_error, printable
 from tools.data.dedup import find_duplicates, hashes_path
@@ -127,7 +127,10 @@ def prepared_already(out: Path, fingerprint: str) -> dict | None:
     """Return the manifest of finished data in `out`; None where there is none. Raises UsageError for anything else in it."""
     finished = out / "dataset.json"
     if finished.is_file():
-        manifest = read_json(finished)
+        try:
+            manifest = read_manifest(out)
+        except ValueError as error:
+            raise UsageError(f"{error}, but first delete {out} or choose another --out") from None
         if manifest.get("inputs_hash") == fingerprint:
             return manifest
         raise UsageError(f"{out} holds data prepared from other inputs or options; choose another --out or delete it")
@@ -151,7 +154,7 @@ def inputs_fingerprint(args: argparse.Namespace, files: list[InputFile]) -> str:
 def clear_leftovers(out: Path, fingerprint: str) -> None:
     """Keep what an interrupted run of the same command finished; delete half-written files, or all if inputs changed."""
     state = out / "unfinished" / "inputs.json"
-    if not state.is_file() or json.loads(state.read_text()) != fingerprint:
+    if not state.is_file() or read_kept(state, "starts over").get("inputs_hash") != fingerprint:
         leftovers = [path for split in SPLITS for path in out.glob(f"{split}_*.*") if SHARD_FILE.fullmatch(path.name)]
         if state.is_file():
             print("inputs or options changed since the last run: starting over", file=sys.stderr)
@@ -159,10 +162,18 @@ def clear_leftovers(out: Path, fingerprint: str) -> None:
             path.unlink()
         for folder in (out / "tokenizer", out / "unfinished" / "drops"):
             shutil.rmtree(folder, ignore_errors=True)
-        write_json(state, fingerprint)
+        write_json(state, {"inputs_hash": fingerprint})
     for path in [*(out / "unfinished").glob("*.part"), *out.glob(".dataset.json.*")]:  # the latter: half a manifest
         if path.is_file():
             path.unlink()
+
+
+def read_kept(path: Path, then: str) -> dict:
+    """Return a JSON file that an interrupted run left. Raises UsageError with the cure: without it, the same command `then`."""
+    try:
+        return read_json(path)
+    except JsonError as error:
+        raise UsageError(f"{error}; delete this file, and the same command {then}") from None
 
 
 def run_units(args: argparse.Namespace, files: list[InputFile], fingerprint: str) -> dict:
@@ -180,7 +191,7 @@ def run_units(args: argparse.Namespace, files: list[InputFile], fingerprint: str
         do_all(hash_unit, job, left_to_do(works, args.out, hashes_path), args.workers, "finding duplicates")
         find_duplicates(args.out, len(units))
     do_all(write_unit, job, left_to_do(works, args.out, unit_record), args.workers, "encoding")
-    records = [read_json(unit_record(args.out, number)) for number in range(len(units))]
+    records = [read_kept(unit_record(args.out, number), "writes that unit again") for number in range(len(units))]
     return write_manifest(args, files, records, job, vocab_size, fingerprint)
 
 

@@ -61,3 +61,38 @@ def test_out_within_an_input_is_never_input(corpus, tokenizer, tmp_path, capsys,
     (corpus / "a.txt").write_text("one two one")
     assert prepare(corpus, tokenizer, named, "--each-line") == 2
     assert "prepared from other inputs or options" in capsys.readouterr().err
+
+
+@pytest.fixture
+def interrupted(corpus, tokenizer, tmp_path, monkeypatch):
+    """Return a folder whose preparation ended after its units, and before its manifest."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("tools.data.prepare.files_listing", lambda files: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(corpus, tokenizer, out)
+    return out
+
+
+@pytest.mark.parametrize("content", [b"", b'{"inputs_ha', b'"sha256:', b"[]", b"\xff", b"\x00\x00"])
+@pytest.mark.parametrize("name, then", [("inputs.json", "starts over"), ("unit_00000.json", "writes that unit again")])
+def test_what_an_interrupted_run_left_is_named_where_it_is_damaged(corpus, tokenizer, interrupted, capsys, content, name, then):
+    path = interrupted / "unfinished" / name
+    path.write_bytes(content)
+    assert prepare(corpus, tokenizer, interrupted) == 2
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {path}: ") and error.endswith(f"; delete this file, and the same command {then}")
+    path.unlink()
+    assert prepare(corpus, tokenizer, interrupted) == 0
+    assert "continuing: 1 of 1 units" not in capsys.readouterr().err
+
+
+def test_an_interrupted_run_continues_and_a_damaged_manifest_is_named(corpus, tokenizer, interrupted, capsys):
+    assert prepare(corpus, tokenizer, interrupted) == 0
+    assert "continuing: 1 of 1 units are done" in capsys.readouterr().err
+    for content in ('{"inputs_hash', "{}", "[]"):
+        (interrupted / "dataset.json").write_text(content)
+        assert prepare(corpus, tokenizer, interrupted) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {interrupted / 'dataset.json'}") and error.count("\n") == 1
+        assert error.endswith(f"prepare again, but first delete {interrupted} or choose another --out\n")
