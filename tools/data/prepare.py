@@ -35,7 +35,7 @@ from tools.data.workers import do_all
 CHECK_BYTES = 2 << 20  # text on which a fast encoder must equal the reference before the run
 MAX_SEQ_LEN = 1 << 24  # of --best-fit: each unit is padded to a whole number of sequences, in memory
 SHARD_FILE = re.compile(r"(train|validation)_\d{5,}\.(bin|ends|origins)")
-INPUT_HELP = """text, JSON (lines, an array or objects: .jsonl, .ndjson, .json), all also .gz, .zst, .xz or .bz2; Parquet, a
+INPUT_HELP = """text, JSON (lines, arrays or objects: .jsonl, .ndjson, .json), all also .gz, .zst, .xz or .bz2; Parquet, a
 folder of those, a dataset saved by `datasets`, or hub:NAME[:CONFIG[:SPLIT]] (streamed)"""
 
 
