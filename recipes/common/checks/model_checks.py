@@ -85,7 +85,7 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
         except PlanError as error:
             routers = error
         problems += router_problems(recipe.model, recipe.router, routers, recipe.attention)
-    if min(layout.tensor, layout.pipeline, layout.context, layout.expert, recipe.batch.seq_len) < 1:  # reported by recipe_checks
+    if recipe.batch.seq_len < 1 or not _can_be_cut(layout):  # reported by recipe_checks
         return problems
     too_deep = depth_problems(layout, len(causal.get_submodule(stack.layers)))
     problems += too_deep
@@ -102,6 +102,12 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
             problems += context_head_problems(recipe.model, layout, recipe.attention)
         problems += group_problems(causal, stack, [(layout, _own_layers(recipe, causal, stack, layout))])[0]
     return problems or _family_problems(recipe, layout, causal, stack)
+
+
+def _can_be_cut(layout: Layout) -> bool:
+    """Return whether a layout's own sizes make sense, whatever the model."""
+    sizes = (layout.tensor, layout.pipeline, layout.context, layout.expert, layout.chunks, *layout.layers_per_stage)
+    return min(sizes) >= 1 and len(layout.layers_per_stage) in (0, placement_of(layout).count)
 
 
 def _family_problems(recipe: Recipe, layout: Layout, causal: PreTrainedModel, stack: Stack) -> list[str]:

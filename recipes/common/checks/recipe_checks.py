@@ -39,6 +39,7 @@ from recipes.common.recipe import (
     from_root,
 )
 
+_MOST_SEQS = 2**31 - 1
 REACTIONS = ("log", "skip", "rewind")
 
 
@@ -236,6 +237,8 @@ def range_problems(recipe: Recipe, mistyped: Collection[str] = ()) -> list[str]:
     for name, least in _LEAST.items():
         if sound(name.partition(".")[0]) and (value := attrgetter(name)(recipe)) < least:
             problems.append(f"{name}={value} must be a whole number from {least}")
+    if sound("batch") and recipe.batch.global_seqs > _MOST_SEQS:
+        problems.append(f"batch.global_seqs={recipe.batch.global_seqs} must be at most {_MOST_SEQS}: a step lists its sequences")
     if sound("data", "batch") and isinstance(recipe.data, Blend) and recipe.batch.seq_len >= 1:
         problems += blend_problems(recipe.data, recipe.batch.seq_len)
     if sound("name") and (not recipe.name.strip(". ") or "/" in recipe.name):

@@ -113,6 +113,22 @@ ONE_MISTAKE = {
         {"layouts": {2: Layout(pipeline=2, layers_per_stage=(2, 1, 1))}},
         [r"^layouts\[2\]\.layers_per_stage=\(2, 1, 1\) must have 2 whole numbers from 1, .* leave it out to have them balanced$"],
     ),
+    "empty stage": (
+        2,
+        {"layouts": {2: Layout(pipeline=2, layers_per_stage=(4, 0))}},
+        [r"^layouts\[2\]\.layers_per_stage=\(4, 0\) must have 2 whole numbers from 1, .*"],
+    ),
+    "stage of fewer than none": (
+        2,
+        {"layouts": {2: Layout(pipeline=2, layers_per_stage=(5, -1))}},
+        [r"^layouts\[2\]\.layers_per_stage=\(5, -1\) must have 2 whole numbers from 1, .*"],
+    ),
+    "no chunks": (2, {"layouts": {2: Layout(chunks=0)}}, [r"^layouts\[2\]\.chunks=0 must be a whole number from 1$"]),
+    "more sequences than can be listed": (
+        1,
+        {"batch": replace(BATCH, global_seqs=2**62)},
+        [r"^batch\.global_seqs=4611686018427387904 must be at most 2147483647: a step lists its sequences$"],
+    ),
     "partition of another model": (
         2,
         {"layouts": {2: Layout(pipeline=2, layers_per_stage=(3, 2))}},
