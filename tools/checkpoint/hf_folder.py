@@ -31,6 +31,7 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 PLACES = ("model.safetensors", INDEX, "pytorch_model.bin", BIN_INDEX)
 MAPPED_BYTES = 256 << 20  # of a .bin file, until its mapping is renewed
 POINTER = b"version https://git-lfs.github.com/spec/"
+_QUANTISED = "quantised weights cannot be trained, give the original model"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
@@ -45,7 +46,7 @@ class BinFile:
         if self.read_bytes > MAPPED_BYTES and zipfile.is_zipfile(self.path):
             self.content, self.read_bytes = _load_bin(self.path), 0
         self.read_bytes += self.content[name].nbytes
-        return self.content[name]
+        return self.content[name].detach()
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _open_safetensors(path: Path) -> dict[str, Source]:
     for name, entry in header.items():
         dtype = (_FLOATS | _OTHERS).get(entry["dtype"])
         if dtype is None:
-            raise UsageError(f"{path}: {name} is {entry['dtype']}; quantised weights cannot be trained, give the original model")
+            raise UsageError(f"{path}: {name} is {entry['dtype']}; {_QUANTISED}")
         found[name] = Source(name, dtype, tuple(entry["shape"]), path, 8 + length + entry["data_offsets"][0])
     return found
 
@@ -168,8 +169,13 @@ def _open_bin(path: Path) -> dict[str, Source]:
         reason = str(error).split("\n")[0]
         raise UsageError(f"{path}: not a file of plain tensors ({reason}); it was not loaded") from None
     tensors = {name: value for name, value in content.items() if torch.is_tensor(value)} if isinstance(content, dict) else {}
-    if not tensors:
+    if not tensors or not all(isinstance(name, str) for name in tensors):
         raise UsageError(f"{path}: holds no tensors by name")
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            raise UsageError(f"{path}: {name} is {tensor.layout}; store it whole, with .to_dense()")
+        if tensor.dtype not in (*_FLOATS.values(), *_OTHERS.values()):
+            raise UsageError(f"{path}: {name} is {tensor.dtype}; {_QUANTISED}")
     file = BinFile(path, content)
     return {name: Source(name, tensor.dtype, tuple(tensor.shape), path, file) for name, tensor in tensors.items()}
 

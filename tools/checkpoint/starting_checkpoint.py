@@ -27,7 +27,7 @@ from recipes.common.checkpoint.folders import publish_folder
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.config.json_files import write_json
 from recipes.common.model.sharding import RankShard
-from recipes.common.run_dir.checkpoint_folders import sealed_checkpoints, step_folder
+from recipes.common.run_dir.checkpoint_folders import holder, sealed_checkpoints, step_folder
 from recipes.common.run_dir.lease import FOLDER, Lease, held
 from tools.checkpoint.contents import gaps
 from tools.checkpoint.hf_folder import readable_tokenizer_files
@@ -55,6 +55,8 @@ def refuse_used(out: Path) -> None:
     """Raise UsageError when `out` is already a run, or is a file."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give the folder of a new run")
+    if (kept := holder(out)) is not None:
+        raise UsageError(f"{out} lies in {kept}, where nothing but checkpoints may be; give a folder outside")
     there = sealed_checkpoints(out)
     if there:
         raise UsageError(f"{out} is already a run, with {len(there)} checkpoints; give the folder of a new run")

@@ -33,6 +33,7 @@ from recipes.common.checkpoint.position import written_position
 from recipes.common.checkpoint.reader import Reader
 from recipes.common.config.json_files import read_json, write_json
 from recipes.common.model.initial_weights import build_empty
+from recipes.common.run_dir.checkpoint_folders import holder
 from recipes.common.run_dir.lease import held
 from tools.checkpoint import hf_check
 from tools.checkpoint.contents import damaged_weights, missized_files, open_checkpoint, row_blocks
@@ -247,6 +248,10 @@ def _alignment(dtype: str) -> int:
 
 
 def _refuse_existing(out: Path) -> None:
+    if out.name in ("", ".."):
+        raise UsageError(f"{out}: the folder that you are in, or above it; give the name of a new one")
+    if (kept := holder(out)) is not None:
+        raise UsageError(f"{out} lies in {kept}, where nothing but checkpoints may be; export to a folder outside")
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():

@@ -33,7 +33,13 @@ def read_config(folder: Path) -> PreTrainedConfig:
             )
         raise UsageError(f"{folder} is no Hugging Face model folder: it has no config.json")
     refuse_code(folder)
-    return load_config(folder)
+    config = load_config(folder)
+    if (name := getattr(config, "transformers_weights", None)) is not None:
+        raise UsageError(
+            f"{path}: transformers_weights={name!r} names other weights than those by their usual names; take it out, and name "
+            "those that you mean model.safetensors (or its index)"
+        )
+    return config
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -49,7 +55,9 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise UsageError(str(error)) from None
     except Exception as error:  # whatever a family's own checks raise
         raise UsageError(f"{path}: transformers cannot read it: {first_line(error)}") from error
-    if getattr(config, "quantization_config", None):
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
+        if not quantised:
+            raise UsageError(f"{path}: quantization_config={quantised!r} says how, but not what is quantised; take it out")
         raise UsageError(f"{folder} is quantised, and quantised weights cannot be trained; give the original model")
     return config
 

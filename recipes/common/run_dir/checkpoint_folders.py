@@ -31,3 +31,13 @@ def sealed_folders(where: Path) -> list[Path]:
     """Return the folders in `where` that are named as checkpoints, by step. A user's copy, step_00001000.bak, is none."""
     found = [path for path in where.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted((path for path in found if path.name == f"step_{checkpoint_step(path):08d}"), key=checkpoint_step)
+
+
+def holder(path: Path) -> Path | None:
+    """Return the checkpoint, or the folder of a run's checkpoints, in which `path` lies; None if it lies in neither."""
+    return next((folder for folder in path.resolve().parents if _keeps_checkpoints(folder)), None)
+
+
+def _keeps_checkpoints(folder: Path) -> bool:
+    is_one = (folder / SEAL).is_file() and (folder / "state.json").is_file()
+    return is_one or (folder.name == "checkpoints" and bool(sealed_folders(folder)))

@@ -252,6 +252,55 @@ def test_mistakes_are_one_message(tmp_path):
     assert "no model.safetensors" in call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run2").err
 
 
+def _stored_as(folder, change):
+    """Store the weights of a model folder in a .bin file, changed."""
+    path = folder / "model.safetensors"
+    torch.save(change(load_file(path)), folder / "pytorch_model.bin")
+    path.unlink()
+
+
+def _with_first(weights, change):
+    name = next(iter(weights))
+    return weights | {name: change(weights[name])}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: _with_first(w, torch.Tensor.to_sparse), "is torch.sparse_coo; store it whole, with .to_dense()"),
+        (lambda w: _with_first(w, lambda t: t.to(torch.float8_e4m3fn)), "is torch.float8_e4m3fn; quantised weights cannot be"),
+        (lambda w: w | {7: torch.ones(1)}, "holds no tensors by name"),
+        (lambda w: {name: torch.nn.Parameter(tensor) for name, tensor in w.items()}, None),
+    ],
+)
+def test_what_a_bin_file_may_hold(tmp_path, change, said):
+    make("llama", tmp_path / "hf")
+    _stored_as(tmp_path / "hf", change)
+    done = call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run")
+    assert done.code == (2 if said else 0), done.err
+    assert (said or "") in done.err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("config.json", {"transformers_weights": "other.safetensors"}, "transformers_weights='other.safetensors' names other"),
+        ("config.json", {"quantization_config": {}}, "quantization_config={} says how, but not what is quantised; take it out"),
+        ("generation_config.json", [1], "cannot read generation_config.json: "),
+        ("tokenizer.json", "{", "cannot read its tokenizer: "),
+    ],
+)
+def test_a_folder_of_which_no_export_could_be_used_is_refused(tmp_path, file, content, said):
+    make("llama", tmp_path / "hf")
+    path = tmp_path / "hf" / file
+    if isinstance(content, dict):
+        content = json.loads(path.read_text()) | content
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    done = call("checkpoint", "from-hf", tmp_path / "hf", tmp_path / "run")
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert said in done.err and not (tmp_path / "run" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(("name", "layout", "world"), [("tied", Layout(pipeline=2), 2), ("experts", Layout(tensor=2), 2)])
 def test_training_goes_on_from_it(data, tmp_path, name, layout, world):
     """Check that the run's first loss is the folder's own in plain transformers, in a layout that nothing was saved in."""

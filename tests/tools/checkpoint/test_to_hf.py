@@ -155,7 +155,11 @@ def test_mistakes_are_one_message(runs, tmp_path):
     checkpoint = runs("llama")
     cases = [
         ([checkpoint, tmp_path / "full"], "exists already; delete it"),
-        ([checkpoint, checkpoint / "index.json"], "exists already; delete it"),
+        ([checkpoint, tmp_path / "full" / "x"], "exists already; delete it"),
+        ([checkpoint, checkpoint / "index.json"], "where nothing but checkpoints may be; export to a folder outside"),
+        ([checkpoint, checkpoint / "hf" / "deeper"], "where nothing but checkpoints may be; export to a folder outside"),
+        ([checkpoint, checkpoint.parent / "step_00000007"], "where nothing but checkpoints may be; export to a folder outside"),
+        ([checkpoint, "."], ".: the folder that you are in, or above it; give the name of a new one"),
         ([tmp_path / "nothing", tmp_path / "o"], "no such folder"),
         ([checkpoint.parent.parent, tmp_path / "o"], "is a run directory; give one of its checkpoints"),
         ([checkpoint, tmp_path / "o", "--shard-size", "5 bananas"], "--shard-size=5 bananas"),
