@@ -35,6 +35,7 @@ from tools.preflight.problems import Problem
 from tools.preflight.rank_checks import run_checks
 from tools.preflight.rendezvous import Rendezvous, announce, collect, join, this_rank
 from tools.preflight.report import PreflightReport, as_text, write_report
+from tools.supervise.hosts import host_key
 
 STEPS = 8  # each ends within --step-seconds
 RUN_FLAGS = ("--skip", "--max-steps", "--resume-step", "--trace-steps", "--local_rank", "--local-rank")  # accepted and ignored
@@ -75,7 +76,7 @@ def _hosts(text: str) -> list[tuple[str, int]]:
         if not host or (colon and not (count.isdigit() and int(count))):
             raise argparse.ArgumentTypeError(f"{item!r} is not HOST or HOST:RANKS")
         found.append((host, int(count or 0)))
-    if len({host for host, _ in found}) < len(found):
+    if len({host_key(host) for host, _ in found}) < len(found):
         raise argparse.ArgumentTypeError(f"{text!r} names a host twice")
     return found
 

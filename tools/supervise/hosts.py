@@ -64,7 +64,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
         if not words:
             continue
         slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
-        if not _SLOTS.fullmatch(slots) or words[0] in hosts:
+        if not _SLOTS.fullmatch(slots) or host_key(words[0]) in set(map(host_key, hosts)):
             problems.append(f"line {number}: {line.strip()[:80]!r} must be `HOST slots=N`, each host once")
         elif problem := host_problem(words[0]):
             problems.append(f"line {number}: {problem}")
@@ -75,6 +75,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not hosts:
         raise UsageError(f"--hostfile {path} names no host; write lines of `HOST slots=N`")
     return hosts
+
+
+def host_key(name: str) -> str:
+    """Return the same text for names that are one host's to DNS: letters of any case, a `.` at the end."""
+    return name.lower().removesuffix(".")
 
 
 def host_problem(name: str) -> str:

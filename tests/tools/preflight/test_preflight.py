@@ -299,10 +299,11 @@ def test_a_launcher_starts_it_like_a_recipe_from_any_folder(recipe, tmp_path):
         ([RECIPE, "--processes", "3"], "layouts has no entry for 3 GPUs"),
         ([RECIPE, "--hosts", "a,b"], "must add up to 1"),
         ([RECIPE, "--hosts", "a:1,a:1"], "names a host twice"),
+        ([RECIPE, "--hosts", "a:1,A.:1"], "names a host twice"),
         ([RECIPE, "--json-file", "/proc/nowhere/v.json"], "--json-file=/proc/nowhere/v.json cannot be written"),
         ([RECIPE, "--step-seconds", "0"], "--step-seconds=0.0 must be over 0"),
     ],
-    ids=["no file", "no layout", "hosts do not add up", "a host twice", "no file to write", "no time"],
+    ids=["no file", "no layout", "hosts do not add up", "a host twice", "by two names", "no file to write", "no time"],
 )
 def test_a_mistake_of_the_user_is_exit_2_and_one_message(words, part, tmp_path):
     called = call("preflight", *words, "--out-dir", tmp_path)

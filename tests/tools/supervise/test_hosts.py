@@ -42,6 +42,7 @@ def test_a_recipe_is_read_from_its_source(tmp_path):
     [
         ("# none\n\n", "names no host; write lines of `HOST slots=N`"),
         ("a slots=2\na slots=2\n", "line 2: 'a slots=2' must be `HOST slots=N`, each host once"),
+        ("a slots=2\nA. slots=2\n", "line 2: 'A. slots=2' must be `HOST slots=N`, each host once"),
         ("a 2x\n", "line 1: 'a 2x' must be"),
         ("a slots=0\n", "line 1: 'a slots=0' must be"),
         ("a slots=٣\n", "line 1: 'a slots=٣' must be"),
