@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from recipes.common.run_dir.differences import describe_changes
-from tools.common.console import GOOD, UsageError, exit_code, machine_words, table
+from tools.common.console import GOOD, UsageError, exit_code, machine_words, table, tell_notes
 from tools.common.logs.run_numbers import Table, read_numbers
 from tools.common.run_record import open_record, segment_changes
 
@@ -145,7 +145,9 @@ def read_line(source: Path, x: str, y: str, mean_of: int) -> Line:
     """Return column `y` of a run over `x`, each point the mean of the last `mean_of` known values. Raises UsageError."""
     if not source.exists():
         raise UsageError(f"{source}: no such run directory or log")
-    columns = read_numbers(source).table
+    numbers = read_numbers(source)
+    tell_notes(numbers.notes)
+    columns = numbers.table
     if y not in columns:
         raise UsageError(f"--y={y}: {source} has no such column; it has {', '.join(sorted(set(columns) - {'step'}))}")
     positions, known = _positions(source, columns, x), np.isfinite(columns[y])

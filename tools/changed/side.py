@@ -13,7 +13,7 @@ from recipes.common.anomalies.events import Event
 from recipes.common.run_dir.metrics import METRICS, read_metrics
 from recipes.common.run_dir.segments import REWIND, Segment
 from tools.changed.part import precision_of
-from tools.common.console import UsageError
+from tools.common.console import UsageError, tell_notes
 from tools.common.logs.run_numbers import Table, is_run, read_numbers
 from tools.common.run_record import RunRecord, open_record
 
@@ -67,6 +67,7 @@ def open_side(text: str) -> Side:
         if not record.segments:
             raise
         return Side(text, record, None, (), ())
+    tell_notes(numbers.notes)
     first, last = record.steps()
     table = _between(numbers.table, first, last)
     events = tuple(event for event in numbers.events if event.onset_step >= first and (last is None or event.onset_step <= last))

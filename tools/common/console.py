@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -132,6 +132,12 @@ def _leave(stream: TextIO | ToolOutput) -> None:
 def printable(text: str) -> str:
     """Return a text from a file as a terminal may get it: control characters are shown as escapes; newlines and tabs stay."""
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def tell_notes(notes: Iterable[str]) -> None:
+    """Print what a user should know besides the result, on stderr, a line each and each once."""
+    for note in dict.fromkeys(notes):
+        print(printable(f"note: {note}"), file=sys.stderr)
 
 
 def progress_bar(name: str, total: int, unit: str = "B") -> tqdm:

@@ -17,9 +17,9 @@ import numpy as np
 
 from recipes.common.anomalies.detector import scan
 from recipes.common.anomalies.events import KINDS
-from recipes.common.config.json_files import read_json
+from recipes.common.config.json_files import laid_out, read_json
 from recipes.common.run_dir.segments import changed_facts, read_chain
-from tools.common.console import GOOD, UsageError, printable, table
+from tools.common.console import GOOD, UsageError, printable, table, tell_notes
 from tools.common.logs.log import Log
 from tools.common.logs.reader import read_log
 
@@ -53,6 +53,7 @@ def compare_runs(a: Path, b: Path) -> dict[str, Any]:
     Raises UsageError for logs that cannot be read, or that share no step.
     """
     logs = read_log(a).final(), read_log(b).final()
+    tell_notes(note for log in logs for note in log.notes)
     both, losses = _common(*logs)
     if not len(both):
         raise UsageError(f"{a} and {b} have no step in common")
@@ -98,7 +99,7 @@ def _same_order(a: Path, b: Path) -> bool | None:
 def _of_order(recipe: dict[str, Any], key: str) -> Any:
     """Return a field of the recipe, without micro_seqs: it spreads the batch over ranks and changes none of it."""
     value = recipe.get(key)
-    return {k: v for k, v in value.items() if k != "micro_seqs"} if key == "batch" else value
+    return {k: v for k, v in value.items() if k != "micro_seqs"} if isinstance(value, dict) and key == "batch" else value
 
 
 def _verdict(coincidence: str, same_order: bool | None) -> str:
@@ -114,7 +115,7 @@ def _differences(a: Path, b: Path) -> Iterator[dict[str, Any]]:
         if None in contents:
             continue
         if name == "run.json":
-            contents = [content["starts"][-1] for content in contents]
+            contents = [_newest_start(folder / name, content) for folder, content in zip((a, b), contents, strict=True)]
         flat = [dict(_flatten(content, "")) for content in contents]
         for path in sorted(flat[0].keys() | flat[1].keys()):
             values = [f.get(path, ABSENT) for f in flat]
@@ -125,6 +126,11 @@ def _differences(a: Path, b: Path) -> Iterator[dict[str, Any]]:
         for path in changed_facts(*newest):
             if path.startswith(OF_THE_RECORD):
                 yield {"file": "segments", "field": path, **dict(zip("ab", (f.get(path, ABSENT) for f in newest), strict=True))}
+
+
+def _newest_start(path: Path, run: dict[str, Any]) -> dict[str, Any]:
+    with laid_out(path):
+        return dict(run["starts"][-1])
 
 
 def _flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:

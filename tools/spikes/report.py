@@ -19,7 +19,7 @@ import numpy as np
 from recipes.common.anomalies.rewinds import read_history
 from recipes.common.run_dir.difference import short_value
 from recipes.common.run_dir.differences import describe_changes, short_name, verdict
-from tools.common.console import GOOD, UsageError, machine_words
+from tools.common.console import GOOD, UsageError, machine_words, tell_notes
 from tools.common.html_page import fill, script_json
 from tools.common.logs.run_numbers import Numbers, is_run, read_numbers
 from tools.common.run_record import open_record, segment_changes
@@ -74,7 +74,9 @@ def report(source: Path, out: Path | None = None) -> Path:
     if not source.exists():
         raise UsageError(f"{source}: no such run directory or log")
     columns = Columns()
-    facts = page_facts(source, read_numbers(source), columns)
+    numbers = read_numbers(source)
+    tell_notes(numbers.notes)
+    facts = page_facts(source, numbers, columns)
     out = out or (source / "spikes.html" if source.is_dir() else Path(source.name + ".html"))
     try:
         out.write_text(fill_page(facts, columns), encoding="utf-8")

@@ -16,7 +16,7 @@ from typing import Any
 
 from recipes.common.anomalies.detector import judge_log
 from recipes.common.anomalies.events import MEASURES, Event
-from tools.common.console import GOOD, UsageError, printable, progress_bar, table
+from tools.common.console import GOOD, UsageError, printable, progress_bar, table, tell_notes
 from tools.common.logs.reader import read_logs
 
 SINGLES_SHOWN = 10  # one-batch outliers listed: a noisy log has hundreds
@@ -34,6 +34,7 @@ class Scanned:
     signals: tuple[str, ...]
     events: tuple[Event, ...]
     failures: tuple[str, ...] = ()  # of detectors
+    notes: tuple[str, ...] = ()  # what of the file was left out
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +46,7 @@ def run(flags: argparse.Namespace) -> int:
     for scanned in found:
         for failure in scanned.failures:
             print(printable(f"{scanned.file}: {failure}"), file=sys.stderr)
+    tell_notes(note for scanned in found for note in scanned.notes)
     if flags.json:
         objects = [as_json(scanned) for scanned in found]
         print(json.dumps(objects[0] if len(objects) == 1 else {"files": objects}, allow_nan=False))
@@ -87,6 +89,7 @@ def scan_file(path: Path) -> Scanned:
         signals=tuple(dict.fromkeys(name for log in logs for name in log.columns)),
         events=tuple(event for found in findings for event in found.events),
         failures=tuple(dict.fromkeys(failure for found in findings for failure in found.failures)),
+        notes=tuple(note for log in logs for note in log.notes),
     )
 
 

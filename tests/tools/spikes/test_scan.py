@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.synthetic_logs import bump, healthy_loss, write_log
 from tools.common.console import GOOD, MISTAKE, printable
+from tools.common.logs.reader import read_logs
 from tools.spikes.__main__ import main
 from tools.spikes.compare import coincident
 
@@ -108,3 +109,35 @@ def test_what_a_terminal_obeys_is_shown_escaped(tmp_path, capfd):
 def test_a_scan_of_any_loss_is_good(tmp_path, capsys, value):
     assert main(["scan", "--json", str(write_log(tmp_path / "log.csv", np.full(300, value)))]) == GOOD
     json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+RUN_LINES = "".join(f'{{"step": {step}, "loss": {2 + step % 7 / 100 + 3 * (200 <= step < 206)}}}\n' for step in range(1, 301))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\0\0\0\n" + b'{"event": "start", "resumed_step": 150}\n', "line 1: damaged: no JSON"),
+        (b'{"event": "start", "resumed_step": 150}\n{"resumed_step": "x"}\n{"resumed_step": [1]}\n', 'line 2: resumed_step="x"'),
+        (b'{"resumed_step": 1e400}\n\xff\xfe\n[]\n{"resumed_step": 150}\n', "line 1: resumed_step=Infinity: must be a step"),
+    ],
+)
+def test_damaged_lines_of_attempts_are_named_once_and_left_out(tmp_path, capsys, content, words):
+    (tmp_path / "metrics.jsonl").write_text(RUN_LINES)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "attempts.jsonl").write_bytes(content)
+    assert read_logs(tmp_path)[0].resumes == (150,)
+    for arguments in (["scan", "--json", tmp_path], ["compare", "--json", tmp_path, tmp_path]):
+        assert main([str(word) for word in arguments]) == GOOD
+        told = capsys.readouterr()
+        assert json.loads(told.out)
+        assert told.err.count("\n") == 1 and words in told.err and str(tmp_path / "logs" / "attempts.jsonl") in told.err
+
+
+@pytest.mark.parametrize("run", ["{}", '{"starts": []}', '{"starts": [5]}', '{"starts": 5}'])
+def test_a_run_file_that_is_not_laid_out_as_such_is_named_by_compare(tmp_path, capsys, run):
+    (tmp_path / "metrics.jsonl").write_text(RUN_LINES)
+    (tmp_path / "run.json").write_text(run)
+    assert main(["compare", str(tmp_path), str(tmp_path)]) == MISTAKE
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'run.json'}: not laid out" in error and error.count("\n") == 1

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from recipes.common.config.json_files import parse_json
+from recipes.common.run_dir.attempts import FILE as ATTEMPTS
 from recipes.common.run_dir.metrics import METRICS
 from tools.common.console import UsageError
-from tools.common.logs.log import Log, build_log
+from tools.common.logs.log import LARGEST_STEP, Log, build_log
 from tools.common.logs.log_open import open_text
 from tools.common.logs.names import number_of, pick, step_key
 
@@ -36,7 +39,9 @@ def read_json(path: Path, name: str | None = None) -> Log:
     if path.name == METRICS:
         source = "a run's metrics"
     steps = [math.nan if step is None else step for step in steps]
-    return build_log(name or str(path), source, steps, columns, _resumes(path.parent))
+    resumes, notes = read_resumes(path.parent)
+    log = build_log(name or str(path), source, steps, columns, resumes)
+    return replace(log, notes=(*log.notes, *notes))
 
 
 def _read_document(path: Path) -> list[Row] | None:
@@ -91,10 +96,24 @@ def _read_lines(path: Path) -> list[Row]:
     return rows
 
 
-def _resumes(run_dir: Path) -> list[int]:
-    """Return the steps from which a run's processes restarted, if its launcher recorded them."""
-    path = run_dir / "logs" / "attempts.jsonl"
+def read_resumes(run_dir: Path) -> tuple[list[int], list[str]]:
+    """Return the steps from which a run's processes restarted, if its launcher recorded them, and what of it is damaged.
+
+    Damaged lines are left out. The last line may be one that is being written.
+    """
+    path = run_dir / ATTEMPTS
     if not path.is_file():
-        return []
-    records = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [record["resumed_step"] for record in records if isinstance(record, dict) and record.get("resumed_step")]
+        return [], []
+    resumes: list[int] = []
+    damaged: list[str] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            step = parse_json(line, "damaged").get("resumed_step")
+            if step is not None and (type(step) is not int or not 0 <= step <= LARGEST_STEP):
+                raise ValueError(f"resumed_step={json.dumps(step)[:40]}: must be a step")
+        except ValueError as error:
+            damaged.append(f"line {number}: {error}")
+        else:
+            resumes += [step] if step else []
+    more = f" (so are {len(damaged) - 1} more lines)" if len(damaged) > 1 else ""
+    return resumes, [f"{path}, {damaged[0]}; left out{more}: a restart may be missing"] if damaged else []

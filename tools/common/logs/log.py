@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -87,13 +87,14 @@ class Log:
     steps: np.ndarray  # [n] int64; a step logged twice in a row is here once, with the later numbers
     columns: dict[str, np.ndarray]  # those of COLUMNS that the log has: [n]. As `AnomalyDetector.feed` takes them
     resumes: tuple[int, ...] = ()  # steps of checkpoints from which the log says it resumed
+    notes: tuple[str, ...] = ()  # what could not be read and was left out, and why: for the user, a line each
 
     def final(self) -> Log:
         """Return the log without the steps that a restart repeated: steps only rise, and the later line wins."""
         never = np.iinfo(np.int64).max
         least_after = np.minimum.accumulate(np.append(self.steps[1:], never)[::-1])[::-1]
         kept = self.steps < least_after
-        return Log(self.name, self.source, self.steps[kept], {n: c[kept] for n, c in self.columns.items()}, self.resumes)
+        return replace(self, steps=self.steps[kept], columns={name: values[kept] for name, values in self.columns.items()})
 
 
 def plain_name(name: str) -> str:

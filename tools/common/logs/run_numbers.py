@@ -28,6 +28,7 @@ class Numbers:
     table: Table  # the final steps
     undone: tuple[Table, ...]  # stretches that were undone
     events: tuple[Event, ...]  # found by the detectors
+    notes: tuple[str, ...] = ()  # what of a log was left out
 
 
 def is_run(source: Path) -> bool:
@@ -41,7 +42,7 @@ def read_numbers(source: Path) -> Numbers:
     log = read_log(source)
     final = log.final()
     events = tuple(scan(log.steps, log.columns, log.resumes))
-    return Numbers({"step": final.steps, **final.columns}, tuple(_repeated(log)), events)
+    return Numbers({"step": final.steps, **final.columns}, tuple(_repeated(log)), events, log.notes)
 
 
 def _read_run(run: Path) -> Numbers:
