@@ -21,11 +21,14 @@ from recipes.common.config.json_files import laid_out, read_json
 from recipes.common.data.order import kept_index
 from recipes.common.run_dir.black_box import read_boxes
 from recipes.common.run_dir.checkpoint_folders import checkpoint_step, sealed_checkpoints
-from recipes.common.run_dir.metrics import read_metrics
+from recipes.common.run_dir.metrics import METRICS, read_metrics
 from tools.common.console import FAILED, GOOD, UsageError, printable
 from tools.common.logs.log import COLUMNS
+from tools.common.logs.names import float_or_nan
 from tools.data.lookup import read_run
 from tools.spikes.evidence.case import LOOK_AHEAD, LOOK_BACK, event_step
+
+NEEDED = ("loss", "tokens", "seconds", "consumed_seqs")  # numbers of every step that was trained
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +49,9 @@ def plan_rewind(folder: Path, event: str, *, margin_steps: int | None = None, sk
     for flag, value in (("--margin-steps", margin_steps), ("--skip-steps", skip_steps)):
         if value is not None and value < 1:
             raise UsageError(f"{flag}={value}: must be 1 or more")
-    if not (folder / "metrics.jsonl").is_file():
-        raise UsageError(f"{folder} is no run directory: it has no metrics.jsonl")
-    records = {r["step"]: r for r in read_metrics(folder) if "loss" in r}
+    if not (folder / METRICS).is_file():
+        raise UsageError(f"{folder} is no run directory: it has no {METRICS}")
+    records = _read_steps(folder)
     boxes = read_boxes(folder)
     step = event_step(folder, event, boxes)
     if step not in records:
@@ -86,13 +89,24 @@ def plan_rewind(folder: Path, event: str, *, margin_steps: int | None = None, sk
     }
 
 
+def _read_steps(folder: Path) -> dict[int, dict[str, Any]]:
+    """Return step -> record. Raises UsageError for a record without the numbers that a plan is made of."""
+    records = {r["step"]: r for r in read_metrics(folder) if "loss" in r}
+    for step, record in records.items():
+        for name in NEEDED:
+            if type(record.get(name)) not in (int, float):
+                value = json.dumps(record.get(name))[:40]
+                raise UsageError(f"{folder / METRICS}: step {step} has {name}={value}: must be a number; delete its line")
+    return records
+
+
 def _event_at(records: dict[int, dict[str, Any]], step: int) -> Event | None:
     """Return the spike that holds the step, or begins next to it: one that a rewind cures before others.
 
     Slow steps, a plateau or a slow rise at the same time have no suspect sequences, and may have begun long before.
     """
     steps = np.array(sorted(records))
-    columns = {name: np.array([float(records[s].get(name, np.nan)) for s in steps]) for name in COLUMNS}
+    columns = {name: np.array([float_or_nan(records[s].get(name)) for s in steps]) for name in COLUMNS}
     spikes = [e for e in scan(steps, columns) if KINDS[e.kind].is_spike]
     near = [e for e in spikes if e.onset_step - LOOK_AHEAD <= step <= max(e.peak_step, e.onset_step) + LOOK_BACK]
     return min(near, key=lambda e: (not KINDS[e.kind].cured_by_rewind, abs(e.onset_step - step)), default=None)

@@ -42,9 +42,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from recipes.common.config.json_files import open_lines, parse_json
+from recipes.common.config.json_files import JsonError, open_lines, parse_json
 
 METRICS = "metrics.jsonl"
+LARGEST_STEP = 2**50  # beyond it is no count of steps
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 Value = float | int | str | None
@@ -104,7 +105,7 @@ def read_metrics(path: Path, *, skip_damaged: bool = False) -> Iterator[dict[str
     """Yield the records of a metrics.jsonl, or of the one in a run directory, with NaN and infinities as floats again.
 
     A last line without a newline was truncated by a kill, or is being written: it is left out. Any other bad line raises
-    ValueError with its number, or is left out too.
+    JsonError with its number, or is left out too.
     """
     path = path / METRICS if path.is_dir() else path
     with path.open("rb") as file:
@@ -116,7 +117,7 @@ def read_metrics(path: Path, *, skip_damaged: bool = False) -> Iterator[dict[str
             except ValueError as error:
                 if skip_damaged:
                     continue
-                raise ValueError(f"{path}, line {number} is not a record of a step: {error}") from None
+                raise JsonError(f"{path}, line {number} is not a record of a step: {error}; delete the line") from None
             yield {key: NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in record.items()}
 
 
@@ -125,6 +126,8 @@ def parse_record(line: bytes) -> dict[str, Any]:
     record = parse_json(line, "the line")
     if type(record.get("step")) is not int:
         raise ValueError("it has no step")
+    if abs(record["step"]) > LARGEST_STEP:
+        raise ValueError(f"its step {str(record['step'])[:30]} is beyond {LARGEST_STEP}")
     return record
 
 

@@ -192,3 +192,37 @@ def test_mistakes_are_said_in_a_line(run_dir, tmp_path, arguments, words):
     called = spikes(*({"RUN": run_dir, "NONE": tmp_path / "none"}.get(word, word) for word in arguments))
     assert called.code == 2 and called.out == ""
     assert called.err.startswith("error: ") and words in called.err and "Traceback" not in called.err
+
+
+DAMAGED = {
+    "cut": ('{"step": 101, "loss"', "line 12 is not a record of a step"),
+    "no step": ('{"step": null, "loss": 2}', "line 12 is not a record of a step: it has no step"),
+    "a step beyond all": ('{"step": 10000000000000000000000, "loss": 2}', "its step 10000000000000000000000 is beyond"),
+    "zeros": ("\0\0\0", "line 12 is not a record of a step"),
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "name"),
+    [*(("plan-rewind", name) for name in DAMAGED), *((verb, "cut") for verb in ("explain", "batch", "replay", "report"))],
+)
+def test_a_damaged_line_of_the_metrics_is_named_by_every_command(run_dir, tmp_path, verb, name):
+    line, words = DAMAGED[name]
+    copy = shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    (copy / "metrics.jsonl").write_text("\n".join([*lines[:11], line, *lines[11:]]) + "\n")
+    called = spikes(verb, copy, *([] if verb == "report" else [AT]))
+    assert (called.code, called.out) == (2, "") and called.err.count("\n") == 1
+    assert called.err.startswith("error: ") and words in called.err and str(copy / "metrics.jsonl") in called.err
+
+
+@pytest.mark.parametrize(("field", "value"), [("loss", [1]), ("tokens", None), ("seconds", {}), ("consumed_seqs", "x")])
+def test_a_step_without_the_numbers_that_a_plan_is_made_of_is_named(run_dir, tmp_path, field, value):
+    copy = shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    records = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    wrong = [record | ({field: value} if record["step"] == 12 else {}) for record in records]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in wrong))
+    called = spikes("plan-rewind", copy, AT)
+    assert (called.code, called.out) == (2, "") and called.err.count("\n") == 1
+    assert f"metrics.jsonl: step 12 has {field}={json.dumps(value)}: must be a number" in called.err
+    assert spikes("report", copy).code == spikes("explain", copy, AT).code == 0

@@ -10,9 +10,9 @@ from typing import Any
 
 from recipes.common.config.json_files import parse_json
 from recipes.common.run_dir.attempts import FILE as ATTEMPTS
-from recipes.common.run_dir.metrics import METRICS
+from recipes.common.run_dir.metrics import LARGEST_STEP, METRICS
 from tools.common.console import UsageError
-from tools.common.logs.log import LARGEST_STEP, Log, build_log
+from tools.common.logs.log import Log, build_log
 from tools.common.logs.log_open import open_text
 from tools.common.logs.names import number_of, pick, step_key
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from recipes.common.run_dir.metrics import LARGEST_STEP
 from tools.common.console import UsageError
 
 COLUMNS = ("loss", "grad_norm", "lr", "loss_scale", "seconds", "load_evenness")
-
-LARGEST_STEP = 2**50  # beyond it is no count of steps
 
 # names of the numbers in lower case, with blanks for underscores and hyphens; the first that a file has is taken
 NAMES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,14 @@ def step_key(names: Mapping[str, Any], losses: Sequence[float | None], cells: Ca
         if sum(number is not None for number in numbers) > MOST * len(numbers):
             return key
     return known[0]
+
+
+def float_or_nan(value: object) -> float:
+    """Return a number as a float; NaN for what is none."""
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def number_of(cell: object) -> float | None:

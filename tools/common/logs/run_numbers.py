@@ -16,6 +16,7 @@ from recipes.common.config.json_files import laid_out, read_json
 from recipes.common.run_dir.metrics import METRICS, read_metrics
 from tools.common.console import UsageError
 from tools.common.logs.log import COLUMNS, Log
+from tools.common.logs.names import float_or_nan
 from tools.common.logs.reader import read_log
 
 Table = dict[str, np.ndarray]  # column -> [n], NaN where a step lacks it; "step" is whole
@@ -82,7 +83,7 @@ def to_table(records: Iterable[Mapping[str, Any]]) -> Table:
     """Return columns of every field that is a number."""
     rows = list(records)
     names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, int | float))
-    table = {name: np.array([row.get(name, np.nan) for row in rows], dtype=float) for name in names}
+    table = {name: np.array([float_or_nan(row.get(name)) for row in rows]) for name in names}
     return table | {"step": table["step"].astype(np.int64)} if rows else {}
 
 

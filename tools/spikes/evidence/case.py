@@ -17,6 +17,7 @@ from recipes.common.run_dir.black_box import read_boxes
 from recipes.common.run_dir.metrics import read_metrics
 from recipes.common.run_dir.tensor_stats import Stats, read_stats
 from tools.common.console import UsageError
+from tools.common.logs.names import float_or_nan
 from tools.common.recipe_io import read_recipe
 from tools.data.lookup import DataOrder, StepRead, read_run, read_step
 from tools.spikes.batch_stats import Oddity, oddities, ordinary_sequences, sequence_stats, step_tokens
@@ -186,8 +187,4 @@ def _robust_fit(x: np.ndarray, values: np.ndarray, degree: int) -> tuple[float, 
 
 def _columns(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     names = {name for r in records for name, value in r.items() if isinstance(value, int | float) and name != "step"}
-    return {name: np.array([_number(r.get(name)) for r in records]) for name in sorted(names)}
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    return {name: np.array([float_or_nan(r.get(name)) for r in records]) for name in sorted(names)}
