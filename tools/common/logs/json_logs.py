@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from recipes.common.run_dir.metrics import LARGEST_STEP, METRICS
 from tools.common.console import UsageError
 from tools.common.logs.log import Log, build_log
 from tools.common.logs.log_open import open_text
-from tools.common.logs.names import number_of, pick, step_key
+from tools.common.logs.names import pick, read_columns
 
 TRAINER_STATE = "trainer_state.json"  # transformers/trainer_callback.py: TrainerState
 Row = dict[str, Any]
@@ -32,15 +31,11 @@ def read_json(path: Path, name: str | None = None) -> Log:
     rows = _read_lines(path) if rows is None else rows
     names = {key: key for row in rows for key in row}
     keys = pick(names, path)
-    losses = [number_of(row.get(keys["loss"])) for row in rows]
-    keys["step"] = step_key(names, losses, lambda key: [row.get(key) for row in rows])
-    columns = {column: [number_of(row.get(key)) for row in rows] for column, key in keys.items() if column != "step"}
-    steps = [number_of(row.get(keys["step"])) for row in rows]
+    steps, columns, unread = read_columns(str(path), keys, names, lambda key: [row.get(key) for row in rows])
     if path.name == METRICS:
         source = "a run's metrics"
-    steps = [math.nan if step is None else step for step in steps]
     resumes, notes = read_resumes(path.parent)
-    log = build_log(name or str(path), source, steps, columns, resumes)
+    log = build_log(name or str(path), source, steps, columns, resumes, unread)
     return replace(log, notes=(*log.notes, *notes))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -102,15 +102,23 @@ def plain_name(name: str) -> str:
 
 
 def build_log(
-    name: str, source: str, steps: Sequence[float], columns: dict[str, Sequence[float | None]], resumes: Sequence[int] = ()
+    name: str,
+    source: str,
+    steps: Sequence[float],
+    columns: dict[str, Sequence[float | None]],
+    resumes: Sequence[int] = (),
+    notes: Sequence[str] = (),
 ) -> Log:
-    """Build a Log from rows. None: the row lacks the number; NaN: it was not finite. Rows without loss or step are left out."""
+    """Build a Log from rows. None: the row lacks the number; NaN: it was not finite. Rows without loss or step are left out.
+
+    notes: what the reader left out.
+    """
     missing = {key: np.array([value is None for value in values]) for key, values in columns.items()}
     arrays = {key: np.array([np.nan if v is None else v for v in values], dtype=float) for key, values in columns.items()}
     for key in arrays:
         if key != "loss":  # for the detectors infinity is "not finite", NaN "unknown"
             arrays[key][np.isnan(arrays[key]) & ~missing[key]] = np.inf
-    return build_arrays(name, source, np.asarray(steps, dtype=float), arrays, ~missing["loss"], resumes)
+    return build_arrays(name, source, np.asarray(steps, dtype=float), arrays, ~missing["loss"], resumes, notes)
 
 
 def build_arrays(
@@ -120,13 +128,35 @@ def build_arrays(
     columns: dict[str, np.ndarray],
     has_loss: np.ndarray,
     resumes: Sequence[int] = (),
+    notes: Sequence[str] = (),
 ) -> Log:
     """Build a Log as build_log does, from arrays in the detectors' convention."""
-    kept = (np.abs(steps) <= LARGEST_STEP) & has_loss
+    kept = (np.abs(steps) <= LARGEST_STEP) & (steps == np.floor(steps)) & has_loss
+    notes = [*notes, *_stepless(name, source, steps[has_loss])]
     steps = steps[kept].astype(np.int64)
     last_of_step = np.append(steps[1:] != steps[:-1], True) if len(steps) else np.zeros(0, dtype=bool)
     columns = {key: values[kept][last_of_step] for key, values in columns.items()}
     columns = {key: values for key, values in columns.items() if key == "loss" or not np.isnan(values).all()}
     if not len(steps):
-        raise UsageError(f"{name}: {source} without any step that has a loss")
-    return Log(name, source, steps[last_of_step], columns, tuple(resumes))
+        raise UsageError(f"{name}: {source} without any step that has a loss" + (f" ({'; '.join(notes)})" if notes else ""))
+    return Log(name, source, steps[last_of_step], columns, tuple(resumes), tuple(f"{name}: {note}" for note in notes))
+
+
+def _stepless(name: str, source: str, steps: np.ndarray) -> Iterator[str]:
+    """Yield how many rows with a loss are left out for want of a step. Raises UsageError where the column is none of steps."""
+    absent, beyond = np.isnan(steps), np.abs(steps) > LARGEST_STEP
+    fraction = ~absent & ~beyond & (steps != np.floor(steps))
+    if 2 * fraction.sum() > len(steps):
+        some = ", ".join(f"{step:g}" for step in steps[fraction][:3])
+        raise UsageError(
+            f"{name}: the steps of {source} are fractions ({some}): epochs or the like, not steps; "
+            "give it a column of whole numbers named step"
+        )
+    for rows, why in (
+        (absent, "they have no step"),
+        (beyond, f"their step is beyond {LARGEST_STEP}"),
+        (fraction, "their step is a fraction"),
+    ):
+        if rows.any():
+            first = "" if rows is absent else f", the first {steps[rows][0]:g}"
+            yield f"{rows.sum()} rows with a loss are left out: {why}{first}"

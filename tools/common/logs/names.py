@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.common.run_dir.metrics import NON_FINITE
 from tools.common.console import UsageError
+from tools.common.logs.cells import has_decimal_commas, is_unread, number_of, step_of
 from tools.common.logs.log import COLUMNS, NAMES, plain_name
 
-MOST = 0.5  # of the rows with a loss: a column of steps that has fewer numbers there counts something else
+MOST = 0.5  # of the rows with a loss: a column of steps that has fewer whole numbers there counts something else
 
 
 def pick(names: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -30,10 +30,29 @@ def step_key(names: Mapping[str, Any], losses: Sequence[float | None], cells: Ca
     plain = {plain_name(name): key for name, key in reversed(names.items())}
     known = [plain[name] for name in NAMES["step"] if name in plain]
     for key in known:
-        numbers = [number_of(cell) for cell, loss in zip(cells(key), losses, strict=True) if loss is not None]
-        if sum(number is not None for number in numbers) > MOST * len(numbers):
+        numbers = [step_of(cell) for cell, loss in zip(cells(key), losses, strict=True) if loss is not None]
+        if sum(number.is_integer() for number in numbers) > MOST * len(numbers):
             return key
     return known[0]
+
+
+def read_columns(
+    name: str, keys: Mapping[str, Any], names: Mapping[str, Any], cells: Callable[[Any], Sequence[object]]
+) -> tuple[list[float], dict[str, list[float | None]], list[str]]:
+    """Return (steps, our numbers, what of them is no number) of a file. keys: as `pick` found them; cells: key -> column."""
+    raw = {column: cells(key) for column, key in keys.items() if column != "step"}
+    comma = has_decimal_commas(name, (cell for values in raw.values() for cell in values))
+    columns = {column: [number_of(cell, decimal_comma=comma) for cell in values] for column, values in raw.items()}
+    steps_at = step_key(names, columns["loss"], cells)
+    step_cells = cells(steps_at)
+    notes = []
+    for column, values in {"step": step_cells, **raw}.items():
+        unread = [cell for cell in values if is_unread(cell) and not (comma and number_of(cell, decimal_comma=True) is not None)]
+        if unread:
+            notes.append(
+                f"{len(unread)} of {len(values)} rows have a {column} that is no number, the first {str(unread[0])[:40]!r}"
+            )
+    return [step_of(cell) for cell in step_cells], columns, notes
 
 
 def float_or_nan(value: object) -> float:
@@ -42,17 +61,3 @@ def float_or_nan(value: object) -> float:
         return float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:
         return math.inf
-
-
-def number_of(cell: object) -> float | None:
-    """Return a cell's number; None if it is empty or text. "NaN" and the like are numbers that are not finite."""
-    if isinstance(cell, str):
-        cell = cell.strip()
-        if cell in NON_FINITE:
-            return NON_FINITE[cell]
-    if cell is None or cell == "" or isinstance(cell, bool):
-        return None
-    try:
-        return float(cell)
-    except (TypeError, ValueError, OverflowError):
-        return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-import math
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from tools.common.console import UsageError
 from tools.common.logs.json_logs import TRAINER_STATE, read_json
 from tools.common.logs.log import NAMES, Log, build_arrays, build_log, plain_name
 from tools.common.logs.log_open import delimiter_of, open_text
-from tools.common.logs.names import number_of, pick, step_key
+from tools.common.logs.names import pick, read_columns
 
 RUN_COLUMNS = ("file", "run")  # text columns that name the runs in one table
 WANDB_BOUNDS = ("__MIN", "__MAX")  # beside each of its columns
@@ -52,42 +53,73 @@ def read_csv(path: Path) -> list[Log]:
         keys = pick(names, path)
         run_column = next((i for i, name in enumerate(header) if plain_name(name) in RUN_COLUMNS), None)
         if run_column is None:
-            log = _read_numbers(path, keys, delimiter)
+            log = _read_numbers(path, keys, delimiter, len(header))
             if log is not None:
                 return [log]
-        runs: dict[str, list[list[str]]] = defaultdict(list)
-        for row in csv.reader((line.replace("\0", "") for line in file), delimiter=delimiter):
-            if len(row) == len(header):  # the last line of a table still being written may be short
-                runs["" if run_column is None else row[run_column]].append(row)
-    if not runs:
-        raise UsageError(f"{path}: a table without any step")
+        rows, notes = _read_rows(csv.reader((line.replace("\0", "") for line in file), delimiter=delimiter), len(header))
+    if not rows:
+        raise UsageError(f"{path}: a table without any step" + (f" ({notes[0]})" if notes else ""))
+    runs: dict[str, list[list[str]]] = defaultdict(list)
+    for row in rows:
+        runs["" if run_column is None else row[run_column]].append(row)
     logs = []
-    for run, rows in runs.items():
-        losses = [number_of(row[keys["loss"]]) for row in rows]
-        steps_at = step_key(names, losses, lambda at, rows=rows: [row[at] for row in rows])
-        cells = {column: [number_of(row[at]) for row in rows] for column, at in (keys | {"step": steps_at}).items()}
-        steps = [math.nan if step is None else step for step in cells.pop("step")]
-        logs.append(build_log(f"{path}:{run}" if run else str(path), "a table", steps, cells))
-    return logs
+    for run, mine in runs.items():
+        name = f"{path}:{run}" if run else str(path)
+        steps, columns, unread = read_columns(name, keys, names, lambda at, mine=mine: [row[at] for row in mine])
+        logs.append(build_log(name, "a table", steps, columns, notes=unread))
+    return [replace(logs[0], notes=(*(f"{path}: {note}" for note in notes), *logs[0].notes)), *logs[1:]]
 
 
-def _read_numbers(path: Path, keys: dict[str, int], delimiter: str) -> Log | None:
-    """Read a table of numbers only, five times as fast; None if a cell is empty or text."""
+def _read_rows(reader: Iterator[list[str]], cells: int) -> tuple[list[list[str]], list[str]]:
+    """Return the rows of a table, and what is left out. Empty cells after the last are ignored."""
+    rows: list[list[str]] = []
+    odd: list[tuple[int, list[str]]] = []
+    count = 0
+    for row in reader:
+        count += bool(row)
+        if len(row) == cells or (len(row) > cells and not any(row[cells:])):
+            rows.append(row)
+        elif row:
+            odd.append((count, row))
+    if odd and odd[-1][0] == count and len(odd[-1][1]) < cells:
+        odd.pop()  # the last line of a table still being written may be short
+    if not odd:
+        return rows, []
+    number, row = odd[0]
+    cure = "" if len(row) < cells else "; put numbers with a comma in quotes, or write decimal points"
+    first = f"the first is row {number}, {','.join(row)[:60]!r} with {len(row)}"
+    return rows, [f"{len(odd)} of {count} rows are left out: they do not have the header's {cells} cells; {first}{cure}"]
+
+
+def _read_numbers(path: Path, keys: dict[str, int], delimiter: str, cells: int) -> Log | None:
+    """Read a table of numbers only, five times as fast; None if a cell is empty or text, or a step is none."""
     with open_text(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's, where there are no rows
         next(line for line in file if line.strip())
         try:
-            numbers = np.loadtxt(file, delimiter=delimiter, usecols=list(keys.values()), ndmin=2, comments=None)
+            numbers = np.loadtxt(
+                _even(file, cells, delimiter), delimiter=delimiter, usecols=list(keys.values()), ndmin=2, comments=None
+            )
         except ValueError:
             return None
     if not len(numbers):
         return None
     columns = dict(zip(keys, numbers.T.copy(), strict=True))
     steps = columns.pop("step")
+    if not (steps == np.floor(steps)).all():
+        return None
     for name, values in columns.items():
         if name != "loss":
             values[np.isnan(values)] = np.inf
     return build_arrays(str(path), "a table", steps, columns, np.ones(len(steps), dtype=bool))
+
+
+def _even(lines: Iterable[str], cells: int, delimiter: str) -> Iterator[str]:
+    """Yield the lines. Raises ValueError for one with more or fewer cells than the header: `1,000,2.5` is not step 1."""
+    for line in lines:
+        if line.count(delimiter) != cells - 1 and line.strip():
+            raise ValueError(line)
+        yield line
 
 
 def _wandb_names(header: list[str], path: Path) -> dict[str, str]:
