@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from recipes.common.run_dir.metrics import NON_FINITE
 from tools.common.console import UsageError
@@ -79,3 +79,21 @@ def has_decimal_commas(name: str, cells: Iterable[object]) -> bool:
     if decimal is None and thousands is None:
         raise UsageError(f"{name} has {either!r}, which may be {either.replace(',', '.')} or {either.replace(',', '')}; {cure}")
     return decimal is not None
+
+
+class Commas:
+    """Tells what the commas in the numbers of a text log are. A line where that is certain decides for those after it."""
+
+    def __init__(self, name: str, *, alone: bool) -> None:
+        """alone: each number has a line of its own, as in OLMo's logs, which separate thousands."""
+        self._name, self._alone, self._decimal = name, alone, False
+
+    def are_decimal(self, numbers: Sequence[str]) -> bool:
+        """Return whether commas are decimal points in the numbers of a line. Raises UsageError where none can tell."""
+        commas = [number for number in numbers if "," in number]
+        if not commas:
+            return False
+        if all(_EITHER.fullmatch(number) for number in commas) and (self._decimal or self._alone):
+            return self._decimal
+        self._decimal = has_decimal_commas(self._name, numbers)
+        return self._decimal

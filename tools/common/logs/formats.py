@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-NUMBER = r"([-+]?(?:\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf))"
+from tools.common.logs.cells import INF, NAN, number_of
+
+STEP = r"(\d+(?:,\d+)*)"
+NUMBER = rf"({NAN}|{INF}|[-+]?(?:\d+(?:,\d+)*\.?\d*(?:[eE][-+]?\d+)?|\.\d+))"
 LETTERS = r"([KMGBTP]\b)?"
 POWERS = {"K": 1, "M": 2, "G": 3, "B": 3, "T": 4, "P": 5}
 
@@ -27,17 +30,19 @@ def number_after(text: str, letters: str = "") -> re.Pattern[str]:
     return re.compile(text + NUMBER + letters, re.IGNORECASE)
 
 
-def number_in(found: re.Match[str]) -> float:
+def number_in(found: re.Match[str], *, decimal_comma: bool = False) -> float:
     """Return the number of a field: its letter, where the format has any, is a power of a thousand."""
     letter = found[2] if found.re.groups > 1 else None
-    return float(found[1].replace(",", "")) * (1000.0 ** POWERS[letter.upper()] if letter else 1.0)
+    number = number_of(found[1], decimal_comma=decimal_comma)
+    number = float(found[1].replace(",", "")) if number is None else number
+    return number * (1000.0 ** POWERS[letter.upper()] if letter else 1.0)
 
 
 # The first format that a log has wins: Megatron-DeepSpeed prints DeepSpeed's lines too.
 FORMATS = (
     Format(
         "a Megatron, Megatron-DeepSpeed or GPT-NeoX log",  # megatron/training/training.py, megatron/logging.py: training_log
-        re.compile(r"(?<!, )iteration\s+(\d+)/\s*\d+ \|"),  # NeMo's follow a comma
+        re.compile(r"(?<!, )iteration\s+" + STEP + r"/\s*[\d,]+ \|"),  # NeMo's follow a comma
         {
             "loss": number_after(r"\| lm[ _]loss(?: value)?: "),
             "grad_norm": number_after(r"\| grad[ _]norm: "),
@@ -50,7 +55,7 @@ FORMATS = (
     ),
     Format(
         "an OLMo or OLMo-core log",  # olmo/train.py: log_metrics_to_console; olmo_core/train/callbacks/console_logger.py
-        re.compile(r"\[step=([\d,]+)/"),
+        re.compile(r"\[step=" + STEP + "/"),
         {
             "loss": number_after(r"^\s*train/(?:CE loss|CrossEntropyLoss)="),
             "grad_norm": number_after(r"^\s*optim/total[ _]grad[ _]norm="),
@@ -60,12 +65,12 @@ FORMATS = (
     ),
     Format(
         "a torchtitan log",  # torchtitan/components/metrics.py
-        re.compile(r"\bstep:\s*(\d+)\s+loss:"),
+        re.compile(r"\bstep:\s*" + STEP + r"\s+loss:"),
         {"loss": number_after(r"\bloss:\s*"), "grad_norm": number_after(r"\bgrad_norm:\s*"), "lr": number_after(r"\blr:\s*")},
     ),
     Format(
         "an llm.c log",  # train_gpt2.cu, stdout
-        re.compile(r"^step\s+(\d+)/\d+ \| loss "),
+        re.compile(r"(?<![a-z] )step\s+" + STEP + r"/[\d,]+ \| loss "),
         {
             "loss": number_after(r"\| loss "),
             "grad_norm": number_after(r"\| norm "),
@@ -76,28 +81,28 @@ FORMATS = (
     ),
     Format(
         "an llm.c main.log",  # llmc/logger.h: logger_log_train
-        re.compile(r"^s:(\d+) trl:"),
+        re.compile(r"(?<![a-z])s:" + STEP + " trl:"),
         {"loss": number_after(r" trl:"), "grad_norm": number_after(r" norm:"), "lr": number_after(r" lr:")},
     ),
     Format(
         "a modded-nanogpt log",  # train_gpt.py: print0
-        re.compile(r"\bstep:(\d+)/\d+ train_loss:"),
+        re.compile(r"step:" + STEP + r"/[\d,]+ train_loss:"),
         {"loss": number_after(r"\btrain_loss:")},
     ),
     Format(
         "a nanoGPT log",  # train.py
-        re.compile(r"^iter (\d+): loss "),
+        re.compile(r"(?<![a-z] )iter " + STEP + ": loss "),
         {"loss": number_after(r": loss "), "seconds": re.compile(r", time " + NUMBER + "ms")},
         milliseconds=True,
     ),
     Format(
         "a DeepSpeed pipeline engine's log",  # deepspeed/runtime/pipe/engine.py: train_batch
-        re.compile(r"\bsteps: (\d+) loss: "),
-        {"loss": number_after(r"\bsteps: \d+ loss: "), "seconds": number_after(r"\biter time \(s\): ")},
+        re.compile(r"steps: " + STEP + " loss: "),
+        {"loss": number_after(r"steps: [\d,]+ loss: "), "seconds": number_after(r"\biter time \(s\): ")},
     ),
     Format(
         "a nanotron log",  # nanotron/logging/base.py: human_format, three digits and a letter
-        re.compile(r"\biteration: (\d+) / \d+ \|"),
+        re.compile(r"\biteration: " + STEP + r" / [\d,]+ \|"),
         {
             "loss": number_after(r"\| lm_loss: ", LETTERS),
             "grad_norm": number_after(r"\| grad_norm: ", LETTERS),
@@ -108,7 +113,7 @@ FORMATS = (
     ),
     Format(
         "a NeMo log",  # nemo/lightning/pytorch/callbacks/progress_printer.py
-        re.compile(r"\bTraining epoch \d+, iteration \d+/\d+ \|.*\| global_step: (\d+) \|.*\breduced_train_loss: "),
+        re.compile(r"Training epoch \d+, iteration \d+/\d+ \|.*?\| global_step: " + STEP + r" \|.*?\breduced_train_loss: "),
         {
             "loss": number_after(r"\breduced_train_loss: "),
             "grad_norm": number_after(r"\| grad_norm: "),
@@ -118,7 +123,7 @@ FORMATS = (
     ),
     Format(
         "a NeMo progress bar",  # pytorch_lightning/callbacks/progress/tqdm_progress.py: five characters a number at least
-        re.compile(r"\bEpoch \d+:.*\breduced_train_loss=.*\bglobal_step=(\d+)"),
+        re.compile(r"\bEpoch \d+:.*?\breduced_train_loss=.*?\bglobal_step=" + STEP),
         {
             "loss": number_after(r"\breduced_train_loss="),
             "grad_norm": number_after(r"\bgrad_norm="),
@@ -128,7 +133,7 @@ FORMATS = (
     ),
     Format(
         "a Hugging Face console log",  # transformers/trainer_callback.py: ProgressCallback.on_log prints a dictionary
-        re.compile(r"""\{['"]loss['"]: .*['"]epoch['"]: """),
+        re.compile(r"""\{['"]loss['"]: .*?['"]epoch['"]: """),
         {
             "loss": number_after(r"""\{['"]loss['"]: ['"]?"""),
             "grad_norm": number_after(r"""['"]grad_norm['"]: ['"]?"""),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 from tools.common.console import UsageError
+from tools.common.logs.cells import Commas
 from tools.common.logs.formats import FORMATS, Format, number_after, number_in
 from tools.common.logs.log import COLUMNS, Log, build_log
 from tools.common.logs.log_open import describe, open_text
@@ -39,7 +40,7 @@ def read_text(path: Path) -> Log:
             "directories"
         )
     with open_text(path) as file:
-        rows, resumes = parse(file, found)
+        rows, resumes = parse(file, found, str(path))
     if rows and all(row.values.get("loss") == PLACEHOLDER for row in rows):
         raise UsageError(
             f"{path} is {found.name} of a rank without the last pipeline stage: each loss is -1, which stands for none. Read the "
@@ -70,23 +71,23 @@ def _formats_of(line: str) -> set[str]:
     return {known.name for known in FORMATS if known.step.search(line)}
 
 
-def parse(lines: Iterable[str], found: Format) -> tuple[list[Row], list[int]]:
-    """Return the rows of the log in order, and the steps after which it resumed."""
+def parse(lines: Iterable[str], found: Format, name: str) -> tuple[list[Row], list[int]]:
+    """Return the rows of the log `name` in order, and the steps after which it resumed."""
     rows: list[Row] = []
     resumes: list[int] = []
     scale: float | None = None
     counter = StepCounter()
-    for line in _plain(lines):
+    commas = Commas(name, alone=found.block)
+    for line, started, rank in _records(_plain(lines), found):
         if found.counted:
             counter.see(line)
-        started = found.step.search(line)
         if started:
             counter.mark()
-            rows.append(Row(rank_of(line), 0 if found.counted else int(started[1].replace(",", "")), {}))
+            rows.append(Row(rank, 0 if found.counted else int(started[1].replace(",", "")), {}))
             if scale is not None:
                 rows[-1].values["loss_scale"] = scale
         if started or (found.block and rows):
-            _take_numbers(line, found, rows[-1].values)
+            _take_numbers(line, found, rows[-1].values, commas)
         else:
             lowered = SCALE.search(line)
             scale = float(lowered[1].replace(",", "")) if lowered else scale
@@ -99,11 +100,32 @@ def parse(lines: Iterable[str], found: Format) -> tuple[list[Row], list[int]]:
     return rows, list(dict.fromkeys(resumes))
 
 
-def _take_numbers(line: str, found: Format, values: dict[str, float]) -> None:
-    for name, pattern in found.fields.items():
-        value = pattern.search(line)
-        if value:
-            values[name] = number_in(value)
+def _records(lines: Iterable[str], found: Format) -> Iterator[tuple[str, re.Match[str] | None, str | None]]:
+    """Yield (text, its step, its rank): a line, or each record of a line that several were written into."""
+    for line in lines:
+        starts = list(found.step.finditer(line))
+        if len(starts) < 2 or found.block:
+            yield line, starts[0] if starts else None, rank_of(line) if starts else None
+            continue
+        rank, begin, ends = rank_of(line), 0, [*(_end(line, *pair, found) for pair in pairwise(starts)), len(line)]
+        for before, start, end in zip([None, *starts], starts, ends, strict=False):
+            if before is not None:
+                rank = rank_of(line[before.end() : start.start()].rpartition("|")[2]) or rank
+            yield line[begin:end], start, rank
+            begin = end
+
+
+def _end(line: str, record: re.Match[str], following: re.Match[str], found: Format) -> int:
+    """Return where a record ends in a line of several. A progress bar after it belongs to the one that follows."""
+    closed = line.find("}", record.end(), following.start()) + 1 if found.counted else 0
+    return closed or following.start()
+
+
+def _take_numbers(line: str, found: Format, values: dict[str, float], commas: Commas) -> None:
+    fields = {name: value for name, pattern in found.fields.items() if (value := pattern.search(line))}
+    comma = commas.are_decimal([value[1] for value in fields.values()])
+    for name, value in fields.items():
+        values[name] = number_in(value, decimal_comma=comma)
     if found.omits_nan and "loss" not in values and _lost_its_loss(line, values):
         values["loss"] = math.nan
 
