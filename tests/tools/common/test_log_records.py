@@ -70,3 +70,9 @@ def test_a_loss_that_is_not_finite_is_seen_however_it_is_spelled(tmp_path, nan):
     log = read(tmp_path, line(1, "2.5") + line(2, nan, "1.#INF") + line(3, "1.#INF"))
     np.testing.assert_equal(log.columns["loss"], [2.5, np.nan, np.inf])
     assert log.columns["grad_norm"].tolist() == [0.5, np.inf, 0.5]
+
+
+def test_lines_without_a_loss_that_is_a_number_are_counted(tmp_path):
+    log = read(tmp_path, line(1, "2.5") + line(2, "lost") + line(3, "2.25"))
+    assert log.steps.tolist() == [1, 3]
+    assert log.notes == (f"{tmp_path / 'train.log'}: 1 of 3 steps are left out: their lines have no loss that is a number",)

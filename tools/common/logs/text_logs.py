@@ -50,7 +50,9 @@ def read_text(path: Path) -> Log:
     columns = {name: [values.get(name) for _, values in merged] for name in COLUMNS}
     if found.milliseconds:
         columns["seconds"] = [value and value / 1000 for value in columns["seconds"]]
-    return build_log(str(path), found.name, [step for step, _ in merged], columns, resumes)
+    absent = sum(loss is None for loss in columns["loss"])
+    notes = [f"{absent} of {len(merged)} steps are left out: their lines have no loss that is a number"] if absent else []
+    return build_log(str(path), found.name, [step for step, _ in merged], columns, resumes, notes)
 
 
 def sniff(lines: Iterable[str]) -> Format | None:
