@@ -14,8 +14,10 @@ from recipes.common.run_dir.segments import append_segment
 from recipes.common.run_dir.tensor_stats import StatsWriter
 from tests.support.browser import CHROMIUM, browser
 from tests.support.small_runs import call
+from tools.common.console import UsageError
 from tools.spikes.report import report
 from tools.spikes.report_page.columns import Columns, extremes
+from tools.spikes.report_page.heat_map import read_slice
 
 STEPS, ONSET, REWOUND = 600, 320, (450, 480)
 NAME = "</script><!--<script>"  # ends an element, or keeps it from ending, where it is not escaped
@@ -232,3 +234,25 @@ def test_mistakes_are_reported(tmp_path):
         made = call("spikes", "report", *words)
         assert made.code == 2
         assert message in made.err
+
+
+@pytest.mark.parametrize("reaction", [{}, {"kind": "spike", "skipped": 5}, [1]])
+def test_a_black_box_whose_fields_are_damaged_is_named(run, tmp_path, reaction):
+    copy = shutil.copytree(run, tmp_path / "run")
+    path = copy / "events" / "step_00000470_diverged" / "event.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"onset_step": 470, "written_step": 480, "actionable": True, "reaction": reaction}))
+    made = call("spikes", "report", copy)
+    assert (made.code, made.out) == (2, "") and made.err.count("\n") == 1 and f"{path}: not laid out" in made.err
+    path.write_text(json.dumps({"onset_step": ONSET, "written_step": 480, "actionable": True}))
+    assert call("spikes", "report", copy).code == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04" + bytes(60)])
+def test_damaged_statistics_of_a_black_box_are_named(tmp_path, content):
+    file = tmp_path / "events" / "step_00000005_spike" / "tensor_stats.npz"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=r"is damaged .*; delete it") as error:
+        read_slice(tmp_path, file.parent.name, 5, 6)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)

@@ -21,8 +21,11 @@ SAME_STEPS = 2  # an event seen live and one seen in the whole log are the same 
 def list_events(source: Path, seen: Sequence[Event]) -> list[dict[str, Any]]:
     """Return the events by onset: those detected in the log as it stands, and those of undone steps from their black boxes."""
     boxes = read_boxes(source) if is_run(source) else []
-    undone = [box for box in boxes if box["reaction"] is not None]
-    events = [_from_box(box) for box in undone]
+    undone = [box for box in boxes if box.get("reaction") is not None]
+    events = []
+    for box in undone:
+        with laid_out(source / "events" / box["folder"] / "event.json"):
+            events.append(_from_box(box))
     for event in seen:
         box = next((b for b in boxes if b not in undone and abs(b["onset_step"] - event.onset_step) <= SAME_STEPS), None)
         events.append(_from_event(event, box))
@@ -39,7 +42,7 @@ def _from_event(event: Event, box: dict[str, Any] | None) -> dict[str, Any]:
         "first_signal": event.first_signal,
         "lead": event.lead_steps,
         "actionable": event.actionable,
-        "done": "" if box is None else (box["hopeless"] or "logged, with a black box"),
+        "done": "" if box is None else (box.get("hopeless") or "logged, with a black box"),
         "box": None if box is None else box["folder"],
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 
 from recipes.common.monitor.parameter_groups import PARTS, group_of
 from recipes.common.run_dir.tensor_stats import read_stats
+from tools.common.console import UsageError
 
 STEPS_BEFORE, STEPS_AFTER, LONGEST = 48, 16, 128
 MOST = 3.0  # powers of two, either way, at which the colours end
@@ -35,10 +38,7 @@ def read_slice(run_dir: Path, box: str | None, onset: int, last: int) -> Slice |
     first, last = onset - STEPS_BEFORE, min(last, onset + LONGEST) + STEPS_AFTER
     file = run_dir / "events" / (box or "") / "tensor_stats.npz"
     if box and file.is_file():
-        with np.load(file) as arrays:
-            prefix = "values/"
-            values = {key.removeprefix(prefix): arrays[key] for key in arrays.files if key.startswith(prefix)}
-            found = Slice(arrays["steps"], tuple(arrays["names"].tolist()), values)
+        found = _read_box(file)
     elif (run_dir / "tensor_stats").is_dir():
         stats = read_stats(run_dir, first, last)
         found = Slice(stats.steps, stats.names, stats.values)
@@ -48,6 +48,17 @@ def read_slice(run_dir: Path, box: str | None, onset: int, last: int) -> Slice |
     if inside.sum() < 2:
         return None
     return Slice(found.steps[inside], found.names, {stat: values[inside] for stat, values in found.values.items()})
+
+
+def _read_box(file: Path) -> Slice:
+    """Read the statistics in a black box. Raises UsageError for a damaged file."""
+    prefix = "values/"
+    try:
+        with np.load(file) as arrays:
+            values = {key.removeprefix(prefix): arrays[key] for key in arrays.files if key.startswith(prefix)}
+            return Slice(arrays["steps"], tuple(arrays["names"].tolist()), values)
+    except (ValueError, KeyError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UsageError(f"{file} is damaged ({' '.join(str(error).split())[:100]}); delete it") from None
 
 
 def heat_map(found: Slice, onset: int) -> dict[str, Any]:
