@@ -138,3 +138,24 @@ def _refusals():
 
 def test_what_cannot_be_handed_on_is_refused_with_the_reason():
     assert run_ranks(_refusals, 1)[0] == ["ValueError: planted", "its layers cannot be parted"]
+
+
+def _changed_between():
+    """What is said of a model that changes hidden states between its layers."""
+    planned = plan_model(GEMMA_3N, attention="eager")
+
+    def changing(config, attention):
+        causal = build_empty(config, attention)
+        for layer in causal.model.layers:
+            layer.register_forward_pre_hook(lambda module, args: (args[0] + 1.0, *args[1:]))
+        return causal
+
+    crossings.build_empty = changing
+    with pytest.raises(PlanError) as refused:
+        find_crossings(planned.causal, planned.stack, "eager", [range(0, 1), range(1, 8)])
+    return str(refused.value)
+
+
+def test_hidden_states_that_change_between_layers_are_refused():
+    reason = "layer 1 is not given what layer 0 returns"
+    assert run_ranks(_changed_between, 1)[0] == f"model_type=gemma3n_text cannot be partitioned into stages: {reason}"
