@@ -20,6 +20,7 @@ def work(x: int, group, *, deep: bool = True):
     assert y < 5
     return y
 '''
+DOUBLED = "total = all_reduce(all_reduce(x, group, own=own), group, own=own)"
 PLANTED = [
     ("collective", "y = (x * 4) if deep else -x"),
     ("collective", "y = all_reduce(all_reduce(x * 4, group), group) if deep else -x"),
@@ -67,10 +68,18 @@ def test_a_line_is_found_by_the_judge_that_calls_it():
     assert run_ranks(_fates, 1) == [{"found": "verify quickstart tensor=2 zero1", "survives": None}]
 
 
+def test_tests_that_share_a_start_of_ranks_are_asked_too():
+    """Of the tests of a file only the first that uses a fixture is seen to call what the fixture runs."""
+    (mutation,) = [m for m in find(ROOT, "recipes/common/parallel/collectives.py") if m.after == DOUBLED]
+    function = f"{mutation.file}:{mutation.function}"
+    seconds = {"a.py::first": 3.0, "a.py::second": 0.1, "b.py::other": 0.1, "verify x": 5.0}
+    calls = {name: {function} if name in ("a.py::first", "verify x") else set() for name in seconds}
+    assert mutants.Baseline(seconds, calls).judges_of(mutation) == ["a.py::first", "verify x", "a.py::second"]
+
+
 def _fates():
     """Plant a doubled sum over tensor ranks where a tensor layout is judged; or not: its function is called by no judge."""
-    after = "total = all_reduce(all_reduce(x, group, own=own), group, own=own)"
-    (mutation,) = [m for m in find(ROOT, "recipes/common/parallel/collectives.py") if m.after == after]
+    (mutation,) = [m for m in find(ROOT, "recipes/common/parallel/collectives.py") if m.after == DOUBLED]
     name = mutants.judges.GATES[0].name
     called = {"found": f"{mutation.file}:{mutation.function}", "survives": ""}
     with mutants._copy_of_the_tree() as copy:

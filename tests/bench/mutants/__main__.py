@@ -60,10 +60,15 @@ class Baseline:
     calls: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # judge -> "file:function", by qualified names
 
     def judges_of(self, mutation: Mutation) -> list[str]:
-        """Return the judges that call the function of a wrong line, the cheapest first."""
+        """Return the judges that call the function of a wrong line, the cheapest first, then all other tests of their files.
+
+        What tests share, a start of ranks, has run for the first of them: only that one was seen to call anything.
+        """
         function = f"{mutation.file}:{mutation.function}"
         able = [name for name in self.seconds if not mutation.function or function in self.calls[name]]
-        return sorted(able, key=self.seconds.__getitem__)
+        files = {name.partition("::")[0] for name in able if "::" in name}
+        shared = [name for name in self.seconds if name.partition("::")[0] in files and name not in able]
+        return [name for names in (able, shared) for name in sorted(names, key=self.seconds.__getitem__)]
 
 
 @dataclass(frozen=True)

@@ -226,3 +226,21 @@ def test_a_rank_has_the_mean_of_its_part():
     divided = [trial.deepspeed | {"gradient_predivide_factor": 2.0}, trial.deepspeed | {"prescale_gradients": True}]
     trials = [trial, *(replace(trial, deepspeed=config) for config in divided)]
     assert run_ranks(_reduced, 4, trials) == [[True] * 6] * 4
+
+
+def _masters(trial):
+    """Are the optimizer's weights the model's own, and do they change together?"""
+    trainer = build_trial_trainer(trial)
+    optimizer = trainer.engine.optimizer
+    masters = optimizer.single_partition_of_fp32_groups
+    parts = [parts[dist.get_rank(group)] for parts, group in zip(
+        optimizer.parallel_partitioned_bit16_groups, optimizer.real_dp_process_group, strict=True
+    )]  # fmt: skip
+    before = [master.clone() for master in masters]
+    trainer.train_step(rank_batches(trial, trainer)[0], 1e-3, trial.global_seqs * trial.seq_len)
+    one = [master.data_ptr() == part.data_ptr() for master, part in zip(masters, parts, strict=True)]
+    return all(one), any(not master.equal(old) for master, old in zip(masters, before, strict=True))
+
+
+def test_fp32_weights_are_their_own_master_weights():
+    assert run_ranks(_masters, 4, trial_of(WHOLE, precision="fp32", tensor=2)) == [(True, True)] * 4

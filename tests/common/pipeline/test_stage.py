@@ -5,9 +5,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from recipes.common.parallel.grid import one_process
+from recipes.common.config.placement import coordinates
+from recipes.common.model.main_grads import give_main_grad
+from recipes.common.parallel.grid import Grid, one_process
 from recipes.common.pipeline import layer_options
 from recipes.common.pipeline import stage as stage_module
+from recipes.common.pipeline.stage import build_stage, plan_model
 from recipes.common.recipe import Layout
 from tests.support.stages import FAMILIES, config_of, stages_of
 from tests.support.tiny import tiny_config
@@ -107,3 +110,18 @@ def _recomputed(options):
     layout = Layout(**options)
     stage_module.build_stage(stage_module.plan_model(config_of("llama"), layout), one_process(), layout, seq_len=16)
     return asked
+
+
+def _added_by_rows(tensor):
+    layout = Layout(tensor=tensor)
+    grid = Grid(**(vars(one_process()) | vars(coordinates(0, tensor, layout))))
+    stage = build_stage(plan_model(tiny_config("llama"), layout), grid, layout, seq_len=16, draw=False)
+    embedding = stage.causal.get_input_embeddings()
+    give_main_grad(embedding.weight, torch.zeros_like(embedding.weight), lambda: None)
+    found = embedding(torch.arange(4).view(1, 4))
+    return type(found.grad_fn).__name__
+
+
+@pytest.mark.parametrize(("tensor", "by_rows"), [(1, True), (2, False)])
+def test_an_embedding_that_one_rank_has_whole_adds_its_gradient_by_rows(tensor, by_rows):
+    assert (run_ranks(_added_by_rows, 1, tensor)[0] == "_LookUpBackward") == by_rows
