@@ -54,7 +54,7 @@ def _whole_keys(node: ast.expr | None) -> tuple[int, ...] | None:
 def read_hostfile(path: Path) -> dict[str, int]:
     """Return host -> ranks, in order. DeepSpeed's format: lines of `HOST slots=N`; # begins a comment."""
     hosts: dict[str, int] = {}
-    problems = []
+    problems, seen = [], set()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -64,12 +64,13 @@ def read_hostfile(path: Path) -> dict[str, int]:
         if not words:
             continue
         slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
-        if not _SLOTS.fullmatch(slots) or host_key(words[0]) in set(map(host_key, hosts)):
+        if not _SLOTS.fullmatch(slots) or host_key(words[0]) in seen:
             problems.append(f"line {number}: {line.strip()[:80]!r} must be `HOST slots=N`, each host once")
         elif problem := host_problem(words[0]):
             problems.append(f"line {number}: {problem}")
         else:
             hosts[words[0]] = int(slots)
+            seen.add(host_key(words[0]))
     if problems:
         raise UsageError(f"--hostfile {path}, " + "; ".join(problems))
     if not hosts:
