@@ -11,6 +11,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 
 import torch
 
@@ -81,11 +82,19 @@ def compiled_operator(
     shapes: computes, of tensors without memory, results of the same shapes.
     """
     full_name = f"{name}_{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    compiled = torch.compile(function, fullgraph=True, dynamic=None if rows_vary else False)
+    compiled = torch.compile(_of_its_own(function, full_name), fullgraph=True, dynamic=None if rows_vary else False)
     _LIBRARY.define(f"{full_name}(Tensor[] inputs) -> Tensor[]")
     _implement(full_name, lambda inputs: _listed(compiled(*_detached(inputs))))
     torch.library.register_fake(f"trifold::{full_name}", lambda inputs: _listed(shapes(*inputs)), lib=_LIBRARY)
     return getattr(torch.ops.trifold, full_name)
+
+
+def _of_its_own(function: Function, name: str) -> Function:
+    """Return the same function with code of its own: torch counts compilations by that, and gives up after eight."""
+    if not isinstance(function, FunctionType):
+        return function
+    code = function.__code__.replace(co_name=name)
+    return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
 
 def compiled_update(name: str, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -97,7 +106,7 @@ def compiled_update(name: str, function: Callable[..., torch.Tensor]) -> Callabl
     def update(changed: torch.Tensor, *others: torch.Tensor) -> None:
         changed.copy_(function(changed, *others))
 
-    compiled = torch.compile(update, fullgraph=True, dynamic=False)
+    compiled = torch.compile(_of_its_own(update, name), fullgraph=True, dynamic=False)
 
     def run(changed: torch.Tensor, others: list[torch.Tensor]) -> torch.Tensor:
         compiled(changed.detach(), *_detached(others))

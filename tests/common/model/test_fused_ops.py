@@ -36,12 +36,24 @@ def _of_any_rows():
     return worst
 
 
+def _of_one_code():
+    """Return what differs of two operators, gradients too, whose functions one line made, where torch compiles it once."""
+    worst = 0.0
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for factor in (2.0, 3.0):
+            x = torch.randn(4, 8, requires_grad=True)
+            run = fused(Fusable("scaled", f"a test's {factor}", 1, lambda x, factor=factor: x.square() * factor))
+            (grad,) = torch.autograd.grad(run(x).sum(), x)
+            worst = max(worst, (grad - 2 * factor * x).abs().max().item())
+    return worst
+
+
 def _compiled():
     """In one process, for what torch does before its first kernel takes longer than all of these."""
     config = torch._inductor.config
     config.compile_threads = 1  # no pool of processes for five kernels
     config.cpp.vec_isa_ok = False  # torch would compile a program for each instruction set that the CPU may have
-    return _differences(), _of_any_rows()
+    return _differences(), _of_any_rows(), _of_one_code()
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +71,11 @@ def test_a_compiled_function_and_its_gradients(compiled):
 def test_rows_may_vary_more_often_than_torch_compiles_for_sizes(compiled):
     """It gives up after eight."""
     assert compiled[1] <= 1e-6
+
+
+def test_each_operator_is_compiled_on_its_own_account(compiled):
+    """A model has more kinds of gradients than torch compiles of one code."""
+    assert compiled[2] <= 1e-5
 
 
 def _shapes_without_memory():
