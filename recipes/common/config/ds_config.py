@@ -62,6 +62,11 @@ def zero_stage(config: dict[str, Any]) -> int:
     return stage if type(stage) is int else 0
 
 
+def sums_gradients_by_step(config: dict[str, Any]) -> bool:
+    """Return whether each weight has one fp32 sum of a step's gradients, to which products add (`engine.gradient_path`)."""
+    return zero_stage(config) == 1 and "offload_optimizer" not in config["zero_optimization"]
+
+
 def merge_ds_config(config: dict[str, Any], recipe: Recipe, sizes: Sizes, accumulation: int) -> dict[str, Any]:
     """Return the dict for `deepspeed.initialize`: the file's keys and what follows from the recipe. `config` is not changed.
 

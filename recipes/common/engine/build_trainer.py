@@ -8,12 +8,15 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedConfig
 
+from recipes.common.config.ds_config import precision as ds_precision
+from recipes.common.config.ds_config import sums_gradients_by_step
 from recipes.common.data.blend import data_folders
 from recipes.common.data.shards import read_manifest
 from recipes.common.engine.startup import device_is_bound, start_distributed
 from recipes.common.engine.trainer import Trainer
 from recipes.common.engine.untouched import Untouched
 from recipes.common.model.routers import GLOBAL_BATCH, SEQUENCE
+from recipes.common.parallel.cross_entropy import last_part_share
 from recipes.common.parallel.first_messages import exchange_first_messages
 from recipes.common.parallel.grid import build_grid, make_router_group
 from recipes.common.pipeline.stage import NO_ROUTER_LOSS, Stage, build_stage, plan_model
@@ -63,12 +66,20 @@ def build_trainer(
         torch_linears=torch_linears,
         draw=draw,
         router_group=make_router_group(grid, **shared) if planned.routers.balances else None,
+        late_head=_late_head(ds_config, layout, seq_len, chunk_tokens),
     )
     if device_is_bound() and layout.pipeline > 1:
         _refuse_deadlocks(stage, {ds_config["gradient_accumulation_steps"], *ramp})
     trainer = Trainer(stage, grid, optimizer, ds_config, document_end)
     trainer.untouched = Untouched(trainer)
     return trainer
+
+
+def _late_head(ds_config: dict[str, Any], layout: Layout, seq_len: int, chunk_tokens: int) -> float:
+    """Return the share of the head's weight gradient that can wait: in a pipeline, where the loss adds to the step's sums."""
+    if layout.pipeline == 1 or not sums_gradients_by_step(ds_config) or ds_precision(ds_config) == "fp16":
+        return 0.0
+    return last_part_share(ds_config["train_micro_batch_size_per_gpu"] * seq_len // layout.context, chunk_tokens)
 
 
 def _refuse_deadlocks(stage: Stage, micro_batches: set[int]) -> None:

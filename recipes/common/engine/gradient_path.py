@@ -23,7 +23,7 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-from recipes.common.config.ds_config import zero_stage
+from recipes.common.config.ds_config import sums_gradients_by_step
 from recipes.common.engine.optimizers import WholeUnitsAdamW
 from recipes.common.model.main_grads import give_main_grad
 from recipes.common.parallel.collectives import take_gradient_sums
@@ -45,8 +45,7 @@ assert hasattr(DeepSpeedEngine, "buffered_allreduce_fallback"), "DeepSpeed reduc
 def bucket_elements(ds_config: dict[str, Any], grid: Grid) -> int | None:
     """Return how many elements a bucket should have; None where gradients do not go our way, or there is one data rank."""
     zero = ds_config["zero_optimization"]
-    ours = zero_stage(ds_config) == 1 and "offload_optimizer" not in zero
-    return int(zero.get("reduce_bucket_size", 5e8)) if ours and grid.data > 1 else None
+    return int(zero.get("reduce_bucket_size", 5e8)) if sums_gradients_by_step(ds_config) and grid.data > 1 else None
 
 
 def own_gradients(engine: DeepSpeedEngine, grid: Grid, late: Collection[nn.Parameter]) -> GradientBuckets | None:

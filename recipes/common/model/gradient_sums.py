@@ -1,7 +1,8 @@
 """Adds up in fp32 the gradients that a micro batch's parts have of the same weights: the head's, a chunk of tokens at a time.
 
 A product's gradient goes into its sum inside the product, on a GPU: it is never rounded, nor written by itself. The sum is the
-micro batch's, or at once the step's, where it is known by what the micro batch's would be multiplied.
+micro batch's, or at once the step's, where it is known by what the micro batch's would be multiplied. The step's may have the
+last part's products later: in a pipeline other ranks wait for the gradient of the head's input, and none for its weight's.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ class GradientSums:
         else:
             known.add_(gradient)
 
+    def begin_last_part(self) -> None:
+        """Hear that the gradients to come are a micro batch's last."""
+
     def take(self, parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
         """Return the sums of `parameters`, None where there is none, and forget them."""
         taken = [self._sums.pop(parameter, None) for parameter in parameters]
@@ -44,8 +48,31 @@ class GradientSums:
 class StepSums:
     """The sums that the weights have of a whole step, in the place of GradientSums."""
 
+    def __init__(self, *, late: bool = False) -> None:
+        """late: products of a micro batch's last part wait until `finish`."""
+        self._late, self._in_last_part = late, False
+        self._waiting: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor, Product]] = []
+
+    @property
+    def waiting(self) -> frozenset[nn.Parameter]:
+        """Return the weights whose sums lack a product."""
+        return frozenset(weight for weight, *_ in self._waiting)
+
     def put(self, weight: nn.Parameter, left: torch.Tensor, right: torch.Tensor, product: Product) -> None:
-        main_grad_of(weight).add_product(left, right, product)
+        self._waiting.append((weight, left, right, product))
+        if not (self._late and self._in_last_part):
+            self.finish()
+
+    def begin_last_part(self) -> None:
+        self._in_last_part = True
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Add the products that wait: they hold the logits' gradient of the last part."""
+        self._in_last_part = False
+        while self._waiting:
+            weight, left, right, product = self._waiting.pop(0)
+            main_grad_of(weight).add_product(left, right, product)
 
     def add(self, weight: nn.Parameter, gradient: torch.Tensor) -> None:
         main_grad_of(weight).add(gradient)

@@ -61,6 +61,11 @@ def vocabulary_loss(
     return _VocabularyLoss.apply(flat, args, *head)
 
 
+def last_part_share(tokens: int, chunk_tokens: int) -> float:
+    """Return which share of a micro batch's tokens the loss computes last, whose weight gradient may wait (see StepSums)."""
+    return ((tokens - 1) % chunk_tokens + 1) / tokens
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Where each target [tokens] lies among this rank's rows."""
@@ -96,6 +101,8 @@ class _VocabularyLoss(torch.autograd.Function):
                 scores = values.clone() if shared else values
                 found[:, part] = score(scores, rows.of(part), group, z_loss if learn else None, scale)
             if learn:
+                if start + chunk_tokens >= tokens:
+                    head_sums.begin_last_part()
                 grads = torch.autograd.grad(logits, [chunk, *head], scores.unsqueeze(0), allow_unused=True)
                 grad_hidden[:, part] = grads[0]
                 for parameter, grad in zip(head, grads[1:], strict=True):

@@ -2,7 +2,8 @@
 
 DeepSpeed's own engine, which runs 1F1B alone, computes nothing while a message is under way; here messages go beside the
 computation. With a zero bubble, a backward pass computes the input's gradient and defers the weights'
-(recipes.common.model.weight_grad_store) to a later pass. `streams` plays these programs: where each pair of ranks has a stream,
+(recipes.common.model.weight_grad_store) to a later pass. In all schedules the head's comes when the gradient of the last layers'
+input is on its way. `streams` plays these programs: where each pair of ranks has a stream,
 no schedule of ours deadlocks.
 """
 
@@ -139,10 +140,11 @@ class PipelineExecutor:
         return frozenset() if len(stores[0]) else frozenset(stores[0].weights - self.buckets.visited)
 
     def _without_deferred(self, parameters: Parameters, step: Pass) -> Parameters:
-        """Leave out those whose gradients are in a store after `step`, or come from it later."""
-        if step.kind != INPUTS or not self._stage.weight_grad_stores:
+        """Leave out those whose gradients are in a store after `step`, or come from it later, or after the head's input's."""
+        if step.kind != INPUTS:
             return parameters
-        return parameters.difference(*(store.weights for store in self._stage.weight_grad_stores))
+        stores = self._stage.weight_grad_stores
+        return parameters.difference(self._stage.head_sums.waiting, *(store.weights for store in stores))
 
     def _message(self, step: Pass) -> Message | None:
         """Return what `step` needs from another rank, if anything."""
@@ -187,6 +189,8 @@ class PipelineExecutor:
                 _backward_through(self._engine, out, gradient)
         if chunk:
             self._deliver(Message(INPUTS, i, chunk - 1), x.grad, mail)
+        if gradient is None:
+            self._stage.head_sums.finish()
 
     def _weight_gradients(self, step: Pass, micro_batches: int) -> None:
         self._engine._running_engine_backward = True  # else DeepSpeed's hooks take this for the user's own backward pass

@@ -164,18 +164,18 @@ def _lengths(prefix: list[float], start: int, budget: float, most: int, around: 
 
 
 def pass_costs(
-    layers: list[float], attention: list[float], head: float, chunks: list[range], recomputed: range
+    layers: list[float], attention: list[float], head: float, chunks: list[range], recomputed: range, late_head: float
 ) -> tuple[Costs, ...]:
     """Return the costs of every chunk's passes.
 
-    The head's gradients are computed with the loss, in the last chunk's forward pass; attention's scores have no weights, and
-    twice the work in the backward pass.
+    The head's gradients are computed with the loss, in the last chunk's forward pass, but of its weight's the share `late_head`;
+    attention's scores have no weights, and twice the work in the backward pass.
     """
     found = []
     for chunk in chunks:
         cost = sum(layers[index] for index in chunk)
         again = sum(layers[index] for index in chunk if index in recomputed)
         scores = sum(attention[index] for index in chunk)
-        loss = 3.0 * head if chunk is chunks[-1] else 0.0
-        found.append(Costs(cost + loss, cost + scores + again, cost - scores))
+        loss, late = ((3.0 - late_head) * head, late_head * head) if chunk is chunks[-1] else (0.0, 0.0)
+        found.append(Costs(cost + loss, cost + scores + again, cost - scores, late))
     return tuple(found)

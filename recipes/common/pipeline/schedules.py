@@ -44,6 +44,7 @@ class Costs(NamedTuple):
     forward: float
     inputs: float
     weights: float
+    late: float = 0.0  # of the rank after `inputs`, for whose end nobody waits
 
     def of(self, kind: str) -> float:
         return self[(FORWARD, INPUTS, WEIGHTS).index(kind)]
@@ -147,7 +148,8 @@ class _Folded:
         self, pipeline: int, micro_batches: int, costs: tuple[Costs, ...], max_deferred: int, forward_first: bool
     ) -> None:
         self.pipeline, self.micro_batches = pipeline, micro_batches
-        self.seconds = dict(zip((FORWARD, INPUTS, WEIGHTS), zip(*costs, strict=True), strict=True))
+        *seconds, self.late = zip(*costs, strict=True)
+        self.seconds = dict(zip((FORWARD, INPUTS, WEIGHTS), seconds, strict=True))
         self.max_deferred, self.was_limited = max_deferred, False
         self.priorities = {FORWARD: 0, INPUTS: 1} if forward_first else {FORWARD: 1, INPUTS: 0}
         # when each pass ended, by kind and chunk: those of a chunk run in order, so a row's length counts them
@@ -159,7 +161,7 @@ class _Folded:
 
     def run(self, shortest: float) -> float:
         """Fill `passes` and return when the last one ends; give up at infinity once that must be later than `shortest`."""
-        a_micro_batch = [sum(of_chunk) for of_chunk in zip(*self.seconds.values(), strict=True)]
+        a_micro_batch = [sum(of_chunk) for of_chunk in zip(*self.seconds.values(), self.late, strict=True)]
         needed = [self.micro_batches * (a_micro_batch[rank] + a_micro_batch[-1 - rank]) for rank in range(self.pipeline)]
         nexts = [self._next(rank) for rank in range(self.pipeline)]
         starts = [option[0] for option in nexts]
@@ -171,8 +173,8 @@ class _Folded:
                 return inf
             row = self.ends[kind][chunk]
             self.passes[rank].append(Pass(kind, len(row), chunk))
-            self.clocks[rank] = start + self.seconds[kind][chunk]
-            row.append(self.clocks[rank])
+            row.append(start + self.seconds[kind][chunk])
+            self.clocks[rank] = row[-1] + (self.late[chunk] if kind == INPUTS else 0.0)
             for changed in {rank, self._waiting(kind, chunk, rank)}:
                 nexts[changed] = self._next(changed)
                 starts[changed] = nexts[changed][0]
@@ -229,7 +231,8 @@ def finish_times(orders: list[list[Pass]], costs: tuple[Costs, ...]) -> list[flo
                 if before is not None and before not in done:
                     break
                 start = max(clocks[rank], done[before] if before else 0.0)
-                clocks[rank] = done[step] = start + costs[step.chunk].of(step.kind)
+                done[step] = start + costs[step.chunk].of(step.kind)
+                clocks[rank] = done[step] + (costs[step.chunk].late if step.kind == INPUTS else 0.0)
                 positions[rank] += 1
                 moved = True
     assert all(position == len(order) for position, order in zip(positions, orders, strict=True)), "deadlock"

@@ -106,7 +106,10 @@ def _channel(group: str, rank: int, peer: int, streams: str) -> tuple:
 
 
 def finish_times(programs: list[Program], costs: tuple[Costs, ...]) -> list[float]:
-    """Return when each rank is done, if passes take `costs` and messages no time. Raises CycleError for a deadlock."""
+    """Return when each rank is done, if passes take `costs`, without what is late, and messages no time.
+
+    Raises CycleError for a deadlock.
+    """
     needed = _needed(programs)
     ends: dict[Key, float] = {}
     for key in TopologicalSorter(needed).static_order():

@@ -165,14 +165,17 @@ def _asked():
     return asked
 
 
-def _with_factor(known, given):
-    """The gradients of hidden states and head, whose sums are a step's, where the loss's gradient is `given`."""
+def _with_factor(known, given, late=False):
+    """The gradients of hidden states and head, whose sums are a step's, where the loss's gradient is `given`.
+
+    late: the head's last products come after the backward pass; what the sums had before them is returned too.
+    """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 7, WIDTH, generator=generator, requires_grad=True)
     head, targets = nn.Linear(WIDTH, 11, bias=False), torch.randint(0, 11, (2, 7), generator=generator)
     head.weight.data = torch.randn(11, WIDTH, generator=generator)
     route_products(head)
-    sums, total = StepSums() if known is not None else GradientSums(), torch.ones(11, WIDTH)
+    sums, total = StepSums(late=late) if known is not None else GradientSums(), torch.ones(11, WIDTH)
     give_main_grad(head.weight, total, lambda: None)
     defer_weight_gradients(head, sums)
     options = {"vocab_size": 11, "first_row": 0, "group": None, "chunk_tokens": 4, "z_loss": 1e-3, "head_sums": sums}
@@ -180,6 +183,12 @@ def _with_factor(known, given):
     loss, *_ = vocabulary_loss(head, hidden, targets, [head.weight], factor=factor, **options)
     (loss * given).backward()
     assert head.weight.grad is None
+    if late:
+        before = total.clone()
+        assert sums.waiting == {head.weight}
+        sums.finish()
+        assert not sums.waiting
+        return hidden.grad, total, before
     return hidden.grad, total
 
 
@@ -192,3 +201,15 @@ def _known_factors():
 
 def test_with_a_known_factor_the_head_adds_to_the_steps_sum_at_once_and_another_makes_all_nan():
     assert run_ranks(_known_factors, 1) == [([True, True], [(True, True)] * 3)]
+
+
+def _late_products():
+    (hidden, head), (hidden_late, head_late, before) = _with_factor(0.3, 0.3), _with_factor(0.3, 0.3, late=True)
+    wrong = _with_factor(0.3, 0.6, late=True)[1].isnan().any().item()
+    # of 14 tokens in parts of 4 the last 2 wait: the others are in the sum already
+    return hidden.equal(hidden_late), head.equal(head_late), before.equal(head), (before != 1.0).any().item(), wrong
+
+
+def test_the_last_parts_products_can_come_after_the_backward_pass():
+    """The same to the last bit, and in a pass that multiplies by another factor as NaN."""
+    assert run_ranks(_late_products, 1) == [(True, True, False, True, True)]

@@ -5,13 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from recipes.common.model.gradient_sums import StepSums
+from recipes.common.pipeline.executor import PipelineExecutor
+from recipes.common.pipeline.schedules import INPUTS
 from recipes.common.recipe import AdamW, Batch, Evaluation, Layout
 from recipes.common.run_dir.metrics import read_metrics
 from tests.support.fp16 import allow_fp16, fp16_config
 from tests.support.small_runs import train_run
 from tests.support.tiny import ds_config, tiny_config, tiny_recipe, write_shards
 from tools.common.forked_ranks import run_ranks
-from tools.common.parity import Trial, batches, build_trial_trainer, train_in_layout
+from tools.common.parity import Trial, batches, build_trial_trainer, rank_batches, train_in_layout
 
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5)
 FILLED, FOLDED = {"pipeline_schedule": "zero_bubble"}, {"pipeline_schedule": "zero_bubble_v"}
@@ -119,6 +122,42 @@ def test_a_run_with_a_ramp_and_evaluation_goes_on_in_another_schedule(tmp_path):
         values = [[record.get(key) for record in records] for records in (plain, *others)]
         assert values[0] == values[1] == values[2], key
         assert any(values[0])
+
+
+def order_of_the_heads_products(trial):
+    """In a step: when the last chunk's gradients are sent, and when what waited of the head's products is computed."""
+    trainer, events = build_trial_trainer(trial), []
+    deliver, finish = PipelineExecutor._deliver, StepSums.finish
+    last = trainer.stage.placement.count - 1
+
+    def delivered(self, message, tensor, mail):
+        if message.kind == INPUTS and message.chunk == last - 1:
+            events.append("sent")
+        deliver(self, message, tensor, mail)
+
+    def finished(self):
+        if self.waiting:
+            events.append("head")
+        finish(self)
+
+    PipelineExecutor._deliver, StepSums.finish = delivered, finished
+    try:
+        trainer.train_step(rank_batches(trial, trainer)[0], 1e-3, trial.global_seqs * trial.seq_len)
+    finally:
+        PipelineExecutor._deliver, StepSums.finish = deliver, finish
+    return events
+
+
+def orders_of_each(trials):
+    return [order_of_the_heads_products(trial) for trial in trials]
+
+
+def test_nobody_waits_for_the_heads_weight_gradient():
+    """The input's gradient of each micro batch is on its way first. Only one micro batch's logits are kept for it."""
+    trial = trial_of(2, data=1, chunk_tokens=2048)
+    layouts = [replace(trial.layout, **schedule) for schedule in ({}, FILLED, FOLDED, TWICE)]
+    for orders in zip(*run_ranks(orders_of_each, 2, [replace(trial, layout=layout) for layout in layouts]), strict=True):
+        assert sorted(orders) == [[], ["sent", "head"] * 4]
 
 
 def evaluate(trial):

@@ -112,6 +112,29 @@ def bubble(placement, micro_batches, costs):
 FULL = [depth for depth in DEPTHS if depth[1] >= depth[0]]
 
 
+@pytest.mark.parametrize(
+    ("placement", "layers", "spans"),
+    [
+        (Placement(ONE_PASS, 2), (5, 3), (72.9, 69.6)),
+        (Placement(ZERO_BUBBLE, 2), (5, 3), (66.9, 64.3)),
+        (Placement(FOLDED, 2, 2), (2, 2, 3, 1), (63.95, 62.3)),
+    ],
+)
+def test_nobody_waits_for_what_is_late(placement, layers, spans):
+    """Four micro batches of eight layers; a head that costs 1.65 of them, whose weight gradient comes at once or is late.
+
+    The rank of five layers has 60 to do. With a late one it waits for 5 + 3 + 2 x 1.65 + 3 of the first micro batch less two
+    forward passes of 5 (zero bubble), or for its first input, 2, and 2 + 5 + 1 + 2 x 1.65 + 1 less 2 + 10 (folded).
+    """
+    for wanted, late in zip(spans, (0.0, 1.65), strict=True):
+        costs = [Costs(count, count, count) for count in layers]
+        if placement.schedule == ONE_PASS:
+            costs = [Costs(count, 2.0 * count, 0.0) for count in layers]
+        costs[-1] = costs[-1]._replace(forward=costs[-1].forward + 3 * 1.65 - late, late=late)
+        ends = finish_times(order_passes(placement, 4, tuple(costs)), tuple(costs))
+        assert max(ends) == pytest.approx(wanted)
+
+
 @pytest.mark.parametrize("costs", [(1.0, 1.0, 1.0), UNEVEN])
 @pytest.mark.parametrize(("pipeline", "micro_batches"), FULL)
 def test_the_bubble_is_the_papers(pipeline, micro_batches, costs):

@@ -213,5 +213,5 @@ def problems_by_streams(recipe, layout, counts, *streams):
     costs, head_cost = layer_costs(causal, stack, recipe.batch.seq_len)
     chunks = partition_layers(costs, head_cost, placement_of(layout), layout.layers_per_stage)
     attention, recomputed = attention_costs(causal, stack, recipe.batch.seq_len), layout.recomputed_layers(len(costs))
-    of_chunks = pass_costs(costs, attention, head_cost, chunks, recomputed)
+    of_chunks = pass_costs(costs, attention, head_cost, chunks, recomputed, 0.25)
     return {each: schedule_problem(placement_of(layout), counts, of_chunks, each) for each in streams}
