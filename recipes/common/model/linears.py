@@ -10,8 +10,9 @@ deferred weight gradient is the same product, accumulated in autograd's order, s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,23 +97,22 @@ def linear(module: Linear, x: torch.Tensor, *, with_bias: bool = True) -> torch.
     The weight's gradient is left to that of `x` if the module shares it, deferred if the module has a store, added to the sum
     that the weight has, or else autograd's.
     """
+    told = vars(module)  # what a module does not have costs it an exception
     weight, bias, products = module.weight, module.bias if with_bias else None, _products_of(module, x)
     if not torch.is_grad_enabled():
-        return products.forward(x, _matrix(module), bias)
-    shared, store = getattr(module, "shared_input", None), getattr(module, "weight_grad_store", None)
+        return products.forward(x, _matrix(module, weight), bias)
+    shared, store, enter = told.get("shared_input"), told.get("weight_grad_store"), told.get("enter_input")
     reads = shared.reads_of(module, x) if shared is not None else None
-    enter = getattr(module, "enter_input", None)
     x, total = (x, None) if enter is None or not x.requires_grad else enter(x)
-    call = _Call(module, products, total)
     if reads is not None:
-        return _Linear.apply(x, None, bias, replace(call, reads=reads))
+        return _Linear.apply(x, None, bias, _Call(module, weight, products, total, reads=reads))
     if store is not None and weight.requires_grad and x.requires_grad:
-        return _Linear.apply(x, None, bias, replace(call, store=store))
+        return _Linear.apply(x, None, bias, _Call(module, weight, products, total, store=store))
     if main_grad_of(weight) is not None:
-        return _Linear.apply(x, weight, bias, replace(call, to_sum=True))
+        return _Linear.apply(x, weight, bias, _Call(module, weight, products, total, to_sum=True))
     if products is not _TORCH or total is not None:
-        return _Linear.apply(x, _matrix(module), bias, call)
-    return products.forward(x, _matrix(module), bias)
+        return _Linear.apply(x, _matrix(module, weight), bias, _Call(module, weight, products, total))
+    return products.forward(x, _matrix(module, weight), bias)
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -127,9 +127,9 @@ def _by_onednn(x: torch.Tensor) -> bool:
     return here and torch.backends.mkldnn.is_available() and onednn_is_faster()
 
 
-def _matrix(module: Linear) -> torch.Tensor:
-    """Return the weight as [out, in]; Conv1D stores [in, out]."""
-    return module.weight.t() if isinstance(module, Conv1D) else module.weight
+def _matrix(module: Linear, weight: nn.Parameter) -> torch.Tensor:
+    """Return the module's weight as [out, in]; Conv1D stores [in, out]."""
+    return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def _torch_forward(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -156,10 +156,11 @@ _TORCH, _ONEDNN = _Products(_torch_forward, torch.mm, torch.mm), _Products(_oned
 
 
 def _products_of(module: Linear, x: torch.Tensor) -> Products:
-    if getattr(module, "in_fp8", False):
+    told = vars(module)
+    if told.get("in_fp8"):
         with torch.no_grad():
             return Fp8Products(x, module.weight)
-    return _ONEDNN if _by_onednn(x) and not getattr(module, "by_torch", False) else _TORCH
+    return _ONEDNN if not told.get("by_torch") and _by_onednn(x) else _TORCH
 
 
 def _no_view(result: torch.Tensor) -> torch.Tensor:
@@ -167,11 +168,11 @@ def _no_view(result: torch.Tensor) -> torch.Tensor:
     return result.data if result._is_view() else result
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """One call of a linear, and where its weight's gradient goes: without a place to autograd."""
 
     module: Linear
+    weight: nn.Parameter  # the module's, looked up once: modules are slow at that
     products: Products
     total: InputGradient | None  # to which its input's gradient is added
     reads: Reads | None = None  # to which it leaves its weight's
@@ -180,7 +181,7 @@ class _Call:
 
     def give_weight_gradient(self, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
         """Give what the weight's gradient is computed from: the inputs [n, in], which `reads` has, and the outputs' [n, out]."""
-        weight, turned, of_weight = self.module.weight, isinstance(self.module, Conv1D), self.products.of_weight
+        weight, turned, of_weight = self.weight, isinstance(self.module, Conv1D), self.products.of_weight
         if self.reads is not None:
             self.reads.leave(weight, grads, of_weight, inputs_first=turned)
         elif self.store is not None:
@@ -202,7 +203,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, call: _Call) -> torch.Tensor:
         autograds = weight is not None and not call.to_sum
-        matrix = weight if autograds else _matrix(call.module)
+        matrix = weight if autograds else _matrix(call.module, call.weight)
         ctx.call, ctx.autograds = call, autograds
         if call.reads is None:  # else the input has it
             ctx.save_for_backward(x, *([matrix] if autograds else []))
@@ -210,23 +211,23 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        call, saved = ctx.call, ctx.saved_tensors
-        matrix = saved[1] if ctx.autograds else _matrix(call.module)
+        call, saved, needed = ctx.call, ctx.saved_tensors, ctx.needs_input_grad
+        matrix = saved[1] if ctx.autograds else _matrix(call.module, call.weight)
         grads, of_input, of_weight = grad.reshape(-1, grad.shape[-1]), None, None
         rows = saved[0].reshape(-1, saved[0].shape[-1]) if saved else None
         if call.reads is not None:  # first, so that its input is fetched meanwhile
             call.give_weight_gradient(rows, grads)
-        if ctx.needs_input_grad[0] and call.total is not None:
+        if needed[0] and call.total is not None:
             call.total.add(grads, matrix, call.products.of_input)
-        elif ctx.needs_input_grad[0]:
+        elif needed[0]:
             of_input = call.products.of_input(grads, matrix).view(*grad.shape[:-1], matrix.shape[1])
         if not ctx.autograds and call.reads is None:
             call.give_weight_gradient(rows, grads)
-        elif ctx.needs_input_grad[1]:
+        elif needed[1]:
             of_weight = call.products.of_weight(grads.t(), rows)
-        return of_input, of_weight, grads.sum(0) if ctx.needs_input_grad[2] else None, None
+        return of_input, of_weight, grads.sum(0) if needed[2] else None, None
 
 
 def _kept(module: Linear, way: str, rows: torch.Tensor) -> Factor:
-    keep = getattr(module, way, None)
+    keep = vars(module).get(way)
     return rows if keep is None else keep(rows)

@@ -28,7 +28,7 @@ class MainGrad:
         self.reached = False  # whether it has ever had a gradient
 
     def add_product(self, left: torch.Tensor, right: torch.Tensor, product: Product) -> None:
-        """Add product(left, right)."""
+        """Add product(left, right), where autograd records nothing."""
         self._begin()
         add_product(self._total, left, right, product)
 
@@ -90,9 +90,11 @@ def autograds_gradients(weights: Iterable[nn.Parameter]) -> Iterator[None]:
             setattr(weight, _NAME, main_grad)
 
 
-@torch.no_grad()
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, product: Product) -> None:
-    """Add product(left, right) to `total`, inside the product where that is torch's own and can: on a CPU not of 16 bits."""
+    """Add product(left, right) to `total`, inside the product where that is torch's own and can: on a CPU not of 16 bits.
+
+    Call it where autograd records nothing, as in a backward pass.
+    """
     if product is not torch.mm:
         total.add_(product(left, right))
     elif left.dtype == total.dtype:

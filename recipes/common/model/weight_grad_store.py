@@ -79,6 +79,7 @@ class WeightGradStore:
             for each in due:
                 _compute(each, newest.pop(each), ends=True)
 
+    @torch.no_grad()
     def compute_oldest(self, micro_batches: int = 1) -> None:
         """Compute and accumulate the weight gradients of the oldest micro batches, the last layer's first, as autograd does.
 
