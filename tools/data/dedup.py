@@ -32,7 +32,10 @@ def document_hash(raw: bytes) -> bytes:
 def write_hashes(out: Path, number: int, hashes: list[bytes]) -> None:
     path = hashes_path(out, number)
     part = path.with_name(path.name + ".part")
-    part.write_bytes(b"".join(hashes))
+    with part.open("wb") as file:
+        file.write(b"".join(hashes))
+        file.flush()
+        os.fsync(file.fileno())  # a name without its bytes, after a power cut, would be a unit without duplicates
     os.replace(part, path)
 
 
@@ -47,6 +50,9 @@ def find_duplicates(out: Path, num_units: int, bucket_hashes: int = BUCKET_HASHE
         buckets = max(-(-sum(sizes) // bucket_hashes), 1)
         for bucket in range(buckets):
             _drop_in_bucket(out, part, num_units, bucket, buckets)
+        for path in part.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         os.rename(part, folder)
     return sum(path.stat().st_size for path in folder.iterdir()) // 8
 

@@ -16,11 +16,11 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from recipes.common.config.json_files import JsonError, read_json, write_json
+from recipes.common.config.json_files import JsonError, laid_out, read_json, write_json
 from recipes.common.data.shards import FORMAT, VERSION, read_manifest, tokenizer_hash
 from recipes.common.run_dir.lease import held
 from tools.common.console import GOOD, UsageError, as_usage_error, printable
@@ -32,6 +32,7 @@ from tools.data.tokenizer import check_knows, end_token, file_hashes, make_token
 from tools.data.tokenizer_file import find_tokenizer
 from tools.data.workers import do_all
 
+_OF_UNIT = ("shards", "counts", "sources", "skipped")  # what `write_unit` records
 CHECK_BYTES = 2 << 20  # text on which a fast encoder must equal the reference before the run
 MAX_SEQ_LEN = 1 << 24  # of --best-fit: each unit is padded to a whole number of sequences, in memory
 SHARD_FILE = re.compile(r"(train|validation)_\d{5,}\.(bin|ends|origins)")
@@ -154,7 +155,7 @@ def inputs_fingerprint(args: argparse.Namespace, files: list[InputFile]) -> str:
 def clear_leftovers(out: Path, fingerprint: str) -> None:
     """Keep what an interrupted run of the same command finished; delete half-written files, or all if inputs changed."""
     state = out / "unfinished" / "inputs.json"
-    if not state.is_file() or read_kept(state, "starts over").get("inputs_hash") != fingerprint:
+    if not state.is_file() or read_kept(state, ["inputs_hash"], "starts over")["inputs_hash"] != fingerprint:
         leftovers = [path for split in SPLITS for path in out.glob(f"{split}_*.*") if SHARD_FILE.fullmatch(path.name)]
         if state.is_file():
             print("inputs or options changed since the last run: starting over", file=sys.stderr)
@@ -168,10 +169,15 @@ def clear_leftovers(out: Path, fingerprint: str) -> None:
             path.unlink()
 
 
-def read_kept(path: Path, then: str) -> dict:
-    """Return a JSON file that an interrupted run left. Raises UsageError with the cure: without it, the same command `then`."""
+def read_kept(path: Path, keys: Sequence[str], then: str) -> dict:
+    """Return a JSON file that an interrupted run left, with these keys.
+
+    Raises UsageError with the cure: without the file, the same command `then`.
+    """
     try:
-        return read_json(path)
+        found = read_json(path)
+        with laid_out(path):
+            return {key: found[key] for key in keys}
     except JsonError as error:
         raise UsageError(f"{error}; delete this file, and the same command {then}") from None
 
@@ -191,7 +197,7 @@ def run_units(args: argparse.Namespace, files: list[InputFile], fingerprint: str
         do_all(hash_unit, job, left_to_do(works, args.out, hashes_path), args.workers, "finding duplicates")
         find_duplicates(args.out, len(units))
     do_all(write_unit, job, left_to_do(works, args.out, unit_record), args.workers, "encoding")
-    records = [read_kept(unit_record(args.out, number), "writes that unit again") for number in range(len(units))]
+    records = [read_kept(unit_record(args.out, work.number), _OF_UNIT, "writes that unit again") for work in works]
     return write_manifest(args, files, records, job, vocab_size, fingerprint)
 
 

@@ -69,7 +69,8 @@ class PipelineExecutor:
     def train(self) -> None:
         count = self._engine.micro_batches
         self._run(*self._order(count), self._engine.data_iterator, {} if self.buckets is None else self._last(count))
-        assert not self._kept and not any(map(len, self._stage.weight_grad_stores)), "the schedule left a gradient behind"
+        late = self._stage.head_sums.waiting or any(map(len, self._stage.weight_grad_stores))
+        assert not self._kept and not late, "the schedule left a gradient behind"
 
     def evaluate(self, batches: Iterator[Batch], count: int) -> None:
         """Run the forward passes of `count` micro batches. The stage adds up their losses; DeepSpeed's next step trains again."""
@@ -190,7 +191,8 @@ class PipelineExecutor:
         if chunk:
             self._deliver(Message(INPUTS, i, chunk - 1), x.grad, mail)
         if gradient is None:
-            self._stage.head_sums.finish()
+            with CLOCK.span(BACKWARD):
+                self._stage.head_sums.finish()
 
     def _weight_gradients(self, step: Pass, micro_batches: int) -> None:
         self._engine._running_engine_backward = True  # else DeepSpeed's hooks take this for the user's own backward pass

@@ -74,7 +74,7 @@ def interrupted(corpus, tokenizer, tmp_path, monkeypatch):
     return out
 
 
-@pytest.mark.parametrize("content", [b"", b'{"inputs_ha', b'"sha256:', b"[]", b"\xff", b"\x00\x00"])
+@pytest.mark.parametrize("content", [b"", b'{"inputs_ha', b'"sha256:', b"[]", b"{}", b"\xff", b"\x00\x00"])
 @pytest.mark.parametrize("name, then", [("inputs.json", "starts over"), ("unit_00000.json", "writes that unit again")])
 def test_what_an_interrupted_run_left_is_named_where_it_is_damaged(corpus, tokenizer, interrupted, capsys, content, name, then):
     path = interrupted / "unfinished" / name
