@@ -109,7 +109,6 @@ class Stage(nn.Module):
         z_loss: float,
         chunk_tokens: int,
         compiled: bool,
-        late_head: bool,
         placement: Placement,
         pass_costs: tuple[Costs, ...],
         weight_grad_stores: tuple[WeightGradStore, ...],
@@ -123,7 +122,6 @@ class Stage(nn.Module):
         held: what this rank has of each parameter.
         whole_shapes: of every parameter of the whole model, by Hugging Face name.
         compiled: compute the loss by compiled kernels.
-        late_head: let the last products of the head's weight gradient wait for `head_sums.finish`.
         pass_costs: of every chunk of the model, this rank's or not.
         weight_grad_stores: each chunk's, for a schedule that defers weight gradients.
         placeholders: for this rank's own layers and norms, by name, while another chunk than theirs runs.
@@ -141,7 +139,7 @@ class Stage(nn.Module):
         self.vocab_size = causal.config.get_text_config().vocab_size
         self.whole_shapes, self.weight_grad_stores, self.held = whole_shapes, weight_grad_stores, held
         self.placement, self.pass_costs = placement, pass_costs
-        self.head_sums = StepSums(late=late_head)
+        self.head_sums = StepSums(late=pass_costs[-1].late > 0.0)
         self.loss_share: float | None = None  # by what the engine multiplies a micro batch's loss, while that is known
         self._slots = [Slot(causal, name, module, chunk_of(name, stack, chunks)) for name, module in placeholders.items()]
         self.set_positions([])
@@ -280,9 +278,8 @@ def build_stage(
 ) -> Stage:
     """Turn `model` into this rank's stage with its initial weights, on the CPU in fp32. One model makes one stage.
 
-    layout: its options; the sizes are the grid's. torch_linears: use torch's own products, as oracles do. draw: False where a
-    checkpoint is loaded at once: weights are NaN until then, so that one that it lacks shows. router_group: see RouterLosses.
-    late_head: the share of the head's weight gradient that waits for `head_sums.finish`.
+    layout: its options; the sizes are the grid's. torch_linears: torch's own products, as in oracles. draw: False where a
+    checkpoint is loaded at once: weights are NaN until then. router_group: see RouterLosses. late_head: see pass_costs.
     """
     causal, stack, tensor_plan = model.causal, model.stack, model.tensor_plan
     assert tensor_plan.size == grid.tensor
@@ -316,7 +313,6 @@ def build_stage(
         z_loss=z_loss,
         chunk_tokens=chunk_tokens,
         compiled=kernels == "compile",
-        late_head=late_head > 0.0,
         placement=placement,
         pass_costs=pass_costs(costs, attention, head, all_chunks, recomputed, late_head),
         weight_grad_stores=stores,

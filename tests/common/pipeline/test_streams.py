@@ -10,6 +10,7 @@ import torch
 from recipes.common.config.placement import FOLDED, ONE_PASS, ZERO_BUBBLE, Placement, coordinates, placement_of
 from recipes.common.model.decoder import find_stack
 from recipes.common.model.flops import attention_costs, layer_costs
+from recipes.common.model.gradient_sums import StepSums
 from recipes.common.model.initial_weights import build_empty
 from recipes.common.pipeline import executor, stage_messages
 from recipes.common.pipeline.partition import partition_layers, pass_costs
@@ -133,7 +134,7 @@ class _Recorder(executor.PipelineExecutor):
     """Runs no layers, and waits for nothing that a message would bring."""
 
     def __init__(self, grid, placement, costs, micro_batches, done):
-        stage = SimpleNamespace(placement=placement, pass_costs=costs, weight_grad_stores=())
+        stage = SimpleNamespace(placement=placement, pass_costs=costs, weight_grad_stores=(), head_sums=StepSums())
         super().__init__(SimpleNamespace(micro_batches=micro_batches, data_iterator=None), stage, grid)
         self._tensor, self._done = torch.empty(1, device="meta"), done
         self._templates, self._told = dict.fromkeys(range(placement.count), self._tensor), set(range(placement.count))
