@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from recipes.common.config.ds_config import head_sums_at_once
 from recipes.common.config.placement import ONE_PASS, placement_of
 from recipes.common.model.flops import attention_costs
 from recipes.common.parallel.cross_entropy import last_part_share
 from recipes.common.pipeline.partition import partition_layers, pass_costs
 from recipes.common.pipeline.schedules import Costs, finish_times, order_passes
 from tools.plan.evaluate import Plan
-from tools.plan.gradient_sums import head_sums_at_once
 from tools.plan.model_cases import Candidate, ModelFacts
 
 # of a step: passes

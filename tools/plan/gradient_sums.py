@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recipes.common.config.ds_config import precision, sums_gradients_by_step
+from recipes.common.config.ds_config import sums_gradients_by_step
 from recipes.common.recipe import FP8, Recipe
 
 SUMMED_APART = 10.0  # bytes a parameter and micro batch: a 16-bit gradient is read, the fp32 sum read and written
@@ -16,8 +16,3 @@ SUMMED_INSIDE = 8.0  # a product reads and writes the sum, in the place of the 2
 def sums_inside_products(recipe: Recipe, ds_config: dict[str, Any]) -> bool:
     """Return whether linears add their weights' gradients to the step's sums in the products (see `model.main_grads`)."""
     return sums_gradients_by_step(ds_config) and recipe.precision != FP8
-
-
-def head_sums_at_once(ds_config: dict[str, Any]) -> bool:
-    """Return whether the head's gradient is added to the step's sum in its products, a chunk of tokens at a time."""
-    return sums_gradients_by_step(ds_config) and precision(ds_config) != "fp16"

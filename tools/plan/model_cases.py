@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recipes.common.config.ds_config import precision, zero_stage
+from recipes.common.config.ds_config import head_sums_at_once, precision, zero_stage
 from recipes.common.config.placement import Placement, placement_of
 from recipes.common.model.decoder import Stack, find_stack
 from recipes.common.model.flops import ModelWork, layer_costs, model_work, training_flops
@@ -30,7 +30,6 @@ from tools.plan.gradient_sums import (
     ROW_SUMMED,
     SUMMED_APART,
     SUMMED_INSIDE,
-    head_sums_at_once,
     sums_inside_products,
 )
 from tools.plan.layer_log import Bytes, LayerBytes, Work, mean_work

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
-from recipes.common.config.ds_config import precision, zero_stage
+from recipes.common.config.ds_config import head_sums_at_once, precision, zero_stage
 from recipes.common.config.placement import placement_of
 from recipes.common.recipe import AdamW
 from tools.common.devices import Device
-from tools.plan.gradient_sums import head_sums_at_once
 from tools.plan.held_passes import Held, held_in_backward
 from tools.plan.layer_log import LayerBytes
 from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes, loss_bytes, state_bytes

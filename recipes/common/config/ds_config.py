@@ -67,6 +67,11 @@ def sums_gradients_by_step(config: dict[str, Any]) -> bool:
     return zero_stage(config) == 1 and "offload_optimizer" not in config["zero_optimization"]
 
 
+def head_sums_at_once(config: dict[str, Any]) -> bool:
+    """Return whether the head's gradient is added to the step's sum in its products, a chunk of tokens at a time."""
+    return sums_gradients_by_step(config) and precision(config) != "fp16"
+
+
 def merge_ds_config(config: dict[str, Any], recipe: Recipe, sizes: Sizes, accumulation: int) -> dict[str, Any]:
     """Return the dict for `deepspeed.initialize`: the file's keys and what follows from the recipe. `config` is not changed.
 

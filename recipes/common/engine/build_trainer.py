@@ -8,8 +8,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedConfig
 
-from recipes.common.config.ds_config import precision as ds_precision
-from recipes.common.config.ds_config import sums_gradients_by_step
+from recipes.common.config.ds_config import head_sums_at_once
 from recipes.common.data.blend import data_folders
 from recipes.common.data.shards import read_manifest
 from recipes.common.engine.startup import device_is_bound, start_distributed
@@ -77,7 +76,7 @@ def build_trainer(
 
 def _late_head(ds_config: dict[str, Any], layout: Layout, seq_len: int, chunk_tokens: int) -> float:
     """Return the share of the head's weight gradient that can wait: in a pipeline, where the loss adds to the step's sums."""
-    if layout.pipeline == 1 or not sums_gradients_by_step(ds_config) or ds_precision(ds_config) == "fp16":
+    if layout.pipeline == 1 or not head_sums_at_once(ds_config):
         return 0.0
     return last_part_share(ds_config["train_micro_batch_size_per_gpu"] * seq_len // layout.context, chunk_tokens)
 

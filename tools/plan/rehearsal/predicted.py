@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.common.config.ds_config import load_ds_config, precision, zero_stage
+from recipes.common.config.ds_config import head_sums_at_once, load_ds_config, precision, zero_stage
 from recipes.common.recipe import Layout, Recipe
 from tools.common.devices import Device
-from tools.plan.gradient_sums import head_sums_at_once, sums_inside_products
+from tools.plan.gradient_sums import sums_inside_products
 from tools.plan.memory_model import StageBytes
 from tools.plan.model_cases import (
     Candidate,
