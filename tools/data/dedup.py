@@ -32,10 +32,8 @@ def document_hash(raw: bytes) -> bytes:
 def write_hashes(out: Path, number: int, hashes: list[bytes]) -> None:
     path = hashes_path(out, number)
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(b"".join(hashes))
-        file.flush()
-        os.fsync(file.fileno())  # a name without its bytes, after a power cut, would be a unit without duplicates
+    part.write_bytes(b"".join(hashes))
+    _sync(part)
     os.replace(part, path)
 
 
@@ -51,10 +49,15 @@ def find_duplicates(out: Path, num_units: int, bucket_hashes: int = BUCKET_HASHE
         for bucket in range(buckets):
             _drop_in_bucket(out, part, num_units, bucket, buckets)
         for path in part.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _sync(path)
         os.rename(part, folder)
     return sum(path.stat().st_size for path in folder.iterdir()) // 8
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file is on disk: its name without its bytes, after a power cut, would be a unit without duplicates."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _drop_in_bucket(out: Path, part: Path, num_units: int, bucket: int, buckets: int) -> None:
