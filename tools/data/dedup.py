@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from recipes.common.checkpoint.files import sync
+
 BUCKET_HASHES = 1 << 24  # sorted at once: about 1.5 GB at its peak
 HASH = np.dtype([("high", "<u8"), ("low", "<u8")])
 
@@ -33,7 +35,7 @@ def write_hashes(out: Path, number: int, hashes: list[bytes]) -> None:
     path = hashes_path(out, number)
     part = path.with_name(path.name + ".part")
     part.write_bytes(b"".join(hashes))
-    _sync(part)
+    sync(part)  # its name without its bytes, after a power cut, would be a unit without duplicates
     os.replace(part, path)
 
 
@@ -49,15 +51,9 @@ def find_duplicates(out: Path, num_units: int, bucket_hashes: int = BUCKET_HASHE
         for bucket in range(buckets):
             _drop_in_bucket(out, part, num_units, bucket, buckets)
         for path in part.iterdir():
-            _sync(path)
+            sync(path)
         os.rename(part, folder)
     return sum(path.stat().st_size for path in folder.iterdir()) // 8
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file is on disk: its name without its bytes, after a power cut, would be a unit without duplicates."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _drop_in_bucket(out: Path, part: Path, num_units: int, bucket: int, buckets: int) -> None:
