@@ -77,7 +77,7 @@ def losses_under_the_checkpoint(case: Case) -> Iterator[Evidence]:
     worst = float(np.max(mine_losses) - usual) / max(spread, 1e-3)
     excess = float(np.mean(mine_losses)) - usual
     predicted, noise = expected(case.steps, case.columns["loss"], _index(case, case.onset))
-    jump = case.at("loss", case.onset) - predicted
+    jump = _jump(case, predicted)
     # a jump exceeds the curve's noise, the scatter of a batch's mean, and what a detector would report
     high = jump > max(4 * noise, 4 * spread / math.sqrt(here.seqs), JUMP_SHARE * predicted)
     text = f"under {checkpoint.name} the batch of step {case.onset} is {excess:+.3f} nats from other batches, its worst sequence "
@@ -93,6 +93,18 @@ def losses_under_the_checkpoint(case: Case) -> Iterator[Evidence]:
         yield Finding(BAD_DOCUMENT, 2.0, text)
     else:
         yield Finding(BAD_DOCUMENT, -0.5, text)
+
+
+def _jump(case: Case, predicted: float) -> float:
+    """Return how far the loss is off at the onset: from its extrapolation, or from the mean of the steps beside it if nearer.
+
+    A curve that bends leaves its extrapolation, and stays beside its neighbours. They count where the loss is back at the next.
+    """
+    losses, index = case.columns["loss"], _index(case, case.onset)
+    jump = float(losses[index]) - predicted
+    if index == 0 or index + 1 == len(losses) or not _is_back(case, "loss", index):
+        return jump
+    return min(jump, float(losses[index] - (losses[index - 1] + losses[index + 1]) / 2), key=abs)
 
 
 def _passing_fault(case: Case, jump: float) -> Iterator[Evidence]:
@@ -203,7 +215,8 @@ def micro_batches(case: Case) -> Iterator[Evidence]:
     found = max(candidates, key=lambda m: m.z)
     text = f"the loss from step {found.step} on ({found.length} steps) is {found.share:.3f} of that extrapolated from before: "
     text += f"{found.count:.2f} of {found.of} micro batches are missing"
-    yield Finding(LOST_MICRO_BATCH, (5.0 if found.z > 5.5 else 3.0) - (round(found.count) > 1), text)
+    weight = (5.0 if found.z > 5.5 else 3.0) - (round(found.count) > 1) - (found.off > max(1.5 * found.error, 0.25))
+    yield Finding(LOST_MICRO_BATCH, weight, text)
     if case.layout["data"] > 1 and "loss_max" in case.columns:
         z = robust_z(case.steps, case.columns["loss_max"], _index(case, found.step))
         text = f"the worst data rank's own loss was {z:+.1f} spreads from its curve at step {found.step}"
@@ -227,8 +240,13 @@ class _Missing:
         return self.count / self.error
 
     @property
+    def off(self) -> float:
+        """Return how far the count is from a whole number."""
+        return abs(self.count - round(self.count))
+
+    @property
     def is_whole(self) -> bool:
-        near = abs(self.count - round(self.count)) < max(2.5 * self.error, 0.25)
+        near = self.off < max(2.5 * self.error, 0.25)
         return near and 1 <= round(self.count) < self.of and self.z > 4.5 and self.first_z > 2
 
 
