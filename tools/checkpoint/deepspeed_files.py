@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,6 @@ from typing import Any
 
 import torch
 
-from recipes.common.config.inside import leads_out
 from tools.checkpoint.hf_names import natural
 from tools.checkpoint.stand_ins import STAND_INS, Inert
 from tools.common.console import UsageError
@@ -31,33 +31,6 @@ OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_
 MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 MASTER_FILE = "fp32"
-# what DeepSpeed itself puts into a model file; the rest is the user's client_state
-_OWN_KEYS = frozenset(
-    {
-        "module",
-        "buffer_names",
-        "optimizer",
-        "param_shapes",
-        "frozen_param_shapes",
-        "shared_params",
-        "frozen_param_fragments",
-        "lr_scheduler",
-        "data_sampler",
-        "random_ltd",
-        "sparse_tensor_module_names",
-        "skipped_steps",
-        "global_steps",
-        "global_samples",
-        "dp_world_size",
-        "mp_world_size",
-        "ds_config",
-        "ds_version",
-        "checkpoint_parallel_dimensions",
-        "universal_checkpoint_info",
-        "zero_optimizer_state",
-        "autotp_config",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -90,13 +63,16 @@ class RankState:
     """The content of one optimizer file."""
 
     fragments: list[SavedFragment]
-    optimizer_steps: int
+    optimizer_steps: int | None  # None for an optimizer that does not count them
     loss_scaler: dict[str, float | int | bool]
 
 
 def load(path: Path) -> Any:
     """Load a .pt file, its tensors mapped. Raises UsageError when it holds anything but tensors, plain values and stand-ins."""
     try:
+        path.stat()  # a missing file would be no zip
+        if not zipfile.is_zipfile(path):
+            raise EOFError("no zip as torch.save writes it: empty, cut short or damaged")
         with torch.serialization.safe_globals(STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
@@ -108,68 +84,28 @@ def load(path: Path) -> Any:
         raise UsageError(f"{path}: not a file of tensors that is safe to load ({reason}); it was not loaded{cure}") from None
 
 
-def find_checkpoint(folder: Path) -> DeepSpeedCheckpoint:
-    """Describe the checkpoint in `folder`, or in the one its `latest` names. Raises UsageError for an unknown kind."""
-    for pointer in ("latest", "latest_universal"):
-        if (folder / pointer).is_file() and not _names(folder, MODEL):
-            name = (folder / pointer).read_text(encoding="utf-8", errors="replace").strip()
-            if why := leads_out(name):
-                raise UsageError(f"{folder / pointer}: {why}; give the folder itself")
-            folder = folder / name
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: there is no such folder")
-    models = _names(folder, MODEL)
-    universal = (folder / "zero").is_dir()
-    if not models or not (universal or _names(folder, OPTIMIZER)):
-        there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise UsageError(
-            f"{folder} is neither a DeepSpeed checkpoint with ZeRO 1, 2 or 3 nor a universal one: "
-            f"expected mp_rank_*_model_states.pt and *zero_pp_rank_*_optim_states.pt (or zero/), found {there}"
-        )
-    content = load(folder / models[0])
-    if not isinstance(content, Mapping):
-        raise UsageError(f"{folder / models[0]}: holds {type(content).__name__}, not the state of a model")
-    ranks = sorted({int(MODEL.fullmatch(name)[2]) for name in models})
-    layers = {int(LAYER.fullmatch(name)[2]) for name in _names(folder, LAYER)}
-    sizes = content.get("checkpoint_parallel_dimensions") or {}
-    tensor = sizes.get("tp_degree") or (len(layers) if layers else len(ranks))
-    data = int(content.get("dp_world_size", 1))
-    config = content.get("ds_config") if isinstance(content.get("ds_config"), Mapping) else {}
-    stage = int((config.get("zero_optimization") or {}).get("stage", 0))
-    if not universal:
-        _check_complete(folder, ranks, data)
-        if stage not in (1, 2, 3):
-            raise UsageError(f"{folder}: its ds_config has ZeRO stage {stage}; stages 1, 2 and 3 can be converted")
-    if content.get("frozen_param_shapes"):
-        raise UsageError(
-            f"{folder}: {len(content['frozen_param_shapes'])} frozen parameters; only fully trained models can be converted"
-        )
-    counts = (int(content.get(key, 0)) for key in ("global_steps", "global_samples", "skipped_steps"))
-    client = tuple(sorted(str(key) for key in content.keys() - _OWN_KEYS))
-    return DeepSpeedCheckpoint(folder, universal, 0 if universal else stage, tensor, len(ranks) // tensor, data, *counts, client)
+def refuse_flipped(path: Path) -> None:
+    """Raise UsageError where the file's bytes are not those of its own checksums, which torch.load does not compare."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except zipfile.BadZipFile as error:
+        wrong = str(error)
+    if wrong:
+        raise UsageError(f"{path}: damaged, {wrong} differs from its checksum; copy it again, or use an earlier checkpoint")
 
 
-def _names(folder: Path, pattern: re.Pattern) -> list[str]:
+def file_names(folder: Path, pattern: re.Pattern) -> list[str]:
     return sorted((p.name for p in folder.iterdir() if pattern.fullmatch(p.name)), key=natural) if folder.is_dir() else []
 
 
-def _check_complete(folder: Path, ranks: list[int], data: int) -> None:
-    found = {tuple(map(int, OPTIMIZER.fullmatch(name).groups())) for name in _names(folder, OPTIMIZER)}
-    wanted = {(d, m) for d in range(data) for m in ranks}
-    if ranks != list(range(len(ranks))) or found != wanted:
-        lacking = [f"data rank {d} of mp_rank {m}" for d, m in sorted(wanted - found)]
-        extra = [f"data rank {d} of mp_rank {m}" for d, m in sorted(found - wanted)]
-        text = "; ".join(f"{title} {', '.join(x[:4])}" for title, x in (("no file of", lacking), ("unexpected:", extra)) if x)
-        raise UsageError(f"{folder} is incomplete, or holds files of two layouts: {text or f'mp_ranks {ranks}'}")
-
-
 def optimizer_file(saved: DeepSpeedCheckpoint, data_rank: int, model_rank: int) -> Path:
-    names = {tuple(map(int, OPTIMIZER.fullmatch(name).groups())): name for name in _names(saved.folder, OPTIMIZER)}
+    names = {tuple(map(int, OPTIMIZER.fullmatch(name).groups())): name for name in file_names(saved.folder, OPTIMIZER)}
     return saved.folder / names[data_rank, model_rank]
 
 
 def model_file(saved: DeepSpeedCheckpoint, model_rank: int) -> dict[str, Any]:
-    names = [name for name in _names(saved.folder, MODEL) if int(MODEL.fullmatch(name)[2]) == model_rank]
+    names = [name for name in file_names(saved.folder, MODEL) if int(MODEL.fullmatch(name)[2]) == model_rank]
     return load(saved.folder / names[0])
 
 
@@ -183,7 +119,7 @@ def module_tensors(saved: DeepSpeedCheckpoint, model_rank: int) -> Iterator[tupl
     content = model_file(saved, model_rank).get("module")
     if content:
         yield from content.items()
-    for name in _names(saved.folder, LAYER):
+    for name in file_names(saved.folder, LAYER):
         if int(LAYER.fullmatch(name)[2]) == model_rank % saved.tensor:
             yield from load(saved.folder / name).items()
 
@@ -200,12 +136,22 @@ def rank_state(
             fragments, adam = _fragments_of_stage_3(saved, data_rank, state, shapes), state["optimizer_state_dict"]["state"]
         else:
             fragments, adam = _fragments_of_stage_1(state, before), state["base_optimizer_state"]["state"]
-        steps = {int(entry["step"]) for entry in adam.values() if "step" in entry}
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        steps = {_whole(entry["step"]) for entry in adam.values() if "step" in entry}
+        if len(steps) > 1:
+            raise ValueError(f"optimizer steps {sorted(steps)} in one file")
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"{path}: not laid out as DeepSpeed's ZeRO stage {saved.zero_stage} ({error!r})") from None
     scaler = state.get("loss_scaler")
     numbers = {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)} if isinstance(scaler, Inert) else {}
-    return RankState(fragments, max(steps, default=0), numbers)
+    return RankState(fragments, max(steps, default=None), numbers)
+
+
+def _whole(step: Any) -> int:
+    """Return an optimizer's step, a number or a tensor of one. Raises ValueError for another."""
+    value = step.item() if torch.is_tensor(step) and step.numel() == 1 else step
+    if type(value) not in (int, float) or value != value // 1 or value < 0:
+        raise ValueError(f"step={value!r} must be a whole number from 0")
+    return int(value)
 
 
 def _fragments_of_stage_1(state: Mapping[str, Any], before: dict[str, int]) -> list[SavedFragment]:
@@ -241,24 +187,38 @@ def _fragments_of_stage_3(
             here = {kind: tensor[offset : offset + stop - start] for kind, tensor in states.items()}
             fragments.append(SavedFragment(name, start, here))
         offset += length
+    if (group + 1, offset) != (len(flats), flats[group].numel()):
+        raise IndexError("its groups hold more than the parameters of the model file")
     return fragments
 
 
 def _moments(state: Mapping[str, Any], flat: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape}
+    """Return the states that have a number for each weight. Raises ValueError for one that has more or fewer of them."""
+    found = {kind: value for kind, value in state.items() if torch.is_tensor(value) and kind != "step"}
+    for kind, value in found.items():
+        if value.shape != flat.shape:
+            raise ValueError(f"{kind} is {list(value.shape)}, the weights beside it {list(flat.shape)}")
+    return found
 
 
 def universal_names(saved: DeepSpeedCheckpoint) -> list[str]:
     return sorted((path.name for path in (saved.folder / "zero").iterdir() if path.is_dir()), key=natural)
 
 
-def universal_states(saved: DeepSpeedCheckpoint, name: str) -> tuple[dict[str, torch.Tensor], int]:
-    """Return (whole tensors by kind, optimizer step) of one parameter of a universal checkpoint."""
-    states, step = {}, 0
-    for path in sorted((saved.folder / "zero" / name).glob("*.pt")):
+def universal_files(saved: DeepSpeedCheckpoint, name: str) -> list[Path]:
+    return sorted((saved.folder / "zero" / name).glob("*.pt"))
+
+
+def universal_states(saved: DeepSpeedCheckpoint, name: str) -> tuple[dict[str, torch.Tensor], int | None]:
+    """Return (whole tensors by kind, optimizer step or None) of one parameter of a universal checkpoint."""
+    states, step = {}, None
+    for path in universal_files(saved, name):
         content = load(path)
         if path.stem == "step":
-            step = int(content)
+            try:
+                step = _whole(content)
+            except ValueError as error:
+                raise UsageError(f"{path}: {error}") from None
             continue
         tensor = content.get("param") if isinstance(content, Mapping) else content
         if not torch.is_tensor(tensor):

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -28,8 +30,16 @@ from recipes.common.model.decoder import PlanError, find_stack
 from recipes.common.model.sharding import RankShard, ShardSpec, rank_shard
 from recipes.common.parallel.tensor_parallel import plan_tensor_parallel
 from tools.checkpoint import deepspeed_files as files
+from tools.checkpoint.deepspeed_folder import find_checkpoint
 from tools.checkpoint.hf_names import model_shapes, parameter_aliases
-from tools.checkpoint.starting_checkpoint import collected, refuse_used, starting_state, whole_part, write_checkpoint
+from tools.checkpoint.starting_checkpoint import (
+    collected,
+    refuse_used,
+    starting_state,
+    usable_tokenizer,
+    whole_part,
+    write_checkpoint,
+)
 from tools.common.console import GOOD, UsageError, printable, progress_bar, quiet_transformers
 from tools.common.hf_config import build_model, read_config
 
@@ -79,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 def convert(folder: Path, out: Path, model_folder: Path, tokenizer: Path | None = None) -> dict[str, Any]:
     """Write OUT/checkpoints/step_N and `latest`, and return a summary. Raises UsageError with what was found."""
-    saved = files.find_checkpoint(folder)
+    saved = find_checkpoint(folder)
     if not (model_folder / "config.json").is_file():
         raise UsageError(f"{model_folder} has no config.json; give the model's Hugging Face folder with --model")
     config = read_config(model_folder)
@@ -87,17 +97,18 @@ def convert(folder: Path, out: Path, model_folder: Path, tokenizer: Path | None 
     causal = build_model(config, model_folder)
     model = describe_model(causal, saved.tensor)
     check_names(saved, model)
+    tokenizer = usable_tokenizer(model_folder, tokenizer, config)
+    steps, loss_scaler = check_states(saved, model)
     state = starting_state(tied=bool(model.aliases)) | {
         "step": saved.step,
         "consumed_seqs": saved.consumed_seqs,
         "skipped_steps": saved.skipped_steps,
+        "optimizer_steps": steps,
+        "loss_scaler": loss_scaler,
     }
     with progress_bar("converting", _input_bytes(saved)) as bar:
-        if saved.universal:
-            rank_files = collected(universal_parts(saved, model, state, bar))
-        else:
-            rank_files = zero_parts(saved, model, state, bar)
-        checkpoint = write_checkpoint(out, rank_files, state, config, tokenizer or model_folder)
+        rank_files = collected(universal_parts(saved, model, bar)) if saved.universal else zero_parts(saved, model, bar)
+        checkpoint = write_checkpoint(out, finite(rank_files, saved.folder), state, config, tokenizer)
     index = read_json(checkpoint / "index.json")["tensors"]
     kinds = sorted({kind for entry in index.values() for kind in entry["kinds"]})
     described = {key: getattr(saved, key) for key in ("universal", "pipeline", "tensor", "data", "zero_stage", "client_state")}
@@ -139,23 +150,104 @@ def check_names(saved: files.DeepSpeedCheckpoint, model: Model) -> None:
             found.add(name)
     problems += [f"missing: {name} {list(shape)}" for name, shape in model.shapes.items() if name not in found]
     if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise UsageError(f"{saved.folder} does not hold the model of this config:\n  {shown}")
+        raise UsageError(f"{saved.folder} does not hold the model of this config:\n  {shortened(problems)}")
 
 
-def zero_parts(saved: files.DeepSpeedCheckpoint, model: Model, state: dict[str, Any], bar: Any) -> Iterator[list[Part]]:
-    """Yield the fragments of every optimizer file as the parts of one rank file, and update `state` from it."""
+def check_states(saved: files.DeepSpeedCheckpoint, model: Model) -> tuple[int, dict[str, float | int | bool]]:
+    """Check all optimizer files before anything is written: one step, the same kinds of states, every element of them.
+
+    Returns (optimizer steps, the dynamic loss scaler's values).
+    """
+    found, scaler = _Found(), {}
+    if saved.universal:
+        _check_universal(saved, model, found)
+    for model_rank in range(0 if saved.universal else saved.pipeline * saved.tensor):
+        shapes, before = files.local_shapes(files.model_file(saved, model_rank)), {}
+        held = dict.fromkeys(shapes, 0)
+        for data_rank in range(saved.data):
+            rank = files.rank_state(saved, data_rank, model_rank, shapes, before)
+            path = files.optimizer_file(saved, data_rank, model_rank)
+            found.add(path, [(fragment.name, fragment.states) for fragment in rank.fragments], rank.optimizer_steps)
+            for fragment in rank.fragments:
+                held[fragment.name] = held.get(fragment.name, 0) + fragment.states["master"].numel()
+            scaler = rank.loss_scaler if rank.loss_scaler.get("dynamic") else scaler
+        for name, count in held.items():
+            wanted = math.prod(shapes[name]) if name in shapes else 0
+            if count != wanted:
+                there = f"the optimizer files of mp_rank {model_rank} hold {count} elements of {name}"
+                found.problems.append(f"{there}, its model file has {wanted}")
+    return found.step(saved.folder), scaler
+
+
+def _check_universal(saved: files.DeepSpeedCheckpoint, model: Model, found: _Found) -> None:
+    for theirs in files.universal_names(saved):
+        states, step = files.universal_states(saved, theirs)
+        found.add(saved.folder / "zero" / theirs, [(theirs, states)], step)
+        name = model.name(theirs)
+        shape = model.shapes[model.aliases.get(name, name)]
+        for kind, values in states.items():
+            whole = values[: shape[0]] if name in model.vocabulary and values.ndim else values
+            if tuple(whole.shape) != shape:
+                there = f"{saved.folder / 'zero' / theirs}: {kind} is {list(values.shape)}"
+                found.problems.append(f"{there}, the config's model has {list(shape)}")
+
+
+@dataclass
+class _Found:
+    """What was read of the optimizer states so far; what does not agree becomes a problem."""
+
+    problems: list[str] = field(default_factory=list)
+    kinds: frozenset[str] = frozenset()
+    first: tuple[Path, int | None] | None = None  # the file read first, and its step
+
+    def add(self, path: Path, states: Sequence[tuple[str, dict[str, torch.Tensor]]], step: int | None) -> None:
+        if self.first is None:
+            self.first, self.kinds = (path, step), frozenset(kind for _, of in states for kind in of)
+            if "exp_avg_sq" in self.kinds and step is None:
+                self.problems.append(f"{path}: it has Adam's moments and no step")
+        elif step != self.first[1]:
+            self.problems.append(f"{path} is of optimizer step {step}, {self.first[0].name} of {self.first[1]}")
+        for name, of in states:
+            if of.keys() != self.kinds:
+                kinds = (", ".join(sorted(each)) for each in (of, self.kinds))
+                self.problems.append("{}: {} has {}, another parameter {}".format(path, name, *kinds))
+            for kind, values in of.items():
+                if not values.is_floating_point():
+                    self.problems.append(f"{path}: {kind} of {name} is {values.dtype}, no floating-point numbers")
+
+    def step(self, folder: Path) -> int:
+        """Return the optimizer's step. Raises UsageError with all problems."""
+        if self.problems:
+            raise UsageError(f"{folder} is damaged, or holds files of two saves:\n  {shortened(self.problems)}")
+        return (self.first[1] if self.first else None) or 0
+
+
+def shortened(problems: list[str]) -> str:
+    return "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
+
+
+def zero_parts(saved: files.DeepSpeedCheckpoint, model: Model, bar: Any) -> Iterator[list[Part]]:
+    """Yield the fragments of every optimizer file as the parts of one rank file."""
     for model_rank in range(saved.pipeline * saved.tensor):
         tensor_rank = model_rank % saved.tensor
         shapes, before = files.local_shapes(files.model_file(saved, model_rank)), {}
         for data_rank in range(saved.data):
+            files.refuse_flipped(files.optimizer_file(saved, data_rank, model_rank))
             rank = files.rank_state(saved, data_rank, model_rank, shapes, before)
-            state["optimizer_steps"] = max(state["optimizer_steps"], rank.optimizer_steps)
-            if rank.loss_scaler.get("dynamic"):
-                state["loss_scaler"] = rank.loss_scaler
             yield [part for fragment in rank.fragments for part in fragment_parts(fragment, model, tensor_rank, saved.tensor)]
             bar.update(files.optimizer_file(saved, data_rank, model_rank).stat().st_size)
     yield buffer_parts(saved, model)
+
+
+def finite(rank_files: Iterator[list[Part]], folder: Path) -> Iterator[list[Part]]:
+    """Yield the parts of each file. Raises UsageError after the last where some were not finite."""
+    broken: set[str] = set()
+    for parts in rank_files:
+        broken |= {f"{part.kind} {part.name}" for part in parts if part.kind != "buffer" and not np.isfinite(part.data).all()}
+        yield parts
+    if broken:
+        shown = ", ".join(sorted(broken)[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
+        raise UsageError(f"{folder}: NaN or infinite numbers in {shown}: training cannot go on from them; nothing was kept")
 
 
 def fragment_parts(fragment: files.SavedFragment, model: Model, tensor_rank: int, tensor: int) -> Iterator[Part]:
@@ -173,20 +265,16 @@ def fragment_parts(fragment: files.SavedFragment, model: Model, tensor_rank: int
             yield Part(name, kind, shape, shard, fragment.start, stop, data)
 
 
-def universal_parts(saved: files.DeepSpeedCheckpoint, model: Model, state: dict[str, Any], bar: Any) -> Iterator[Part]:
+def universal_parts(saved: files.DeepSpeedCheckpoint, model: Model, bar: Any) -> Iterator[Part]:
     """Yield whole parameters, one at a time, without the padding rows of a vocabulary."""
     for theirs in files.universal_names(saved):
         name = model.name(theirs)
         if name in model.aliases:
             continue
-        shape = model.shapes[name]
-        states, step = files.universal_states(saved, theirs)
-        state["optimizer_steps"] = max(state["optimizer_steps"], step)
-        for kind, values in states.items():
-            whole = values[: shape[0]] if name in model.vocabulary else values
-            if tuple(whole.shape) != shape:
-                there = f"{saved.folder / 'zero' / theirs}: {kind} is {list(values.shape)}"
-                raise UsageError(f"{there}, the config's model has {list(shape)}")
+        for path in files.universal_files(saved, theirs):
+            files.refuse_flipped(path)
+        for kind, values in files.universal_states(saved, theirs)[0].items():
+            whole = values[: model.shapes[name][0]] if name in model.vocabulary else values
             yield whole_part(name, kind, whole.detach().float().numpy())
             bar.update(4 * values.numel())
     yield from buffer_parts(saved, model)

@@ -25,15 +25,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from recipes.common.checkpoint.files import Part
-from recipes.common.config.json_files import read_json
-from tools.checkpoint.hf_folder import Source, open_folder, readable_tokenizer_files, strip_names, stripped, unread_weights
+from tools.checkpoint.hf_folder import Source, open_folder, strip_names, stripped, unread_weights
 from tools.checkpoint.hf_names import Adopter, TensorGroup, model_shapes, parameter_aliases
-from tools.checkpoint.starting_checkpoint import collected, late_part, refuse_used, starting_state, write_checkpoint
+from tools.checkpoint.starting_checkpoint import (
+    collected,
+    late_part,
+    refuse_used,
+    starting_state,
+    usable_tokenizer,
+    write_checkpoint,
+)
 from tools.common.console import GOOD, UsageError, human_bytes, printable, progress_bar, quiet_transformers
-from tools.common.hf_config import build_model, first_line, read_config, refuse_multimodal
+from tools.common.hf_config import build_model, read_config, refuse_multimodal
 
 COMPARE_ROWS_BYTES = 1 << 25
 FINITE_ELEMENTS = 1 << 22  # judged at once
@@ -43,7 +49,6 @@ _OLD_MASK = re.compile(r"(?:.*\.)?(?:attn|attention|self_attn|self_attention)\.(
 # what other programs leave in names, outermost first; torch.compile, DDP and FSDP, a wrapper of ours, a multimodal model, PEFT
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "causal", "model", "transformer")
 _WRAPPERS += ("language_model", "base_model", "gpt_neox", "text_model")
-_GENERATION = "generation_config.json"
 _SHOWN = 20  # of what does not fit
 
 
@@ -90,11 +95,7 @@ def import_folder(folder: Path, out: Path, tokenizer: Path | None = None, strip:
     config = read_config(folder)
     refuse_multimodal(config, folder)
     refuse_used(out)
-    tokenizer = folder if tokenizer is None else tokenizer
-    kept = readable_tokenizer_files(tokenizer)
-    if not kept and tokenizer is not folder:
-        raise UsageError(f"--tokenizer={tokenizer}: no tokenizer files there")
-    _refuse_unreadable(kept, tokenizer, config)
+    tokenizer = usable_tokenizer(folder, tokenizer, config)
     causal = build_model(config, folder)
     sources = strip_names(open_folder(folder), strip)
     adopter = Adopter(causal)
@@ -114,20 +115,6 @@ def import_folder(folder: Path, out: Path, tokenizer: Path | None = None, strip:
         "dropped": plan.dropped,
         "unread": unread_weights(folder),
     }
-
-
-def _refuse_unreadable(kept: list[Path], folder: Path, config: PreTrainedConfig) -> None:
-    """Raise UsageError for a tokenizer or generation_config.json that no exported model could be used with."""
-    names = {path.name for path in kept}
-    try:
-        if _GENERATION in names:
-            what, cure = _GENERATION, "mend it, or take it out"
-            GenerationConfig.from_dict(read_json(folder / _GENERATION))
-        if names - {_GENERATION}:
-            what, cure = "its tokenizer", "mend it, or give another with --tokenizer"
-            AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever their own code raises
-        raise UsageError(f"{folder}: transformers cannot read {what}: {first_line(error)}; {cure}") from error
 
 
 def _refusing(parts: Iterator[Part], broken: list[str], folder: Path) -> Iterator[list[Part]]:

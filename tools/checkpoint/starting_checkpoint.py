@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else importing DeepSpeed looks for one, and warns on stdout
 from recipes.common.checkpoint.files import (
@@ -25,14 +25,16 @@ from recipes.common.checkpoint.files import (
 )
 from recipes.common.checkpoint.folders import publish_folder
 from recipes.common.checkpoint.reader import Reader
-from recipes.common.config.json_files import write_json
+from recipes.common.config.json_files import read_json, write_json
 from recipes.common.model.sharding import RankShard
 from recipes.common.run_dir.checkpoint_folders import holder, sealed_checkpoints, step_folder
 from recipes.common.run_dir.lease import FOLDER, Lease, held
 from tools.checkpoint.contents import gaps
 from tools.checkpoint.hf_folder import readable_tokenizer_files
 from tools.common.console import CheckError, UsageError
+from tools.common.hf_config import first_line
 
+_GENERATION = "generation_config.json"
 FILE_BYTES = 1 << 30  # a file is written when this much is collected
 
 
@@ -60,6 +62,30 @@ def refuse_used(out: Path) -> None:
     there = sealed_checkpoints(out)
     if there:
         raise UsageError(f"{out} is already a run, with {len(there)} checkpoints; give the folder of a new run")
+
+
+def usable_tokenizer(model_folder: Path, given: Path | None, config: PreTrainedConfig) -> Path:
+    """Return the folder whose tokenizer is kept. Raises UsageError for a given one that has none, or that cannot be read."""
+    folder = model_folder if given is None else given
+    kept = readable_tokenizer_files(folder)
+    if not kept and given is not None:
+        raise UsageError(f"--tokenizer={folder}: no tokenizer files there")
+    _refuse_unreadable(kept, folder, config)
+    return folder
+
+
+def _refuse_unreadable(kept: list[Path], folder: Path, config: PreTrainedConfig) -> None:
+    """Raise UsageError for a tokenizer or generation_config.json that no exported model could be used with."""
+    names = {path.name for path in kept}
+    try:
+        if _GENERATION in names:
+            what, cure = _GENERATION, "mend it, or take it out"
+            GenerationConfig.from_dict(read_json(folder / _GENERATION))
+        if names - {_GENERATION}:
+            what, cure = "its tokenizer", "mend it, or give another with --tokenizer"
+            AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever their own code raises
+        raise UsageError(f"{folder}: transformers cannot read {what}: {first_line(error)}; {cure}") from error
 
 
 def whole_part(name: str, kind: str, tensor: np.ndarray) -> Part:

@@ -22,7 +22,7 @@ from recipes.common.data.batches import step_micro_batches
 from recipes.common.data.shards import open_split
 from recipes.common.recipe import Evaluation, Layout, Recipe, derive_sizes
 from recipes.common.run_dir.metrics import read_metrics
-from tests.support.small_runs import call, small_recipe, train_run, write_data
+from tests.support.small_runs import call, call_each, small_recipe, train_run, write_data
 from tests.support.tiny import ds_config, tiny_config
 from tools.checkpoint import deepspeed_files
 from tools.common.console import UsageError
@@ -266,3 +266,139 @@ def test_a_file_cut_short_is_named(tmp_path):
     (tmp_path / "x.pt").write_bytes(b"PK\3\4 not really")
     with pytest.raises(UsageError, match=r"x\.pt: not a file of tensors that is safe to load"):
         deepspeed_files.load(tmp_path / "x.pt")
+
+
+def _damage(folder: Path, name: str) -> None:
+    """Change a checkpoint of four optimizer files as `name` says."""
+    optimizer, model = folder / "zero_pp_rank_0_mp_rank_02_optim_states.pt", folder / "mp_rank_01_model_states.pt"
+    content = {path: torch.load(path, weights_only=False) for path in (optimizer, model)}
+    zero = content[optimizer]["optimizer_state_dict"]
+    adam = zero["base_optimizer_state"]["state"][0]
+    flats, addresses = zero["single_partition_of_fp32_groups"], zero["param_slice_mappings"][0]
+    match name:
+        case "another save's model file":
+            content[model] |= {"global_steps": 7, "dp_world_size": 2}
+        case "counts of another kind":
+            content[model] |= {"global_steps": None, "skipped_steps": -1, "dp_world_size": "1", "param_shapes": [{"a": "xy"}]}
+        case "another save's optimizer file":
+            for entry in zero["base_optimizer_state"]["state"].values():
+                entry["step"] = torch.tensor(7.0)
+        case "a step that is no number":
+            adam["step"] = torch.tensor(float("nan"))
+        case "a moment cut short":
+            adam["exp_avg"] = adam["exp_avg"][:-3]
+        case "a parameter under another name":
+            addresses["bogus.weight"] = addresses.pop("1.causal.lm_head.weight")
+        case "whole numbers":
+            flats[0], adam["exp_avg"] = flats[0].long(), adam["exp_avg"].long()
+        case "infinite weights":
+            flats[0] = flats[0].detach() / 0
+        case "frozen parameters":
+            content[model]["frozen_param_shapes"] = {"x": (1,)}
+    for path, value in content.items():
+        torch.save(value, path)
+    if name == "two files of a rank":
+        shutil.copy(optimizer, folder / f"bf16_{optimizer.name}")
+    if name == "flipped bits":
+        raw = bytearray(optimizer.read_bytes())
+        raw[len(raw) // 2] ^= 0xFF
+        optimizer.write_bytes(raw)
+    if name == "zeros":
+        optimizer.write_bytes(bytes(optimizer.stat().st_size))
+
+
+def _damage_all(folders: list[Path]) -> None:
+    for folder in folders:
+        _damage(folder, folder.name)
+
+
+_MODEL, _OPTIMIZER = "{folder}/mp_rank_01_model_states.pt", "{folder}/zero_pp_rank_0_mp_rank_02_optim_states.pt"
+_LAID_OUT = f"{_OPTIMIZER}: not laid out as DeepSpeed's ZeRO stage 1 "
+_DAMAGED = "{folder} is damaged, or holds files of two saves:\n  "
+DAMAGES = {
+    "another save's model file": "{folder} holds files of two saves: mp_rank_00_model_states.pt of dp_world_size=1, "
+    "global_steps=2 and mp_rank_01_model_states.pt of dp_world_size=2, global_steps=7; give a folder that one save wrote whole",
+    "counts of another kind": f"{_MODEL}: DeepSpeed did not write it so, or it is damaged: dp_world_size='1' must be a whole "
+    "number from 1; global_steps=None must be a whole number from 0; skipped_steps=-1 must be a whole number from 0; "
+    "param_shapes must be a list of a shape for each name",
+    "another save's optimizer file": f"{_DAMAGED}{_OPTIMIZER} is of optimizer step 7, "
+    "zero_pp_rank_0_mp_rank_00_optim_states.pt of 2\n",
+    "a step that is no number": f"{_LAID_OUT}(ValueError('step=nan must be a whole number from 0'))",
+    "a moment cut short": f"{_LAID_OUT}(ValueError('exp_avg is [19581], the weights beside it [19584]'))",
+    "a parameter under another name": f"{_DAMAGED}the optimizer files of mp_rank 2 hold 0 elements of 1.causal.lm_head.weight, "
+    "its model file has 4224\n  the optimizer files of mp_rank 2 hold 4224 elements of bogus.weight, its model file has 0",
+    "whole numbers": f"{_DAMAGED}{_OPTIMIZER}: master of 1.causal.model.layers.1.self_attn.q_proj.weight is torch.int64, "
+    "no floating-point numbers\n  ",
+    "infinite weights": "{folder}: NaN or infinite numbers in master lm_head.weight",
+    "frozen parameters": "{folder}: 1 frozen parameters; only fully trained models can be converted",
+    "two files of a rank": "{folder} holds files of two saves: bf16_zero_pp_rank_0_mp_rank_02_optim_states.pt and "
+    "zero_pp_rank_0_mp_rank_02_optim_states.pt are of one rank; remove the other save's",
+    "flipped bits": f"{_OPTIMIZER}: damaged, ",
+    "zeros": f"{_OPTIMIZER}: not a file of tensors that is safe to load (no zip as torch.save writes it: empty, cut short or "
+    "damaged); it was not loaded",
+}
+
+
+def test_what_one_save_did_not_write_whole_is_refused_before_anything_is_kept(saved, tmp_path):
+    _, folder = saved["pipeline 2, tensor 2"]
+    model = folder / "ours" / "checkpoints" / "latest" / "model"
+    folders = [shutil.copytree(folder / "theirs" / "global_step2", tmp_path / name) for name in DAMAGES]
+    run_ranks(_damage_all, 1, folders)
+    done = call_each("checkpoint", [["from-deepspeed", each, tmp_path / "run", "--model", model] for each in folders])
+    for (name, message), each in zip(DAMAGES.items(), done, strict=True):
+        wanted = "error: " + message.replace("{folder}", str(tmp_path / name))
+        assert (each.code, each.out, each.err[: len(wanted)]) == (2, "", wanted), name
+        assert not (tmp_path / "run" / "checkpoints").exists(), name
+
+
+def _damage_universal(folders: list[Path]) -> None:
+    for folder in folders:
+        head = folder / "zero" / "lm_head.weight"
+        match folder.name:
+            case "no moment":
+                (head / "exp_avg.pt").unlink()
+            case "no step":
+                (head / "step.pt").unlink()
+            case "no steps at all":
+                for path in folder.glob("zero/*/step.pt"):
+                    path.unlink()
+            case "steps":
+                torch.save([1, 2], head / "step.pt")
+            case "a scalar":
+                torch.save({"param": torch.tensor(1.0)}, head / "fp32.pt")
+
+
+DAMAGES_OF_UNIVERSAL = {
+    "no moment": "/zero/model.embed_tokens.weight: model.embed_tokens.weight has exp_avg, exp_avg_sq, master, another parameter "
+    "exp_avg_sq, master\n",
+    "no step": "/zero/lm_head.weight: it has Adam's moments and no step\n",
+    "no steps at all": "/zero/lm_head.weight: it has Adam's moments and no step\n",
+    "steps": "/zero/lm_head.weight/step.pt: step=[1, 2] must be a whole number from 0\n",
+    "a scalar": "/zero/lm_head.weight: master is [], the config's model has [131, 64]\n",
+}
+
+
+def test_universal_checkpoints_of_unequal_parameters_are_refused(plain_hf, tmp_path):
+    source = plain_hf[1] / "universal" / "global_step2_universal"
+    folders = [shutil.copytree(source, tmp_path / name) for name in DAMAGES_OF_UNIVERSAL]
+    run_ranks(_damage_universal, 1, folders)
+    calls = [["from-deepspeed", each, tmp_path / "run", "--model", plain_hf[1] / "hf"] for each in folders]
+    for (name, message), each in zip(DAMAGES_OF_UNIVERSAL.items(), call_each("checkpoint", calls), strict=True):
+        assert (each.code, each.out) == (2, ""), name
+        assert f"{tmp_path / name}{message}" in each.err, each.err
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_folder_without_one_is_refused(plain_hf, tmp_path):
+    calls = [
+        "from-deepspeed",
+        plain_hf[1] / "plain",
+        tmp_path / "run",
+        "--model",
+        plain_hf[1] / "hf",
+        "--tokenizer",
+        tmp_path / "x",
+    ]
+    done = call("checkpoint", *calls)
+    assert (done.code, done.err) == (2, f"error: --tokenizer={tmp_path / 'x'}: no tokenizer files there\n")
+    assert not (tmp_path / "run").exists()

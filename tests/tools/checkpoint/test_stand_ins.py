@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tools.checkpoint.deepspeed_files import find_checkpoint, load
+from tools.checkpoint.deepspeed_files import load
+from tools.checkpoint.deepspeed_folder import find_checkpoint
 from tools.checkpoint.stand_ins import Inert
 from tools.common.console import UsageError
 from tools.common.forked_ranks import run_ranks
