@@ -56,7 +56,7 @@ def _read_failing(file: Path) -> tuple[Recipe, list[str]]:
 
 _SWITCHES = ("sequence_parallel", "offload_activations")
 _SIZES = ("tensor", "pipeline", "data", "context", "context_heads", "expert", "chunks")
-_NUMBERS = (*_SIZES, "recompute_every", "mlp_chunk_tokens", *_SWITCHES)
+_NUMBERS = (*_SIZES, "recompute_every", "mlp_chunk_tokens")
 _WORDS = ("recompute", "pipeline_schedule", "experts")
 
 
@@ -72,14 +72,15 @@ def parse_layout(text: str) -> tuple[Layout, int]:
         counts = value.split("+")
         if name in values or not (
             (name in _WORDS and value)
-            or (name in _NUMBERS and value.isdigit())
-            or (name == "layers_per_stage" and all(count.isdigit() for count in counts))
+            or (name in _SWITCHES and value in ("0", "1"))
+            or (name in _NUMBERS and _is_count(value))
+            or (name == "layers_per_stage" and all(map(_is_count, counts)))
         ):
             known = f"{'=N, '.join(_SIZES)}=N, sequence_parallel=0 or 1, recompute=NAME, "
             known += "recompute_every=N, offload_activations=0 or 1, mlp_chunk_tokens=N, experts=NAME, pipeline_schedule=NAME "
             known += "or layers_per_stage=N+N+..."
             raise RecipeError("--layout", [f"--layout={text!r}: {item!r} is not {known}, each at most once"])
-        values[name] = value if name in _WORDS else int(value) if name in _NUMBERS else tuple(map(int, counts))
+        values[name] = value if name in _WORDS else int(value) if name in (*_NUMBERS, *_SWITCHES) else tuple(map(int, counts))
     data = values.pop("data", math.lcm(*(max(values.get(name, 1), 1) for name in ("context", "expert"))))
     layout = Layout(**values | {name: bool(values[name]) for name in _SWITCHES if name in values})
     if min(data, layout.tensor, layout.pipeline, layout.context, layout.expert, layout.recompute_every, layout.chunks) < 1:
@@ -89,6 +90,15 @@ def parse_layout(text: str) -> tuple[Layout, int]:
             why = f"{name}={getattr(layout, name)} does not divide data={data} data ranks"
             raise RecipeError("--layout", [f"--layout={text!r}: {why}"])
     return layout, data
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def states_data(text: str) -> bool:
+    """Say whether the text of a layout states its data ranks."""
+    return any(item.partition("=")[0] == "data" for item in text.split(","))
 
 
 def layout_text(layout: Layout, data: int) -> str:

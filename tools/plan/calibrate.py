@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import statistics
 import time
 from dataclasses import fields, replace
@@ -25,11 +26,13 @@ from recipes.common.recipe import Batch, Recipe
 from tools.common.console import GOOD, UsageError, quiet_transformers, table
 from tools.common.devices import GIB, Device, find_device
 from tools.common.forked_ranks import RankError, run_ranks
-from tools.common.recipe_io import load_recipe, parse_layout
+from tools.common.recipe_io import parse_layout
 from tools.plan import memory_model, time_model
 from tools.plan.coefficients import Coefficients, read_coefficients, write_coefficients
+from tools.plan.evaluate import why_not
 from tools.plan.fitting import fit_map
 from tools.plan.model_cases import Candidate, ModelFacts, read_model, time_cases
+from tools.plan.search import load_sound
 from tools.plan.stage_memory import memory_case
 from tools.plan.time_model import Cases
 
@@ -52,7 +55,8 @@ def run(flags: argparse.Namespace) -> int:
     layout, data = parse_layout(flags.layout)
     if flags.steps < 1:
         raise UsageError(f"--steps={flags.steps}: must be 1 or more")
-    recipe = shorten(load_recipe(flags.recipe), flags.layers)
+    refuse_out(flags.out)
+    recipe = shorten(load_sound(flags.recipe), flags.layers)
     kind = "cuda" if torch.cuda.is_available() and device.name != "CPU" else "cpu"
     world = layout.tensor * layout.pipeline * data
     if kind == "cuda" and world > torch.cuda.device_count():
@@ -60,6 +64,9 @@ def run(flags: argparse.Namespace) -> int:
     if kind == "cpu" and device.name != "CPU":
         raise UsageError(f"--gpu-type={device.name}: this machine has no GPU that torch can use; calibrate on one, or for CPU")
     runs_to_make = [_run_of(recipe, Candidate(layout=layout, data=data, micro_seqs=k * recipe.batch.micro_seqs)) for k in (1, 2)]
+    for tried, candidate in runs_to_make:  # in a fork: its trials compute
+        if why := run_ranks(_why_not, 1, tried, candidate)[0]:
+            raise UsageError(f"--layout={flags.layout}, micro_seqs={candidate.micro_seqs}: {why}")
     measured = []
     for tried, candidate in runs_to_make:  # fork all ranks before this process computes anything
         try:
@@ -80,6 +87,20 @@ def run(flags: argparse.Namespace) -> int:
         print(_text(rows))
         print(f"{flags.out}: give it to search and explain as --calibration {flags.out}")
     return GOOD
+
+
+def refuse_out(out: Path) -> None:
+    """Raise UsageError for a file that could not be written after the runs, or that is there."""
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"--out={out} exists; give another name, or remove it")
+    if not out.parent.is_dir():
+        raise UsageError(f"--out={out}: there is no folder {out.parent}")
+    if not os.access(out.parent, os.W_OK):
+        raise UsageError(f"--out={out}: {out.parent} cannot be written to; give this user the right to it, or another place")
+
+
+def _why_not(recipe: Recipe, candidate: Candidate) -> str:
+    return why_not(read_model(recipe, load_ds_config(recipe.deepspeed)), [candidate])[0]
 
 
 def shorten(recipe: Recipe, layers: int | None) -> Recipe:

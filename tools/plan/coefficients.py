@@ -9,14 +9,13 @@ the shipped file from published tables.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recipes.common.config.json_files import read_json
+from recipes.common.config.json_files import JsonError, read_json, write_json
 from tools.common.console import UsageError
 from tools.common.devices import Device
 from tools.plan import memory_model, time_model
@@ -45,19 +44,56 @@ def read_coefficients(path: Path | None) -> Coefficients:
     """Read a file of coefficients; the shipped one if `path` is None. Raises UsageError for any other file."""
     path = SHIPPED if path is None else path
     try:
-        found = read_json(path)
-        return Coefficients(
-            time=np.array([float(found["time"][term]) for term in time_model.TERMS]),
-            memory=np.array([float(found["memory"][term]) for term in memory_model.TERMS]),
-            device_factor={str(k): float(v) for k, v in found["device_factor"].items()},
-            layer_factor={tuple(float(x) for x in shape): float(v) for shape, v in found["layer_factor"]},
-            time_spread=float(found["spread"]["time"]),
-            memory_spread=float(found["spread"]["memory"]),
-            provenance=dict(found["provenance"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UsageError(f"{path}: not a file of `plan calibrate` or `plan fit` ({reason}); write it again") from error
+        found = read_json(path, unique=True)
+    except JsonError as error:
+        raise UsageError(f"{error}; write it again with `plan calibrate`") from error
+    if problems := _problems(found):
+        raise UsageError(f"{path}: not a file of `plan calibrate` of this version: {'; '.join(problems)}; write it again")
+    return Coefficients(
+        time=np.array([float(found["time"][term]) for term in time_model.TERMS]),
+        memory=np.array([float(found["memory"][term]) for term in memory_model.TERMS]),
+        device_factor={name: float(value) for name, value in found["device_factor"].items()},
+        layer_factor={tuple(map(float, shape)): float(value) for shape, value in found["layer_factor"]},
+        time_spread=float(found["spread"]["time"]),
+        memory_spread=float(found["spread"]["memory"]),
+        provenance=found["provenance"],
+    )
+
+
+def _problems(found: dict[str, Any]) -> list[str]:
+    """List all that `write_coefficients` would not have written."""
+    parts = ("provenance", "time", "memory", "device_factor", "layer_factor", "spread")
+    problems = [f"{name} is missing" for name in parts if name not in found]
+    problems += [f"{name} is not known" for name in found if name not in parts]
+    for part, terms in (("time", time_model.TERMS), ("memory", memory_model.TERMS), ("spread", ("time", "memory"))):
+        given = found.get(part, dict.fromkeys(terms, 1.0))
+        if not isinstance(given, dict):
+            problems.append(f"{part} must be an object")
+            continue
+        problems += [f"{part}.{term} is missing" for term in terms if term not in given]
+        problems += [f"{part}.{term} is not known" for term in given if term not in terms]
+        problems += _not_positive(part, {term: value for term, value in given.items() if term in terms})
+    factors, layers = found.get("device_factor", {}), found.get("layer_factor", [])
+    problems += _not_positive("device_factor", factors) if isinstance(factors, dict) else ["device_factor must be an object"]
+    if not isinstance(layers, list) or not all(map(_is_layer, layers)):
+        problems.append("layer_factor must be a list of [[number, ...], number over 0]")
+    if not isinstance(found.get("provenance", {}), dict):
+        problems.append("provenance must be an object")
+    return problems
+
+
+def _not_positive(part: str, values: dict[str, Any]) -> list[str]:
+    return [f"{part}.{name}={value!r} must be a number over 0" for name, value in values.items() if not _is_positive(value)]
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e300
+
+
+def _is_layer(entry: Any) -> bool:
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], list):
+        return False
+    return all(type(size) in (int, float) and abs(size) < 1e300 for size in entry[0]) and _is_positive(entry[1])
 
 
 def write_coefficients(path: Path, coefficients: Coefficients) -> None:
@@ -72,7 +108,7 @@ def write_coefficients(path: Path, coefficients: Coefficients) -> None:
         "layer_factor": [[list(shape), round(value, 4)] for shape, value in coefficients.layer_factor.items()],
         "spread": {"time": round(coefficients.time_spread, 4), "memory": round(coefficients.memory_spread, 4)},
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
 
 
 def first_principles() -> Coefficients:

@@ -108,15 +108,7 @@ def judge(
     facts: ModelFacts, found: Sequence[Candidate], device: Device, coefficients: Coefficients, price: float
 ) -> tuple[list[Plan], list[Rejected]]:
     """Return (plans: the fastest safe ones first, then those whose interval reaches the GPU's memory; the rejected)."""
-    by_pipeline = pipeline_problems(facts, {_pipeline_of(candidate.layout) for candidate in found})
-    shared = Layout(tensor=2, sequence_parallel=True)
-    shares = any(candidate.layout.sequence_parallel for candidate in found)
-    of_sequences = (sequence_problems(facts.recipe.model, shared, facts.recipe.attention) if shares else []) or [""]
-    masked = {"mask_documents": facts.recipe.mask_documents}
-    splits = any(candidate.layout.context > 1 for candidate in found)
-    of_context = context_trial_problems(facts.recipe.model, Layout(context=2), facts.recipe.attention, **masked) if splits else []
-    of_family = (of_sequences[0], (of_context or [""])[0])
-    whys = [_why_not(facts, candidate, by_pipeline, *of_family) for candidate in found]
+    whys = why_not(facts, found)
     rejected = [Rejected(candidate, why) for candidate, why in zip(found, whys, strict=True) if why]
     able = [candidate for candidate, why in zip(found, whys, strict=True) if not why]
     fitting, memories = [], []
@@ -145,6 +137,19 @@ def judge(
         for i, candidate in enumerate(fitting)
     ]
     return sorted(plans, key=lambda plan: (not plan.safe, plan.seconds)), rejected
+
+
+def why_not(facts: ModelFacts, found: Sequence[Candidate]) -> list[str]:
+    """Return for each candidate what rules it out before memory is counted, or ""."""
+    by_pipeline = pipeline_problems(facts, {_pipeline_of(candidate.layout) for candidate in found})
+    shared = Layout(tensor=2, sequence_parallel=True)
+    shares = any(candidate.layout.sequence_parallel for candidate in found)
+    of_sequences = (sequence_problems(facts.recipe.model, shared, facts.recipe.attention) if shares else []) or [""]
+    masked = {"mask_documents": facts.recipe.mask_documents}
+    splits = any(candidate.layout.context > 1 for candidate in found)
+    of_context = context_trial_problems(facts.recipe.model, Layout(context=2), facts.recipe.attention, **masked) if splits else []
+    of_family = (of_sequences[0], (of_context or [""])[0])
+    return [_why_not(facts, candidate, by_pipeline, *of_family) for candidate in found]
 
 
 def _too_large(case: MemoryCase, totals: np.ndarray) -> str:

@@ -7,7 +7,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from recipes.common.recipe import Layout
+from recipes.common.checks.recipe_checks import layout_problems
+from recipes.common.recipe import Layout, RecipeError
 from tools.common.console import FAILED, GOOD, table
 from tools.common.devices import GIB, Device
 from tools.plan.coefficients import Coefficients
@@ -35,6 +36,8 @@ def run(flags: argparse.Namespace) -> int:
     objects, texts, runs = [], [], True
     for path in flags.recipes:
         facts, device, coefficients, price = read(path, flags)
+        if not facts.recipe.layouts:
+            raise RecipeError(f"recipe {facts.recipe.name!r}", ["layouts={} has none to plan; add one, or use `plan search`"])
         found = plan_layouts(facts, device, coefficients, price)
         runs = runs and all(entry.plan and entry.plan.safe for entry in found)
         said = sentence(found, device)
@@ -48,14 +51,18 @@ def run(flags: argparse.Namespace) -> int:
 
 def plan_layouts(facts: ModelFacts, device: Device, coefficients: Coefficients, price: float) -> list[Planned]:
     """Plan each layout of the recipe with the recipe's own micro batch."""
-    found = {}
+    found, wrong = {}, {}
     for gpus, layout in facts.recipe.layouts.items():
+        if problems := layout_problems(facts.recipe, layout, gpus):
+            wrong[gpus] = problems[0]
+            continue
         data = gpus // (layout.tensor * layout.pipeline)
         found[gpus] = Candidate(layout=layout, data=data, micro_seqs=facts.recipe.batch.micro_seqs)
     plans, rejected = judge(facts, list(found.values()), device, coefficients, price)  # all at once: they share trials
     planned = {plan.candidate: plan for plan in plans}
     whys = {entry.candidate: entry.why for entry in rejected}
-    return [Planned(gpus, each.layout, planned.get(each), whys.get(each, "")) for gpus, each in found.items()]
+    able = {gpus: (planned.get(each), whys.get(each, "")) for gpus, each in found.items()}
+    return [Planned(gpus, layout, *(able.get(gpus) or (None, wrong[gpus]))) for gpus, layout in facts.recipe.layouts.items()]
 
 
 def sentence(found: Sequence[Planned], device: Device) -> str:

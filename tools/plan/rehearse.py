@@ -17,7 +17,7 @@ from recipes.common.config.placement import ONE_PASS, coordinates
 from recipes.common.recipe import Layout, Recipe, derive_sizes
 from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers
 from tools.common.devices import DEVICES, find_device
-from tools.common.recipe_io import load_recipe, parse_layout
+from tools.common.recipe_io import load_recipe, parse_layout, states_data
 from tools.plan.rehearsal.predicted import predict
 from tools.plan.rehearsal.rehearsal_case import Rehearsal
 from tools.plan.rehearsal.rehearsing import Rehearser
@@ -37,6 +37,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     quiet_transformers()
+    if flags.gpus < 1:
+        raise UsageError(f"--gpus={flags.gpus}: must be 1 or more")
+    if flags.lines < 0:
+        raise UsageError(f"--lines={flags.lines}: must be 0 or more")
     device, recipe = find_device(flags.gpu_type), load_recipe(flags.recipe)
     recipe, layout = choose_layout(recipe, flags.gpus, flags.layout)
     if not 0 <= flags.rank < flags.gpus:
@@ -61,7 +65,9 @@ def run(flags: argparse.Namespace) -> int:
 def choose_layout(recipe: Recipe, gpus: int, given: str | None) -> tuple[Recipe, Layout]:
     """Return the recipe with one layout for `gpus`, the one given or its own, and that."""
     if given is not None:
-        layout, _ = parse_layout(given)
+        layout, data = parse_layout(given)
+        if states_data(given) and layout.tensor * layout.pipeline * data != gpus:
+            raise UsageError(f"--layout={given}: does not fill --gpus={gpus}; correct it, or leave out data=")
     elif gpus in recipe.layouts:
         layout = recipe.layouts[gpus]
     else:

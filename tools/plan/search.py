@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -13,8 +14,8 @@ from recipes.common.checks.model_checks import config_problems, value_problems
 from recipes.common.checks.recipe_checks import range_problems
 from recipes.common.config.ds_config import load_ds_config
 from recipes.common.config.field_types import type_problems
-from recipes.common.recipe import PIPELINE_SCHEDULES, SLICES, Layout, RecipeError
-from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table
+from recipes.common.recipe import PIPELINE_SCHEDULES, SLICES, Layout, Recipe, RecipeError
+from tools.common.console import FAILED, GOOD, UsageError, quiet_transformers, table, tell_notes
 from tools.common.devices import DEVICES, GIB, Device, find_device
 from tools.common.recipe_io import load_recipe
 from tools.plan.bubbles import bubble_text
@@ -53,6 +54,8 @@ def run(flags: argparse.Namespace) -> int:
     facts, device, coefficients, price = read(flags.recipe, flags)
     if flags.gpus < 1:
         raise UsageError(f"--gpus={flags.gpus}: must be 1 or more")
+    if flags.top < 0:
+        raise UsageError(f"--top={flags.top}: must be 0 or more")
     if flags.longest:
         lengths = find_longest(facts, flags.gpus, device, coefficients, price)
         print(longest_json(lengths) if flags.json else longest_text(facts, flags.gpus, device, lengths))
@@ -79,13 +82,22 @@ def read(path: str, flags: argparse.Namespace) -> tuple[ModelFacts, Device, Coef
     device = find_device(flags.gpu_type)
     coefficients = first_principles() if flags.first_principles else read_coefficients(flags.calibration)
     price = device.price if flags.price_per_hour is None else flags.price_per_hour
-    if price < 0:
-        raise UsageError(f"--price-per-hour={price}: must be 0 or more")
+    if not 0 <= price < math.inf:
+        raise UsageError(f"--price-per-hour={price}: must be a number from 0")
+    made_on = coefficients.provenance.get("calibrated on", device.name)
+    if made_on != device.name:
+        tell_notes([f"{flags.calibration} was calibrated on {made_on}: it says little of --gpu-type={device.name}"])
+    recipe = load_sound(path)
+    return read_model(recipe, load_ds_config(recipe.deepspeed)), device, coefficients, price
+
+
+def load_sound(path: str) -> Recipe:
+    """Return the recipe at `path`. Raises RecipeError with all its values that no model or run can have."""
     recipe = load_recipe(path)
     problems = type_problems(recipe) or range_problems(recipe) + config_problems(recipe.model) + value_problems(recipe.model)
     if problems:
         raise RecipeError(f"recipe {recipe.name!r}", problems)
-    return read_model(recipe, load_ds_config(recipe.deepspeed)), device, coefficients, price
+    return recipe
 
 
 def options_of(layout: Layout) -> str:

@@ -204,11 +204,65 @@ def test_a_layout_that_may_not_fit_is_exit_1():
         (["explain", "tensor=x", LLAMA, "--gpu-type", "H100"], "tensor=x"),
         (["explain", "tensor=1", LLAMA, "--gpu-type", "H100", "--calibration", "README.md"], "plan calibrate"),
         (["calibrate", LLAMA, "--gpu-type", "H100", "--out", "x.json", "--layers", "99"], "--layers=99"),
+        (
+            ["search", LLAMA, "--gpus", "8", "--gpu-type", "H100", "--price-per-hour", "nan"],
+            "--price-per-hour=nan: must be",
+        ),
+        (
+            ["search", LLAMA, "--gpus", "8", "--gpu-type", "H100", "--price-per-hour", "inf"],
+            "--price-per-hour=inf: must be",
+        ),
+        (["search", LLAMA, "--gpus", "8", "--gpu-type", "H100", "--top", "-1"], "--top=-1: must be 0 or more"),
+        (["explain", "tensor=²", LLAMA, "--gpu-type", "H100"], "'tensor=²' is not tensor=N"),
+        (["explain", "tensor=2,sequence_parallel=7", LLAMA, "--gpu-type", "H100"], "'sequence_parallel=7' is not tensor=N"),
     ],
 )
 def test_a_mistake_is_exit_2(flags, part):
     called = call("plan", *flags)
     assert called.code == 2 and part in called.err and "Traceback" not in called.err
+
+
+def test_layouts_that_do_not_divide_their_gpus_are_told(tmp_path):
+    """Not planned on the GPUs that they do divide, and no traceback."""
+    text = (ROOT / "recipes" / "quickstart.py").read_text()
+    recipe = tmp_path / "uneven.py"
+    recipe.write_text(text.replace("8: Layout(tensor=2, pipeline=2)", "6: Layout(tensor=2, pipeline=2), 3: Layout(tensor=4)"))
+    said = call("plan", "layouts", recipe, "--gpu-type", "H100", "--json")
+    whys = {each["gpus"]: each["why"] for each in said.json["recipes"][0]["layouts"]}
+    told = "layouts[{}]: tensor={} x pipeline={} = 4 does not divide {} GPUs; change the layout or the number of GPUs"
+    assert (said.code, whys) == (1, {1: "", 2: "", 4: "", 6: told.format(6, 2, 2, 6), 3: told.format(3, 4, 1, 3)})
+    recipe.write_text(text.replace("    layouts={", "    layouts={} and {"))
+    none = call("plan", "layouts", recipe, "--gpu-type", "H100")
+    message = "error: recipe 'quickstart':\n  - layouts={} has none to plan; add one, or use `plan search`\n"
+    assert (none.code, none.err) == (2, message)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--layout", "tensor=5"],
+            "--layout=tensor=5, micro_seqs=8: tensor=5: num_attention_heads=6 is not a multiple",
+        ),
+        (
+            ["--layout", "pipeline=2", "--layers", 1],
+            "--layout=pipeline=2, micro_seqs=8: layout pipeline=2 exceeds the model's 1",
+        ),
+        (
+            ["--layout", "recompute=bad"],
+            "--layout=recompute=bad, micro_seqs=8: layouts[1].recompute='bad' must be one of ",
+        ),
+        (["--out", "{folder}/there.json"], "--out={folder}/there.json exists; give another name, or remove it\n"),
+        (["--out", "{folder}/none/x.json"], "--out={folder}/none/x.json: there is no folder {folder}/none\n"),
+    ],
+)
+def test_a_calibration_that_could_not_run_or_be_kept_is_refused_before_it_runs(flags, message, tmp_path):
+    (tmp_path / "there.json").write_text("precious")
+    words = [str(flag).format(folder=tmp_path) for flag in ["--out", tmp_path / "new.json", *flags]]
+    done = call("plan", "calibrate", "recipes/quickstart.py", "--gpu-type", "CPU", "--steps", 1, *words)
+    wanted = f"error: {message.format(folder=tmp_path)}"
+    assert (done.code, done.out, done.err[: len(wanted)]) == (2, "", wanted) and "Traceback" not in done.err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("there.json", "precious")]
 
 
 def test_the_shipped_terms_say_where_they_come_from():
@@ -232,7 +286,9 @@ def test_calibration_moves_the_terms_to_this_machine(tmp_path):
     assert len(runs) == 2 and off("after") < off("before")
     used = call("plan", "explain", "tensor=1", "recipes/quickstart.py", "--gpu-type", "CPU", "--calibration", out, "--json")
     assert used.code == 0 and used.json["ranked"][0]["seconds"] > 0
-    assert read_coefficients(out).provenance["calibrated on"] == "CPU"
+    assert read_coefficients(out).provenance["calibrated on"] == "CPU" and not used.err
+    other = call("plan", "explain", "tensor=1", "recipes/quickstart.py", "--gpu-type", "H100", "--calibration", out, "--json")
+    assert other.err == f"note: {out} was calibrated on CPU: it says little of --gpu-type=H100\n"
 
 
 def test_the_bubble_is_told_by_formula_and_as_played():

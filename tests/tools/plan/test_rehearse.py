@@ -42,6 +42,12 @@ def test_lengths_of_the_steps():
         (("--gpus", 8, "--rank", 8), "--rank=8: the ranks of 8 GPUs are 0 to 7"),
         (("--gpus", 6, "--layout", "tensor=4"), "tensor=4"),
         (("--gpus", 8, "--gpu-type", "H1000"), "--gpu-type=H1000"),
+        (
+            ("--gpus", 8, "--layout", "tensor=2,data=3"),
+            "--layout=tensor=2,data=3: does not fill --gpus=8",
+        ),
+        (("--gpus", -8, "--layout", "tensor=2"), "--gpus=-8: must be 1 or more"),
+        (("--gpus", 8, "--lines", -3), "--lines=-3: must be 0 or more"),
     ],
 )
 def test_a_mistake_is_said_before_anything_runs(flags, message):
