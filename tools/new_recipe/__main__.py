@@ -25,8 +25,8 @@ from recipes.common.checks.recipe_checks import check_recipe
 from recipes.common.config.ds_config import load_ds_config
 from recipes.common.recipe import ROOT, AdamW, Batch, Cosine, Layout, Recipe, RecipeError
 from tools.common.console import GOOD, UsageError, exit_code, machine_words, quiet_transformers
-from tools.common.devices import GIB, find_device
-from tools.common.recipe_io import load_recipe, parse_layout
+from tools.common.devices import DEVICES, GIB, find_device
+from tools.common.recipe_io import load_recipe, parse_layout, states_data
 from tools.new_recipe.recipe_text import stated_fields, write_text
 from tools.new_recipe.scaling_rules import Hyperparameters, hyperparameters
 from tools.new_recipe.shape import ModelShape, choose_shape
@@ -113,15 +113,15 @@ def _fill(
         name=name,
         model=type(template.model)(**{field: getattr(template.model, field) for field in stated} | shape.fields),
         num_params=shape.num_params,
-        tokenizer=flags.tokenizer or f"/data/{name}/tokenizer",
-        data=flags.data or f"/data/{name}/tokens",
+        tokenizer=f"/data/{name}/tokenizer" if flags.tokenizer is None else flags.tokenizer,
+        data=f"/data/{name}/tokens" if flags.data is None else flags.data,
         batch=Batch(seq_len=seq_len, micro_seqs=1, global_seqs=max(numbers.global_seqs, flags.gpus)),
         schedule=Cosine(warmup_steps=0),
         steps=numbers.steps,
         z_loss=1e-4,
         deepspeed="zero1_bf16.json",
     )
-    layout, data, micro_seqs, source = _given(flags) if flags.layout else _planned(recipe, flags.gpus, flags.gpu_type)
+    layout, data, micro_seqs, source = _given(flags) if flags.layout is not None else _planned(recipe, flags.gpus, flags.gpu_type)
     numbers = hyperparameters(shape.layer_params, flags.tokens, seq_len, micro_seqs * data // layout.context)
     recipe = replace(
         recipe,
@@ -138,7 +138,7 @@ def _given(flags: argparse.Namespace) -> tuple[Layout, int, int, str]:
     """Return (layout, data ranks, sequences of a micro batch, source) of --layout."""
     layout, data = parse_layout(flags.layout)
     replica = layout.tensor * layout.pipeline
-    filled = flags.gpus % (replica * layout.context) == 0 and ("data=" not in flags.layout or data * replica == flags.gpus)
+    filled = flags.gpus % (replica * layout.context) == 0 and (not states_data(flags.layout) or data * replica == flags.gpus)
     if not filled:
         raise UsageError(f"--layout={flags.layout} does not fill --gpus={flags.gpus}; correct it, or leave out data=")
     return layout, flags.gpus // replica, 1, "given"
@@ -180,6 +180,9 @@ def _problems(flags: argparse.Namespace, out: Path) -> list[str]:
     problems = [f"--{name}={value:g} must be a number over 0" for name, value in given.items() if not 0 < value < math.inf]
     if flags.seq_len is not None and flags.seq_len < 1:
         problems.append(f"--seq-len={flags.seq_len} must be at least 1")
+    if flags.gpu_type.lower() not in {device.name.lower() for device in DEVICES}:
+        problems.append(f"--gpu-type={flags.gpu_type}: not known; use one of {', '.join(device.name for device in DEVICES)}")
+    place = ROOT / "recipes" / out.name
     if out.suffix != ".py" or not out.stem.isidentifier():
         problems.append(f"--out={out} must be a Python file with a module's name, such as recipes/llama_3b.py")
     elif keyword.iskeyword(out.stem) or out.stem in sys.stdlib_module_names:
@@ -188,6 +191,8 @@ def _problems(flags: argparse.Namespace, out: Path) -> list[str]:
         problems.append(f"--out={out}: there is no folder {out.parent}")
     elif out.exists():
         problems.append(f"--out={out} exists; give another name, or remove it")
+    elif place.exists():
+        problems.append(f"--out={out}: there is a recipes/{out.name}, and a recipe runs only from there; give another name")
     return problems
 
 
