@@ -2,7 +2,7 @@
 # Trains a recipe on several machines, through the deepspeed launcher, pdsh and ssh.
 set -euo pipefail
 
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+here="$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 script=hostfile.sh
 # shellcheck source=launch/lib_supervised.sh
 source "$here/lib_supervised.sh"

@@ -2,7 +2,7 @@
 # Prints the JobSet that trains a recipe on Kubernetes, for `kubectl apply -f -`.
 set -euo pipefail
 
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+here="$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 script=kubernetes.sh
 # shellcheck source=launch/lib_supervised.sh
 source "$here/lib_supervised.sh"

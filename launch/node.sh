@@ -42,7 +42,7 @@ node_rank="${NODE_RANK:-}" world=""
 for index in "${!hosts[@]}"; do
     [[ -n "$node_rank" || "${hosts[index]}" != "${SLURMD_NODENAME:-}" ]] || node_rank="$index"
 done
-[[ "$node_rank" =~ ^[0-9]+$ && "$node_rank" -lt "${#hosts[@]}" ]] || fail "this machine is none of ${hosts[*]}: set NODE_RANK to its index"
+[[ "$node_rank" =~ ^(0|[1-9][0-9]*)$ && "$node_rank" -lt "${#hosts[@]}" ]] || fail "this machine is none of ${hosts[*]}: set NODE_RANK to its index"
 
 ranks="$(seq -s , 0 $((slots - 1)))"
 for host in "${hosts[@]}"; do world+="${world:+,}\"$host\":[$ranks]"; done
@@ -56,7 +56,7 @@ if [[ -n "$print" ]]; then
     exit 0
 fi
 
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+here="$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=launch/venv.sh
 source "$here/venv.sh"
 # shellcheck source=launch/env.sh

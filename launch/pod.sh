@@ -2,7 +2,7 @@
 # Starts the ranks of one pod of launch/kubernetes.yaml; the first pod also runs the supervisor of all.
 set -euo pipefail
 
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+here="$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 script=pod.sh
 # shellcheck source=launch/lib_supervised.sh
 source "$here/lib_supervised.sh"

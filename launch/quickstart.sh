@@ -23,7 +23,7 @@ fail() {
     exit 2
 }
 
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+here="$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(dirname "$here")"
 data=runs/quickstart_data
 vocabulary=4096 # tokens; at most the recipe's vocab_size
@@ -76,6 +76,8 @@ else
     export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 fi
 
+[[ "$processes" =~ ^[1248]$ ]] || fail "--processes $processes: recipes/quickstart.py has layouts for 1, 2, 4 and 8 ranks"
+
 cd "$root" # all paths below are relative to it, printed ones included
 if [[ -z "$out" ]]; then
     out=runs/quickstart
@@ -83,6 +85,8 @@ if [[ -z "$out" ]]; then
         [[ -e "$out" ]] || break
         out="runs/quickstart-$number"
     done
+elif [[ -e "$out" && ! -d "$out" ]]; then
+    fail "--out $out is a file; give a folder"
 elif [[ -e "$out/checkpoints" || -e "$out/hf" ]]; then
     fail "--out $out holds an earlier run; give another folder, or remove it"
 fi

@@ -4,7 +4,7 @@
 # Otherwise creates .venv in the repository root, and reuses it until requirements.txt changes.
 # pip's own variables and configuration (index, proxy, certificate) apply.
 
-repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+repository="$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 # Prints the first Python that is 3.11 or newer.
 find_python() {
@@ -37,10 +37,19 @@ fill_venv() {
     fi
 }
 
-# Fails if the active environment lacks a package, and says how to install it.
+# Fails if the active environment has no Python, an old one, or lacks a package, and says how to mend it.
 check_active() {
+    local folder="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
+    if ! command -v python > /dev/null; then
+        echo "launch/venv.sh: the active environment $folder has no python on the PATH; activate it again, or \`deactivate\` to" \
+            "have .venv made for you" >&2
+        return 1
+    fi
     python - << 'CHECK' >&2
 import importlib.util, sys
+if sys.version_info < (3, 11):
+    sys.exit(f"launch/venv.sh: {sys.prefix} has Python {sys.version.split()[0]}, and 3.11 or newer is needed: activate another "
+             "environment, or `deactivate` to have .venv made for you")
 missing = [name for name in ("torch", "deepspeed", "transformers", "sentencepiece") if not importlib.util.find_spec(name)]
 if missing:
     sys.exit(f"launch/venv.sh: {sys.prefix} has no {', '.join(missing)}: "

@@ -4,7 +4,7 @@
 # Exit 0: all was run and nothing failed; 1: a check failed, or no time was left for one; 2: the call was wrong.
 set -euo pipefail
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/venv.sh
 source launch/venv.sh
 # shellcheck source=launch/env.sh

@@ -3,7 +3,7 @@
 # Runs in the active environment, or in .venv, which it makes (launch/venv.sh). Exit 0: all good.
 set -euo pipefail
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/venv.sh
 source launch/venv.sh
 # shellcheck source=launch/env.sh

@@ -220,6 +220,12 @@ def test_the_commands_of_the_readme_are_understood(tmp_path: Path, command: str)
         ("node.sh", ["a", "%s", "h", "1", "r"], "SLOTS='%s' and PORT='1' must be numbers"),
         ("node.sh", ["a,-oProxyCommand=x", "8", "h", "1", "r"], "'-oProxyCommand=x' is no host's name or address"),
         ("pod.sh", ["recipes/quickstart.py"], "POD_NODES='', POD_SLOTS='' and JOB_COMPLETION_INDEX='' must be numbers"),
+        (
+            "quickstart.sh",
+            ["--print", "--processes", "3"],
+            "recipes/quickstart.py has layouts for 1, 2, 4 and 8 ranks",
+        ),
+        ("quickstart.sh", ["--print", "--out", "README.md"], "README.md is a file; give a folder"),
         ("node.sh", ["a", "8"], "needs HOSTS, SLOTS, MASTER, PORT and RECIPE, got 2 words"),
     ],
 )
@@ -236,6 +242,23 @@ def environment(extra: dict[str, str]) -> dict[str, str]:
     result = run("bash", "-c", script, env={"PATH": os.environ["PATH"], **extra})
     assert result.returncode == 0, result.stderr
     return dict(line.split("=", 1) for line in result.stdout.split("\0") if line)
+
+
+@pytest.mark.parametrize("name", ["local.sh", "quickstart.sh"])
+def test_the_folders_that_cd_searches_do_not_matter(name: str) -> None:
+    """With CDPATH, cd prints where it went, and may go to another repository."""
+    words = ["bash", f"launch/{name}", "--print", *(["recipes/quickstart.py"] if name in STARTERS else [])]
+    plain, searched = run(*words), run(*words, env=os.environ | {"CDPATH": f".:{ROOT}"})
+    assert (searched.returncode, searched.stderr) == (0, plain.stderr)
+    first = [re.sub(r"--master_port \d+", "", done.stdout) for done in (plain, searched)]
+    assert first[0] == first[1] != ""
+
+
+def test_quickstart_takes_the_ranks_that_its_recipe_has_layouts_for() -> None:
+    facts = run(sys.executable, "-c", "from recipes.quickstart import recipe; print(*recipe.layouts)")
+    for ranks in range(1, 17):
+        printed = run("bash", "launch/quickstart.sh", "--print", "--processes", ranks, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+        assert (printed.returncode == 0) == (str(ranks) in facts.stdout.split()), printed.stderr
 
 
 def test_env_keeps_what_the_user_set() -> None:
@@ -268,6 +291,32 @@ def test_slurm_finds_the_repository_whatever_its_path(tmp_path: Path) -> None:
     assert f"{folder}/launch/node.sh" in shlex.split(words[words.index("--launcher") + 1])
     (folder / "launch" / "lib_supervised.sh").unlink()
     assert "cannot find the folder that it was submitted from" in run("bash", spool, recipe, env=variables).stderr
+
+
+@pytest.mark.parametrize(
+    ("nodes", "address", "variables", "words", "message"),
+    [
+        ("", "10.0.0.1", {}, [], "scontrol names no node of SLURM_JOB_NODELIST=n[1-2]"),
+        ("n1", "", {}, [], "scontrol tells no NodeAddr of the first node, n1"),
+        ("n1", "10.0.0.1", {"SLURM_GPUS_ON_NODE": "0"}, [], "SLURM_GPUS_ON_NODE=0 must be a number over 0; give --processes"),
+        ("n1", "10.0.0.1", {"SLURM_GPUS_ON_NODE": "0"}, ["--processes", "2"], None),
+    ],
+)
+def test_slurm_says_what_it_was_not_told(tmp_path: Path, nodes: str, address: str, variables, words, message) -> None:
+    script = ROOT / "launch/slurm.sbatch"
+    answers = f"""case "$1 $2" in
+        "show job") echo "Command={script} --print" ;;
+        "show hostnames") [[ -z "{nodes}" ]] || echo "{nodes}" ;;
+        *) echo " NodeAddr={address} " ;;
+    esac
+    """
+    fake_command(tmp_path, "scontrol", answers)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = run("bash", script, "--print", *words, "recipes/quickstart.py", env=os.environ | slurm | variables)
+    if message:
+        assert (done.returncode, done.stderr) == (2, f"launch/slurm.sbatch: {message} (--help shows the usage)\n")
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def group_script(command: str) -> str:
@@ -362,6 +411,20 @@ def test_an_active_environment_without_the_packages_is_named(tmp_path: Path) -> 
     assert found.returncode != 0
     assert "torch, deepspeed, transformers" in found.stderr
     assert "pip install -r requirements.txt" in found.stderr
+
+
+def test_an_active_environment_without_python_or_with_an_old_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "dirname").symlink_to(shutil.which("dirname"))
+    nothing = run("/bin/bash", "-c", f"source {ROOT}/launch/venv.sh", env={"VIRTUAL_ENV": "/gone", "PATH": str(tmp_path)})
+    assert nothing.stderr == (
+        "launch/venv.sh: the active environment /gone has no python on the PATH; activate it again, or `deactivate` to have "
+        ".venv made for you\n"
+    )
+    old = "import sys; sys.version_info, sys.version = (3, 9, 1), '3.9.1 (old)'; exec(sys.stdin.read())"
+    fake_command(tmp_path, "python", f'exec "{sys.executable}" -c "{old}"\n')
+    found = source_venv(tmp_path, {"VIRTUAL_ENV": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert found.returncode != 0
+    assert "has Python 3.9.1, and 3.11 or newer is needed: activate another environment" in found.stderr
 
 
 def test_requirements_are_pinned_and_say_why() -> None:

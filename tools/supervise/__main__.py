@@ -217,7 +217,8 @@ def _prepare_launch(
     while True:
         chosen = choose_hosts(hosts, bad, facts.layouts, flags.spares, flags.min_hosts) if hosts else {}
         if hosts and not chosen:
-            if bad:
+            were_all_good = choose_hosts(hosts, [], facts.layouts, flags.spares, flags.min_hosts)
+            if bad and (were_all_good or cause not in ("first", "asked")):
                 return Ending(HOST_LOST, f"too few hosts without {', '.join(bad)}, or the recipe has no layout for those left")
             raise UsageError(
                 f"--hostfile {flags.hostfile}: {len(hosts)} hosts with {sum(hosts.values())} ranks, {flags.spares} spare; the "
@@ -287,6 +288,8 @@ def _run_dir(recipe_flags: list[str], facts: RecipeFacts) -> Path:
     found = parser.parse_known_args(recipe_flags)[0].out_dir
     if found is None:
         raise UsageError("the recipe's source has no literal name; give --out-dir")
+    if not found:
+        raise UsageError("--out-dir='' names no folder; give one, or leave the flag out")
     return Path(found).expanduser().resolve()
 
 

@@ -35,6 +35,8 @@ def parse_flags(name: str) -> argparse.Namespace:
     flags = parser.parse_args()
     if flags.world_size and not flags.dry_run:
         parser.error("--world-size is for --dry-run; a run's world size comes from its launcher")
+    if not flags.out_dir:
+        parser.error("--out-dir='' names no folder; give one, or leave the flag out")
     if flags.max_steps is not None and flags.max_steps < 1:
         parser.error(f"--max-steps={flags.max_steps} must be at least 1")
     flags.skip = tuple(flags.skip)

@@ -655,6 +655,7 @@ def test_one_rank_speaks_for_all(data, tmp_path):
         (["--max-steps", "0"], "--max-steps=0 must be at least 1"),
         (["--world-size", "8"], "--world-size is for --dry-run"),
         (["--lr", "1"], "unrecognized arguments: --lr 1"),
+        (["--out-dir", ""], "--out-dir='' names no folder; give one, or leave the flag out"),
     ],
 )
 def test_wrong_flags(data, flags, message):

@@ -227,9 +227,16 @@ def test_what_a_restart_cannot_cure_is_not_restarted(tmp_path, extra, code, caus
         (["none.py"], "there is no recipe file none.py"),
         (["--hostfile", "none", RECIPE], "--hostfile none: No such file or directory"),
         (["--spares", "-1", RECIPE], "--spares=-1 must be 0 or more"),
+        ([RECIPE, "--out-dir", ""], "--out-dir='' names no folder; give one, or leave the flag out"),
+        (
+            ["--hostfile", "{folder}/hosts", "--spares", "2", "--probe", "false", RECIPE, "--out-dir", "{folder}/run"],
+            "--hostfile {folder}/hosts: 2 hosts with 2 ranks, 2 spare; the recipe has layouts for",
+        ),
     ],
 )
-def test_wrong_words_are_refused(words, message):
+def test_wrong_words_are_refused(words, message, tmp_path):
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    words, message = [word.format(folder=tmp_path) for word in words], message.format(folder=tmp_path)
     command = [sys.executable, "tools/supervise/__main__.py", "--no-preflight", "--launcher", "false", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
