@@ -193,8 +193,8 @@ def _fragments_of_stage_3(
 
 
 def _moments(state: Mapping[str, Any], flat: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the states that have a number for each weight. Raises ValueError for one that has more or fewer of them."""
-    found = {kind: value for kind, value in state.items() if torch.is_tensor(value) and kind != "step"}
+    """Return the states that have a number for each weight; one number is for all. Raises ValueError where some lack theirs."""
+    found = {kind: value for kind, value in state.items() if torch.is_tensor(value) and value.ndim}
     for kind, value in found.items():
         if value.shape != flat.shape:
             raise ValueError(f"{kind} is {list(value.shape)}, the weights beside it {list(flat.shape)}")

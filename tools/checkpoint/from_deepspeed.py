@@ -5,8 +5,9 @@
 
 Converts `engine.save_checkpoint` of our stages (pipeline engine or not) and of a Hugging Face model given to DeepSpeed unchanged,
 with ZeRO 1, 2 or 3, and universal checkpoints (ds_to_universal) of either. Rejects, naming what was found: other parameter names
-(Megatron), no ZeRO, frozen parameters. HF_FOLDER holds the model's config.json, which DeepSpeed does not save.
-The files are pickles: only tensors and plain values are read, no code in them runs. One file's tensors are in memory at a time.
+(Megatron), no ZeRO, frozen parameters, files of two saves, damage. HF_FOLDER holds the model's config.json, which DeepSpeed does
+not save. The files are pickles: only tensors and plain values are read, no code in them runs. One file's tensors are in memory at
+a time.
 """
 
 from __future__ import annotations
@@ -201,6 +202,8 @@ class _Found:
     first: tuple[Path, int | None] | None = None  # the file read first, and its step
 
     def add(self, path: Path, states: Sequence[tuple[str, dict[str, torch.Tensor]]], step: int | None) -> None:
+        if not states:  # a data rank beyond the last weight
+            return
         if self.first is None:
             self.first, self.kinds = (path, step), frozenset(kind for _, of in states for kind in of)
             if "exp_avg_sq" in self.kinds and step is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -31,7 +32,11 @@ def load_recipe(path: str) -> Recipe:
     try:
         sys.modules[spec.name] = module  # where a dataclass of the file looks for it
         # not by Python's cache of compiled files, which takes one edited within a second for the one before
-        exec(spec.loader.source_to_code(file.read_bytes(), str(file)), vars(module))
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is the tool's, whatever the file prints
+            exec(spec.loader.source_to_code(file.read_bytes(), str(file)), vars(module))
+    except SystemExit:
+        why = 'it ends the program when it is read; call main(recipe) only under `if __name__ == "__main__":`'
+        raise RecipeError("recipe", [f"{path}: {why}"]) from None
     except Exception:  # whatever the file's own code or a config's validation raises
         recipe, problems = _read_failing(file)
         raise RecipeError(f"recipe file {path}", problems + type_problems(recipe)) from None

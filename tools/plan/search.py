@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from recipes.common.checks.model_checks import config_problems, value_problems
+from recipes.common.checks.model_checks import config_problems, count_problem, value_problems
 from recipes.common.checks.recipe_checks import range_problems
 from recipes.common.config.ds_config import load_ds_config
 from recipes.common.config.field_types import type_problems
@@ -88,7 +88,10 @@ def read(path: str, flags: argparse.Namespace) -> tuple[ModelFacts, Device, Coef
     if made_on != device.name:
         tell_notes([f"{flags.calibration} was calibrated on {made_on}: it says little of --gpu-type={device.name}"])
     recipe = load_sound(path)
-    return read_model(recipe, load_ds_config(recipe.deepspeed)), device, coefficients, price
+    facts = read_model(recipe, load_ds_config(recipe.deepspeed))
+    if problem := count_problem(recipe, facts.causal):
+        tell_notes([problem])  # whoever looks for a shape has not counted it yet
+    return facts, device, coefficients, price
 
 
 def load_sound(path: str) -> Recipe:

@@ -58,12 +58,8 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
         stack = find_stack(causal)
     except Exception as error:  # a family's own code may raise anything
         return [*problems, _build_problem(recipe, error)]
-    count = sum(p.numel() for p in causal.parameters())
-    if count != recipe.num_params:
-        problems.append(
-            f"num_params={recipe.num_params:_} but the model has {count:_} parameters; check the model's fields for a wrong "
-            "value, or correct num_params"
-        )
+    if wrong_count := count_problem(recipe, causal):
+        problems.append(wrong_count)
     text = recipe.model.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if isinstance(positions, int) and positions and recipe.batch.seq_len > positions:
@@ -102,6 +98,17 @@ def model_problems(recipe: Recipe, layout: Layout) -> list[str]:
             problems += context_head_problems(recipe.model, layout, recipe.attention)
         problems += group_problems(causal, stack, [(layout, _own_layers(recipe, causal, stack, layout))])[0]
     return problems or _family_problems(recipe, layout, causal, stack)
+
+
+def count_problem(recipe: Recipe, causal: PreTrainedModel) -> str:
+    """Return what is wrong with num_params, or ""."""
+    count = sum(p.numel() for p in causal.parameters())
+    if count == recipe.num_params:
+        return ""
+    return (
+        f"num_params={recipe.num_params:_} but the model has {count:_} parameters; check the model's fields for a wrong "
+        "value, or correct num_params"
+    )
 
 
 def _can_be_cut(layout: Layout) -> bool:
