@@ -286,10 +286,9 @@ def _run_dir(recipe_flags: list[str], facts: RecipeFacts) -> Path:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out-dir", default=f"runs/{facts.name}" if facts.name else None)
     found = parser.parse_known_args(recipe_flags)[0].out_dir
-    if found is None:
-        raise UsageError("the recipe's source has no literal name; give --out-dir")
     if not found:
-        raise UsageError("--out-dir='' names no folder; give one, or leave the flag out")
+        why = "the recipe's source has no literal name" if found is None else "--out-dir='' names no folder"
+        raise UsageError(f"{why}; give --out-dir DIR")
     return Path(found).expanduser().resolve()
 
 

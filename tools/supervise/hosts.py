@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import socket
@@ -11,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes.common.recipe import ROOT
 from recipes.common.runtime.network import address_towards
 from tools.common.console import UsageError
 
 _PROBE_SECONDS = 20.0
+IMPORTS_FROM_ABOVE = "sys.path[0] = str(Path(__file__).resolve().parents[1])"  # as the recipes write it
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,252}")
 _SLOTS = re.compile(r"[1-9][0-9]{0,5}")
 
@@ -28,16 +31,27 @@ class RecipeFacts:
 
 
 def read_recipe(path: Path) -> RecipeFacts:
-    """Return `name` and the keys of `layouts` in the file's Recipe(...). Raises UsageError for a file that is not Python."""
+    """Return `name` and the keys of `layouts` in the file's Recipe(...). Raises UsageError for a file that cannot run there."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:
         raise UsageError(f"{path} is not a recipe: {error}") from None
+    refuse_misplaced(path, os.environ.get("PYTHONPATH", ""))
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Recipe":
             given = {keyword.arg: keyword.value for keyword in node.keywords}
             return RecipeFacts(_text(given.get("name")), _whole_keys(given.get("layouts")))
     return RecipeFacts(None, None)
+
+
+def refuse_misplaced(path: Path, python_path: str) -> None:
+    """Raise UsageError for a recipe that imports from the folder above its own, where nothing is. python_path: PYTHONPATH."""
+    above = path.resolve().parent.parent
+    folders = [above, *(Path(folder) for folder in python_path.split(os.pathsep) if folder)]
+    lines = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()}
+    if IMPORTS_FROM_ABOVE in lines and not any((folder / "recipes" / "common").is_dir() for folder in folders):
+        why = f"it imports recipes.common from the folder above its own, and {above} has none"
+        raise UsageError(f"{path} cannot run where it lies: {why}; copy it into {ROOT / 'recipes'}")
 
 
 def _text(node: ast.expr | None) -> str | None:

@@ -6,7 +6,7 @@ import pytest
 
 from recipes.common.recipe import ROOT
 from tools.common.console import UsageError
-from tools.supervise.hosts import RecipeFacts, choose_hosts, read_hostfile, read_recipe
+from tools.supervise.hosts import IMPORTS_FROM_ABOVE, RecipeFacts, choose_hosts, read_hostfile, read_recipe, refuse_misplaced
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,28 @@ def test_a_recipe_is_read_from_its_source(tmp_path):
     own.write_text("recipe = (")
     with pytest.raises(UsageError, match=r"own.py is not a recipe"):
         read_recipe(own)
+
+
+def test_a_recipe_runs_only_where_it_finds_what_it_imports(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    shelf = [path for path in (ROOT / "recipes").glob("*.py") if path.stem != "__init__"]
+    for path in shelf:
+        assert path.read_text().count(f"\n    {IMPORTS_FROM_ABOVE}\n") == 1, path
+        refuse_misplaced(path, "")
+    (tmp_path / "link.py").symlink_to(shelf[0])
+    refuse_misplaced(tmp_path / "link.py", "")
+    mine = tmp_path / "folder" / "mine.py"
+    mine.parent.mkdir()
+    mine.write_text(shelf[0].read_text())
+    refuse_misplaced(mine, f"/none:{ROOT}")
+    with pytest.raises(UsageError) as error:
+        refuse_misplaced(mine, "/none")
+    why = f"it imports recipes.common from the folder above its own, and {tmp_path} has none"
+    assert str(error.value) == f"{mine} cannot run where it lies: {why}; copy it into {ROOT / 'recipes'}"
+    with pytest.raises(UsageError, match="cannot run where it lies"):
+        read_recipe(mine)
+    mine.write_text("from elsewhere import recipe\n")
+    refuse_misplaced(mine, "")
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_what_a_restart_cannot_cure_is_not_restarted(tmp_path, extra, code, caus
         (["none.py"], "there is no recipe file none.py"),
         (["--hostfile", "none", RECIPE], "--hostfile none: No such file or directory"),
         (["--spares", "-1", RECIPE], "--spares=-1 must be 0 or more"),
-        ([RECIPE, "--out-dir", ""], "--out-dir='' names no folder; give one, or leave the flag out"),
+        ([RECIPE, "--out-dir", ""], "--out-dir='' names no folder; give --out-dir DIR"),
         (
             ["--hostfile", "{folder}/hosts", "--spares", "2", "--probe", "false", RECIPE, "--out-dir", "{folder}/run"],
             "--hostfile {folder}/hosts: 2 hosts with 2 ranks, 2 spare; the recipe has layouts for",
