@@ -178,6 +178,9 @@ def test_a_node_prints_its_command() -> None:
     nowhere = run("bash", *words, env=os.environ | {"SLURMD_NODENAME": "d"})
     assert nowhere.returncode == 2
     assert "this machine is none of a b c: set NODE_RANK to its index" in nowhere.stderr
+    octal = run("bash", *words, env=os.environ | {"NODE_RANK": "08"})
+    message = "launch/node.sh: this machine is none of a b c: set NODE_RANK to its index (--help shows the usage)\n"
+    assert (octal.returncode, octal.stderr) == (2, message)
 
 
 def readme_commands() -> list[str]:
