@@ -122,6 +122,8 @@ def layout_problems(recipe: Recipe, layout: Layout, world_size: int) -> list[str
     if problems or recipe.batch.micro_seqs < 1:
         return problems
     replica = layout.tensor * layout.pipeline
+    if world_size < 1:
+        return [f"layouts[{world_size}]: a layout is for 1 GPU or more; correct the number, or take the layout out"]
     if world_size % replica:
         return [
             f"layouts[{world_size}]: tensor={layout.tensor} x pipeline={layout.pipeline} = {replica} does not divide "

@@ -226,11 +226,14 @@ def test_layouts_that_do_not_divide_their_gpus_are_told(tmp_path):
     """Not planned on the GPUs that they do divide, and no traceback."""
     text = (ROOT / "recipes" / "quickstart.py").read_text()
     recipe = tmp_path / "uneven.py"
-    recipe.write_text(text.replace("8: Layout(tensor=2, pipeline=2)", "6: Layout(tensor=2, pipeline=2), 3: Layout(tensor=4)"))
+    recipe.write_text(
+        text.replace("8: Layout(tensor=2, pipeline=2)", "6: Layout(tensor=2, pipeline=2), 3: Layout(tensor=4), 0: Layout()")
+    )
     said = call("plan", "layouts", recipe, "--gpu-type", "H100", "--json")
     whys = {each["gpus"]: each["why"] for each in said.json["recipes"][0]["layouts"]}
     told = "layouts[{}]: tensor={} x pipeline={} = 4 does not divide {} GPUs; change the layout or the number of GPUs"
-    assert (said.code, whys) == (1, {1: "", 2: "", 4: "", 6: told.format(6, 2, 2, 6), 3: told.format(3, 4, 1, 3)})
+    none = "layouts[0]: a layout is for 1 GPU or more; correct the number, or take the layout out"
+    assert (said.code, whys) == (1, {1: "", 2: "", 4: "", 6: told.format(6, 2, 2, 6), 3: told.format(3, 4, 1, 3), 0: none})
     recipe.write_text(text.replace("    layouts={", "    layouts={} and {"))
     none = call("plan", "layouts", recipe, "--gpu-type", "H100")
     message = "error: recipe 'quickstart':\n  - layouts={} has none to plan; add one, or use `plan search`\n"
