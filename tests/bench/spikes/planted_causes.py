@@ -38,7 +38,8 @@ from tools.spikes.evidence.causes import (
 FIRST_GOAL, FIRST_TWO_GOAL = 0.80, 0.95
 TENSOR = {"layout": Layout(tensor=2)}
 HALF = {"deepspeed": "zero1_fp16.json"}
-OF_RANKS = (BIT_FLIP, NORM_DRIFT, LOST_MICRO_BATCH, SLOW_RANK, NOTHING)  # what ranks show by comparison, and what none shows
+# what ranks show by comparison, what none shows, and a fault that each rank has to plant in its part of the weights alike
+OF_RANKS = (BIT_FLIP, NORM_DRIFT, LOST_MICRO_BATCH, SLOW_RANK, NOTHING, ATTENTION)
 SLOWLY = (CORRUPT_SHARD, SLOW_RANK, NOTHING)  # what a few more steps show better
 
 PlantedRow = tuple[str, str, dict[str, Any], dict[str, Any]]  # cause, fault, its options, fields of Planted that it needs

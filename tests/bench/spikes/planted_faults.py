@@ -229,10 +229,11 @@ def _fragments(trainer: Trainer) -> Iterator[tuple[zero_state.Fragment, dict[str
 
 
 def _scale_masters(trainer: Trainer, wanted: Callable[[str], bool], factor: float) -> None:
-    """Scale the fp32 weights of some parts; the weights that the model computes with follow at the next step."""
+    """Scale the fp32 weights of some parts, and bring the copies up to date. Collective over data ranks."""
     for fragment, states in _fragments(trainer):
         if wanted(group_of(fragment.name)[1]):
             states[zero_state.MASTER][fragment.offset : fragment.offset + fragment.stop - fragment.start].mul_(factor)
+    zero_state.publish(trainer)
 
 
 def _flip_master(trainer: Trainer, seed: int) -> None:
