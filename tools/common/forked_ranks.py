@@ -8,7 +8,6 @@ references too, goes through `run_ranks`.
 from __future__ import annotations
 
 import datetime
-import functools
 import gc
 import io
 import multiprocessing
@@ -24,8 +23,6 @@ import torch
 import torch.distributed as dist
 
 from recipes.common.runtime.network import free_port
-
-_INIT_GLOO = dist.ProcessGroupGloo.__init__  # torch's own, also in the fork of a fork
 
 
 class RankError(RuntimeError):
@@ -93,7 +90,6 @@ def _rank_main(
     )
     torch.set_num_threads(1)
     _shorten_waits(timeout_seconds)
-    _share_gloo_thread()
     try:
         buffer = io.BytesIO()
         torch.save(work(*args), buffer)
@@ -118,20 +114,3 @@ def _shorten_waits(timeout_seconds: float) -> None:
         return new_group(ranks, timeout=datetime.timedelta(seconds=timeout_seconds), **options)
 
     dist.new_group = bounded
-
-
-def _share_gloo_thread() -> None:
-    """Give all groups of this process one thread for their sockets. On gloo each has its own, which wakes 100 times a second.
-
-    Ranks that try layout after layout have hundreds: a quarter of their processor time went there.
-    """
-    gloo = dist.ProcessGroupGloo
-    device = gloo.create_device(hostname="127.0.0.1")  # as MASTER_ADDR
-
-    @functools.wraps(gloo.__init__)  # keeps an inherited device: freed, it would join its thread, which no fork has
-    def init(self: Any, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
-        options = gloo._Options()
-        options._devices, options._timeout = [device], timeout
-        _INIT_GLOO(self, store, rank, size, options)
-
-    gloo.__init__ = init
