@@ -42,9 +42,10 @@ def norm_of_parts(gradients: list[torch.Tensor], grid: Grid) -> torch.Tensor:
     """Return the norm of the whole model's gradient, of which each rank counts these parts."""
     square = torch.zeros((), dtype=torch.float64, device=grid.device)
     if gradients and grid.device.type == "cpu":
+        wide = torch.empty(_IN_CACHE, dtype=torch.float64)
         for part in (part for gradient in gradients for part in gradient.detach().flatten().split(_IN_CACHE)):
-            wide = part.double()
-            square += torch.dot(wide, wide)
+            widened = wide[: part.numel()].copy_(part)
+            square += torch.dot(widened, widened)
     elif gradients:
         norms = torch._foreach_norm([gradient.detach() for gradient in gradients], 2, torch.float64)
         square += torch.stack(norms).square().sum()

@@ -157,12 +157,14 @@ def _own_update(optimizer: DeepSpeedZeroOptimizer) -> None:
         optimizer.unscale_and_clip_grads = later
 
 
-@torch.no_grad()
 def _add(reduced: GradientBuckets, parameter: nn.Parameter) -> None:
     """Add what autograd has of a gradient, at the end of its turn in a backward pass: of a linear's weight it has nothing."""
+    assert not torch.is_grad_enabled(), "not in a backward pass"
     if parameter.grad is not None:
-        reduced.adding(parameter)
-        parameter._hp_grad.add_(parameter.grad)
+        if reduced.adding(parameter):
+            parameter._hp_grad.copy_(parameter.grad)
+        else:
+            parameter._hp_grad.add_(parameter.grad)
         parameter.grad = None
     reduced.visit(parameter)
 
@@ -171,10 +173,8 @@ def _in_backward_order(engine: DeepSpeedEngine, buckets: list[Bucket], late: Col
     """Return the buckets, from the model's last parameters on, and let each parameter know its gradient in them."""
     place = {parameter: index for index, parameter in enumerate(engine.module.parameters())}
     for bucket in buckets:
-        sizes = [parameter.numel() for parameter in bucket.parameters]
-        parts = bucket.flat[: sum(sizes)].split(sizes)
-        for parameter, part in zip(bucket.parameters, parts, strict=True):
-            parameter._hp_grad = part.view(parameter.shape)  # by this name DeepSpeed sums those of tied weights
+        for parameter, gradient in bucket.gradients():
+            parameter._hp_grad = gradient  # by this name DeepSpeed sums those of tied weights
     return GradientBuckets(sorted(buckets, key=lambda bucket: -min(place[p] for p in bucket.parameters)), late)
 
 

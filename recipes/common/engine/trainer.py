@@ -101,7 +101,7 @@ class Trainer:
             else:
                 module, mpu = stage, Mpu(grid)
                 if ds_config["zero_optimization"]["stage"] == 3:  # the loss reads the head outside the head's own forward
-                    for parameter in stage.head_parameters():
+                    for parameter in stage.head_parameters:
                         deepspeed.zero.register_external_parameter(stage, parameter)
             self.engine = deepspeed.initialize(model=module, optimizer=self.optimizer, config=ds_config, mpu=mpu)[0]
         if grid.folded and stage.stack.tied and stage.is_first:

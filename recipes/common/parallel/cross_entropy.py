@@ -162,13 +162,15 @@ def _score(
 ) -> torch.Tensor:
     """Return fp32 [3, tokens]: each token's largest logit, Z over its exponential, and the target's logit less the largest.
 
-    logits: [tokens, rows]. They become their gradient, of scale * (cross-entropy + z_loss * log(Z)^2), unless `z_loss` is None.
+    logits: [tokens, rows]. They are overwritten: with their gradient, of scale * (cross-entropy + z_loss * log(Z)^2), unless
+    `z_loss` is None.
     """
     _fill_padding(logits, rows)
     top = all_reduce(logits.amax(dim=1).float(), group, dist.ReduceOp.MAX, own=True)
     local = rows.local.unsqueeze(1)
     chosen = torch.where(rows.here, logits.gather(1, local).squeeze(1) - top, 0.0)
-    exponents = torch.sub(logits, top.unsqueeze(1)).exp_()  # the only fp32 copy
+    place = logits if logits.dtype == torch.float32 else None  # else the only fp32 copy
+    exponents = torch.sub(logits, top.unsqueeze(1), out=place).exp_()
     total, chosen = all_reduce(torch.stack([exponents.sum(dim=1), chosen]), group, own=True)
     if z_loss is not None:
         weight = _weights(top, total, rows, z_loss) * scale

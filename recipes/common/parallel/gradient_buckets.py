@@ -4,13 +4,15 @@ A bucket is a flat tensor in which the gradients of some parameters lie one afte
 part (ZeRO's partition). A reduce-scatter sends half of what an all-reduce does, and is under way beside the rest of the backward
 passes. The other ranks' parts of the tensor mean nothing afterwards.
 
+A step's first gradient of a weight is written over the last step's, so that nothing zeroes the sums and nothing reads zeros.
+
 All ranks of a group have to start the same reductions in the same order, and their gradients need not come in one. Buckets
 therefore start in a fixed order: each when its own gradients and those of all buckets before it are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +35,18 @@ class Bucket:
     before: float = 1.0  # factor of the gradients before they are summed
     after: float = 1.0  # and of the sums
 
+    @property
+    def padding(self) -> torch.Tensor:
+        """Return the end of the flat tensor, which belongs to no parameter."""
+        return self.flat[sum(parameter.numel() for parameter in self.parameters) :]
+
+    def gradients(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Return each parameter and its gradient, of its shape."""
+        start = 0
+        for parameter in self.parameters:
+            yield parameter, self.flat.narrow(0, start, parameter.numel()).view(parameter.shape)
+            start += parameter.numel()
+
 
 class GradientBuckets:
     """Holds the buckets of a rank and which have started. A step adds gradients, says which are the last, and finishes."""
@@ -44,6 +58,8 @@ class GradientBuckets:
         self._buckets = sorted(buckets, key=lambda bucket: not tied.isdisjoint(bucket.parameters))
         self._bucket_of = {parameter: index for index, bucket in enumerate(self._buckets) for parameter in bucket.parameters}
         self._late = tied
+        self._part_of = {parameter: part for bucket in self._buckets for parameter, part in bucket.gradients()}
+        self._unwritten: set[nn.Parameter] = set()  # whose parts of the flat tensors have another step's gradients
         self._expected: Collection[nn.Parameter] = ()
         self._clean = True
         self.visited: set[nn.Parameter] = set()  # parameters at which autograd has ever been
@@ -60,10 +76,17 @@ class GradientBuckets:
     def expect_all(self) -> None:
         self.expect(self._bucket_of)
 
-    def adding(self, parameter: nn.Parameter) -> None:
-        """Say that something is being added to the gradient of `parameter`."""
+    def adding(self, parameter: nn.Parameter) -> bool:
+        """Say that something is being added to the gradient of `parameter`.
+
+        Returns whether it is the step's first, which is to be written over what is there.
+        """
         assert self._bucket_of[parameter] >= len(self._works), "a gradient after the last one: its bucket has been reduced"
         self._clean = False
+        if parameter not in self._unwritten:
+            return False
+        self._unwritten.remove(parameter)
+        return True
 
     def added(self, parameter: nn.Parameter) -> None:
         """Say that a backward pass has added all that it has to the gradient of `parameter`."""
@@ -94,10 +117,18 @@ class GradientBuckets:
         self._begin_step()
 
     def clear(self) -> None:
-        """Zero the gradients for the next step, once however often it is asked."""
+        """Forget the gradients for the next step. What is not written in it, and padding, will be zero."""
         if not self._clean:
-            torch._foreach_zero_([bucket.flat for bucket in self._buckets])
+            torch._foreach_zero_([bucket.padding for bucket in self._buckets])
+            self._unwritten = set(self._bucket_of)
+            self._zero(self._late)
         self._clean = True
+
+    def _zero(self, parameters: Collection[nn.Parameter]) -> None:
+        """Zero the gradients of those of these parameters that have none in this step."""
+        if unwritten := [parameter for parameter in parameters if parameter in self._unwritten]:
+            torch._foreach_zero_([self._part_of[parameter] for parameter in unwritten])
+            self._unwritten.difference_update(unwritten)
 
     def _complete(self, parameter: nn.Parameter) -> None:
         if parameter in self._late or parameter not in self._bucket_of:  # it has no elements
@@ -108,6 +139,7 @@ class GradientBuckets:
 
     def _start(self) -> None:
         bucket = self._buckets[len(self._works)]
+        self._zero(bucket.parameters)
         if bucket.before != 1.0:
             bucket.flat.mul_(bucket.before)
         work = None

@@ -14,7 +14,7 @@ import copy
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -215,7 +215,7 @@ class Stage(nn.Module):
         """
         self.head_sums.finish()  # no more than one part's logits wait
         targets, weight = labels
-        head = [p for p in self.head_parameters() if p.requires_grad]
+        head = [p for p in self.head_parameters if p.requires_grad]
         to_steps = self.loss_share is not None and all(main_grad_of(parameter) is not None for parameter in head)
         head_sums = self.head_sums if to_steps else GradientSums()
         total, sums, largest = vocabulary_loss(
@@ -250,11 +250,12 @@ class Stage(nn.Module):
         finally:
             defer_weight_gradients(head, None)
 
-    def head_parameters(self) -> list[nn.Parameter]:
+    @cached_property  # each micro batch's loss asks
+    def head_parameters(self) -> tuple[nn.Parameter, ...]:
         """Return the ForCausalLM's parameters outside its base model; of tied weights, the one the head computes with."""
         weight = self.causal.get_output_embeddings().weight
         of_base = {id(p) for p in self.causal.get_submodule(self.stack.base).parameters()}
-        return [weight, *(p for p in self.causal.parameters() if id(p) not in of_base and p is not weight)]
+        return (weight, *(p for p in self.causal.parameters() if id(p) not in of_base and p is not weight))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run the ForCausalLM's own forward from the final hidden states on: soft-caps and logit scales are the family's."""

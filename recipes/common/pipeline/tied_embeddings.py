@@ -35,7 +35,7 @@ class TiedHead:
 
     def add_in_products(self) -> None:
         """Let the head's products add to its sum, as other weights' do to theirs (see `model.main_grads`)."""
-        give_main_grad(self._alias, self._sum, lambda: None)
+        give_main_grad(self._alias, self._sum, lambda: False)
 
     def _add(self, alias: torch.Tensor) -> None:
         if alias.grad is not None:

@@ -177,7 +177,8 @@ def _summed(trial):
     in_training = [numel for dtype, numel in sent if dtype == torch.float32 and numel > 2 * trial.chunk_tokens]
     in_16_bits = {numel for dtype, numel in sent if dtype == torch.bfloat16}
     right, flats = [], optimizer.fp32_groups_gradients_flat
-    for flat in flats:
+    for flat, parameters in zip(flats, optimizer.bf16_groups, strict=True):
+        assert all(map(trainer._buckets.adding, parameters)), "nothing is there of this step"
         flat.copy_(torch.arange(flat.numel()) % 7 + 4 * grid.data_rank + 100 * grid.tensor_rank)
     trainer.engine.buffered_allreduce_fallback()
     for flat, parameters in zip(flats, optimizer.bf16_groups, strict=True):

@@ -176,7 +176,7 @@ def _with_factor(known, given, late=False):
     head.weight.data = torch.randn(11, WIDTH, generator=generator)
     route_products(head)
     sums, total = StepSums(late=late) if known is not None else GradientSums(), torch.ones(11, WIDTH)
-    give_main_grad(head.weight, total, lambda: None)
+    give_main_grad(head.weight, total, lambda: False)
     defer_weight_gradients(head, sums)
     options = {"vocab_size": 11, "first_row": 0, "group": None, "chunk_tokens": 4, "z_loss": 1e-3, "head_sums": sums}
     factor = None if known is None else torch.tensor(known)
