@@ -8,6 +8,7 @@ from recipes.common.config.ds_config import sums_gradients_by_step
 from recipes.common.recipe import FP8, Recipe
 
 SUMMED_APART = 10.0  # bytes a parameter and micro batch: a 16-bit gradient is read, the fp32 sum read and written
+SUM_READ = 4.0  # of them, that a step's first micro batch does not: it writes its gradients over the last step's
 HEAD_SUMMED = 12.0  # fp16's of the head in fp32, scaled as it is added
 ROW_SUMMED = 18.0  # bytes an element of a token's row in the embedding: to fp32, and picked, added and put
 SUMMED_INSIDE = 8.0  # a product reads and writes the sum, in the place of the 2 bytes of its result

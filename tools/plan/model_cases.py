@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recipes.common.config.ds_config import head_sums_at_once, precision, zero_stage
+from recipes.common.config.ds_config import head_sums_at_once, precision, sums_gradients_by_step, zero_stage
 from recipes.common.config.placement import Placement, placement_of
 from recipes.common.model.decoder import Stack, find_stack
 from recipes.common.model.flops import ModelWork, layer_costs, model_work, training_flops
@@ -28,6 +28,7 @@ from tools.plan.fp8_cost import Fp8Cost, fp8_cost
 from tools.plan.gradient_sums import (
     HEAD_SUMMED,
     ROW_SUMMED,
+    SUM_READ,
     SUMMED_APART,
     SUMMED_INSIDE,
     sums_inside_products,
@@ -293,7 +294,7 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
         "layers_slowest": max(loads[:head] + loads[head + 1 :], default=0.0),
         "layers_last": loads[head],
         "params": params,
-        "sum_bytes": max(summed_apart(facts, layout, tokens)),
+        "sum_bytes": max(summed_apart(facts, layout, tokens, micro_batches)) / micro_batches,
         "updated": undivided / candidate.data if zero_stage(facts.ds_config) else params,
         "bubble_share": bubble_share(placement_of(layout), micro_batches, passes),
         "messages": exposed_messages(placement_of(layout), micro_batches),
@@ -302,22 +303,23 @@ def _layout_row(facts: ModelFacts, candidate: Candidate) -> dict[str, float]:
     }
 
 
-def summed_apart(facts: ModelFacts, layout: Layout, tokens: float) -> list[float]:
-    """Return the bytes that each stage moves to add up a micro batch's gradients, but those that products add.
+def summed_apart(facts: ModelFacts, layout: Layout, tokens: float, micro_batches: int) -> list[float]:
+    """Return the bytes that each stage moves in a step to add up gradients, but those that products add.
 
     tokens: of a micro batch, on a rank.
     """
     params, head = stage_params(facts, layout), head_stage(layout)
+    moved = SUMMED_APART * micro_batches - (SUM_READ if sums_gradients_by_step(facts.ds_config) else 0.0)
     if not sums_inside_products(facts.recipe, facts.ds_config):
-        return [SUMMED_APART * count for count in params]
+        return [moved * count for count in params]
     inside = sum(n * p.width * p.inner * p.groups for p, n in facts.products(layout).items() if not p.bank)
     of, own = facts.rank_params(layout), facts.own_layers(layout)
     apart = [max(count - inside * len(layers), 0.0) for count, layers in zip(params, own, strict=True)]
     apart[0] -= of["embedding"]
     apart[head] -= 0.0 if facts.stack.tied and head == 0 else of["head"]
-    sums = [SUMMED_APART * max(count, 0.0) for count in apart]
-    sums[0] += ROW_SUMMED * tokens * facts.work.hidden
-    sums[head] += 0.0 if head_sums_at_once(facts.ds_config) else HEAD_SUMMED * of["head"]
+    sums = [moved * max(count, 0.0) for count in apart]
+    sums[0] += ROW_SUMMED * tokens * facts.work.hidden * micro_batches
+    sums[head] += 0.0 if head_sums_at_once(facts.ds_config) else HEAD_SUMMED * of["head"] * micro_batches
     return sums
 
 

@@ -105,7 +105,7 @@ def part_of(name: str, count: float, origin: Origin) -> str:
         return ATTENTION
     if count:
         return PRODUCTS
-    if line.startswith(_SUMS):
+    if line.startswith(_SUMS) and name not in _WRITES_ONLY:
         return GRADIENT_SUMS
     if origin.place == LOSS_PLACE:
         return LOSS

@@ -89,7 +89,7 @@ def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_b
         moment=max(_moments(facts, candidate, stage, reducing), key=lambda moment: moment.total),
         products=(matrices + head) * tokens * micro_batches,
         elementwise=float(row.traffic[0]) * tokens * micro_batches * len(own),
-        summed=summed_apart(facts, layout, tokens)[stage] * micro_batches,
+        summed=summed_apart(facts, layout, tokens, micro_batches)[stage],
         reduced=params * float(row.reduce_bytes[0]) if data > 1 else 0.0,
     )
 
