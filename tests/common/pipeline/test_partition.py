@@ -120,7 +120,11 @@ def test_the_layouts_layers_per_stage_are_taken():
 
 
 def test_a_pass_costs_what_it_computes():
-    """The head's gradients come with the loss; scores have no weights; what is recomputed runs again for the input's gradient."""
+    """The head's gradients come with the loss; scores have no weights; what is recomputed runs again for the input's gradient;
+    what is no product is a tenth more of a forward pass, and half as much again of the gradient of its input."""
     chunks = [range(0, 2), range(2, 3)]
     found = pass_costs([10.0] * 3, [1.0] * 3, 5.0, chunks, recomputed=range(0, 3, 2), late_head=0.2)
-    assert found == (Costs(20.0, 20.0 + 2.0 + 10.0, 18.0), Costs(10.0 + 14.0, 10.0 + 1.0 + 10.0, 9.0, 1.0))
+    assert found == (
+        Costs(20.0 + 2.0, 20.0 + 2.0 + 3.0 + 10.0 + 1.0, 18.0),
+        Costs(10.0 + 1.0 + 14.0, 10.0 + 1.0 + 1.5 + 10.0 + 1.0, 9.0, 1.0),
+    )
