@@ -59,7 +59,8 @@ class GradientBuckets:
         self._bucket_of = {parameter: index for index, bucket in enumerate(self._buckets) for parameter in bucket.parameters}
         self._late = tied
         self._part_of = {parameter: part for bucket in self._buckets for parameter, part in bucket.gradients()}
-        self._unwritten: set[nn.Parameter] = set()  # whose parts of the flat tensors have another step's gradients
+        # whose parts of the flat tensors have another step's gradients; before the first step too, which has to compute as others
+        self._unwritten = set(self._bucket_of) - tied
         self._expected: Collection[nn.Parameter] = ()
         self._clean = True
         self.visited: set[nn.Parameter] = set()  # parameters at which autograd has ever been

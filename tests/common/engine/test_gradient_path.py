@@ -150,6 +150,7 @@ def _reduced(trials):
     for trial in trials:
         trainer = build_trial_trainer(trial)
         flats = trainer.engine.optimizer.fp32_groups_gradients_flat
+        assert all(map(trainer._buckets.adding, trainer.stage.parameters())), "nothing is there of this step"
         for index, flat in enumerate(flats):
             flat.copy_(torch.arange(flat.numel()) % 7 + index + 4 * trainer.grid.data_rank)
         trainer.engine.buffered_allreduce_fallback()
