@@ -8,7 +8,7 @@ from functools import cache
 from operator import ge
 
 from recipes.common.config.placement import ONE_PASS, Placement
-from recipes.common.pipeline.schedules import FORWARD, WEIGHTS, Pass, order_passes
+from recipes.common.pipeline.schedules import FORWARD, MOST_DEFERRED, WEIGHTS, Pass, order_passes
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Held:
 def held_in_backward(placement: Placement, micro_batches: int) -> tuple[tuple[Held, ...], ...]:
     """Return, of each rank, what it holds at most: nothing that holds no more than another does at a pass of the same chunk.
 
-    Of a folded schedule, whose order the layers' costs shape, the most that it may hold: as much as 1F1B's first stage.
+    Of a folded schedule, whose order the layers' costs shape, the most that it may hold: as many layers' activations as 1F1B's
+    first stage, some of which may have become factors. (Those of layers that are not recomputed are no more than these.)
     """
     steady = 3 * placement.pipeline  # micro batches: those that fill it, those of one round of laps, and as many again
     return _played(placement, min(micro_batches, steady))
@@ -37,8 +38,10 @@ def held_in_backward(placement: Placement, micro_batches: int) -> tuple[tuple[He
 @cache
 def _played(placement: Placement, micro_batches: int) -> tuple[tuple[Held, ...], ...]:
     if placement.folded:
-        most = (float(min(placement.pipeline, micro_batches)),) * 2
-        return (tuple(Held(chunk, most, (0.0, 0.0)) for chunk in range(2)),) * placement.pipeline
+        most = float(min(placement.pipeline, micro_batches))
+        deferred = {(min(down, most), min(MOST_DEFERRED - down, most)) for down in range(MOST_DEFERRED + 1)} | {(0.0, 0.0)}
+        each = tuple(Held(chunk, (most - down, most - up), (down, up)) for down, up in sorted(deferred) for chunk in range(2))
+        return (each,) * placement.pipeline
     if placement.per_rank == 1:
         return tuple((_of_one_chunk(placement, rank, micro_batches),) for rank in range(placement.pipeline))
     orders = order_passes(placement, micro_batches, ())

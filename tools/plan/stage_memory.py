@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from operator import itemgetter
 
 from recipes.common.config.ds_config import head_sums_at_once, precision, zero_stage
-from recipes.common.config.placement import placement_of
+from recipes.common.config.placement import ONE_PASS, placement_of
 from recipes.common.recipe import AdamW
 from tools.common.devices import Device
 from tools.plan.held_passes import Held, held_in_backward
@@ -46,7 +47,11 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
 
 
 def stage_holds(facts: ModelFacts, candidate: Candidate) -> list[list[tuple[Held, float]]]:
-    """Return, of each stage, what it holds as its backward passes begin, and the bytes of its activations and factors then."""
+    """Return, of each stage, what it holds as its backward passes begin, and the bytes of its activations and factors then.
+
+    A backward pass that defers weight gradients turns one layer's activations after another into factors, which are more where
+    layers are recomputed.
+    """
     layout, layers = candidate.layout, _layer_memory(facts, candidate)
     sent = _boundary_bytes(facts, candidate) if layout.pipeline > 1 else 0.0  # kept until its gradient comes
     micro_batches = facts.recipe.batch.global_seqs // (candidate.micro_seqs * candidate.readers)
@@ -54,12 +59,20 @@ def stage_holds(facts: ModelFacts, candidate: Candidate) -> list[list[tuple[Held
     for chunks, helds in zip(facts.own_chunks(layout), held_in_backward(placement_of(layout), micro_batches), strict=True):
         stored = [sum(layers[i].stored for i in own) + sent for own in chunks]
         factors = [sum(layers[i].factors for i in own) for own in chunks]
-        found.append([(held, _dot(held.activations, stored) + _dot(held.factors, factors)) for held in helds])
+        grown = [_growth([layers[i] for i in own]) if layout.pipeline_schedule != ONE_PASS else 0.0 for own in chunks]
+        found.append([(held, _dot(held.activations, stored) + _dot(held.factors, factors) + grown[held.chunk]) for held in helds])
     return found
 
 
 def _dot(counts: Iterable[float], sizes: Iterable[float]) -> float:
     return sum(count * size for count, size in zip(counts, sizes, strict=True))
+
+
+def _growth(layers: Sequence[_LayerMemory]) -> float:
+    """Return what factors take more, at most, than the activations that they replace, as a layer's backward pass begins."""
+    # of a layer that is not recomputed they are no more than those, within what is known of them
+    grown = (each.factors - (each.stored if each.recomputed else max(each.stored, each.factors)) for each in reversed(layers[1:]))
+    return max(accumulate(grown, initial=0.0))
 
 
 @dataclass(frozen=True)

@@ -182,5 +182,6 @@ def pass_costs(
         scores = sum(attention[index] for index in chunk)
         loss, late = ((3.0 - late_head) * head, late_head * head) if chunk is chunks[-1] else (0.0, 0.0)
         forward, again = cost + cost * _BESIDE_FORWARD, again + again * _BESIDE_FORWARD
-        found.append(Costs(forward + loss, cost + scores + cost * _BESIDE_INPUTS + again, cost - scores, late))
+        inputs = cost + scores + cost * _BESIDE_INPUTS + again
+        found.append(Costs(forward + loss, inputs, cost - scores, late, len(chunk), again > 0.0))
     return tuple(found)

@@ -17,7 +17,8 @@ long:
 
 Bubbles, where the passes of all of a rank's layers take F, B and W, and p divides the micro batches: 1F1B (p - 1)(F + B + W) / v,
 ZB-H1 (p - 1)(F + B - W) / v, and ZB-V, where F = B = W, (p - 1)F / 2: the time until the last rank has its first input. No zero
-bubble keeps more activations in flight on a rank than 1F1B does on its first stage, p micro batches of all of its layers;
+bubble keeps more activations in flight on a rank than 1F1B does on its first stage, p micro batches of all of its layers,
+and ZB-V counts those that have become factors of weight gradients among them;
 interleaved 1F1B keeps (v + 1 - 1/p)p / v there, so that messages have time to travel.
 """
 
@@ -30,6 +31,8 @@ from typing import NamedTuple
 from recipes.common.config.placement import ONE_PASS, Placement
 
 FORWARD, INPUTS, WEIGHTS = "F", "B", "W"
+# passes' weight gradients that a folded rank may defer where layers are recomputed: of each it holds all of a chunk's factors
+MOST_DEFERRED = 2
 
 
 class Pass(NamedTuple):
@@ -39,12 +42,14 @@ class Pass(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Costs of one micro batch's passes through one chunk, in any unit of time."""
+    """Costs of one micro batch's passes through one chunk, in any unit of time; and what decides about its memory."""
 
     forward: float
     inputs: float
     weights: float
     late: float = 0.0  # of the rank after `inputs`, for whose end nobody waits
+    layers: int = 1  # whose activations are held from F to W
+    recomputed: bool = False  # some of them: what waits for W is more than what F has kept
 
     def of(self, kind: str) -> float:
         return self[(FORWARD, INPUTS, WEIGHTS).index(kind)]
@@ -75,7 +80,7 @@ def order_passes(placement: Placement, micro_batches: int, costs: tuple[Costs, .
         return [_around(placement, rank, micro_batches) for rank in range(pipeline)]
     # several ways to be greedy, each best somewhere: the shortest is taken, the first of equals
     shortest, orders, as_before = inf, [], set()
-    for max_deferred in (1, 2, pipeline, 2 * pipeline):
+    for max_deferred in _max_deferred(pipeline, costs):
         for forward_first in (False, True):
             if forward_first in as_before:
                 continue
@@ -86,6 +91,11 @@ def order_passes(placement: Placement, micro_batches: int, costs: tuple[Costs, .
             if not greedy.was_limited:
                 as_before.add(forward_first)  # a higher limit changes nothing
     return orders
+
+
+def _max_deferred(pipeline: int, costs: tuple[Costs, ...]) -> tuple[int, ...]:
+    """Return how many weight gradients a rank of a folded pipeline may defer: the numbers to try, the most last."""
+    return (1, MOST_DEFERRED) if any(each.recomputed for each in costs) else (1, 2, pipeline, 2 * pipeline)
 
 
 def _around(placement: Placement, rank: int, micro_batches: int) -> list[Pass]:
@@ -148,7 +158,7 @@ class _Folded:
         self, pipeline: int, micro_batches: int, costs: tuple[Costs, ...], max_deferred: int, forward_first: bool
     ) -> None:
         self.pipeline, self.micro_batches = pipeline, micro_batches
-        *seconds, self.late = zip(*costs, strict=True)
+        *seconds, self.late, self.layers, _ = zip(*costs, strict=True)
         self.seconds = dict(zip((FORWARD, INPUTS, WEIGHTS), seconds, strict=True))
         self.max_deferred, self.was_limited = max_deferred, False
         self.priorities = {FORWARD: 0, INPUTS: 1} if forward_first else {FORWARD: 1, INPUTS: 0}
@@ -192,11 +202,12 @@ class _Folded:
             if owed_low + owed_high > self.max_deferred:
                 self.was_limited = True
                 return options[0]
-        in_flight = len(forward[low]) - len(weights[low]) + len(forward[high]) - len(weights[high])
-        for chunk in (low, high):
-            # at most as many activations as 1F1B's first stage holds; downward passes keep one slot free, or upward passes could
-            # deadlock
-            if in_flight < 2 * self.pipeline - (chunk == low):
+        # at most the activations that 1F1B's first stage holds, those of p micro batches of all of the rank's layers; downward
+        # passes leave room for an upward one, or those could deadlock
+        down, up = self.layers[low], self.layers[high]
+        held = (len(forward[low]) - len(weights[low])) * down + (len(forward[high]) - len(weights[high])) * up
+        for chunk, room in ((low, down + up), (high, up)):
+            if held + room <= self.pipeline * (down + up):
                 options += self._option(clock, FORWARD, chunk)
             if len(inputs[chunk]) < len(forward[chunk]):
                 options += self._option(clock, INPUTS, chunk)

@@ -125,6 +125,7 @@ def test_a_pass_costs_what_it_computes():
     chunks = [range(0, 2), range(2, 3)]
     found = pass_costs([10.0] * 3, [1.0] * 3, 5.0, chunks, recomputed=range(0, 3, 2), late_head=0.2)
     assert found == (
-        Costs(20.0 + 2.0, 20.0 + 2.0 + 3.0 + 10.0 + 1.0, 18.0),
-        Costs(10.0 + 1.0 + 14.0, 10.0 + 1.0 + 1.5 + 10.0 + 1.0, 9.0, 1.0),
+        Costs(20.0 + 2.0, 20.0 + 2.0 + 3.0 + 10.0 + 1.0, 18.0, 0.0, layers=2, recomputed=True),
+        Costs(10.0 + 1.0 + 14.0, 10.0 + 1.0 + 1.5 + 10.0 + 1.0, 9.0, 1.0, layers=1, recomputed=True),
     )
+    assert not any(each.recomputed for each in pass_costs([10.0] * 3, [1.0] * 3, 5.0, chunks, range(0), 0.2))

@@ -10,6 +10,7 @@ from recipes.common.config.placement import FOLDED, ONE_PASS, ZERO_BUBBLE, Place
 from recipes.common.pipeline.schedules import (
     FORWARD,
     INPUTS,
+    MOST_DEFERRED,
     WEIGHTS,
     Costs,
     Message,
@@ -176,6 +177,39 @@ def test_a_rank_keeps_no_more_than_the_papers_say(placement, micro_batches):
         owed = accumulate({FORWARD: 0, INPUTS: 1, WEIGHTS: -1}[kind] for kind, _, _ in order)
         if placement.schedule == ZERO_BUBBLE:
             assert max(value for value, step in zip(owed, order, strict=True) if step.kind == FORWARD) <= rank
+
+
+def of_layers(chunks, **options):
+    """Costs of chunks with so many layers, all of which cost the same."""
+    return tuple(Costs(*(cost * len(chunk) for cost in UNEVEN), layers=len(chunk), **options) for chunk in chunks)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 7, 16])
+@pytest.mark.parametrize(
+    "counts", [(3, 1, 2, 1), (1, 3, 2, 2), (1, 9, 9, 1), (9, 1, 1, 9), (4, 4, 4, 4, 5, 5, 5, 1), (1, 2, 3, 7, 1, 5, 2, 2)]
+)
+def test_a_folded_rank_keeps_no_more_layers_than_the_first_stage_of_1f1b(counts, micro_batches):
+    """Those of as many micro batches as there are ranks, however its layers are divided among its two chunks."""
+    ranks = len(counts) // 2
+    placement, costs = Placement(FOLDED, ranks, 2), of_layers([range(count) for count in counts])
+    orders = order_passes(placement, micro_batches, costs)
+    assert sum(map(len, orders)) == 3 * len(counts) * micro_batches
+    runs_to_its_end(orders, placement, 1)
+    for rank, order in enumerate(orders):
+        changes = (((kind == FORWARD) - (kind == WEIGHTS)) * counts[chunk] for kind, _, chunk in order)
+        assert max(accumulate(changes)) <= ranks * (counts[rank] + counts[-1 - rank])
+
+
+def test_a_folded_rank_that_recomputes_defers_few_weight_gradients():
+    """Others defer more where that is faster."""
+    most = {True: [], False: []}
+    for ranks in (2, 4, 8):
+        for recomputed, found in most.items():
+            costs = of_layers([range(3)] * (2 * ranks), recomputed=recomputed)
+            orders = order_passes(Placement(FOLDED, ranks, 2), 2 * ranks, costs)
+            owed = [accumulate({FORWARD: 0, INPUTS: 1, WEIGHTS: -1}[kind] for kind, _, _ in order) for order in orders]
+            found.append(max(max(each) for each in owed))
+    assert max(most[True]) <= MOST_DEFERRED + 1 < max(most[False])  # one more until the next pass
 
 
 # digests of orders found by choosing anew after every pass: (stages, micro batches) -> of chunks that cost the same, and

@@ -196,7 +196,7 @@ def test_the_largest_recipe_may_be_folded():
     layout = replace(layout, pipeline_schedule=FOLDED, chunks=1, layers_per_stage=())
     found = problems_by_streams(recipe, layout, micro_batch_counts(recipe, layout, world), *STREAMS)
     assert found[PAIR] is None
-    assert "pipeline_schedule='zero_bubble_v' with pipeline=16 and 64 micro batches in a step would wait for ever" in found[GROUP]
+    assert "pipeline_schedule='zero_bubble_v' with pipeline=16 and 32 micro batches in a step would wait for ever" in found[GROUP]
 
 
 def micro_batch_counts(recipe, layout, world):

@@ -3,6 +3,7 @@
 import pytest
 
 from recipes.common.config.placement import FOLDED, ONE_PASS, ZERO_BUBBLE, Placement
+from recipes.common.pipeline.partition import partition_layers, pass_costs
 from recipes.common.pipeline.schedules import order_passes
 from tools.plan.held_passes import Held, _backward_passes, _most, _played, held_in_backward
 
@@ -42,6 +43,29 @@ def test_interleaved_holds_more_of_the_first_chunks():
 def test_a_folded_rank_holds_as_much_as_the_first_stage_does():
     assert most(Placement(FOLDED, 4, 2), 32) == [4, 4, 4, 4]
     assert most(Placement(FOLDED, 4, 2), 3) == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize(("layers", "head"), [(16, 0.6), (24, 1.7), (32, 3.0)])
+def test_no_folded_rank_holds_more_than_is_planned(layers, head, recomputed):
+    """Bytes of passes as they are played, with what a layer keeps and its factors; the last rank holds nearly all of it."""
+    placement, (stored, factors) = Placement(FOLDED, 4, 2), (0.1, 0.8) if recomputed else (1.0, 0.8)
+    chunks = partition_layers([1.0] * layers, head, placement)
+    costs = pass_costs([1.0] * layers, [0.05] * layers, head, chunks, range(layers if recomputed else 0), 1.0)
+
+    def most_of(helds, own):
+        return max(
+            sum(n * (a * stored + f * factors) for n, a, f in zip(own, held.activations, held.factors, strict=True))
+            for held in helds
+        )
+
+    for micro_batches in (4, 8, 24):
+        orders, planned = order_passes(placement, micro_batches, costs), held_in_backward(placement, micro_batches)
+        for rank, order in enumerate(orders):
+            own = [len(chunks[chunk]) for chunk in placement.chunks_of(rank)]
+            played = most_of(_most(_backward_passes(order, placement.chunks_of(rank))), own)
+            assert played <= most_of(planned[rank], own) + 1e-9
+        assert played >= (0.6 if recomputed else 0.95) * most_of(planned[rank], own)
 
 
 @pytest.mark.parametrize("placement", [Placement(ONE_PASS, 4, 3), Placement(ZERO_BUBBLE, 4, 2), Placement(ZERO_BUBBLE, 3, 5)])
