@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -54,27 +54,33 @@ class _Deferring(TorchFunctionMode):
             x, matrices = args
             bank = self._banks.get(id(matrices if matrices._base is None else matrices._base))
             if bank is not None:
-                return _DeferredProduct.apply(x, bank, matrices is not bank, kwargs["offs"], self._store)
+                return _DeferredProduct.apply(x, _Bank(bank, matrices is not bank, self._store), kwargs["offs"])
         return func(*args, **kwargs)
+
+
+class _Bank(NamedTuple):
+    """A bank, as autograd does not see it: hooks of a backward pass that visits it would run before it has its gradient."""
+
+    parameter: nn.Parameter
+    transposed: bool
+    store: WeightGradStore
 
 
 class _DeferredProduct(torch.autograd.Function):
     """A grouped product whose backward pass puts the bank's gradient into a store: see `linears`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, bank: nn.Parameter, transposed: bool, offsets: torch.Tensor, store: WeightGradStore
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, bank: _Bank, offsets: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, offsets)
-        ctx.bank, ctx.transposed, ctx.store = bank, transposed, store
-        return torch._grouped_mm(x, _matrices(bank, transposed), offs=offsets)
+        ctx.bank = bank
+        return torch._grouped_mm(x, _matrices(bank.parameter, bank.transposed), offs=offsets)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        x, offsets = ctx.saved_tensors
-        factors = (grad.t(), x) if ctx.transposed else (x.t(), grad)
-        ctx.store.put(ctx.bank, *factors, partial(_gradient, offsets))
-        return torch._grouped_mm(grad, _matrices(ctx.bank, not ctx.transposed), offs=offsets), None, None, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (x, offsets), bank = ctx.saved_tensors, ctx.bank
+        factors = (grad.t(), x) if bank.transposed else (x.t(), grad)
+        bank.store.put(bank.parameter, *factors, partial(_gradient, offsets))
+        return torch._grouped_mm(grad, _matrices(bank.parameter, not bank.transposed), offs=offsets), None, None
 
 
 def _matrices(bank: nn.Parameter, transposed: bool) -> torch.Tensor:

@@ -18,7 +18,7 @@ from tools.common.parity import Trial, build_trial_trainer, rank_batches, train_
 ADAMW = AdamW(lr=1e-3, eps=1e-5, clip=0.5, weight_decay=0.1)
 
 
-def trial_of(bucket, *, precision="bf16", tied=False, family="llama", **layout):
+def trial_of(bucket, *, precision="bf16", tied=False, family="llama", global_seqs=4, **layout):
     config = fp16_config(initial_scale_power=12) if precision == "fp16" else ds_config(f"zero1_{precision}.json")
     config["zero_optimization"] |= {"reduce_bucket_size": bucket}
     return Trial(
@@ -28,7 +28,7 @@ def trial_of(bucket, *, precision="bf16", tied=False, family="llama", **layout):
         optimizer=ADAMW,
         deepspeed=config,
         steps=2,
-        global_seqs=4,
+        global_seqs=global_seqs,
     )
 
 
@@ -80,6 +80,7 @@ LAYOUTS = {
     "interleaved": {"pipeline": 2, "chunks": 2},
     "folded, tied": {"tied": True, "pipeline": 2, "pipeline_schedule": "zero_bubble_v"},
     "experts": {"family": "mixtral", "pipeline": 2, "expert": 2, "pipeline_schedule": "zero_bubble"},
+    "experts, a micro batch a step": {"family": "mixtral", "pipeline": 2, "pipeline_schedule": "zero_bubble", "global_seqs": 2},
     "zero bubble": {"pipeline": 2, "pipeline_schedule": "zero_bubble"},
     "no pipeline": {"tensor": 2},
     "fp16, tied": {"precision": "fp16", "tied": True, "pipeline": 2},
