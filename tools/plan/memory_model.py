@@ -99,15 +99,20 @@ def state_bytes(
     """Return the bytes a parameter of (weights, gradients, optimizer states), as our ds_configs set DeepSpeed up.
 
     moments: fp32 states of the optimizer beside the fp32 master weights (AdamW 2). Gradients accumulate in fp32: whole up to
-    ZeRO 1; under ZeRO 2 each rank's partition, beside whole ones in the weights' precision. Under ZeRO 1 fp32 weights are their
-    own master weights.
+    ZeRO 1; under ZeRO 2 each rank's partition, beside `whole_gradient_bytes`. Under ZeRO 1 fp32 weights are their own master
+    weights.
     `tests/tools/plan/test_memory_model.py` compares these with the tensors of real engines.
     """
     weights, own = (4.0 if precision == "fp32" else 2.0), 0.0 if precision == "fp32" and zero_stage == 1 else 4.0
     masters = 0.0 if offload else (own + 4.0 * moments) / data
     if zero_stage == 3:
         return weights / data, 4.0 / data, masters
-    return weights, (4.0 if zero_stage <= 1 else weights + 4.0 / data), masters
+    return weights, (4.0 if zero_stage <= 1 else 4.0 / data), masters
+
+
+def whole_gradient_bytes(precision: str, zero_stage: int, params: float, bucket_elements: float) -> float:
+    """Return the bytes of gradients in the weights' precision that wait for their reduction: under ZeRO 2 a bucket's at most."""
+    return (4.0 if precision == "fp32" else 2.0) * min(params, bucket_elements) if zero_stage == 2 else 0.0
 
 
 def interval(peak: float, spread: float | None = None) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from recipes.common.recipe import AdamW
 from tools.common.devices import Device
 from tools.plan.held_passes import Held, held_in_backward
 from tools.plan.layer_log import LayerBytes
-from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes, loss_bytes, state_bytes
+from tools.plan.memory_model import MemoryCase, StageBytes, library_bytes, loss_bytes, state_bytes, whole_gradient_bytes
 from tools.plan.model_cases import Candidate, ModelFacts, head_stage, sequence_ranks, stage_params
 
 
@@ -37,13 +37,20 @@ def memory_case(facts: ModelFacts, candidate: Candidate, device: Device) -> Memo
         (fullest, stored), params = max(holds, key=itemgetter(1)), held[index]
         stages.append(
             StageBytes(
-                weights=weights * params, gradients=gradients * params, optimizer=states * undivided[index],
+                weights=weights * params, gradients=gradients * params + unreduced_bytes(facts, params),
+                optimizer=states * undivided[index],
                 stored=stored, working=max((layers[i].recomputed for i in own), default=0.0) + 2 * boundary,
                 loss=_loss_bytes(facts, candidate) if index == head_stage(layout) else 0.0, in_flight=fullest.in_flight,
             )
         )  # fmt: skip
     libraries = _library_bytes(facts, candidate) if device.name != "CPU" else 0.0
     return MemoryCase(stages=tuple(stages), libraries=libraries + _gathered_bytes(facts), capacity=device.memory)
+
+
+def unreduced_bytes(facts: ModelFacts, params: float) -> float:
+    """Return the bytes of gradients that wait for their reduction, of a rank with so many parameters."""
+    bucket = facts.ds_config.get("zero_optimization", {}).get("reduce_bucket_size", 5e8)
+    return whole_gradient_bytes(precision(facts.ds_config), zero_stage(facts.ds_config), params, bucket)
 
 
 def stage_holds(facts: ModelFacts, candidate: Candidate) -> list[list[tuple[Held, float]]]:

@@ -48,7 +48,7 @@ def test_a_folded_rank_holds_as_much_as_the_first_stage_does():
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize(("layers", "head"), [(16, 0.6), (24, 1.7), (32, 3.0)])
 def test_no_folded_rank_holds_more_than_is_planned(layers, head, recomputed):
-    """Bytes of passes as they are played, with what a layer keeps and its factors; the last rank holds nearly all of it."""
+    """Bytes of passes as they are played, with what a layer keeps and its factors; the last rank holds most of it."""
     placement, (stored, factors) = Placement(FOLDED, 4, 2), (0.1, 0.8) if recomputed else (1.0, 0.8)
     chunks = partition_layers([1.0] * layers, head, placement)
     costs = pass_costs([1.0] * layers, [0.05] * layers, head, chunks, range(layers if recomputed else 0), 1.0)

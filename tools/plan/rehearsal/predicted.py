@@ -20,7 +20,7 @@ from tools.plan.model_cases import (
     summed_apart,
     time_cases,
 )
-from tools.plan.stage_memory import memory_case, norm_bytes, reused_bytes, stage_holds
+from tools.plan.stage_memory import memory_case, norm_bytes, reused_bytes, stage_holds, unreduced_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +81,11 @@ def predict(recipe: Recipe, layout: Layout, world_size: int, stage: int, micro_b
     matrices = 2.0 * passes * sum(on_rank[index] for index in own)
     head = 6.0 * work.head / layout.tensor if bytes_of.loss else 0.0
     params = bytes_of.weights / facts.activation_width
-    whole_gradients = bytes_of.weights if zero_stage(facts.ds_config) == 2 else 0.0
+    unreduced = unreduced_bytes(facts, params)
     banks = 0.0 if keeps_gradients(facts.ds_config) else _bank_bytes(facts, own, layout.tensor * layout.expert)
-    reducing = _bucket_bytes(facts.ds_config, params) + whole_gradients + banks
+    reducing = _bucket_bytes(facts.ds_config, params) + unreduced + banks
     return Prediction(
-        states=bytes_of.states - whole_gradients,
+        states=bytes_of.states - unreduced,
         moment=max(_moments(facts, candidate, stage, reducing), key=lambda moment: moment.total),
         products=(matrices + head) * tokens * micro_batches,
         elementwise=float(row.traffic[0]) * tokens * micro_batches * len(own),
